@@ -1,0 +1,125 @@
+# Everything from a fresh clone: `make test`, `make demo`. Needs Python 3.11+ (venv, headers), make and a
+# C++ compiler; the rest, CMake and Ninja included, is installed into .venv at the versions of constraints.txt.
+#
+#   PYTHON=python3.12   interpreter that makes the environment
+#   VENV=path           where the environment lives (default .venv)
+#   BPW=0.55            bits per weight of `make demo`
+#   PYTEST_ARGS=...     extra arguments of pytest in `make test`
+#
+# pip's own variables (PIP_INDEX_URL, PIP_FIND_LINKS, ...) select where packages come from, for instance a
+# CPU-only or a CUDA build of torch.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# Each step uses every core by itself, and the order of the output is part of `make test`.
+.NOTPARALLEL:
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+STAMPS := $(VENV)/.stamps
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+BUILD_INPUTS := $(shell find csrc -type f) CMakeLists.txt setup.py littlebit2_kernels/version.py
+CXX_FILES := $(shell find csrc tests/cpp -type f \
+  \( -name '*.h' -o -name '*.c' -o -name '*.cc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
+
+CORE_ONLY := -G Ninja -DLB2_BUILD_TESTS=ON -DLB2_BUILD_TORCH=OFF -DLB2_BUILD_PYTHON=OFF
+SANITIZERS := address,undefined
+
+# $(call quietly,LOG,COMMAND): run COMMAND with its output in LOG, and show the log only if it fails.
+quietly = mkdir -p $(dir $(1)); { $(2); } >$(1) 2>&1 || { status=$$?; cat $(1); exit $$status; }
+
+.PHONY: help venv build test pytest ctest sanitize demo lint format clean distclean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# --- environment: one stamp per set of packages ------------------------------------------------------
+
+$(STAMPS)/venv:
+	@command -v $(PYTHON) >/dev/null || { echo "error: '$(PYTHON)' not found; install Python 3.11 or newer, or name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is required, got $$($(PYTHON) -V 2>&1); name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) cannot make environments; on Debian and Ubuntu install the package python3-venv" >&2; exit 1; }
+	@echo "creating $(VENV) with $$($(PYTHON) -V)"
+	@$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+# torch goes first: with everything else resolved around it, pip never replaces it by another build.
+$(STAMPS)/base: $(STAMPS)/venv constraints.txt pyproject.toml .ci/requirements.py
+	@echo "installing torch and the build tools into $(VENV)"
+	@$(PIP) install -qq -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	@$(PY) .ci/requirements.py >$(STAMPS)/base.txt
+	@$(PIP) install -qq -c constraints.txt -r $(STAMPS)/base.txt
+	@touch $@
+
+$(STAMPS)/dev $(STAMPS)/demo: $(STAMPS)/%: $(STAMPS)/base
+	@echo "installing the packages for $* into $(VENV)"
+	@$(PY) .ci/requirements.py $* >$(STAMPS)/$*.txt
+	@$(PIP) install -qq -c constraints.txt -r $(STAMPS)/$*.txt
+	@touch $@
+
+venv: $(STAMPS)/dev ## create the environment with all development packages
+
+# --- build -------------------------------------------------------------------------------------------
+
+# The stamp lies in build/ so that `make clean`, which removes the libraries, also forgets that they were built.
+build/.built: $(STAMPS)/base $(BUILD_INPUTS)
+	@$(PY) -c 'import os, sysconfig, sys; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { echo "error: Python.h not found for $$($(PY) -V); on Debian and Ubuntu install the package python3-dev" >&2; exit 1; }
+	@echo "building the native libraries"
+	@$(call quietly,build/pip-build.log,$(PIP) install --verbose --no-build-isolation -c constraints.txt -e .)
+	@touch $@
+
+build: build/.built ## compile the native libraries and install the package in place
+
+# --- checks ------------------------------------------------------------------------------------------
+
+test: ctest sanitize pytest ## run all tests: C and C++, the same under sanitizers, Python
+
+pytest: $(STAMPS)/dev build/.built ## run the Python tests
+	@echo "== pytest"
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+ctest: $(STAMPS)/base ## run the C and C++ tests of the torch-free core
+	@echo "== ctest"
+	@$(call quietly,build/cpp/configure.log,cmake -S . -B build/cpp $(CORE_ONLY) -DCMAKE_BUILD_TYPE=Release)
+	@$(call quietly,build/cpp/build.log,cmake --build build/cpp)
+	@ctest --test-dir build/cpp --output-on-failure --no-tests=error
+
+sanitize: $(STAMPS)/base ## run the C and C++ tests under address and undefined-behaviour sanitizers
+	@echo "== ctest, sanitizers: $(SANITIZERS)"
+	@$(call quietly,build/sanitize/configure.log,cmake -S . -B build/sanitize $(CORE_ONLY) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DLB2_SANITIZE=$(SANITIZERS))
+	@$(call quietly,build/sanitize/build.log,cmake --build build/sanitize)
+	@ctest --test-dir build/sanitize --output-on-failure --no-tests=error
+
+lint: $(STAMPS)/dev ## check style, formatting and types
+	@ruff check .
+	@ruff format --check .
+	@clang-format --dry-run -Werror $(CXX_FILES)
+	@mypy
+
+format: $(STAMPS)/dev ## rewrite sources in the project's format
+	@ruff check --fix .
+	@ruff format .
+	@clang-format -i $(CXX_FILES)
+
+# --- demo --------------------------------------------------------------------------------------------
+
+demo: $(STAMPS)/demo build/.built ## quantise a small real model and time one layer (BPW=1.0)
+	@$(PY) -m benchmarks.demo
+
+# --- cleaning ----------------------------------------------------------------------------------------
+
+clean: ## remove everything built, keep the environment
+	@rm -rf build dist *.egg-info python/*.egg-info littlebit2_kernels/lib littlebit2_kernels/include
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	@find csrc littlebit2_kernels python benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
+	@rm -f littlebit2_kernels/*.so
+
+distclean: clean ## remove the environment too
+	@rm -rf $(VENV)
