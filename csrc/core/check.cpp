@@ -1,0 +1,118 @@
+#include "core/check.h"
+
+#include <cinttypes>
+#include <cstddef>
+
+#include "core/status.h"
+
+namespace lb2 {
+namespace {
+
+constexpr int64_t kMaxDim = INT32_MAX;
+
+lb2_status invalid_size(const char* name, int64_t got, int64_t low) {
+  return fail(LB2_ERROR_INVALID_ARGUMENT, "%s must be between %" PRId64 " and %" PRId64 ", got %" PRId64,
+              name, low, kMaxDim, got);
+}
+
+lb2_status null_path_field(int64_t path, const char* field) {
+  return fail(LB2_ERROR_INVALID_ARGUMENT, "paths[%" PRId64 "].%s must not be NULL", path, field);
+}
+
+lb2_status check_stride(int64_t path, const char* field, int64_t stride, int64_t words, int64_t rows) {
+  int64_t extent;
+  if (stride < words)
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "paths[%" PRId64 "].%s must be >= %" PRId64 " words, got %" PRId64, path, field, words,
+                stride);
+  if (__builtin_mul_overflow(stride, rows, &extent) ||
+      __builtin_mul_overflow(extent, LB2_WORD_BITS / 8, &extent))
+    return fail(LB2_ERROR_INVALID_ARGUMENT, "paths[%" PRId64 "].%s = %" PRId64 " overflows the address range",
+                path, field, stride);
+  return LB2_OK;
+}
+
+lb2_status check_path(const lb2_linear_args& args, int64_t index) {
+  const lb2_path& path = args.paths[index];
+  const bool single_stage = path.u == nullptr;
+  if (path.v == nullptr) return null_path_field(index, "v");
+  if (path.in_scale == nullptr) return null_path_field(index, "in_scale");
+  if (path.out_scale == nullptr) return null_path_field(index, "out_scale");
+  if (single_stage != (args.paths[0].u == nullptr))
+    return fail(LB2_ERROR_INVALID_ARGUMENT, "paths[%" PRId64 "].u must be %s like paths[0].u", index,
+                single_stage ? "given" : "NULL");
+  if (single_stage != (path.latent_scale == nullptr))
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "paths[%" PRId64 "].latent_scale must be NULL exactly when u is NULL", index);
+  if (path.rank < 1 || path.rank > kMaxDim)
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "paths[%" PRId64 "].rank must be between 1 and %" PRId64 ", got %" PRId64, index, kMaxDim,
+                path.rank);
+  if (single_stage && path.rank != args.n)
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "paths[%" PRId64 "].rank must equal n = %" PRId64 " for a single-stage path, got %" PRId64,
+                index, args.n, path.rank);
+  if (!single_stage && path.rank % LB2_RANK_MULTIPLE != 0)
+    return fail(LB2_ERROR_INVALID_ARGUMENT, "paths[%" PRId64 "].rank must be a multiple of %d, got %" PRId64,
+                index, LB2_RANK_MULTIPLE, path.rank);
+  LB2_RETURN_IF_ERROR(check_stride(index, "v_stride", path.v_stride, lb2_words_per_row(args.k), path.rank));
+  if (!single_stage)
+    LB2_RETURN_IF_ERROR(check_stride(index, "u_stride", path.u_stride, lb2_words_per_row(path.rank), args.n));
+  return LB2_OK;
+}
+
+lb2_status check_rows(const char* name, const void* data, int64_t rows, int64_t cols, int64_t stride,
+                      int64_t least_stride, int64_t element_bytes) {
+  int64_t extent;
+  if (data == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "%s must not be NULL", name);
+  if (rows > 1 && stride < least_stride)
+    return fail(LB2_ERROR_INVALID_ARGUMENT, "%s_stride must be >= %" PRId64 ", got %" PRId64, name,
+                least_stride, stride);
+  if (rows > 1 &&
+      (__builtin_mul_overflow(rows - 1, stride, &extent) || __builtin_add_overflow(extent, cols, &extent) ||
+       __builtin_mul_overflow(extent, element_bytes, &extent)))
+    return fail(LB2_ERROR_INVALID_ARGUMENT, "%s_stride = %" PRId64 " overflows the address range", name,
+                stride);
+  return LB2_OK;
+}
+
+}  // namespace
+
+lb2_status check_layer(const lb2_linear_args* args) noexcept {
+  if (args == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "args must not be NULL");
+  if (args->struct_size != sizeof(lb2_linear_args))
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "args->struct_size must equal sizeof(lb2_linear_args) = %zu, got %" PRIu64
+                " (header and library of different versions?)",
+                sizeof(lb2_linear_args), args->struct_size);
+  if (args->dtype != LB2_FLOAT32 && args->dtype != LB2_FLOAT16 && args->dtype != LB2_BFLOAT16)
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "dtype must be LB2_FLOAT32 (0), LB2_FLOAT16 (1) or LB2_BFLOAT16 (2), got %" PRId32,
+                args->dtype);
+  if (args->m < 0 || args->m > kMaxDim) return invalid_size("m", args->m, 0);
+  if (args->k < 1 || args->k > kMaxDim) return invalid_size("k", args->k, 1);
+  if (args->n < 1 || args->n > kMaxDim) return invalid_size("n", args->n, 1);
+  if (args->paths == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "paths must not be NULL");
+  if (args->num_paths < 1 || args->num_paths > LB2_MAX_PATHS)
+    return fail(LB2_ERROR_INVALID_ARGUMENT, "num_paths must be between 1 and %d, got %" PRId64, LB2_MAX_PATHS,
+                args->num_paths);
+  for (int64_t p = 0; p < args->num_paths; ++p) LB2_RETURN_IF_ERROR(check_path(*args, p));
+  return LB2_OK;
+}
+
+lb2_status check_buffers(const lb2_linear_args& args, Direction direction, int64_t workspace_bytes) noexcept {
+  if (args.m == 0) return LB2_OK;
+  const int64_t in_cols = direction == Direction::kForward ? args.k : args.n;
+  const int64_t out_cols = direction == Direction::kForward ? args.n : args.k;
+  const int64_t element_bytes = args.dtype == LB2_FLOAT32 ? 4 : 2;
+  LB2_RETURN_IF_ERROR(check_rows("input", args.input, args.m, in_cols, args.input_stride, 0, element_bytes));
+  LB2_RETURN_IF_ERROR(
+      check_rows("output", args.output, args.m, out_cols, args.output_stride, out_cols, element_bytes));
+  if (args.workspace == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "workspace must not be NULL");
+  if (args.workspace_bytes < workspace_bytes)
+    return fail(LB2_ERROR_INVALID_ARGUMENT, "workspace_bytes must be >= %" PRId64 ", got %" PRId64,
+                workspace_bytes, args.workspace_bytes);
+  return LB2_OK;
+}
+
+}  // namespace lb2

@@ -1,0 +1,16 @@
+// The one full argument check of the layer calls.
+#pragma once
+
+#include "littlebit2/littlebit2.h"
+
+namespace lb2 {
+
+enum class Direction { kForward, kBackward };
+
+// Checks everything that describes the layer: sizes, dtype, paths. Data pointers are not looked at.
+lb2_status check_layer(const lb2_linear_args* args) noexcept;
+
+// Checks input, output and workspace of a call; check_layer must have passed.
+lb2_status check_buffers(const lb2_linear_args& args, Direction direction, int64_t workspace_bytes) noexcept;
+
+}  // namespace lb2

@@ -1,0 +1,106 @@
+#include "cpu/dispatch.h"
+
+#include <atomic>
+#include <cinttypes>
+#include <cstdlib>
+#include <cstring>
+
+#include "core/status.h"
+#include "cpu/features.h"
+
+namespace lb2::cpu {
+namespace {
+
+constexpr const char* kIsaNames[] = {"auto", "scalar", "avx2", "avx512"};
+constexpr lb2_isa kIsaCount = sizeof kIsaNames / sizeof kIsaNames[0];
+
+// nullptr when the instruction set was not built in or cannot run here.
+const Kernels* available_kernels(lb2_isa isa) {
+  static const Features features = detect_features();
+  switch (isa) {
+    case LB2_ISA_SCALAR:
+      return &kScalarKernels;
+#if defined(LB2_HAVE_AVX2)
+    case LB2_ISA_AVX2:
+      return features.avx2 ? &kAvx2Kernels : nullptr;
+#endif
+#if defined(LB2_HAVE_AVX512)
+    case LB2_ISA_AVX512:
+      return features.avx512 ? &kAvx512Kernels : nullptr;
+#endif
+    default:
+      (void)features;
+      return nullptr;
+  }
+}
+
+lb2_status require(lb2_isa isa, const char* source, const Kernels** kernels) {
+  if (isa <= LB2_ISA_AUTO || isa >= kIsaCount)
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "%s must be LB2_ISA_SCALAR (1), LB2_ISA_AVX2 (2) or LB2_ISA_AVX512 (3), got %" PRId32, source,
+                isa);
+  *kernels = available_kernels(isa);
+  if (*kernels == nullptr)
+    return fail(LB2_ERROR_UNSUPPORTED, "%s asks for the %s kernels, which this %s cannot run", source,
+                kIsaNames[isa], isa == LB2_ISA_SCALAR ? "build" : "CPU, operating system or build");
+  return LB2_OK;
+}
+
+const Kernels* best_kernels() {
+  for (lb2_isa isa = kIsaCount - 1; isa > LB2_ISA_SCALAR; --isa)
+    if (const Kernels* kernels = available_kernels(isa)) return kernels;
+  return &kScalarKernels;
+}
+
+std::atomic<lb2_isa> process_isa{LB2_ISA_AUTO};
+
+lb2_status kernels_from_environment(const Kernels** kernels) {
+  // Read once, so that a later change of the environment cannot switch kernels in mid-run.
+  static const char* const value = std::getenv("LB2_CPU_ISA");
+  if (value == nullptr || *value == '\0' || std::strcmp(value, kIsaNames[LB2_ISA_AUTO]) == 0) {
+    static const Kernels* const best = best_kernels();
+    *kernels = best;
+    return LB2_OK;
+  }
+  for (lb2_isa isa = LB2_ISA_SCALAR; isa < kIsaCount; ++isa)
+    if (std::strcmp(value, kIsaNames[isa]) == 0)
+      return require(isa, "the environment variable LB2_CPU_ISA", kernels);
+  return fail(LB2_ERROR_INVALID_ARGUMENT,
+              "the environment variable LB2_CPU_ISA must be auto, scalar, avx2 or avx512, got \"%.64s\"",
+              value);
+}
+
+}  // namespace
+
+lb2_status find_kernels(lb2_isa requested, const Kernels** kernels) noexcept {
+  if (requested != LB2_ISA_AUTO) return require(requested, "isa", kernels);
+  const lb2_isa chosen = process_isa.load(std::memory_order_relaxed);
+  if (chosen != LB2_ISA_AUTO) return require(chosen, "isa", kernels);
+  return kernels_from_environment(kernels);
+}
+
+}  // namespace lb2::cpu
+
+using lb2::cpu::find_kernels;
+using lb2::cpu::Kernels;
+
+extern "C" lb2_status lb2_cpu_isa(lb2_isa* isa) {
+  if (isa == nullptr) return lb2::fail(LB2_ERROR_INVALID_ARGUMENT, "isa must not be NULL");
+  const Kernels* kernels;
+  LB2_RETURN_IF_ERROR(find_kernels(LB2_ISA_AUTO, &kernels));
+  *isa = kernels->isa;
+  return LB2_OK;
+}
+
+extern "C" lb2_status lb2_cpu_set_isa(lb2_isa isa) {
+  const Kernels* kernels;
+  if (isa != LB2_ISA_AUTO) LB2_RETURN_IF_ERROR(find_kernels(isa, &kernels));
+  lb2::cpu::process_isa.store(isa, std::memory_order_relaxed);
+  return LB2_OK;
+}
+
+extern "C" int32_t lb2_cpu_isa_available(lb2_isa isa) { return lb2::cpu::available_kernels(isa) != nullptr; }
+
+extern "C" const char* lb2_isa_name(lb2_isa isa) {
+  return isa >= LB2_ISA_AUTO && isa < lb2::cpu::kIsaCount ? lb2::cpu::kIsaNames[isa] : "unknown";
+}

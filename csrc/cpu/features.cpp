@@ -1,0 +1,49 @@
+#include "cpu/features.h"
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <cpuid.h>
+
+#include <cstdint>
+
+namespace lb2::cpu {
+namespace {
+
+constexpr uint64_t kYmmState = 0x06;  // XCR0: SSE and AVX state
+constexpr uint64_t kZmmState = 0xE6;  // the above, opmask, upper halves of zmm0-15, zmm16-31
+
+constexpr bool bit(uint32_t value, int index) { return (value >> index) & 1u; }
+
+uint64_t enabled_state() {
+  uint32_t low, high;
+  // Encoded by hand: the intrinsic would need -mxsave, and this file is built without ISA flags.
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (static_cast<uint64_t>(high) << 32) | low;
+}
+
+}  // namespace
+
+Features detect_features() noexcept {
+  Features features = {};
+  uint32_t eax, ebx, ecx, edx;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return features;
+  const bool os_saves_state = bit(ecx, 27);  // OSXSAVE
+  const bool avx = bit(ecx, 28), fma = bit(ecx, 12), f16c = bit(ecx, 29);
+  if (!os_saves_state || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return features;
+  const uint64_t state = enabled_state();
+  features.avx2 = avx && fma && f16c && bit(ebx, 5) && (state & kYmmState) == kYmmState;
+  const bool f = bit(ebx, 16), dq = bit(ebx, 17), bw = bit(ebx, 30), vl = bit(ebx, 31);
+  features.avx512 = features.avx2 && f && dq && bw && vl && (state & kZmmState) == kZmmState;
+  return features;
+}
+
+}  // namespace lb2::cpu
+
+#else
+
+namespace lb2::cpu {
+
+Features detect_features() noexcept { return {}; }
+
+}  // namespace lb2::cpu
+
+#endif

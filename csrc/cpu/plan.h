@@ -1,0 +1,34 @@
+// How a CPU call is cut up: blocks of tokens, first stages shared between paths, and the workspace layout.
+// Pure functions of the arguments.
+#pragma once
+
+#include "littlebit2/littlebit2.h"
+
+namespace lb2::cpu {
+
+constexpr int64_t kMaxTokenBlock = 96;  // tokens of a block at most; bounds the tile buffers on the stack
+
+// Rows of fp32 numbers in the workspace, one row per token of a block, padded to whole words of columns.
+struct RowBuffer {
+  int64_t offset;  // in floats from the start of the workspace
+  int64_t stride;  // floats per token, a multiple of 32
+};
+
+struct Plan {
+  int64_t token_block;
+  int num_groups;                   // distinct first stages
+  int group_of[LB2_MAX_PATHS];      // path -> group
+  int leader_of[LB2_MAX_PATHS];     // group -> its first path, whose v and in_scale it uses
+  RowBuffer inputs[LB2_MAX_PATHS];  // forward: x * in_scale per group; backward: grad_y * out_scale per path
+  RowBuffer
+      latents[LB2_MAX_PATHS];  // forward: one per path; backward: one per group; unused when single-stage
+  int64_t workspace_bytes;
+};
+
+Plan plan_forward(const lb2_linear_args& args) noexcept;
+Plan plan_backward(const lb2_linear_args& args) noexcept;
+
+// Sign-accumulate operations of the forward call; INT64_MAX when there are more.
+int64_t count_macs(const lb2_linear_args& args, const Plan& plan) noexcept;
+
+}  // namespace lb2::cpu

@@ -1,0 +1,147 @@
+/* The C ABI of the littlebit2 kernels: plain C, no torch, no Python, no C++ in this header.
+ *
+ * A layer with P paths computes (M tokens, K in_features, N out_features, R rank of a path)
+ *
+ *   y[M,N] = sum_p out_scale[N] * ((latent_scale[R] * ((x[M,K] * in_scale[K]) @ sign(V)[R,K]^T)) @
+ * sign(U)[N,R]^T)
+ *            + bias[N]
+ *
+ * with the sign matrices in packed format v1 (format.h, docs/format.md). A single-stage path
+ * (OneBit-like) has no U: its V is [N, K].
+ *
+ * Rules that hold for every function here:
+ *  - it never throws, exits, aborts or prints; it returns a status and leaves a message for lb2_last_error();
+ *  - it is reentrant and thread-safe; the message is per thread;
+ *  - it allocates nothing that outlives the call, and nothing at all in the forward and backward calls;
+ *  - pointers need no alignment beyond one byte, except `workspace`, which is aligned internally.
+ */
+#ifndef LITTLEBIT2_LITTLEBIT2_H_
+#define LITTLEBIT2_LITTLEBIT2_H_
+
+#include <stdint.h>
+
+#include "littlebit2/export.h"
+#include "littlebit2/format.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Largest number of paths of one layer. */
+#define LB2_MAX_PATHS 16
+
+/* Status codes (int32_t, so that the ABI does not depend on the size of an enum). */
+typedef int32_t lb2_status;
+#define LB2_OK 0
+#define LB2_ERROR_INVALID_ARGUMENT 1 /* the message names the argument, the expected and the given */
+#define LB2_ERROR_UNSUPPORTED 2      /* a request that this machine or this build cannot serve */
+#define LB2_ERROR_INTERNAL 3         /* a callback failed, or a bug */
+
+/* Element types. Activations may be the first three; LB2_INT8 is accepted by lb2_unpack_signs only. */
+typedef int32_t lb2_dtype;
+#define LB2_FLOAT32 0
+#define LB2_FLOAT16 1  /* IEEE binary16 */
+#define LB2_BFLOAT16 2 /* upper half of binary32 */
+#define LB2_INT8 3
+
+/* Instruction sets of the CPU kernels. */
+typedef int32_t lb2_isa;
+#define LB2_ISA_AUTO 0
+#define LB2_ISA_SCALAR 1 /* portable C++, any CPU */
+#define LB2_ISA_AVX2 2   /* AVX2 + FMA + F16C */
+#define LB2_ISA_AVX512 3 /* AVX-512 F, BW, DQ, VL */
+
+/* One path of a layer. Two paths whose `v`, `v_stride` and `in_scale` are equal pointers share their
+ * first stage: it is computed once. */
+typedef struct lb2_path {
+  const int32_t* v;          /* [R, ceil(K/32)] words; [N, ceil(K/32)] for a single-stage path */
+  int64_t v_stride;          /* words between rows of v, >= ceil(K/32) */
+  const int32_t* u;          /* [N, ceil(R/32)] words, or NULL for a single-stage path */
+  int64_t u_stride;          /* words between rows of u, >= ceil(R/32); ignored when u is NULL */
+  const float* in_scale;     /* [K] */
+  const float* latent_scale; /* [R], or NULL exactly when u is NULL */
+  const float* out_scale;    /* [N] */
+  int64_t rank;              /* R, a multiple of LB2_RANK_MULTIPLE; N for a single-stage path */
+} lb2_path;
+
+/* Work on [begin, end) of a range that was handed to lb2_parallel_for. */
+typedef void (*lb2_task)(int64_t begin, int64_t end, void* task_context);
+
+/* Covers [0, n) by calls of task(begin, end, task_context) on any threads, at least `grain` items each but
+ * for the last, and returns once all are done: 0, or a code of its own that the caller gets to see. */
+typedef int32_t (*lb2_parallel_for)(void* context, int64_t n, int64_t grain, lb2_task task,
+                                    void* task_context);
+
+/* Arguments of the layer calls. Zero-initialise, then set struct_size = sizeof(lb2_linear_args). */
+typedef struct lb2_linear_args {
+  uint64_t struct_size;
+  int64_t m;             /* tokens, >= 0 */
+  int64_t k;             /* in_features, >= 1 */
+  int64_t n;             /* out_features, >= 1 */
+  const lb2_path* paths; /* [num_paths] */
+  int64_t num_paths;     /* 1 .. LB2_MAX_PATHS */
+  const float* bias;     /* [N] or NULL; ignored by the backward call */
+  const void* input;     /* forward: x [M, K]; backward: the gradient of y, [M, N] */
+  int64_t input_stride;  /* elements between rows, >= 0 */
+  void* output;          /* forward: y [M, N]; backward: the gradient of x, [M, K]; may not overlap input */
+  int64_t output_stride; /* elements between rows, >= the row's length */
+  lb2_dtype dtype;       /* of input and output */
+  lb2_isa isa;           /* LB2_ISA_AUTO, or the instruction set to use */
+  void* workspace;       /* at least what lb2_linear_plan_cpu reports; contents undefined before and after */
+  int64_t workspace_bytes;
+  lb2_parallel_for parallel_for; /* NULL runs on the calling thread */
+  void* parallel_context;
+} lb2_linear_args;
+
+/* What a call will do; filled by lb2_linear_plan_cpu. */
+typedef struct lb2_cpu_plan {
+  int64_t forward_workspace_bytes;
+  int64_t backward_workspace_bytes;
+  int64_t token_block;  /* tokens that one pass over the packed words serves */
+  int64_t macs;         /* sign-accumulate operations of the forward call, all stages, paths and tokens */
+  lb2_isa isa;          /* the instruction set that runs */
+  int32_t first_stages; /* first stages that are computed (paths that share one count once) */
+} lb2_cpu_plan;
+
+/* Fill *plan for args; data pointers (input, output, workspace) are not looked at. */
+LB2_API lb2_status lb2_linear_plan_cpu(const lb2_linear_args* args, lb2_cpu_plan* plan);
+
+/* y = layer(x). fp32 accumulation; the same bits whatever the ISA, the thread count and the other tokens. */
+LB2_API lb2_status lb2_linear_forward_cpu(const lb2_linear_args* args);
+
+/* grad_x = the layer's transpose applied to grad_y (bias has no part in it). Same guarantees. */
+LB2_API lb2_status lb2_linear_backward_x_cpu(const lb2_linear_args* args);
+
+/* Pack `negative` [rows, cols] (one byte each, non-zero means -1) into words [rows, ceil(cols/32)]; pad bits
+ * become 0. Strides are in elements between rows. */
+LB2_API lb2_status lb2_pack_signs(const uint8_t* negative, int64_t negative_stride, int64_t rows,
+                                  int64_t cols, int32_t* words, int64_t words_stride);
+
+/* Expand words [rows, ceil(cols/32)] to +1 / -1 of `dtype` in out [rows, cols]. */
+LB2_API lb2_status lb2_unpack_signs(const int32_t* words, int64_t words_stride, int64_t rows, int64_t cols,
+                                    lb2_dtype dtype, void* out, int64_t out_stride);
+
+/* The instruction set LB2_ISA_AUTO stands for: the one set by lb2_cpu_set_isa, else the environment variable
+ * LB2_CPU_ISA (scalar, avx2, avx512; read once), else the best this CPU and its OS support. */
+LB2_API lb2_status lb2_cpu_isa(lb2_isa* isa);
+
+/* Make LB2_ISA_AUTO mean `isa` in this process; LB2_ISA_AUTO undoes that. */
+LB2_API lb2_status lb2_cpu_set_isa(lb2_isa isa);
+
+/* 1 when the instruction set was built in and this CPU and OS can run it, else 0. */
+LB2_API int32_t lb2_cpu_isa_available(lb2_isa isa);
+
+/* "auto", "scalar", "avx2", "avx512", or "unknown". */
+LB2_API const char* lb2_isa_name(lb2_isa isa);
+
+/* Message of the last call on this thread that did not return LB2_OK; never NULL. */
+LB2_API const char* lb2_last_error(void);
+
+/* Package version, for example "0.1.0". */
+LB2_API const char* lb2_version(void);
+
+#ifdef __cplusplus
+} /* extern "C" */
+#endif
+
+#endif /* LITTLEBIT2_LITTLEBIT2_H_ */

@@ -1,0 +1,23 @@
+// Registration of the operators through the LibTorch stable ABI: one binary serves torch 2.11 and newer.
+// Fakes and autograd are registered from Python (littlebit2_kernels/ops.py).
+#include <torch/csrc/stable/library.h>
+
+#include "torch/linear.h"
+
+// Per path p: v[p] int32 [R, ceil(K/32)], u[p] int32 [N, ceil(R/32)], in_scale[p] [K], latent_scale[p] [R],
+// out_scale[p] [N] (float32). A single-stage layer passes no u and latent_scale, and v[p] [N, ceil(K/32)].
+// Paths that pass the same v and in_scale share their first stage.
+STABLE_TORCH_LIBRARY(littlebit2, m) {
+  m.def(
+      "linear(Tensor x, Tensor[] v, Tensor[]? u, Tensor[] in_scale, Tensor[]? latent_scale, Tensor[] "
+      "out_scale, "
+      "Tensor? bias=None) -> Tensor");
+  m.def(
+      "linear_backward_x(Tensor grad, Tensor[] v, Tensor[]? u, Tensor[] in_scale, Tensor[]? latent_scale, "
+      "Tensor[] out_scale) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(littlebit2, CPU, m) {
+  m.impl("linear", TORCH_BOX(&lb2::torch_ops::linear_cpu));
+  m.impl("linear_backward_x", TORCH_BOX(&lb2::torch_ops::linear_backward_x_cpu));
+}

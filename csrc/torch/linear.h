@@ -1,0 +1,24 @@
+// The operators of library.cpp: tensors in, arguments of the C ABI out. No kernel code here.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+namespace lb2::torch_ops {
+
+using torch::stable::Tensor;
+using OptionalTensors = std::optional<std::vector<Tensor>>;
+
+// y[..., N] of the layer for x[..., K]; see the schema in library.cpp.
+Tensor linear_cpu(const Tensor& x, const std::vector<Tensor>& v, const OptionalTensors& u,
+                  const std::vector<Tensor>& in_scale, const OptionalTensors& latent_scale,
+                  const std::vector<Tensor>& out_scale, const std::optional<Tensor>& bias);
+
+// Gradient of x[..., K] from the gradient of y[..., N].
+Tensor linear_backward_x_cpu(const Tensor& grad, const std::vector<Tensor>& v, const OptionalTensors& u,
+                             const std::vector<Tensor>& in_scale, const OptionalTensors& latent_scale,
+                             const std::vector<Tensor>& out_scale);
+
+}  // namespace lb2::torch_ops

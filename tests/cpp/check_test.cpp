@@ -1,0 +1,176 @@
+// Every refusal of the C ABI: wrong arguments give LB2_ERROR_INVALID_ARGUMENT and a message that names them.
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#include "littlebit2/littlebit2.h"
+
+namespace {
+
+int failures = 0;
+
+struct Layer {
+  static constexpr int64_t kM = 2, kK = 40, kN = 9, kR = 8;
+  std::vector<int32_t> v = std::vector<int32_t>(kR * 2), u = std::vector<int32_t>(kN),
+                       single = std::vector<int32_t>(kN * 2);
+  std::vector<float> in_scale = std::vector<float>(kK, 1.0f), latent_scale = std::vector<float>(kR, 1.0f);
+  std::vector<float> out_scale = std::vector<float>(kN, 1.0f), x = std::vector<float>(kM * kK, 1.0f);
+  std::vector<float> y = std::vector<float>(kM * kN);
+  std::vector<char> workspace = std::vector<char>(1 << 16);
+  lb2_path paths[2] = {};
+  lb2_linear_args args = {};
+
+  Layer() {
+    for (lb2_path& path : paths)
+      path = {v.data(), 2, u.data(), 1, in_scale.data(), latent_scale.data(), out_scale.data(), kR};
+    args.struct_size = sizeof args;
+    args.m = kM;
+    args.k = kK;
+    args.n = kN;
+    args.paths = paths;
+    args.num_paths = 2;
+    args.input = x.data();
+    args.input_stride = kK;
+    args.output = y.data();
+    args.output_stride = kN;
+    args.workspace = workspace.data();
+    args.workspace_bytes = static_cast<int64_t>(workspace.size());
+  }
+};
+
+void expect_refusal(const char* text, const std::function<void(Layer&)>& spoil,
+                    lb2_status expected = LB2_ERROR_INVALID_ARGUMENT) {
+  Layer layer;
+  spoil(layer);
+  const lb2_status status = lb2_linear_forward_cpu(&layer.args);
+  if (status == expected && std::strstr(lb2_last_error(), text) != nullptr) return;
+  std::fprintf(stderr, "expected status %d and a message with \"%s\", got %d: %s\n", expected, text, status,
+               lb2_last_error());
+  ++failures;
+}
+
+void expect(bool condition, const char* what) {
+  if (condition) return;
+  std::fprintf(stderr, "%s [%s]\n", what, lb2_last_error());
+  ++failures;
+}
+
+void test_accepted() {
+  Layer layer;
+  expect(lb2_linear_forward_cpu(&layer.args) == LB2_OK, "the unspoilt layer must run");
+  layer.args.m = 0;
+  layer.args.input = nullptr;
+  layer.args.output = nullptr;
+  layer.args.workspace = nullptr;
+  expect(lb2_linear_forward_cpu(&layer.args) == LB2_OK, "no tokens need no buffers");
+}
+
+void test_layer_checks() {
+  expect_refusal("struct_size", [](Layer& l) { l.args.struct_size = 8; });
+  expect_refusal("dtype must be", [](Layer& l) { l.args.dtype = LB2_INT8; });
+  expect_refusal("dtype must be", [](Layer& l) { l.args.dtype = -1; });
+  expect_refusal("m must be between 0", [](Layer& l) { l.args.m = -1; });
+  expect_refusal("m must be between 0", [](Layer& l) { l.args.m = int64_t{1} << 31; });
+  expect_refusal("k must be between 1", [](Layer& l) { l.args.k = 0; });
+  expect_refusal("k must be between 1", [](Layer& l) { l.args.k = INT64_MAX; });
+  expect_refusal("n must be between 1", [](Layer& l) { l.args.n = -5; });
+  expect_refusal("paths must not be NULL", [](Layer& l) { l.args.paths = nullptr; });
+  expect_refusal("num_paths must be between 1 and 16, got 0", [](Layer& l) { l.args.num_paths = 0; });
+  expect_refusal("num_paths", [](Layer& l) { l.args.num_paths = 17; });
+  expect_refusal("isa", [](Layer& l) { l.args.isa = 99; });
+  expect_refusal("isa", [](Layer& l) { l.args.isa = -1; });
+}
+
+void test_path_checks() {
+  expect_refusal("paths[1].v must not be NULL", [](Layer& l) { l.paths[1].v = nullptr; });
+  expect_refusal("paths[0].in_scale must not be NULL", [](Layer& l) { l.paths[0].in_scale = nullptr; });
+  expect_refusal("paths[0].out_scale must not be NULL", [](Layer& l) { l.paths[0].out_scale = nullptr; });
+  expect_refusal("paths[1].u must be given like paths[0].u", [](Layer& l) { l.paths[1].u = nullptr; });
+  expect_refusal("paths[1].u must be NULL like paths[0].u", [](Layer& l) {
+    l.paths[0].u = nullptr;
+    l.paths[0].latent_scale = nullptr;
+    l.paths[0].rank = Layer::kN;
+  });
+  expect_refusal("paths[1].latent_scale", [](Layer& l) { l.paths[1].latent_scale = nullptr; });
+  expect_refusal("paths[0].rank must be between 1", [](Layer& l) { l.paths[0].rank = 0; });
+  expect_refusal("paths[0].rank must be a multiple of 8, got 12", [](Layer& l) { l.paths[0].rank = 12; });
+  expect_refusal("paths[0].v_stride must be >= 2", [](Layer& l) { l.paths[0].v_stride = 1; });
+  expect_refusal("paths[0].v_stride = ", [](Layer& l) { l.paths[0].v_stride = INT64_MAX / 2; });
+  expect_refusal("paths[1].u_stride must be >= 1", [](Layer& l) { l.paths[1].u_stride = -1; });
+  expect_refusal("paths[0].rank must equal n = 9 for a single-stage path, got 8", [](Layer& l) {
+    l.args.num_paths = 1;
+    l.paths[0].u = nullptr;
+    l.paths[0].latent_scale = nullptr;
+  });
+}
+
+void test_buffer_checks() {
+  expect_refusal("input must not be NULL", [](Layer& l) { l.args.input = nullptr; });
+  expect_refusal("output must not be NULL", [](Layer& l) { l.args.output = nullptr; });
+  expect_refusal("input_stride must be >= 0", [](Layer& l) { l.args.input_stride = -1; });
+  expect_refusal("output_stride must be >= 9, got 8", [](Layer& l) { l.args.output_stride = 8; });
+  expect_refusal("input_stride", [](Layer& l) { l.args.input_stride = INT64_MAX; });
+  expect_refusal("output_stride", [](Layer& l) { l.args.output_stride = INT64_MAX / 2; });
+  expect_refusal("workspace must not be NULL", [](Layer& l) { l.args.workspace = nullptr; });
+  expect_refusal("workspace_bytes must be >= ", [](Layer& l) { l.args.workspace_bytes = 10; });
+  expect_refusal(
+      "parallel_for failed with code 7",
+      [](Layer& l) {
+        // Enough rows that the work is handed out.
+        l.args.parallel_for = [](void*, int64_t, int64_t, lb2_task, void*) -> int32_t { return 7; };
+        static std::vector<int32_t> u(1 << 16);
+        static std::vector<float> scale(1 << 16), y(2 << 16);
+        for (lb2_path& path : l.paths) path.u = u.data(), path.out_scale = scale.data();
+        l.args.n = 1 << 16;
+        l.args.output = y.data();
+        l.args.output_stride = 1 << 16;
+      },
+      LB2_ERROR_INTERNAL);
+}
+
+void test_signs() {
+  uint8_t negative[4] = {};
+  int32_t word = 0;
+  float out[4];
+  expect(lb2_pack_signs(nullptr, 4, 1, 4, &word, 1) == LB2_ERROR_INVALID_ARGUMENT, "pack: negative is NULL");
+  expect(lb2_pack_signs(negative, 4, -1, 4, &word, 1) == LB2_ERROR_INVALID_ARGUMENT, "pack: rows < 0");
+  expect(lb2_pack_signs(negative, 4, 2, 4, &word, 0) == LB2_ERROR_INVALID_ARGUMENT, "pack: words_stride");
+  expect(lb2_pack_signs(negative, 3, 2, 4, &word, 1) == LB2_ERROR_INVALID_ARGUMENT, "pack: negative_stride");
+  expect(lb2_pack_signs(negative, INT64_MAX, 4, 4, &word, 1) == LB2_ERROR_INVALID_ARGUMENT, "pack: overflow");
+  expect(lb2_unpack_signs(&word, 1, 1, 4, 17, out, 4) == LB2_ERROR_INVALID_ARGUMENT, "unpack: dtype");
+  expect(lb2_unpack_signs(&word, 1, 1, 4, LB2_FLOAT32, nullptr, 4) == LB2_ERROR_INVALID_ARGUMENT,
+         "unpack: out");
+  expect(lb2_pack_signs(nullptr, 0, 0, 0, nullptr, 0) == LB2_OK, "pack: nothing to do");
+}
+
+void test_queries() {
+  Layer layer;
+  expect(lb2_linear_plan_cpu(nullptr, nullptr) == LB2_ERROR_INVALID_ARGUMENT, "plan: args is NULL");
+  expect(lb2_linear_plan_cpu(&layer.args, nullptr) == LB2_ERROR_INVALID_ARGUMENT, "plan: plan is NULL");
+  expect(lb2_linear_forward_cpu(nullptr) == LB2_ERROR_INVALID_ARGUMENT, "forward: args is NULL");
+  expect(lb2_linear_backward_x_cpu(nullptr) == LB2_ERROR_INVALID_ARGUMENT, "backward: args is NULL");
+  expect(lb2_cpu_isa(nullptr) == LB2_ERROR_INVALID_ARGUMENT, "isa is NULL");
+  expect(lb2_cpu_set_isa(42) == LB2_ERROR_INVALID_ARGUMENT, "set_isa: unknown");
+  expect(std::strcmp(lb2_isa_name(42), "unknown") == 0 && std::strcmp(lb2_isa_name(-1), "unknown") == 0,
+         "isa_name");
+  expect(lb2_cpu_isa_available(LB2_ISA_SCALAR) == 1 && lb2_cpu_isa_available(42) == 0, "isa_available");
+  lb2_cpu_plan plan;
+  layer.args.m = INT32_MAX;
+  layer.args.k = layer.args.n = INT32_MAX;
+  for (lb2_path& path : layer.paths) path.rank = 2147483640, path.v_stride = path.u_stride = 67108864;
+  expect(lb2_linear_plan_cpu(&layer.args, &plan) == LB2_OK && plan.macs == INT64_MAX, "huge plans saturate");
+}
+
+}  // namespace
+
+int main() {
+  test_accepted();
+  test_layer_checks();
+  test_path_checks();
+  test_buffer_checks();
+  test_signs();
+  test_queries();
+  return failures != 0;
+}
