@@ -1,0 +1,145 @@
+"""What was built, what can run here, and why not: ``python -m littlebit2_kernels.diagnostics [--json]``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import sys
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from ._native import NativeLibraryError, core, ops_library_path
+from .dispatch import BACKENDS, unavailable_reason
+from .format import FORMAT_VERSION
+from .ops import littlebit_linear, load
+from .reference import linear_reference
+from .testing import TOLERANCE, make_problem, relative_error
+from .version import __version__
+
+__all__ = ["collect", "main"]
+
+
+def collect() -> dict[str, Any]:
+    """Gather the report; nothing in it raises.
+
+    Returns:
+        JSON-serialisable sections ``package``, ``native``, ``cpu``, ``gpu``, ``backends`` and ``self_test``.
+        ``self_test`` is ``"ok"`` or the reason why the CPU kernels do not work.
+    """
+    return {
+        "package": {
+            "littlebit2_kernels": __version__,
+            "format_version": FORMAT_VERSION,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": _installed_version("triton"),
+            "platform": platform.platform(),
+        },
+        "native": _native(),
+        "cpu": _cpu(),
+        "gpu": _gpu(),
+        "backends": {name: _backend(name) for name in BACKENDS if name != "auto"},
+        "self_test": _self_test(),
+    }
+
+
+def _installed_version(name: str) -> str | None:
+    # The version without importing: triton is slow to import and may touch the GPU.
+    if importlib.util.find_spec(name) is None:
+        return None
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _native() -> dict[str, Any]:
+    try:
+        module = core()
+    except NativeLibraryError as error:
+        return {"error": str(error)}
+    report = {
+        "version": module.version,
+        "compiler": module.compiler,
+        "cuda_kernels": module.cuda_built,
+        "operator_library": str(ops_library_path()),
+    }
+    try:
+        load()
+    except NativeLibraryError as error:
+        report["error"] = str(error)
+    return report
+
+
+def _cpu() -> dict[str, Any]:
+    report: dict[str, Any] = {
+        "threads": torch.get_num_threads(),
+        "LB2_CPU_ISA": os.environ.get("LB2_CPU_ISA"),
+    }
+    try:
+        report["available_isas"] = core().cpu_isas()
+        report["isa"] = core().cpu_isa()
+    except (NativeLibraryError, RuntimeError, ValueError) as error:
+        report["error"] = str(error)
+    return report
+
+
+def _gpu() -> dict[str, Any]:
+    if not torch.backends.cuda.is_built() and torch.version.hip is None:
+        return {"available": False, "reason": "this torch was built without CUDA or ROCm"}
+    if not torch.cuda.is_available():
+        return {"available": False, "reason": "torch finds no usable GPU or driver"}
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return {
+        "available": True,
+        "toolkit": torch.version.cuda or torch.version.hip,
+        "devices": [f"{device.name} (sm_{device.major}{device.minor})" for device in devices],
+    }
+
+
+def _backend(name: str) -> str:
+    device_type = "cuda" if name in ("cuda", "triton") else "cpu"
+    reason = unavailable_reason(name, device_type)
+    return "available" if reason is None else f"unavailable: {reason}"
+
+
+def _self_test() -> str:
+    try:
+        for dtype, tolerance in TOLERANCE.items():
+            x, packed = make_problem(
+                3, 100, 70, [24, 8], dtype=dtype, generator=torch.Generator().manual_seed(0)
+            )
+            error = relative_error(littlebit_linear(x, packed), linear_reference(x, packed))
+            if not error <= tolerance:
+                return f"wrong results in {dtype}: relative error {error:.2e}, allowed {tolerance:.0e}"
+    except (NativeLibraryError, RuntimeError) as error:
+        return str(error)
+    return "ok"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the report; return 0 when the self-test passes and 1 when it does not."""
+    parser = argparse.ArgumentParser(prog="python -m littlebit2_kernels.diagnostics", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(arguments)
+    report = collect()
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        for section, content in report.items():
+            if not isinstance(content, dict):
+                print(f"{section}: {content}")
+                continue
+            print(f"{section}:")
+            for key, value in content.items():
+                print(f"  {key}: {', '.join(value) if isinstance(value, list) else value}")
+    return 0 if report["self_test"] == "ok" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""Which backend runs a call, why, and what it will do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ._native import NativeLibraryError, core
+from .format import PackedLinear
+
+__all__ = [
+    "BACKENDS",
+    "BackendUnavailableError",
+    "Explanation",
+    "choose_backend",
+    "explain",
+    "unavailable_reason",
+]
+
+#: Names that ``backend=`` accepts.
+BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend that was asked for, or the only one that would do, cannot run; the message says why."""
+
+
+def unavailable_reason(backend: str, device_type: str) -> str | None:
+    """Why ``backend`` cannot run on a device type, or ``None`` if it can.
+
+    Raises:
+        ValueError: ``backend`` is not a name in :data:`BACKENDS` other than ``"auto"``.
+    """
+    if backend == "reference":
+        return None
+    if backend == "cpu":
+        return None if device_type in ("cpu", "meta") else f"it runs on CPU tensors, not on {device_type}"
+    if backend == "cuda":
+        return "this version of the package has no CUDA kernels"
+    if backend == "triton":
+        return "this version of the package has no Triton kernels"
+    raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def choose_backend(backend: str, device_type: str) -> str:
+    """Resolve ``backend`` for tensors on ``device_type``; never falls back to a slower one silently.
+
+    Raises:
+        ValueError: the name is unknown.
+        BackendUnavailableError: the backend cannot run there, with the reason and what would help.
+    """
+    if backend == "auto":
+        if device_type in ("cpu", "meta"):
+            return "cpu"
+        raise BackendUnavailableError(
+            f"no kernels for tensors on {device_type}: cuda: {unavailable_reason('cuda', device_type)}; "
+            f"triton: {unavailable_reason('triton', device_type)}. Move the layer and x to the CPU, or "
+            "ask for backend='reference' (plain PyTorch on unpacked signs: right, but slow)."
+        )
+    reason = unavailable_reason(backend, device_type)
+    if reason is not None:
+        raise BackendUnavailableError(f"backend={backend!r} cannot run: {reason}")
+    return backend
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a call of :func:`littlebit2_kernels.littlebit_linear` does; ``str()`` prints it.
+
+    Attributes:
+        backend: the backend that runs.
+        reason: why it was chosen.
+        tokens: M of the call.
+        macs: sign-accumulate operations, all stages and paths.
+        packed_bytes: bytes of the layer that one pass reads.
+        isa: CPU instruction set, or ``None`` for other backends.
+        threads: threads that torch offers the call.
+        token_block: tokens that one pass over the packed words serves.
+        workspace_bytes: scratch memory of the forward call.
+        first_stages: first stages computed (paths that share one count once).
+    """
+
+    backend: str
+    reason: str
+    tokens: int
+    macs: int
+    packed_bytes: int
+    isa: str | None = None
+    threads: int | None = None
+    token_block: int | None = None
+    workspace_bytes: int | None = None
+    first_stages: int | None = None
+
+    def __str__(self) -> str:
+        rows = [(name, value) for name, value in vars(self).items() if value is not None]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def explain(x: torch.Tensor | Sequence[int], packed: PackedLinear, backend: str = "auto") -> Explanation:
+    """Say what ``littlebit_linear(x, packed, backend)`` would do, without doing it.
+
+    Args:
+        x: the activations ``[..., K]``, or just their shape.
+        packed: the layer.
+        backend: as for :func:`littlebit2_kernels.littlebit_linear`.
+
+    Raises:
+        ValueError: the last dimension is not K, or the backend's name is unknown.
+        BackendUnavailableError: the backend cannot run.
+    """
+    shape = tuple(x.shape) if isinstance(x, torch.Tensor) else tuple(x)
+    if not shape or shape[-1] != packed.in_features:
+        raise ValueError(f"x.size(-1) must equal K={packed.in_features}, got shape {list(shape)}")
+    tokens = 1
+    for size in shape[:-1]:
+        tokens *= size
+    device_type = packed.device.type
+    chosen = choose_backend(backend, device_type)
+    reason = (
+        f"asked for by name ({backend!r})"
+        if backend != "auto"
+        else f"native kernels for {device_type} tensors"
+    )
+    leaders = packed.leaders
+    macs = tokens * sum(p.rank * p.in_features for i, p in enumerate(packed.paths) if leaders[i] == i)
+    if not packed.single_stage:
+        macs += tokens * sum(p.rank * p.out_features for p in packed.paths)
+    common = {
+        "backend": chosen,
+        "reason": reason,
+        "tokens": tokens,
+        "macs": macs,
+        "packed_bytes": packed.nbytes,
+    }
+    if chosen != "cpu":
+        return Explanation(**common)  # type: ignore[arg-type]
+    try:
+        native = core()
+    except NativeLibraryError as error:
+        raise BackendUnavailableError(f"backend 'cpu' cannot run: {error}") from error
+    plan = native.plan_cpu(
+        tokens,
+        packed.in_features,
+        packed.out_features,
+        list(packed.ranks),
+        packed.single_stage,
+        list(leaders),
+    )
+    return Explanation(
+        **common,  # type: ignore[arg-type]
+        isa=plan["isa"],
+        threads=torch.get_num_threads(),
+        token_block=plan["token_block"],
+        workspace_bytes=plan["forward_workspace_bytes"],
+        first_stages=plan["first_stages"],
+    )

@@ -1,0 +1,265 @@
+"""``LittleBitLinear``: a packed layer as a drop-in ``torch.nn.Module``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from .format import RANK_MULTIPLE, PackedLinear, PackedPath, words_per_row
+from .ops import Operands, linear_from_operands, littlebit_linear
+from .state import UPSTREAM_EXTRAS, fold_latent_scale, packed_from_state, packed_to_state, path_suffix
+
+__all__ = ["LittleBitLinear", "WeightPacker"]
+
+
+class WeightPacker(Protocol):
+    """What :meth:`LittleBitLinear.from_linear` needs; ``littlebit2.quantize.QuantConfig`` is one."""
+
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
+        """Quantise ``weight`` ``[N, K]`` and an optional ``bias`` ``[N]`` to a packed layer."""
+        ...
+
+
+class LittleBitLinear(nn.Module):
+    """A linear layer held as packed signs and float32 scales.
+
+    Its buffers are the portable tensors of docs/format.md (``V_packed``, ``U_packed``, ``u1``, ``v2``,
+    ``latent_scale``, ...), so ``state_dict`` is the file format. ``load_state_dict`` also takes the
+    authors' ``v1``/``u2`` pairs and half-precision scales. Scales stay float32 under ``.half()``
+    and ``.to(dtype)``; the layer computes in whatever dtype its input has. Weights are frozen, the
+    input is differentiable.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        ranks: rank of every path, or ``None`` for a single-stage (OneBit-like) layer.
+        bias: whether the layer has a bias.
+        shares: for each path, the path whose first stage (``V`` and ``in_scale``) it uses, itself by
+            default. Only equal ranks can share.
+        backend: backend of every call, see :func:`littlebit2_kernels.littlebit_linear`.
+        device: where the (all-zero) buffers are made; ``"meta"`` for loading without a copy.
+
+    Raises:
+        ValueError: a dimension or rank is out of range, or ``shares`` is inconsistent.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        ranks: Sequence[int] | None,
+        bias: bool = True,
+        *,
+        shares: Sequence[int] | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self._set_packed(_zero_layer(in_features, out_features, ranks, bias, shares, device), backend)
+
+    @classmethod
+    def from_packed(cls, packed: PackedLinear, *, backend: str = "auto") -> LittleBitLinear:
+        """Wrap a packed layer; contiguous tensors become the module's buffers without a copy.
+
+        Raises:
+            TypeError: ``packed`` is not a :class:`PackedLinear`.
+        """
+        if not isinstance(packed, PackedLinear):
+            raise TypeError(f"packed must be a PackedLinear, got {type(packed).__name__}")
+        module = cls.__new__(cls)
+        nn.Module.__init__(module)
+        module._set_packed(packed, backend)
+        return module
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, config: WeightPacker, *, backend: str = "auto"
+    ) -> LittleBitLinear:
+        """Quantise a dense layer, for example with ``config = littlebit2.quantize.QuantConfig(bpw=0.55)``.
+
+        Raises:
+            TypeError: ``linear`` is not an ``nn.Linear``, or ``config`` cannot pack weights.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
+        if not callable(getattr(config, "pack", None)):
+            raise TypeError(
+                "config must have a method pack(weight, bias), as littlebit2.quantize.QuantConfig has; "
+                f"got {type(config).__name__}"
+            )
+        bias = None if linear.bias is None else linear.bias.detach()
+        return cls.from_packed(config.pack(linear.weight.detach(), bias), backend=backend)
+
+    def _set_packed(self, packed: PackedLinear, backend: str) -> None:
+        self.in_features = packed.in_features
+        self.out_features = packed.out_features
+        self.ranks = None if packed.single_stage else packed.ranks
+        self.backend = backend
+        for name, tensor in packed_to_state(packed).items():
+            self.register_buffer(name, tensor.contiguous())
+        if packed.bias is None:
+            self.register_buffer("bias", None)
+        #: For each path, the path whose V and in_scale it uses.
+        self.shares = packed.leaders
+        own = [path_suffix(p) for p in range(len(packed.paths))]
+        first = [path_suffix(leader) for leader in self.shares]
+        # Buffer names of each operand; buffers themselves may be replaced by .to() or loading.
+        self._operand_names = tuple(
+            None
+            if packed.single_stage and name in ("U_packed", "latent_scale")
+            else [name + s for s in suffixes]
+            for name, suffixes in (
+                ("V_packed", first),
+                ("U_packed", own),
+                ("v2", first),
+                ("latent_scale", own),
+                ("u1", own),
+            )
+        )
+
+    def _operands(self) -> Operands:
+        buffers: dict[str, Any] = self._buffers
+        return tuple(  # type: ignore[return-value]
+            None if names is None else [buffers[name] for name in names] for names in self._operand_names
+        )
+
+    @property
+    def packed(self) -> PackedLinear:
+        """The layer as a checked :class:`PackedLinear` that views the module's buffers."""
+        v, u, in_scale, latent_scale, out_scale = self._operands()
+        paths: list[PackedPath] = []
+        for p, leader in enumerate(self.shares):
+            paths.append(
+                PackedPath(
+                    v=v[p],
+                    in_scale=in_scale[p].flatten() if leader == p else paths[leader].in_scale,
+                    out_scale=out_scale[p].flatten(),
+                    u=u[p] if u else None,
+                    latent_scale=latent_scale[p].flatten() if latent_scale else None,
+                )
+            )
+        return PackedLinear(tuple(paths), self._buffers["bias"])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(b.numel() * b.element_size() for b in self._buffers.values() if b is not None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map ``x`` ``[..., K]`` (float32, float16 or bfloat16) to ``[..., N]`` of the same dtype."""
+        if self.backend != "auto" or x.device.type not in ("cpu", "meta"):
+            return littlebit_linear(x, self.packed, self.backend)
+        return linear_from_operands(x, self._operands(), self._buffers["bias"])
+
+    def extra_repr(self) -> str:
+        """Shape, ranks and stored bits per weight."""
+        bits = 8 * self.nbytes / (self.in_features * self.out_features)
+        kind = "single_stage=True" if self.ranks is None else f"ranks={list(self.ranks)}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, {kind}, "
+            f"bias={self._buffers['bias'] is not None}, stored_bpw={bits:.3g}"
+        )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LittleBitLinear:
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            result = fn(tensor)
+            # Scales are float32 by format: follow a change of device, not one of dtype.
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        for name in UPSTREAM_EXTRAS:
+            state_dict.pop(prefix + name, None)
+        for path in range(len(self.shares)):
+            s = path_suffix(path)
+            pair = (f"{prefix}v1{s}", f"{prefix}u2{s}")
+            if f"{prefix}latent_scale{s}" not in state_dict and all(name in state_dict for name in pair):
+                v1, u2 = (state_dict.pop(name) for name in pair)
+                state_dict[f"{prefix}latent_scale{s}"] = fold_latent_scale(v1, u2)
+        own = {prefix + name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        for key, buffer in own.items():
+            stored = state_dict.get(key)
+            # Checkpoints hold half-precision scales, as [size] or [1, size].
+            if stored is not None and buffer.is_floating_point() and stored.numel() == buffer.numel():
+                state_dict[key] = stored.float().reshape(buffer.shape)
+        present = {key: state_dict[key] for key in own if key in state_dict}
+        if len(present) == len(own):
+            # Nothing is copied before everything was checked: a bad file leaves the layer as it was.
+            try:
+                loaded = packed_from_state(present, prefix)
+            except (KeyError, TypeError, ValueError) as error:
+                error_msgs.append(str(error.args[0]))
+                return
+            mismatch = self._mismatch(loaded)
+            if mismatch is not None:
+                error_msgs.append(f"{prefix or 'layer'}: {mismatch}")
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _mismatch(self, loaded: PackedLinear) -> str | None:
+        expected = (self.in_features, self.out_features, self.ranks, self.shares)
+        ranks = None if loaded.single_stage else loaded.ranks
+        got = (loaded.in_features, loaded.out_features, ranks, loaded.leaders)
+        if expected == got:
+            return None
+        return f"expected (in_features, out_features, ranks, shares) = {expected}, got {got}"
+
+
+def _zero_layer(
+    in_features: int,
+    out_features: int,
+    ranks: Sequence[int] | None,
+    bias: bool,
+    shares: Sequence[int] | None,
+    device: torch.device | str | None,
+) -> PackedLinear:
+    """A layer of the given structure whose signs are all +1 and whose scales are all zero."""
+    for name, size in (("in_features", in_features), ("out_features", out_features)):
+        if size < 1:
+            raise ValueError(f"{name} must be >= 1, got {size}")
+    rows = [out_features] if ranks is None else list(ranks)
+    leaders = list(range(len(rows))) if shares is None else list(shares)
+    if len(leaders) != len(rows):
+        raise ValueError(f"shares must name one path per rank ({len(rows)}), got {len(leaders)}")
+
+    def words(count: int, cols: int) -> torch.Tensor:
+        return torch.zeros(count, words_per_row(cols), dtype=torch.int32, device=device)
+
+    def scale(size: int) -> torch.Tensor:
+        return torch.zeros(size, dtype=torch.float32, device=device)
+
+    paths: list[PackedPath] = []
+    for p, rank in enumerate(rows):
+        if ranks is not None and (rank < RANK_MULTIPLE or rank % RANK_MULTIPLE):
+            raise ValueError(f"ranks[{p}] must be a positive multiple of {RANK_MULTIPLE}, got {rank}")
+        if not 0 <= leaders[p] <= p or leaders[leaders[p]] != leaders[p] or rows[leaders[p]] != rank:
+            raise ValueError(
+                f"shares[{p}] must name path {p} itself or an earlier unshared path of rank {rank}, "
+                f"got {leaders[p]}"
+            )
+        leader = paths[leaders[p]] if leaders[p] < p else None
+        paths.append(
+            PackedPath(
+                v=leader.v if leader else words(rank, in_features),
+                in_scale=leader.in_scale if leader else scale(in_features),
+                out_scale=scale(out_features),
+                u=None if ranks is None else words(out_features, rank),
+                latent_scale=None if ranks is None else scale(rank),
+            )
+        )
+    return PackedLinear(tuple(paths), scale(out_features) if bias else None)

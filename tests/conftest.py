@@ -1,0 +1,53 @@
+"""Fixtures and settings that every room's tests share."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import zlib
+from collections.abc import Generator
+
+import hypothesis
+import pytest
+import torch
+
+# Shared machines stall for long moments: a time limit per example would only make tests flaky.
+hypothesis.settings.register_profile("littlebit2", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("littlebit2")
+
+_SEED_VARIABLE = "LB2_TEST_SEED"
+_SEED = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Fix the session's base seed: 0, the value of LB2_TEST_SEED, or a fresh one for ``random``."""
+    text = os.environ.get(_SEED_VARIABLE, "0")
+    if text != "random" and not text.isdecimal():
+        raise pytest.UsageError(f"{_SEED_VARIABLE} must be a non-negative integer or 'random', got {text!r}")
+    config.stash[_SEED] = secrets.randbits(32) if text == "random" else int(text)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Say in a failure's report how to get the same random inputs again."""
+    report = yield
+    if report.failed and "rng" in getattr(item, "fixturenames", ()):
+        report.sections.append(("random inputs", f"repeat with {_SEED_VARIABLE}={item.config.stash[_SEED]}"))
+    return report
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> torch.Generator:
+    """A CPU generator seeded by the test's own id, so tests neither share nor disturb each other's inputs."""
+    seed = f"{request.config.stash[_SEED]}:{request.node.nodeid}"
+    return torch.Generator().manual_seed(zlib.crc32(seed.encode()))
+
+
+@pytest.fixture
+def requires_cuda() -> torch.device:
+    """The CUDA device, or a visible skip where there is none."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device and a CUDA build of torch")
+    return torch.device("cuda", torch.cuda.current_device())

@@ -1,0 +1,102 @@
+"""Random problems against the float64 reference, on every instruction set."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from littlebit2_kernels import littlebit_linear
+from littlebit2_kernels._native import core
+from littlebit2_kernels.format import PackedLinear
+from littlebit2_kernels.reference import dense_weight, linear_reference
+from littlebit2_kernels.testing import TOLERANCE, make_problem, max_allowed_error, relative_error
+
+SIZES = (1, 2, 7, 16, 31, 32, 33, 64, 65, 100, 130, 257, 400, 1025)
+TOKENS = (0, 1, 1, 1, 2, 3, 4, 5, 6, 7, 8, 13, 25, 33, 100)
+
+
+def random_problem(rng: torch.Generator) -> tuple[torch.Tensor, PackedLinear]:
+    """Draw shapes, ranks, paths, dtype, layout of x, outliers and bias."""
+    draw = random.Random(int(torch.randint(2**31, (), generator=rng)))
+    paths = draw.choice((None, 1, 1, 2, 2, 3))
+    share = paths is not None and draw.random() < 0.3
+    ranks = None
+    if paths is not None:
+        ranks = [8 * draw.randint(1, 20) for _ in range(paths)]
+        ranks = [ranks[0]] * paths if share else ranks
+    in_features = draw.choice(SIZES)
+    x, packed = make_problem(
+        draw.choice(TOKENS),
+        in_features,
+        draw.choice(SIZES),
+        ranks,
+        dtype=draw.choice(tuple(TOLERANCE)),
+        outliers=min(in_features, draw.choice((0, 0, 3))),
+        bias=draw.random() < 0.5,
+        share_v=share,
+        generator=rng,
+    )
+    return with_random_layout(draw, x), packed
+
+
+def with_random_layout(draw: random.Random, x: torch.Tensor) -> torch.Tensor:
+    """The same values with other strides, dimensions or storage offset."""
+    tokens, in_features = x.shape
+    layout = draw.choice(("contiguous", "pitched", "transposed", "offset", "batched"))
+    if layout == "pitched":
+        return torch.cat([x, x[:, :3]], dim=1)[:, :in_features]
+    if layout == "transposed":
+        return x.T.contiguous().T
+    if layout == "offset":
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:].reshape(tokens, in_features)
+    if layout == "batched" and tokens % 2 == 0:
+        return x.reshape(2, tokens // 2, in_features)
+    return x
+
+
+@pytest.mark.parametrize("case", range(300))
+def test_forward_is_as_exact_as_torch(case: int, isa: str, rng: torch.Generator) -> None:
+    x, packed = random_problem(rng)
+    y = littlebit_linear(x, packed, backend="cpu")
+    truth = linear_reference(x, packed)
+    assert y.dtype == x.dtype
+    assert y.shape == (*x.shape[:-1], packed.out_features)
+    assert relative_error(y, truth) <= max_allowed_error(x, packed, truth), (
+        f"M, K = {tuple(x.shape)}, {packed}"
+    )
+
+
+@pytest.mark.parametrize("case", range(60))
+def test_backward_is_as_exact_as_torch(case: int, isa: str, rng: torch.Generator) -> None:
+    x, packed = random_problem(rng)
+    x = x.detach().requires_grad_()
+    grad = torch.randn(*x.shape[:-1], packed.out_features, generator=rng).to(x.dtype)
+    littlebit_linear(x, packed).backward(grad)
+    truth = grad.double() @ dense_weight(packed)
+    assert x.grad is not None
+    assert x.grad.dtype == x.dtype
+    assert relative_error(x.grad, truth) <= TOLERANCE[x.dtype], f"M, K = {tuple(x.shape)}, {packed}"
+
+
+@pytest.mark.parametrize("case", range(40))
+def test_instruction_sets_agree_to_the_bit(case: int, every_isa: list[str], rng: torch.Generator) -> None:
+    x, packed = random_problem(rng)
+    results = []
+    for name in every_isa:
+        core().set_cpu_isa(name)
+        results.append(littlebit_linear(x, packed))
+    for name, result in zip(every_isa, results, strict=True):
+        assert torch.equal(result, results[0]), f"{name} differs from {every_isa[0]}"
+
+
+@pytest.mark.parametrize("ranks", [None, [1024], [512, 520]], ids=str)
+def test_large_layers(ranks: list[int] | None, isa: str, rng: torch.Generator) -> None:
+    x, packed = make_problem(40, 5000, 3001, ranks, outliers=20, generator=rng)
+    assert relative_error(littlebit_linear(x, packed), linear_reference(x, packed)) <= 2e-6
+
+
+def test_many_tokens(isa: str, rng: torch.Generator) -> None:
+    x, packed = make_problem(1003, 96, 80, [24, 16], bias=True, generator=rng)
+    assert relative_error(littlebit_linear(x, packed), linear_reference(x, packed)) <= 2e-6

@@ -1,0 +1,283 @@
+"""``LittleBitLinear`` as a module: construction, state, devices, dtypes, copies."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from littlebit2_kernels import LittleBitLinear, PackedLinear
+from littlebit2_kernels.reference import dense_weight, linear_reference
+from littlebit2_kernels.testing import make_packed, make_problem, relative_error
+
+LAYERS: dict[str, dict[str, Any]] = {
+    "one-path": {"ranks": [40]},
+    "two-paths": {"ranks": [40, 16], "bias": True},
+    "three-paths": {"ranks": [8, 72, 24]},
+    "shared-v": {"ranks": [24, 24], "share_v": True, "bias": True},
+    "single-stage": {"ranks": None, "bias": True},
+}
+
+
+@pytest.fixture(params=LAYERS, ids=str)
+def layer(
+    request: pytest.FixtureRequest, rng: torch.Generator
+) -> tuple[torch.Tensor, PackedLinear, LittleBitLinear]:
+    options = dict(LAYERS[request.param])
+    x, packed = make_problem(5, 100, 70, options.pop("ranks"), generator=rng, **options)
+    return x, packed, LittleBitLinear.from_packed(packed)
+
+
+Layer = tuple[torch.Tensor, PackedLinear, LittleBitLinear]
+
+
+def twin(module: LittleBitLinear, **options: Any) -> LittleBitLinear:
+    """An empty layer of the same structure."""
+    return LittleBitLinear(
+        module.in_features,
+        module.out_features,
+        module.ranks,
+        module.bias is not None,
+        shares=module.shares,
+        **options,
+    )
+
+
+def test_forward(layer: Layer) -> None:
+    x, packed, module = layer
+    assert relative_error(module(x), linear_reference(x, packed)) <= 2e-6
+    assert module(x.reshape(5, 1, 100)).shape == (5, 1, 70)
+    assert relative_error(twin(module, backend="reference")(x), torch.zeros(5, 70)) == 0.0
+
+
+def test_packed_views_the_buffers(layer: Layer) -> None:
+    _, packed, module = layer
+    view = module.packed
+    assert view.leaders == packed.leaders
+    assert torch.equal(dense_weight(view), dense_weight(packed))
+    assert view.paths[0].v.data_ptr() == packed.paths[0].v.data_ptr()
+
+
+def test_state_dict_round_trip(layer: Layer) -> None:
+    x, _, module = layer
+    other = twin(module)
+    assert not other(x).any()
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(other(x), module(x))
+
+
+def test_meta_construction_and_assignment(layer: Layer) -> None:
+    x, _, module = layer
+    other = twin(module, device="meta")
+    assert all(b.is_meta for b in other.buffers())
+    assert other(x.to("meta")).shape == (5, 70)
+    other.load_state_dict(module.state_dict(), assign=True)
+    assert torch.equal(other(x), module(x))
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double", "to"])
+def test_scales_stay_float32(layer: Layer, cast: str) -> None:
+    x, _, module = layer
+    expected = module(x)
+    changed = module.to(torch.float16) if cast == "to" else getattr(module, cast)()
+    assert changed is module
+    assert {b.dtype for b in module.buffers()} == {torch.float32, torch.int32, torch.int64}
+    assert torch.equal(module(x), expected)
+    assert module(x.half()).dtype == torch.float16
+
+
+def test_a_model_moves_to_half_with_its_dense_layers(layer: Layer) -> None:
+    x, _, module = layer
+    model = nn.Sequential(nn.Linear(100, 100), module).to("cpu", torch.bfloat16)
+    assert model[0].weight.dtype == torch.bfloat16
+    assert model(x.bfloat16()).dtype == torch.bfloat16
+    assert model.to("meta")[1].u1.is_meta
+
+
+def test_copies_are_equal_and_independent(layer: Layer) -> None:
+    x, _, module = layer
+    expected = module(x)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(other(x), expected)
+        other.u1.zero_()
+        assert torch.equal(module(x), expected)
+
+
+def test_resident_memory_is_the_packed_size(rng: torch.Generator) -> None:
+    packed = make_packed(4096, 4096, [544, 544], generator=rng)
+    module = LittleBitLinear.from_packed(packed)
+    assert module.nbytes <= 1.1 * packed.nbytes
+    assert not list(module.parameters())
+
+
+def test_extra_repr() -> None:
+    text = repr(LittleBitLinear(64, 32, [16, 8], bias=False))
+    assert text.startswith(
+        "LittleBitLinear(in_features=64, out_features=32, ranks=[16, 8], bias=False, stored_bpw="
+    )
+    assert "single_stage=True" in repr(LittleBitLinear(64, 32, None))
+
+
+# --- loading what others wrote -------------------------------------------------------------------------
+
+
+def as_upstream(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The same layer under the authors' names: v1 and u2 instead of latent_scale, 16-bit scales, extras."""
+    upstream: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        if name.startswith("latent_scale"):
+            suffix = name.removeprefix("latent_scale")
+            upstream[f"v1{suffix}"] = torch.full_like(tensor, 0.5).to(dtype)
+            upstream[f"u2{suffix}"] = (tensor * 2).to(dtype)
+        else:
+            upstream[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    extras = {
+        "_eff_bit_target": torch.tensor(1.0),
+        "_split_dim_final": torch.tensor(40),
+        "_eff_bit_actual": torch.tensor(0.9),
+    }
+    return upstream | extras
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("assign", [False, True])
+def test_loads_the_authors_names(layer: Layer, dtype: torch.dtype, assign: bool) -> None:
+    _, _, module = layer
+    other = twin(module)
+    model = nn.ModuleDict({"proj": other})
+    state = as_upstream(module.state_dict(), dtype)
+    model.load_state_dict({f"proj.{name}": tensor for name, tensor in state.items()}, assign=assign)
+    expected = {
+        name: tensor.to(dtype).float() if tensor.is_floating_point() else tensor
+        for name, tensor in module.state_dict().items()
+    }
+    for name, tensor in other.state_dict().items():
+        assert tensor.dtype == expected[name].dtype
+        assert torch.equal(tensor, expected[name]), name
+
+
+def flip_a_pad_bit(state: dict[str, torch.Tensor]) -> None:
+    state["V_packed"] = state["V_packed"].clone()
+    state["V_packed"][3, -1] |= -(2**31)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda s: s.pop("U_packed_R"), r'Missing key\(s\) in state_dict: "U_packed_R"'),
+        (lambda s: s.pop("V_shape"), r'Missing key\(s\) in state_dict: "V_shape"'),
+        (lambda s: s.update(extra=torch.ones(1)), r'Unexpected key\(s\) in state_dict: "extra"'),
+        (lambda s: s.update(U_packed=s["U_packed"][:-1]), "U_shape = .* does not agree with U_packed"),
+        (lambda s: s.update(V_packed=s["V_packed"].float()), "v must be int32 words, got torch.float32"),
+        (lambda s: s.update(V_shape=torch.tensor([40, 99])), r"V_shape = \[40, 99\] does not agree"),
+        (lambda s: s.update(U_shape=torch.tensor([70, 48])), r"U_shape = \[70, 48\] does not agree"),
+        (
+            lambda s: s.update(u1=torch.full((1, 70), float("nan"))),
+            "out_scale must be finite, got nan at index 0",
+        ),
+        (lambda s: s.update(v2=torch.ones(1, 101)), "V_shape = .* does not agree|in_features"),
+        (flip_a_pad_bit, r"v has non-zero pad bits past column 100 \(first in row 3\)"),
+    ],
+    ids=[
+        "no-U",
+        "no-shape",
+        "extra",
+        "truncated",
+        "float-words",
+        "V_shape",
+        "U_shape",
+        "nan",
+        "v2",
+        "pad-bits",
+    ],
+)
+def test_bad_state_is_refused_and_changes_nothing(spoil: Any, message: str, rng: torch.Generator) -> None:
+    module = LittleBitLinear.from_packed(make_packed(100, 70, [40, 16], generator=rng))
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    state = LittleBitLinear.from_packed(make_packed(100, 70, [40, 16], generator=rng)).state_dict()
+    spoil(state)
+    with pytest.raises(RuntimeError, match=message):
+        module.load_state_dict(state)
+    if "key" not in message:
+        assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_structures_must_agree(rng: torch.Generator) -> None:
+    module = LittleBitLinear(100, 70, [16], bias=False)
+    other = LittleBitLinear.from_packed(make_packed(100, 70, [24], generator=rng))
+    # Ranks 16 and 24 of U occupy the same words; the stored shapes tell them apart.
+    with pytest.raises(RuntimeError, match=r"got \(100, 70, \(24,\), \(0,\)\)"):
+        module.load_state_dict(other.state_dict())
+    shared = LittleBitLinear(100, 70, [8, 8, 8], bias=False, shares=(0, 1, 0))
+    state = LittleBitLinear(100, 70, [8, 8, 8], bias=False, shares=(0, 1, 1)).state_dict()
+    with pytest.raises(RuntimeError, match=r"shares\) = .*\(0, 1, 0\)\), got .*\(0, 1, 1\)\)"):
+        shared.load_state_dict(state)
+
+
+# --- construction ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"in_features": 0}, "in_features must be >= 1, got 0"),
+        ({"out_features": -3}, "out_features must be >= 1, got -3"),
+        ({"ranks": [12]}, r"ranks\[0\] must be a positive multiple of 8, got 12"),
+        ({"ranks": []}, "paths must hold at least one PackedPath, got none"),
+        (
+            {"ranks": [8, 16], "shares": (0, 0)},
+            r"shares\[1\] must name path 1 itself or .* of rank 16, got 0",
+        ),
+        ({"ranks": [8], "shares": (0, 0)}, r"shares must name one path per rank \(1\), got 2"),
+        ({"ranks": [8, 8], "shares": (1, 1)}, r"shares\[0\] must name path 0"),
+        ({"ranks": [8, 8], "shares": (0, -1)}, r"shares\[1\] must name path 1 itself"),
+    ],
+)
+def test_bad_structure(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LittleBitLinear(**{"in_features": 32, "out_features": 16, "ranks": [8], **arguments})
+
+
+class RoundToSigns:
+    """A packer that ignores everything but the signs."""
+
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
+        from littlebit2_kernels import PackedPath, pack_signs
+
+        rows, cols = weight.shape
+        path = PackedPath(pack_signs(weight), torch.ones(cols), torch.ones(rows))
+        return PackedLinear((path,), None if bias is None else bias.float())
+
+
+def test_from_linear_uses_the_packer() -> None:
+    linear = nn.Linear(40, 30).bfloat16()
+    module = LittleBitLinear.from_linear(linear, RoundToSigns(), backend="reference")
+    assert module.backend == "reference"
+    x = torch.randn(2, 40)
+    expected = nn.functional.linear(x, torch.where(linear.weight < 0, -1.0, 1.0), linear.bias.float())
+    assert torch.allclose(module(x), expected, atol=1e-5)
+
+
+def test_from_linear_refuses() -> None:
+    with pytest.raises(TypeError, match=r"linear must be a torch\.nn\.Linear, got Conv1d"):
+        LittleBitLinear.from_linear(nn.Conv1d(1, 1, 1), RoundToSigns())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"config must have a method pack\(weight, bias\).* got dict"):
+        LittleBitLinear.from_linear(nn.Linear(2, 2), {})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="packed must be a PackedLinear, got Linear"):
+        LittleBitLinear.from_packed(nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+def test_forward_refuses_bad_input() -> None:
+    module = LittleBitLinear(32, 16, [8])
+    with pytest.raises(RuntimeError, match=r"x.size\(-1\) must equal 32, got shape \[2, 31\]"):
+        module(torch.ones(2, 31))
+    with pytest.raises(RuntimeError, match="x must be float32, float16 or bfloat16, got Double"):
+        module(torch.ones(2, 32, dtype=torch.float64))

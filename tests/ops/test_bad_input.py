@@ -1,0 +1,146 @@
+"""Every refusal names the argument, what was expected and what was got."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import littlebit2_kernels
+from littlebit2_kernels import BackendUnavailableError, explain, littlebit_linear
+from littlebit2_kernels.testing import make_packed, make_problem
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        ([1.0], TypeError, "x must be a torch.Tensor, got list"),
+        (
+            torch.ones(2, 40, dtype=torch.float64),
+            TypeError,
+            "x must be float32, float16 or bfloat16, got torch.float64",
+        ),
+        (
+            torch.ones(2, 40, dtype=torch.int32),
+            TypeError,
+            "x must be float32, float16 or bfloat16, got torch.int32",
+        ),
+        (torch.ones(2, 39), ValueError, r"x.size\(-1\) must equal K=40, got shape \[2, 39\]"),
+        (torch.tensor(1.0), ValueError, r"x.size\(-1\) must equal K=40, got shape \[\]"),
+        (torch.ones(2, 40, device="meta"), ValueError, "x must be on cpu like the packed layer, got meta"),
+    ],
+    ids=["list", "float64", "int32", "K", "0-d", "device"],
+)
+def test_bad_x(x: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        littlebit_linear(x, make_packed(40, 30, [8]))
+
+
+def test_bad_layer_and_backend() -> None:
+    x, packed = make_problem(2, 40, 30, [8])
+    with pytest.raises(TypeError, match="packed must be a PackedLinear, got Tensor"):
+        littlebit_linear(x, x)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match="backend must be one of auto, cpu, cuda, triton, reference, got 'tpu'"
+    ):
+        littlebit_linear(x, packed, backend="tpu")
+    for backend in ("cuda", "triton"):
+        with pytest.raises(BackendUnavailableError, match=f"backend='{backend}' cannot run: this version"):
+            littlebit_linear(x, packed, backend=backend)
+
+
+def spoil(name: str, index: int, value: Any) -> list[Any]:
+    names = ("x", "v", "u", "in_scale", "latent_scale", "out_scale", "bias")
+    x, packed = make_problem(2, 40, 30, [8, 16], bias=True)
+    arguments: list[Any] = [x, *[list(o) for o in packed.operands], packed.bias]
+    position = names.index(name)
+    if isinstance(arguments[position], list) and index >= 0:
+        arguments[position][index] = value
+    else:
+        arguments[position] = value
+    return arguments
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "value", "message"),
+    [
+        (
+            "x",
+            0,
+            torch.ones(2, 40, dtype=torch.float64),
+            "x must be float32, float16 or bfloat16, got Double",
+        ),
+        ("x", 0, torch.ones(2, 41), r"x.size\(-1\) must equal 40, got shape \[2, 41\]"),
+        ("x", 0, torch.tensor(1.0), r"x.size\(-1\) must equal 40, got shape \[\]"),
+        ("v", -1, [], "v must hold between 1 and 16 tensors, got 0"),
+        ("v", 1, torch.zeros(16, 2), r"v\[1\] must be int32 words, got Float"),
+        ("v", 1, torch.zeros(16, 3, dtype=torch.int32), r"v\[1\] must have shape \[16, 2\] .* got \[16, 3\]"),
+        ("v", 0, torch.zeros(2, 8, dtype=torch.int32).T, r"v\[0\] must have contiguous rows"),
+        ("v", 0, torch.zeros(12, 2, dtype=torch.int32), r"u\[0\]|multiple of 8|latent_scale\[0\]"),
+        ("v", 0, torch.zeros(16, dtype=torch.int32), r"v\[0\] must be two-dimensional, got \[16\]"),
+        ("u", 1, torch.zeros(29, 1, dtype=torch.int32), r"u\[1\] must have shape \[30, 1\] .* got \[29, 1\]"),
+        ("u", -1, [torch.zeros(30, 1, dtype=torch.int32)], r"u must hold one tensor per path \(2\), got 1"),
+        ("u", -1, None, "latent_scale must be given exactly when u is"),
+        ("in_scale", 1, torch.ones(39), r"in_scale\[1\] must have shape \[40\] or \[1, 40\], got \[39\]"),
+        ("in_scale", 0, torch.ones(40, dtype=torch.float16), r"in_scale\[0\] must be float32, got Half"),
+        ("in_scale", 0, torch.ones(2, 20), r"in_scale\[0\] must have shape \[K\] or \[1, K\], got \[2, 20\]"),
+        ("in_scale", 0, torch.ones(0), r"in_scale\[0\] must not be empty"),
+        (
+            "latent_scale",
+            0,
+            torch.ones(16),
+            r"latent_scale\[0\] must have shape \[8\] or \[1, 8\], got \[16\]",
+        ),
+        ("out_scale", 0, torch.ones(60)[::2], r"out_scale\[0\] must be contiguous"),
+        ("out_scale", 1, torch.ones(31), r"out_scale\[1\] must have shape \[30\] or \[1, 30\], got \[31\]"),
+        ("bias", 0, torch.ones(30, dtype=torch.bfloat16), "bias must be float32, got BFloat16"),
+        ("bias", 0, torch.ones(1), r"bias must have shape \[30\] or \[1, 30\], got \[1\]"),
+    ],
+)
+def test_operator_refuses(name: str, index: int, value: Any, message: str) -> None:
+    littlebit2_kernels.load()
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.littlebit2.linear(*spoil(name, index, value))
+
+
+def test_backward_operator_refuses() -> None:
+    littlebit2_kernels.load()
+    _, packed = make_problem(2, 40, 30, [8])
+    with pytest.raises(RuntimeError, match=r"grad.size\(-1\) must equal 30, got shape \[2, 40\]"):
+        torch.ops.littlebit2.linear_backward_x(torch.ones(2, 40), *packed.operands)
+
+
+def test_too_many_paths() -> None:
+    x, packed = make_problem(1, 40, 30, [8] * 17)
+    with pytest.raises(RuntimeError, match="v must hold between 1 and 16 tensors, got 17"):
+        littlebit_linear(x, packed)
+
+
+def test_fakes_refuse_a_wrong_last_dimension() -> None:
+    _, packed = make_problem(2, 40, 30, [8])
+    littlebit2_kernels.load()
+    with pytest.raises(RuntimeError, match=r"x.size\(-1\) must equal 40"):
+        torch.ops.littlebit2.linear(torch.ones(2, 41, device="meta"), *packed.to("meta").operands)
+
+
+def test_explain_refuses_what_the_call_refuses() -> None:
+    packed = make_packed(40, 30, [8])
+    with pytest.raises(ValueError, match=r"x.size\(-1\) must equal K=40, got shape \[2, 41\]"):
+        explain((2, 41), packed)
+    with pytest.raises(ValueError, match="backend must be one of"):
+        explain((2, 40), packed, backend="tpu")
+    with pytest.raises(BackendUnavailableError, match="no CUDA kernels"):
+        explain((2, 40), packed, backend="cuda")
+
+
+def test_explain_says_what_will_happen() -> None:
+    packed = make_packed(40, 30, [16, 16], share_v=True)
+    plan = explain(torch.ones(3, 2, 40), packed)
+    assert (plan.backend, plan.tokens, plan.first_stages) == ("cpu", 6, 1)
+    assert plan.macs == 6 * (16 * 40 + 2 * 16 * 30)
+    assert plan.packed_bytes == packed.nbytes
+    assert plan.isa in ("scalar", "avx2", "avx512")
+    assert "token_block" in str(plan)
+    reference = explain((6, 40), packed, backend="reference")
+    assert (reference.backend, reference.isa) == ("reference", None)

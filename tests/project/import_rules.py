@@ -1,0 +1,359 @@
+"""The checks behind test_import_rules.py: who may know whom, and what no file may contain.
+
+The tables below are the rows of CONTRIBUTING.md's room table. Python is read through its syntax tree,
+C, C++ and CUDA through their ``#include`` lines; nothing is imported or compiled, so the rules hold for
+rooms that cannot be built on the machine at hand. Standard-library modules are open to every Python room
+unless a row forbids them.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+MAX_LINES = 600
+
+PYTHON_ROOTS = {"littlebit2_kernels": "littlebit2_kernels", "littlebit2": "python/littlebit2"}
+CXX_SUFFIXES = {".h", ".hpp", ".c", ".cc", ".cpp", ".cu", ".cuh"}
+#: Suffixes of the project's own text; "" is Makefile, LICENSE, .ci/run and dot files. Not logs, not data.
+TEXT_SUFFIXES = CXX_SUFFIXES | {"", ".py", ".md", ".txt", ".toml", ".yaml", ".yml", ".json", ".cmake", ".csv"}
+
+#: Ways to reach compiled code from Python.
+NATIVE = (
+    "littlebit2_kernels._native",
+    "littlebit2_kernels._core",
+    "torch.ops.littlebit2",
+    "torch.ops.load_library",
+    "torch.utils.cpp_extension",
+    "ctypes",
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One broken rule."""
+
+    path: str
+    line: int
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.message}"
+
+
+@dataclass(frozen=True)
+class PythonRoom:
+    """What the modules under one dotted prefix may refer to.
+
+    Attributes:
+        may: prefixes of modules outside the standard library that are allowed.
+        never: prefixes that stay forbidden although ``may`` or the standard library covers them.
+        lazily: prefixes allowed only inside functions, so that importing the room stays free of them.
+        public_only: whether underscore names of the kernel package are out of reach.
+    """
+
+    may: tuple[str, ...]
+    never: tuple[str, ...] = ()
+    lazily: tuple[str, ...] = ()
+    public_only: bool = False
+
+
+_KERNELS = "littlebit2_kernels"
+_USER_BASE = ("torch", "numpy", "safetensors", "tqdm")
+
+#: The row with the longest matching prefix applies.
+PYTHON_ROOMS = {
+    f"{_KERNELS}.version": PythonRoom(may=()),
+    f"{_KERNELS}.format": PythonRoom(may=("torch",), never=NATIVE),
+    f"{_KERNELS}.reference": PythonRoom(may=("torch", f"{_KERNELS}.format"), never=NATIVE),
+    f"{_KERNELS}.testing": PythonRoom(
+        may=("torch", f"{_KERNELS}.format", f"{_KERNELS}.reference"), never=NATIVE
+    ),
+    f"{_KERNELS}.packing": PythonRoom(
+        may=("torch", "numpy", f"{_KERNELS}.format", f"{_KERNELS}._native"),
+    ),
+    f"{_KERNELS}.state": PythonRoom(may=("torch", f"{_KERNELS}.format"), never=NATIVE),
+    f"{_KERNELS}.linear": PythonRoom(
+        may=("torch", f"{_KERNELS}.ops", f"{_KERNELS}.format", f"{_KERNELS}.state"), never=NATIVE
+    ),
+    f"{_KERNELS}.triton": PythonRoom(
+        may=("torch", "triton", f"{_KERNELS}.format", f"{_KERNELS}.triton"), never=NATIVE
+    ),
+    _KERNELS: PythonRoom(may=("torch", "numpy", _KERNELS), lazily=("triton", f"{_KERNELS}.triton")),
+    "littlebit2.quantize": PythonRoom(
+        may=(
+            *_USER_BASE,
+            "littlebit2.quantize",
+            f"{_KERNELS}.format",
+            f"{_KERNELS}.reference",
+            f"{_KERNELS}.packing",
+        ),
+        never=NATIVE,
+        public_only=True,
+    ),
+    "littlebit2.integrations": PythonRoom(
+        may=(*_USER_BASE, "transformers", "vllm", "sglang", "littlebit2", _KERNELS), public_only=True
+    ),
+    "littlebit2": PythonRoom(
+        may=(*_USER_BASE, "littlebit2", _KERNELS), lazily=("transformers",), public_only=True
+    ),
+}
+
+_LIBC = r"(assert|ctype|errno|float|inttypes|limits|math|std(align|arg|bool|def|int|io|lib)|string)\.h"
+_STD = rf"[a-z_]+|{_LIBC}"
+_CPU = r"immintrin\.h|arm_neon\.h|cpuid\.h|intrin\.h|sys/auxv\.h|asm/hwcap\.h|sys/sysctl\.h"
+_CUDA = r"cuda\w*\.h|mma\.h|(cuda|cub|nv)/.*"
+_STABLE_TORCH = r"torch/csrc/stable/.*|torch/csrc/inductor/aoti_torch/c/.*|torch/headeronly/.*"
+#: Our public headers, the generated ones (which no scan of the tree can find) included.
+_PUBLIC = r"csrc/include/.*|littlebit2/.*"
+
+#: Includes that each room under csrc may name: our own files by their path from the root, others as written.
+CXX_ROOMS = {
+    "include": re.compile(rf"{_LIBC}|{_PUBLIC}"),
+    "core": re.compile(rf"{_STD}|{_PUBLIC}|csrc/(core|cpu)/.*"),
+    "cpu": re.compile(rf"{_STD}|{_CPU}|{_PUBLIC}|csrc/(core|cpu)/.*"),
+    "cuda": re.compile(rf"{_STD}|{_CUDA}|{_PUBLIC}|csrc/cuda/.*"),
+    "torch": re.compile(rf"{_STD}|{_STABLE_TORCH}|{_PUBLIC}|csrc/torch/.*"),
+    "python": re.compile(rf"{_STD}|Python\.h|pybind11/.*|{_PUBLIC}|csrc/python/.*"),
+}
+
+#: The environment is read in one place: the choice of the CPU instruction set.
+GETENV_FILES = re.compile(r"csrc/cpu/dispatch\.\w+")
+
+# Put together from pieces, so that this file does not contain what it looks for.
+_ABSOLUTE = "|".join(("tmp", "work", "root", "home", "Users"))
+FORBIDDEN_TEXT = {
+    "a path of one machine": re.compile(rf"(?:(?<![\w.)}}\]*-])|(?<=-[IL]))/({_ABSOLUTE})/\w"),
+    "a package registry's host": re.compile(
+        "|".join(("pypi" + r"\.org", "python" + "hosted", "test" + "pypi"))
+    ),
+}
+
+
+def source_files(root: Path) -> Iterator[Path]:
+    """Yield the project's text files, without environments, caches and build outputs."""
+    skipped = {"build", "dist", "lib", "__pycache__"}
+    for directory, subdirectories, names in os.walk(root):
+        subdirectories[:] = sorted(
+            name
+            for name in subdirectories
+            if name not in skipped and not name.endswith(".egg-info") and (name[0] != "." or name == ".ci")
+        )
+        if directory == str(root / _KERNELS):
+            # A copy of csrc/include that the build places next to the library.
+            subdirectories[:] = [name for name in subdirectories if name != "include"]
+        for name in sorted(names):
+            path = Path(directory, name)
+            if path.suffix in TEXT_SUFFIXES and path.is_file():
+                yield path
+
+
+# --- Python ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A dotted name that a module refers to; ``eager`` if merely importing the module does so."""
+
+    name: str
+    line: int
+    eager: bool
+
+
+class _References(ast.NodeVisitor):
+    """Collects imports, dynamic imports with a literal name, and attributes of imported modules."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+        self.found: list[Reference] = []
+        self._aliases: dict[str, str] = {}
+        self._deferred = 0
+
+    def _add(self, name: str, node: ast.expr | ast.stmt) -> None:
+        self.found.append(Reference(name, node.lineno, eager=not self._deferred))
+
+    def _visit_deferred(self, nodes: list[ast.stmt]) -> None:
+        self._deferred += 1
+        for node in nodes:
+            self.visit(node)
+        self._deferred -= 1
+
+    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        for outside in (*node.decorator_list, node.args, *([node.returns] if node.returns else [])):
+            self.visit(outside)
+        self._visit_deferred(node.body)
+
+    visit_AsyncFunctionDef = visit_FunctionDef
+
+    def visit_If(self, node: ast.If) -> None:
+        if ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            self._visit_deferred(node.body)
+            for other in node.orelse:
+                self.visit(other)
+        else:
+            self.generic_visit(node)
+
+    def visit_Import(self, node: ast.Import) -> None:
+        for alias in node.names:
+            self._add(alias.name, node)
+            top = alias.name.split(".")[0]
+            self._aliases[alias.asname or top] = alias.name if alias.asname else top
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        base = node.module or ""
+        if node.level:
+            parents = self.package.split(".")
+            anchor = ".".join(parents[: len(parents) - node.level + 1])
+            base = f"{anchor}.{base}" if base else anchor
+        for alias in node.names:
+            name = base if alias.name == "*" else f"{base}.{alias.name}"
+            self._add(name, node)
+            self._aliases[alias.asname or alias.name] = name
+
+    def visit_Call(self, node: ast.Call) -> None:
+        if ast.unparse(node.func) in ("importlib.import_module", "import_module", "__import__"):
+            literal = node.args[0] if node.args else None
+            if isinstance(literal, ast.Constant) and isinstance(literal.value, str):
+                self._add(self.package + literal.value if literal.value[0] == "." else literal.value, node)
+        self.generic_visit(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        parts: list[str] = []
+        inner: ast.expr = node
+        while isinstance(inner, ast.Attribute):
+            parts.append(inner.attr)
+            inner = inner.value
+        if isinstance(inner, ast.Name) and inner.id in self._aliases:
+            self._add(".".join([self._aliases[inner.id], *reversed(parts)]), node)
+        else:
+            self.generic_visit(node)
+
+
+def _under(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+def _objection(reference: Reference, room: PythonRoom) -> str | None:
+    name = reference.name
+    if _under(name, room.never):
+        return f"must not refer to {name}"
+    if room.public_only and name.startswith(_KERNELS + "."):
+        private = [part for part in name.split(".") if part.startswith("_") and not part.endswith("__")]
+        if private:
+            return f"must not use {name}: {private[0]} is private to {_KERNELS}"
+    if _under(name, room.lazily):
+        return f"may import {name} only inside a function" if reference.eager else None
+    if _under(name, room.may) or name.split(".")[0] in sys.stdlib_module_names:
+        return None
+    return f"must not refer to {name}"
+
+
+def python_findings(root: Path) -> list[Finding]:
+    """Check every Python module of the two packages against PYTHON_ROOMS."""
+    findings: dict[tuple[str, int], Finding] = {}
+    for top, directory in PYTHON_ROOTS.items():
+        for path in sorted((root / directory).rglob("*.py")):
+            inside = path.relative_to(root / directory).with_suffix("").parts
+            is_package = inside[-1] == "__init__"
+            module = ".".join([top, *(inside[:-1] if is_package else inside)])
+            package = module if is_package else module.rpartition(".")[0]
+            row = max((row for row in PYTHON_ROOMS if _under(module, (row,))), key=len)
+            visitor = _References(package)
+            visitor.visit(ast.parse(path.read_text("utf-8"), str(path)))
+            for reference in visitor.found:
+                objection = _objection(reference, PYTHON_ROOMS[row])
+                where = str(path.relative_to(root))
+                if objection is not None:
+                    # One finding a line: `from x import a, b` and uses of an import repeat themselves.
+                    findings.setdefault(
+                        (where, reference.line), Finding(where, reference.line, f"{row} {objection}")
+                    )
+    return list(findings.values())
+
+
+# --- C, C++, CUDA ------------------------------------------------------------------------------------
+
+
+def cxx_files(root: Path) -> list[Path]:
+    """The sources and headers under csrc."""
+    return sorted(path for path in (root / "csrc").rglob("*") if path.suffix in CXX_SUFFIXES)
+
+
+def _without_comments(text: str) -> str:
+    """Blank out comments, keeping line numbers; string literals stay, for they may hold ``//``."""
+    token = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/', re.DOTALL)
+    return token.sub(lambda m: m[0] if m[0][0] == '"' else "\n" * m[0].count("\n"), text)
+
+
+def _included_name(root: Path, path: Path, written: str) -> str:
+    for base in (path.parent, root / "csrc", root / "csrc/include"):
+        candidate = Path(os.path.normpath(base / written))
+        if candidate.is_file() and candidate.is_relative_to(root):
+            return candidate.relative_to(root).as_posix()
+    return written
+
+
+def include_findings(root: Path) -> list[Finding]:
+    """Check every ``#include`` under csrc against CXX_ROOMS."""
+    findings = []
+    for path in cxx_files(root):
+        where = path.relative_to(root)
+        room = where.parts[1]
+        if room not in CXX_ROOMS:
+            findings.append(Finding(str(where), 1, f"csrc/{room} is not a room of CXX_ROOMS"))
+            continue
+        for number, line in enumerate(_without_comments(path.read_text("utf-8")).splitlines(), 1):
+            directive = re.match(r"\s*#\s*(?:include|include_next|import)\b\s*(.*)", line)
+            if directive is None:
+                continue
+            target = re.match(r'[<"]([^>"]+)[>"]', directive[1])
+            if target is None:
+                findings.append(Finding(str(where), number, f"cannot tell what {directive[1]!r} includes"))
+            elif not CXX_ROOMS[room].fullmatch(_included_name(root, path, target[1])):
+                findings.append(Finding(str(where), number, f"csrc/{room} must not include {target[1]}"))
+    return findings
+
+
+def getenv_findings(root: Path) -> list[Finding]:
+    """Find reads of the environment outside GETENV_FILES."""
+    findings = []
+    for path in cxx_files(root):
+        where = path.relative_to(root).as_posix()
+        if GETENV_FILES.fullmatch(where):
+            continue
+        for number, line in enumerate(_without_comments(path.read_text("utf-8")).splitlines(), 1):
+            if re.search(r"\b(secure_)?getenv\b|\benviron\b", line):
+                findings.append(Finding(where, number, "must not read the environment"))
+    return findings
+
+
+# --- every file --------------------------------------------------------------------------------------
+
+
+def length_findings(root: Path) -> list[Finding]:
+    """Find source files of more than MAX_LINES lines."""
+    findings = []
+    for path in source_files(root):
+        if path.suffix in CXX_SUFFIXES | {".py"}:
+            lines = len(path.read_text("utf-8").splitlines())
+            if lines > MAX_LINES:
+                where = str(path.relative_to(root))
+                findings.append(Finding(where, lines, f"has {lines} lines, more than {MAX_LINES}: split it"))
+    return findings
+
+
+def text_findings(root: Path) -> list[Finding]:
+    """Find text that ties the tree to one machine or one package registry."""
+    findings = []
+    for path in source_files(root):
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+            for what, pattern in FORBIDDEN_TEXT.items():
+                match = pattern.search(line)
+                if match is not None:
+                    findings.append(Finding(str(path.relative_to(root)), number, f"names {what}: {match[0]}"))
+    return findings
