@@ -1,24 +1,44 @@
 // The primitives of kernels.h, written once over a 16-lane vector type `Vec` that each ISA file defines.
 //
 // Include this after defining, inside an unnamed namespace in lb2::cpu, a struct Vec with
-//   static Vec zero();  static Vec load(const float*);  static Vec broadcast(float);  void store(float*)
-//   const; static Vec signs(const char* halfword);              // +-1 from 16 packed signs, bit 1 is -1
-//   static Vec fma(Vec a, Vec b, Vec c);                 // a * b + c, where a is +-1 or the product is exact
-//   static Vec mul(Vec, Vec);  static Vec add(Vec, Vec);
-//   static Vec load_half(const void*), load_bfloat(const void*);  void store_half(void*), store_bfloat(void*)
-//   const; template <int kCount> static void reduce(const Vec*, float*);  // tree sums of kCount vectors
-// and the tile shapes kDotRows1, kDotRows, kDotTokens, kSumVecs, kSumTokens. Everything here must stay inside
-// the unnamed namespace: an inline function shared between files of different ISA flags could be linked into
-// the wrong one and crash older CPUs.
+//   static Vec zero(), load(const float*), broadcast(float); void store(float*) const;
+//   static Vec signs(const char* half_word);                        // +-1 from 16 packed signs, bit 1 is -1
+//   template <int kHalf> static Vec word_signs(const char* word);   // the same of the low or high half of a
+//   word static Vec fma(Vec a, Vec b, Vec c);  // a * b + c; a is +-1, so the product is exact static Vec
+//   mul(Vec, Vec), add(Vec, Vec); static Vec load_half(const void*), load_bfloat(const void*); void
+//   store_half(void*) const, store_bfloat(void*) const; template <int kCount> static void reduce(const Vec*,
+//   float*);  // tree sums of kCount vectors
+// and the tile shapes kDotRows1, kDotRows, kDotTokens, kSumTokens. Everything here must stay inside the
+// unnamed namespace: an inline function shared between files of different ISA flags could be linked into the
+// wrong one and crash older CPUs.
 
-static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "half-words are addressed in little-endian order");
+constexpr int kWordVecs = LB2_WORD_BITS / kLanes;
+static_assert(kWordVecs == 2, "a word is a low and a high half");
 
-// Bytes of the 16-column half-word `h` of a row.
-inline const char* half_word(const int32_t* words, int64_t h) {
-  return reinterpret_cast<const char*>(words) + 2 * h;
+inline const char* word_at(const int32_t* words, int64_t index) {
+  return reinterpret_cast<const char*>(words) + index * 4;
 }
 
-// Accumulates kTokens x kRows dot products over the half-words [begin, end) and adds them to `out`.
+// Adds half a word of columns to the sums of kRows rows and one token.
+template <int kHalf, int kRows>
+inline void dots_word(const char* const* row, int64_t word, const float* x, Vec* sums) {
+  const Vec value = Vec::load(x + word * LB2_WORD_BITS + kHalf * kLanes);
+  for (int r = 0; r < kRows; ++r)
+    sums[r] = Vec::fma(Vec::template word_signs<kHalf>(row[r] + word * 4), value, sums[r]);
+}
+
+// Likewise for several tokens, whose sums leave fewer registers: one half-word at a time.
+template <int kRows, int kTokens>
+inline void dots_half(const char* const* row, int64_t half, const float* x, int64_t x_stride, Vec* sums) {
+  Vec values[kTokens];
+  for (int t = 0; t < kTokens; ++t) values[t] = Vec::load(x + t * x_stride + half * kLanes);
+  for (int r = 0; r < kRows; ++r) {
+    const Vec sign = Vec::signs(row[r] + half * 2);
+    for (int t = 0; t < kTokens; ++t) sums[t * kRows + r] = Vec::fma(sign, values[t], sums[t * kRows + r]);
+  }
+}
+
+// Accumulates kTokens x kRows dot products over the words [begin, end) and adds them to `out`.
 template <int kRows, int kTokens>
 void dots_tile(const SignRows& rows, int64_t first, int64_t begin, int64_t end, const float* x,
                int64_t x_stride, float* out) {
@@ -26,17 +46,18 @@ void dots_tile(const SignRows& rows, int64_t first, int64_t begin, int64_t end, 
   for (int r = 0; r < kRows; ++r) {
     // Past the last row its words are read again; the driver ignores those results.
     const int64_t index = first + r < rows.rows ? first + r : rows.rows - 1;
-    row[r] = half_word(rows.words, 0) + index * rows.stride * 4;
+    row[r] = word_at(rows.words, index * rows.stride);
   }
   Vec sums[kTokens * kRows];
   for (int i = 0; i < kTokens * kRows; ++i) sums[i] = Vec::zero();
-  for (int64_t h = begin; h < end; ++h) {
-    Vec values[kTokens];
-    for (int t = 0; t < kTokens; ++t) values[t] = Vec::load(x + t * x_stride + h * kLanes);
-    for (int r = 0; r < kRows; ++r) {
-      const Vec sign = Vec::signs(row[r] + 2 * h);
-      for (int t = 0; t < kTokens; ++t) sums[t * kRows + r] = Vec::fma(sign, values[t], sums[t * kRows + r]);
+  if constexpr (kTokens == 1) {
+    for (int64_t word = begin; word < end; ++word) {
+      dots_word<0, kRows>(row, word, x, sums);
+      dots_word<1, kRows>(row, word, x, sums);
     }
+  } else {
+    for (int64_t half = 2 * begin; half < 2 * end; ++half)
+      dots_half<kRows, kTokens>(row, half, x, x_stride, sums);
   }
   for (int t = 0; t < kTokens; ++t) {
     float reduced[kRows];
@@ -65,59 +86,55 @@ void dots_remainder(const SignRows& rows, int64_t begin, int64_t end, const floa
 
 void sign_dots(const SignRows& rows, const float* x, int64_t x_stride, int64_t tokens, float* out) {
   for (int64_t i = 0; i < tokens * kTileRows; ++i) out[i] = 0.0f;
-  const int64_t half_words = rows.words_per_row * 2;
-  constexpr int64_t kStep = kDotChunk / kLanes;
-  for (int64_t begin = 0; begin < half_words; begin += kStep) {
-    const int64_t end = begin + kStep < half_words ? begin + kStep : half_words;
+  constexpr int64_t kStep = kDotChunk / LB2_WORD_BITS;
+  for (int64_t begin = 0; begin < rows.words_per_row; begin += kStep) {
+    const int64_t end = begin + kStep < rows.words_per_row ? begin + kStep : rows.words_per_row;
     for (int64_t t = 0; t < tokens; t += kDotTokens)
       dots_remainder<kDotTokens>(rows, begin, end, x + t * x_stride, x_stride,
                                  tokens - t < kDotTokens ? tokens - t : kDotTokens, out + t * kTileRows);
   }
 }
 
-// Accumulates kTokens x (kSumVecs * 16) column sums over rows [begin, end) and adds them to `out`.
+// Accumulates kTokens x 32 column sums of word `word` over rows [begin, end) and adds them to `out`.
 template <int kTokens>
-void sums_tile(const SignRows& rows, int64_t half, int64_t begin, int64_t end, const float* x,
+void sums_tile(const SignRows& rows, int64_t word, int64_t begin, int64_t end, const float* x,
                int64_t x_stride, float* out) {
-  Vec sums[kTokens * kSumVecs];
-  for (int i = 0; i < kTokens * kSumVecs; ++i) sums[i] = Vec::zero();
-  const char* row = half_word(rows.words, half) + begin * rows.stride * 4;
-  for (int64_t r = begin; r < end; ++r, row += rows.stride * 4) {
-    Vec values[kTokens];
-    for (int t = 0; t < kTokens; ++t) values[t] = Vec::broadcast(x[t * x_stride + r]);
-    for (int v = 0; v < kSumVecs; ++v) {
-      const Vec sign = Vec::signs(row + 2 * v);
-      for (int t = 0; t < kTokens; ++t)
-        sums[t * kSumVecs + v] = Vec::fma(sign, values[t], sums[t * kSumVecs + v]);
+  Vec sums[kTokens * kWordVecs];
+  for (int i = 0; i < kTokens * kWordVecs; ++i) sums[i] = Vec::zero();
+  for (int64_t r = begin; r < end; ++r) {
+    const char* packed = word_at(rows.words, r * rows.stride + word);
+    const Vec signs[kWordVecs] = {Vec::template word_signs<0>(packed), Vec::template word_signs<1>(packed)};
+    for (int t = 0; t < kTokens; ++t) {
+      const Vec value = Vec::broadcast(x[t * x_stride + r]);
+      for (int v = 0; v < kWordVecs; ++v)
+        sums[t * kWordVecs + v] = Vec::fma(signs[v], value, sums[t * kWordVecs + v]);
     }
   }
   for (int t = 0; t < kTokens; ++t)
-    for (int v = 0; v < kSumVecs; ++v) {
+    for (int v = 0; v < kWordVecs; ++v) {
       float* target = out + t * kTileCols + v * kLanes;
-      Vec::add(Vec::load(target), sums[t * kSumVecs + v]).store(target);
+      Vec::add(Vec::load(target), sums[t * kWordVecs + v]).store(target);
     }
 }
 
 template <int kTokens>
-void sums_remainder(const SignRows& rows, int64_t half, int64_t begin, int64_t end, const float* x,
+void sums_remainder(const SignRows& rows, int64_t word, int64_t begin, int64_t end, const float* x,
                     int64_t x_stride, int64_t tokens, float* out) {
-  if (tokens == kTokens) return sums_tile<kTokens>(rows, half, begin, end, x, x_stride, out);
-  if constexpr (kTokens > 1) sums_remainder<kTokens - 1>(rows, half, begin, end, x, x_stride, tokens, out);
+  if (tokens == kTokens) return sums_tile<kTokens>(rows, word, begin, end, x, x_stride, out);
+  if constexpr (kTokens > 1) sums_remainder<kTokens - 1>(rows, word, begin, end, x, x_stride, tokens, out);
 }
 
 void sign_sums(const SignRows& rows, const float* x, int64_t x_stride, int64_t tokens, float* out) {
-  static_assert(kTileCols % (kSumVecs * kLanes) == 0 && 2 % kSumVecs == 0,
-                "a step must not run past a row's words");
+  constexpr int64_t kTileWords = kTileCols / LB2_WORD_BITS;
   for (int64_t i = 0; i < tokens * kTileCols; ++i) out[i] = 0.0f;
-  const int64_t halves =
-      rows.words_per_row * 2 < kTileCols / kLanes ? rows.words_per_row * 2 : kTileCols / kLanes;
+  const int64_t words = rows.words_per_row < kTileWords ? rows.words_per_row : kTileWords;
   for (int64_t begin = 0; begin < rows.rows; begin += kSumChunk) {
     const int64_t end = begin + kSumChunk < rows.rows ? begin + kSumChunk : rows.rows;
     for (int64_t t = 0; t < tokens; t += kSumTokens)
-      for (int64_t half = 0; half < halves; half += kSumVecs)
-        sums_remainder<kSumTokens>(rows, half, begin, end, x + t * x_stride, x_stride,
+      for (int64_t word = 0; word < words; ++word)
+        sums_remainder<kSumTokens>(rows, word, begin, end, x + t * x_stride, x_stride,
                                    tokens - t < kSumTokens ? tokens - t : kSumTokens,
-                                   out + t * kTileCols + half * kLanes);
+                                   out + t * kTileCols + word * LB2_WORD_BITS);
   }
 }
 

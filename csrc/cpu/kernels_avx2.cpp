@@ -19,12 +19,25 @@ struct Vec {
     _mm256_storeu_ps(p + 8, high);
   }
 
+  // Each lane shifts its own bit into the sign position.
   static Vec signs(const char* half_word) {
     uint16_t bits;
     std::memcpy(&bits, half_word, 2);
     const __m256i all = _mm256_set1_epi32(bits);
     return {signs_of(all, _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24)),
             signs_of(all, _mm256_setr_epi32(23, 22, 21, 20, 19, 18, 17, 16))};
+  }
+  // A broadcast from memory serves both halves of a word.
+  template <int kHalf>
+  static Vec word_signs(const char* word) {
+    int32_t bits;
+    std::memcpy(&bits, word, 4);
+    const __m256i all = _mm256_set1_epi32(bits);
+    if constexpr (kHalf == 0)
+      return {signs_of(all, _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24)),
+              signs_of(all, _mm256_setr_epi32(23, 22, 21, 20, 19, 18, 17, 16))};
+    return {signs_of(all, _mm256_setr_epi32(15, 14, 13, 12, 11, 10, 9, 8)),
+            signs_of(all, _mm256_setr_epi32(7, 6, 5, 4, 3, 2, 1, 0))};
   }
   static Vec fma(const Vec& a, const Vec& b, const Vec& c) {
     return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
@@ -95,7 +108,6 @@ struct Vec {
 constexpr int kDotRows1 = 4;
 constexpr int kDotRows = 2;
 constexpr int kDotTokens = 3;
-constexpr int kSumVecs = 2;
 constexpr int kSumTokens = 3;
 
 #include "cpu/kernel_body.h"

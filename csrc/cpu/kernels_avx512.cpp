@@ -21,6 +21,18 @@ struct Vec {
     std::memcpy(&bits, half_word, 2);
     return {_mm512_mask_blend_ps(static_cast<__mmask16>(bits), _mm512_set1_ps(1.0f), _mm512_set1_ps(-1.0f))};
   }
+  // Without mask registers, whose loads limit the single-token kernel: a broadcast from memory, and each lane
+  // shifts its own bit into the sign position.
+  template <int kHalf>
+  static Vec word_signs(const char* word) {
+    int32_t bits;
+    std::memcpy(&bits, word, 4);
+    const __m512i low = _mm512_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16);
+    const __m512i shifts = _mm512_sub_epi32(low, _mm512_set1_epi32(16 * kHalf));
+    const __m512i top = _mm512_sllv_epi32(_mm512_set1_epi32(bits), shifts);
+    const __m512i sign_bit = _mm512_set1_epi32(INT32_MIN), one = _mm512_castps_si512(_mm512_set1_ps(1.0f));
+    return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(top, sign_bit, one, 0xEA))};  // (top & sign) | 1.0
+  }
   static Vec fma(const Vec& a, const Vec& b, const Vec& c) {
     return {_mm512_fmadd_ps(a.lanes, b.lanes, c.lanes)};
   }
@@ -92,7 +104,6 @@ struct Vec {
 constexpr int kDotRows1 = 16;
 constexpr int kDotRows = 4;
 constexpr int kDotTokens = 6;
-constexpr int kSumVecs = 2;
 constexpr int kSumTokens = 8;
 
 #include "cpu/kernel_body.h"

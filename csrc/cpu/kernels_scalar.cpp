@@ -80,6 +80,10 @@ struct Vec {
     std::memcpy(v.lane + 8, kSigns.values[static_cast<uint8_t>(half_word[1])], 32);
     return v;
   }
+  template <int kHalf>
+  static Vec word_signs(const char* word) {
+    return signs(word + 2 * kHalf);
+  }
   static Vec add(const Vec& a, const Vec& b) {
     Vec v;
     for (int i = 0; i < kLanes; ++i) v.lane[i] = a.lane[i] + b.lane[i];
@@ -132,7 +136,6 @@ struct Vec {
 constexpr int kDotRows1 = 2;
 constexpr int kDotRows = 2;
 constexpr int kDotTokens = 2;
-constexpr int kSumVecs = 2;
 constexpr int kSumTokens = 1;
 
 #include "cpu/kernel_body.h"

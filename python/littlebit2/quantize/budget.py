@@ -1,0 +1,167 @@
+"""Bits per weight and ranks, both ways.
+
+Two honest numbers exist. The *counted* bits are the papers' (LittleBit, arXiv 2506.13771): one bit
+per sign and 16 per scale entry. The *stored* bits are those of a :class:`PackedLinear`, whose scales
+are float32 and whose sign rows are padded to 32-bit words. Terms: ``K`` in_features, ``N``
+out_features, ``R`` rank, ``P`` paths; bpw is bits divided by ``K * N``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from littlebit2_kernels.format import RANK_MULTIPLE, WORD_BITS, PackedLinear, words_per_row
+
+__all__ = [
+    "check_rank",
+    "counted_bpw",
+    "planned_stored_bpw",
+    "rank_for_bpw",
+    "smallest_bpw",
+    "stored_bpw",
+    "tiny_rank",
+]
+
+#: Bits that the papers count for one entry of a scale vector.
+COUNTED_SCALE_BITS = 16
+#: Bits of one entry of a scale vector as :class:`PackedPath` holds it.
+STORED_SCALE_BITS = 32
+
+
+def counted_bpw(in_features: int, out_features: int, ranks: Sequence[int]) -> float:
+    """Return the counted bits per weight of a layer with independent two-stage paths.
+
+    A path counts ``R (K + N + 16) + 16 (K + N)`` bits: its signs, one latent vector, and the input
+    and output scales at 16 bits an entry.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        ranks: the rank of every path.
+
+    Raises:
+        ValueError: a dimension is below 1, ``ranks`` is empty, or a rank is no positive multiple of 8.
+    """
+    _check_features(in_features, out_features)
+    _check_ranks(ranks)
+    return sum(_counted_path_bits(in_features, out_features, rank) for rank in ranks) / (
+        in_features * out_features
+    )
+
+
+def planned_stored_bpw(in_features: int, out_features: int, ranks: Sequence[int]) -> float:
+    """Return the stored bits per weight that a layer with these ranks will have, bias excluded.
+
+    Args and errors: as :func:`counted_bpw`.
+    """
+    _check_features(in_features, out_features)
+    _check_ranks(ranks)
+    bits = 0
+    for rank in ranks:
+        sign_words = rank * words_per_row(in_features) + out_features * words_per_row(rank)
+        bits += WORD_BITS * sign_words + STORED_SCALE_BITS * (in_features + out_features + rank)
+    return bits / (in_features * out_features)
+
+
+def stored_bpw(packed: PackedLinear) -> float:
+    """Return the stored bits per weight of a packed layer: all bytes it holds except the bias.
+
+    The bias is left out because the dense layer has it too. Tensors that paths share count once.
+    """
+    bias_bytes = 0 if packed.bias is None else packed.bias.numel() * packed.bias.element_size()
+    return 8 * (packed.nbytes - bias_bytes) / (packed.in_features * packed.out_features)
+
+
+def smallest_bpw(in_features: int, out_features: int, paths: int) -> float:
+    """Return the counted bits per weight of ``paths`` paths of the smallest rank, 8."""
+    _check_paths(paths)
+    return counted_bpw(in_features, out_features, [RANK_MULTIPLE] * paths)
+
+
+def rank_for_bpw(
+    in_features: int, out_features: int, bpw: float, *, paths: int = 2, kv_factor: float = 1.0
+) -> int:
+    """Return the rank of each of ``paths`` equal paths for a counted budget of ``bpw``.
+
+    The papers' rule for one and two paths, written for any number: ``(K N bpw - 16 P (K + N)) /
+    (P (K + N + 16))``, times ``kv_factor``, truncated, floored to a multiple of 8, and at least 8.
+    The last step may exceed the budget: below :func:`smallest_bpw` the counted bpw is that minimum.
+    A rank above ``min(K, N)`` buys no more singular directions, so the result is capped at
+    ``min(K, N)`` rounded up to a multiple of 8.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bpw: target of counted bits per weight, over all paths.
+        paths: P.
+        kv_factor: factor on the rank, for key and value projections.
+
+    Raises:
+        ValueError: a dimension or ``paths`` is below 1; ``bpw`` or ``kv_factor`` is not finite and
+            positive; or ``bpw`` does not even pay for the scale vectors of ``paths`` paths.
+    """
+    _check_features(in_features, out_features)
+    _check_paths(paths)
+    check_positive("bpw", bpw)
+    check_positive("kv_factor", kv_factor)
+    both = in_features + out_features
+    sign_budget = in_features * out_features * bpw - COUNTED_SCALE_BITS * paths * both
+    if sign_budget <= 0:
+        raise ValueError(
+            f"bpw must be above {COUNTED_SCALE_BITS * paths * both / (in_features * out_features):.4g}, what "
+            f"the scales of {paths} path(s) cost for in_features={in_features}, out_features={out_features} "
+            f"(rank {RANK_MULTIPLE} needs {smallest_bpw(in_features, out_features, paths):.4g}), got {bpw}; "
+            "give fewer paths, explicit ranks, or leave the layer dense"
+        )
+    cap = _round_up(min(in_features, out_features))
+    rank = min(kv_factor * sign_budget / (paths * (both + COUNTED_SCALE_BITS)), float(cap))
+    return max(int(rank) // RANK_MULTIPLE, 1) * RANK_MULTIPLE
+
+
+def tiny_rank(rank: int) -> float:
+    """Return the rank of the FP16 pair that costs as much as a binary pair of ``rank``, about ``rank / 16``.
+
+    It need not be whole: the spectrum code counts a fraction of a direction by its fraction of energy.
+    """
+    return rank / COUNTED_SCALE_BITS
+
+
+def check_rank(name: str, rank: int) -> None:
+    """Raise ``ValueError`` unless ``rank`` is a positive multiple of 8."""
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < RANK_MULTIPLE or rank % RANK_MULTIPLE:
+        raise ValueError(f"{name} must be a positive multiple of {RANK_MULTIPLE}, got {rank!r}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise ``ValueError`` unless ``value`` is a finite positive number."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name} must be a finite positive number, got {value!r}")
+
+
+def _counted_path_bits(in_features: int, out_features: int, rank: int) -> int:
+    both = in_features + out_features
+    return rank * (both + COUNTED_SCALE_BITS) + COUNTED_SCALE_BITS * both
+
+
+def _round_up(size: int) -> int:
+    return -(-size // RANK_MULTIPLE) * RANK_MULTIPLE
+
+
+def _check_features(in_features: int, out_features: int) -> None:
+    for name, size in (("in_features", in_features), ("out_features", out_features)):
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+def _check_paths(paths: int) -> None:
+    if paths < 1:
+        raise ValueError(f"paths must be at least 1, got {paths}")
+
+
+def _check_ranks(ranks: Sequence[int]) -> None:
+    if not ranks:
+        raise ValueError("ranks must hold at least one rank, got none")
+    for i, rank in enumerate(ranks):
+        check_rank(f"ranks[{i}]", rank)

@@ -1,0 +1,68 @@
+"""Validation of the quantizer's choices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from littlebit2.quantize import QuantConfig, quantize_weight
+
+
+def test_defaults_are_one_bit_and_two_paths() -> None:
+    config = QuantConfig()
+    assert (config.bpw, config.paths, config.ranks) == (1.0, 2, None)
+    assert config.ranks_for(4096, 4096) == (1000, 1000)
+
+
+def test_explicit_ranks_replace_the_budget() -> None:
+    config = QuantConfig(ranks=[16, 8, 24])  # type: ignore[arg-type]
+    assert config.paths == 3
+    assert config.bpw is None
+    assert config.ranks_for(64, 64) == config.ranks_for(5, 7, is_kv=True) == (16, 8, 24)
+
+
+def test_kv_factor_is_for_key_and_value_projections_only() -> None:
+    config = QuantConfig(bpw=1.0, kv_factor=1.5)
+    assert config.ranks_for(4096, 1024) == (392, 392)
+    assert config.ranks_for(4096, 1024, is_kv=True) == (584, 584)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"bpw": 0}, ValueError, "bpw must be a finite positive number, got 0"),
+        ({"bpw": "1"}, ValueError, "bpw must be a finite positive number, got '1'"),
+        ({"paths": 0}, ValueError, "paths must be an integer between 1 and .*, got 0"),
+        ({"ranks": 8}, TypeError, "ranks must be a sequence of integers, got int"),
+        ({"ranks": ()}, ValueError, "ranks must hold at least one rank, got none"),
+        ({"ranks": (8, 9)}, ValueError, r"ranks\[1\] must be a positive multiple of 8, got 9"),
+        ({"ranks": (0,)}, ValueError, r"ranks\[0\] must be a positive multiple of 8, got 0"),
+        ({"ranks": (8,), "bpw": 1.0}, ValueError, "bpw must be None where ranks are given, got 1.0"),
+        ({"ranks": (8,), "paths": 2}, ValueError, r"paths must be None or len\(ranks\) = 1, got 2"),
+        ({"init": "svd"}, ValueError, "init must be one of joint-itq, dual-svid, got 'svd'"),
+        ({"polar": "qr"}, ValueError, "polar must be one of auto, newton, svd, got 'qr'"),
+        ({"itq_iterations": -1}, ValueError, "itq_iterations must be an integer between 0 and .*, got -1"),
+        ({"kv_factor": -2.0}, ValueError, "kv_factor must be a finite positive number, got -2.0"),
+        ({"seed": 0.5}, ValueError, "seed must be an integer between 0 and .*, got 0.5"),
+        ({"seed": 2**63}, ValueError, "seed must be an integer between 0 and .*, got 9223372036854775808"),
+        (
+            {"compute_dtype": torch.float16},
+            ValueError,
+            "compute_dtype must be one of torch.float32, torch.float64, got torch.float16",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        QuantConfig(**arguments)
+
+
+def test_pack_is_quantize_weight_without_the_report(rng: torch.Generator) -> None:
+    weight, bias = torch.randn(24, 32, generator=rng), torch.randn(24, generator=rng)
+    config = QuantConfig(ranks=(8,))
+    packed, expected = config.pack(weight, bias), quantize_weight(weight, bias, config=config).packed
+    for mine, other in zip(packed.unique_tensors(), expected.unique_tensors(), strict=True):
+        assert torch.equal(mine, other)
+    assert packed.bias is not None
