@@ -9,7 +9,7 @@ import torch
 from .format import PackedLinear, PackedPath, pack_signs_reference
 from .reference import linear_reference
 
-__all__ = ["TOLERANCE", "make_packed", "make_problem", "max_allowed_error", "relative_error"]
+__all__ = ["TOLERANCE", "make_packed", "make_problem", "max_allowed_error", "relative_error", "typical_norm"]
 
 #: Relative Frobenius error against float64 that a kernel may always have, by activation dtype: that of
 #: float32 accumulation, plus for the 16-bit types the rounding of the output itself.
@@ -87,10 +87,15 @@ def make_problem(
     return x.to(dtype), packed
 
 
-def relative_error(actual: torch.Tensor, truth: torch.Tensor) -> float:
-    """Relative Frobenius error ``|actual - truth| / |truth|`` in float64.
+def relative_error(actual: torch.Tensor, truth: torch.Tensor, typical: float = 0.0) -> float:
+    """Frobenius error ``|actual - truth| / max(|truth|, typical)`` in float64.
 
     0 for two empty tensors, infinite if ``actual`` is not finite where ``truth`` is.
+
+    Args:
+        actual: the result.
+        truth: what it should be, of the same shape.
+        typical: a norm below which ``truth`` is small by chance, see :func:`typical_norm`.
 
     Raises:
         ValueError: the shapes differ.
@@ -100,14 +105,35 @@ def relative_error(actual: torch.Tensor, truth: torch.Tensor) -> float:
     difference = torch.linalg.vector_norm(actual.double() - truth.double())
     if torch.isnan(difference):
         return float("inf")
-    norm = torch.linalg.vector_norm(truth.double())
-    return float(difference / norm) if float(norm) else float(difference)
+    norm = max(float(torch.linalg.vector_norm(truth.double())), typical)
+    return float(difference) / norm if norm else float(difference)
+
+
+def typical_norm(x: torch.Tensor, packed: PackedLinear, *, backward: bool = False) -> float:
+    """Root mean square of ``|packed(x)|`` over all signs, the scales as they are (bias excluded).
+
+    A result with few elements may cancel to almost nothing. Its relative error then measures the
+    cancellation and not the kernel, and is compared with this norm instead.
+
+    Args:
+        x: ``[..., K]``; for the backward call the gradient ``[..., N]``.
+        packed: the layer.
+        backward: whether the norm is that of the gradient of x.
+    """
+    energy = torch.zeros((), dtype=torch.float64)
+    for path in packed.paths:
+        first, last = path.in_scale.double().square(), path.out_scale.double().square()
+        if backward:
+            first, last = last, first
+        latent = 1.0 if path.latent_scale is None else path.latent_scale.double().square().sum()
+        energy += (x.double().square() @ first).sum() * latent * last.sum()
+    return float(energy.sqrt())
 
 
 def max_allowed_error(x: torch.Tensor, packed: PackedLinear, truth: torch.Tensor) -> float:
     """Error that a kernel may have: TOLERANCE, or for 16-bit ``x`` PyTorch's own in that dtype if larger."""
     if x.dtype == torch.float32 or not truth.numel():
         return TOLERANCE[x.dtype]
-    own = relative_error(linear_reference(x, packed, x.dtype), truth)
+    own = relative_error(linear_reference(x, packed, x.dtype), truth, typical_norm(x, packed))
     # Where PyTorch's own intermediates overflow, its error says nothing.
     return max(own, TOLERANCE[x.dtype]) if own < 1 else TOLERANCE[x.dtype]

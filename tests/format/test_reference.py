@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from littlebit2_kernels.format import PackedLinear, PackedPath, unpack_signs_reference
+from littlebit2_kernels.format import (
+    PackedLinear,
+    PackedPath,
+    pack_signs_reference,
+    unpack_signs_reference,
+)
 from littlebit2_kernels.reference import dense_weight, linear_reference
-from littlebit2_kernels.testing import make_packed, max_allowed_error, relative_error
+from littlebit2_kernels.testing import (
+    make_packed,
+    make_problem,
+    max_allowed_error,
+    relative_error,
+    typical_norm,
+)
 
 LAYERS = {
     "one-path": {"ranks": [24]},
@@ -59,14 +72,34 @@ def test_a_vector_is_one_token(rng: torch.Generator) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_allowed_error_admits_torch_and_no_wrong_bit(dtype: torch.dtype, rng: torch.Generator) -> None:
-    layer = make_packed(96, 64, [32], generator=rng)
+    layer = make_packed(96, 64, [32], scale_spread=0.0, generator=rng)
     x = torch.randn(4, 96, generator=rng).to(dtype)
-    truth = linear_reference(x, layer)
+    x[:, 0] = 1.0
+    truth, typical = linear_reference(x, layer), typical_norm(x, layer)
     allowed = max_allowed_error(x, layer, truth)
-    assert relative_error(linear_reference(x, layer, dtype), truth) <= allowed
+    assert relative_error(linear_reference(x, layer, dtype), truth, typical) <= allowed
     path = layer.paths[0]
-    flipped = PackedPath(**{**path.tensors(), "v": path.v ^ torch.eye(32, 3, dtype=torch.int32)})
-    assert relative_error(linear_reference(x, PackedLinear((flipped,))), truth) > 2 * allowed
+    flipped = PackedPath(**{**path.tensors(), "v": path.v ^ torch.tensor([1, 0, 0], dtype=torch.int32)})
+    assert relative_error(linear_reference(x, PackedLinear((flipped,))), truth, typical) > 2 * allowed
+
+
+def test_typical_norm_is_the_root_mean_square_over_signs(rng: torch.Generator) -> None:
+    x, layer = make_problem(3, 20, 15, [8, 16], generator=rng)
+    forward, backward = [], []
+    for _ in range(300):
+        paths = []
+        for path in layer.paths:
+            v = pack_signs_reference(torch.randn(path.rank, 20, generator=rng))
+            u = pack_signs_reference(torch.randn(15, path.rank, generator=rng))
+            paths.append(PackedPath(v, path.in_scale, path.out_scale, u, path.latent_scale))
+        drawn = PackedLinear(tuple(paths))
+        forward.append(linear_reference(x, drawn).square().sum())
+        backward.append((torch.ones(2, 15, dtype=torch.float64) @ dense_weight(drawn)).square().sum())
+    assert typical_norm(x, layer) == pytest.approx(float(torch.stack(forward).mean().sqrt()), rel=0.1)
+    grad = torch.ones(2, 15)
+    assert typical_norm(grad, layer, backward=True) == pytest.approx(
+        float(torch.stack(backward).mean().sqrt()), rel=0.1
+    )
 
 
 def test_relative_error() -> None:
@@ -75,5 +108,7 @@ def test_relative_error() -> None:
     assert relative_error(torch.tensor([3.0, 4.5]), truth) == pytest.approx(0.1)
     assert relative_error(torch.tensor([0.5]), torch.zeros(1)) == 0.5
     assert relative_error(torch.ones(0, 3), torch.ones(0, 3)) == 0
+    assert relative_error(torch.tensor([3.0, 4.5]), truth, 50.0) == pytest.approx(0.01)
+    assert relative_error(torch.tensor([3.0, math.nan]), truth) == math.inf
     with pytest.raises(ValueError, match=r"actual must have shape \[2\], got \[1\]"):
         relative_error(torch.ones(1), truth)
