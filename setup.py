@@ -23,28 +23,36 @@ class CMakeBuild(build_ext):
     """Configure, build and install the native libraries into the package folder."""
 
     def build_extension(self, ext: Extension) -> None:
-        package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        cmake = shutil.which("cmake")
-        if cmake is None:
-            raise SystemExit("littlebit2-kernels: cmake >= 3.24 was not found; pip install cmake ninja")
         build = Path(self.build_temp).resolve()
         configure = [
-            cmake,
             "-S",
             str(ROOT),
             "-B",
             str(build),
             "-DCMAKE_BUILD_TYPE=Release",
-            f"-DCMAKE_INSTALL_PREFIX={package}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DLB2_CUDA={os.environ.get('LB2_CUDA', 'auto')}",
             *(["-G", "Ninja"] if shutil.which("ninja") else []),
             *shlex.split(os.environ.get("LB2_CMAKE_ARGS", "")),
         ]
         jobs = os.environ.get("MAX_JOBS", "")
-        subprocess.run(configure, check=True)
-        subprocess.run([cmake, "--build", str(build), "--parallel", *([jobs] if jobs else [])], check=True)
-        subprocess.run([cmake, "--install", str(build)], check=True)
+        _cmake(*configure)
+        _cmake("--build", str(build), "--parallel", *([jobs] if jobs else []))
+        self._install(Path(self.get_ext_fullpath(ext.name)).resolve().parent)
+
+    def copy_extensions_to_source(self) -> None:
+        """In an editable install, put everything beside the sources: the module needs its libraries there."""
+        self._install(Path(self.get_finalized_command("build_py").get_package_dir("littlebit2_kernels")))
+
+    def _install(self, package: Path) -> None:
+        _cmake("--install", str(Path(self.build_temp).resolve()), "--prefix", str(package.resolve()))
+
+
+def _cmake(*arguments: str) -> None:
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        raise SystemExit("littlebit2-kernels: cmake >= 3.24 was not found; pip install cmake ninja")
+    subprocess.run([cmake, *arguments], check=True)
 
 
 setup(
