@@ -9,6 +9,7 @@ from .format import FORMAT_VERSION, PackedLinear, PackedPath
 from .linear import LittleBitLinear
 from .ops import littlebit_linear, load
 from .packing import pack_signs, unpack_signs
+from .state import packed_from_state, packed_to_state
 from .version import __version__
 
 __all__ = [
@@ -26,5 +27,7 @@ __all__ = [
     "littlebit_linear",
     "load",
     "pack_signs",
+    "packed_from_state",
+    "packed_to_state",
     "unpack_signs",
 ]

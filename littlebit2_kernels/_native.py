@@ -14,8 +14,8 @@ from .version import __version__
 __all__ = ["NativeLibraryError", "core", "get_include", "get_library_dir", "load_ops", "ops_library_path"]
 
 _REBUILD = (
-    "Reinstall the package with a C++17 compiler, cmake and ninja at hand: "
-    "pip install --no-build-isolation littlebit2-kernels (or `-e .` in a checkout). "
+    "Reinstall the package with a C++ compiler, cmake and ninja at hand: in a checkout, "
+    "`pip install --no-build-isolation .` (or `-e .`). "
     "`python -m littlebit2_kernels.diagnostics` shows what was found."
 )
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from ._native import NativeLibraryError, core
-from .format import PackedLinear
+from .format import MAX_DIM, PackedLinear
 
 __all__ = [
     "BACKENDS",
     "BackendUnavailableError",
     "Explanation",
+    "check_activation",
     "choose_backend",
     "explain",
     "unavailable_reason",
@@ -21,6 +22,9 @@ __all__ = [
 
 #: Names that ``backend=`` accepts.
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
+
+
+_ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class BackendUnavailableError(RuntimeError):
@@ -31,8 +35,19 @@ def unavailable_reason(backend: str, device_type: str) -> str | None:
     """Why ``backend`` cannot run on a device type, or ``None`` if it can.
 
     Raises:
-        ValueError: ``backend`` is not a name in :data:`BACKENDS` other than ``"auto"``.
+        ValueError: ``backend`` is ``"auto"`` or no name in :data:`BACKENDS`.
     """
+    reason = _unsupported(backend, device_type)
+    if reason is None and backend == "cpu":
+        try:
+            core()
+        except NativeLibraryError as error:
+            return str(error)
+    return reason
+
+
+def _unsupported(backend: str, device_type: str) -> str | None:
+    # By name and device alone: this is on the way of every call, and a missing library speaks for itself.
     if backend == "reference":
         return None
     if backend == "cpu":
@@ -55,14 +70,28 @@ def choose_backend(backend: str, device_type: str) -> str:
         if device_type in ("cpu", "meta"):
             return "cpu"
         raise BackendUnavailableError(
-            f"no kernels for tensors on {device_type}: cuda: {unavailable_reason('cuda', device_type)}; "
-            f"triton: {unavailable_reason('triton', device_type)}. Move the layer and x to the CPU, or "
+            f"no kernels for tensors on {device_type}: cuda: {_unsupported('cuda', device_type)}; "
+            f"triton: {_unsupported('triton', device_type)}. Move the layer and x to the CPU, or "
             "ask for backend='reference' (plain PyTorch on unpacked signs: right, but slow)."
         )
-    reason = unavailable_reason(backend, device_type)
+    reason = _unsupported(backend, device_type)
     if reason is not None:
         raise BackendUnavailableError(f"backend={backend!r} cannot run: {reason}")
     return backend
+
+
+def check_activation(x: torch.Tensor, in_features: int, device: torch.device) -> None:
+    """Raise unless ``x`` is ``[..., K]`` of a supported dtype on ``device``; see ``littlebit_linear``."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in _ACTIVATION_DTYPES:
+        raise TypeError(f"x must be float32, float16 or bfloat16, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"x must be a dense tensor, got {x.layout}")
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x.size(-1) must equal K={in_features}, got shape {list(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"x must be on {device} like the packed layer, got {x.device}")
 
 
 @dataclass(frozen=True)
@@ -108,15 +137,21 @@ def explain(x: torch.Tensor | Sequence[int], packed: PackedLinear, backend: str 
         backend: as for :func:`littlebit2_kernels.littlebit_linear`.
 
     Raises:
-        ValueError: the last dimension is not K, or the backend's name is unknown.
+        TypeError: ``x`` is a tensor of an unsupported dtype.
+        ValueError: the last dimension is not K, a dimension is out of range, devices differ, or the
+            backend's name is unknown.
         BackendUnavailableError: the backend cannot run.
     """
+    if isinstance(x, torch.Tensor):
+        check_activation(x, packed.in_features, packed.device)
     shape = tuple(x.shape) if isinstance(x, torch.Tensor) else tuple(x)
     if not shape or shape[-1] != packed.in_features:
         raise ValueError(f"x.size(-1) must equal K={packed.in_features}, got shape {list(shape)}")
     tokens = 1
     for size in shape[:-1]:
         tokens *= size
+    if min(shape) < 0 or tokens > MAX_DIM:
+        raise ValueError(f"x must have between 0 and {MAX_DIM} tokens, got shape {list(shape)}")
     device_type = packed.device.type
     chosen = choose_backend(backend, device_type)
     reason = (

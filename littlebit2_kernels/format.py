@@ -21,6 +21,7 @@ import torch
 
 __all__ = [
     "FORMAT_VERSION",
+    "MAX_PATHS",
     "NEGATIVE_BIT",
     "PAD_BIT",
     "RANK_MULTIPLE",
@@ -38,6 +39,9 @@ FIRST_BIT = 0
 NEGATIVE_BIT = 1
 PAD_BIT = 0
 RANK_MULTIPLE = 8
+
+#: Largest number of paths of one layer.
+MAX_PATHS = 16
 
 #: Largest dimension the format and every kernel accept (fits a signed 32-bit index).
 MAX_DIM = 2**31 - 1
@@ -189,7 +193,10 @@ def _check_scale(name: str, scale: torch.Tensor, size: int) -> None:
         raise ValueError(f"{name} must be finite, got {float(scale[bad])} at index {bad}")
 
 
-def _check_dim(name: str, size: int, multiple: int = 1) -> None:
+def check_dim(name: str, size: int, multiple: int = 1) -> None:
+    """Raise unless ``size`` is an integer in the range of a dimension and a multiple of ``multiple``."""
+    if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an integer, got {size!r}")
     if not 1 <= size <= MAX_DIM or size % multiple:
         of = f" and a multiple of {multiple}" if multiple > 1 else ""
         raise ValueError(f"{name} must be between 1 and {MAX_DIM}{of}, got {size}")
@@ -237,13 +244,13 @@ class PackedPath:
             self.out_scale,
             self.out_scale.numel() if isinstance(self.out_scale, torch.Tensor) else 0,
         )
-        _check_dim("in_features (in_scale.numel())", self.in_features)
-        _check_dim("out_features (out_scale.numel())", self.out_features)
+        check_dim("in_features (in_scale.numel())", self.in_features)
+        check_dim("out_features (out_scale.numel())", self.out_features)
         if self.u is None:
             _check_word_matrix("v", self.v, self.out_features, self.in_features)
         else:
             _check_word_matrix("v", self.v, None, self.in_features)
-            _check_dim("rank (v.size(0))", self.rank, RANK_MULTIPLE)
+            check_dim("rank (v.size(0))", self.rank, RANK_MULTIPLE)
             _check_word_matrix("u", self.u, self.out_features, self.rank)
             _check_scale("latent_scale", self.latent_scale, self.rank)  # type: ignore[arg-type]
         for name, tensor in self.tensors().items():
@@ -307,8 +314,8 @@ class PackedLinear:
         if isinstance(self.paths, PackedPath) or not isinstance(self.paths, Sequence):
             raise TypeError(f"paths must be a sequence of PackedPath, got {type(self.paths).__name__}")
         object.__setattr__(self, "paths", tuple(self.paths))
-        if not self.paths:
-            raise ValueError("paths must hold at least one PackedPath, got none")
+        if not 1 <= len(self.paths) <= MAX_PATHS:
+            raise ValueError(f"paths must hold between 1 and {MAX_PATHS} PackedPath, got {len(self.paths)}")
         first = self.paths[0]
         for i, path in enumerate(self.paths):
             if not isinstance(path, PackedPath):

@@ -8,9 +8,18 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from .format import RANK_MULTIPLE, PackedLinear, PackedPath, words_per_row
+from .dispatch import BACKENDS, check_activation, choose_backend
+from .format import RANK_MULTIPLE, PackedLinear, PackedPath, check_dim, words_per_row
 from .ops import Operands, linear_from_operands, littlebit_linear
-from .state import UPSTREAM_EXTRAS, fold_latent_scale, packed_from_state, packed_to_state, path_suffix
+from .reference import dense_weight
+from .state import (
+    UPSTREAM_EXTRAS,
+    load_latent_scale,
+    load_scale,
+    packed_from_state,
+    packed_to_state,
+    path_suffix,
+)
 
 __all__ = ["LittleBitLinear", "WeightPacker"]
 
@@ -29,8 +38,8 @@ class LittleBitLinear(nn.Module):
     Its buffers are the portable tensors of docs/format.md (``V_packed``, ``U_packed``, ``u1``, ``v2``,
     ``latent_scale``, ...), so ``state_dict`` is the file format. ``load_state_dict`` also takes the
     authors' ``v1``/``u2`` pairs and half-precision scales. Scales stay float32 under ``.half()``
-    and ``.to(dtype)``; the layer computes in whatever dtype its input has. Weights are frozen, the
-    input is differentiable.
+    and ``.to(dtype)``; the layer returns the dtype of its input, or autocast's where that is on. Weights
+    are frozen, the input is differentiable. There is no ``weight`` attribute: see :meth:`dequantize`.
 
     Args:
         in_features: K.
@@ -43,7 +52,8 @@ class LittleBitLinear(nn.Module):
         device: where the (all-zero) buffers are made; ``"meta"`` for loading without a copy.
 
     Raises:
-        ValueError: a dimension or rank is out of range, or ``shares`` is inconsistent.
+        TypeError: a dimension or rank is not an integer, or ``ranks`` no sequence.
+        ValueError: a dimension or rank is out of range, ``shares`` is inconsistent, or ``backend`` unknown.
     """
 
     def __init__(
@@ -62,7 +72,10 @@ class LittleBitLinear(nn.Module):
 
     @classmethod
     def from_packed(cls, packed: PackedLinear, *, backend: str = "auto") -> LittleBitLinear:
-        """Wrap a packed layer; contiguous tensors become the module's buffers without a copy.
+        """Wrap a packed layer.
+
+        Contiguous tensors become the module's buffers without a copy, so loading a ``state_dict``
+        into the module later writes into ``packed`` too.
 
         Raises:
             TypeError: ``packed`` is not a :class:`PackedLinear`.
@@ -94,12 +107,18 @@ class LittleBitLinear(nn.Module):
         return cls.from_packed(config.pack(linear.weight.detach(), bias), backend=backend)
 
     def _set_packed(self, packed: PackedLinear, backend: str) -> None:
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
         self.in_features = packed.in_features
         self.out_features = packed.out_features
         self.ranks = None if packed.single_stage else packed.ranks
         self.backend = backend
+        seen: set[int] = set()
         for name, tensor in packed_to_state(packed).items():
-            self.register_buffer(name, tensor.contiguous())
+            # Buffers on one memory, say out_scale of two paths, would overwrite each other when loaded.
+            aliased = tensor.data_ptr() in seen and not tensor.is_meta
+            self.register_buffer(name, tensor.clone() if aliased else tensor.contiguous())
+            seen.add(tensor.data_ptr())
         if packed.bias is None:
             self.register_buffer("bias", None)
         #: For each path, the path whose V and in_scale it uses.
@@ -149,10 +168,23 @@ class LittleBitLinear(nn.Module):
         return sum(b.numel() * b.element_size() for b in self._buffers.values() if b is not None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map ``x`` ``[..., K]`` (float32, float16 or bfloat16) to ``[..., N]`` of the same dtype."""
-        if self.backend != "auto" or x.device.type not in ("cpu", "meta"):
-            return littlebit_linear(x, self.packed, self.backend)
+        """Map ``x`` ``[..., K]`` (float32, float16 or bfloat16) to ``[..., N]`` of the same dtype.
+
+        Raises:
+            TypeError, ValueError, BackendUnavailableError, NativeLibraryError: as
+                :func:`littlebit2_kernels.littlebit_linear`.
+        """
+        check_activation(x, self.in_features, self._buffers["u1"].device)  # type: ignore[union-attr]
+        device_type = x.device.type
+        if device_type != "meta" and torch.is_autocast_enabled(device_type):
+            x = x.to(torch.get_autocast_dtype(device_type))
+        if choose_backend(self.backend, device_type) == "reference":
+            return littlebit_linear(x, self.packed, "reference")
         return linear_from_operands(x, self._operands(), self._buffers["bias"])
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return the dense weight ``[N, K]`` that the layer stands for; a new tensor on every call."""
+        return dense_weight(self.packed, dtype)
 
     def extra_repr(self) -> str:
         """Shape, ranks and stored bits per weight."""
@@ -181,35 +213,48 @@ class LittleBitLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        for name in UPSTREAM_EXTRAS:
-            state_dict.pop(prefix + name, None)
-        for path in range(len(self.shares)):
-            s = path_suffix(path)
-            pair = (f"{prefix}v1{s}", f"{prefix}u2{s}")
-            if f"{prefix}latent_scale{s}" not in state_dict and all(name in state_dict for name in pair):
-                v1, u2 = (state_dict.pop(name) for name in pair)
-                state_dict[f"{prefix}latent_scale{s}"] = fold_latent_scale(v1, u2)
+        # Nothing is copied before everything that is there was checked, together with what is not: a bad file
+        # leaves the layer as it was. Keys that are missing or unexpected are torch's to report.
         own = {prefix + name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        for key, buffer in own.items():
-            stored = state_dict.get(key)
-            # Checkpoints hold half-precision scales, as [size] or [1, size].
-            if stored is not None and buffer.is_floating_point() and stored.numel() == buffer.numel():
-                state_dict[key] = stored.float().reshape(buffer.shape)
-        present = {key: state_dict[key] for key in own if key in state_dict}
-        if len(present) == len(own):
-            # Nothing is copied before everything was checked: a bad file leaves the layer as it was.
+        try:
+            self._normalise(state_dict, prefix, own)
+        except (KeyError, TypeError, ValueError) as error:
+            error_msgs.append(str(error.args[0]))
+            return
+        merged = {key: state_dict.get(key, buffer) for key, buffer in own.items()}
+        # On the meta device there is nothing to check, and nothing to spoil.
+        if not any(isinstance(tensor, torch.Tensor) and tensor.is_meta for tensor in merged.values()):
             try:
-                loaded = packed_from_state(present, prefix)
+                mismatch = self._mismatch(packed_from_state(merged, prefix))
             except (KeyError, TypeError, ValueError) as error:
-                error_msgs.append(str(error.args[0]))
-                return
-            mismatch = self._mismatch(loaded)
+                mismatch = str(error.args[0])
             if mismatch is not None:
-                error_msgs.append(f"{prefix or 'layer'}: {mismatch}")
+                error_msgs.append(mismatch)
                 return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _normalise(self, state_dict: dict[str, Any], prefix: str, own: dict[str, torch.Tensor]) -> None:
+        """Bring stored entries to the names, dtypes and layout of the module's buffers, in place."""
+        for name in UPSTREAM_EXTRAS:
+            state_dict.pop(prefix + name, None)
+        for suffix in map(path_suffix, range(len(self.shares))):
+            pair = (f"{prefix}v1{suffix}", f"{prefix}u2{suffix}")
+            if any(name in state_dict for name in pair):
+                folded = load_latent_scale(state_dict, prefix, suffix)
+                for name in pair:
+                    del state_dict[name]
+                state_dict[f"{prefix}latent_scale{suffix}"] = folded
+        for key, buffer in own.items():
+            stored = state_dict.get(key)
+            if stored is None:
+                continue
+            if buffer.is_floating_point():
+                scale = load_scale(key, stored)
+                state_dict[key] = scale if buffer.dim() == 1 else scale.unsqueeze(0)
+            elif isinstance(stored, torch.Tensor):
+                state_dict[key] = stored.contiguous()
 
     def _mismatch(self, loaded: PackedLinear) -> str | None:
         expected = (self.in_features, self.out_features, self.ranks, self.shares)
@@ -217,7 +262,7 @@ class LittleBitLinear(nn.Module):
         got = (loaded.in_features, loaded.out_features, ranks, loaded.leaders)
         if expected == got:
             return None
-        return f"expected (in_features, out_features, ranks, shares) = {expected}, got {got}"
+        return f"the layer must have (in_features, out_features, ranks, shares) = {expected}, got {got}"
 
 
 def _zero_layer(
@@ -229,9 +274,13 @@ def _zero_layer(
     device: torch.device | str | None,
 ) -> PackedLinear:
     """A layer of the given structure whose signs are all +1 and whose scales are all zero."""
-    for name, size in (("in_features", in_features), ("out_features", out_features)):
-        if size < 1:
-            raise ValueError(f"{name} must be >= 1, got {size}")
+    # Checked before anything is allocated.
+    check_dim("in_features", in_features)
+    check_dim("out_features", out_features)
+    if ranks is not None and not isinstance(ranks, Sequence):
+        raise TypeError(f"ranks must be a sequence of integers or None, got {type(ranks).__name__}")
+    for p, rank in enumerate(ranks or ()):
+        check_dim(f"ranks[{p}]", rank, RANK_MULTIPLE)
     rows = [out_features] if ranks is None else list(ranks)
     leaders = list(range(len(rows))) if shares is None else list(shares)
     if len(leaders) != len(rows):
@@ -245,8 +294,6 @@ def _zero_layer(
 
     paths: list[PackedPath] = []
     for p, rank in enumerate(rows):
-        if ranks is not None and (rank < RANK_MULTIPLE or rank % RANK_MULTIPLE):
-            raise ValueError(f"ranks[{p}] must be a positive multiple of {RANK_MULTIPLE}, got {rank}")
         if not 0 <= leaders[p] <= p or leaders[leaders[p]] != leaders[p] or rows[leaders[p]] != rank:
             raise ValueError(
                 f"shares[{p}] must name path {p} itself or an earlier unshared path of rank {rank}, "

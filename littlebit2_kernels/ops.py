@@ -5,12 +5,16 @@ The schemas live in ``csrc/torch/library.cpp``. Everything here is traceable by 
 
 from __future__ import annotations
 
+import itertools
+import threading
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from ._native import load_ops
-from .dispatch import choose_backend
+from .dispatch import check_activation, choose_backend
 from .format import PackedLinear
 from .reference import linear_reference
 
@@ -21,7 +25,7 @@ Operand = list[torch.Tensor]
 #: ``(v, u, in_scale, latent_scale, out_scale)``; a single-stage layer has no ``u`` and ``latent_scale``.
 Operands = tuple[Operand, Operand | None, Operand, Operand | None, Operand]
 
-_ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_lock = threading.Lock()
 _registered = False
 
 
@@ -37,14 +41,20 @@ def load() -> None:
     global _registered
     if _registered:
         return
-    load_ops()
-    torch.library.register_fake("littlebit2::linear", _linear_fake)
-    torch.library.register_fake("littlebit2::linear_backward_x", _linear_backward_x_fake)
-    torch.library.register_autograd("littlebit2::linear", _linear_backward, setup_context=_linear_setup)
-    torch.library.register_autograd(
-        "littlebit2::linear_backward_x", _linear_backward_x_backward, setup_context=_linear_setup
-    )
-    _registered = True
+    with _lock:
+        if not _registered:
+            load_ops()
+            _register()
+            _registered = True
+
+
+def _register() -> None:
+    for name, fake, backward in (
+        ("littlebit2::linear", _linear_fake, _linear_backward),
+        ("littlebit2::linear_backward_x", _linear_backward_x_fake, _linear_backward_x_backward),
+    ):
+        torch.library.register_fake(name, fake)
+        torch.library.register_autograd(name, backward, setup_context=_linear_setup)
 
 
 def _load_while_tracing() -> bool:
@@ -81,7 +91,7 @@ def littlebit_linear(x: torch.Tensor, packed: PackedLinear, backend: str = "auto
     """
     if not isinstance(packed, PackedLinear):
         raise TypeError(f"packed must be a PackedLinear, got {type(packed).__name__}")
-    _check_input(x, packed.in_features, packed.device)
+    check_activation(x, packed.in_features, packed.device)
     if choose_backend(backend, x.device.type) == "reference":
         return linear_reference(x, packed, torch.float32).to(x.dtype)
     return linear_from_operands(x, packed.operands, packed.bias)
@@ -102,22 +112,51 @@ def linear_from_operands(x: torch.Tensor, operands: Operands, bias: torch.Tensor
         _load_while_tracing()
         return torch.ops.littlebit2.linear(x, *operands, bias)
     load()
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+    if forward_ad._current_level >= 0:
+        primal, tangent = forward_ad.unpack_dual(x)
+        if tangent is not None:
+            # The layer is linear in x, and torch knows no forward derivative of registered operators.
+            y = linear_from_operands(primal, operands, bias)
+            return forward_ad.make_dual(y, linear_from_operands(tangent, operands, None))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in _flatten((x, *operands, bias))):
         return torch.ops.littlebit2.linear(x, *operands, bias)
     # Nothing to differentiate: step over the Python autograd kernel, which costs more than the dispatch.
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.littlebit2.linear(x, *operands, bias)
 
 
-def _check_input(x: torch.Tensor, in_features: int, device: torch.device) -> None:
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in _ACTIVATION_DTYPES:
-        raise TypeError(f"x must be float32, float16 or bfloat16, got {x.dtype}")
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(f"x.size(-1) must equal K={in_features}, got shape {list(x.shape)}")
-    if x.device != device:
-        raise ValueError(f"x must be on {device} like the packed layer, got {x.device}")
+def _flatten(arguments: Iterable[torch.Tensor | Operand | None]) -> Iterator[torch.Tensor]:
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        elif argument is not None:
+            yield from argument
+
+
+def _check_fake(name: str, x: torch.Tensor, cols: int, operands: Operands, bias: torch.Tensor | None) -> None:
+    # One operand on the meta device is enough to get here with the others elsewhere.
+    for tensor in _flatten((*operands, bias)):
+        if tensor.device != x.device:
+            raise RuntimeError(
+                f"littlebit2: {name} and the layer must be on one device, got {x.device} and {tensor.device}"
+            )
+    v, u, in_scale, latent_scale, out_scale = operands
+    for list_name, tensors in (
+        ("u", u),
+        ("in_scale", in_scale),
+        ("latent_scale", latent_scale),
+        ("out_scale", out_scale),
+    ):
+        if tensors is not None and len(tensors) != len(v):
+            raise RuntimeError(
+                f"littlebit2: {list_name} must hold one tensor per path ({len(v)}), got {len(tensors)}"
+            )
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise RuntimeError(f"littlebit2: {name} must be float32, float16 or bfloat16, got {x.dtype}")
+    torch._check(
+        x.shape[-1] == cols,
+        lambda: f"littlebit2: {name}.size(-1) must equal {cols}, got shape {list(x.shape)}",
+    )
 
 
 def _linear_fake(
@@ -129,9 +168,7 @@ def _linear_fake(
     out_scale: Operand,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    torch._check(
-        x.shape[-1] == in_scale[0].shape[-1], lambda: f"x.size(-1) must equal {in_scale[0].shape[-1]}"
-    )
+    _check_fake("x", x, in_scale[0].shape[-1], (v, u, in_scale, latent_scale, out_scale), bias)
     return x.new_empty((*x.shape[:-1], out_scale[0].shape[-1]))
 
 
@@ -143,44 +180,54 @@ def _linear_backward_x_fake(
     latent_scale: Operand | None,
     out_scale: Operand,
 ) -> torch.Tensor:
-    torch._check(
-        grad.shape[-1] == out_scale[0].shape[-1], lambda: f"grad.size(-1) must equal {out_scale[0].shape[-1]}"
-    )
+    _check_fake("grad", grad, out_scale[0].shape[-1], (v, u, in_scale, latent_scale, out_scale), None)
     return grad.new_empty((*grad.shape[:-1], in_scale[0].shape[-1]))
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    # Inputs of both operators start with the activation and the five lists; the forward has bias too.
-    ctx.operands = inputs[1:6]
-    for name, tensors in zip(("in_scale", "latent_scale", "out_scale"), inputs[3:6], strict=True):
+    # Inputs of both operators start with the activation and the five operands; the forward has bias too.
+    operands = inputs[1:6]
+    for name, tensors in zip(("in_scale", "latent_scale", "out_scale"), operands[2:], strict=True):
         for index, tensor in enumerate(tensors or ()):
             if tensor.requires_grad:
                 raise RuntimeError(
                     f"{name}[{index}] requires a gradient, but packed layers are frozen: "
                     "littlebit2::linear is differentiable in x and bias only"
                 )
-    ctx.bias_dtype = inputs[6].dtype if len(inputs) > 6 and inputs[6] is not None else None
+    # Saved, not kept: autograd then notices when they are changed in place before the backward call.
+    ctx.save_for_backward(*_flatten(operands))
+    ctx.lengths = [None if tensors is None else len(tensors) for tensors in operands]
+    bias = inputs[6] if len(inputs) > 6 else None
+    ctx.bias_like = None if bias is None else (bias.shape, bias.dtype)
 
 
-def _no_gradients(operands: Operands) -> tuple[list[None] | None, ...]:
+def _saved_operands(ctx: Any) -> list[Operand | None]:
+    saved = iter(ctx.saved_tensors)
+    return [None if length is None else list(itertools.islice(saved, length)) for length in ctx.lengths]
+
+
+def _no_gradients(ctx: Any) -> list[list[None] | None]:
     # Autograd wants a gradient, here none, for every element of every list.
-    return tuple(None if tensors is None else [None] * len(tensors) for tensors in operands)
+    return [None if length is None else [None] * length for length in ctx.lengths]
 
 
 def _linear_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     grad_x = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.littlebit2.linear_backward_x(grad, *ctx.operands)
+        grad_x = torch.ops.littlebit2.linear_backward_x(grad, *_saved_operands(ctx))
     if len(ctx.needs_input_grad) == 6:
         # The dispatcher drops a bias left at its default, and autograd wants no gradient for it.
-        return grad_x, *_no_gradients(ctx.operands)
+        return grad_x, *_no_gradients(ctx)
     grad_bias = None
     if ctx.needs_input_grad[6]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
-    return grad_x, *_no_gradients(ctx.operands), grad_bias
+        shape, dtype = ctx.bias_like
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=dtype).reshape(shape)
+    return grad_x, *_no_gradients(ctx), grad_bias
 
 
 def _linear_backward_x_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     # The transpose of the transpose: the layer without its bias.
-    grad_grad = torch.ops.littlebit2.linear(grad, *ctx.operands, None) if ctx.needs_input_grad[0] else None
-    return grad_grad, *_no_gradients(ctx.operands)
+    grad_grad = None
+    if ctx.needs_input_grad[0]:
+        grad_grad = torch.ops.littlebit2.linear(grad, *_saved_operands(ctx), None)
+    return grad_grad, *_no_gradients(ctx)

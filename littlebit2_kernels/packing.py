@@ -53,7 +53,7 @@ def pack_signs(values: Any, *, backend: str = "auto") -> Any:
         NativeLibraryError: ``backend="native"`` and the compiled module is missing.
     """
     if isinstance(values, np.ndarray):
-        return pack_signs(torch.from_numpy(np.ascontiguousarray(values)), backend=backend).numpy()
+        return pack_signs(_as_tensor("values", values), backend=backend).numpy()
     check_signs_input(values)
     if not _use_native(values, backend):
         return pack_signs_reference(values)
@@ -93,9 +93,7 @@ def unpack_signs(words: Any, cols: int, dtype: Any = None, *, backend: str = "au
     if isinstance(words, np.ndarray):
         numpy_dtype = np.dtype(np.float32 if dtype is None else dtype)
         torch_dtype = torch.from_numpy(np.empty(0, numpy_dtype)).dtype
-        return unpack_signs(
-            torch.from_numpy(np.ascontiguousarray(words)), cols, torch_dtype, backend=backend
-        ).numpy()
+        return unpack_signs(_as_tensor("words", words), cols, torch_dtype, backend=backend).numpy()
     dtype = torch.float32 if dtype is None else dtype
     check_words(words, cols)
     native = _use_native(words, backend)
@@ -108,6 +106,17 @@ def unpack_signs(words: Any, cols: int, dtype: Any = None, *, backend: str = "au
     as_patterns = out.view(torch.int16) if dtype in (torch.float16, torch.bfloat16) else out
     core().unpack_signs(rows.contiguous().numpy(), as_patterns.numpy(), _NATIVE_DTYPES[dtype])
     return out.reshape(*words.shape[:-1], cols)
+
+
+def _as_tensor(name: str, array: npt.NDArray[Any]) -> torch.Tensor:
+    if array.ndim == 0:
+        raise ValueError(f"{name} must have at least one dimension, got a 0-d array")
+    # torch warns of arrays that it could not write to, and takes no negative strides.
+    readable = array if array.flags.writeable and array.flags.c_contiguous else np.array(array, order="C")
+    try:
+        return torch.from_numpy(readable)
+    except TypeError as error:
+        raise TypeError(f"{name} must have a real numeric dtype, got {array.dtype}") from error
 
 
 def _use_native(tensor: torch.Tensor, backend: str) -> bool:

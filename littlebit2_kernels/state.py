@@ -12,7 +12,14 @@ import torch
 
 from .format import PackedLinear, PackedPath
 
-__all__ = ["UPSTREAM_EXTRAS", "fold_latent_scale", "packed_from_state", "packed_to_state", "path_suffix"]
+__all__ = [
+    "UPSTREAM_EXTRAS",
+    "load_latent_scale",
+    "load_scale",
+    "packed_from_state",
+    "packed_to_state",
+    "path_suffix",
+]
 
 #: Scalar buffers that the authors' code stores beside a layer; they carry no weight.
 UPSTREAM_EXTRAS = ("_eff_bit_target", "_split_dim_final", "_eff_bit_actual")
@@ -23,22 +30,56 @@ def path_suffix(path: int) -> str:
     return ("", "_R")[path] if path < 2 else f"_R{path}"
 
 
-def fold_latent_scale(v1: torch.Tensor, u2: torch.Tensor) -> torch.Tensor:
-    """Fold the authors' two rank vectors into ``latent_scale = v1 * u2``, in float32.
+def load_scale(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return a stored scale as the format holds it in memory.
 
     Args:
-        v1: ``[1, R]`` or ``[R]``, any floating dtype.
-        u2: as ``v1``.
+        name: full tensor name, for messages.
+        tensor: ``[size]`` or ``[1, size]``, float32, float16 or bfloat16.
 
     Returns:
-        float32 of the same shape.
+        float32 ``[size]``, contiguous.
 
     Raises:
-        ValueError: the shapes differ.
+        TypeError: it is no tensor, or of another dtype.
+        ValueError: it has another shape.
     """
-    if v1.shape != u2.shape:
-        raise ValueError(f"v1 and u2 must have equal shapes, got {list(v1.shape)} and {list(u2.shape)}")
-    return v1.float() * u2.float()
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}")
+    if tensor.dim() != 1 and (tensor.dim() != 2 or tensor.shape[0] != 1):
+        raise ValueError(f"{name} must have shape [size] or [1, size], got {list(tensor.shape)}")
+    return tensor.float().reshape(-1).contiguous()
+
+
+def load_latent_scale(entries: Mapping[str, torch.Tensor], prefix: str, suffix: str) -> torch.Tensor:
+    """Return ``latent_scale`` of a path, or the authors' ``v1 * u2`` formed in float32.
+
+    Args:
+        entries: tensors by full name.
+        prefix: of the layer's names.
+        suffix: of the path's names, see :func:`path_suffix`.
+
+    Raises:
+        KeyError: neither is there, or only half of the pair; the message names what is missing.
+        TypeError: a tensor has a wrong dtype.
+        ValueError: a shape is wrong, or both the product and its factors are there.
+    """
+    own, v1, u2 = (f"{prefix}{name}{suffix}" for name in ("latent_scale", "v1", "u2"))
+    if own in entries:
+        if v1 in entries or u2 in entries:
+            raise ValueError(f"{own} must not be stored together with {v1} and {u2}, whose product it is")
+        return load_scale(own, entries[own])
+    if v1 not in entries and u2 not in entries:
+        raise KeyError(f"{own} is missing")
+    for name in (v1, u2):
+        if name not in entries:
+            raise KeyError(f"{name} is missing")
+    factors = [load_scale(name, entries[name]) for name in (v1, u2)]
+    if factors[0].shape != factors[1].shape:
+        raise ValueError(f"{u2} must have as many entries as {v1} ({len(factors[0])}), got {len(factors[1])}")
+    return factors[0] * factors[1]
 
 
 def packed_to_state(packed: PackedLinear) -> dict[str, torch.Tensor]:
@@ -83,59 +124,68 @@ def packed_from_state(state: Mapping[str, torch.Tensor], prefix: str = "") -> Pa
         ValueError: an entry is unknown, or shapes and contents do not fit the stored shapes.
         TypeError: a tensor has a wrong dtype.
     """
-    entries = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
-    entries = {name: tensor for name, tensor in entries.items() if name not in UPSTREAM_EXTRAS}
+    entries = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+    for extra in UPSTREAM_EXTRAS:
+        entries.pop(prefix + extra, None)
     used: set[str] = set()
 
+    def has(name: str) -> bool:
+        return prefix + name in entries
+
     def take(name: str) -> torch.Tensor:
-        if name not in entries:
+        if not has(name):
             raise KeyError(f"{prefix}{name} is missing")
-        used.add(name)
-        return entries[name]
+        used.add(prefix + name)
+        return entries[prefix + name]
 
     def scale(name: str) -> torch.Tensor:
-        return take(name).float().reshape(-1).contiguous()
+        return load_scale(prefix + name, take(name))
 
     paths: list[PackedPath] = []
-    while not paths or f"u1{path_suffix(len(paths))}" in entries:
+    while not paths or has(f"u1{path_suffix(len(paths))}"):
         s = path_suffix(len(paths))
-        if f"V_shared{s}" in entries:
-            leader = _stored_ints(prefix + f"V_shared{s}", take(f"V_shared{s}"), 1)[0]
+        if has(f"V_shared{s}"):
+            leader = _stored_ints(f"{prefix}V_shared{s}", take(f"V_shared{s}"), 1)[0]
             if not 0 <= leader < len(paths):
                 raise ValueError(f"{prefix}V_shared{s} must name an earlier path, got {leader}")
             v, in_scale = paths[leader].v, paths[leader].in_scale
         else:
             v, in_scale = take(f"V_packed{s}"), scale(f"v2{s}")
-            shape = _stored_ints(prefix + f"V_shape{s}", take(f"V_shape{s}"), 2)
+            shape = _stored_ints(f"{prefix}V_shape{s}", take(f"V_shape{s}"), 2)
             _check_stored(prefix, f"V_packed{s}", v, shape, in_scale.shape[0])
         u = latent_scale = None
-        if f"U_packed{s}" in entries:
+        if has(f"U_packed{s}"):
             u = take(f"U_packed{s}")
-            shape = _stored_ints(prefix + f"U_shape{s}", take(f"U_shape{s}"), 2)
+            shape = _stored_ints(f"{prefix}U_shape{s}", take(f"U_shape{s}"), 2)
             _check_stored(prefix, f"U_packed{s}", u, shape, v.shape[0])
-            if f"latent_scale{s}" in entries:
-                latent_scale = scale(f"latent_scale{s}")
-            else:
-                latent_scale = fold_latent_scale(scale(f"v1{s}"), scale(f"u2{s}"))
+            latent_scale = load_latent_scale(entries, prefix, s)
+            used.update(f"{prefix}{name}{s}" for name in ("latent_scale", "v1", "u2"))
         try:
             paths.append(PackedPath(v, in_scale, scale(f"u1{s}"), u, latent_scale))
         except (TypeError, ValueError) as error:
             raise type(error)(f"{prefix or 'layer'} path {len(paths)}: {error}") from error
-    bias = scale("bias") if "bias" in entries else None
+    bias = scale("bias") if has("bias") else None
     unknown = sorted(set(entries) - used)
     if unknown:
-        raise ValueError(f"unexpected tensors: {', '.join(prefix + name for name in unknown)}")
+        raise ValueError(f"unexpected tensors: {', '.join(unknown)}")
     return PackedLinear(tuple(paths), bias)
 
 
 def _stored_ints(name: str, tensor: torch.Tensor, count: int) -> list[int]:
-    if tensor.dtype not in (torch.int64, torch.int32) or tensor.numel() != count:
-        raise ValueError(f"{name} must hold {count} int64, got {tensor.dtype} of shape {list(tensor.shape)}")
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.int64 or tensor.numel() != count:
+        got = type(tensor).__name__
+        if isinstance(tensor, torch.Tensor):
+            got = f"{tensor.dtype} of shape {list(tensor.shape)}"
+        raise ValueError(f"{name} must hold {count} int64, got {got}")
+    if tensor.is_meta:
+        raise ValueError(f"{name} must hold values, got a tensor on the meta device")
     return [int(value) for value in tensor.flatten()]
 
 
 def _check_stored(prefix: str, name: str, words: torch.Tensor, shape: list[int], cols: int) -> None:
     """The stored logical shape must agree with the words and with the scale that gives the columns."""
+    if not isinstance(words, torch.Tensor):
+        raise TypeError(f"{prefix}{name} must be a torch.Tensor, got {type(words).__name__}")
     if words.dim() != 2 or shape != [words.shape[0], cols]:
         raise ValueError(
             f"{prefix}{name.replace('packed', 'shape')} = {shape} does not agree with {prefix}{name} "

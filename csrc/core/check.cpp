@@ -35,9 +35,6 @@ lb2_status check_stride(int64_t path, const char* field, int64_t stride, int64_t
 lb2_status check_path(const lb2_linear_args& args, int64_t index) {
   const lb2_path& path = args.paths[index];
   const bool single_stage = path.u == nullptr;
-  if (path.v == nullptr) return null_path_field(index, "v");
-  if (path.in_scale == nullptr) return null_path_field(index, "in_scale");
-  if (path.out_scale == nullptr) return null_path_field(index, "out_scale");
   if (single_stage != (args.paths[0].u == nullptr))
     return fail(LB2_ERROR_INVALID_ARGUMENT, "paths[%" PRId64 "].u must be %s like paths[0].u", index,
                 single_stage ? "given" : "NULL");
@@ -55,6 +52,9 @@ lb2_status check_path(const lb2_linear_args& args, int64_t index) {
   if (!single_stage && path.rank % LB2_RANK_MULTIPLE != 0)
     return fail(LB2_ERROR_INVALID_ARGUMENT, "paths[%" PRId64 "].rank must be a multiple of %d, got %" PRId64,
                 index, LB2_RANK_MULTIPLE, path.rank);
+  if (path.v == nullptr) return null_path_field(index, "v");
+  if (path.in_scale == nullptr) return null_path_field(index, "in_scale");
+  if (path.out_scale == nullptr) return null_path_field(index, "out_scale");
   LB2_RETURN_IF_ERROR(check_stride(index, "v_stride", path.v_stride, lb2_words_per_row(args.k), path.rank));
   if (!single_stage)
     LB2_RETURN_IF_ERROR(check_stride(index, "u_stride", path.u_stride, lb2_words_per_row(path.rank), args.n));

@@ -11,8 +11,10 @@ namespace {
 
 lb2_status check_matrix(int64_t rows, int64_t cols, const char* dense_name, const void* dense,
                         int64_t dense_stride, const void* words, int64_t words_stride) {
-  if (rows < 0) return fail(LB2_ERROR_INVALID_ARGUMENT, "rows must be >= 0, got %" PRId64, rows);
-  if (cols < 0) return fail(LB2_ERROR_INVALID_ARGUMENT, "cols must be >= 0, got %" PRId64, cols);
+  if (rows < 0 || rows > INT32_MAX)
+    return fail(LB2_ERROR_INVALID_ARGUMENT, "rows must be between 0 and %d, got %" PRId64, INT32_MAX, rows);
+  if (cols < 0 || cols > INT32_MAX)
+    return fail(LB2_ERROR_INVALID_ARGUMENT, "cols must be between 0 and %d, got %" PRId64, INT32_MAX, cols);
   if (rows == 0 || cols == 0) return LB2_OK;
   if (dense == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "%s must not be NULL", dense_name);
   if (words == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "words must not be NULL");

@@ -54,20 +54,30 @@ const Kernels* best_kernels() {
 
 std::atomic<lb2_isa> process_isa{LB2_ISA_AUTO};
 
+// The instruction set that LB2_CPU_ISA names; kIsaCount when it names none.
+struct EnvironmentChoice {
+  lb2_isa isa = LB2_ISA_AUTO;
+  char value[64] = "";
+
+  EnvironmentChoice() {
+    const char* text = std::getenv("LB2_CPU_ISA");
+    if (text == nullptr || *text == '\0') return;
+    std::strncpy(value, text, sizeof value - 1);
+    while (isa < kIsaCount && std::strcmp(text, kIsaNames[isa]) != 0) ++isa;
+  }
+};
+
 lb2_status kernels_from_environment(const Kernels** kernels) {
   // Read once, so that a later change of the environment cannot switch kernels in mid-run.
-  static const char* const value = std::getenv("LB2_CPU_ISA");
-  if (value == nullptr || *value == '\0' || std::strcmp(value, kIsaNames[LB2_ISA_AUTO]) == 0) {
-    static const Kernels* const best = best_kernels();
-    *kernels = best;
-    return LB2_OK;
-  }
-  for (lb2_isa isa = LB2_ISA_SCALAR; isa < kIsaCount; ++isa)
-    if (std::strcmp(value, kIsaNames[isa]) == 0)
-      return require(isa, "the environment variable LB2_CPU_ISA", kernels);
-  return fail(LB2_ERROR_INVALID_ARGUMENT,
-              "the environment variable LB2_CPU_ISA must be auto, scalar, avx2 or avx512, got \"%.64s\"",
-              value);
+  static const EnvironmentChoice choice;
+  static const Kernels* const best = best_kernels();
+  if (choice.isa == kIsaCount)
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "the environment variable LB2_CPU_ISA must be auto, scalar, avx2 or avx512, got \"%s\"",
+                choice.value);
+  if (choice.isa != LB2_ISA_AUTO) return require(choice.isa, "the environment variable LB2_CPU_ISA", kernels);
+  *kernels = best;
+  return LB2_OK;
 }
 
 }  // namespace

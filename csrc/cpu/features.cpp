@@ -15,7 +15,7 @@ constexpr bool bit(uint32_t value, int index) { return (value >> index) & 1u; }
 
 uint64_t enabled_state() {
   uint32_t low, high;
-  // Encoded by hand: the intrinsic would need -mxsave, and this file is built without ISA flags.
+  // Assembly: the intrinsic would need -mxsave, and this file is built without ISA flags.
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return (static_cast<uint64_t>(high) << 32) | low;
 }

@@ -1,16 +1,21 @@
+// clang-format off: the layout of this comment is meant
 // The primitives of kernels.h, written once over a 16-lane vector type `Vec` that each ISA file defines.
 //
 // Include this after defining, inside an unnamed namespace in lb2::cpu, a struct Vec with
-//   static Vec zero(), load(const float*), broadcast(float); void store(float*) const;
-//   static Vec signs(const char* half_word);                        // +-1 from 16 packed signs, bit 1 is -1
-//   template <int kHalf> static Vec word_signs(const char* word);   // the same of the low or high half of a
-//   word static Vec fma(Vec a, Vec b, Vec c);  // a * b + c; a is +-1, so the product is exact static Vec
-//   mul(Vec, Vec), add(Vec, Vec); static Vec load_half(const void*), load_bfloat(const void*); void
-//   store_half(void*) const, store_bfloat(void*) const; template <int kCount> static void reduce(const Vec*,
-//   float*);  // tree sums of kCount vectors
-// and the tile shapes kDotRows1, kDotRows, kDotTokens, kSumTokens. Everything here must stay inside the
-// unnamed namespace: an inline function shared between files of different ISA flags could be linked into the
-// wrong one and crash older CPUs.
+//   static Vec zero(), load(const float*), broadcast(float);  void store(float*) const;
+//   static Vec signs(const char* half_word);                       // +-1 from 16 packed signs, bit 1 is -1
+//   template <int kHalf> static Vec word_signs(const char* word);  // the same of the low or high half of a word
+//   static Vec fma(Vec a, Vec b, Vec c);                           // a * b + c; a is +-1, so the product is exact
+//   static Vec mul(Vec, Vec), add(Vec, Vec);
+//   static Vec load_half(const void*), load_bfloat(const void*);
+//   void store_half(void*) const, store_bfloat(void*) const;
+//   template <int kCount> static void reduce(const Vec*, float*);  // tree sums of kCount vectors
+// and the tile shapes kDotRows1, kDotRows, kDotTokens, kSumTokens. Everything here must stay inside the unnamed
+// namespace: an inline function shared between files of different ISA flags could be linked into the wrong one and
+// crash older CPUs.
+// clang-format on
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "halves and bytes of words are addressed in place");
 
 constexpr int kWordVecs = LB2_WORD_BITS / kLanes;
 static_assert(kWordVecs == 2, "a word is a low and a high half");

@@ -38,11 +38,13 @@ float half_to_float(uint16_t half) {
   return float_of(sign | bits_of(magnitude));
 }
 
-// binary32 -> binary16, to nearest, ties to even; overflow becomes infinity, NaN stays NaN.
+// binary32 -> binary16, to nearest, ties to even; overflow becomes infinity, NaN keeps what fits of its
+// payload.
 uint16_t float_to_half(float value) {
   const uint32_t bits = bits_of(value), magnitude = bits & 0x7FFFFFFFu;
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
-  if (magnitude > 0x7F800000u) return sign | 0x7E00u;
+  if (magnitude > 0x7F800000u)  // NaN: quiet, with the upper bits of its payload, as hardware does
+    return static_cast<uint16_t>(sign | 0x7E00u | ((magnitude >> 13) & 0x3FFu));
   if (magnitude >= 0x477FF000u) return sign | 0x7C00u;  // 65520 and above round to infinity
   if (magnitude < 0x38800000u) {
     // Below the smallest normal half: adding 0.5 leaves the rounded multiple of 2^-24 in the mantissa.

@@ -77,8 +77,24 @@ SignRows tile_columns(const int32_t* words, int64_t stride, int64_t rows, int64_
   return {reinterpret_cast<const int32_t*>(start), stride, rows, lb2_words_per_row(cols) - first_word};
 }
 
-// ---- forward
-// ----------------------------------------------------------------------------------------------------
+// Runs body(block, group, tile) over the latents of every first stage, `tile_size` of them at a time; `depth`
+// is the number of operations for one latent of one token.
+template <typename Body>
+lb2_status run_group_tiles(const Block& block, int64_t tile_size, int64_t depth, const Body& body) {
+  int64_t first_tile[LB2_MAX_PATHS + 1] = {};
+  for (int g = 0; g < block.plan.num_groups; ++g)
+    first_tile[g + 1] = first_tile[g] + tiles(block.args.paths[block.plan.leader_of[g]].rank, tile_size);
+  const auto range = [&](int64_t begin, int64_t end) {
+    int group = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      while (i >= first_tile[group + 1]) ++group;
+      body(block, group, i - first_tile[group]);
+    }
+  };
+  return run_parallel(block.args, first_tile[block.plan.num_groups], tile_size * depth * block.tokens, range);
+}
+
+// ---- forward ----
 
 // inputs[g] = x * in_scale
 lb2_status scale_inputs(const Block& block) {
@@ -123,17 +139,7 @@ lb2_status compute_latents(const Block& block) {
       std::memset(block.latent_buffer(p) + t * stride + rank, 0,
                   static_cast<size_t>(stride - rank) * sizeof(float));
   }
-  int64_t first_tile[LB2_MAX_PATHS + 1] = {};
-  for (int g = 0; g < block.plan.num_groups; ++g)
-    first_tile[g + 1] = first_tile[g] + tiles(args.paths[block.plan.leader_of[g]].rank, kTileRows);
-  const auto body = [&](int64_t begin, int64_t end) {
-    int group = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      while (i >= first_tile[group + 1]) ++group;
-      latent_tile(block, group, i - first_tile[group]);
-    }
-  };
-  return run_parallel(args, first_tile[block.plan.num_groups], kTileRows * args.k * block.tokens, body);
+  return run_group_tiles(block, kTileRows, args.k, latent_tile);
 }
 
 // output = sum_p out_scale * (last sign matrix @ its operand) + bias, one tile of output features
@@ -184,8 +190,7 @@ lb2_status forward_block(const Block& block) {
   return compute_outputs(block);
 }
 
-// ---- backward
-// ---------------------------------------------------------------------------------------------------
+// ---- backward ----
 
 // inputs[p] = grad_y * out_scale
 lb2_status scale_gradients(const Block& block) {
@@ -225,18 +230,7 @@ void latent_gradient_tile(const Block& block, int group, int64_t tile) {
 }
 
 lb2_status compute_latent_gradients(const Block& block) {
-  const lb2_linear_args& args = block.args;
-  int64_t first_tile[LB2_MAX_PATHS + 1] = {};
-  for (int g = 0; g < block.plan.num_groups; ++g)
-    first_tile[g + 1] = first_tile[g] + tiles(args.paths[block.plan.leader_of[g]].rank, kTileCols);
-  const auto body = [&](int64_t begin, int64_t end) {
-    int group = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      while (i >= first_tile[group + 1]) ++group;
-      latent_gradient_tile(block, group, i - first_tile[group]);
-    }
-  };
-  return run_parallel(args, first_tile[block.plan.num_groups], kTileCols * args.n * block.tokens, body);
+  return run_group_tiles(block, kTileCols, block.args.n, latent_gradient_tile);
 }
 
 // output = sum of in_scale * (V^T @ its operand), over groups (two-stage) or paths (single-stage)
@@ -301,10 +295,13 @@ extern "C" lb2_status lb2_linear_plan_cpu(const lb2_linear_args* args, lb2_cpu_p
   using namespace lb2::cpu;
   LB2_RETURN_IF_ERROR(lb2::check_layer(args));
   if (plan == nullptr) return lb2::fail(LB2_ERROR_INVALID_ARGUMENT, "plan must not be NULL");
+  if (plan->struct_size != sizeof(lb2_cpu_plan))
+    return lb2::fail(LB2_ERROR_INVALID_ARGUMENT,
+                     "plan->struct_size must equal sizeof(lb2_cpu_plan) = %zu, got %" PRIu64,
+                     sizeof(lb2_cpu_plan), plan->struct_size);
   const Kernels* kernels;
   LB2_RETURN_IF_ERROR(find_kernels(args->isa, &kernels));
   const Plan forward = plan_forward(*args);
-  *plan = {};
   plan->forward_workspace_bytes = forward.workspace_bytes;
   plan->backward_workspace_bytes = plan_backward(*args).workspace_bytes;
   plan->token_block = forward.token_block;

@@ -114,7 +114,8 @@ py::dict plan_cpu(int64_t m, int64_t k, int64_t n, const std::vector<int64_t>& r
   args.n = n;
   args.paths = paths.data();
   args.num_paths = static_cast<int64_t>(paths.size());
-  lb2_cpu_plan plan;
+  lb2_cpu_plan plan = {};
+  plan.struct_size = sizeof plan;
   throw_on_error(lb2_linear_plan_cpu(&args, &plan));
   py::dict result;
   result["isa"] = lb2_isa_name(plan.isa);

@@ -155,14 +155,14 @@ Tensor run(lb2_linear_args& args, const char* name, const Tensor& input, int64_t
   args.input = rows.const_data_ptr();
   args.input_stride = matrix ? rows.stride(0) : in_cols;
 
+  lb2_cpu_plan plan = {};
+  plan.struct_size = sizeof plan;
+  throw_on_error(lb2_linear_plan_cpu(&args, &plan));
   std::vector<int64_t> shape(input.sizes().begin(), input.sizes().end());
   shape.back() = out_cols;
   Tensor output = torch::stable::new_empty(input, shape);
   args.output = output.mutable_data_ptr();
   args.output_stride = out_cols;
-
-  lb2_cpu_plan plan;
-  throw_on_error(lb2_linear_plan_cpu(&args, &plan));
   const std::array<int64_t, 1> bytes = {plan.*workspace_bytes};
   Tensor workspace = torch::stable::new_empty(input, bytes, ScalarType::Byte);
   args.workspace = workspace.mutable_data_ptr();

@@ -82,6 +82,8 @@ static void test_forward(const struct problem* p) {
   lb2_cpu_plan plan;
   lb2_linear_args args;
   memset(&args, 0, sizeof args);
+  memset(&plan, 0, sizeof plan);
+  plan.struct_size = sizeof plan;
   args.struct_size = sizeof args;
   args.m = M;
   args.k = K;

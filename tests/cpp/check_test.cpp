@@ -138,6 +138,10 @@ void test_signs() {
   expect(lb2_pack_signs(negative, 4, -1, 4, &word, 1) == LB2_ERROR_INVALID_ARGUMENT, "pack: rows < 0");
   expect(lb2_pack_signs(negative, 4, 2, 4, &word, 0) == LB2_ERROR_INVALID_ARGUMENT, "pack: words_stride");
   expect(lb2_pack_signs(negative, 3, 2, 4, &word, 1) == LB2_ERROR_INVALID_ARGUMENT, "pack: negative_stride");
+  expect(lb2_pack_signs(negative, 0, 1, INT64_MAX, &word, 0) == LB2_ERROR_INVALID_ARGUMENT,
+         "pack: huge cols");
+  expect(lb2_pack_signs(negative, 4, INT64_MAX, 4, &word, 1) == LB2_ERROR_INVALID_ARGUMENT,
+         "pack: huge rows");
   expect(lb2_pack_signs(negative, INT64_MAX, 4, 4, &word, 1) == LB2_ERROR_INVALID_ARGUMENT, "pack: overflow");
   expect(lb2_unpack_signs(&word, 1, 1, 4, 17, out, 4) == LB2_ERROR_INVALID_ARGUMENT, "unpack: dtype");
   expect(lb2_unpack_signs(&word, 1, 1, 4, LB2_FLOAT32, nullptr, 4) == LB2_ERROR_INVALID_ARGUMENT,
@@ -156,7 +160,9 @@ void test_queries() {
   expect(std::strcmp(lb2_isa_name(42), "unknown") == 0 && std::strcmp(lb2_isa_name(-1), "unknown") == 0,
          "isa_name");
   expect(lb2_cpu_isa_available(LB2_ISA_SCALAR) == 1 && lb2_cpu_isa_available(42) == 0, "isa_available");
-  lb2_cpu_plan plan;
+  lb2_cpu_plan plan = {};
+  expect(lb2_linear_plan_cpu(&layer.args, &plan) == LB2_ERROR_INVALID_ARGUMENT, "plan: struct_size is 0");
+  plan.struct_size = sizeof plan;
   layer.args.m = INT32_MAX;
   layer.args.k = layer.args.n = INT32_MAX;
   for (lb2_path& path : layer.paths) path.rank = 2147483640, path.v_stride = path.u_stride = 67108864;

@@ -283,7 +283,7 @@ def test_nbytes_counts_shared_tensors_once(rng: torch.Generator) -> None:
 
 
 def test_no_paths() -> None:
-    with pytest.raises(ValueError, match="paths must hold at least one PackedPath, got none"):
+    with pytest.raises(ValueError, match="paths must hold between 1 and 16 PackedPath, got 0"):
         PackedLinear(())
 
 

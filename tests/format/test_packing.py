@@ -68,6 +68,19 @@ def test_numpy_views_with_negative_strides() -> None:
     np.testing.assert_array_equal(unpack_signs(pack_signs(values), 40), np.where(values < 0, -1, 1))
 
 
+def test_read_only_arrays_are_read(recwarn: pytest.WarningsRecorder) -> None:
+    values = np.frombuffer(np.random.default_rng(2).standard_normal(40).tobytes())
+    np.testing.assert_array_equal(unpack_signs(pack_signs(values), 40), np.where(values < 0, -1, 1))
+    assert not recwarn.list
+
+
+def test_arrays_that_cannot_be_packed() -> None:
+    with pytest.raises(ValueError, match="values must have at least one dimension, got a 0-d array"):
+        pack_signs(np.array(1.0))
+    with pytest.raises(TypeError, match="values must have a real numeric dtype, got <U1"):
+        pack_signs(np.array(["a"]))
+
+
 def test_words_of_strided_rows(rng: torch.Generator) -> None:
     words = pack_signs(torch.randn(8, 64, generator=rng))[::2]
     assert torch.equal(unpack_signs(words, 64, backend="native"), unpack_signs_reference(words, 64))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from littlebit2_kernels import LittleBitLinear, PackedLinear
+from littlebit2_kernels import LittleBitLinear, PackedLinear, PackedPath
 from littlebit2_kernels.reference import dense_weight, linear_reference
 from littlebit2_kernels.testing import make_packed, make_problem, relative_error
 
@@ -111,11 +114,26 @@ def test_copies_are_equal_and_independent(layer: Layer) -> None:
         assert torch.equal(module(x), expected)
 
 
-def test_resident_memory_is_the_packed_size(rng: torch.Generator) -> None:
-    packed = make_packed(4096, 4096, [544, 544], generator=rng)
-    module = LittleBitLinear.from_packed(packed)
-    assert module.nbytes <= 1.1 * packed.nbytes
-    assert not list(module.parameters())
+def test_resident_memory_is_the_packed_size() -> None:
+    """Of the process: no unpacked copy may live anywhere, during the call or after it."""
+    script = """
+import resource, torch
+from littlebit2_kernels import LittleBitLinear
+from littlebit2_kernels.testing import make_problem
+LittleBitLinear(64, 64, [8])(torch.ones(1, 64))  # what the first call brings in for good
+x = torch.ones(4, 4096)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+module = LittleBitLinear(4096, 16384, [1024, 1024])
+for _ in range(3):
+    module(x)
+print(peak() - before, module.nbytes)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    growth, packed_bytes = map(int, result.stdout.split())
+    assert packed_bytes == 4 * (2 * (1024 * 128 + 16384 * 32) + 2 * (4096 + 1024 + 16384) + 16384) + 4 * 16
+    # The unpacked factors would be 168 MB in float32 and 42 MB in int8.
+    assert growth <= 1.1 * packed_bytes + 8 * 2**20
 
 
 def test_extra_repr() -> None:
@@ -169,45 +187,97 @@ def flip_a_pad_bit(state: dict[str, torch.Tensor]) -> None:
     state["V_packed"][3, -1] |= -(2**31)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda s: s.pop("U_packed_R"), r'Missing key\(s\) in state_dict: "U_packed_R"'),
-        (lambda s: s.pop("V_shape"), r'Missing key\(s\) in state_dict: "V_shape"'),
-        (lambda s: s.update(extra=torch.ones(1)), r'Unexpected key\(s\) in state_dict: "extra"'),
-        (lambda s: s.update(U_packed=s["U_packed"][:-1]), "U_shape = .* does not agree with U_packed"),
-        (lambda s: s.update(V_packed=s["V_packed"].float()), "v must be int32 words, got torch.float32"),
-        (lambda s: s.update(V_shape=torch.tensor([40, 99])), r"V_shape = \[40, 99\] does not agree"),
-        (lambda s: s.update(U_shape=torch.tensor([70, 48])), r"U_shape = \[70, 48\] does not agree"),
-        (
-            lambda s: s.update(u1=torch.full((1, 70), float("nan"))),
-            "out_scale must be finite, got nan at index 0",
-        ),
-        (lambda s: s.update(v2=torch.ones(1, 101)), "V_shape = .* does not agree|in_features"),
-        (flip_a_pad_bit, r"v has non-zero pad bits past column 100 \(first in row 3\)"),
-    ],
-    ids=[
-        "no-U",
-        "no-shape",
-        "extra",
-        "truncated",
-        "float-words",
-        "V_shape",
-        "U_shape",
-        "nan",
-        "v2",
-        "pad-bits",
-    ],
-)
-def test_bad_state_is_refused_and_changes_nothing(spoil: Any, message: str, rng: torch.Generator) -> None:
-    module = LittleBitLinear.from_packed(make_packed(100, 70, [40, 16], generator=rng))
-    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    state = LittleBitLinear.from_packed(make_packed(100, 70, [40, 16], generator=rng)).state_dict()
+BAD_STATES: dict[str, tuple[Any, str]] = {
+    "half-pair": (
+        lambda s: s.update(v1_R=s.pop("latent_scale_R")),
+        "u2_R is missing",
+    ),
+    "pair-and-product": (
+        lambda s: s.update(v1=s["latent_scale"], u2=s["latent_scale"]),
+        "latent_scale must not be stored together with v1 and u2",
+    ),
+    "unequal-pair": (
+        lambda s: s.update(v1=s.pop("latent_scale"), u2=torch.ones(1, 41)),
+        r"u2 must have as many entries as v1 \(40\), got 41",
+    ),
+    "truncated": (
+        lambda s: s.update(U_packed=s["U_packed"][:-1]),
+        "U_shape = .* does not agree with U_packed",
+    ),
+    "float-words": (
+        lambda s: s.update(V_packed=s["V_packed"].float()),
+        "v must be int32 words",
+    ),
+    "V_shape": (lambda s: s.update(V_shape=torch.tensor([40, 99])), r"V_shape = \[40, 99\] does not agree"),
+    "U_shape": (lambda s: s.update(U_shape=torch.tensor([70, 48])), r"U_shape = \[70, 48\] does not agree"),
+    "int32-shape": (
+        lambda s: s.update(V_shape=s["V_shape"].int()),
+        "V_shape must hold 2 int64",
+    ),
+    "nan": (
+        lambda s: s.update(u1=torch.full((1, 70), math.nan)),
+        "out_scale must be finite, got nan",
+    ),
+    "infinite": (lambda s: s.update(v2_R=torch.full((1, 100), math.inf)), "in_scale must be finite, got inf"),
+    "v2": (lambda s: s.update(v2=torch.ones(1, 101)), r"V_shape = \[40, 100\] does not agree"),
+    "pad-bits": (flip_a_pad_bit, r"v has non-zero pad bits past column 100 \(first in row 3\)"),
+    "int-scale": (
+        lambda s: s.update(u1=s["u1"].long()),
+        "u1 must be .*, got torch.int64",
+    ),
+    "double-scale": (lambda s: s.update(u1=s["u1"].double()), "u1 must be .*, got torch.float64"),
+    "complex-scale": (
+        lambda s: s.update(u1=s["u1"].to(torch.complex64)),
+        "u1 must be .* torch.complex64",
+    ),
+    "folded-scale": (lambda s: s.update(u1=s["u1"].view(7, 10)), r"u1 must have shape .*, got \[7, 10\]"),
+    "text": (lambda s: s.update(u1="text"), "u1 must be a torch.Tensor, got str"),
+    "text-words": (lambda s: s.update(V_packed="text"), "V_packed must be a torch.Tensor, got str"),
+}
+
+
+@pytest.mark.parametrize("lacking", [None, "bias"])
+@pytest.mark.parametrize("name", BAD_STATES)
+def test_bad_state_is_refused_and_changes_nothing(
+    name: str, lacking: str | None, rng: torch.Generator
+) -> None:
+    spoil, message = BAD_STATES[name]
+    module = LittleBitLinear.from_packed(make_packed(100, 70, [40, 16], bias=True, generator=rng))
+    before = {key: tensor.clone() for key, tensor in module.state_dict().items()}
+    state = LittleBitLinear.from_packed(make_packed(100, 70, [40, 16], bias=True, generator=rng)).state_dict()
     spoil(state)
+    # A tensor that is not there must not keep the others from being looked at.
+    state.pop(lacking, None)
     with pytest.raises(RuntimeError, match=message):
+        module.load_state_dict(state, strict=lacking is None)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in module.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["U_packed_R", "V_shape", "latent_scale"])
+def test_missing_and_unexpected_keys_are_reported(name: str, rng: torch.Generator) -> None:
+    module = LittleBitLinear.from_packed(make_packed(100, 70, [40, 16], generator=rng))
+    state = LittleBitLinear.from_packed(make_packed(100, 70, [40, 16], generator=rng)).state_dict()
+    kept = module.state_dict()[name].clone()
+    del state[name]
+    state["extra"] = torch.ones(1)
+    with pytest.raises(RuntimeError, match=f'Missing key.*"{name}"'):
         module.load_state_dict(state)
-    if "key" not in message:
-        assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"extra"'):
+        module.load_state_dict(state)
+    keys = module.load_state_dict(state, strict=False)
+    assert keys.missing_keys == [name]
+    assert torch.equal(module.state_dict()[name], kept)
+    assert torch.equal(module.u1, state["u1"])
+
+
+def test_strided_entries_are_assigned_dense(rng: torch.Generator) -> None:
+    x, packed = make_problem(3, 64, 48, [16], generator=rng)
+    source = LittleBitLinear.from_packed(packed)
+    state = {name: torch.stack([t, t], -1)[..., 0] for name, t in source.state_dict().items()}
+    assert not state["u1"].is_contiguous()
+    module = LittleBitLinear(64, 48, [16], bias=False, device="meta")
+    module.load_state_dict(state, assign=True)
+    assert torch.equal(module(x), source(x))
 
 
 def test_structures_must_agree(rng: torch.Generator) -> None:
@@ -228,14 +298,17 @@ def test_structures_must_agree(rng: torch.Generator) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"in_features": 0}, "in_features must be >= 1, got 0"),
-        ({"out_features": -3}, "out_features must be >= 1, got -3"),
-        ({"ranks": [12]}, r"ranks\[0\] must be a positive multiple of 8, got 12"),
-        ({"ranks": []}, "paths must hold at least one PackedPath, got none"),
+        ({"in_features": 0}, "in_features must be between 1 and 2147483647, got 0"),
+        ({"out_features": -3}, "out_features must be between 1 and 2147483647, got -3"),
+        ({"ranks": [12]}, r"ranks\[0\] must be between 1 and 2147483647 and a multiple of 8, got 12"),
+        ({"ranks": []}, "paths must hold between 1 and 16 PackedPath, got 0"),
         (
             {"ranks": [8, 16], "shares": (0, 0)},
             r"shares\[1\] must name path 1 itself or .* of rank 16, got 0",
         ),
+        ({"in_features": 2**31}, "in_features must be between 1 and 2147483647, got 2147483648"),
+        ({"ranks": [8] * 17}, "paths must hold between 1 and 16 PackedPath, got 17"),
+        ({"backend": "gpu"}, "backend must be one of auto, cpu, cuda, triton, reference, got 'gpu'"),
         ({"ranks": [8], "shares": (0, 0)}, r"shares must name one path per rank \(1\), got 2"),
         ({"ranks": [8, 8], "shares": (1, 1)}, r"shares\[0\] must name path 0"),
         ({"ranks": [8, 8], "shares": (0, -1)}, r"shares\[1\] must name path 1 itself"),
@@ -243,6 +316,20 @@ def test_structures_must_agree(rng: torch.Generator) -> None:
 )
 def test_bad_structure(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        LittleBitLinear(**{"in_features": 32, "out_features": 16, "ranks": [8], **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"in_features": "a"}, "in_features must be an integer, got 'a'"),
+        ({"out_features": 5.0}, "out_features must be an integer, got 5.0"),
+        ({"ranks": 8}, "ranks must be a sequence of integers or None, got int"),
+        ({"ranks": [8.0]}, r"ranks\[0\] must be an integer, got 8.0"),
+    ],
+)
+def test_bad_types(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         LittleBitLinear(**{"in_features": 32, "out_features": 16, "ranks": [8], **arguments})
 
 
@@ -275,9 +362,56 @@ def test_from_linear_refuses() -> None:
         LittleBitLinear.from_packed(nn.Linear(2, 2))  # type: ignore[arg-type]
 
 
-def test_forward_refuses_bad_input() -> None:
-    module = LittleBitLinear(32, 16, [8])
-    with pytest.raises(RuntimeError, match=r"x.size\(-1\) must equal 32, got shape \[2, 31\]"):
-        module(torch.ones(2, 31))
-    with pytest.raises(RuntimeError, match="x must be float32, float16 or bfloat16, got Double"):
-        module(torch.ones(2, 32, dtype=torch.float64))
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.ones(2, 31), ValueError, r"x.size\(-1\) must equal K=32, got shape \[2, 31\]"),
+        (torch.ones(2, 32).double(), TypeError, "x must be float32, float16 or bfloat16, got torch.float64"),
+        (torch.ones(2, 32).to_sparse(), TypeError, "x must be a dense tensor, got torch.sparse_coo"),
+        (torch.ones(2, 32, device="meta"), ValueError, "x must be on cpu like the packed layer, got meta"),
+        ([1.0], TypeError, "x must be a torch.Tensor, got list"),
+    ],
+    ids=["K", "dtype", "sparse", "device", "list"],
+)
+def test_forward_refuses_bad_input(x: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        LittleBitLinear(32, 16, [8])(x)
+
+
+def test_a_layer_without_values_does_not_compute(rng: torch.Generator) -> None:
+    module = LittleBitLinear(32, 16, [8], device="meta")
+    with pytest.raises(ValueError, match="x must be on meta like the packed layer, got cpu"):
+        module(torch.ones(2, 32))
+    module.load_state_dict(LittleBitLinear(32, 16, [8]).state_dict(), assign=True)
+    module.v2 = module.v2.to("meta")
+    with pytest.raises(RuntimeError, match="x and the layer must be on one device, got cpu and meta"):
+        module(torch.ones(2, 32))
+
+
+def test_autocast_decides_the_dtype_as_for_a_dense_layer(rng: torch.Generator) -> None:
+    x, packed = make_problem(4, 64, 48, [16], generator=rng)
+    module = LittleBitLinear.from_packed(packed)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = module(x)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, module(x.bfloat16()))
+    assert module(x).dtype == torch.float32
+
+
+def test_dequantize(layer: Layer) -> None:
+    _, packed, module = layer
+    assert relative_error(module.dequantize(), dense_weight(packed)) <= 2e-6
+    assert module.dequantize(torch.float64).dtype == torch.float64
+
+
+def test_tensors_that_share_memory_load_apart(rng: torch.Generator) -> None:
+    first, second = make_packed(40, 30, [8, 8], generator=rng).paths
+    packed = PackedLinear(
+        (first, PackedPath(second.v, second.in_scale, first.out_scale, second.u, second.latent_scale))
+    )
+    module = LittleBitLinear.from_packed(packed)
+    other = LittleBitLinear.from_packed(make_packed(40, 30, [8, 8], generator=rng))
+    module.load_state_dict(other.state_dict())
+    assert not torch.equal(other.u1, other.u1_R)
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name

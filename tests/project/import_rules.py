@@ -66,6 +66,8 @@ class PythonRoom:
 _KERNELS = "littlebit2_kernels"
 _USER_BASE = ("torch", "numpy", "safetensors", "tqdm")
 
+_BELOW_LINEAR = ("dispatch", "format", "ops", "reference", "state")
+
 #: The row with the longest matching prefix applies.
 PYTHON_ROOMS = {
     f"{_KERNELS}.version": PythonRoom(may=()),
@@ -79,7 +81,11 @@ PYTHON_ROOMS = {
     ),
     f"{_KERNELS}.state": PythonRoom(may=("torch", f"{_KERNELS}.format"), never=NATIVE),
     f"{_KERNELS}.linear": PythonRoom(
-        may=("torch", f"{_KERNELS}.ops", f"{_KERNELS}.format", f"{_KERNELS}.state"), never=NATIVE
+        may=(
+            "torch",
+            *(f"{_KERNELS}.{room}" for room in ("ops", "dispatch", "format", "reference", "state")),
+        ),
+        never=NATIVE,
     ),
     f"{_KERNELS}.triton": PythonRoom(
         may=("torch", "triton", f"{_KERNELS}.format", f"{_KERNELS}.triton"), never=NATIVE

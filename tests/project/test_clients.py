@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import littlebit2_kernels
-from littlebit2_kernels import diagnostics
+from littlebit2_kernels import diagnostics, dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,6 +61,8 @@ def test_diagnostics_say_what_is_wrong(
 
     monkeypatch.setattr(diagnostics, "littlebit_linear", lambda x, packed: broken())
     monkeypatch.setattr(diagnostics, "core", broken)
+    monkeypatch.setattr(dispatch, "core", broken)
+    assert diagnostics.collect()["backends"]["cpu"] == "unavailable: no library here"
     assert diagnostics.main([]) == 1
     assert capsys.readouterr().out.count("no library here") >= 3
 

@@ -40,6 +40,7 @@ def test_constants_are_those_of_version_1() -> None:
         "NEGATIVE_BIT": 1,
         "PAD_BIT": 0,
         "RANK_MULTIPLE": 8,
+        "MAX_PATHS": 16,
     }
 
 

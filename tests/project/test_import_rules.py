@@ -81,10 +81,10 @@ PYTHON_OFFENDERS = {
         "import littlebit2_kernels._native as n",
         "must not refer to littlebit2_kernels._native",
     ),
-    "linear-imports-dispatch": (
+    "linear-imports-packing": (
         "littlebit2_kernels/linear.py",
-        "from .dispatch import choose",
-        "must not refer to littlebit2_kernels.dispatch.choose",
+        "from .packing import pack_signs",
+        "must not refer to littlebit2_kernels.packing.pack_signs",
     ),
     "triton-imports-native": (
         "littlebit2_kernels/triton/launch.py",

@@ -26,6 +26,9 @@
 /* The rank of a two-stage path is a multiple of this. */
 #define LB2_RANK_MULTIPLE 8
 
+/* Largest number of paths of one layer. */
+#define LB2_MAX_PATHS 16
+
 /* Words that one row of `cols` signs occupies. */
 static inline int64_t lb2_words_per_row(int64_t cols) {
   return cols / LB2_WORD_BITS + (cols % LB2_WORD_BITS != 0);

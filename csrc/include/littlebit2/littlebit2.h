@@ -1,20 +1,21 @@
+/* clang-format off */
 /* The C ABI of the littlebit2 kernels: plain C, no torch, no Python, no C++ in this header.
  *
  * A layer with P paths computes (M tokens, K in_features, N out_features, R rank of a path)
  *
- *   y[M,N] = sum_p out_scale[N] * ((latent_scale[R] * ((x[M,K] * in_scale[K]) @ sign(V)[R,K]^T)) @
- * sign(U)[N,R]^T)
+ *   y[M,N] = sum_p out_scale[N] * ((latent_scale[R] * ((x[M,K] * in_scale[K]) @ sign(V)[R,K]^T)) @ sign(U)[N,R]^T)
  *            + bias[N]
  *
- * with the sign matrices in packed format v1 (format.h, docs/format.md). A single-stage path
- * (OneBit-like) has no U: its V is [N, K].
+ * with the sign matrices in packed format v1 (format.h, docs/format.md). A single-stage path (OneBit-like) has no U:
+ * its V is [N, K].
  *
  * Rules that hold for every function here:
  *  - it never throws, exits, aborts or prints; it returns a status and leaves a message for lb2_last_error();
  *  - it is reentrant and thread-safe; the message is per thread;
  *  - it allocates nothing that outlives the call, and nothing at all in the forward and backward calls;
- *  - pointers need no alignment beyond one byte, except `workspace`, which is aligned internally.
+ *  - pointers need no alignment; the workspace size includes what aligning it inside takes.
  */
+/* clang-format on */
 #ifndef LITTLEBIT2_LITTLEBIT2_H_
 #define LITTLEBIT2_LITTLEBIT2_H_
 
@@ -26,9 +27,6 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
-
-/* Largest number of paths of one layer. */
-#define LB2_MAX_PATHS 16
 
 /* Status codes (int32_t, so that the ABI does not depend on the size of an enum). */
 typedef int32_t lb2_status;
@@ -51,7 +49,7 @@ typedef int32_t lb2_isa;
 #define LB2_ISA_AVX2 2   /* AVX2 + FMA + F16C */
 #define LB2_ISA_AVX512 3 /* AVX-512 F, BW, DQ, VL */
 
-/* One path of a layer. Two paths whose `v`, `v_stride` and `in_scale` are equal pointers share their
+/* One path of a layer. Two paths of equal rank whose `v`, `v_stride` and `in_scale` are equal share their
  * first stage: it is computed once. */
 typedef struct lb2_path {
   const int32_t* v;          /* [R, ceil(K/32)] words; [N, ceil(K/32)] for a single-stage path */
@@ -82,9 +80,9 @@ typedef struct lb2_linear_args {
   int64_t num_paths;     /* 1 .. LB2_MAX_PATHS */
   const float* bias;     /* [N] or NULL; ignored by the backward call */
   const void* input;     /* forward: x [M, K]; backward: the gradient of y, [M, N] */
-  int64_t input_stride;  /* elements between rows, >= 0 */
+  int64_t input_stride;  /* elements between rows, >= 0; ignored when m <= 1 */
   void* output;          /* forward: y [M, N]; backward: the gradient of x, [M, K]; may not overlap input */
-  int64_t output_stride; /* elements between rows, >= the row's length */
+  int64_t output_stride; /* elements between rows, >= the row's length; ignored when m <= 1 */
   lb2_dtype dtype;       /* of input and output */
   lb2_isa isa;           /* LB2_ISA_AUTO, or the instruction set to use */
   void* workspace;       /* at least what lb2_linear_plan_cpu reports; contents undefined before and after */
@@ -93,8 +91,9 @@ typedef struct lb2_linear_args {
   void* parallel_context;
 } lb2_linear_args;
 
-/* What a call will do; filled by lb2_linear_plan_cpu. */
+/* What a call will do; filled by lb2_linear_plan_cpu. Set struct_size = sizeof(lb2_cpu_plan) before. */
 typedef struct lb2_cpu_plan {
+  uint64_t struct_size;
   int64_t forward_workspace_bytes;
   int64_t backward_workspace_bytes;
   int64_t token_block;  /* tokens that one pass over the packed words serves */
@@ -106,7 +105,8 @@ typedef struct lb2_cpu_plan {
 /* Fill *plan for args; data pointers (input, output, workspace) are not looked at. */
 LB2_API lb2_status lb2_linear_plan_cpu(const lb2_linear_args* args, lb2_cpu_plan* plan);
 
-/* y = layer(x). fp32 accumulation; the same bits whatever the ISA, the thread count and the other tokens. */
+/* y = layer(x). fp32 accumulation; the same bits whatever the ISA, the thread count and the other tokens, as
+ * long as all threads of parallel_for run in one floating-point mode (rounding, flushing of subnormals). */
 LB2_API lb2_status lb2_linear_forward_cpu(const lb2_linear_args* args);
 
 /* grad_x = the layer's transpose applied to grad_y (bias has no part in it). Same guarantees. */
