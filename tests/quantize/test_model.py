@@ -162,3 +162,25 @@ def test_an_empty_selection_and_a_bare_linear_are_errors(model: Model) -> None:
         quantize_linears(model, CONFIG, Packed, include=("nothing",), progress=False)
     with pytest.raises(ValueError, match="model must hold its linear modules below its root"):
         quantize_linears(nn.Linear(8, 8), CONFIG, Packed, progress=False)
+
+
+def test_a_single_pattern_may_be_a_string(model: Model) -> None:
+    reports = quantize_linears(model, CONFIG, Packed, include="layers.*", exclude="*q_proj", progress=False)
+    assert [report.name for report in reports] == ["layers.0.k_proj", "layers.1.k_proj"]
+
+
+def test_patterns_must_be_strings(model: Model) -> None:
+    with pytest.raises(TypeError, match="exclude must hold strings, got 3"):
+        quantize_linears(model, CONFIG, Packed, exclude=("a", 3), progress=False)  # type: ignore[arg-type]
+
+
+def test_every_bit_of_the_seed_counts() -> None:
+    layers = []
+    for seed in (0, 2**32):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = Model()
+        config = QuantConfig(ranks=(8,), itq_iterations=0, seed=seed)
+        quantize_linears(model, config, Packed, include="layers.0.k_proj", progress=False)
+        layers.append(model.layers[0].k_proj.packed)
+    assert not same(*layers)

@@ -165,7 +165,9 @@ def test_bad_arguments_are_named() -> None:
         quantize_weight(weight, config=config)
     with pytest.raises(ValueError, match=r"weight must be a non-empty matrix, got shape \[5\]"):
         quantize_weight(torch.ones(5), config=config)
-    with pytest.raises(TypeError, match=r"weight must have a real floating-point dtype, got torch\.int8"):
+    with pytest.raises(
+        TypeError, match=r"weight must have a real floating-point dtype of 16 bits or more, got torch\.int8"
+    ):
         quantize_weight(torch.ones(4, 5, dtype=torch.int8), config=config)
     with pytest.raises(ValueError, match="weight must be zero or have its largest magnitude between"):
         quantize_weight(torch.full((4, 5), 1e200, dtype=torch.float64), config=config)
@@ -177,3 +179,30 @@ def test_bad_arguments_are_named() -> None:
         quantize_weight(torch.ones(4, 5), torch.full((4,), torch.inf), config=config)
     with pytest.raises(TypeError, match=r"bias must be a real floating-point tensor, got torch\.int64"):
         quantize_weight(torch.ones(4, 5), torch.ones(4, dtype=torch.int64), config=config)
+
+
+@pytest.mark.parametrize(
+    ("weight", "error", "message"),
+    [
+        (
+            torch.ones(4, 4).to(torch.float8_e4m3fn),
+            TypeError,
+            "dtype of 16 bits or more, got torch.float8_e4m3fn",
+        ),
+        (torch.ones(4, 4).to_sparse(), TypeError, "weight must be a dense tensor, got torch.sparse_coo"),
+        (
+            torch.ones(4, 4, device="meta"),
+            ValueError,
+            "weight must hold values, got a tensor on the meta device",
+        ),
+    ],
+    ids=["float8", "sparse", "meta"],
+)
+def test_weights_that_cannot_be_read(weight: torch.Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        quantize_weight(weight, config=QuantConfig(ranks=(8,)))
+
+
+def test_a_configuration_is_needed() -> None:
+    with pytest.raises(TypeError, match="config must be a QuantConfig, got NoneType"):
+        quantize_weight(torch.ones(4, 4), config=None)  # type: ignore[arg-type]

@@ -106,7 +106,9 @@ def test_first_bad_entry_is_named(bad: float) -> None:
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(TypeError, match=r"matrix must be float32 or float64, got torch\.float16"):
         truncated_factors(torch.ones(2, 2, dtype=torch.float16), 1)
-    with pytest.raises(TypeError, match=r"matrix must have a real floating-point dtype, got torch\.int64"):
+    with pytest.raises(
+        TypeError, match=r"matrix must have a real floating-point dtype of 16 bits or more, got torch\.int64"
+    ):
         truncated_factors(torch.ones(2, 2, dtype=torch.int64), 1)
     with pytest.raises(TypeError, match=r"matrix must be a torch\.Tensor, got list"):
         truncated_factors([[1.0]], 1)  # type: ignore[arg-type]

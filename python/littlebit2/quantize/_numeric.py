@@ -16,17 +16,27 @@ __all__ = [
 ]
 
 
+_FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
 def check_matrix(name: str, matrix: torch.Tensor) -> None:
-    """Check that ``matrix`` is a non-empty, finite, real floating-point matrix.
+    """Check that ``matrix`` is a non-empty, finite, dense matrix of float64, float32, float16 or bfloat16.
 
     Raises:
-        TypeError: not a tensor, or not of a real floating-point dtype.
-        ValueError: not two-dimensional, empty, or with NaN or infinity (the first index is named).
+        TypeError: not a dense tensor, or not of one of these dtypes.
+        ValueError: not two-dimensional, empty, on the meta device, or with NaN or infinity (the first
+            index is named).
     """
     if not isinstance(matrix, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(matrix).__name__}")
-    if not matrix.is_floating_point():
-        raise TypeError(f"{name} must have a real floating-point dtype, got {matrix.dtype}")
+    if matrix.dtype not in _FLOAT_DTYPES:
+        raise TypeError(
+            f"{name} must have a real floating-point dtype of 16 bits or more, got {matrix.dtype}"
+        )
+    if matrix.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {matrix.layout}")
+    if matrix.is_meta:
+        raise ValueError(f"{name} must hold values, got a tensor on the meta device")
     if matrix.dim() != 2 or matrix.numel() == 0:
         raise ValueError(f"{name} must be a non-empty matrix, got shape {list(matrix.shape)}")
     check_finite(name, matrix)

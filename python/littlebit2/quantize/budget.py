@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from littlebit2_kernels.format import RANK_MULTIPLE, WORD_BITS, PackedLinear, words_per_row
+from littlebit2_kernels.format import MAX_DIM, RANK_MULTIPLE, WORD_BITS, PackedLinear, words_per_row
 
 __all__ = [
     "check_rank",
@@ -128,9 +128,11 @@ def tiny_rank(rank: int) -> float:
 
 
 def check_rank(name: str, rank: int) -> None:
-    """Raise ``ValueError`` unless ``rank`` is a positive multiple of 8."""
+    """Raise ``ValueError`` unless ``rank`` is a positive multiple of 8 that the format can hold."""
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < RANK_MULTIPLE or rank % RANK_MULTIPLE:
         raise ValueError(f"{name} must be a positive multiple of {RANK_MULTIPLE}, got {rank!r}")
+    if rank > MAX_DIM:
+        raise ValueError(f"{name} must be at most {MAX_DIM}, got {rank}")
 
 
 def check_positive(name: str, value: float) -> None:

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import torch
 
-from littlebit2_kernels.format import PackedLinear
+from littlebit2_kernels.format import MAX_PATHS, PackedLinear
 
 from .budget import check_positive, check_rank, rank_for_bpw
 from .joint_itq import PolarMethod
@@ -74,13 +74,13 @@ class QuantConfig:
             if self.paths is None:
                 object.__setattr__(self, "paths", _DEFAULT_PATHS)
             check_positive("bpw", self.bpw)  # type: ignore[arg-type]
-            _check_integer("paths", self.paths, 1)
+            _check_integer("paths", self.paths, 1, MAX_PATHS)
             return
         if not isinstance(self.ranks, (tuple, list)):
             raise TypeError(f"ranks must be a sequence of integers, got {type(self.ranks).__name__}")
         object.__setattr__(self, "ranks", tuple(self.ranks))
-        if not self.ranks:
-            raise ValueError("ranks must hold at least one rank, got none")
+        if not 1 <= len(self.ranks) <= MAX_PATHS:
+            raise ValueError(f"ranks must hold between 1 and {MAX_PATHS} ranks, got {len(self.ranks)}")
         for i, rank in enumerate(self.ranks):
             check_rank(f"ranks[{i}]", rank)
         if self.bpw is not None:

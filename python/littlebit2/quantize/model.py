@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -40,8 +40,8 @@ def quantize_linears(
     config: QuantConfig,
     replace_module: Replace,
     *,
-    include: Sequence[str] = ("*",),
-    exclude: Sequence[str] = DEFAULT_EXCLUDE,
+    include: str | Sequence[str] = "*",
+    exclude: str | Sequence[str] = DEFAULT_EXCLUDE,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> list[LayerReport]:
@@ -60,7 +60,7 @@ def quantize_linears(
             ``v_proj``.
         replace_module: called with the dense module and its packed weight (on the dense module's
             device), returns what replaces it.
-        include: shell-style patterns on the full module name, case-sensitive.
+        include: shell-style pattern or patterns on the full module name, case-sensitive.
         exclude: likewise; wins over ``include``.
         device: where to compute, by default where each weight is.
         progress: whether to show a progress bar.
@@ -69,11 +69,12 @@ def quantize_linears(
         One report per quantised module, with its (first) name, in the order of ``named_modules``.
 
     Raises:
+        TypeError: a pattern is not a string.
         ValueError: no module is selected, ``model`` itself is the linear module, or a layer cannot be
             quantised (the message names it; layers before it stay replaced).
         RuntimeError: the decomposition of a layer did not converge (the message names it).
     """
-    jobs = _plan(model, config, include, exclude)
+    jobs = _plan(model, config, _patterns("include", include), _patterns("exclude", exclude))
     reports = []
     for job in tqdm(jobs, desc="quantize", unit="layer", disable=not progress):
         linear = model.get_submodule(job.names[0])
@@ -84,6 +85,14 @@ def quantize_linears(
             model.set_submodule(name, substitute)
         reports.append(report)
     return reports
+
+
+def _patterns(name: str, patterns: str | Sequence[str]) -> tuple[str, ...]:
+    listed = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    for pattern in listed:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{name} must hold strings, got {pattern!r}")
+    return listed
 
 
 def _plan(
@@ -110,7 +119,8 @@ def _job(linear: nn.Linear, names: tuple[str, ...], config: QuantConfig) -> _Job
         )
     except ValueError as error:
         raise ValueError(f"layer {names[0]!r}: {error}") from error
-    seed = zlib.crc32(names[0].encode(), config.seed & 0xFFFFFFFF)
+    digest = hashlib.sha256(f"{config.seed}:{names[0]}".encode()).digest()
+    seed = int.from_bytes(digest[:8], "little") >> 1  # a generator takes 63 bits
     return _Job(names, replace(config, bpw=None, ranks=ranks, seed=seed))
 
 

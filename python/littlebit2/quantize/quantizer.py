@@ -94,7 +94,7 @@ def quantize_weight(
     in ``config.compute_dtype`` is held, and the factors of one path.
 
     Args:
-        weight: ``[N, K]``, any real floating-point dtype, on the device that is to compute.
+        weight: ``[N, K]``, float64, float32, float16 or bfloat16, on the device that is to compute.
         bias: ``[N]`` or ``None``; kept in float32.
         config: size, initialisation, seed and precision.
 
@@ -102,10 +102,13 @@ def quantize_weight(
         The packed layer, on the device of ``weight``, and its report.
 
     Raises:
-        TypeError: ``weight`` or ``bias`` is not a real floating-point tensor.
+        TypeError: ``weight`` or ``bias`` is not a dense floating-point tensor, or ``config`` no
+            :class:`.QuantConfig`.
         ValueError: ``weight`` is not a non-empty finite matrix whose magnitude float32 can hold,
             ``bias`` does not match it, or the budget is too small for its shape.
     """
+    if not callable(getattr(config, "ranks_for", None)):
+        raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
     check_matrix("weight", weight)
     weight = weight.detach()
     exponent = _weight_exponent(weight)
