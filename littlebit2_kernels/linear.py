@@ -116,9 +116,11 @@ class LittleBitLinear(nn.Module):
         seen: set[int] = set()
         for name, tensor in packed_to_state(packed).items():
             # Buffers on one memory, say out_scale of two paths, would overwrite each other when loaded.
-            aliased = tensor.data_ptr() in seen and not tensor.is_meta
-            self.register_buffer(name, tensor.clone() if aliased else tensor.contiguous())
-            seen.add(tensor.data_ptr())
+            # Fake and meta tensors have none.
+            address = tensor.data_ptr() if type(tensor) is torch.Tensor and not tensor.is_meta else None
+            self.register_buffer(name, tensor.clone() if address in seen else tensor.contiguous())
+            if address is not None:
+                seen.add(address)
         if packed.bias is None:
             self.register_buffer("bias", None)
         #: For each path, the path whose V and in_scale it uses.
@@ -223,9 +225,12 @@ class LittleBitLinear(nn.Module):
             return
         merged = {key: state_dict.get(key, buffer) for key, buffer in own.items()}
         # On the meta device there is nothing to check, and nothing to spoil.
-        if not any(isinstance(tensor, torch.Tensor) and tensor.is_meta for tensor in merged.values()):
+        if not any(tensor.is_meta for tensor in merged.values()):
+            # The file and the layer may be on different devices; what is there decides where to look.
+            device = next((state_dict[key].device for key in own if key in state_dict), None)
             try:
-                mismatch = self._mismatch(packed_from_state(merged, prefix))
+                on_device = {key: tensor.to(device) for key, tensor in merged.items()}
+                mismatch = self._mismatch(packed_from_state(on_device, prefix))
             except (KeyError, TypeError, ValueError) as error:
                 mismatch = str(error.args[0])
             if mismatch is not None:
@@ -255,6 +260,8 @@ class LittleBitLinear(nn.Module):
                 state_dict[key] = scale if buffer.dim() == 1 else scale.unsqueeze(0)
             elif isinstance(stored, torch.Tensor):
                 state_dict[key] = stored.contiguous()
+            else:
+                raise TypeError(f"{key} must be a torch.Tensor, got {type(stored).__name__}")
 
     def _mismatch(self, loaded: PackedLinear) -> str | None:
         expected = (self.in_features, self.out_features, self.ranks, self.shares)

@@ -270,6 +270,22 @@ def test_missing_and_unexpected_keys_are_reported(name: str, rng: torch.Generato
     assert torch.equal(module.u1, state["u1"])
 
 
+def test_part_of_a_layer_loads_onto_the_meta_device(rng: torch.Generator) -> None:
+    module = LittleBitLinear(64, 48, [16], device="meta")
+    state = LittleBitLinear(64, 48, [16], device="cpu").state_dict()
+    del state["bias"]
+    assert module.load_state_dict(state, strict=False, assign=True).missing_keys == ["bias"]
+    assert module.bias.is_meta
+    assert not module.u1.is_meta
+
+
+def test_fake_tensors() -> None:
+    with torch._subclasses.FakeTensorMode():
+        module = LittleBitLinear(64, 48, [16, 16])
+        assert module(torch.ones(3, 64)).shape == (3, 48)
+        assert module.packed.ranks == (16, 16)
+
+
 def test_strided_entries_are_assigned_dense(rng: torch.Generator) -> None:
     x, packed = make_problem(3, 64, 48, [16], generator=rng)
     source = LittleBitLinear.from_packed(packed)
