@@ -22,14 +22,15 @@ def test_factors_are_the_best_approximation(n: int, k: int, dtype: torch.dtype, 
     matrix = torch.randn(n, k, generator=rng, dtype=torch.float64).to(dtype)
     rank = min(8, n, k)
     factors = truncated_factors(matrix, rank)
-    u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-    best = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    s = torch.linalg.svdvals(matrix.double())
     assert (factors.a.dtype, factors.b.dtype) == (dtype, dtype)
-    torch.testing.assert_close(factors.a.double() @ factors.b.double(), best, rtol=0, atol=100 * eps(dtype))
+    # No approximation of this rank has a smaller error than the tail of the spectrum (Eckart-Young).
+    error = torch.linalg.vector_norm(matrix.double() - factors.a.double() @ factors.b.double())
+    torch.testing.assert_close(error, s[rank:].norm(), rtol=0, atol=1000 * eps(dtype))
     torch.testing.assert_close(factors.singular_values, s, rtol=1e-7, atol=1e-6)
     # The energy is split evenly and the factors stay orthogonal: both Gram matrices are diag(S).
     for gram in (factors.a.T @ factors.a, factors.b @ factors.b.T):
-        torch.testing.assert_close(gram.double(), s[:rank].diag(), rtol=0, atol=200 * eps(dtype))
+        torch.testing.assert_close(gram.double(), s[:rank].diag(), rtol=0, atol=1000 * eps(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
