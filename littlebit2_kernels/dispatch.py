@@ -11,6 +11,7 @@ from ._native import NativeLibraryError, core
 from .format import MAX_DIM, PackedLinear
 
 __all__ = [
+    "ACTIVATION_DTYPES",
     "BACKENDS",
     "BackendUnavailableError",
     "Explanation",
@@ -24,7 +25,8 @@ __all__ = [
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 
 
-_ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: Dtypes of x that every backend takes.
+ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class BackendUnavailableError(RuntimeError):
@@ -84,7 +86,7 @@ def check_activation(x: torch.Tensor, in_features: int, device: torch.device) ->
     """Raise unless ``x`` is ``[..., K]`` of a supported dtype on ``device``; see ``littlebit_linear``."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in _ACTIVATION_DTYPES:
+    if x.dtype not in ACTIVATION_DTYPES:
         raise TypeError(f"x must be float32, float16 or bfloat16, got {x.dtype}")
     if x.layout != torch.strided:
         raise TypeError(f"x must be a dense tensor, got {x.layout}")

@@ -14,7 +14,7 @@ import torch
 from torch.autograd import forward_ad
 
 from ._native import load_ops
-from .dispatch import check_activation, choose_backend
+from .dispatch import ACTIVATION_DTYPES, check_activation, choose_backend
 from .format import PackedLinear
 from .reference import linear_reference
 
@@ -151,7 +151,7 @@ def _check_fake(name: str, x: torch.Tensor, cols: int, operands: Operands, bias:
             raise RuntimeError(
                 f"littlebit2: {list_name} must hold one tensor per path ({len(v)}), got {len(tensors)}"
             )
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if x.dtype not in ACTIVATION_DTYPES:
         raise RuntimeError(f"littlebit2: {name} must be float32, float16 or bfloat16, got {x.dtype}")
     torch._check(
         x.shape[-1] == cols,
