@@ -147,7 +147,11 @@ def check_words(words: torch.Tensor, cols: int) -> None:
 def _holds_values(tensor: torch.Tensor) -> bool:
     """Whether element values can be looked at (not on the meta device, not while tracing)."""
     return not (
-        tensor.is_meta or torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor)
+        tensor.is_meta
+        or torch.compiler.is_compiling()
+        or isinstance(tensor, torch._subclasses.FakeTensor)
+        # Under a fake mode even a real tensor yields fake results.
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
     )
 
 
@@ -177,12 +181,15 @@ def _check_word_matrix(name: str, words: torch.Tensor, rows: int | None, cols: i
             )
 
 
-def _check_scale(name: str, scale: torch.Tensor, size: int) -> None:
+def _check_scale(name: str, scale: torch.Tensor, size: int | None) -> None:
+    # A size of None stands for whatever the scale has: it is what defines the dimension.
     if not isinstance(scale, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(scale).__name__}")
     if scale.dtype != torch.float32:
         raise TypeError(f"{name} must be float32, got {scale.dtype}")
-    if tuple(scale.shape) != (size,):
+    if scale.dim() != 1 and size is None:
+        raise ValueError(f"{name} must be one-dimensional, got shape {list(scale.shape)}")
+    if tuple(scale.shape) != (size,) and size is not None:
         raise ValueError(f"{name} must have shape [{size}], got {list(scale.shape)}")
     if scale.layout != torch.strided:
         raise ValueError(f"{name} must be a dense tensor, got {scale.layout}")
@@ -229,21 +236,11 @@ class PackedPath:
     latent_scale: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name in ("in_scale", "out_scale"):
-            scale = getattr(self, name)
-            if isinstance(scale, torch.Tensor) and scale.dim() != 1:
-                raise ValueError(f"{name} must be one-dimensional, got shape {list(scale.shape)}")
         if (self.u is None) != (self.latent_scale is None):
             missing, given = ("u", "latent_scale") if self.u is None else ("latent_scale", "u")
             raise ValueError(f"{missing} must be given together with {given}, got None")
-        _check_scale(
-            "in_scale", self.in_scale, self.in_scale.numel() if isinstance(self.in_scale, torch.Tensor) else 0
-        )
-        _check_scale(
-            "out_scale",
-            self.out_scale,
-            self.out_scale.numel() if isinstance(self.out_scale, torch.Tensor) else 0,
-        )
+        _check_scale("in_scale", self.in_scale, None)
+        _check_scale("out_scale", self.out_scale, None)
         check_dim("in_features (in_scale.numel())", self.in_features)
         check_dim("out_features (out_scale.numel())", self.out_features)
         if self.u is None:

@@ -284,6 +284,9 @@ def test_fake_tensors() -> None:
         module = LittleBitLinear(64, 48, [16, 16])
         assert module(torch.ones(3, 64)).shape == (3, 48)
         assert module.packed.ranks == (16, 16)
+    real = LittleBitLinear(64, 48, [16, 16])
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        assert real.packed.ranks == (16, 16)
 
 
 def test_strided_entries_are_assigned_dense(rng: torch.Generator) -> None:
