@@ -6,9 +6,11 @@ Importing is free: the native library is loaded on first use.
 from ._native import NativeLibraryError, get_include, get_library_dir
 from .dispatch import BackendUnavailableError, Explanation, explain
 from .format import FORMAT_VERSION, PackedLinear, PackedPath
+from .functional import littlebit_linear
 from .linear import LittleBitLinear
-from .ops import littlebit_linear, load
+from .ops import load
 from .packing import pack_signs, unpack_signs
+from .prepacked import PrepackedLinear, prepack
 from .state import packed_from_state, packed_to_state
 from .version import __version__
 
@@ -20,6 +22,7 @@ __all__ = [
     "NativeLibraryError",
     "PackedLinear",
     "PackedPath",
+    "PrepackedLinear",
     "__version__",
     "explain",
     "get_include",
@@ -29,5 +32,6 @@ __all__ = [
     "pack_signs",
     "packed_from_state",
     "packed_to_state",
+    "prepack",
     "unpack_signs",
 ]

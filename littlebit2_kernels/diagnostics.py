@@ -16,7 +16,8 @@ import torch
 from ._native import NativeLibraryError, core, ops_library_path
 from .dispatch import BACKENDS, unavailable_reason
 from .format import FORMAT_VERSION
-from .ops import littlebit_linear, load
+from .functional import littlebit_linear
+from .ops import load
 from .reference import linear_reference
 from .testing import TOLERANCE, make_problem, relative_error
 from .version import __version__

@@ -11,11 +11,13 @@ from ._native import NativeLibraryError, core
 from .format import MAX_DIM, PackedLinear
 
 __all__ = [
+    "ACTIVATIONS",
     "ACTIVATION_DTYPES",
     "BACKENDS",
     "BackendUnavailableError",
     "Explanation",
     "check_activation",
+    "check_activation_mode",
     "choose_backend",
     "explain",
     "unavailable_reason",
@@ -24,6 +26,8 @@ __all__ = [
 #: Names that ``backend=`` accepts.
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 
+#: Names that ``activation=`` accepts, and the lb2_activation (littlebit2.h) of each.
+ACTIVATIONS = {"auto": 0, "exact": 1, "int16": 2, "int8": 3, "sign": 4}
 
 #: Dtypes of x that every backend takes.
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -94,6 +98,21 @@ def check_activation(x: torch.Tensor, in_features: int, device: torch.device) ->
         raise ValueError(f"x.size(-1) must equal K={in_features}, got shape {list(x.shape)}")
     if x.device != device:
         raise ValueError(f"x must be on {device} like the packed layer, got {x.device}")
+
+
+def check_activation_mode(activation: str, backend: str, prepacked: bool) -> None:
+    """Raise ValueError unless ``activation`` is a name that ``backend`` serves for such a layer."""
+    if activation in ("auto", "exact"):
+        return
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if backend == "reference":
+        raise ValueError(f"backend='reference' computes exact sums only, got activation={activation!r}")
+    if not prepacked:
+        raise ValueError(
+            f"activation={activation!r} needs a prepacked layer: pass littlebit2_kernels.prepack(packed), or use "
+            "LittleBitLinear, which prepacks itself on the CPU"
+        )
 
 
 @dataclass(frozen=True)

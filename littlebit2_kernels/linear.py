@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from .dispatch import BACKENDS, check_activation, choose_backend
+from .dispatch import ACTIVATIONS, BACKENDS, check_activation, check_activation_mode, choose_backend
 from .format import RANK_MULTIPLE, PackedLinear, PackedPath, check_dim, words_per_row
-from .ops import Operands, linear_from_operands, littlebit_linear
+from .functional import littlebit_linear
+from .ops import Operands, linear_from_operands, linear_from_prepacked
+from .prepacked import PrepackedLinear, prepack
 from .reference import dense_weight
 from .state import (
     UPSTREAM_EXTRAS,
@@ -22,6 +26,8 @@ from .state import (
 )
 
 __all__ = ["LittleBitLinear", "WeightPacker"]
+
+_prepacking = threading.RLock()
 
 
 class WeightPacker(Protocol):
@@ -41,6 +47,11 @@ class LittleBitLinear(nn.Module):
     and ``.to(dtype)``; the layer returns the dtype of its input, or autocast's where that is on. Weights
     are frozen, the input is differentiable. There is no ``weight`` attribute: see :meth:`dequantize`.
 
+    On the CPU, the first eager call replaces the buffers by one in the layout that the kernels read fastest
+    (:meth:`prepack_`), so that the weights exist once. ``state_dict``, pickling, :meth:`packed` and reading a
+    buffer by its portable name still give the portable tensors, as copies; loading and moving bring the buffers
+    back. Call :meth:`prepack_` (or the layer) once before ``torch.compile``, which keeps what it finds.
+
     Args:
         in_features: K.
         out_features: N.
@@ -49,12 +60,17 @@ class LittleBitLinear(nn.Module):
         shares: for each path, the path whose first stage (``V`` and ``in_scale``) it uses, itself by
             default. Only equal ranks can share.
         backend: backend of every call, see :func:`littlebit2_kernels.littlebit_linear`.
+        activation: how activations enter the sums, see there too; an attribute that may be changed.
+        auto_prepack: whether CPU calls prepack the layer; an attribute that may be changed.
         device: where the (all-zero) buffers are made; ``"meta"`` for loading without a copy.
 
     Raises:
         TypeError: a dimension or rank is not an integer, or ``ranks`` no sequence.
-        ValueError: a dimension or rank is out of range, ``shares`` is inconsistent, or ``backend`` unknown.
+        ValueError: a dimension or rank is out of range, ``shares`` is inconsistent, or ``backend`` or
+            ``activation`` is unknown.
     """
+
+    auto_prepack: bool
 
     def __init__(
         self,
@@ -65,17 +81,27 @@ class LittleBitLinear(nn.Module):
         *,
         shares: Sequence[int] | None = None,
         backend: str = "auto",
+        activation: str = "auto",
+        auto_prepack: bool = True,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self._set_packed(_zero_layer(in_features, out_features, ranks, bias, shares, device), backend)
+        packed = _zero_layer(in_features, out_features, ranks, bias, shares, device)
+        self._set_packed(packed, backend, activation, auto_prepack)
 
     @classmethod
-    def from_packed(cls, packed: PackedLinear, *, backend: str = "auto") -> LittleBitLinear:
+    def from_packed(
+        cls,
+        packed: PackedLinear,
+        *,
+        backend: str = "auto",
+        activation: str = "auto",
+        auto_prepack: bool = True,
+    ) -> LittleBitLinear:
         """Wrap a packed layer.
 
         Contiguous tensors become the module's buffers without a copy, so loading a ``state_dict``
-        into the module later writes into ``packed`` too.
+        into a module that has not been prepacked writes into ``packed`` too.
 
         Raises:
             TypeError: ``packed`` is not a :class:`PackedLinear`.
@@ -84,12 +110,18 @@ class LittleBitLinear(nn.Module):
             raise TypeError(f"packed must be a PackedLinear, got {type(packed).__name__}")
         module = cls.__new__(cls)
         nn.Module.__init__(module)
-        module._set_packed(packed, backend)
+        module._set_packed(packed, backend, activation, auto_prepack)
         return module
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, config: WeightPacker, *, backend: str = "auto"
+        cls,
+        linear: nn.Linear,
+        config: WeightPacker,
+        *,
+        backend: str = "auto",
+        activation: str = "auto",
+        auto_prepack: bool = True,
     ) -> LittleBitLinear:
         """Quantise a dense layer, for example with ``config = littlebit2.quantize.QuantConfig(bpw=0.55)``.
 
@@ -104,27 +136,24 @@ class LittleBitLinear(nn.Module):
                 f"got {type(config).__name__}"
             )
         bias = None if linear.bias is None else linear.bias.detach()
-        return cls.from_packed(config.pack(linear.weight.detach(), bias), backend=backend)
+        packed = config.pack(linear.weight.detach(), bias)
+        return cls.from_packed(packed, backend=backend, activation=activation, auto_prepack=auto_prepack)
 
-    def _set_packed(self, packed: PackedLinear, backend: str) -> None:
+    def _set_packed(self, packed: PackedLinear, backend: str, activation: str, auto_prepack: bool) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        check_activation_mode(activation, backend, prepacked=True)
+        self.activation = activation
+        self.auto_prepack = auto_prepack
         self.in_features = packed.in_features
         self.out_features = packed.out_features
         self.ranks = None if packed.single_stage else packed.ranks
         self.backend = backend
-        seen: set[int] = set()
-        for name, tensor in packed_to_state(packed).items():
-            # Buffers on one memory, say out_scale of two paths, would overwrite each other when loaded.
-            # Fake and meta tensors have none.
-            address = tensor.data_ptr() if type(tensor) is torch.Tensor and not tensor.is_meta else None
-            self.register_buffer(name, tensor.clone() if address in seen else tensor.contiguous())
-            if address is not None:
-                seen.add(address)
-        if packed.bias is None:
-            self.register_buffer("bias", None)
         #: For each path, the path whose V and in_scale it uses.
         self.shares = packed.leaders
+        self._register_portable(packed)
+        if packed.bias is None:
+            self.register_buffer("bias", None)
         own = [path_suffix(p) for p in range(len(packed.paths))]
         first = [path_suffix(leader) for leader in self.shares]
         # Buffer names of each operand; buffers themselves may be replaced by .to() or loading.
@@ -141,6 +170,66 @@ class LittleBitLinear(nn.Module):
             )
         )
 
+    def _register_portable(self, packed: PackedLinear) -> None:
+        seen: set[int] = set()
+        for name, tensor in packed_to_state(packed).items():
+            # Buffers on one memory, say out_scale of two paths, would overwrite each other when loaded.
+            # Fake and meta tensors have none.
+            address = tensor.data_ptr() if type(tensor) is torch.Tensor and not tensor.is_meta else None
+            self.register_buffer(name, tensor.clone() if address in seen else tensor.contiguous())
+            if address is not None:
+                seen.add(address)
+
+    def prepack_(self) -> LittleBitLinear:
+        """Replace the portable buffers by the CPU kernels' own layout, now instead of at the first call.
+
+        Returns:
+            The module.
+
+        Raises:
+            ValueError: the layer is not on the CPU.
+            NativeLibraryError: the compiled library is missing.
+        """
+        with _prepacking:
+            if "prepacked" not in self._buffers:
+                prepacked = prepack(self.packed)
+                # One assignment: a call on another thread finds either all of the old buffers or the new one.
+                self._non_persistent_buffers_set.add("prepacked")
+                self._buffers = {"bias": self._buffers["bias"], "prepacked": prepacked.layer}
+        return self
+
+    def unpack_(self) -> LittleBitLinear:
+        """Undo :meth:`prepack_`: the portable tensors are buffers again. Returns the module."""
+        with _prepacking:
+            if "prepacked" in self._buffers:
+                packed = self.packed
+                del self._buffers["prepacked"]
+                self._register_portable(packed)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        buffers = self.__dict__.get("_buffers", {})
+        if "prepacked" in buffers and name not in buffers:
+            state = packed_to_state(self.packed)
+            if name in state:
+                return state[name]
+        return super().__getattr__(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickles hold the portable tensors: the prepacked layout is no file format.
+        state = self.__dict__.copy()
+        if "prepacked" in self._buffers:
+            state["_buffers"] = packed_to_state(self.packed) | {"bias": self._buffers["bias"]}
+            state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set - {"prepacked"}
+        return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LittleBitLinear:
+        # Unlike a pickle, a copy keeps the layout.
+        module = self.__class__.__new__(self.__class__)
+        memo[id(self)] = module
+        module.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return module
+
     def _operands(self) -> Operands:
         buffers: dict[str, Any] = self._buffers
         return tuple(  # type: ignore[return-value]
@@ -149,7 +238,9 @@ class LittleBitLinear(nn.Module):
 
     @property
     def packed(self) -> PackedLinear:
-        """The layer as a checked :class:`PackedLinear` that views the module's buffers."""
+        """The layer as a checked :class:`PackedLinear`: a view of the buffers, or a copy if prepacked."""
+        if "prepacked" in self._buffers:
+            return self._as_prepacked().unpack()
         v, u, in_scale, latent_scale, out_scale = self._operands()
         paths: list[PackedPath] = []
         for p, leader in enumerate(self.shares):
@@ -164,6 +255,18 @@ class LittleBitLinear(nn.Module):
             )
         return PackedLinear(tuple(paths), self._buffers["bias"])
 
+    def _as_prepacked(self) -> PrepackedLinear:
+        buffers: dict[str, Any] = self._buffers
+        single_stage = self.ranks is None
+        return PrepackedLinear(
+            buffers["prepacked"],
+            buffers["bias"],
+            self.in_features,
+            self.out_features,
+            self.shares,
+            single_stage,
+        )
+
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
@@ -176,13 +279,31 @@ class LittleBitLinear(nn.Module):
             TypeError, ValueError, BackendUnavailableError, NativeLibraryError: as
                 :func:`littlebit2_kernels.littlebit_linear`.
         """
-        check_activation(x, self.in_features, self._buffers["u1"].device)  # type: ignore[union-attr]
+        buffers: dict[str, Any] = self._buffers
+        layer = buffers.get("prepacked")
+        check_activation(x, self.in_features, (buffers["u1"] if layer is None else layer).device)
         device_type = x.device.type
         if device_type != "meta" and torch.is_autocast_enabled(device_type):
             x = x.to(torch.get_autocast_dtype(device_type))
-        if choose_backend(self.backend, device_type) == "reference":
-            return littlebit_linear(x, self.packed, "reference")
-        return linear_from_operands(x, self._operands(), self._buffers["bias"])
+        backend = choose_backend(self.backend, device_type)
+        if backend == "reference":
+            return littlebit_linear(x, self.packed, "reference", self.activation)
+        if layer is None and self._may_prepack():
+            layer = self.prepack_()._buffers["prepacked"]
+        if layer is not None:
+            activation = ACTIVATIONS.get(self.activation)
+            if activation is None:
+                check_activation_mode(self.activation, backend, prepacked=True)
+            return linear_from_prepacked(x, layer, buffers["bias"], self.out_features, activation)
+        check_activation_mode(self.activation, backend, prepacked=False)
+        return linear_from_operands(x, self._operands(), buffers["bias"])
+
+    def _may_prepack(self) -> bool:
+        # What is traced keeps the buffers it was given; fake tensors have no values to move.
+        if not self.auto_prepack or torch.compiler.is_compiling():
+            return False
+        buffer = self._buffers["u1"]
+        return type(buffer) is torch.Tensor and buffer.device.type == "cpu"
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the dense weight ``[N, K]`` that the layer stands for; a new tensor on every call."""
@@ -198,12 +319,22 @@ class LittleBitLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LittleBitLinear:
+        self.unpack_()
+
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
             result = fn(tensor)
             # Scales are float32 by format: follow a change of device, not one of dtype.
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
         return super()._apply(keep_dtype, recurse)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if "prepacked" in self._buffers:
+            state = packed_to_state(self.packed)
+            destination.update({prefix + name: tensor for name, tensor in state.items() if name != "bias"})
 
     def _load_from_state_dict(
         self,
@@ -215,6 +346,7 @@ class LittleBitLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        self.unpack_()
         # Nothing is copied before everything that is there was checked, together with what is not: a bad file
         # leaves the layer as it was. Keys that are missing or unexpected are torch's to report.
         own = {prefix + name: buffer for name, buffer in self._buffers.items() if buffer is not None}

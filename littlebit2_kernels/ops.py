@@ -1,4 +1,4 @@
-"""The operators: loading, fakes, the gradient of x, and :func:`littlebit_linear`.
+"""The operators: loading, fakes, gradients of x, and calls that spare what a call does not need.
 
 The schemas live in ``csrc/torch/library.cpp``. Everything here is traceable by ``torch.compile``.
 """
@@ -14,11 +14,9 @@ import torch
 from torch.autograd import forward_ad
 
 from ._native import load_ops
-from .dispatch import ACTIVATION_DTYPES, check_activation, choose_backend
-from .format import PackedLinear
-from .reference import linear_reference
+from .dispatch import ACTIVATION_DTYPES
 
-__all__ = ["Operand", "Operands", "linear_from_operands", "littlebit_linear", "load"]
+__all__ = ["Operand", "Operands", "linear_from_operands", "linear_from_prepacked", "load"]
 
 #: Tensors of one operand, one per path.
 Operand = list[torch.Tensor]
@@ -55,6 +53,12 @@ def _register() -> None:
     ):
         torch.library.register_fake(name, fake)
         torch.library.register_autograd(name, backward, setup_context=_linear_setup)
+    for name, fake, backward in (
+        ("littlebit2::linear_prepacked", _prepacked_fake, _prepacked_backward),
+        ("littlebit2::linear_prepacked_backward_x", _prepacked_backward_x_fake, _prepacked_backward_x_backward),
+    ):
+        torch.library.register_fake(name, fake)
+        torch.library.register_autograd(name, backward, setup_context=_prepacked_setup)
 
 
 def _load_while_tracing() -> bool:
@@ -65,36 +69,6 @@ def _load_while_tracing() -> bool:
 # Run at trace time, leave nothing in the graph. This is what torch.compiler.assume_constant_result marks a
 # function with; calling that would import the compiler (a second) together with this package.
 _load_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def littlebit_linear(x: torch.Tensor, packed: PackedLinear, backend: str = "auto") -> torch.Tensor:
-    """Apply a packed layer to ``x``.
-
-    ``y = sum_p out_scale * (sign(U) @ (latent_scale * (sign(V) @ (in_scale * x)))) + bias``, the forward of
-    LittleBit (arXiv 2506.13771) with its residual paths, on packed signs. Differentiable
-    in ``x`` and ``bias``; the packed weights and the scales are frozen.
-
-    Args:
-        x: ``[..., K]`` float32, float16 or bfloat16; any strides, any number of tokens (also none).
-        packed: the layer, on the device of ``x``.
-        backend: ``"auto"``, ``"cpu"``, ``"reference"`` (plain PyTorch in float32), or another name of
-            :data:`littlebit2_kernels.dispatch.BACKENDS`. A backend asked for by name that cannot run raises.
-
-    Returns:
-        ``[..., N]`` in the dtype of ``x``; accumulation is in float32.
-
-    Raises:
-        TypeError: ``x`` is not a tensor of a supported dtype, or ``packed`` not a :class:`PackedLinear`.
-        ValueError: the last dimension of ``x`` is not K, devices differ, or ``backend`` is unknown.
-        BackendUnavailableError: the backend cannot run here.
-        NativeLibraryError: the compiled library is missing.
-    """
-    if not isinstance(packed, PackedLinear):
-        raise TypeError(f"packed must be a PackedLinear, got {type(packed).__name__}")
-    check_activation(x, packed.in_features, packed.device)
-    if choose_backend(backend, x.device.type) == "reference":
-        return linear_reference(x, packed, torch.float32).to(x.dtype)
-    return linear_from_operands(x, packed.operands, packed.bias)
 
 
 def linear_from_operands(x: torch.Tensor, operands: Operands, bias: torch.Tensor | None) -> torch.Tensor:
@@ -125,12 +99,50 @@ def linear_from_operands(x: torch.Tensor, operands: Operands, bias: torch.Tensor
         return torch.ops.littlebit2.linear(x, *operands, bias)
 
 
+def linear_from_prepacked(
+    x: torch.Tensor, layer: torch.Tensor, bias: torch.Tensor | None, out_features: int, activation: int
+) -> torch.Tensor:
+    """Call ``torch.ops.littlebit2.linear_prepacked``; the operator checks its arguments itself.
+
+    Args:
+        x: ``[..., K]``.
+        layer: uint8 ``[bytes]`` of a :class:`PrepackedLinear`.
+        bias: float32 ``[N]`` or ``None``.
+        out_features: N.
+        activation: a value of :data:`littlebit2_kernels.dispatch.ACTIVATIONS`.
+
+    Returns:
+        ``[..., N]`` in the dtype of ``x``.
+    """
+    if torch.compiler.is_compiling():
+        _load_while_tracing()
+        return torch.ops.littlebit2.linear_prepacked(x, layer, bias, out_features, activation)
+    if not _registered:
+        load()
+    if forward_ad._current_level >= 0:
+        primal, tangent = forward_ad.unpack_dual(x)
+        if tangent is not None:
+            y = linear_from_prepacked(primal, layer, bias, out_features, activation)
+            return forward_ad.make_dual(
+                y, linear_from_prepacked(tangent, layer, None, out_features, activation)
+            )
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return torch.ops.littlebit2.linear_prepacked(x, layer, bias, out_features, activation)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.littlebit2.linear_prepacked(x, layer, bias, out_features, activation)
+
+
 def _flatten(arguments: Iterable[torch.Tensor | Operand | None]) -> Iterator[torch.Tensor]:
     for argument in arguments:
         if isinstance(argument, torch.Tensor):
             yield argument
         elif argument is not None:
             yield from argument
+
+
+def _check_fake_dtype(name: str, x: torch.Tensor) -> None:
+    if x.dtype not in ACTIVATION_DTYPES:
+        raise RuntimeError(f"littlebit2: {name} must be float32, float16 or bfloat16, got {x.dtype}")
 
 
 def _check_fake(name: str, x: torch.Tensor, cols: int, operands: Operands, bias: torch.Tensor | None) -> None:
@@ -151,8 +163,7 @@ def _check_fake(name: str, x: torch.Tensor, cols: int, operands: Operands, bias:
             raise RuntimeError(
                 f"littlebit2: {list_name} must hold one tensor per path ({len(v)}), got {len(tensors)}"
             )
-    if x.dtype not in ACTIVATION_DTYPES:
-        raise RuntimeError(f"littlebit2: {name} must be float32, float16 or bfloat16, got {x.dtype}")
+    _check_fake_dtype(name, x)
     torch._check(
         x.shape[-1] == cols,
         lambda: f"littlebit2: {name}.size(-1) must equal {cols}, got shape {list(x.shape)}",
@@ -231,3 +242,50 @@ def _linear_backward_x_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]
     if ctx.needs_input_grad[0]:
         grad_grad = torch.ops.littlebit2.linear(grad, *_saved_operands(ctx), None)
     return grad_grad, *_no_gradients(ctx)
+
+
+def _prepacked_fake(
+    x: torch.Tensor,
+    layer: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+    activation: int = 0,
+) -> torch.Tensor:
+    _check_fake_dtype("x", x)
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _prepacked_backward_x_fake(grad: torch.Tensor, layer: torch.Tensor, in_features: int) -> torch.Tensor:
+    _check_fake_dtype("grad", grad)
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+def _prepacked_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, layer = inputs[:2]
+    ctx.save_for_backward(layer)
+    ctx.in_features, ctx.out_features = x.shape[-1], output.shape[-1]
+    # The backward operator has neither bias nor activation.
+    ctx.has_bias = len(inputs) > 3
+    bias = inputs[2] if ctx.has_bias else None
+    ctx.bias_like = None if bias is None else (bias.shape, bias.dtype)
+
+
+def _prepacked_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        (layer,) = ctx.saved_tensors
+        grad_x = torch.ops.littlebit2.linear_prepacked_backward_x(grad, layer, ctx.in_features)
+    if ctx.needs_input_grad[2]:
+        shape, dtype = ctx.bias_like
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=dtype).reshape(shape)
+    # The dispatcher drops an activation left at its default.
+    return (grad_x, None, grad_bias, None, None)[: len(ctx.needs_input_grad)]
+
+
+def _prepacked_backward_x_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    # The transpose of the transpose, with exact sums as the gradient assumes.
+    grad_grad = None
+    if ctx.needs_input_grad[0]:
+        (layer,) = ctx.saved_tensors
+        grad_grad = torch.ops.littlebit2.linear_prepacked(grad, layer, None, ctx.in_features, 1)
+    return grad_grad, None, None

@@ -15,6 +15,19 @@ lb2_status invalid_size(const char* name, int64_t got, int64_t low) {
               name, low, kMaxDim, got);
 }
 
+lb2_status check_dtype(lb2_dtype dtype) {
+  if (dtype == LB2_FLOAT32 || dtype == LB2_FLOAT16 || dtype == LB2_BFLOAT16) return LB2_OK;
+  return fail(LB2_ERROR_INVALID_ARGUMENT,
+              "dtype must be LB2_FLOAT32 (0), LB2_FLOAT16 (1) or LB2_BFLOAT16 (2), got %" PRId32, dtype);
+}
+
+lb2_status check_workspace(const void* workspace, int64_t got, int64_t needed) {
+  if (workspace == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "workspace must not be NULL");
+  if (got < needed)
+    return fail(LB2_ERROR_INVALID_ARGUMENT, "workspace_bytes must be >= %" PRId64 ", got %" PRId64, needed, got);
+  return LB2_OK;
+}
+
 lb2_status null_path_field(int64_t path, const char* field) {
   return fail(LB2_ERROR_INVALID_ARGUMENT, "paths[%" PRId64 "].%s must not be NULL", path, field);
 }
@@ -85,10 +98,7 @@ lb2_status check_layer(const lb2_linear_args* args) noexcept {
                 "args->struct_size must equal sizeof(lb2_linear_args) = %zu, got %" PRIu64
                 " (header and library of different versions?)",
                 sizeof(lb2_linear_args), args->struct_size);
-  if (args->dtype != LB2_FLOAT32 && args->dtype != LB2_FLOAT16 && args->dtype != LB2_BFLOAT16)
-    return fail(LB2_ERROR_INVALID_ARGUMENT,
-                "dtype must be LB2_FLOAT32 (0), LB2_FLOAT16 (1) or LB2_BFLOAT16 (2), got %" PRId32,
-                args->dtype);
+  LB2_RETURN_IF_ERROR(check_dtype(args->dtype));
   if (args->m < 0 || args->m > kMaxDim) return invalid_size("m", args->m, 0);
   if (args->k < 1 || args->k > kMaxDim) return invalid_size("k", args->k, 1);
   if (args->n < 1 || args->n > kMaxDim) return invalid_size("n", args->n, 1);
@@ -108,11 +118,33 @@ lb2_status check_buffers(const lb2_linear_args& args, Direction direction, int64
   LB2_RETURN_IF_ERROR(check_rows("input", args.input, args.m, in_cols, args.input_stride, 0, element_bytes));
   LB2_RETURN_IF_ERROR(
       check_rows("output", args.output, args.m, out_cols, args.output_stride, out_cols, element_bytes));
-  if (args.workspace == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "workspace must not be NULL");
-  if (args.workspace_bytes < workspace_bytes)
-    return fail(LB2_ERROR_INVALID_ARGUMENT, "workspace_bytes must be >= %" PRId64 ", got %" PRId64,
-                workspace_bytes, args.workspace_bytes);
+  return check_workspace(args.workspace, args.workspace_bytes, workspace_bytes);
+}
+
+lb2_status check_prepacked(const lb2_prepacked_args* args) noexcept {
+  if (args == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "args must not be NULL");
+  if (args->struct_size != sizeof(lb2_prepacked_args))
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "args->struct_size must equal sizeof(lb2_prepacked_args) = %zu, got %" PRIu64
+                " (header and library of different versions?)",
+                sizeof(lb2_prepacked_args), args->struct_size);
+  LB2_RETURN_IF_ERROR(check_dtype(args->dtype));
+  if (args->m < 0 || args->m > kMaxDim) return invalid_size("m", args->m, 0);
+  if (args->activation < LB2_ACTIVATION_AUTO || args->activation > LB2_ACTIVATION_SIGN)
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "activation must be LB2_ACTIVATION_AUTO (0), _EXACT (1), _INT16 (2), _INT8 (3) or _SIGN (4), got "
+                "%" PRId32,
+                args->activation);
   return LB2_OK;
+}
+
+lb2_status check_prepacked_buffers(const lb2_prepacked_args& args, int64_t k, int64_t n,
+                                   int64_t workspace_bytes) noexcept {
+  if (args.m == 0) return LB2_OK;
+  const int64_t element_bytes = args.dtype == LB2_FLOAT32 ? 4 : 2;
+  LB2_RETURN_IF_ERROR(check_rows("input", args.input, args.m, k, args.input_stride, 0, element_bytes));
+  LB2_RETURN_IF_ERROR(check_rows("output", args.output, args.m, n, args.output_stride, n, element_bytes));
+  return check_workspace(args.workspace, args.workspace_bytes, workspace_bytes);
 }
 
 }  // namespace lb2

@@ -13,4 +13,9 @@ lb2_status check_layer(const lb2_linear_args* args) noexcept;
 // Checks input, output and workspace of a call; check_layer must have passed.
 lb2_status check_buffers(const lb2_linear_args& args, Direction direction, int64_t workspace_bytes) noexcept;
 
+// The same for calls on a prepacked layer, whose bytes are checked where they are read.
+lb2_status check_prepacked(const lb2_prepacked_args* args) noexcept;
+lb2_status check_prepacked_buffers(const lb2_prepacked_args& args, int64_t k, int64_t n,
+                                   int64_t workspace_bytes) noexcept;
+
 }  // namespace lb2

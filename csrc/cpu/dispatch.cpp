@@ -11,22 +11,33 @@
 namespace lb2::cpu {
 namespace {
 
-constexpr const char* kIsaNames[] = {"auto", "scalar", "avx2", "avx512"};
+constexpr const char* kIsaNames[] = {"auto", "scalar", "avx2", "avx512", "avx512vnni"};
 constexpr lb2_isa kIsaCount = sizeof kIsaNames / sizeof kIsaNames[0];
 
+constexpr IsaKernels kScalar = {LB2_ISA_SCALAR, &kScalarKernels, &kScalarLookup};
+#if defined(LB2_HAVE_AVX2)
+constexpr IsaKernels kAvx2 = {LB2_ISA_AVX2, &kAvx2Kernels, &kAvx2Lookup};
+#endif
+#if defined(LB2_HAVE_AVX512)
+constexpr IsaKernels kAvx512 = {LB2_ISA_AVX512, &kAvx512Kernels, &kAvx512Lookup};
+constexpr IsaKernels kAvx512Vnni = {LB2_ISA_AVX512_VNNI, &kAvx512Kernels, &kAvx512VnniLookup};
+#endif
+
 // nullptr when the instruction set was not built in or cannot run here.
-const Kernels* available_kernels(lb2_isa isa) {
+const IsaKernels* available_kernels(lb2_isa isa) {
   static const Features features = detect_features();
   switch (isa) {
     case LB2_ISA_SCALAR:
-      return &kScalarKernels;
+      return &kScalar;
 #if defined(LB2_HAVE_AVX2)
     case LB2_ISA_AVX2:
-      return features.avx2 ? &kAvx2Kernels : nullptr;
+      return features.avx2 ? &kAvx2 : nullptr;
 #endif
 #if defined(LB2_HAVE_AVX512)
     case LB2_ISA_AVX512:
-      return features.avx512 ? &kAvx512Kernels : nullptr;
+      return features.avx512 ? &kAvx512 : nullptr;
+    case LB2_ISA_AVX512_VNNI:
+      return features.avx512_vnni ? &kAvx512Vnni : nullptr;
 #endif
     default:
       (void)features;
@@ -34,11 +45,11 @@ const Kernels* available_kernels(lb2_isa isa) {
   }
 }
 
-lb2_status require(lb2_isa isa, const char* source, const Kernels** kernels) {
+lb2_status require(lb2_isa isa, const char* source, const IsaKernels** kernels) {
   if (isa <= LB2_ISA_AUTO || isa >= kIsaCount)
     return fail(LB2_ERROR_INVALID_ARGUMENT,
-                "%s must be LB2_ISA_SCALAR (1), LB2_ISA_AVX2 (2) or LB2_ISA_AVX512 (3), got %" PRId32, source,
-                isa);
+                "%s must be LB2_ISA_SCALAR (1), LB2_ISA_AVX2 (2), LB2_ISA_AVX512 (3) or LB2_ISA_AVX512_VNNI (4), got %" PRId32,
+                source, isa);
   *kernels = available_kernels(isa);
   if (*kernels == nullptr)
     return fail(LB2_ERROR_UNSUPPORTED, "%s asks for the %s kernels, which this %s cannot run", source,
@@ -46,10 +57,10 @@ lb2_status require(lb2_isa isa, const char* source, const Kernels** kernels) {
   return LB2_OK;
 }
 
-const Kernels* best_kernels() {
+const IsaKernels* best_kernels() {
   for (lb2_isa isa = kIsaCount - 1; isa > LB2_ISA_SCALAR; --isa)
-    if (const Kernels* kernels = available_kernels(isa)) return kernels;
-  return &kScalarKernels;
+    if (const IsaKernels* kernels = available_kernels(isa)) return kernels;
+  return &kScalar;
 }
 
 std::atomic<lb2_isa> process_isa{LB2_ISA_AUTO};
@@ -67,13 +78,13 @@ struct EnvironmentChoice {
   }
 };
 
-lb2_status kernels_from_environment(const Kernels** kernels) {
+lb2_status kernels_from_environment(const IsaKernels** kernels) {
   // Read once, so that a later change of the environment cannot switch kernels in mid-run.
   static const EnvironmentChoice choice;
-  static const Kernels* const best = best_kernels();
+  static const IsaKernels* const best = best_kernels();
   if (choice.isa == kIsaCount)
     return fail(LB2_ERROR_INVALID_ARGUMENT,
-                "the environment variable LB2_CPU_ISA must be auto, scalar, avx2 or avx512, got \"%s\"",
+                "the environment variable LB2_CPU_ISA must be auto, scalar, avx2, avx512 or avx512vnni, got \"%s\"",
                 choice.value);
   if (choice.isa != LB2_ISA_AUTO) return require(choice.isa, "the environment variable LB2_CPU_ISA", kernels);
   *kernels = best;
@@ -82,7 +93,7 @@ lb2_status kernels_from_environment(const Kernels** kernels) {
 
 }  // namespace
 
-lb2_status find_kernels(lb2_isa requested, const Kernels** kernels) noexcept {
+lb2_status find_kernels(lb2_isa requested, const IsaKernels** kernels) noexcept {
   if (requested != LB2_ISA_AUTO) return require(requested, "isa", kernels);
   const lb2_isa chosen = process_isa.load(std::memory_order_relaxed);
   if (chosen != LB2_ISA_AUTO) return require(chosen, "isa", kernels);
@@ -92,18 +103,18 @@ lb2_status find_kernels(lb2_isa requested, const Kernels** kernels) noexcept {
 }  // namespace lb2::cpu
 
 using lb2::cpu::find_kernels;
-using lb2::cpu::Kernels;
+using lb2::cpu::IsaKernels;
 
 extern "C" lb2_status lb2_cpu_isa(lb2_isa* isa) {
   if (isa == nullptr) return lb2::fail(LB2_ERROR_INVALID_ARGUMENT, "isa must not be NULL");
-  const Kernels* kernels;
+  const IsaKernels* kernels;
   LB2_RETURN_IF_ERROR(find_kernels(LB2_ISA_AUTO, &kernels));
   *isa = kernels->isa;
   return LB2_OK;
 }
 
 extern "C" lb2_status lb2_cpu_set_isa(lb2_isa isa) {
-  const Kernels* kernels;
+  const IsaKernels* kernels;
   if (isa != LB2_ISA_AUTO) LB2_RETURN_IF_ERROR(find_kernels(isa, &kernels));
   lb2::cpu::process_isa.store(isa, std::memory_order_relaxed);
   return LB2_OK;

@@ -2,10 +2,18 @@
 #pragma once
 
 #include "cpu/kernels.h"
+#include "cpu/lookup.h"
 
 namespace lb2::cpu {
 
-// Sets *kernels to the table for `requested` (LB2_ISA_AUTO resolves as lb2_cpu_isa documents).
-lb2_status find_kernels(lb2_isa requested, const Kernels** kernels) noexcept;
+// The kernels of one instruction set.
+struct IsaKernels {
+  lb2_isa isa;
+  const Kernels* portable;      // on the portable layout
+  const LookupKernels* lookup;  // on the prepacked layout
+};
+
+// Sets *kernels to those for `requested` (LB2_ISA_AUTO resolves as lb2_cpu_isa documents).
+lb2_status find_kernels(lb2_isa requested, const IsaKernels** kernels) noexcept;
 
 }  // namespace lb2::cpu

@@ -33,6 +33,7 @@ Features detect_features() noexcept {
   features.avx2 = avx && fma && f16c && bit(ebx, 5) && (state & kYmmState) == kYmmState;
   const bool f = bit(ebx, 16), dq = bit(ebx, 17), bw = bit(ebx, 30), vl = bit(ebx, 31);
   features.avx512 = features.avx2 && f && dq && bw && vl && (state & kZmmState) == kZmmState;
+  features.avx512_vnni = features.avx512 && bit(ecx, 11) && bit(ecx, 12);
   return features;
 }
 

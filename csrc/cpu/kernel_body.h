@@ -1,19 +1,5 @@
-// clang-format off: the layout of this comment is meant
-// The primitives of kernels.h, written once over a 16-lane vector type `Vec` that each ISA file defines.
-//
-// Include this after defining, inside an unnamed namespace in lb2::cpu, a struct Vec with
-//   static Vec zero(), load(const float*), broadcast(float);  void store(float*) const;
-//   static Vec signs(const char* half_word);                       // +-1 from 16 packed signs, bit 1 is -1
-//   template <int kHalf> static Vec word_signs(const char* word);  // the same of the low or high half of a word
-//   static Vec fma(Vec a, Vec b, Vec c);                           // a * b + c; a is +-1, so the product is exact
-//   static Vec mul(Vec, Vec), add(Vec, Vec);
-//   static Vec load_half(const void*), load_bfloat(const void*);
-//   void store_half(void*) const, store_bfloat(void*) const;
-//   template <int kCount> static void reduce(const Vec*, float*);  // tree sums of kCount vectors
-// and the tile shapes kDotRows1, kDotRows, kDotTokens, kSumTokens. Everything here must stay inside the unnamed
-// namespace: an inline function shared between files of different ISA flags could be linked into the wrong one and
-// crash older CPUs.
-// clang-format on
+// The sign products of kernels.h on the portable layout, written once over `Vec`. Include this after vec_<isa>.h
+// and the tile shapes kDotRows1, kDotRows, kDotTokens, kSumTokens, where elementwise_body.h says.
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "halves and bytes of words are addressed in place");
 
@@ -141,53 +127,4 @@ void sign_sums(const SignRows& rows, const float* x, int64_t x_stride, int64_t t
                                    tokens - t < kSumTokens ? tokens - t : kSumTokens,
                                    out + t * kTileCols + word * LB2_WORD_BITS);
   }
-}
-
-using LoadVec = Vec (*)(const void*);
-
-template <LoadVec kLoad, int kBytes>
-void load_scaled_as(const void* in, const float* scale, int64_t n, int64_t padded, float* out) {
-  const char* bytes = static_cast<const char*>(in);
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    Vec::mul(kLoad(bytes + i * kBytes), Vec::load(scale + i)).store(out + i);
-  if (i < n) {
-    char tail[kLanes * kBytes] = {};
-    float tail_scale[kLanes] = {};
-    for (int64_t b = 0; b < (n - i) * kBytes; ++b) tail[b] = bytes[i * kBytes + b];
-    const char* scale_bytes = reinterpret_cast<const char*>(scale + i);
-    for (int64_t b = 0; b < (n - i) * 4; ++b) reinterpret_cast<char*>(tail_scale)[b] = scale_bytes[b];
-    Vec::mul(kLoad(tail), Vec::load(tail_scale)).store(out + i);
-    i += kLanes;
-  }
-  for (; i < padded; i += kLanes) Vec::zero().store(out + i);
-}
-
-inline Vec load_float(const void* p) { return Vec::load(static_cast<const float*>(p)); }
-inline Vec load_half(const void* p) { return Vec::load_half(p); }
-inline Vec load_bfloat(const void* p) { return Vec::load_bfloat(p); }
-
-void load_scaled(lb2_dtype dtype, const void* in, const float* scale, int64_t n, int64_t padded, float* out) {
-  if (dtype == LB2_FLOAT32) return load_scaled_as<load_float, 4>(in, scale, n, padded, out);
-  if (dtype == LB2_FLOAT16) return load_scaled_as<load_half, 2>(in, scale, n, padded, out);
-  return load_scaled_as<load_bfloat, 2>(in, scale, n, padded, out);
-}
-
-inline void store_vec(lb2_dtype dtype, const Vec& value, void* out) {
-  if (dtype == LB2_FLOAT32) return value.store(static_cast<float*>(out));
-  if (dtype == LB2_FLOAT16) return value.store_half(out);
-  return value.store_bfloat(out);
-}
-
-void store(lb2_dtype dtype, const float* in, int64_t n, void* out) {
-  const int64_t bytes = dtype == LB2_FLOAT32 ? 4 : 2;
-  char* target = static_cast<char*>(out);
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store_vec(dtype, Vec::load(in + i), target + i * bytes);
-  if (i == n) return;
-  float tail[kLanes] = {};
-  for (int64_t j = i; j < n; ++j) tail[j - i] = in[j];
-  char stored[kLanes * 4];
-  store_vec(dtype, Vec::load(tail), stored);
-  for (int64_t b = 0; b < (n - i) * bytes; ++b) target[i * bytes + b] = stored[b];
 }

@@ -28,8 +28,6 @@ struct SignRows {
 };
 
 struct Kernels {
-  lb2_isa isa;
-
   // out[i] = float(in[i]) * scale[i] for i < n, and 0 for n <= i < padded (a multiple of kLanes).
   void (*load_scaled)(lb2_dtype dtype, const void* in, const float* scale, int64_t n, int64_t padded,
                       float* out);
@@ -46,12 +44,7 @@ struct Kernels {
   void (*store)(lb2_dtype dtype, const float* in, int64_t n, void* out);
 };
 
-extern const Kernels kScalarKernels;
-#if defined(LB2_HAVE_AVX2)
-extern const Kernels kAvx2Kernels;
-#endif
-#if defined(LB2_HAVE_AVX512)
-extern const Kernels kAvx512Kernels;
-#endif
+// Each defined by its kernels_<isa>.cpp, where that is built.
+extern const Kernels kScalarKernels, kAvx2Kernels, kAvx512Kernels;
 
 }  // namespace lb2::cpu

@@ -8,6 +8,7 @@
 #include "core/status.h"
 #include "cpu/dispatch.h"
 #include "cpu/kernels.h"
+#include "cpu/parallel.h"
 #include "cpu/plan.h"
 
 namespace lb2::cpu {
@@ -45,21 +46,11 @@ struct Block {
   float* latent_buffer(int index) const { return workspace + plan.latents[index].offset; }
 };
 
-// Runs body(begin, end) over [0, count) through the caller's parallel_for, `macs` per item deciding the
-// grain.
+// run_parallel with `macs` per item deciding the grain.
 template <typename Body>
-lb2_status run_parallel(const lb2_linear_args& args, int64_t count, int64_t macs, const Body& body) {
+lb2_status run_items(const lb2_linear_args& args, int64_t count, int64_t macs, const Body& body) {
   const int64_t grain = std::max<int64_t>(1, kMacsPerChunk / std::max<int64_t>(1, macs));
-  if (args.parallel_for == nullptr || count <= grain) {
-    body(int64_t{0}, count);
-    return LB2_OK;
-  }
-  const auto task = [](int64_t begin, int64_t end, void* context) {
-    (*static_cast<const Body*>(context))(begin, end);
-  };
-  const int32_t code = args.parallel_for(args.parallel_context, count, grain, task, const_cast<Body*>(&body));
-  if (code != 0) return fail(LB2_ERROR_INTERNAL, "parallel_for failed with code %" PRId32, code);
-  return LB2_OK;
+  return run_parallel(args.parallel_for, args.parallel_context, count, grain, body);
 }
 
 int64_t tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
@@ -91,7 +82,7 @@ lb2_status run_group_tiles(const Block& block, int64_t tile_size, int64_t depth,
       body(block, group, i - first_tile[group]);
     }
   };
-  return run_parallel(block.args, first_tile[block.plan.num_groups], tile_size * depth * block.tokens, range);
+  return run_items(block.args, first_tile[block.plan.num_groups], tile_size * depth * block.tokens, range);
 }
 
 // ---- forward ----
@@ -108,7 +99,7 @@ lb2_status scale_inputs(const Block& block) {
                                   block.input_buffer(g) + t * stride);
       }
   };
-  return run_parallel(args, block.tokens, args.k * block.plan.num_groups, body);
+  return run_items(args, block.tokens, args.k * block.plan.num_groups, body);
 }
 
 // latents[p] = latent_scale * (V @ inputs[g]) for every path p of group g, one tile of rows of V
@@ -181,7 +172,7 @@ lb2_status compute_outputs(const Block& block) {
   const auto body = [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) output_tile(block, tile);
   };
-  return run_parallel(args, tiles(args.n, kTileRows), kTileRows * cols * block.tokens, body);
+  return run_items(args, tiles(args.n, kTileRows), kTileRows * cols * block.tokens, body);
 }
 
 lb2_status forward_block(const Block& block) {
@@ -203,7 +194,7 @@ lb2_status scale_gradients(const Block& block) {
                                   block.input_buffer(p) + t * stride);
       }
   };
-  return run_parallel(args, block.tokens, args.n * args.num_paths, body);
+  return run_items(args, block.tokens, args.n * args.num_paths, body);
 }
 
 // latents[g] = sum over the paths p of group g of latent_scale * (U^T @ inputs[p]), one tile of columns of U
@@ -263,7 +254,7 @@ lb2_status compute_input_gradients(const Block& block) {
   const auto body = [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) input_gradient_tile(block, tile);
   };
-  return run_parallel(args, tiles(args.k, kTileCols), kTileCols * rows * block.tokens, body);
+  return run_items(args, tiles(args.k, kTileCols), kTileCols * rows * block.tokens, body);
 }
 
 lb2_status backward_block(const Block& block) {
@@ -274,14 +265,14 @@ lb2_status backward_block(const Block& block) {
 
 lb2_status run(const lb2_linear_args* args, Direction direction) noexcept {
   LB2_RETURN_IF_ERROR(check_layer(args));
-  const Kernels* kernels;
+  const IsaKernels* kernels;
   LB2_RETURN_IF_ERROR(find_kernels(args->isa, &kernels));
   const Plan plan = direction == Direction::kForward ? plan_forward(*args) : plan_backward(*args);
   LB2_RETURN_IF_ERROR(check_buffers(*args, direction, plan.workspace_bytes));
   const uintptr_t address = reinterpret_cast<uintptr_t>(args->workspace);
   float* workspace = reinterpret_cast<float*>((address + 63) & ~uintptr_t{63});
   for (int64_t first = 0; first < args->m; first += plan.token_block) {
-    const Block block = {*args,     plan,  *kernels,
+    const Block block = {*args,     plan,  *kernels->portable,
                          workspace, first, std::min(plan.token_block, args->m - first)};
     LB2_RETURN_IF_ERROR(direction == Direction::kForward ? forward_block(block) : backward_block(block));
   }
@@ -299,7 +290,7 @@ extern "C" lb2_status lb2_linear_plan_cpu(const lb2_linear_args* args, lb2_cpu_p
     return lb2::fail(LB2_ERROR_INVALID_ARGUMENT,
                      "plan->struct_size must equal sizeof(lb2_cpu_plan) = %zu, got %" PRIu64,
                      sizeof(lb2_cpu_plan), plan->struct_size);
-  const Kernels* kernels;
+  const IsaKernels* kernels;
   LB2_RETURN_IF_ERROR(find_kernels(args->isa, &kernels));
   const Plan forward = plan_forward(*args);
   plan->forward_workspace_bytes = forward.workspace_bytes;

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "torch/linear.h"
+#include "torch/prepacked.h"
 
 // Per path p: v[p] int32 [R, ceil(K/32)], u[p] int32 [N, ceil(R/32)], in_scale[p] [K], latent_scale[p] [R],
 // out_scale[p] [N] (float32). A single-stage layer passes no u and latent_scale, and v[p] [N, ceil(K/32)].
@@ -15,9 +16,21 @@ STABLE_TORCH_LIBRARY(littlebit2, m) {
   m.def(
       "linear_backward_x(Tensor grad, Tensor[] v, Tensor[]? u, Tensor[] in_scale, Tensor[]? latent_scale, "
       "Tensor[] out_scale) -> Tensor");
+  // The CPU's own layout, one uint8 tensor per layer. activation: 0 auto, 1 exact, 2 int16, 3 int8, 4 sign.
+  m.def(
+      "prepack(Tensor[] v, Tensor[]? u, Tensor[] in_scale, Tensor[]? latent_scale, Tensor[] out_scale) -> "
+      "Tensor");
+  m.def("unprepack(Tensor layer) -> Tensor[]");
+  m.def(
+      "linear_prepacked(Tensor x, Tensor layer, Tensor? bias, int out_features, int activation=0) -> Tensor");
+  m.def("linear_prepacked_backward_x(Tensor grad, Tensor layer, int in_features) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(littlebit2, CPU, m) {
   m.impl("linear", TORCH_BOX(&lb2::torch_ops::linear_cpu));
   m.impl("linear_backward_x", TORCH_BOX(&lb2::torch_ops::linear_backward_x_cpu));
+  m.impl("prepack", TORCH_BOX(&lb2::torch_ops::prepack_cpu));
+  m.impl("unprepack", TORCH_BOX(&lb2::torch_ops::unprepack_cpu));
+  m.impl("linear_prepacked", TORCH_BOX(&lb2::torch_ops::linear_prepacked_cpu));
+  m.impl("linear_prepacked_backward_x", TORCH_BOX(&lb2::torch_ops::linear_prepacked_backward_x_cpu));
 }

@@ -1,166 +1,23 @@
 #include "torch/linear.h"
 
-#include <torch/csrc/stable/ops.h>
-
-#include <array>
-#include <sstream>
-#include <stdexcept>
-#include <string>
-
-#include "littlebit2/littlebit2.h"
-
 namespace lb2::torch_ops {
 namespace {
-
-using torch::headeronly::ScalarType;
-
-template <typename... Parts>
-void check(bool condition, const Parts&... parts) {
-  if (condition) [[likely]]
-    return;
-  std::ostringstream message;
-  message << "littlebit2: ";
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
-
-std::string shape_of(const Tensor& tensor) {
-  std::ostringstream text;
-  text << '[';
-  for (int64_t d = 0; d < tensor.dim(); ++d) text << (d ? ", " : "") << tensor.size(d);
-  text << ']';
-  return text.str();
-}
-
-lb2_dtype activation_dtype(const char* name, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return LB2_FLOAT32;
-    case ScalarType::Half:
-      return LB2_FLOAT16;
-    case ScalarType::BFloat16:
-      return LB2_BFLOAT16;
-    default:
-      check(false, name, " must be float32, float16 or bfloat16, got ",
-            torch::headeronly::toString(tensor.scalar_type()));
-      return LB2_FLOAT32;
-  }
-}
-
-// "v[1]" in messages.
-std::string element(const char* list, size_t index) {
-  return std::string(list) + "[" + std::to_string(index) + "]";
-}
-
-// Scales are [size], or [1, size] as checkpoints store them.
-bool is_vector(const Tensor& tensor) {
-  return tensor.dim() == 1 || (tensor.dim() == 2 && tensor.size(0) == 1);
-}
-
-const float* scale_data(const std::string& name, const Tensor& scale, int64_t size) {
-  check(scale.is_cpu(), name, " must be on the CPU like x");
-  check(scale.scalar_type() == ScalarType::Float, name, " must be float32, got ",
-        torch::headeronly::toString(scale.scalar_type()));
-  check(is_vector(scale) && scale.numel() == size, name, " must have shape [", size, "] or [1, ", size,
-        "], got ", shape_of(scale));
-  check(scale.is_contiguous(), name, " must be contiguous");
-  return static_cast<const float*>(scale.const_data_ptr());
-}
-
-struct Words {
-  const int32_t* data;
-  int64_t stride;
-};
-
-Words words_data(const std::string& name, const Tensor& words, int64_t rows, int64_t cols) {
-  const int64_t per_row = lb2_words_per_row(cols);
-  check(words.is_cpu(), name, " must be on the CPU like x");
-  check(words.scalar_type() == ScalarType::Int, name, " must be int32 words, got ",
-        torch::headeronly::toString(words.scalar_type()));
-  check(words.dim() == 2 && words.size(0) == rows && words.size(1) == per_row, name, " must have shape [",
-        rows, ", ", per_row, "] (", cols, " signs per row in 32-bit words), got ", shape_of(words));
-  check(per_row == 1 || words.stride(1) == 1, name, " must have contiguous rows, got stride ",
-        words.stride(1));
-  return {static_cast<const int32_t*>(words.const_data_ptr()), rows == 1 ? per_row : words.stride(0)};
-}
-
-void check_length(const char* name, const std::vector<Tensor>& list, size_t expected) {
-  check(list.size() == expected, name, " must hold one tensor per path (", expected, "), got ", list.size());
-}
-
-using Paths = std::array<lb2_path, LB2_MAX_PATHS>;
-
-// Fills the layer's part of `args`: sizes and paths, which point into the tensors.
-void set_layer(lb2_linear_args& args, Paths& paths, const std::vector<Tensor>& v, const OptionalTensors& u,
-               const std::vector<Tensor>& in_scale, const OptionalTensors& latent_scale,
-               const std::vector<Tensor>& out_scale) {
-  const size_t count = v.size();
-  const bool single_stage = !u.has_value();
-  check(count >= 1 && count <= LB2_MAX_PATHS, "v must hold between 1 and ", LB2_MAX_PATHS, " tensors, got ",
-        count);
-  check_length("in_scale", in_scale, count);
-  check_length("out_scale", out_scale, count);
-  check(latent_scale.has_value() == !single_stage, "latent_scale must be given exactly when u is");
-  if (!single_stage) {
-    check_length("u", *u, count);
-    check_length("latent_scale", *latent_scale, count);
-  }
-  check(is_vector(in_scale[0]), "in_scale[0] must have shape [K] or [1, K], got ", shape_of(in_scale[0]));
-  check(is_vector(out_scale[0]), "out_scale[0] must have shape [N] or [1, N], got ", shape_of(out_scale[0]));
-  args.k = in_scale[0].numel();
-  args.n = out_scale[0].numel();
-  check(args.k >= 1, "in_scale[0] must not be empty");
-  check(args.n >= 1, "out_scale[0] must not be empty");
-  for (size_t p = 0; p < count; ++p) {
-    lb2_path& path = paths[p];
-    path = {};
-    path.in_scale = scale_data(element("in_scale", p), in_scale[p], args.k);
-    path.out_scale = scale_data(element("out_scale", p), out_scale[p], args.n);
-    check(v[p].dim() == 2, element("v", p), " must be two-dimensional, got ", shape_of(v[p]));
-    path.rank = single_stage ? args.n : v[p].size(0);
-    const Words v_words = words_data(element("v", p), v[p], path.rank, args.k);
-    path.v = v_words.data;
-    path.v_stride = v_words.stride;
-    if (single_stage) continue;
-    const Words u_words = words_data(element("u", p), (*u)[p], args.n, path.rank);
-    path.u = u_words.data;
-    path.u_stride = u_words.stride;
-    path.latent_scale = scale_data(element("latent_scale", p), (*latent_scale)[p], path.rank);
-  }
-  args.struct_size = sizeof args;
-  args.paths = paths.data();
-  args.num_paths = static_cast<int64_t>(count);
-}
-
-void throw_on_error(lb2_status status) { check(status == LB2_OK, lb2_last_error()); }
-
-int32_t torch_parallel(void*, int64_t n, int64_t grain, lb2_task task, void* task_context) {
-  return torch_parallel_for(0, n, grain, task, task_context);
-}
 
 using Call = lb2_status (*)(const lb2_linear_args*);
 
 // Runs `call` on the rows of `input` [..., in_cols] and returns its output [..., out_cols].
 Tensor run(lb2_linear_args& args, const char* name, const Tensor& input, int64_t in_cols, int64_t out_cols,
            Call call, int64_t lb2_cpu_plan::* workspace_bytes) {
-  check(input.is_cpu(), name, " must be on the CPU for this kernel");
-  args.dtype = activation_dtype(name, input);
-  const int64_t dims = input.dim();
-  check(dims >= 1 && input.size(dims - 1) == in_cols, name, ".size(-1) must equal ", in_cols, ", got shape ",
-        shape_of(input));
-  // Rows of a matrix may be apart; anything else is used if it is dense, and made so if it is not.
-  const bool matrix = dims == 2 && (in_cols == 1 || input.stride(1) == 1);
-  const Tensor rows = matrix || input.is_contiguous() ? input : torch::stable::contiguous(input);
-  args.m = input.numel() / in_cols;
-  args.input = rows.const_data_ptr();
-  args.input_stride = matrix ? rows.stride(0) : in_cols;
+  const Rows rows = rows_of(name, input, in_cols);
+  args.dtype = rows.dtype;
+  args.m = rows.count;
+  args.input = rows.tensor.const_data_ptr();
+  args.input_stride = rows.stride;
 
   lb2_cpu_plan plan = {};
   plan.struct_size = sizeof plan;
   throw_on_error(lb2_linear_plan_cpu(&args, &plan));
-  std::vector<int64_t> shape(input.sizes().begin(), input.sizes().end());
-  shape.back() = out_cols;
-  Tensor output = torch::stable::new_empty(input, shape);
+  Tensor output = new_output(input, out_cols);
   args.output = output.mutable_data_ptr();
   args.output_stride = out_cols;
   const std::array<int64_t, 1> bytes = {plan.*workspace_bytes};

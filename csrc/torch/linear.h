@@ -1,15 +1,9 @@
 // The operators of library.cpp: tensors in, arguments of the C ABI out. No kernel code here.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
-#include <vector>
+#include "torch/arguments.h"
 
 namespace lb2::torch_ops {
-
-using torch::stable::Tensor;
-using OptionalTensors = std::optional<std::vector<Tensor>>;
 
 // y[..., N] of the layer for x[..., K]; see the schema in library.cpp.
 Tensor linear_cpu(const Tensor& x, const std::vector<Tensor>& v, const OptionalTensors& u,

@@ -48,6 +48,7 @@ typedef int32_t lb2_isa;
 #define LB2_ISA_SCALAR 1 /* portable C++, any CPU */
 #define LB2_ISA_AVX2 2   /* AVX2 + FMA + F16C */
 #define LB2_ISA_AVX512 3 /* AVX-512 F, BW, DQ, VL */
+#define LB2_ISA_AVX512_VNNI 4 /* the same with VNNI and BITALG */
 
 /* One path of a layer. Two paths of equal rank whose `v`, `v_stride` and `in_scale` are equal share their
  * first stage: it is computed once. */
@@ -112,6 +113,80 @@ LB2_API lb2_status lb2_linear_forward_cpu(const lb2_linear_args* args);
 /* grad_x = the layer's transpose applied to grad_y (bias has no part in it). Same guarantees. */
 LB2_API lb2_status lb2_linear_backward_x_cpu(const lb2_linear_args* args);
 
+/* ---- Prepacked layers: the fast path of the CPU ----
+ *
+ * A prepacked layer is one block of bytes that holds signs and scales in the order in which the CPU kernels read them.
+ * It is made once, at load, and takes the place of the portable tensors, which can be had back from it. It is valid in
+ * the process (and version of this library) that made it; it is not a file format. */
+
+/* How activations enter the sums of signs. Accumulation is exact but for EXACT, where it is in fp32. */
+typedef int32_t lb2_activation;
+#define LB2_ACTIVATION_AUTO 0  /* EXACT for float32, INT16 for float16 and bfloat16 */
+#define LB2_ACTIVATION_EXACT 1 /* fp32 throughout; error about 1e-6 */
+#define LB2_ACTIVATION_INT16 2 /* sums of five activations in 16 bits, a scale per chunk of 720 channels; 3e-4 */
+#define LB2_ACTIVATION_INT8 3  /* activations and latents in 8 bits, a scale per chunk of 720 channels; 1e-2 */
+#define LB2_ACTIVATION_SIGN 4  /* their signs, times the mean magnitude per token: XNOR and popcount */
+
+typedef struct lb2_prepacked_info {
+  uint64_t struct_size;
+  int64_t k, n;
+  int64_t num_paths;
+  int32_t single_stage;          /* 1 if there is no U */
+  int32_t shares[LB2_MAX_PATHS]; /* for each path, the path whose V and in_scale it uses */
+  int64_t ranks[LB2_MAX_PATHS];
+} lb2_prepacked_info;
+
+/* Arguments of a call. Zero-initialise, then set struct_size = sizeof(lb2_prepacked_args). */
+typedef struct lb2_prepacked_args {
+  uint64_t struct_size;
+  const void* layer; /* made by lb2_prepack_cpu; any address, fastest at a multiple of 64 */
+  int64_t layer_bytes;
+  int64_t m;
+  const float* bias; /* [N] or NULL */
+  const void* input; /* x [M, K] */
+  int64_t input_stride;
+  void* output; /* y [M, N]; may not overlap input */
+  int64_t output_stride;
+  lb2_dtype dtype;
+  lb2_activation activation;
+  lb2_isa isa;
+  int32_t num_threads; /* that parallel_for can run at once; < 1 is 1 */
+  void* workspace;     /* at least what lb2_prepacked_plan_cpu reports */
+  int64_t workspace_bytes;
+  lb2_parallel_for parallel_for; /* NULL runs on the calling thread */
+  void* parallel_context;
+} lb2_prepacked_args;
+
+typedef struct lb2_prepacked_plan {
+  uint64_t struct_size;
+  int64_t workspace_bytes;
+  int64_t token_block; /* tokens that one pass over the layer serves */
+  int64_t workers;     /* threads that get work */
+  int64_t k, n;
+  lb2_isa isa;
+  lb2_activation activation; /* AUTO resolved */
+} lb2_prepacked_plan;
+
+/* Bytes of the prepacked layer; only the layer's part of args is looked at: k, n, paths, num_paths, dtype (any). */
+LB2_API lb2_status lb2_prepacked_bytes_cpu(const lb2_linear_args* args, int64_t* bytes);
+
+/* Prepack the layer of args into `layer`, [layer_bytes] as lb2_prepacked_bytes_cpu says, over args->parallel_for. */
+LB2_API lb2_status lb2_prepack_cpu(const lb2_linear_args* args, void* layer, int64_t layer_bytes);
+
+/* Describe a prepacked layer. */
+LB2_API lb2_status lb2_prepacked_info_cpu(const void* layer, int64_t layer_bytes, lb2_prepacked_info* info);
+
+/* Write one path of a prepacked layer back to contiguous portable tensors; NULL skips one. Pad bits become 0. */
+LB2_API lb2_status lb2_unprepack_cpu(const void* layer, int64_t layer_bytes, int64_t path, int32_t* v, int32_t* u,
+                                     float* in_scale, float* latent_scale, float* out_scale);
+
+/* Fill *plan for args; input, output and workspace are not looked at. */
+LB2_API lb2_status lb2_prepacked_plan_cpu(const lb2_prepacked_args* args, lb2_prepacked_plan* plan);
+
+/* y = layer(x). Same bits whatever the ISA, the thread count and the other tokens. A token whose values are not finite
+ * gets results that are not; under INT16 and INT8 that may be NaN where EXACT has an infinity. */
+LB2_API lb2_status lb2_prepacked_forward_cpu(const lb2_prepacked_args* args);
+
 /* Pack `negative` [rows, cols] (one byte each, non-zero means -1) into words [rows, ceil(cols/32)]; pad bits
  * become 0. Strides are in elements between rows. */
 LB2_API lb2_status lb2_pack_signs(const uint8_t* negative, int64_t negative_stride, int64_t rows,
@@ -122,7 +197,7 @@ LB2_API lb2_status lb2_unpack_signs(const int32_t* words, int64_t words_stride, 
                                     lb2_dtype dtype, void* out, int64_t out_stride);
 
 /* The instruction set LB2_ISA_AUTO stands for: the one set by lb2_cpu_set_isa, else the environment variable
- * LB2_CPU_ISA (scalar, avx2, avx512; read once), else the best this CPU and its OS support. */
+ * LB2_CPU_ISA (scalar, avx2, avx512, avx512vnni; read once), else the best this CPU and its OS support. */
 LB2_API lb2_status lb2_cpu_isa(lb2_isa* isa);
 
 /* Make LB2_ISA_AUTO mean `isa` in this process; LB2_ISA_AUTO undoes that. */
@@ -131,7 +206,7 @@ LB2_API lb2_status lb2_cpu_set_isa(lb2_isa isa);
 /* 1 when the instruction set was built in and this CPU and OS can run it, else 0. */
 LB2_API int32_t lb2_cpu_isa_available(lb2_isa isa);
 
-/* "auto", "scalar", "avx2", "avx512", or "unknown". */
+/* "auto", "scalar", "avx2", "avx512", "avx512vnni", or "unknown". */
 LB2_API const char* lb2_isa_name(lb2_isa isa);
 
 /* Message of the last call on this thread that did not return LB2_OK; never NULL. */

@@ -1,0 +1,46 @@
+// What the lookup kernels of all instruction sets share: scales, and register tiles run over a whole SignTile.
+// Include this before lookup_<isa>_body.h, where elementwise_body.h says.
+
+struct ChunkScale {
+  float factor;  // of the operand, before it is rounded
+  float unit;    // of the sums
+};
+
+// `total` is the sum of what the bound is the maximum of: maxima drop NaN, sums do not.
+inline ChunkScale chunk_scale(float limit, float bound, float total) {
+  constexpr float kLargest = 0x1.fffffep127f;
+  if (!(total <= kLargest)) return {0.0f, __builtin_nanf("")};
+  const float safe = bound < kLeastBound ? kLeastBound : bound;
+  return {limit / safe, safe * (1.0f / limit)};
+}
+
+
+template <template <int, int> class Kernel, int kBlocks, int kTokens>
+inline void run_tokens(const SignTile& tile, const Tables& tables, int64_t token, const RowSums& out) {
+  int64_t block = 0;
+  for (; block + kBlocks <= tile.blocks; block += kBlocks)
+    Kernel<kBlocks, kTokens>::run(tile, block, tables, token, out);
+  if constexpr (kBlocks > 1) {
+    switch (tile.blocks - block) {
+      case 3:
+        if constexpr (kBlocks > 3) Kernel<3, kTokens>::run(tile, block, tables, token, out);
+        break;
+      case 2:
+        if constexpr (kBlocks > 2) Kernel<2, kTokens>::run(tile, block, tables, token, out);
+        break;
+      case 1:
+        Kernel<1, kTokens>::run(tile, block, tables, token, out);
+        break;
+    }
+  }
+}
+
+template <template <int, int> class Kernel, int kOne, int kTwo, int kFour>
+void run_tile(const SignTile& tile, const Tables& tables, const RowSums& out) {
+  int64_t token = 0;
+  if constexpr (kFour > 0)
+    for (; token + 4 <= tables.tokens; token += 4) run_tokens<Kernel, kFour, 4>(tile, tables, token, out);
+  if constexpr (kTwo > 0)
+    for (; token + 2 <= tables.tokens; token += 2) run_tokens<Kernel, kTwo, 2>(tile, tables, token, out);
+  for (; token < tables.tokens; ++token) run_tokens<Kernel, kOne, 1>(tile, tables, token, out);
+}

@@ -1,0 +1,165 @@
+#include "torch/prepacked.h"
+
+#include <algorithm>
+#include <memory>
+
+#include "torch/linear.h"
+
+namespace lb2::torch_ops {
+namespace {
+
+// Scratch memory of a thread's calls, kept between them: making a tensor costs as much as a small layer. What would
+// be large to keep is not kept.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) {
+    constexpr int64_t kLargestKept = 8 << 20;
+    if (bytes > kLargestKept) {
+      own_.reset(new char[static_cast<size_t>(bytes)]);
+    } else if (bytes > kept_bytes_) {
+      kept_.reset(new char[static_cast<size_t>(bytes)]);
+      kept_bytes_ = bytes;
+    }
+  }
+  void* data() const { return own_ ? own_.get() : kept_.get(); }
+
+ private:
+  std::unique_ptr<char[]> own_;
+  static thread_local std::unique_ptr<char[]> kept_;
+  static thread_local int64_t kept_bytes_;
+};
+thread_local std::unique_ptr<char[]> Workspace::kept_;
+thread_local int64_t Workspace::kept_bytes_ = 0;
+
+void check_layer_tensor(const Tensor& layer) {
+  check(layer.is_cpu(), "layer must be on the CPU");
+  check(layer.scalar_type() == ScalarType::Byte && layer.dim() == 1 && layer.is_contiguous(),
+        "layer must be contiguous uint8 [bytes] as littlebit2::prepack returns it, got ",
+        torch::headeronly::toString(layer.scalar_type()), " ", shape_of(layer));
+}
+
+lb2_prepacked_info describe(const Tensor& layer) {
+  check_layer_tensor(layer);
+  lb2_prepacked_info info = {};
+  info.struct_size = sizeof info;
+  throw_on_error(lb2_prepacked_info_cpu(layer.const_data_ptr(), layer.numel(), &info));
+  return info;
+}
+
+template <typename T>
+T* data_of(Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+struct Operands {
+  std::vector<Tensor> v, u, in_scale, latent_scale, out_scale;
+};
+
+Operands unprepack(const Tensor& layer, const lb2_prepacked_info& info) {
+  const auto words = [&](int64_t rows, int64_t cols) {
+    const std::array<int64_t, 2> shape = {rows, lb2_words_per_row(cols)};
+    return torch::stable::new_empty(layer, shape, ScalarType::Int);
+  };
+  const auto scale = [&](int64_t size) {
+    const std::array<int64_t, 1> shape = {size};
+    return torch::stable::new_empty(layer, shape, ScalarType::Float);
+  };
+  Operands operands;
+  for (int64_t p = 0; p < info.num_paths; ++p) {
+    const size_t leader = static_cast<size_t>(info.shares[p]);
+    const bool shared = info.shares[p] != p;
+    operands.v.push_back(shared ? operands.v[leader] : words(info.ranks[p], info.k));
+    operands.in_scale.push_back(shared ? operands.in_scale[leader] : scale(info.k));
+    operands.out_scale.push_back(scale(info.n));
+    if (!info.single_stage) {
+      operands.u.push_back(words(info.n, info.ranks[p]));
+      operands.latent_scale.push_back(scale(info.ranks[p]));
+    }
+    throw_on_error(lb2_unprepack_cpu(layer.const_data_ptr(), layer.numel(), p,
+                                     shared ? nullptr : data_of<int32_t>(operands.v.back()),
+                                     info.single_stage ? nullptr : data_of<int32_t>(operands.u.back()),
+                                     shared ? nullptr : data_of<float>(operands.in_scale.back()),
+                                     info.single_stage ? nullptr : data_of<float>(operands.latent_scale.back()),
+                                     data_of<float>(operands.out_scale.back())));
+  }
+  return operands;
+}
+
+}  // namespace
+
+Tensor prepack_cpu(const std::vector<Tensor>& v, const OptionalTensors& u, const std::vector<Tensor>& in_scale,
+                   const OptionalTensors& latent_scale, const std::vector<Tensor>& out_scale) {
+  lb2_linear_args args = {};
+  Paths paths;
+  set_layer(args, paths, v, u, in_scale, latent_scale, out_scale);
+  std::array<int64_t, 1> bytes = {0};
+  throw_on_error(lb2_prepacked_bytes_cpu(&args, bytes.data()));
+  Tensor layer = torch::stable::new_empty(out_scale[0], bytes, ScalarType::Byte);
+  args.parallel_for = torch_parallel;
+  throw_on_error(lb2_prepack_cpu(&args, layer.mutable_data_ptr(), bytes[0]));
+  return layer;
+}
+
+std::vector<Tensor> unprepack_cpu(const Tensor& layer) {
+  const lb2_prepacked_info info = describe(layer);
+  const Operands operands = unprepack(layer, info);
+  std::vector<Tensor> flat;
+  for (size_t p = 0; p < static_cast<size_t>(info.num_paths); ++p) {
+    flat.push_back(operands.v[p]);
+    if (!info.single_stage) flat.push_back(operands.u[p]);
+    flat.push_back(operands.in_scale[p]);
+    if (!info.single_stage) flat.push_back(operands.latent_scale[p]);
+    flat.push_back(operands.out_scale[p]);
+  }
+  return flat;
+}
+
+Tensor linear_prepacked_cpu(const Tensor& x, const Tensor& layer, const std::optional<Tensor>& bias,
+                            int64_t out_features, int64_t activation) {
+  check_layer_tensor(layer);
+  check(activation >= LB2_ACTIVATION_AUTO && activation <= LB2_ACTIVATION_SIGN,
+        "activation must be between ", LB2_ACTIVATION_AUTO, " and ", LB2_ACTIVATION_SIGN, ", got ", activation);
+  check(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "x must have a last dimension of size K, got shape ", shape_of(x));
+  const int64_t columns = x.size(x.dim() - 1);
+  const Rows rows = rows_of("x", x, columns);
+  lb2_prepacked_args args = {};
+  args.struct_size = sizeof args;
+  args.layer = layer.const_data_ptr();
+  args.layer_bytes = layer.numel();
+  args.m = rows.count;
+  args.input = rows.tensor.const_data_ptr();
+  args.input_stride = rows.stride;
+  args.dtype = rows.dtype;
+  args.activation = static_cast<lb2_activation>(activation);
+  args.num_threads = static_cast<int32_t>(torch::stable::get_num_threads());
+  args.parallel_for = torch_parallel;
+  lb2_prepacked_plan plan = {};
+  plan.struct_size = sizeof plan;
+  throw_on_error(lb2_prepacked_plan_cpu(&args, &plan));
+  check(columns == plan.k, "x.size(-1) must equal ", plan.k, ", got shape ", shape_of(x));
+  check(out_features == plan.n, "out_features must be ", plan.n, " as the layer says, got ", out_features);
+  if (bias) args.bias = scale_data("bias", *bias, plan.n);
+  Tensor output = new_output(x, plan.n);
+  args.output = output.mutable_data_ptr();
+  args.output_stride = plan.n;
+  const Workspace workspace(plan.workspace_bytes);
+  args.workspace = workspace.data();
+  args.workspace_bytes = plan.workspace_bytes;
+  throw_on_error(lb2_prepacked_forward_cpu(&args));
+  return output;
+}
+
+Tensor linear_prepacked_backward_x_cpu(const Tensor& grad, const Tensor& layer, int64_t in_features) {
+  const lb2_prepacked_info info = describe(layer);
+  check(in_features == info.k, "in_features must be ", info.k, " as the layer says, got ", in_features);
+  // The transposed product reads portable words. Unpacking costs little beside it.
+  const Operands operands = unprepack(layer, info);
+  OptionalTensors u, latent_scale;
+  if (!info.single_stage) {
+    u = operands.u;
+    latent_scale = operands.latent_scale;
+  }
+  return linear_backward_x_cpu(grad, operands.v, u, operands.in_scale, latent_scale, operands.out_scale);
+}
+
+}  // namespace lb2::torch_ops

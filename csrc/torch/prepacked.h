@@ -1,0 +1,22 @@
+// The operators on prepacked layers of library.cpp.
+#pragma once
+
+#include "torch/arguments.h"
+
+namespace lb2::torch_ops {
+
+// The prepacked layer, uint8 [bytes].
+Tensor prepack_cpu(const std::vector<Tensor>& v, const OptionalTensors& u, const std::vector<Tensor>& in_scale,
+                   const OptionalTensors& latent_scale, const std::vector<Tensor>& out_scale);
+
+// v, u, in_scale, latent_scale, out_scale of every path in turn; v, in_scale, out_scale if there is no u.
+std::vector<Tensor> unprepack_cpu(const Tensor& layer);
+
+// y[..., N] for x[..., K]; `activation` is an lb2_activation.
+Tensor linear_prepacked_cpu(const Tensor& x, const Tensor& layer, const std::optional<Tensor>& bias,
+                            int64_t out_features, int64_t activation);
+
+// Gradient of x[..., K] from that of y[..., N], as if sums were exact.
+Tensor linear_prepacked_backward_x_cpu(const Tensor& grad, const Tensor& layer, int64_t in_features);
+
+}  // namespace lb2::torch_ops

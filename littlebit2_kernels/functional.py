@@ -1,0 +1,62 @@
+"""``littlebit_linear``: a packed or prepacked layer applied to activations."""
+
+from __future__ import annotations
+
+import torch
+
+from .dispatch import ACTIVATIONS, check_activation, check_activation_mode, choose_backend
+from .format import PackedLinear
+from .ops import linear_from_operands, linear_from_prepacked
+from .prepacked import PrepackedLinear
+from .reference import linear_reference
+
+__all__ = ["littlebit_linear"]
+
+
+def littlebit_linear(
+    x: torch.Tensor,
+    packed: PackedLinear | PrepackedLinear,
+    backend: str = "auto",
+    activation: str = "auto",
+) -> torch.Tensor:
+    """Apply a packed layer to ``x``.
+
+    ``y = sum_p out_scale * (sign(U) @ (latent_scale * (sign(V) @ (in_scale * x)))) + bias``, the forward of
+    LittleBit (arXiv 2506.13771) with its residual paths, on packed signs. Differentiable
+    in ``x`` and ``bias``; the packed weights and the scales are frozen.
+
+    Args:
+        x: ``[..., K]`` float32, float16 or bfloat16; any strides, any number of tokens (also none).
+        packed: the layer, on the device of ``x``; prepacked (:func:`littlebit2_kernels.prepack`) for speed on
+            the CPU.
+        backend: ``"auto"``, ``"cpu"``, ``"reference"`` (plain PyTorch in float32), or another name of
+            :data:`littlebit2_kernels.dispatch.BACKENDS`. A backend asked for by name that cannot run raises.
+        activation: how activations enter the sums (docs/kernels.md): ``"exact"`` in float32, ``"int16"`` (error
+            about 3e-4), ``"int8"`` (about 1e-2), ``"sign"`` (binarised), or ``"auto"``: exact for float32 and for
+            layers that are not prepacked, else int16. The last three need a prepacked layer. Gradients are those
+            of exact sums.
+
+    Returns:
+        ``[..., N]`` in the dtype of ``x``; accumulation is in float32 or exact.
+
+    Raises:
+        TypeError: ``x`` is not a tensor of a supported dtype, or ``packed`` not a layer.
+        ValueError: the last dimension of ``x`` is not K, devices differ, ``backend`` or ``activation`` is
+            unknown, or this layer or backend cannot serve ``activation``.
+        BackendUnavailableError: the backend cannot run here.
+        NativeLibraryError: the compiled library is missing.
+    """
+    if not isinstance(packed, PackedLinear | PrepackedLinear):
+        raise TypeError(f"packed must be a PackedLinear or a PrepackedLinear, got {type(packed).__name__}")
+    check_activation(x, packed.in_features, packed.device)
+    prepacked = isinstance(packed, PrepackedLinear)
+    chosen = choose_backend(backend, x.device.type)
+    check_activation_mode(activation, chosen, prepacked)
+    if chosen == "reference":
+        layer = packed.unpack() if isinstance(packed, PrepackedLinear) else packed
+        return linear_reference(x, layer, torch.float32).to(x.dtype)
+    if isinstance(packed, PrepackedLinear):
+        return linear_from_prepacked(
+            x, packed.layer, packed.bias, packed.out_features, ACTIVATIONS[activation]
+        )
+    return linear_from_operands(x, packed.operands, packed.bias)

@@ -1,0 +1,90 @@
+"""Layers in the CPU kernels' own layout: made once from a packed layer, then run many times."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .format import PackedLinear, PackedPath
+from .ops import load
+
+__all__ = ["PrepackedLinear", "prepack"]
+
+
+@dataclass(frozen=True, eq=False)
+class PrepackedLinear:
+    """A packed layer as the CPU kernels read it; made by :func:`prepack`, undone by :meth:`unpack`.
+
+    Signs lie row in lane, 15 columns to a 16-bit word (1/15 more bytes than the portable words), and scales
+    beside them, all in one tensor. It is for use in the process that made it, and no file format: store the
+    packed layer.
+
+    Attributes:
+        layer: uint8 ``[bytes]``, what ``torch.ops.littlebit2.linear_prepacked`` takes.
+        bias: float32 ``[N]`` or ``None``.
+        in_features: K.
+        out_features: N.
+        shares: for each path, the path whose first stage it uses.
+        single_stage: whether the layer has no second sign matrix.
+    """
+
+    layer: torch.Tensor
+    bias: torch.Tensor | None
+    in_features: int
+    out_features: int
+    shares: tuple[int, ...]
+    single_stage: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Device that holds the layer: the CPU."""
+        return self.layer.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of signs, scales and bias."""
+        bias = 0 if self.bias is None else self.bias.numel() * self.bias.element_size()
+        return self.layer.numel() + bias
+
+    def unpack(self) -> PackedLinear:
+        """Return the packed layer: the same signs and scales, in new tensors; pad bits are zero."""
+        load()
+        tensors = torch.ops.littlebit2.unprepack(self.layer)
+        per_path = len(tensors) // len(self.shares)
+        paths: list[PackedPath] = []
+        for index, leader in enumerate(self.shares):
+            own = tensors[index * per_path : (index + 1) * per_path]
+            v, u, in_scale, latent_scale, out_scale = (
+                (own[0], None, own[1], None, own[2]) if self.single_stage else own
+            )
+            if leader < index:
+                v, in_scale = paths[leader].v, paths[leader].in_scale
+            paths.append(PackedPath(v, in_scale, out_scale, u, latent_scale))
+        return PackedLinear(tuple(paths), self.bias)
+
+
+def prepack(packed: PackedLinear) -> PrepackedLinear:
+    """Bring a packed layer to the layout that is fastest on the CPU.
+
+    Args:
+        packed: the layer, on the CPU. It is not needed afterwards, and its bias is not copied.
+
+    Raises:
+        TypeError: ``packed`` is not a :class:`PackedLinear`.
+        ValueError: it is not on the CPU.
+        NativeLibraryError: the compiled library is missing.
+    """
+    if not isinstance(packed, PackedLinear):
+        raise TypeError(f"packed must be a PackedLinear, got {type(packed).__name__}")
+    if packed.device.type != "cpu":
+        raise ValueError(f"packed must be on the CPU to be prepacked, got {packed.device}")
+    load()
+    return PrepackedLinear(
+        torch.ops.littlebit2.prepack(*packed.operands),
+        packed.bias,
+        packed.in_features,
+        packed.out_features,
+        packed.leaders,
+        packed.single_stage,
+    )
