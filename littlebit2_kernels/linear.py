@@ -281,6 +281,22 @@ class LittleBitLinear(nn.Module):
         """
         buffers: dict[str, Any] = self._buffers
         layer = buffers.get("prepacked")
+        if layer is None or self.backend not in ("auto", "cpu"):
+            return self._general_forward(x)
+        # The way of every call on the CPU: the operator checks what is checked elsewhere up front.
+        activation = ACTIVATIONS.get(self.activation)
+        try:
+            if torch.is_autocast_enabled("cpu") and x.device.type == "cpu":
+                x = x.to(torch.get_autocast_dtype("cpu"))
+            return linear_from_prepacked(x, layer, buffers["bias"], self.out_features, activation)
+        except (AttributeError, RuntimeError, TypeError):
+            check_activation(x, self.in_features, layer.device)
+            check_activation_mode(self.activation, "cpu", prepacked=True)
+            raise
+
+    def _general_forward(self, x: torch.Tensor) -> torch.Tensor:
+        buffers: dict[str, Any] = self._buffers
+        layer = buffers.get("prepacked")
         check_activation(x, self.in_features, (buffers["u1"] if layer is None else layer).device)
         device_type = x.device.type
         if device_type != "meta" and torch.is_autocast_enabled(device_type):
@@ -288,13 +304,9 @@ class LittleBitLinear(nn.Module):
         backend = choose_backend(self.backend, device_type)
         if backend == "reference":
             return littlebit_linear(x, self.packed, "reference", self.activation)
-        if layer is None and self._may_prepack():
-            layer = self.prepack_()._buffers["prepacked"]
-        if layer is not None:
-            activation = ACTIVATIONS.get(self.activation)
-            if activation is None:
-                check_activation_mode(self.activation, backend, prepacked=True)
-            return linear_from_prepacked(x, layer, buffers["bias"], self.out_features, activation)
+        if layer is not None or self._may_prepack():
+            self.prepack_()
+            return littlebit_linear(x, self._as_prepacked(), backend, self.activation)
         check_activation_mode(self.activation, backend, prepacked=False)
         return linear_from_operands(x, self._operands(), buffers["bias"])
 

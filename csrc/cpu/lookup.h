@@ -11,7 +11,7 @@
 //         else 1; a row adds the entries of the chunk's groups in order. All in fp32.
 //  int16: m_l = max over windows of two words (w, w + 1) of |z[15 w + l]| + |z[15 w + 15 + l]|, l < 15, and
 //         bound b = their sum as a tree (l with l + 8, l + 4, l + 2, l + 1; lane 15 is 0), which no signed
-//         window sum exceeds. Entry e is rne((((s0 y0 + s1 y1) + s3 y3) + s4 y4) + s2 y2), y = z * (32760 / b).
+//         window sum exceeds. Entry e is rne of that of y = z * (32760 / b).
 //         Rows add entries as integers, windows in 16 bits, the chunk in 32. Times b * (1 / 32760) in fp32.
 //  int8:  y = rne(z * (127 / max|z|)); then as int16, exactly. Times max|z| * (1 / 127).
 //  sign:  the integer count of matches minus mismatches with the signs of z (0 counts as +1), times a scale.

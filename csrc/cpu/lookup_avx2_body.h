@@ -11,13 +11,12 @@ inline __m256 entry_signs(__m256i entries, int bit) {
   return _mm256_or_ps(_mm256_and_ps(_mm256_castsi256_ps(top), _mm256_set1_ps(-0.0f)), _mm256_set1_ps(1.0f));
 }
 
-// Entries 8 kUpper .. 8 kUpper + 7 of a group, its columns added in the order 0, 1, kThird, kFourth, kFifth.
-template <int kUpper, int kThird, int kFourth, int kFifth>
+// Entries 8 kUpper .. 8 kUpper + 7 of a group.
+template <int kUpper>
 inline __m256 signed_sums(const float* z) {
   const __m256i entries = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(8 * kUpper));
-  const int order[] = {1, kThird, kFourth, kFifth};
   __m256 sum = _mm256_mul_ps(entry_signs(entries, 0), _mm256_set1_ps(z[0]));
-  for (const int column : order)
+  for (int column = 1; column < kGroupCols; ++column)
     sum = _mm256_fmadd_ps(entry_signs(entries, column), _mm256_set1_ps(z[column]), sum);
   return sum;
 }
@@ -25,8 +24,8 @@ inline __m256 signed_sums(const float* z) {
 float build_exact(float* z, int64_t words, char* tables) {
   float* out = reinterpret_cast<float*>(tables);
   for (int64_t g = 0; g < words * kWordGroups; ++g, z += kGroupCols, out += kHalfTable) {
-    _mm256_storeu_ps(out, signed_sums<0, 2, 3, 4>(z));
-    _mm256_storeu_ps(out + 8, signed_sums<1, 2, 3, 4>(z));
+    _mm256_storeu_ps(out, signed_sums<0>(z));
+    _mm256_storeu_ps(out + 8, signed_sums<1>(z));
   }
   return 1.0f;
 }
@@ -34,8 +33,8 @@ float build_exact(float* z, int64_t words, char* tables) {
 inline void build_words(const float* y, int64_t words, char* tables) {
   const __m256i low_byte = _mm256_set1_epi16(0xFF);
   for (int64_t g = 0; g < words * kWordGroups; ++g, y += kGroupCols, tables += 32) {
-    const __m256i lower = _mm256_cvtps_epi32(signed_sums<0, 3, 4, 2>(y));
-    const __m256i upper = _mm256_cvtps_epi32(signed_sums<1, 3, 4, 2>(y));
+    const __m256i lower = _mm256_cvtps_epi32(signed_sums<0>(y));
+    const __m256i upper = _mm256_cvtps_epi32(signed_sums<1>(y));
     // packs works within 128-bit halves; put the four quarters back in order.
     const __m256i entries =
         _mm256_permute4x64_epi64(_mm256_packs_epi32(lower, upper), _MM_SHUFFLE(3, 1, 2, 0));

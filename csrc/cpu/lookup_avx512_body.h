@@ -4,7 +4,14 @@
 // Keeps a value in a register: compilers otherwise load it again for every use, and run out of load ports.
 #define LB2_IN_REGISTER(value) __asm__("" : "+v"(value))
 
-constexpr int64_t kPrefetchBytes = 2048;
+// Loops over the registers of a tile: left as loops, even briefly, they put the registers in memory.
+#if defined(__clang__)
+#define LB2_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define LB2_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+constexpr int64_t kPrefetchBytes = 8192;  // what memory delivers in its latency, several times
 
 // -1 in the lanes whose table entry has bit `bit` set, else +1; lane i stands for entry entries[i].
 inline __m512 entry_signs(__m512i entries, int bit) {
@@ -20,17 +27,29 @@ inline float tree_sum(__m512 v) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-float build_exact(float* z, int64_t words, char* tables) {
-  const __m512i entries = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512 s0 = entry_signs(entries, 0), s1 = entry_signs(entries, 1);
-  const __m512 s2 = entry_signs(entries, 2), s3 = entry_signs(entries, 3);
-  float* out = reinterpret_cast<float*>(tables);
-  for (int64_t g = 0; g < words * kWordGroups; ++g, z += kGroupCols, out += kTableEntries) {
+// Sums of one group whose entry has bit 4 clear.
+struct HalfSums {
+  __m512 s0, s1, s2, s3;
+  HalfSums() {
+    const __m512i entries = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    s0 = entry_signs(entries, 0);
+    s1 = entry_signs(entries, 1);
+    s2 = entry_signs(entries, 2);
+    s3 = entry_signs(entries, 3);
+  }
+  __m512 first_four(const float* z) const {
     __m512 sum = _mm512_mul_ps(s0, _mm512_set1_ps(z[0]));
     sum = _mm512_fmadd_ps(s1, _mm512_set1_ps(z[1]), sum);
     sum = _mm512_fmadd_ps(s2, _mm512_set1_ps(z[2]), sum);
-    sum = _mm512_fmadd_ps(s3, _mm512_set1_ps(z[3]), sum);
-    const __m512 last = _mm512_set1_ps(z[4]);
+    return _mm512_fmadd_ps(s3, _mm512_set1_ps(z[3]), sum);
+  }
+};
+
+float build_exact(float* z, int64_t words, char* tables) {
+  const HalfSums half;
+  float* out = reinterpret_cast<float*>(tables);
+  for (int64_t g = 0; g < words * kWordGroups; ++g, z += kGroupCols, out += kTableEntries) {
+    const __m512 sum = half.first_four(z), last = _mm512_set1_ps(z[4]);
     _mm512_storeu_ps(out, _mm512_add_ps(sum, last));
     _mm512_storeu_ps(out + 16, _mm512_sub_ps(sum, last));
   }
@@ -39,20 +58,16 @@ float build_exact(float* z, int64_t words, char* tables) {
 
 // 16-bit tables of y, whose window sums are known to fit.
 inline void build_words(const float* y, int64_t words, char* tables) {
-  // packs interleaves its operands by four: lane 4 i + j of the first stands for entry 8 i + j, of the second
-  // for entry 8 i + 4 + j. They differ in bit 2 alone.
-  const __m512i entries = _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
-  const __m512 s0 = entry_signs(entries, 0), s1 = entry_signs(entries, 1);
-  const __m512 s3 = entry_signs(entries, 3), s4 = entry_signs(entries, 4);
+  const HalfSums half;
+  // entry(e) for e < 16, then entry(e) = -entry(31 - e): low words of 16 + 16 lanes.
+  const __m512i low = _mm512_setr_epi32(0x20000, 0x60004, 0xA0008, 0xE000C, 0x120010, 0x160014, 0x1A0018,
+                                        0x1E001C, 0x3C003E, 0x38003A, 0x340036, 0x300032, 0x2C002E, 0x28002A,
+                                        0x240026, 0x200022);
   for (int64_t g = 0; g < words * kWordGroups; ++g, y += kGroupCols, tables += 64) {
-    __m512 sum = _mm512_mul_ps(s0, _mm512_set1_ps(y[0]));
-    sum = _mm512_fmadd_ps(s1, _mm512_set1_ps(y[1]), sum);
-    sum = _mm512_fmadd_ps(s3, _mm512_set1_ps(y[3]), sum);
-    sum = _mm512_fmadd_ps(s4, _mm512_set1_ps(y[4]), sum);
-    const __m512 last = _mm512_set1_ps(y[2]);
-    const __m512i first = _mm512_cvtps_epi32(_mm512_add_ps(sum, last));
-    const __m512i second = _mm512_cvtps_epi32(_mm512_sub_ps(sum, last));
-    _mm512_storeu_si512(tables, _mm512_packs_epi32(first, second));
+    const __m512 sum = _mm512_add_ps(half.first_four(y), _mm512_set1_ps(y[4]));
+    const __m512i entries = _mm512_cvtps_epi32(sum);
+    const __m512i negative = _mm512_sub_epi32(_mm512_setzero_si512(), entries);
+    _mm512_storeu_si512(tables, _mm512_permutex2var_epi16(entries, low, negative));
   }
 }
 
@@ -109,25 +124,26 @@ inline void finish_block(const RowSums& out, int64_t token, int64_t block, __m51
   _mm512_storeu_ps(target + 16, upper_rows);
 }
 
-template <int kBlocks, bool kPrefetch>
+template <int kBlocks>
 inline void load_words(const char* data, __m512i* words) {
+  LB2_UNROLL
   for (int b = 0; b < kBlocks; ++b) {
     words[b] = _mm512_loadu_si512(data + b * kBlockBytes);
     LB2_IN_REGISTER(words[b]);
-    if (kPrefetch) _mm_prefetch(data + b * kBlockBytes + kPrefetchBytes, _MM_HINT_T0);
+    _mm_prefetch(data + b * kBlockBytes + kPrefetchBytes, _MM_HINT_T0);
   }
 }
 
 // Adds the even 16-bit lanes of `sums` to the 32-bit lanes of `rows`, the odd ones to `upper_rows`.
 inline void widen(__m512i sums, __m512i& rows, __m512i& upper_rows) {
-  const __m512i even = _mm512_set1_epi32(1), odd = _mm512_set1_epi32(1 << 16);
 #if defined(__AVX512VNNI__)
-  // Assembly: compilers copy the accumulators around the intrinsic, and run out of registers.
-  __asm__("vpdpwssd %2, %1, %0" : "+v"(rows) : "v"(sums), "v"(even));
-  __asm__("vpdpwssd %2, %1, %0" : "+v"(upper_rows) : "v"(sums), "v"(odd));
+  // Assembly: compilers copy the accumulators around the intrinsic, keep the constants in registers, and run out.
+  static constexpr int32_t kEven = 1, kOdd = 1 << 16;
+  __asm__("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(rows) : "v"(sums), "m"(kEven));
+  __asm__("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(upper_rows) : "v"(sums), "m"(kOdd));
 #else
-  rows = _mm512_add_epi32(rows, _mm512_madd_epi16(sums, even));
-  upper_rows = _mm512_add_epi32(upper_rows, _mm512_madd_epi16(sums, odd));
+  rows = _mm512_add_epi32(rows, _mm512_madd_epi16(sums, _mm512_set1_epi32(1)));
+  upper_rows = _mm512_add_epi32(upper_rows, _mm512_madd_epi16(sums, _mm512_set1_epi32(1 << 16)));
 #endif
 }
 
@@ -137,6 +153,7 @@ template <int kBlocks, int kTokens, int kGroup>
 inline void exact_group(const __m512i* words, const char* tables, int64_t stride, __m512* rows,
                         __m512* upper_rows) {
   __m512 low[kTokens], high[kTokens];
+  LB2_UNROLL
   for (int t = 0; t < kTokens; ++t) {
     const float* table = reinterpret_cast<const float*>(tables + t * stride) + kGroup * kTableEntries;
     low[t] = _mm512_loadu_ps(table);
@@ -144,9 +161,11 @@ inline void exact_group(const __m512i* words, const char* tables, int64_t stride
     LB2_IN_REGISTER(low[t]);
     LB2_IN_REGISTER(high[t]);
   }
+  LB2_UNROLL
   for (int b = 0; b < kBlocks; ++b) {
     const __m512i index = kGroup == 0 ? words[b] : _mm512_srli_epi32(words[b], kGroup * kGroupCols);
     const __m512i upper_index = _mm512_srli_epi32(words[b], 16 + kGroup * kGroupCols);
+    LB2_UNROLL
     for (int t = 0; t < kTokens; ++t) {
       const int i = t * kBlocks + b;
       rows[i] = _mm512_add_ps(rows[i], _mm512_permutex2var_ps(low[t], index, high[t]));
@@ -160,19 +179,22 @@ struct ExactBlocks {
 static void run(const SignTile& tile, int64_t block, const Tables& tables, int64_t token,
                   const RowSums& out) {
   __m512 rows[kBlocks * kTokens], upper_rows[kBlocks * kTokens];
+  LB2_UNROLL
   for (int i = 0; i < kBlocks * kTokens; ++i) rows[i] = upper_rows[i] = _mm512_setzero_ps();
   const char* data = tile.data + block * kBlockBytes;
   const char* table = tables.data + token * tables.stride;
   for (int64_t w = 0; w < tile.words; ++w) {
     __m512i words[kBlocks];
-    load_words<kBlocks, kTokens == 1>(data, words);
+    load_words<kBlocks>(data, words);
     exact_group<kBlocks, kTokens, 0>(words, table, tables.stride, rows, upper_rows);
     exact_group<kBlocks, kTokens, 1>(words, table, tables.stride, rows, upper_rows);
     exact_group<kBlocks, kTokens, 2>(words, table, tables.stride, rows, upper_rows);
     data += tile.blocks * kBlockBytes;
     table += kExactTableBytes;
   }
+  LB2_UNROLL
   for (int t = 0; t < kTokens; ++t)
+    LB2_UNROLL
     for (int b = 0; b < kBlocks; ++b)
       finish_block(out, token + t, block + b, rows[t * kBlocks + b], upper_rows[t * kBlocks + b]);
 }
@@ -181,16 +203,20 @@ static void run(const SignTile& tile, int64_t block, const Tables& tables, int64
 template <int kBlocks, int kTokens, int kGroup>
 inline void int16_group(const __m512i* words, const char* tables, int64_t stride, bool first, __m512i* sums) {
   __m512i table[kTokens];
+  LB2_UNROLL
   for (int t = 0; t < kTokens; ++t) {
     table[t] = _mm512_loadu_si512(tables + t * stride + kGroup * 64);
     if (kBlocks > 2) LB2_IN_REGISTER(table[t]);
   }
+  LB2_UNROLL
   for (int b = 0; b < kBlocks; ++b) {
     const __m512i index = kGroup == 0 ? words[b] : _mm512_srli_epi16(words[b], kGroup * kGroupCols);
+    LB2_UNROLL
     for (int t = 0; t < kTokens; ++t) {
       const __m512i found = _mm512_permutexvar_epi16(index, table[t]);
       __m512i& sum = sums[t * kBlocks + b];
       sum = first ? found : _mm512_add_epi16(sum, found);
+      LB2_IN_REGISTER(sum);  // or compilers gather first and add later, with more live registers than there are
     }
   }
 }
@@ -200,24 +226,29 @@ struct Int16Blocks {
 static void run(const SignTile& tile, int64_t block, const Tables& tables, int64_t token,
                   const RowSums& out) {
   __m512i rows[kBlocks * kTokens], upper_rows[kBlocks * kTokens];
+  LB2_UNROLL
   for (int i = 0; i < kBlocks * kTokens; ++i) rows[i] = upper_rows[i] = _mm512_setzero_si512();
   const char* data = tile.data + block * kBlockBytes;
   const char* table = tables.data + token * tables.stride;
   for (int64_t w = 0; w < tile.words; w += kWindowWords) {
     __m512i sums[kBlocks * kTokens];
+    LB2_UNROLL
     for (int i = 0; i < kWindowWords; ++i) {
       __m512i words[kBlocks];
-      load_words<kBlocks, kTokens == 1>(data, words);
+      load_words<kBlocks>(data, words);
       int16_group<kBlocks, kTokens, 0>(words, table, tables.stride, i == 0, sums);
       int16_group<kBlocks, kTokens, 1>(words, table, tables.stride, false, sums);
       int16_group<kBlocks, kTokens, 2>(words, table, tables.stride, false, sums);
       data += tile.blocks * kBlockBytes;
       table += kInt16TableBytes;
     }
+    LB2_UNROLL
     for (int i = 0; i < kBlocks * kTokens; ++i) widen(sums[i], rows[i], upper_rows[i]);
   }
+  LB2_UNROLL
   for (int t = 0; t < kTokens; ++t) {
     const __m512 scale = _mm512_set1_ps(tables.scales[token + t]);
+    LB2_UNROLL
     for (int b = 0; b < kBlocks; ++b)
       finish_block(out, token + t, block + b, _mm512_mul_ps(scale, _mm512_cvtepi32_ps(rows[t * kBlocks + b])),
                    _mm512_mul_ps(scale, _mm512_cvtepi32_ps(upper_rows[t * kBlocks + b])));
@@ -242,16 +273,19 @@ template <int kBlocks, int kTokens>
 struct SignBlocks {
 static void run(const SignTile& tile, int64_t block, const Tables& tables, int64_t token, const RowSums& out) {
   __m512i mismatches[kBlocks * kTokens];  // at most kChunkCols, so 16 bits hold them
+  LB2_UNROLL
   for (int i = 0; i < kBlocks * kTokens; ++i) mismatches[i] = _mm512_setzero_si512();
   const char* data = tile.data + block * kBlockBytes;
   const char* table = tables.data + token * tables.stride;
   for (int64_t w = 0; w < tile.words; ++w) {
     __m512i words[kBlocks];
-    load_words<kBlocks, kTokens == 1>(data, words);
+    load_words<kBlocks>(data, words);
+    LB2_UNROLL
     for (int t = 0; t < kTokens; ++t) {
       int16_t signs;
       std::memcpy(&signs, table + t * tables.stride + 2 * w, 2);
       const __m512i columns = _mm512_set1_epi16(signs);
+      LB2_UNROLL
       for (int b = 0; b < kBlocks; ++b) {
         __m512i& sum = mismatches[t * kBlocks + b];
         sum = _mm512_add_epi16(sum, popcount16(_mm512_xor_si512(words[b], columns)));
@@ -259,8 +293,10 @@ static void run(const SignTile& tile, int64_t block, const Tables& tables, int64
     }
     data += tile.blocks * kBlockBytes;
   }
+  LB2_UNROLL
   for (int t = 0; t < kTokens; ++t) {
     const __m512i columns = _mm512_set1_epi32(static_cast<int>(tables.columns));
+    LB2_UNROLL
     for (int b = 0; b < kBlocks; ++b) {
       const __m512i count = mismatches[t * kBlocks + b];
       const __m512i low = _mm512_and_si512(count, _mm512_set1_epi32(0xFFFF)), high = _mm512_srli_epi32(count, 16);

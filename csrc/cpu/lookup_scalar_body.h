@@ -1,19 +1,15 @@
 // The lookup kernels in plain C++. Include this where elementwise_body.h says.
 
-inline float signed_sum(const float* z, int64_t entry, const int* order) {
-  float sum = 0.0f;
-  for (int i = 0; i < kGroupCols; ++i) {
-    const float term = (entry >> order[i]) & 1 ? -z[order[i]] : z[order[i]];
-    sum = i == 0 ? term : sum + term;
-  }
+inline float signed_sum(const float* z, int64_t entry) {
+  float sum = entry & 1 ? -z[0] : z[0];
+  for (int i = 1; i < kGroupCols; ++i) sum += (entry >> i) & 1 ? -z[i] : z[i];
   return sum;
 }
 
 float build_exact(float* z, int64_t words, char* tables) {
-  constexpr int kOrder[kGroupCols] = {0, 1, 2, 3, 4};
   for (int64_t g = 0; g < words * kWordGroups; ++g, z += kGroupCols)
     for (int64_t e = 0; e < kTableEntries; ++e, tables += 4) {
-      const float sum = signed_sum(z, e, kOrder);
+      const float sum = signed_sum(z, e);
       std::memcpy(tables, &sum, 4);
     }
   return 1.0f;
@@ -26,10 +22,9 @@ inline float round_even(float value) {
 }
 
 inline void build_words(const float* y, int64_t words, char* tables) {
-  constexpr int kOrder[kGroupCols] = {0, 1, 3, 4, 2};
   for (int64_t g = 0; g < words * kWordGroups; ++g, y += kGroupCols)
     for (int64_t e = 0; e < kTableEntries; ++e, tables += 2) {
-      const float sum = round_even(signed_sum(y, e, kOrder));
+      const float sum = round_even(signed_sum(y, e));
       const int16_t entry = sum == sum ? static_cast<int16_t>(sum) : int16_t{0};
       std::memcpy(tables, &entry, 2);
     }

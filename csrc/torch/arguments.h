@@ -21,15 +21,29 @@ using torch::stable::Tensor;
 using OptionalTensors = std::optional<std::vector<Tensor>>;
 using Paths = std::array<lb2_path, LB2_MAX_PATHS>;
 
+// Name of a tensor in messages: "bias", or "v[1]" of a list.
+struct Name {
+  const char* text;
+  int64_t index = -1;
+};
+inline std::ostream& operator<<(std::ostream& out, const Name& name) {
+  out << name.text;
+  return name.index < 0 ? out : out << '[' << name.index << ']';
+}
+
 template <typename... Parts>
-void check(bool condition, const Parts&... parts) {
-  if (condition) [[likely]]
-    return;
+[[noreturn, gnu::noinline]] void raise(const Parts&... parts) {
   std::ostringstream message;
   message << "littlebit2: ";
   (message << ... << parts);
   throw std::runtime_error(message.str());
 }
+
+// Raises with the parts of a message unless the condition holds. A macro: the parts cost more than a small layer.
+#define LB2_CHECK(condition, ...)                         \
+  do {                                                    \
+    if (!(condition)) ::lb2::torch_ops::raise(__VA_ARGS__); \
+  } while (false)
 
 std::string shape_of(const Tensor& tensor);
 
@@ -37,7 +51,7 @@ std::string shape_of(const Tensor& tensor);
 void throw_on_error(lb2_status status);
 
 // Data of a scale: [size], or [1, size] as checkpoints store them.
-const float* scale_data(const std::string& name, const Tensor& scale, int64_t size);
+const float* scale_data(const Name& name, const Tensor& scale, int64_t size);
 
 // Fills the layer's part of `args`: sizes and paths, which point into the tensors.
 void set_layer(lb2_linear_args& args, Paths& paths, const std::vector<Tensor>& v, const OptionalTensors& u,

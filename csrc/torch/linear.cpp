@@ -37,7 +37,7 @@ Tensor linear_cpu(const Tensor& x, const std::vector<Tensor>& v, const OptionalT
   lb2_linear_args args = {};
   Paths paths;
   set_layer(args, paths, v, u, in_scale, latent_scale, out_scale);
-  if (bias) args.bias = scale_data("bias", *bias, args.n);
+  if (bias) args.bias = scale_data(Name{"bias"}, *bias, args.n);
   return run(args, "x", x, args.k, args.n, lb2_linear_forward_cpu, &lb2_cpu_plan::forward_workspace_bytes);
 }
 

@@ -32,8 +32,8 @@ thread_local std::unique_ptr<char[]> Workspace::kept_;
 thread_local int64_t Workspace::kept_bytes_ = 0;
 
 void check_layer_tensor(const Tensor& layer) {
-  check(layer.is_cpu(), "layer must be on the CPU");
-  check(layer.scalar_type() == ScalarType::Byte && layer.dim() == 1 && layer.is_contiguous(),
+  LB2_CHECK(layer.is_cpu(), "layer must be on the CPU");
+  LB2_CHECK(layer.scalar_type() == ScalarType::Byte && layer.dim() == 1 && layer.is_contiguous(),
         "layer must be contiguous uint8 [bytes] as littlebit2::prepack returns it, got ",
         torch::headeronly::toString(layer.scalar_type()), " ", shape_of(layer));
 }
@@ -117,9 +117,9 @@ std::vector<Tensor> unprepack_cpu(const Tensor& layer) {
 Tensor linear_prepacked_cpu(const Tensor& x, const Tensor& layer, const std::optional<Tensor>& bias,
                             int64_t out_features, int64_t activation) {
   check_layer_tensor(layer);
-  check(activation >= LB2_ACTIVATION_AUTO && activation <= LB2_ACTIVATION_SIGN,
+  LB2_CHECK(activation >= LB2_ACTIVATION_AUTO && activation <= LB2_ACTIVATION_SIGN,
         "activation must be between ", LB2_ACTIVATION_AUTO, " and ", LB2_ACTIVATION_SIGN, ", got ", activation);
-  check(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "x must have a last dimension of size K, got shape ", shape_of(x));
+  LB2_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "x must have a last dimension of size K, got shape ", shape_of(x));
   const int64_t columns = x.size(x.dim() - 1);
   const Rows rows = rows_of("x", x, columns);
   lb2_prepacked_args args = {};
@@ -136,9 +136,9 @@ Tensor linear_prepacked_cpu(const Tensor& x, const Tensor& layer, const std::opt
   lb2_prepacked_plan plan = {};
   plan.struct_size = sizeof plan;
   throw_on_error(lb2_prepacked_plan_cpu(&args, &plan));
-  check(columns == plan.k, "x.size(-1) must equal ", plan.k, ", got shape ", shape_of(x));
-  check(out_features == plan.n, "out_features must be ", plan.n, " as the layer says, got ", out_features);
-  if (bias) args.bias = scale_data("bias", *bias, plan.n);
+  LB2_CHECK(columns == plan.k, "x.size(-1) must equal ", plan.k, ", got shape ", shape_of(x));
+  LB2_CHECK(out_features == plan.n, "out_features must be ", plan.n, " as the layer says, got ", out_features);
+  if (bias) args.bias = scale_data(Name{"bias"}, *bias, plan.n);
   Tensor output = new_output(x, plan.n);
   args.output = output.mutable_data_ptr();
   args.output_stride = plan.n;
@@ -151,7 +151,7 @@ Tensor linear_prepacked_cpu(const Tensor& x, const Tensor& layer, const std::opt
 
 Tensor linear_prepacked_backward_x_cpu(const Tensor& grad, const Tensor& layer, int64_t in_features) {
   const lb2_prepacked_info info = describe(layer);
-  check(in_features == info.k, "in_features must be ", info.k, " as the layer says, got ", in_features);
+  LB2_CHECK(in_features == info.k, "in_features must be ", info.k, " as the layer says, got ", in_features);
   // The transposed product reads portable words. Unpacking costs little beside it.
   const Operands operands = unprepack(layer, info);
   OptionalTensors u, latent_scale;

@@ -1,0 +1,261 @@
+"""Decode through ``generate``: seconds of every step, and the parts of a model in which they are spent.
+
+Steps are told apart by a streamer, which ``generate`` calls once per token: a step is everything from one
+token to the next, the code of ``generate`` itself included.
+
+The profile wraps the forward methods of modules with two readings of the clock each. A module's share is its
+own time, without that of wrapped modules inside it, and what no module accounts for is a part of its own, so
+that the parts sum to the step. With a few hundred wrapped calls a step this costs some tenths of a percent;
+``torch.profiler`` records every operator, thousands of them, and inflates exactly the short ones.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.timing import Call, Setup, Turn
+from littlebit2_kernels import LittleBitLinear
+
+__all__ = ["PARTS", "Decode", "DecodeTimer", "Generation", "Profile", "generate", "profile_decode"]
+
+LINEAR, HEAD, ATTENTION, NORMS, EMBEDDING, GLUE, LOOP = PARTS = (
+    "linear layers",
+    "lm_head",
+    "attention (rotary, cache, sdpa)",
+    "norms, activation",
+    "embedding",
+    "model code (residual sums, mask, calls)",
+    "generate (inputs, argmax, stopping)",
+)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one call of ``generate`` did.
+
+    Attributes:
+        tokens: the new ones.
+        prefill: seconds up to the first token, the set-up of ``generate`` included.
+        steps: seconds of each further token.
+    """
+
+    tokens: list[int]
+    prefill: float
+    steps: list[float]
+
+
+class _StepClock:
+    """A streamer: ``generate`` puts the prompt and then every token into it."""
+
+    def __init__(self, on_token: Callable[[], object]) -> None:
+        self.prompted = False
+        self.times: list[float] = []
+        self._on_token = on_token
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.prompted:
+            self.times.append(time.perf_counter())
+            self._on_token()
+        self.prompted = True
+
+    def end(self) -> None:
+        pass
+
+
+def generate(
+    model: Any,
+    prompt: torch.Tensor,
+    tokens: int,
+    options: Mapping[str, Any] | None = None,
+    on_token: Callable[[], object] = lambda: None,
+) -> Generation:
+    """Decode greedily.
+
+    Args:
+        model: a transformers model for causal language modelling.
+        prompt: ``[1, T]`` token ids.
+        tokens: number of new tokens, at least 2.
+        options: further arguments of the model's ``generate``.
+        on_token: called after each new token.
+
+    Raises:
+        ValueError: ``tokens`` is below 2, or the model stopped early.
+    """
+    if tokens < 2:
+        raise ValueError(f"tokens must be at least 2, the first one being the prefill's, got {tokens}")
+    clock = _StepClock(on_token)
+    start = time.perf_counter()
+    output = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=tokens,
+        do_sample=False,
+        streamer=clock,
+        **(options or {}),
+    )
+    if len(clock.times) != tokens:
+        raise ValueError(f"generate must make {tokens} tokens, it stopped after {len(clock.times)}")
+    times = clock.times
+    steps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    return Generation(output[0, prompt.shape[1] :].tolist(), times[0] - start, steps)
+
+
+@dataclass
+class Decode:
+    """A candidate for :func:`benchmarks.timing.time_interleaved`; remembers all that it measured.
+
+    Attributes:
+        model: see :func:`generate`.
+        prompt: ``[1, T]`` token ids.
+        tokens: new tokens of one call.
+        options: further arguments of ``generate``.
+        generations: one per call.
+    """
+
+    model: Any
+    prompt: torch.Tensor
+    tokens: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+    generations: list[Generation] = field(default_factory=list)
+
+    def __call__(self) -> float:
+        """Decode once; returns the median of the seconds per step."""
+        generation = generate(self.model, self.prompt, self.tokens, self.options)
+        self.generations.append(generation)
+        return statistics.median(generation.steps)
+
+    @property
+    def steps(self) -> list[float]:
+        """Seconds of every step of every call."""
+        return [seconds for generation in self.generations for seconds in generation.steps]
+
+
+class DecodeTimer:
+    """A :class:`benchmarks.timing.Timer` of :class:`Decode`: a turn is one call, which times itself."""
+
+    def prepare(self, runs: Sequence[Call], *, seconds: float, cold: bool, setup: Setup | None) -> Turn:
+        """Decode once to warm up. A step reads all weights of its model, so nothing needs to be made cold."""
+        (decode,) = runs
+        if not isinstance(decode, Decode):
+            raise TypeError(f"runs must hold one Decode, got {type(decode).__name__}")
+        decode()
+        decode.generations.clear()
+        return decode
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Where the time of a step goes.
+
+    Attributes:
+        step: seconds of a step while the parts were measured.
+        parts: seconds of each of :data:`PARTS`; their sum is ``step``.
+    """
+
+    step: float
+    parts: dict[str, float]
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Fraction of ``step`` of each part."""
+        return {name: seconds / self.step for name, seconds in self.parts.items()}
+
+
+def _part(name: str, module: nn.Module) -> str | None:
+    if name == "lm_head":
+        return HEAD
+    if isinstance(module, LittleBitLinear | nn.Linear):
+        return LINEAR
+    if isinstance(module, nn.Embedding):
+        return EMBEDDING
+    last = name.rpartition(".")[2]
+    if last in ("self_attn", "rotary_emb"):
+        return ATTENTION
+    if last.endswith("norm") or last in ("mlp", "act_fn"):
+        # Of the MLP only what is not a linear layer: the product of gate and up.
+        return NORMS
+    return GLUE if name == "" else None
+
+
+class _Spans:
+    """Own time of each part since the last :meth:`take`."""
+
+    def __init__(self) -> None:
+        self._own = dict.fromkeys(PARTS, 0.0)
+        # Time of wrapped calls inside each running call.
+        self._inner: list[float] = []
+
+    def wrap(self, forward: Callable[..., Any], part: str) -> Callable[..., Any]:
+        inner, clock = self._inner, time.perf_counter
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            inner.append(0.0)
+            start = clock()
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                total = clock() - start
+                self._own[part] += total - inner.pop()
+                if inner:
+                    inner[-1] += total
+
+        return timed
+
+    def take(self) -> dict[str, float]:
+        own, self._own = self._own, dict.fromkeys(PARTS, 0.0)
+        return own
+
+
+@contextmanager
+def _wrapped(model: nn.Module, spans: _Spans) -> Iterator[None]:
+    before: list[tuple[nn.Module, Any]] = []
+    try:
+        for name, module in model.named_modules():
+            part = _part(name, module)
+            if part is not None:
+                before.append((module, module.__dict__.get("forward")))
+                module.__dict__["forward"] = spans.wrap(module.forward, part)
+        yield
+    finally:
+        for module, forward in before:
+            if forward is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = forward
+
+
+def profile_decode(decode: Decode) -> Profile:
+    """Decode once and tell in which parts the steps were spent.
+
+    The figures are means over the middle half of the steps by duration: medians would not sum up, and a
+    disturbed step must not count.
+
+    Args:
+        decode: of a model that is not compiled; its ``generations`` stay as they are.
+    """
+    spans = _Spans()
+    taken: list[dict[str, float]] = []
+    with _wrapped(decode.model, spans):
+        generation = generate(
+            decode.model,
+            decode.prompt,
+            decode.tokens,
+            decode.options,
+            on_token=lambda: taken.append(spans.take()),
+        )
+    # The first token ends the prefill.
+    pairs = sorted(zip(generation.steps, taken[1:], strict=True), key=lambda pair: pair[0])
+    quarter = len(pairs) // 4
+    middle = pairs[quarter : len(pairs) - quarter]
+    step = statistics.fmean(seconds for seconds, _ in middle)
+    parts = {name: statistics.fmean(own[name] for _, own in middle) for name in PARTS}
+    parts[LOOP] = step - sum(parts.values())
+    return Profile(step, parts)
