@@ -30,7 +30,9 @@ CXX_FILES := $(shell find csrc tests/cpp -type f \
   \( -name '*.h' -o -name '*.c' -o -name '*.cc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 
 CORE_ONLY := -G Ninja -DLB2_BUILD_TESTS=ON -DLB2_BUILD_TORCH=OFF -DLB2_BUILD_PYTHON=OFF
-SANITIZERS := address,undefined
+# Each its own build; "+" joins what one build can have.
+SANITIZERS := address+undefined thread
+comma := ,
 
 # $(call quietly,LOG,COMMAND): run COMMAND with its output in LOG, and show the log only if it fails.
 quietly = mkdir -p $(dir $(1)); { $(2); } >$(1) 2>&1 || { status=$$?; cat $(1); exit $$status; }
@@ -91,11 +93,13 @@ ctest: $(STAMPS)/base ## run the C and C++ tests of the torch-free core
 	@$(call quietly,build/cpp/build.log,cmake --build build/cpp)
 	@ctest --test-dir build/cpp --output-on-failure --no-tests=error
 
-sanitize: $(STAMPS)/base ## run the C and C++ tests under address and undefined-behaviour sanitizers
-	@echo "== ctest, sanitizers: $(SANITIZERS)"
-	@$(call quietly,build/sanitize/configure.log,cmake -S . -B build/sanitize $(CORE_ONLY) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DLB2_SANITIZE=$(SANITIZERS))
-	@$(call quietly,build/sanitize/build.log,cmake --build build/sanitize)
-	@ctest --test-dir build/sanitize --output-on-failure --no-tests=error
+sanitize: $(addprefix sanitize-,$(SANITIZERS)) ## run the C and C++ tests under sanitizers
+
+sanitize-%: $(STAMPS)/base
+	@echo "== ctest, sanitizer: $*"
+	@$(call quietly,build/sanitize-$*/configure.log,cmake -S . -B build/sanitize-$* $(CORE_ONLY) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DLB2_SANITIZE=$(subst +,$(comma),$*))
+	@$(call quietly,build/sanitize-$*/build.log,cmake --build build/sanitize-$*)
+	@ctest --test-dir build/sanitize-$* --output-on-failure --no-tests=error
 
 lint: $(STAMPS)/dev ## check style, formatting and types
 	@ruff check .

@@ -1,10 +1,11 @@
 """``python -m benchmarks``: measures our backends beside their peers, on one machine, in one run.
 
-run     backends x shapes x bits per weight x tokens x dtypes, as a table, JSON and CSV
-goals   the goals of the CPU kernels beside what is measured
-floors  what the machine can do: reading memory, copying it, multiplying matrices
-table   the markdown table of a JSON written by run or goals
-plot    the PNG plots of such a JSON
+run          backends x shapes x bits per weight x tokens x dtypes, as a table, JSON and CSV
+goals        the goals of the CPU kernels beside what is measured
+floors       what the machine can do: reading memory, copying it, multiplying matrices
+whole-model  decode of a synthetic Llama through generate, beside dense, with a profile
+table        the markdown table of a JSON written by run or goals
+plot         the PNG plots of such a JSON
 
 Pin threads when measuring on a CPU: OMP_PROC_BIND=true OMP_PLACES=threads.
 """
@@ -17,8 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import commands
+from benchmarks import PROCESSORS, commands, whole_model
 from benchmarks.goals import BPWS
+from benchmarks.llama import LLAMA_SHAPES
+from benchmarks.llama_options import OPTIONS
 from benchmarks.problems import LARGE_SHAPES, SHAPES
 
 __all__ = ["main"]
@@ -91,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     floors.add_argument("--size", type=_positive(int), default=2048, help="rows of the square matrices")
     floors.set_defaults(function=commands.floors)
 
+    _add_whole_model(subparsers)
+
     table = subparsers.add_parser("table", help="markdown table of a JSON")
     table.add_argument("json", type=Path)
     table.set_defaults(function=commands.table)
@@ -100,6 +105,35 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="folder")
     plot.set_defaults(function=commands.plot)
     return parser
+
+
+def _add_whole_model(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    options = "; ".join(f"{name}: {option.help}" for name, option in OPTIONS.items())
+    whole = subparsers.add_parser("whole-model", help="decode of a synthetic Llama through generate")
+    whole.add_argument("--shape", default="llama2-7b", help=", ".join(LLAMA_SHAPES))
+    whole.add_argument("--layers", type=_positive(int), help="default: those of the shape")
+    whole.add_argument("--bpw", nargs="*", type=_positive(float), default=[0.1, 0.55], help="packed models")
+    whole.add_argument("--paths", type=_positive(int), default=2, help="paths that share the bits of a layer")
+    whole.add_argument("--dtype", default="bfloat16", help="of packed models: bfloat16, float16, float32")
+    whole.add_argument("--dense", nargs="*", default=["bfloat16"], metavar="DTYPE", help="dense models")
+    whole.add_argument(
+        "--dense-layers",
+        type=_positive(int),
+        default=4,
+        help="of the larger one of two dense models, the other has half; all layers: measured whole",
+    )
+    whole.add_argument(
+        "--options", nargs="+", default=[], help=f"packed models with changes, several joined by +. {options}"
+    )
+    whole.add_argument("--dense-options", nargs="+", default=[], help="the same for dense models")
+    whole.add_argument("--prompt", type=_positive(int), default=16, help="tokens of the prompt")
+    whole.add_argument("--tokens", type=_positive(int), default=32, help="new tokens of a round")
+    whole.add_argument("--rounds", type=_positive(int), default=5, help="every model decodes once in each")
+    whole.add_argument("--threads", type=_positive(int), default=min(2, len(PROCESSORS)))
+    whole.add_argument("--profile", action="store_true", help="where the time of a step goes")
+    whole.add_argument("--memory-gib", type=_positive(float), default=12, help="most for all linear layers")
+    whole.add_argument("--json", type=Path, help="write everything measured here")
+    whole.set_defaults(function=whole_model.run)
 
 
 def _add_measuring(parser: argparse.ArgumentParser, *, repetitions: int) -> None:

@@ -11,12 +11,13 @@ that the parts sum to the step. With a few hundred wrapped calls a step this cos
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -25,6 +26,8 @@ from benchmarks.timing import Call, Setup, Turn
 from littlebit2_kernels import LittleBitLinear
 
 __all__ = ["PARTS", "Decode", "DecodeTimer", "Generation", "Profile", "generate", "profile_decode"]
+
+T = TypeVar("T")
 
 LINEAR, HEAD, ATTENTION, NORMS, EMBEDDING, GLUE, LOOP = PARTS = (
     "linear layers",
@@ -104,7 +107,7 @@ def generate(
     if len(clock.times) != tokens:
         raise ValueError(f"generate must make {tokens} tokens, it stopped after {len(clock.times)}")
     times = clock.times
-    steps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    steps = [after - before for before, after in itertools.pairwise(times)]
     return Generation(output[0, prompt.shape[1] :].tolist(), times[0] - start, steps)
 
 
@@ -158,10 +161,12 @@ class Profile:
     Attributes:
         step: seconds of a step while the parts were measured.
         parts: seconds of each of :data:`PARTS`; their sum is ``step``.
+        plain: seconds of a step without the clocks, decoded directly before.
     """
 
     step: float
     parts: dict[str, float]
+    plain: float
 
     @property
     def shares(self) -> dict[str, float]:
@@ -170,7 +175,7 @@ class Profile:
 
 
 def _part(name: str, module: nn.Module) -> str | None:
-    if name == "lm_head":
+    if name.startswith("lm_head"):
         return HEAD
     if isinstance(module, LittleBitLinear | nn.Linear):
         return LINEAR
@@ -233,7 +238,7 @@ def _wrapped(model: nn.Module, spans: _Spans) -> Iterator[None]:
 
 
 def profile_decode(decode: Decode) -> Profile:
-    """Decode once and tell in which parts the steps were spent.
+    """Decode twice, the second time telling in which parts the steps are spent.
 
     The figures are means over the middle half of the steps by duration: medians would not sum up, and a
     disturbed step must not count.
@@ -241,6 +246,8 @@ def profile_decode(decode: Decode) -> Profile:
     Args:
         decode: of a model that is not compiled; its ``generations`` stay as they are.
     """
+    before = generate(decode.model, decode.prompt, decode.tokens, decode.options)
+    plain = statistics.fmean(_middle(sorted(before.steps)))
     spans = _Spans()
     taken: list[dict[str, float]] = []
     with _wrapped(decode.model, spans):
@@ -253,9 +260,13 @@ def profile_decode(decode: Decode) -> Profile:
         )
     # The first token ends the prefill.
     pairs = sorted(zip(generation.steps, taken[1:], strict=True), key=lambda pair: pair[0])
-    quarter = len(pairs) // 4
-    middle = pairs[quarter : len(pairs) - quarter]
+    middle = _middle(pairs)
     step = statistics.fmean(seconds for seconds, _ in middle)
     parts = {name: statistics.fmean(own[name] for _, own in middle) for name in PARTS}
     parts[LOOP] = step - sum(parts.values())
-    return Profile(step, parts)
+    return Profile(step, parts, plain)
+
+
+def _middle(ordered: Sequence[T]) -> Sequence[T]:
+    quarter = len(ordered) // 4
+    return ordered[quarter : len(ordered) - quarter]

@@ -189,6 +189,8 @@ def _skeleton(shape: LlamaShape, layers: int, dtype: torch.dtype, attention: str
     require_transformers()
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    # transformers declares this one for its loaders only.
+    implementation: dict[str, Any] = {"attn_implementation": attention}
     config = LlamaConfig(
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -203,7 +205,7 @@ def _skeleton(shape: LlamaShape, layers: int, dtype: torch.dtype, attention: str
         eos_token_id=None,
         pad_token_id=0,
         dtype=dtype,
-        attn_implementation=attention,
+        **implementation,
     )
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(config)
@@ -230,7 +232,8 @@ def _build(
     ]
     if unfilled:
         raise RuntimeError(
-            f"this version of transformers has tensors that the benchmark does not fill: {', '.join(unfilled)}"
+            "this version of transformers has tensors that the benchmark does not fill: "
+            + ", ".join(unfilled)
         )
     return model
 

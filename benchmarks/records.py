@@ -21,7 +21,17 @@ from benchmarks import PROCESSORS
 from benchmarks.floors import Floor
 from littlebit2_kernels import diagnostics
 
-__all__ = ["SCHEMA", "Check", "Document", "Row", "environment", "load_document", "write_csv", "write_json"]
+__all__ = [
+    "SCHEMA",
+    "Check",
+    "Document",
+    "Row",
+    "environment",
+    "load_document",
+    "write_csv",
+    "write_json",
+    "write_text",
+]
 
 #: Version of the JSON document; a reader takes no other.
 SCHEMA = 1
@@ -167,7 +177,7 @@ def environment(device: torch.device, threads: Sequence[int]) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {
             name: version
-            for name in ("torch", "triton", "numpy", "gemlite", "littlebit2-kernels")
+            for name in ("torch", "triton", "numpy", "transformers", "gemlite", "littlebit2-kernels")
             if (version := _version(name)) is not None
         },
         "cuda": torch.version.cuda,
@@ -226,7 +236,8 @@ def git_state(root: Path) -> dict[str, Any] | None:
         return None
 
 
-def _write(path: Path, text: str) -> Path:
+def write_text(path: Path, text: str) -> Path:
+    """Write a file atomically, with its folders; returns ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(text, "utf-8")
@@ -236,7 +247,7 @@ def _write(path: Path, text: str) -> Path:
 
 def write_json(path: Path, document: Document) -> Path:
     """Write everything, atomically; returns ``path``."""
-    return _write(path, json.dumps({"schema": SCHEMA, **asdict(document)}, indent=1) + "\n")
+    return write_text(path, json.dumps({"schema": SCHEMA, **asdict(document)}, indent=1) + "\n")
 
 
 def load_document(path: Path) -> Document:
@@ -285,7 +296,7 @@ def write_csv(path: Path, document: Document) -> Path:
         for peer, values in row.speedups.items():
             cells.update({f"{q} vs {peer}": v for q, v in zip(_QUANTITIES, values, strict=True)})
         writer.writerow({**cells, "gmacs": row.gmacs, "gbs": row.gbs, **common})
-    return _write(path, text.getvalue())
+    return write_text(path, text.getvalue())
 
 
 _QUANTITIES = ("median", "low", "high")

@@ -4,7 +4,8 @@ Importing is free: the native library is loaded on first use.
 """
 
 from ._native import NativeLibraryError, get_include, get_library_dir
-from .dispatch import BackendUnavailableError, Explanation, explain
+from .dispatch import BackendUnavailableError
+from .explanation import Explanation, explain
 from .format import FORMAT_VERSION, PackedLinear, PackedPath
 from .functional import littlebit_linear
 from .linear import LittleBitLinear

@@ -1,25 +1,19 @@
-"""Which backend runs a call, why, and what it will do."""
+"""Which backend runs a call, and whether it can."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from ._native import NativeLibraryError, core
-from .format import MAX_DIM, PackedLinear
 
 __all__ = [
     "ACTIVATIONS",
     "ACTIVATION_DTYPES",
     "BACKENDS",
     "BackendUnavailableError",
-    "Explanation",
     "check_activation",
     "check_activation_mode",
     "choose_backend",
-    "explain",
     "unavailable_reason",
 ]
 
@@ -113,103 +107,3 @@ def check_activation_mode(activation: str, backend: str, prepacked: bool) -> Non
             f"activation={activation!r} needs a prepacked layer: pass littlebit2_kernels.prepack(packed), or use "
             "LittleBitLinear, which prepacks itself on the CPU"
         )
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What a call of :func:`littlebit2_kernels.littlebit_linear` does; ``str()`` prints it.
-
-    Attributes:
-        backend: the backend that runs.
-        reason: why it was chosen.
-        tokens: M of the call.
-        macs: sign-accumulate operations, all stages and paths.
-        packed_bytes: bytes of the layer that one pass reads.
-        isa: CPU instruction set, or ``None`` for other backends.
-        threads: threads that torch offers the call.
-        token_block: tokens that one pass over the packed words serves.
-        workspace_bytes: scratch memory of the forward call.
-        first_stages: first stages computed (paths that share one count once).
-    """
-
-    backend: str
-    reason: str
-    tokens: int
-    macs: int
-    packed_bytes: int
-    isa: str | None = None
-    threads: int | None = None
-    token_block: int | None = None
-    workspace_bytes: int | None = None
-    first_stages: int | None = None
-
-    def __str__(self) -> str:
-        rows = [(name, value) for name, value in vars(self).items() if value is not None]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
-
-
-def explain(x: torch.Tensor | Sequence[int], packed: PackedLinear, backend: str = "auto") -> Explanation:
-    """Say what ``littlebit_linear(x, packed, backend)`` would do, without doing it.
-
-    Args:
-        x: the activations ``[..., K]``, or just their shape.
-        packed: the layer.
-        backend: as for :func:`littlebit2_kernels.littlebit_linear`.
-
-    Raises:
-        TypeError: ``x`` is a tensor of an unsupported dtype.
-        ValueError: the last dimension is not K, a dimension is out of range, devices differ, or the
-            backend's name is unknown.
-        BackendUnavailableError: the backend cannot run.
-    """
-    if isinstance(x, torch.Tensor):
-        check_activation(x, packed.in_features, packed.device)
-    shape = tuple(x.shape) if isinstance(x, torch.Tensor) else tuple(x)
-    if not shape or shape[-1] != packed.in_features:
-        raise ValueError(f"x.size(-1) must equal K={packed.in_features}, got shape {list(shape)}")
-    tokens = 1
-    for size in shape[:-1]:
-        tokens *= size
-    if min(shape) < 0 or tokens > MAX_DIM:
-        raise ValueError(f"x must have between 0 and {MAX_DIM} tokens, got shape {list(shape)}")
-    device_type = packed.device.type
-    chosen = choose_backend(backend, device_type)
-    reason = (
-        f"asked for by name ({backend!r})"
-        if backend != "auto"
-        else f"native kernels for {device_type} tensors"
-    )
-    leaders = packed.leaders
-    macs = tokens * sum(p.rank * p.in_features for i, p in enumerate(packed.paths) if leaders[i] == i)
-    if not packed.single_stage:
-        macs += tokens * sum(p.rank * p.out_features for p in packed.paths)
-    common = {
-        "backend": chosen,
-        "reason": reason,
-        "tokens": tokens,
-        "macs": macs,
-        "packed_bytes": packed.nbytes,
-    }
-    if chosen != "cpu":
-        return Explanation(**common)  # type: ignore[arg-type]
-    try:
-        native = core()
-    except NativeLibraryError as error:
-        raise BackendUnavailableError(f"backend 'cpu' cannot run: {error}") from error
-    plan = native.plan_cpu(
-        tokens,
-        packed.in_features,
-        packed.out_features,
-        list(packed.ranks),
-        packed.single_stage,
-        list(leaders),
-    )
-    return Explanation(
-        **common,  # type: ignore[arg-type]
-        isa=plan["isa"],
-        threads=torch.get_num_threads(),
-        token_block=plan["token_block"],
-        workspace_bytes=plan["forward_workspace_bytes"],
-        first_stages=plan["first_stages"],
-    )

@@ -257,14 +257,15 @@ class LittleBitLinear(nn.Module):
 
     def _as_prepacked(self) -> PrepackedLinear:
         buffers: dict[str, Any] = self._buffers
-        single_stage = self.ranks is None
+        ranks = self.ranks if self.ranks is not None else (self.out_features,) * len(self.shares)
         return PrepackedLinear(
             buffers["prepacked"],
             buffers["bias"],
             self.in_features,
             self.out_features,
+            ranks,
             self.shares,
-            single_stage,
+            single_stage=self.ranks is None,
         )
 
     @property

@@ -25,6 +25,7 @@ class PrepackedLinear:
         bias: float32 ``[N]`` or ``None``.
         in_features: K.
         out_features: N.
+        ranks: rank of every path (N for single-stage paths).
         shares: for each path, the path whose first stage it uses.
         single_stage: whether the layer has no second sign matrix.
     """
@@ -33,6 +34,7 @@ class PrepackedLinear:
     bias: torch.Tensor | None
     in_features: int
     out_features: int
+    ranks: tuple[int, ...]
     shares: tuple[int, ...]
     single_stage: bool
 
@@ -85,6 +87,7 @@ def prepack(packed: PackedLinear) -> PrepackedLinear:
         packed.bias,
         packed.in_features,
         packed.out_features,
+        packed.ranks,
         packed.leaders,
         packed.single_stage,
     )

@@ -27,27 +27,47 @@ lb2_status run_parallel(lb2_parallel_for parallel_for, void* context, int64_t co
 }
 
 // Phases of tasks in one parallel region: the tasks of a phase start when all of the phase before are done.
-// Workers take tasks from a counter and wait only for tasks that another thread is running at that moment, so it
-// does not matter how many threads serve them: a single one runs all tasks in order.
+// A worker takes the tasks of a range of its own in order, as neighbours are neighbours in memory, then those left in
+// the other ranges. It waits only for tasks that another thread is running at that moment, so it does not matter how
+// many threads serve the workers: a single one runs all tasks in order.
 class Phases {
  public:
   static constexpr int kMost = 2;
 
-  explicit Phases(const int64_t (&counts)[kMost]) : counts_{counts[0], counts[1]} {}
+  Phases(const int64_t (&counts)[kMost], int64_t workers)
+      : ranges_(workers < kMostRanges ? workers : kMostRanges), counts_{counts[0], counts[1]} {
+    for (int phase = 0; phase < kMost; ++phase)
+      for (int64_t range = 0; range < ranges_; ++range) next_[phase][range].value = begin(phase, range);
+  }
 
   // Runs run(phase, task, worker) for what is left; to be called once for every worker.
   template <typename Run>
   void work(int64_t worker, const Run& run) {
     for (int phase = 0; phase < kMost; ++phase) {
-      for (int64_t task; (task = next_[phase].fetch_add(1, std::memory_order_relaxed)) < counts_[phase];) {
-        run(phase, task, worker);
-        done_[phase].fetch_add(1, std::memory_order_release);
+      for (int64_t i = 0; i < ranges_; ++i) {
+        const int64_t range = (worker + i) % ranges_, end = begin(phase, range + 1);
+        std::atomic<int64_t>& next = next_[phase][range].value;
+        // Looked at first: adding to an empty range would take its cache line from the others.
+        while (next.load(std::memory_order_relaxed) < end) {
+          const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
+          if (task >= end) break;
+          run(phase, task, worker);
+          done_[phase].value.fetch_add(1, std::memory_order_release);
+        }
       }
-      for (int spins = 0; done_[phase].load(std::memory_order_acquire) < counts_[phase]; ++spins) pause(spins);
+      for (int spins = 0; done_[phase].value.load(std::memory_order_acquire) < counts_[phase]; ++spins)
+        pause(spins);
     }
   }
 
  private:
+  static constexpr int64_t kMostRanges = 64;
+  struct alignas(64) Counter {
+    std::atomic<int64_t> value{0};
+  };
+
+  int64_t begin(int phase, int64_t range) const { return counts_[phase] * range / ranges_; }
+
   static void pause(int spins) {
     constexpr int kPatience = 2000;
     if (spins > kPatience) return std::this_thread::yield();
@@ -56,9 +76,10 @@ class Phases {
 #endif
   }
 
+  const int64_t ranges_;
   const int64_t counts_[kMost];
-  alignas(64) std::atomic<int64_t> next_[kMost] = {};
-  alignas(64) std::atomic<int64_t> done_[kMost] = {};
+  Counter next_[kMost][kMostRanges];
+  Counter done_[kMost];
 };
 
 }  // namespace lb2::cpu

@@ -23,18 +23,14 @@ struct PortableRows {
   int64_t rows, cols;
 };
 
-// Bits [first, first + count) of a row, to bit 0 of `bits`, whose remaining bits become 0.
+constexpr int64_t kBitsBytes = kChunkBytes + 16;  // of a chunk's bits, readable 8 bytes at a time
+
+// The bytes that hold bits [first, first + count) of a row; what follows the last bit becomes 0.
 void load_bits(const char* row, int64_t first, int64_t count, uint8_t* bits) {
-  // first is a multiple of 30, so shifts are in whole and half bytes.
-  const int64_t begin = first / 8, end = (first + count + 7) / 8, shift = first % 8;
-  std::memset(bits, 0, kChunkBytes + 16);
-  std::memcpy(bits, row + begin, static_cast<size_t>(end - begin));
-  if (shift != 0)
-    for (int64_t i = 0; i < kChunkBytes + 8; ++i)
-      bits[i] = static_cast<uint8_t>(bits[i] >> shift | bits[i + 1] << (8 - shift));
-  const int64_t last = count / 8;
-  bits[last] = static_cast<uint8_t>(bits[last] & ((1 << count % 8) - 1));
-  std::memset(bits + last + 1, 0, static_cast<size_t>(kChunkBytes + 16 - last - 1));
+  const int64_t last = first % 8 + count;
+  std::memcpy(bits, row + first / 8, static_cast<size_t>((last + 7) / 8));
+  std::memset(bits + (last + 7) / 8, 0, static_cast<size_t>(kBitsBytes - (last + 7) / 8));
+  if (last % 8 != 0) bits[last / 8] = static_cast<uint8_t>(bits[last / 8] & ((1 << last % 8) - 1));
 }
 
 uint64_t load64(const uint8_t* p) {
@@ -60,10 +56,9 @@ void pack_tile(const Matrix& m, char* layer, int64_t chunk, int64_t tile, int64_
                const PortableRows& from) {
   const int64_t first = m.first_column(chunk), count = m.columns_of(chunk), words = m.words_of(chunk);
   for_rows(m, layer, chunk, tile, first_row, from.rows, [&](int64_t row, char* lane, int64_t step) {
-    uint8_t bits[kChunkBytes + 16];
+    uint8_t bits[kBitsBytes];
     load_bits(from.words + row * from.stride, first, count, bits);
-    for (int64_t w = 0; w < words; ++w, lane += step) {
-      const int64_t bit = w * kWordCols;
+    for (int64_t w = 0, bit = first % 8; w < words; ++w, bit += kWordCols, lane += step) {
       const uint16_t word = static_cast<uint16_t>(load64(bits + bit / 8) >> (bit % 8) & kWordMask);
       std::memcpy(lane, &word, 2);
     }
@@ -76,15 +71,23 @@ void unpack_tile(const Matrix& m, const char* layer, int64_t chunk, int64_t tile
   const int64_t first = m.first_column(chunk), count = m.columns_of(chunk), words = m.words_of(chunk);
   for_rows(m, const_cast<char*>(layer), chunk, tile, first_row, to.rows,
            [&](int64_t row, const char* lane, int64_t step) {
-             uint8_t bits[kChunkBytes + 16] = {};
+             uint8_t bits[kBitsBytes] = {};
              const int64_t shift = first % 8;
+             uint64_t pending = 0;  // bits that are not in `bits` yet
+             int64_t count_pending = shift, stored = 0;
              for (int64_t w = 0; w < words; ++w, lane += step) {
                uint16_t word;
                std::memcpy(&word, lane, 2);
-               const int64_t bit = w * kWordCols + shift;
-               const uint64_t merged = load64(bits + bit / 8) | static_cast<uint64_t>(word) << (bit % 8);
-               std::memcpy(bits + bit / 8, &merged, 8);
+               pending |= static_cast<uint64_t>(word) << count_pending;
+               count_pending += kWordCols;
+               if (count_pending >= 32) {
+                 std::memcpy(bits + stored, &pending, 4);
+                 pending >>= 32;
+                 count_pending -= 32;
+                 stored += 4;
+               }
              }
+             std::memcpy(bits + stored, &pending, 4);
              char* target = to.words + row * to.stride + first / 8;
              const int64_t bytes = (shift + count + 7) / 8;
              target[0] = static_cast<char>(target[0] | bits[0]);

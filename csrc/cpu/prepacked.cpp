@@ -196,7 +196,7 @@ lb2_status run_block(const Call& call) {
     units += call.layout.stages[s].v.num_segments;
   const int64_t counts[Phases::kMost] = {units * call.plan.stage_splits * call.plan.token_tasks,
                                          call.plan.row_splits * call.plan.token_tasks};
-  Phases phases(counts);
+  Phases phases(counts, call.plan.workers);
   const auto body = [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker)
       phases.work(worker, [&](int phase, int64_t task, int64_t slot) {

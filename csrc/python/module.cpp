@@ -23,7 +23,7 @@ void throw_on_error(lb2_status status) {
 lb2_isa isa_from_name(const std::string& name) {
   for (lb2_isa isa = LB2_ISA_AUTO; std::string(lb2_isa_name(isa)) != "unknown"; ++isa)
     if (name == lb2_isa_name(isa)) return isa;
-  throw py::value_error("isa must be auto, scalar, avx2 or avx512, got " + name);
+  throw py::value_error("isa must be auto, scalar, avx2, avx512 or avx512vnni, got " + name);
 }
 
 std::string current_isa() {
@@ -127,6 +127,32 @@ py::dict plan_cpu(int64_t m, int64_t k, int64_t n, const std::vector<int64_t>& r
   return result;
 }
 
+// Plans a forward call of M tokens of a prepacked layer.
+py::dict plan_prepacked_cpu(const py::array_t<uint8_t>& layer, int64_t m, const std::string& dtype,
+                            int32_t activation, int32_t threads) {
+  const auto never_called = [](void*, int64_t, int64_t, lb2_task, void*) -> int32_t { return 1; };
+  lb2_prepacked_args args = {};
+  args.struct_size = sizeof args;
+  args.layer = layer.data();
+  args.layer_bytes = layer.size();
+  args.m = m;
+  args.dtype = dtype == "float32" ? LB2_FLOAT32 : dtype == "float16" ? LB2_FLOAT16 : LB2_BFLOAT16;
+  args.activation = activation;
+  args.num_threads = threads;
+  args.parallel_for = never_called;
+  lb2_prepacked_plan plan = {};
+  plan.struct_size = sizeof plan;
+  throw_on_error(lb2_prepacked_plan_cpu(&args, &plan));
+  constexpr const char* kActivations[] = {"auto", "exact", "int16", "int8", "sign"};
+  py::dict result;
+  result["isa"] = lb2_isa_name(plan.isa);
+  result["activation"] = kActivations[plan.activation];
+  result["token_block"] = plan.token_block;
+  result["workers"] = plan.workers;
+  result["workspace_bytes"] = plan.workspace_bytes;
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -152,4 +178,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("plan_cpu", &plan_cpu, py::arg("m"), py::arg("k"), py::arg("n"), py::arg("ranks"),
         py::arg("single_stage"), py::arg("shares"),
         "Plan a forward call: isa, token_block, macs, first_stages, workspace sizes.");
+  m.def("plan_prepacked_cpu", &plan_prepacked_cpu, py::arg("layer").noconvert(), py::arg("m"), py::arg("dtype"),
+        py::arg("activation"), py::arg("threads"),
+        "Plan a forward call of a prepacked layer: isa, activation, token_block, workers, workspace_bytes.");
 }

@@ -1,245 +1,29 @@
-// Random problems against a double reference, on every instruction set this machine runs, in buffers of
-// exactly the right size (so that sanitizers see every stray access) at odd addresses, with strides, over a
-// parallel_for that splits ranges unevenly. All instruction sets must agree to the bit.
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
+// Random problems on the portable layout against a double reference, on every instruction set this machine runs,
+// over a parallel_for that splits ranges unevenly. All instruction sets must agree to the bit.
 #include <cstdio>
-#include <cstring>
-#include <memory>
-#include <random>
-#include <thread>
+#include <cstdlib>
 #include <vector>
 
 #include "littlebit2/littlebit2.h"
+#include "random_problem.h"
 
 namespace {
 
-std::mt19937_64 engine;
-
-int64_t pick(std::initializer_list<int64_t> values) { return values.begin()[engine() % values.size()]; }
-
-// `bytes` at an address that is odd when `misaligned` is set, ending exactly at the end of the allocation.
-struct Buffer {
-  std::unique_ptr<char[]> memory;
-  char* data;
-  Buffer(int64_t bytes, bool misaligned) : memory(new char[static_cast<size_t>(bytes + misaligned)]) {
-    data = memory.get() + misaligned;
-  }
-};
-
-template <typename T>
-Buffer copy_out(const std::vector<T>& values, bool misaligned) {
-  Buffer buffer(static_cast<int64_t>(values.size() * sizeof(T)), misaligned);
-  if (!values.empty()) std::memcpy(buffer.data, values.data(), values.size() * sizeof(T));
-  return buffer;
-}
-
-int64_t element_bytes(lb2_dtype dtype) { return dtype == LB2_FLOAT32 ? 4 : 2; }
-
-double decode(lb2_dtype dtype, const char* element) {
-  uint32_t bits = 0;
-  if (dtype == LB2_FLOAT16) {
-    std::memcpy(&bits, element, 2);
-    const int exponent = static_cast<int>(bits >> 10 & 31u);
-    const double mantissa = bits & 1023u;
-    const double magnitude =
-        exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024.0 + mantissa, exponent - 25);
-    return bits >> 15 ? -magnitude : magnitude;
-  }
-  // bfloat16 is the upper half of a float.
-  std::memcpy(reinterpret_cast<char*>(&bits) + 4 - element_bytes(dtype), element,
-              static_cast<size_t>(element_bytes(dtype)));
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-// A random element of moderate size, for every dtype of full precision.
-void random_element(lb2_dtype dtype, char* element) {
-  if (dtype == LB2_FLOAT16) {
-    const uint16_t bits = static_cast<uint16_t>((engine() & 0x83FFu) | (9 + engine() % 6) << 10);
-    std::memcpy(element, &bits, 2);
-    return;
-  }
-  const float value = std::normal_distribution<float>()(engine);
-  std::memcpy(element, reinterpret_cast<const char*>(&value) + 4 - element_bytes(dtype),
-              static_cast<size_t>(element_bytes(dtype)));
-}
-
-double tolerance(lb2_dtype dtype) {
-  const double rounding = dtype == LB2_FLOAT32 ? 0.0 : std::ldexp(1.0, dtype == LB2_FLOAT16 ? -11 : -8);
-  return rounding + 2e-6;
-}
-
-// Uneven chunks on two threads.
-int32_t parallel_for(void*, int64_t n, int64_t grain, lb2_task task, void* context) {
-  const int64_t middle = std::min(n, std::max(grain, n / 3));
-  std::thread other([=] { task(0, middle, context); });
-  if (middle < n) task(middle, n, context);
-  other.join();
-  return 0;
-}
-
-struct Path {
-  int64_t rank;
-  std::vector<double> v, u;  // dense signs
-  std::vector<float> in_scale, latent_scale, out_scale;
-  std::vector<Buffer> buffers;
-};
-
-std::vector<float> random_floats(int64_t count) {
-  std::normal_distribution<float> normal;
-  std::vector<float> values(static_cast<size_t>(count));
-  for (float& value : values) value = normal(engine);
-  return values;
-}
-
-// Random signs with `pitch` words per row, the spare words and pad bits included, filled at random: kernels
-// may not depend on them.
-Buffer random_words(int64_t rows, int64_t cols, int64_t pitch, bool misaligned, std::vector<double>& dense) {
-  std::vector<int32_t> words(static_cast<size_t>((rows - 1) * pitch + lb2_words_per_row(cols)));
-  for (int32_t& word : words) word = static_cast<int32_t>(engine());
-  dense.resize(static_cast<size_t>(rows * cols));
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < cols; ++c)
-      dense[r * cols + c] = (static_cast<uint32_t>(words[r * pitch + c / 32]) >> (c % 32)) & 1u ? -1.0 : 1.0;
-  return copy_out(words, misaligned);
-}
-
-double sum_of_squares(const std::vector<float>& values) {
-  double sum = 0.0;
-  for (const float value : values) sum += static_cast<double>(value) * value;
-  return sum;
-}
-
-// y[n] += out * (U @ (latent * (V @ (in * x)))), or its transpose. Returns the mean of |y|^2 over random
-// signs: a result of few elements may cancel to almost nothing, and its error is then compared with that.
-double reference(const std::vector<Path>& paths, bool single_stage, bool backward, int64_t k, int64_t n,
-                 const double* input, double* output) {
-  double typical = 0.0;
-  for (const Path& path : paths) {
-    const int64_t rank = path.rank;
-    std::vector<double> latent(static_cast<size_t>(rank), 0.0);
-    const std::vector<float>& first = backward ? path.out_scale : path.in_scale;
-    double energy = 0.0;
-    for (int64_t i = 0; i < (backward ? n : k); ++i) energy += std::pow(input[i] * first[i], 2);
-    typical += energy * sum_of_squares(backward ? path.in_scale : path.out_scale) *
-               (single_stage ? 1.0 : sum_of_squares(path.latent_scale));
-    if (!backward) {
-      for (int64_t r = 0; r < rank; ++r) {
-        for (int64_t c = 0; c < k; ++c) latent[r] += path.v[r * k + c] * input[c] * path.in_scale[c];
-        if (!single_stage) latent[r] *= path.latent_scale[r];
-      }
-      for (int64_t i = 0; i < n; ++i) {
-        double sum = single_stage ? latent[i] : 0.0;
-        if (!single_stage)
-          for (int64_t r = 0; r < rank; ++r) sum += path.u[i * rank + r] * latent[r];
-        output[i] += sum * path.out_scale[i];
-      }
-    } else {
-      for (int64_t r = 0; r < rank; ++r) {
-        if (single_stage) {
-          latent[r] = input[r] * path.out_scale[r];
-        } else {
-          for (int64_t i = 0; i < n; ++i) latent[r] += path.u[i * rank + r] * input[i] * path.out_scale[i];
-          latent[r] *= path.latent_scale[r];
-        }
-      }
-      for (int64_t c = 0; c < k; ++c) {
-        double sum = 0.0;
-        for (int64_t r = 0; r < rank; ++r) sum += path.v[r * k + c] * latent[r];
-        output[c] += sum * path.in_scale[c];
-      }
-    }
-  }
-  return typical;
-}
-
 bool run_problem(int index) {
-  const bool single_stage = engine() % 4 == 0, misaligned = engine() % 2, backward = engine() % 2;
-  const bool shared = engine() % 3 == 0, with_bias = engine() % 2;
-  const lb2_dtype dtype = static_cast<lb2_dtype>(pick({LB2_FLOAT32, LB2_FLOAT16, LB2_BFLOAT16}));
-  const int64_t m = pick({0, 1, 1, 2, 3, 6, 7, 12, 25, 110}),
-                k = pick({1, 5, 31, 32, 33, 64, 100, 511, 1025, 2100});
-  const int64_t n = pick({1, 2, 15, 16, 17, 63, 65, 130, 300});
-  const int64_t num_paths = pick({1, 1, 2, 2, 3, 5, LB2_MAX_PATHS}), in_cols = backward ? n : k;
-  const int64_t out_cols = backward ? k : n;
-
-  std::vector<Path> paths(static_cast<size_t>(num_paths));
-  std::vector<lb2_path> args_paths(paths.size());
-  for (size_t p = 0; p < paths.size(); ++p) {
-    Path& path = paths[p];
-    path.rank =
-        single_stage ? n : (shared && p > 0 ? paths[0].rank : 8 * (1 + static_cast<int64_t>(engine() % 12)));
-    path.out_scale = random_floats(n);
-    path.buffers.push_back(copy_out(path.out_scale, misaligned));
-    lb2_path& args = args_paths[p];
-    args = {};
-    args.rank = path.rank;
-    args.out_scale = reinterpret_cast<const float*>(path.buffers.back().data);
-    if (shared && p > 0) {
-      path.v = paths[0].v;
-      path.in_scale = paths[0].in_scale;
-      args.v = args_paths[0].v;
-      args.v_stride = args_paths[0].v_stride;
-      args.in_scale = args_paths[0].in_scale;
-    } else {
-      path.in_scale = random_floats(k);
-      path.buffers.push_back(copy_out(path.in_scale, misaligned));
-      args.in_scale = reinterpret_cast<const float*>(path.buffers.back().data);
-      args.v_stride = lb2_words_per_row(k) + static_cast<int64_t>(engine() % 3);
-      path.buffers.push_back(random_words(path.rank, k, args.v_stride, misaligned, path.v));
-      args.v = reinterpret_cast<const int32_t*>(path.buffers.back().data);
-    }
-    if (single_stage) continue;
-    path.latent_scale = random_floats(path.rank);
-    path.buffers.push_back(copy_out(path.latent_scale, misaligned));
-    args.latent_scale = reinterpret_cast<const float*>(path.buffers.back().data);
-    args.u_stride = lb2_words_per_row(path.rank) + static_cast<int64_t>(engine() % 3);
-    path.buffers.push_back(random_words(n, path.rank, args.u_stride, misaligned, path.u));
-    args.u = reinterpret_cast<const int32_t*>(path.buffers.back().data);
-  }
-
-  const int64_t element = element_bytes(dtype);
-  const int64_t input_stride = in_cols + static_cast<int64_t>(engine() % 5);
-  const int64_t output_stride = out_cols + static_cast<int64_t>(engine() % 5);
-  const int64_t input_elements = m == 0 ? 0 : (m - 1) * input_stride + in_cols;
-  const Buffer input(input_elements * element, misaligned);
-  for (int64_t i = 0; i < input_elements; ++i) random_element(dtype, input.data + i * element);
-  const std::vector<float> bias = random_floats(n);
-  const Buffer bias_bytes = copy_out(bias, misaligned);
-
-  std::vector<double> expected(static_cast<size_t>(m * out_cols), 0.0);
-  double typical = 0.0;
-  for (int64_t t = 0; t < m; ++t) {
-    std::vector<double> row(static_cast<size_t>(in_cols));
-    for (int64_t i = 0; i < in_cols; ++i)
-      row[i] = decode(dtype, input.data + (t * input_stride + i) * element);
-    typical += reference(paths, single_stage, backward, k, n, row.data(), &expected[t * out_cols]);
-    if (with_bias && !backward)
-      for (int64_t i = 0; i < n; ++i) expected[t * n + i] += bias[i];
-  }
-
+  const Problem problem(true);
   std::vector<char> first_result;
-  for (const lb2_isa isa : {LB2_ISA_SCALAR, LB2_ISA_AVX2, LB2_ISA_AVX512}) {
+  for (const lb2_isa isa : {LB2_ISA_SCALAR, LB2_ISA_AVX2, LB2_ISA_AVX512, LB2_ISA_AVX512_VNNI}) {
     if (!lb2_cpu_isa_available(isa)) continue;
-    const int64_t output_elements = m == 0 ? 0 : (m - 1) * output_stride + out_cols;
-    std::vector<char> output(static_cast<size_t>(output_elements * element), 0x5A);
-    Buffer output_bytes = copy_out(output, misaligned);
-    lb2_linear_args args = {};
-    args.struct_size = sizeof args;
-    args.m = m;
-    args.k = k;
-    args.n = n;
-    args.paths = args_paths.data();
-    args.num_paths = num_paths;
-    args.bias = with_bias ? reinterpret_cast<const float*>(bias_bytes.data) : nullptr;
-    args.input = input.data;
-    args.input_stride = input_stride;
-    args.output = output_bytes.data;
-    args.output_stride = output_stride;
-    args.dtype = dtype;
+    const size_t output_bytes = static_cast<size_t>(problem.output_elements() * problem.element);
+    const Buffer output = copy_out(std::vector<char>(output_bytes, 0x5A), problem.misaligned);
+    lb2_linear_args args = problem.layer_args();
+    args.m = problem.m;
+    args.bias = problem.bias_data();
+    args.input = problem.input.data;
+    args.input_stride = problem.input_stride;
+    args.output = output.data;
+    args.output_stride = problem.output_stride;
+    args.dtype = problem.dtype;
     args.isa = isa;
     if (engine() % 2) args.parallel_for = parallel_for;
     lb2_cpu_plan plan = {};
@@ -248,43 +32,23 @@ bool run_problem(int index) {
       std::fprintf(stderr, "problem %d: plan: %s\n", index, lb2_last_error());
       return false;
     }
-    const int64_t bytes = backward ? plan.backward_workspace_bytes : plan.forward_workspace_bytes;
-    const Buffer workspace(bytes, misaligned && bytes > 0);
+    const int64_t bytes = problem.backward ? plan.backward_workspace_bytes : plan.forward_workspace_bytes;
+    const Buffer workspace(bytes, problem.misaligned && bytes > 0);
     args.workspace = workspace.data;
     args.workspace_bytes = bytes;
-    const lb2_status status = backward ? lb2_linear_backward_x_cpu(&args) : lb2_linear_forward_cpu(&args);
+    const lb2_status status =
+        problem.backward ? lb2_linear_backward_x_cpu(&args) : lb2_linear_forward_cpu(&args);
     if (status != LB2_OK) {
       std::fprintf(stderr, "problem %d: %s: %s\n", index, lb2_isa_name(isa), lb2_last_error());
       return false;
     }
-    double error = 0.0, norm = 0.0;
-    for (int64_t t = 0; t < m; ++t)
-      for (int64_t i = 0; i < output_stride && t * output_stride + i < output_elements; ++i) {
-        const char* cell = output_bytes.data + (t * output_stride + i) * element;
-        if (i >= out_cols) {
-          for (int64_t b = 0; b < element; ++b)
-            if (cell[b] != 0x5A) {
-              std::fprintf(stderr, "problem %d: %s wrote between the rows of the output\n", index,
-                           lb2_isa_name(isa));
-              return false;
-            }
-          continue;
-        }
-        const double value = decode(dtype, cell);
-        const double truth = expected[t * out_cols + i];
-        error += (value - truth) * (value - truth);
-        norm += truth * truth;
-      }
-    norm = std::max(norm, typical);
-    const double relative = norm > 0.0 ? std::sqrt(error / norm) : std::sqrt(error);
-    if (!(relative <= tolerance(dtype))) {
-      std::fprintf(stderr, "problem %d: %s: relative error %.2e (dtype %d m %ld k %ld n %ld paths %ld%s%s)\n",
-                   index, lb2_isa_name(isa), relative, static_cast<int>(dtype), static_cast<long>(m),
-                   static_cast<long>(k), static_cast<long>(n), static_cast<long>(num_paths),
-                   single_stage ? ", single-stage" : "", backward ? ", backward" : "");
+    const double error = problem.error_of(output.data);
+    if (!(error <= tolerance(problem.dtype))) {
+      std::fprintf(stderr, "problem %d: %s: relative error %.2e\n", index, lb2_isa_name(isa), error);
+      problem.describe();
       return false;
     }
-    std::vector<char> result(output_bytes.data, output_bytes.data + output_elements * element);
+    const std::vector<char> result(output.data, output.data + output_bytes);
     if (isa == LB2_ISA_SCALAR) first_result = result;
     if (result != first_result) {
       std::fprintf(stderr, "problem %d: %s and scalar differ in their bits\n", index, lb2_isa_name(isa));

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 
 from littlebit2_kernels import littlebit_linear
 from littlebit2_kernels._native import core
-from littlebit2_kernels.format import PackedLinear
 from littlebit2_kernels.reference import dense_weight, linear_reference
 from littlebit2_kernels.testing import (
     TOLERANCE,
@@ -18,49 +15,7 @@ from littlebit2_kernels.testing import (
     relative_error,
     typical_norm,
 )
-
-SIZES = (1, 2, 7, 16, 31, 32, 33, 64, 65, 100, 130, 257, 400, 1025)
-TOKENS = (0, 1, 1, 1, 2, 3, 4, 5, 6, 7, 8, 13, 25, 33, 100)
-
-
-def random_problem(rng: torch.Generator) -> tuple[torch.Tensor, PackedLinear]:
-    """Draw shapes, ranks, paths, dtype, layout of x, outliers and bias."""
-    draw = random.Random(int(torch.randint(2**31, (), generator=rng)))
-    paths = draw.choice((None, 1, 1, 2, 2, 3))
-    share = paths is not None and draw.random() < 0.3
-    ranks = None
-    if paths is not None:
-        ranks = [8 * draw.randint(1, 20) for _ in range(paths)]
-        ranks = [ranks[0]] * paths if share else ranks
-    in_features = draw.choice(SIZES)
-    x, packed = make_problem(
-        draw.choice(TOKENS),
-        in_features,
-        draw.choice(SIZES),
-        ranks,
-        dtype=draw.choice(tuple(TOLERANCE)),
-        outliers=min(in_features, draw.choice((0, 0, 3))),
-        bias=draw.random() < 0.5,
-        share_v=share,
-        generator=rng,
-    )
-    return with_random_layout(draw, x), packed
-
-
-def with_random_layout(draw: random.Random, x: torch.Tensor) -> torch.Tensor:
-    """The same values with other strides, dimensions or storage offset."""
-    tokens, in_features = x.shape
-    layout = draw.choice(("contiguous", "pitched", "transposed", "offset", "batched"))
-    if layout == "pitched":
-        return torch.cat([x, x[:, :3]], dim=1)[:, :in_features]
-    if layout == "transposed":
-        return x.T.contiguous().T
-    if layout == "offset":
-        return torch.cat([x.new_zeros(1), x.flatten()])[1:].reshape(tokens, in_features)
-    if layout == "batched" and tokens % 2 == 0:
-        return x.reshape(2, tokens // 2, in_features)
-    return x
-
+from tests.kernels.problems import random_problem
 
 @pytest.mark.parametrize("case", range(300))
 def test_forward_is_as_exact_as_torch(case: int, isa: str, rng: torch.Generator) -> None:

@@ -66,7 +66,7 @@ class PythonRoom:
 _KERNELS = "littlebit2_kernels"
 _USER_BASE = ("torch", "numpy", "safetensors", "tqdm")
 
-_BELOW_LINEAR = ("dispatch", "format", "ops", "reference", "state")
+_BELOW_LINEAR = ("dispatch", "format", "functional", "ops", "prepacked", "reference", "state")
 
 #: The row with the longest matching prefix applies.
 PYTHON_ROOMS = {
@@ -83,7 +83,7 @@ PYTHON_ROOMS = {
     f"{_KERNELS}.linear": PythonRoom(
         may=(
             "torch",
-            *(f"{_KERNELS}.{room}" for room in ("ops", "dispatch", "format", "reference", "state")),
+            *(f"{_KERNELS}.{room}" for room in _BELOW_LINEAR),
         ),
         never=NATIVE,
     ),
