@@ -161,7 +161,7 @@ class Profile:
     Attributes:
         step: seconds of a step while the parts were measured.
         parts: seconds of each of :data:`PARTS`; their sum is ``step``.
-        plain: seconds of a step without the clocks, decoded directly before.
+        plain: seconds of a step without the clocks, decoded in turn with the others.
     """
 
     step: float
@@ -237,17 +237,29 @@ def _wrapped(model: nn.Module, spans: _Spans) -> Iterator[None]:
                 module.__dict__["forward"] = forward
 
 
-def profile_decode(decode: Decode) -> Profile:
-    """Decode twice, the second time telling in which parts the steps are spent.
+def profile_decode(decode: Decode, rounds: int = 3) -> Profile:
+    """Decode with and without clocks in the modules, and tell in which parts the steps are spent.
 
-    The figures are means over the middle half of the steps by duration: medians would not sum up, and a
-    disturbed step must not count.
+    The figures are means over the faster half of all steps: medians would not sum up, and on a shared machine
+    what disturbs a step falls on one part by chance.
 
     Args:
         decode: of a model that is not compiled; its ``generations`` stay as they are.
+        rounds: how often to decode with the clocks, and without.
     """
-    before = generate(decode.model, decode.prompt, decode.tokens, decode.options)
-    plain = statistics.fmean(_middle(sorted(before.steps)))
+    plain: list[float] = []
+    steps: list[tuple[float, dict[str, float]]] = []
+    for _ in range(rounds):
+        plain += generate(decode.model, decode.prompt, decode.tokens, decode.options).steps
+        steps += _clocked_steps(decode)
+    faster = _faster_half(steps, key=lambda step: step[0])
+    step = statistics.fmean(seconds for seconds, _ in faster)
+    parts = {name: statistics.fmean(own[name] for _, own in faster) for name in PARTS}
+    parts[LOOP] = step - sum(parts.values())
+    return Profile(step, parts, statistics.fmean(_faster_half(plain, key=lambda seconds: seconds)))
+
+
+def _clocked_steps(decode: Decode) -> list[tuple[float, dict[str, float]]]:
     spans = _Spans()
     taken: list[dict[str, float]] = []
     with _wrapped(decode.model, spans):
@@ -259,14 +271,8 @@ def profile_decode(decode: Decode) -> Profile:
             on_token=lambda: taken.append(spans.take()),
         )
     # The first token ends the prefill.
-    pairs = sorted(zip(generation.steps, taken[1:], strict=True), key=lambda pair: pair[0])
-    middle = _middle(pairs)
-    step = statistics.fmean(seconds for seconds, _ in middle)
-    parts = {name: statistics.fmean(own[name] for _, own in middle) for name in PARTS}
-    parts[LOOP] = step - sum(parts.values())
-    return Profile(step, parts, plain)
+    return list(zip(generation.steps, taken[1:], strict=True))
 
 
-def _middle(ordered: Sequence[T]) -> Sequence[T]:
-    quarter = len(ordered) // 4
-    return ordered[quarter : len(ordered) - quarter]
+def _faster_half(values: Sequence[T], key: Callable[[T], float]) -> list[T]:
+    return sorted(values, key=key)[: (len(values) + 1) // 2]

@@ -80,6 +80,7 @@ class ModelRow:
         median: seconds of a step, median of ``samples``.
         low: lower quartile of all steps of all rounds; of ``samples`` if the row is extrapolated.
         high: their upper quartile.
+        fastest: shortest of all steps of all rounds: the least disturbed one.
         prefill: median seconds up to the first token, or ``None`` if the row is extrapolated.
         weight_bytes: of the model as described; bytes of all its weights.
         memory: resident memory, of models without options that were measured whole.
@@ -99,6 +100,7 @@ class ModelRow:
     median: float
     low: float
     high: float
+    fastest: float
     prefill: float | None
     weight_bytes: int
     memory: Memory | None = None
@@ -339,6 +341,7 @@ def _row(candidate: _Candidate, timing: Timing) -> ModelRow:
         median=timing.median,
         low=spread.low,
         high=spread.high,
+        fastest=min(decode.steps),
         prefill=prefill.median,
         weight_bytes=weight_bytes(decode.model),
         memory=candidate.memory,
@@ -359,6 +362,7 @@ def _extrapolated(name: str, few: ModelRow, many: ModelRow, layers: int) -> Mode
         median=spread.median,
         low=spread.low,
         high=spread.high,
+        fastest=extrapolate(few.fastest, many.fastest, counts, layers)[0],
         prefill=None,
         weight_bytes=round(size),
         fixed_seconds=spread_of([fixed for _, fixed, _ in fits]).median,
@@ -447,7 +451,7 @@ def _measure(session: _Session) -> Report:
         for candidate in candidates:
             compiled = any(OPTIONS[name].compiled for name in parse_options(candidate.option))
             if candidate.layers == session.layers and not compiled:
-                report.profiles[candidate.name] = profile_decode(candidate.decode)
+                report.profiles[candidate.name] = profile_decode(candidate.decode, min(options.rounds, 3))
     return report
 
 
@@ -467,7 +471,7 @@ def describe_settings(report: Report) -> str:
 def models_table(rows: Sequence[ModelRow]) -> str:
     """Every model: step, tokens per second, prefill, weights, memory, and ratios within rounds."""
     peers = list(dict.fromkeys(name for row in rows for name in row.speedups if name.startswith("dense")))
-    head = ["model", "layers", "ms/token (quartiles)", "tok/s", "first token ms", "weights MiB"]
+    head = ["model", "layers", "ms/token (quartiles)", "fastest", "tok/s", "first token ms", "weights MiB"]
     head += ["resident MiB (peak)", *(f"vs {peer}" for peer in peers), "vs as is"]
     return markdown(head, [_cells(row, peers) for row in rows])
 
@@ -487,6 +491,7 @@ def _cells(row: ModelRow, peers: Sequence[str]) -> list[str]:
         row.name,
         layers,
         f"{row.median * 1e3:.2f} ({row.low * 1e3:.2f}-{row.high * 1e3:.2f})",
+        f"{row.fastest * 1e3:.2f}",
         f"{row.tokens_per_second:.2f}",
         "" if row.prefill is None else f"{row.prefill * 1e3:.0f}",
         _mib(row.weight_bytes),

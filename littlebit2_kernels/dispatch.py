@@ -104,6 +104,6 @@ def check_activation_mode(activation: str, backend: str, prepacked: bool) -> Non
         raise ValueError(f"backend='reference' computes exact sums only, got activation={activation!r}")
     if not prepacked:
         raise ValueError(
-            f"activation={activation!r} needs a prepacked layer: pass littlebit2_kernels.prepack(packed), or use "
-            "LittleBitLinear, which prepacks itself on the CPU"
+            f"activation={activation!r} needs a prepacked layer: pass littlebit2_kernels.prepack(packed), or "
+            "use LittleBitLinear, which prepacks itself on the CPU"
         )

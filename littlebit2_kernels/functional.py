@@ -31,10 +31,10 @@ def littlebit_linear(
             the CPU.
         backend: ``"auto"``, ``"cpu"``, ``"reference"`` (plain PyTorch in float32), or another name of
             :data:`littlebit2_kernels.dispatch.BACKENDS`. A backend asked for by name that cannot run raises.
-        activation: how activations enter the sums (docs/kernels.md): ``"exact"`` in float32, ``"int16"`` (error
-            about 3e-4), ``"int8"`` (about 1e-2), ``"sign"`` (binarised), or ``"auto"``: exact for float32 and for
-            layers that are not prepacked, else int16. The last three need a prepacked layer. Gradients are those
-            of exact sums.
+        activation: how activations enter the sums (docs/kernels.md): ``"exact"`` in float32, ``"int16"``
+            (error about 3e-4), ``"int8"`` (about 1e-2), ``"sign"`` (binarised), or ``"auto"``: exact for
+            float32 and for layers that are not prepacked, else int16. The last three need a prepacked
+            layer. Gradients are those of exact sums.
 
     Returns:
         ``[..., N]`` in the dtype of ``x``; accumulation is in float32 or exact.

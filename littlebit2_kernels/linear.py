@@ -49,8 +49,9 @@ class LittleBitLinear(nn.Module):
 
     On the CPU, the first eager call replaces the buffers by one in the layout that the kernels read fastest
     (:meth:`prepack_`), so that the weights exist once. ``state_dict``, pickling, :meth:`packed` and reading a
-    buffer by its portable name still give the portable tensors, as copies; loading and moving bring the buffers
-    back. Call :meth:`prepack_` (or the layer) once before ``torch.compile``, which keeps what it finds.
+    buffer by its portable name still give the portable tensors, as copies; loading and moving bring the
+    buffers back. Call :meth:`prepack_` (or the layer) once before ``torch.compile``, which keeps what it
+    finds.
 
     Args:
         in_features: K.
@@ -285,7 +286,7 @@ class LittleBitLinear(nn.Module):
         if layer is None or self.backend not in ("auto", "cpu"):
             return self._general_forward(x)
         # The way of every call on the CPU: the operator checks what is checked elsewhere up front.
-        activation = ACTIVATIONS.get(self.activation)
+        activation = ACTIVATIONS.get(self.activation, -1)
         try:
             if torch.is_autocast_enabled("cpu") and x.device.type == "cpu":
                 x = x.to(torch.get_autocast_dtype("cpu"))
@@ -305,17 +306,16 @@ class LittleBitLinear(nn.Module):
         backend = choose_backend(self.backend, device_type)
         if backend == "reference":
             return littlebit_linear(x, self.packed, "reference", self.activation)
-        if layer is not None or self._may_prepack():
+        if layer is not None or self._may_prepack(buffers["u1"]):
             self.prepack_()
             return littlebit_linear(x, self._as_prepacked(), backend, self.activation)
         check_activation_mode(self.activation, backend, prepacked=False)
         return linear_from_operands(x, self._operands(), buffers["bias"])
 
-    def _may_prepack(self) -> bool:
+    def _may_prepack(self, buffer: torch.Tensor) -> bool:
         # What is traced keeps the buffers it was given; fake tensors have no values to move.
         if not self.auto_prepack or torch.compiler.is_compiling():
             return False
-        buffer = self._buffers["u1"]
         return type(buffer) is torch.Tensor and buffer.device.type == "cpu"
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -341,9 +341,7 @@ class LittleBitLinear(nn.Module):
 
         return super()._apply(keep_dtype, recurse)
 
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if "prepacked" in self._buffers:
             state = packed_to_state(self.packed)

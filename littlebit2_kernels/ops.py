@@ -47,18 +47,20 @@ def load() -> None:
 
 
 def _register() -> None:
-    for name, fake, backward in (
-        ("littlebit2::linear", _linear_fake, _linear_backward),
-        ("littlebit2::linear_backward_x", _linear_backward_x_fake, _linear_backward_x_backward),
-    ):
-        torch.library.register_fake(name, fake)
-        torch.library.register_autograd(name, backward, setup_context=_linear_setup)
-    for name, fake, backward in (
-        ("littlebit2::linear_prepacked", _prepacked_fake, _prepacked_backward),
-        ("littlebit2::linear_prepacked_backward_x", _prepacked_backward_x_fake, _prepacked_backward_x_backward),
-    ):
-        torch.library.register_fake(name, fake)
-        torch.library.register_autograd(name, backward, setup_context=_prepacked_setup)
+    operators: tuple[tuple[str, Any, Any, Any], ...] = (
+        ("linear", _linear_fake, _linear_setup, _linear_backward),
+        ("linear_backward_x", _linear_backward_x_fake, _linear_setup, _linear_backward_x_backward),
+        ("linear_prepacked", _prepacked_fake, _prepacked_setup, _prepacked_backward),
+        (
+            "linear_prepacked_backward_x",
+            _prepacked_backward_x_fake,
+            _prepacked_setup,
+            _prepacked_backward_x_backward,
+        ),
+    )
+    for name, fake, setup, backward in operators:
+        torch.library.register_fake(f"littlebit2::{name}", fake)
+        torch.library.register_autograd(f"littlebit2::{name}", backward, setup_context=setup)
 
 
 def _load_while_tracing() -> bool:
@@ -264,9 +266,7 @@ def _prepacked_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) ->
     x, layer = inputs[:2]
     ctx.save_for_backward(layer)
     ctx.in_features, ctx.out_features = x.shape[-1], output.shape[-1]
-    # The backward operator has neither bias nor activation.
-    ctx.has_bias = len(inputs) > 3
-    bias = inputs[2] if ctx.has_bias else None
+    bias = inputs[2] if len(inputs) > 3 else None  # the backward operator has none
     ctx.bias_like = None if bias is None else (bias.shape, bias.dtype)
 
 

@@ -24,7 +24,8 @@ lb2_status check_dtype(lb2_dtype dtype) {
 lb2_status check_workspace(const void* workspace, int64_t got, int64_t needed) {
   if (workspace == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "workspace must not be NULL");
   if (got < needed)
-    return fail(LB2_ERROR_INVALID_ARGUMENT, "workspace_bytes must be >= %" PRId64 ", got %" PRId64, needed, got);
+    return fail(LB2_ERROR_INVALID_ARGUMENT, "workspace_bytes must be >= %" PRId64 ", got %" PRId64, needed,
+                got);
   return LB2_OK;
 }
 
@@ -131,10 +132,11 @@ lb2_status check_prepacked(const lb2_prepacked_args* args) noexcept {
   LB2_RETURN_IF_ERROR(check_dtype(args->dtype));
   if (args->m < 0 || args->m > kMaxDim) return invalid_size("m", args->m, 0);
   if (args->activation < LB2_ACTIVATION_AUTO || args->activation > LB2_ACTIVATION_SIGN)
-    return fail(LB2_ERROR_INVALID_ARGUMENT,
-                "activation must be LB2_ACTIVATION_AUTO (0), _EXACT (1), _INT16 (2), _INT8 (3) or _SIGN (4), got "
-                "%" PRId32,
-                args->activation);
+    return fail(
+        LB2_ERROR_INVALID_ARGUMENT,
+        "activation must be LB2_ACTIVATION_AUTO (0), _EXACT (1), _INT16 (2), _INT8 (3) or _SIGN (4), got "
+        "%" PRId32,
+        args->activation);
   return LB2_OK;
 }
 

@@ -48,7 +48,8 @@ const IsaKernels* available_kernels(lb2_isa isa) {
 lb2_status require(lb2_isa isa, const char* source, const IsaKernels** kernels) {
   if (isa <= LB2_ISA_AUTO || isa >= kIsaCount)
     return fail(LB2_ERROR_INVALID_ARGUMENT,
-                "%s must be LB2_ISA_SCALAR (1), LB2_ISA_AVX2 (2), LB2_ISA_AVX512 (3) or LB2_ISA_AVX512_VNNI (4), got %" PRId32,
+                "%s must be LB2_ISA_SCALAR (1), LB2_ISA_AVX2 (2), LB2_ISA_AVX512 (3) or LB2_ISA_AVX512_VNNI "
+                "(4), got %" PRId32,
                 source, isa);
   *kernels = available_kernels(isa);
   if (*kernels == nullptr)
@@ -83,9 +84,10 @@ lb2_status kernels_from_environment(const IsaKernels** kernels) {
   static const EnvironmentChoice choice;
   static const IsaKernels* const best = best_kernels();
   if (choice.isa == kIsaCount)
-    return fail(LB2_ERROR_INVALID_ARGUMENT,
-                "the environment variable LB2_CPU_ISA must be auto, scalar, avx2, avx512 or avx512vnni, got \"%s\"",
-                choice.value);
+    return fail(
+        LB2_ERROR_INVALID_ARGUMENT,
+        "the environment variable LB2_CPU_ISA must be auto, scalar, avx2, avx512 or avx512vnni, got \"%s\"",
+        choice.value);
   if (choice.isa != LB2_ISA_AUTO) return require(choice.isa, "the environment variable LB2_CPU_ISA", kernels);
   *kernels = best;
   return LB2_OK;

@@ -4,8 +4,8 @@
 namespace lb2::cpu {
 
 struct Features {
-  bool avx2;    // AVX2, FMA and F16C, with the OS saving the upper halves of ymm
-  bool avx512;  // AVX-512 F, BW, DQ and VL, with the OS saving zmm and mask registers
+  bool avx2;         // AVX2, FMA and F16C, with the OS saving the upper halves of ymm
+  bool avx512;       // AVX-512 F, BW, DQ and VL, with the OS saving zmm and mask registers
   bool avx512_vnni;  // the above, VNNI and BITALG
 };
 

@@ -1,5 +1,6 @@
-// Lookup kernels for AVX-512 with VNNI and BITALG (Ice Lake, Zen 4 and newer). Built with flags of its own and
-// reached only after detect_features(). The kernels on the portable layout are those of kernels_avx512.cpp.
+// Lookup kernels for AVX-512 with VNNI and BITALG (Ice Lake, Zen 4 and newer). Built with flags of its own
+// and reached only after detect_features(). The kernels on the portable layout are those of
+// kernels_avx512.cpp.
 #include <immintrin.h>
 
 #include <cstring>

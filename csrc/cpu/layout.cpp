@@ -44,7 +44,8 @@ bool possible(const Header& header) {
     const PathHeader& path = header.paths[p];
     if (path.v_path < 0 || path.v_path > p || path.in_path < 0 || path.in_path > p) return false;
     const PathHeader& v_path = header.paths[path.v_path];
-    if (v_path.v_path != path.v_path || v_path.rank != path.rank || v_path.in_path != path.in_path) return false;
+    if (v_path.v_path != path.v_path || v_path.rank != path.rank || v_path.in_path != path.in_path)
+      return false;
     if (header.paths[path.in_path].in_path != path.in_path) return false;
     if (header.single_stage ? path.rank != header.n || path.v_path != p || path.in_path != p
                             : path.rank < 1 || path.rank % LB2_RANK_MULTIPLE != 0)
@@ -85,22 +86,28 @@ int64_t header_bytes(const Header& header) noexcept {
 
 lb2_status lay_out(const Header& header, Layout* layout) noexcept {
   if (!possible(header))
-    return fail(LB2_ERROR_INVALID_ARGUMENT, "layer must be made by lb2_prepack_cpu, got an impossible header");
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "layer must be made by lb2_prepack_cpu, got an impossible header");
   layout->k = header.k;
   layout->n = header.n;
   layout->num_paths = header.num_paths;
   layout->num_stages = 0;
   layout->single_stage = header.single_stage;
-  // Estimates that cannot overflow: dimensions are below 2^31, a matrix below 2^62 bits.
-  const auto too_large = [](int64_t offset) { return offset > kMostBytes; };
   int64_t offset = align(header_bytes(header));
   bool overflow = false;
   const auto place = [&](int64_t bytes) {
     const int64_t start = offset;
     offset = align(offset + bytes);
-    overflow = overflow || too_large(offset);
+    overflow = overflow || offset > kMostBytes;
     if (overflow) offset = 0;
     return start;
+  };
+  const auto place_matrix = [&](Matrix& m, int64_t rows, int64_t cols) {
+    // Dimensions are below 2^31, but V of many paths may be one matrix. In doubles, which do not overflow.
+    overflow =
+        overflow || static_cast<double>(rows) * static_cast<double>(cols) > static_cast<double>(kMostBytes);
+    m = make_matrix(overflow ? 1 : rows, overflow ? 1 : cols, offset);
+    place(m.bytes());
   };
   for (int p = 0; p < header.num_paths; ++p) {
     const PathHeader& path = header.paths[p];
@@ -123,8 +130,7 @@ lb2_status lay_out(const Header& header, Layout* layout) noexcept {
   for (int s = 0; s < layout->num_stages; ++s) {
     Stage& stage = layout->stages[s];
     stage.in_scale = place(layout->k * 4);
-    stage.v = make_matrix(stage.v.rows, layout->k, offset);
-    place(stage.v.bytes());
+    place_matrix(stage.v, stage.v.rows, layout->k);
   }
   for (int p = 0; p < header.num_paths; ++p) {
     PathLayout& path = layout->paths[p];
@@ -132,11 +138,9 @@ lb2_status lay_out(const Header& header, Layout* layout) noexcept {
     path.latent_scale = 0;
     if (layout->single_stage) continue;
     path.latent_scale = place(path.rank * 4);
-    path.u = make_matrix(layout->n, path.rank, offset);
-    place(path.u.bytes());
+    place_matrix(path.u, layout->n, path.rank);
   }
-  if (overflow)
-    return fail(LB2_ERROR_INVALID_ARGUMENT, "the layer must fit %" PRId64 " bytes", kMostBytes);
+  if (overflow) return fail(LB2_ERROR_INVALID_ARGUMENT, "the layer must fit %" PRId64 " bytes", kMostBytes);
   layout->bytes = offset;
   return LB2_OK;
 }
@@ -151,13 +155,14 @@ lb2_status read_layout(const void* layer, int64_t bytes, Header* header, Layout*
                 "layer must be made by lb2_prepack_cpu of this version, got %" PRId64 " bytes that are not",
                 bytes);
   if (header->num_paths < 1 || header->num_paths > LB2_MAX_PATHS || bytes < header_bytes(*header))
-    return fail(LB2_ERROR_INVALID_ARGUMENT, "layer must be made by lb2_prepack_cpu, got an impossible header");
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "layer must be made by lb2_prepack_cpu, got an impossible header");
   std::memcpy(header, layer, static_cast<size_t>(header_bytes(*header)));
   LB2_RETURN_IF_ERROR(lay_out(*header, layout));
   if (layout->bytes != bytes)
     return fail(LB2_ERROR_INVALID_ARGUMENT,
-                "layer_bytes must be %" PRId64 " as the header of the layer says, got %" PRId64, layout->bytes,
-                bytes);
+                "layer_bytes must be %" PRId64 " as the header of the layer says, got %" PRId64,
+                layout->bytes, bytes);
   return LB2_OK;
 }
 

@@ -1,11 +1,11 @@
-// The prepacked CPU layout: where everything of a layer lies in one block of memory. Not a file format; docs/format.md
-// is. Pure functions of the header.
+// The prepacked CPU layout: where everything of a layer lies in one block of memory. Not a file format;
+// docs/format.md is. Pure functions of the header.
 //
 //   header | per first stage: in_scale [K], V tiles | per path: out_scale [N], latent_scale [R], U tiles
 //
 // every part at a multiple of 64 bytes. First stages with equal in_scale are one matrix, the V of each at a
-// multiple of 32 rows. A sign matrix is cut into chunks of columns, a chunk into tiles of 128 rows (lookup.h),
-// and lies in that order, so that a pass over it is one stream.
+// multiple of 32 rows. A sign matrix is cut into chunks of columns, a chunk into tiles of 128 rows
+// (lookup.h), and lies in that order, so that a pass over it is one stream.
 #pragma once
 
 #include <algorithm>
@@ -35,7 +35,9 @@ struct Matrix {
   int64_t words_of(int64_t chunk) const {
     return (std::min(chunk_words, words - chunk * chunk_words) + 1) / 2 * 2;
   }
-  int64_t bytes() const { return ((num_chunks - 1) * chunk_words + words_of(num_chunks - 1)) * blocks * kBlockBytes; }
+  int64_t bytes() const {
+    return ((num_chunks - 1) * chunk_words + words_of(num_chunks - 1)) * blocks * kBlockBytes;
+  }
   int64_t tile_offset(int64_t chunk, int64_t tile) const {
     return offset + (chunk * chunk_words * blocks + tile * kTileBlocks * words_of(chunk)) * kBlockBytes;
   }
@@ -62,7 +64,7 @@ struct PathLayout {
   int stage;
   int64_t row;  // of its V in the stage's matrix
   int64_t rank;
-  Matrix u;  // two-stage only
+  Matrix u;                         // two-stage only
   int64_t out_scale, latent_scale;  // offsets
 };
 struct Layout {

@@ -30,9 +30,9 @@ constexpr int64_t kWordGroups = 3;
 constexpr int64_t kWordCols = kGroupCols * kWordGroups;
 constexpr int64_t kWindowWords = 2;  // summed in 16 bits
 constexpr int64_t kBlockRows = 32;
-constexpr int64_t kBlockBytes = kBlockRows * 2;      // of one word
-constexpr int64_t kTileBlocks = 4;                   // blocks that are interleaved word by word
-constexpr int64_t kChunkWords = 48;                  // at most, in a chunk; an even number
+constexpr int64_t kBlockBytes = kBlockRows * 2;  // of one word
+constexpr int64_t kTileBlocks = 4;               // blocks that are interleaved word by word
+constexpr int64_t kChunkWords = 48;              // at most, in a chunk; an even number
 constexpr int64_t kChunkCols = kChunkWords * kWordCols;
 constexpr int64_t kOperandCols = (kChunkCols + 15) / 16 * 16;  // floats of a chunk's operand buffer
 constexpr float kInt16Limit = 32760.0f;                        // leaves room for the rounding of a window
@@ -45,14 +45,14 @@ constexpr int64_t kSignTableBytes = 2;
 // One tile of prepacked signs: word w of block b lies at data + (w * blocks + b) * kBlockBytes.
 struct SignTile {
   const char* data;
-  int64_t words;  // even
+  int64_t words;   // even
   int64_t blocks;  // 1 .. kTileBlocks
 };
 
 // Tables of some tokens for one chunk; token t's start at data + t * stride.
 struct Tables {
   const char* data;
-  int64_t stride;  // bytes
+  int64_t stride;       // bytes
   const float* scales;  // one per token; unused by exact and sign
   int64_t tokens;
   int64_t columns;  // of the chunk, pad columns not counted
@@ -77,7 +77,8 @@ struct LookupMode {
 
 struct LookupKernels {
   LookupMode exact, int16, int8, sign;
-  // out[i] = float(in[i]) * scale[i] for i < n and 0 up to `padded`, a multiple of 16. As Kernels::load_scaled.
+  // out[i] = float(in[i]) * scale[i] for i < n and 0 up to `padded`, a multiple of 16. As
+  // Kernels::load_scaled.
   void (*load_scaled)(lb2_dtype dtype, const void* in, const float* scale, int64_t n, int64_t padded,
                       float* out);
   // out[i] = (parts[0][i] + parts[1][i] + ...) * scale[i] for i < n and 0 up to `padded`.

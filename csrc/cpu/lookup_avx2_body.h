@@ -1,8 +1,8 @@
 // The lookup kernels for AVX2. Include this where elementwise_body.h says.
 //
 // Registers hold 8 or 16 entries, so only the 16 entries with bit 4 clear are stored; the others are their
-// negatives: entry(e) = -entry(~e), exactly. A group's fp32 table is 16 floats, its int16 table the 16 low bytes,
-// then the 16 high bytes.
+// negatives: entry(e) = -entry(~e), exactly. A group's fp32 table is 16 floats, its int16 table the 16 low
+// bytes, then the 16 high bytes.
 
 constexpr int64_t kHalfTable = kTableEntries / 2;
 
@@ -14,7 +14,8 @@ inline __m256 entry_signs(__m256i entries, int bit) {
 // Entries 8 kUpper .. 8 kUpper + 7 of a group.
 template <int kUpper>
 inline __m256 signed_sums(const float* z) {
-  const __m256i entries = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(8 * kUpper));
+  const __m256i entries =
+      _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(8 * kUpper));
   __m256 sum = _mm256_mul_ps(entry_signs(entries, 0), _mm256_set1_ps(z[0]));
   for (int column = 1; column < kGroupCols; ++column)
     sum = _mm256_fmadd_ps(entry_signs(entries, column), _mm256_set1_ps(z[column]), sum);
@@ -55,7 +56,9 @@ inline Vec word_columns(const float* z) {
   columns.high = _mm256_blend_ps(columns.high, _mm256_setzero_ps(), 0x80);
   return magnitude(columns);
 }
-inline Vec most_of(const Vec& a, const Vec& b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
+inline Vec most_of(const Vec& a, const Vec& b) {
+  return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)};
+}
 inline float tree_sum(const Vec& v) {
   float lanes[kLanes];
   v.store(lanes);
@@ -115,12 +118,13 @@ inline __m256i load_words(const char* data, int half) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + half * 32));
 }
 
-inline void finish_block(const RowSums& out, int64_t token, int64_t block, __m256 rows0, __m256 upper_rows0, __m256 rows1,
-                         __m256 upper_rows1) {
+inline void finish_block(const RowSums& out, int64_t token, int64_t block, __m256 rows0, __m256 upper_rows0,
+                         __m256 rows1, __m256 upper_rows1) {
   float* target = out.data + token * out.stride + block * kBlockRows;
   const __m256 parts[] = {rows0, rows1, upper_rows0, upper_rows1};
   for (int i = 0; i < 4; ++i)
-    _mm256_storeu_ps(target + 8 * i, out.add ? _mm256_add_ps(_mm256_loadu_ps(target + 8 * i), parts[i]) : parts[i]);
+    _mm256_storeu_ps(target + 8 * i,
+                     out.add ? _mm256_add_ps(_mm256_loadu_ps(target + 8 * i), parts[i]) : parts[i]);
 }
 
 // Entries of rows whose group starts at bit kBit of their 32-bit lanes.
@@ -135,9 +139,8 @@ struct ExactIndex {
     select = _mm256_slli_epi32(index, 28);
   }
   __m256 find(__m256 low, __m256 high) const {
-    const __m256 found =
-        _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index),
-                         _mm256_castsi256_ps(select));
+    const __m256 found = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index),
+                                          _mm256_permutevar8x32_ps(high, index), _mm256_castsi256_ps(select));
     return _mm256_xor_ps(found, _mm256_castsi256_ps(negative));
   }
 };
@@ -157,7 +160,8 @@ inline void exact_group(__m256i words, const char* tables, int64_t stride, __m25
 template <int kBlocks, int kTokens>
 struct ExactBlocks {
   static_assert(kBlocks == 1, "one block at a time");
-  static void run(const SignTile& tile, int64_t block, const Tables& tables, int64_t token, const RowSums& out) {
+  static void run(const SignTile& tile, int64_t block, const Tables& tables, int64_t token,
+                  const RowSums& out) {
     __m256 rows[2][kTokens], upper_rows[2][kTokens];
     for (int half = 0; half < 2; ++half)
       for (int t = 0; t < kTokens; ++t) rows[half][t] = upper_rows[half][t] = _mm256_setzero_ps();
@@ -192,8 +196,9 @@ struct Int16Index {
     const __m256i low = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
     const __m256i high =
         _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table + 16)));
-    const __m256i found = _mm256_blendv_epi8(_mm256_shuffle_epi8(low, bytes), _mm256_shuffle_epi8(high, bytes),
-                                             _mm256_set1_epi16(static_cast<int16_t>(0xFF00)));
+    const __m256i found =
+        _mm256_blendv_epi8(_mm256_shuffle_epi8(low, bytes), _mm256_shuffle_epi8(high, bytes),
+                           _mm256_set1_epi16(static_cast<int16_t>(0xFF00)));
     return _mm256_sub_epi16(_mm256_xor_si256(found, flip), flip);
   }
 };
@@ -208,7 +213,8 @@ inline void int16_group(__m256i words, const char* tables, int64_t stride, __m25
 template <int kBlocks, int kTokens>
 struct Int16Blocks {
   static_assert(kBlocks == 1, "one block at a time");
-  static void run(const SignTile& tile, int64_t block, const Tables& tables, int64_t token, const RowSums& out) {
+  static void run(const SignTile& tile, int64_t block, const Tables& tables, int64_t token,
+                  const RowSums& out) {
     const __m256i even = _mm256_set1_epi32(1), odd = _mm256_set1_epi32(1 << 16);
     __m256i rows[2][kTokens], upper_rows[2][kTokens];
     for (int half = 0; half < 2; ++half)
@@ -247,7 +253,8 @@ struct Int16Blocks {
 // Bits set in each 16-bit lane.
 inline __m256i popcount16(__m256i v) {
   const __m256i nibble = _mm256_set1_epi8(15);
-  const __m256i counts = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+  const __m256i counts =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
   const __m256i low = _mm256_shuffle_epi8(counts, _mm256_and_si256(v, nibble));
   const __m256i high = _mm256_shuffle_epi8(counts, _mm256_and_si256(_mm256_srli_epi16(v, 4), nibble));
   return _mm256_maddubs_epi16(_mm256_add_epi8(low, high), _mm256_set1_epi8(1));
@@ -256,7 +263,8 @@ inline __m256i popcount16(__m256i v) {
 template <int kBlocks, int kTokens>
 struct SignBlocks {
   static_assert(kBlocks == 1, "one block at a time");
-  static void run(const SignTile& tile, int64_t block, const Tables& tables, int64_t token, const RowSums& out) {
+  static void run(const SignTile& tile, int64_t block, const Tables& tables, int64_t token,
+                  const RowSums& out) {
     __m256i mismatches[2][kTokens];  // at most kChunkCols, so 16 bits hold them
     for (int half = 0; half < 2; ++half)
       for (int t = 0; t < kTokens; ++t) mismatches[half][t] = _mm256_setzero_si256();
@@ -292,5 +300,11 @@ const LookupKernels kLookup = {
     {kInt16TableBytes / 2, 2, build_int16, run_tile<Int16Blocks, 1, 1, 0>},
     {kInt16TableBytes / 2, 2, build_int8, run_tile<Int16Blocks, 1, 1, 0>},
     {kSignTableBytes, 2, build_sign, run_tile<SignBlocks, 1, 1, 0>},
-    load_scaled, load_latents, abs_sum, scale_rows, add_bias, store, 128 * 1024,
+    load_scaled,
+    load_latents,
+    abs_sum,
+    scale_rows,
+    add_bias,
+    store,
+    128 * 1024,
 };

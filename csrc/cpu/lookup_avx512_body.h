@@ -1,5 +1,5 @@
-// The lookup kernels for AVX-512, for files with and without VNNI and BITALG. Include this where lookup_body.h
-// says.
+// The lookup kernels for AVX-512, for files with and without VNNI and BITALG. Include this where
+// lookup_body.h says.
 
 // Keeps a value in a register: compilers otherwise load it again for every use, and run out of load ports.
 #define LB2_IN_REGISTER(value) __asm__("" : "+v"(value))
@@ -60,9 +60,9 @@ float build_exact(float* z, int64_t words, char* tables) {
 inline void build_words(const float* y, int64_t words, char* tables) {
   const HalfSums half;
   // entry(e) for e < 16, then entry(e) = -entry(31 - e): low words of 16 + 16 lanes.
-  const __m512i low = _mm512_setr_epi32(0x20000, 0x60004, 0xA0008, 0xE000C, 0x120010, 0x160014, 0x1A0018,
-                                        0x1E001C, 0x3C003E, 0x38003A, 0x340036, 0x300032, 0x2C002E, 0x28002A,
-                                        0x240026, 0x200022);
+  const __m512i low =
+      _mm512_setr_epi32(0x20000, 0x60004, 0xA0008, 0xE000C, 0x120010, 0x160014, 0x1A0018, 0x1E001C, 0x3C003E,
+                        0x38003A, 0x340036, 0x300032, 0x2C002E, 0x28002A, 0x240026, 0x200022);
   for (int64_t g = 0; g < words * kWordGroups; ++g, y += kGroupCols, tables += 64) {
     const __m512 sum = _mm512_add_ps(half.first_four(y), _mm512_set1_ps(y[4]));
     const __m512i entries = _mm512_cvtps_epi32(sum);
@@ -137,7 +137,8 @@ inline void load_words(const char* data, __m512i* words) {
 // Adds the even 16-bit lanes of `sums` to the 32-bit lanes of `rows`, the odd ones to `upper_rows`.
 inline void widen(__m512i sums, __m512i& rows, __m512i& upper_rows) {
 #if defined(__AVX512VNNI__)
-  // Assembly: compilers copy the accumulators around the intrinsic, keep the constants in registers, and run out.
+  // Assembly: compilers copy the accumulators around the intrinsic, keep the constants in registers, and run
+  // out.
   static constexpr int32_t kEven = 1, kOdd = 1 << 16;
   __asm__("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(rows) : "v"(sums), "m"(kEven));
   __asm__("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(upper_rows) : "v"(sums), "m"(kOdd));
@@ -147,8 +148,8 @@ inline void widen(__m512i sums, __m512i& rows, __m512i& upper_rows) {
 #endif
 }
 
-// One group of five columns of kBlocks blocks, for the rows in the low halves of the 32-bit lanes and those in
-// the upper ones.
+// One group of five columns of kBlocks blocks, for the rows in the low halves of the 32-bit lanes and those
+// in the upper ones.
 template <int kBlocks, int kTokens, int kGroup>
 inline void exact_group(const __m512i* words, const char* tables, int64_t stride, __m512* rows,
                         __m512* upper_rows) {
@@ -176,28 +177,27 @@ inline void exact_group(const __m512i* words, const char* tables, int64_t stride
 
 template <int kBlocks, int kTokens>
 struct ExactBlocks {
-static void run(const SignTile& tile, int64_t block, const Tables& tables, int64_t token,
+  static void run(const SignTile& tile, int64_t block, const Tables& tables, int64_t token,
                   const RowSums& out) {
-  __m512 rows[kBlocks * kTokens], upper_rows[kBlocks * kTokens];
-  LB2_UNROLL
-  for (int i = 0; i < kBlocks * kTokens; ++i) rows[i] = upper_rows[i] = _mm512_setzero_ps();
-  const char* data = tile.data + block * kBlockBytes;
-  const char* table = tables.data + token * tables.stride;
-  for (int64_t w = 0; w < tile.words; ++w) {
-    __m512i words[kBlocks];
-    load_words<kBlocks>(data, words);
-    exact_group<kBlocks, kTokens, 0>(words, table, tables.stride, rows, upper_rows);
-    exact_group<kBlocks, kTokens, 1>(words, table, tables.stride, rows, upper_rows);
-    exact_group<kBlocks, kTokens, 2>(words, table, tables.stride, rows, upper_rows);
-    data += tile.blocks * kBlockBytes;
-    table += kExactTableBytes;
-  }
-  LB2_UNROLL
-  for (int t = 0; t < kTokens; ++t)
+    __m512 rows[kBlocks * kTokens], upper_rows[kBlocks * kTokens];
     LB2_UNROLL
+    for (int i = 0; i < kBlocks * kTokens; ++i) rows[i] = upper_rows[i] = _mm512_setzero_ps();
+    const char* data = tile.data + block * kBlockBytes;
+    const char* table = tables.data + token * tables.stride;
+    for (int64_t w = 0; w < tile.words; ++w) {
+      __m512i words[kBlocks];
+      load_words<kBlocks>(data, words);
+      exact_group<kBlocks, kTokens, 0>(words, table, tables.stride, rows, upper_rows);
+      exact_group<kBlocks, kTokens, 1>(words, table, tables.stride, rows, upper_rows);
+      exact_group<kBlocks, kTokens, 2>(words, table, tables.stride, rows, upper_rows);
+      data += tile.blocks * kBlockBytes;
+      table += kExactTableBytes;
+    }
+    LB2_UNROLL
+    for (int t = 0; t < kTokens; ++t) LB2_UNROLL
     for (int b = 0; b < kBlocks; ++b)
       finish_block(out, token + t, block + b, rows[t * kBlocks + b], upper_rows[t * kBlocks + b]);
-}
+  }
 };
 
 template <int kBlocks, int kTokens, int kGroup>
@@ -216,44 +216,46 @@ inline void int16_group(const __m512i* words, const char* tables, int64_t stride
       const __m512i found = _mm512_permutexvar_epi16(index, table[t]);
       __m512i& sum = sums[t * kBlocks + b];
       sum = first ? found : _mm512_add_epi16(sum, found);
-      LB2_IN_REGISTER(sum);  // or compilers gather first and add later, with more live registers than there are
+      LB2_IN_REGISTER(
+          sum);  // or compilers gather first and add later, with more live registers than there are
     }
   }
 }
 
 template <int kBlocks, int kTokens>
 struct Int16Blocks {
-static void run(const SignTile& tile, int64_t block, const Tables& tables, int64_t token,
+  static void run(const SignTile& tile, int64_t block, const Tables& tables, int64_t token,
                   const RowSums& out) {
-  __m512i rows[kBlocks * kTokens], upper_rows[kBlocks * kTokens];
-  LB2_UNROLL
-  for (int i = 0; i < kBlocks * kTokens; ++i) rows[i] = upper_rows[i] = _mm512_setzero_si512();
-  const char* data = tile.data + block * kBlockBytes;
-  const char* table = tables.data + token * tables.stride;
-  for (int64_t w = 0; w < tile.words; w += kWindowWords) {
-    __m512i sums[kBlocks * kTokens];
+    __m512i rows[kBlocks * kTokens], upper_rows[kBlocks * kTokens];
     LB2_UNROLL
-    for (int i = 0; i < kWindowWords; ++i) {
-      __m512i words[kBlocks];
-      load_words<kBlocks>(data, words);
-      int16_group<kBlocks, kTokens, 0>(words, table, tables.stride, i == 0, sums);
-      int16_group<kBlocks, kTokens, 1>(words, table, tables.stride, false, sums);
-      int16_group<kBlocks, kTokens, 2>(words, table, tables.stride, false, sums);
-      data += tile.blocks * kBlockBytes;
-      table += kInt16TableBytes;
+    for (int i = 0; i < kBlocks * kTokens; ++i) rows[i] = upper_rows[i] = _mm512_setzero_si512();
+    const char* data = tile.data + block * kBlockBytes;
+    const char* table = tables.data + token * tables.stride;
+    for (int64_t w = 0; w < tile.words; w += kWindowWords) {
+      __m512i sums[kBlocks * kTokens];
+      LB2_UNROLL
+      for (int i = 0; i < kWindowWords; ++i) {
+        __m512i words[kBlocks];
+        load_words<kBlocks>(data, words);
+        int16_group<kBlocks, kTokens, 0>(words, table, tables.stride, i == 0, sums);
+        int16_group<kBlocks, kTokens, 1>(words, table, tables.stride, false, sums);
+        int16_group<kBlocks, kTokens, 2>(words, table, tables.stride, false, sums);
+        data += tile.blocks * kBlockBytes;
+        table += kInt16TableBytes;
+      }
+      LB2_UNROLL
+      for (int i = 0; i < kBlocks * kTokens; ++i) widen(sums[i], rows[i], upper_rows[i]);
     }
     LB2_UNROLL
-    for (int i = 0; i < kBlocks * kTokens; ++i) widen(sums[i], rows[i], upper_rows[i]);
+    for (int t = 0; t < kTokens; ++t) {
+      const __m512 scale = _mm512_set1_ps(tables.scales[token + t]);
+      LB2_UNROLL
+      for (int b = 0; b < kBlocks; ++b)
+        finish_block(out, token + t, block + b,
+                     _mm512_mul_ps(scale, _mm512_cvtepi32_ps(rows[t * kBlocks + b])),
+                     _mm512_mul_ps(scale, _mm512_cvtepi32_ps(upper_rows[t * kBlocks + b])));
+    }
   }
-  LB2_UNROLL
-  for (int t = 0; t < kTokens; ++t) {
-    const __m512 scale = _mm512_set1_ps(tables.scales[token + t]);
-    LB2_UNROLL
-    for (int b = 0; b < kBlocks; ++b)
-      finish_block(out, token + t, block + b, _mm512_mul_ps(scale, _mm512_cvtepi32_ps(rows[t * kBlocks + b])),
-                   _mm512_mul_ps(scale, _mm512_cvtepi32_ps(upper_rows[t * kBlocks + b])));
-  }
-}
 };
 
 // Bits set in each 16-bit lane.
@@ -262,7 +264,8 @@ inline __m512i popcount16(__m512i v) {
   return _mm512_popcnt_epi16(v);
 #else
   const __m512i nibble = _mm512_set1_epi8(15);
-  const __m512i counts = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+  const __m512i counts =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
   const __m512i low = _mm512_shuffle_epi8(counts, _mm512_and_si512(v, nibble));
   const __m512i high = _mm512_shuffle_epi8(counts, _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble));
   return _mm512_maddubs_epi16(_mm512_add_epi8(low, high), _mm512_set1_epi8(1));
@@ -271,49 +274,57 @@ inline __m512i popcount16(__m512i v) {
 
 template <int kBlocks, int kTokens>
 struct SignBlocks {
-static void run(const SignTile& tile, int64_t block, const Tables& tables, int64_t token, const RowSums& out) {
-  __m512i mismatches[kBlocks * kTokens];  // at most kChunkCols, so 16 bits hold them
-  LB2_UNROLL
-  for (int i = 0; i < kBlocks * kTokens; ++i) mismatches[i] = _mm512_setzero_si512();
-  const char* data = tile.data + block * kBlockBytes;
-  const char* table = tables.data + token * tables.stride;
-  for (int64_t w = 0; w < tile.words; ++w) {
-    __m512i words[kBlocks];
-    load_words<kBlocks>(data, words);
+  static void run(const SignTile& tile, int64_t block, const Tables& tables, int64_t token,
+                  const RowSums& out) {
+    __m512i mismatches[kBlocks * kTokens];  // at most kChunkCols, so 16 bits hold them
+    LB2_UNROLL
+    for (int i = 0; i < kBlocks * kTokens; ++i) mismatches[i] = _mm512_setzero_si512();
+    const char* data = tile.data + block * kBlockBytes;
+    const char* table = tables.data + token * tables.stride;
+    for (int64_t w = 0; w < tile.words; ++w) {
+      __m512i words[kBlocks];
+      load_words<kBlocks>(data, words);
+      LB2_UNROLL
+      for (int t = 0; t < kTokens; ++t) {
+        int16_t signs;
+        std::memcpy(&signs, table + t * tables.stride + 2 * w, 2);
+        const __m512i columns = _mm512_set1_epi16(signs);
+        LB2_UNROLL
+        for (int b = 0; b < kBlocks; ++b) {
+          __m512i& sum = mismatches[t * kBlocks + b];
+          sum = _mm512_add_epi16(sum, popcount16(_mm512_xor_si512(words[b], columns)));
+        }
+      }
+      data += tile.blocks * kBlockBytes;
+    }
     LB2_UNROLL
     for (int t = 0; t < kTokens; ++t) {
-      int16_t signs;
-      std::memcpy(&signs, table + t * tables.stride + 2 * w, 2);
-      const __m512i columns = _mm512_set1_epi16(signs);
+      const __m512i columns = _mm512_set1_epi32(static_cast<int>(tables.columns));
       LB2_UNROLL
       for (int b = 0; b < kBlocks; ++b) {
-        __m512i& sum = mismatches[t * kBlocks + b];
-        sum = _mm512_add_epi16(sum, popcount16(_mm512_xor_si512(words[b], columns)));
+        const __m512i count = mismatches[t * kBlocks + b];
+        const __m512i low = _mm512_and_si512(count, _mm512_set1_epi32(0xFFFF)),
+                      high = _mm512_srli_epi32(count, 16);
+        finish_block(out, token + t, block + b,
+                     _mm512_cvtepi32_ps(_mm512_sub_epi32(columns, _mm512_slli_epi32(low, 1))),
+                     _mm512_cvtepi32_ps(_mm512_sub_epi32(columns, _mm512_slli_epi32(high, 1))));
       }
     }
-    data += tile.blocks * kBlockBytes;
   }
-  LB2_UNROLL
-  for (int t = 0; t < kTokens; ++t) {
-    const __m512i columns = _mm512_set1_epi32(static_cast<int>(tables.columns));
-    LB2_UNROLL
-    for (int b = 0; b < kBlocks; ++b) {
-      const __m512i count = mismatches[t * kBlocks + b];
-      const __m512i low = _mm512_and_si512(count, _mm512_set1_epi32(0xFFFF)), high = _mm512_srli_epi32(count, 16);
-      finish_block(out, token + t, block + b,
-                   _mm512_cvtepi32_ps(_mm512_sub_epi32(columns, _mm512_slli_epi32(low, 1))),
-                   _mm512_cvtepi32_ps(_mm512_sub_epi32(columns, _mm512_slli_epi32(high, 1))));
-    }
-  }
-}
 };
 
-// 32 zmm registers: the sums of a tile (one vector each for int16's windows and sign, two else), its words, and
-// the tables of a group.
+// 32 zmm registers: the sums of a tile (one vector each for int16's windows and sign, two else), its words,
+// and the tables of a group.
 const LookupKernels kLookup = {
     {kExactTableBytes, 2, build_exact, run_tile<ExactBlocks, 4, 2, 0>},
     {kInt16TableBytes, 4, build_int16, run_tile<Int16Blocks, 4, 2, 2>},
     {kInt16TableBytes, 4, build_int8, run_tile<Int16Blocks, 4, 2, 2>},
     {kSignTableBytes, 4, build_sign, run_tile<SignBlocks, 4, 4, 4>},
-    load_scaled, load_latents, abs_sum, scale_rows, add_bias, store, 512 * 1024,
+    load_scaled,
+    load_latents,
+    abs_sum,
+    scale_rows,
+    add_bias,
+    store,
+    512 * 1024,
 };

@@ -1,5 +1,5 @@
-// What the lookup kernels of all instruction sets share: scales, and register tiles run over a whole SignTile.
-// Include this before lookup_<isa>_body.h, where elementwise_body.h says.
+// What the lookup kernels of all instruction sets share: scales, and register tiles run over a whole
+// SignTile. Include this before lookup_<isa>_body.h, where elementwise_body.h says.
 
 struct ChunkScale {
   float factor;  // of the operand, before it is rounded
@@ -13,7 +13,6 @@ inline ChunkScale chunk_scale(float limit, float bound, float total) {
   const float safe = bound < kLeastBound ? kLeastBound : bound;
   return {limit / safe, safe * (1.0f / limit)};
 }
-
 
 template <template <int, int> class Kernel, int kBlocks, int kTokens>
 inline void run_tokens(const SignTile& tile, const Tables& tables, int64_t token, const RowSums& out) {

@@ -67,7 +67,8 @@ float build_int8(float* z, int64_t words, char* tables) {
 float build_sign(float* z, int64_t words, char* tables) {
   for (int64_t w = 0; w < words; ++w) {
     uint16_t bits = 0;
-    for (int l = 0; l < kWordCols; ++l) bits = static_cast<uint16_t>(bits | (z[w * kWordCols + l] < 0.0f) << l);
+    for (int l = 0; l < kWordCols; ++l)
+      bits = static_cast<uint16_t>(bits | (z[w * kWordCols + l] < 0.0f) << l);
     std::memcpy(tables + 2 * w, &bits, 2);
   }
   return 1.0f;
@@ -91,7 +92,8 @@ inline void finish_block(const RowSums& out, int64_t token, int64_t block, const
 template <int kBlocks, int kTokens>
 struct ExactBlocks {
   static_assert(kBlocks == 1 && kTokens == 1, "one block, one token");
-  static void run(const SignTile& tile, int64_t block, const Tables& tables, int64_t token, const RowSums& out) {
+  static void run(const SignTile& tile, int64_t block, const Tables& tables, int64_t token,
+                  const RowSums& out) {
     float sums[kBlockRows] = {};
     const char* table = tables.data + token * tables.stride;
     for (int64_t w = 0; w < tile.words; ++w) {
@@ -110,7 +112,8 @@ struct ExactBlocks {
 template <int kBlocks, int kTokens>
 struct Int16Blocks {
   static_assert(kBlocks == 1 && kTokens == 1, "one block, one token");
-  static void run(const SignTile& tile, int64_t block, const Tables& tables, int64_t token, const RowSums& out) {
+  static void run(const SignTile& tile, int64_t block, const Tables& tables, int64_t token,
+                  const RowSums& out) {
     int32_t sums[kBlockRows] = {};
     const char* table = tables.data + token * tables.stride;
     for (int64_t w = 0; w < tile.words; ++w) {
@@ -132,7 +135,8 @@ struct Int16Blocks {
 template <int kBlocks, int kTokens>
 struct SignBlocks {
   static_assert(kBlocks == 1 && kTokens == 1, "one block, one token");
-  static void run(const SignTile& tile, int64_t block, const Tables& tables, int64_t token, const RowSums& out) {
+  static void run(const SignTile& tile, int64_t block, const Tables& tables, int64_t token,
+                  const RowSums& out) {
     int32_t mismatches[kBlockRows] = {};
     for (int64_t w = 0; w < tile.words; ++w) {
       const BlockWords words(tile.data + (w * tile.blocks + block) * kBlockBytes);
@@ -153,5 +157,11 @@ const LookupKernels kLookup = {
     {kInt16TableBytes, 1, build_int16, run_tile<Int16Blocks, 1, 0, 0>},
     {kInt16TableBytes, 1, build_int8, run_tile<Int16Blocks, 1, 0, 0>},
     {kSignTableBytes, 1, build_sign, run_tile<SignBlocks, 1, 0, 0>},
-    load_scaled, load_latents, abs_sum, scale_rows, add_bias, store, 32 * 1024,
+    load_scaled,
+    load_latents,
+    abs_sum,
+    scale_rows,
+    add_bias,
+    store,
+    32 * 1024,
 };

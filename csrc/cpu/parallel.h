@@ -27,9 +27,9 @@ lb2_status run_parallel(lb2_parallel_for parallel_for, void* context, int64_t co
 }
 
 // Phases of tasks in one parallel region: the tasks of a phase start when all of the phase before are done.
-// A worker takes the tasks of a range of its own in order, as neighbours are neighbours in memory, then those left in
-// the other ranges. It waits only for tasks that another thread is running at that moment, so it does not matter how
-// many threads serve the workers: a single one runs all tasks in order.
+// A worker takes the tasks of a range of its own in order, as neighbours are neighbours in memory, then those
+// left in the other ranges. It waits only for tasks that another thread is running at that moment, so it does
+// not matter how many threads serve the workers: a single one runs all tasks in order.
 class Phases {
  public:
   static constexpr int kMost = 2;

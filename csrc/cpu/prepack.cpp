@@ -142,8 +142,8 @@ extern "C" lb2_status lb2_prepack_cpu(const lb2_linear_args* args, void* layer, 
   LB2_RETURN_IF_ERROR(lay_out(header, &layout));
   if (layer == nullptr) return lb2::fail(LB2_ERROR_INVALID_ARGUMENT, "layer must not be NULL");
   if (layer_bytes != layout.bytes)
-    return lb2::fail(LB2_ERROR_INVALID_ARGUMENT, "layer_bytes must be %" PRId64 ", got %" PRId64, layout.bytes,
-                     layer_bytes);
+    return lb2::fail(LB2_ERROR_INVALID_ARGUMENT, "layer_bytes must be %" PRId64 ", got %" PRId64,
+                     layout.bytes, layer_bytes);
   char* out = static_cast<char*>(layer);
   std::memset(out, 0, static_cast<size_t>(layer_bytes));
   std::memcpy(out, &header, static_cast<size_t>(header_bytes(header)));
@@ -154,8 +154,8 @@ extern "C" lb2_status lb2_prepack_cpu(const lb2_linear_args* args, void* layer, 
     copy_scale(out + placed.out_scale, path.out_scale, layout.n);
     if (header.paths[p].in_path == p) copy_scale(out + stage.in_scale, path.in_scale, layout.k);
     if (header.paths[p].v_path == p)
-      LB2_RETURN_IF_ERROR(pack_matrix(*args, stage.v, out, placed.row,
-                                      portable(path.v, path.v_stride, path.rank, layout.k)));
+      LB2_RETURN_IF_ERROR(
+          pack_matrix(*args, stage.v, out, placed.row, portable(path.v, path.v_stride, path.rank, layout.k)));
     if (layout.single_stage) continue;
     copy_scale(out + placed.latent_scale, path.latent_scale, path.rank);
     LB2_RETURN_IF_ERROR(
@@ -202,8 +202,7 @@ extern "C" lb2_status lb2_unprepack_cpu(const void* layer, int64_t layer_bytes, 
   copy_scale(out_scale, in + placed.out_scale, layout.n);
   copy_scale(latent_scale, in + placed.latent_scale, placed.rank);
   if (v != nullptr)
-    unpack_matrix(stage.v, in, placed.row,
-                  portable(v, lb2_words_per_row(layout.k), placed.rank, layout.k));
+    unpack_matrix(stage.v, in, placed.row, portable(v, lb2_words_per_row(layout.k), placed.rank, layout.k));
   if (u != nullptr)
     unpack_matrix(placed.u, in, 0, portable(u, lb2_words_per_row(placed.rank), layout.n, placed.rank));
   return LB2_OK;

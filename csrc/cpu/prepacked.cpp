@@ -30,10 +30,12 @@ struct Call {
   const char* layer() const { return static_cast<const char*>(args.layer); }
   const float* scale(int64_t offset) const { return reinterpret_cast<const float*>(layer() + offset); }
   const char* input_at(int64_t token, int64_t column) const {
-    return static_cast<const char*>(args.input) + ((first + token) * args.input_stride + column) * element_bytes();
+    return static_cast<const char*>(args.input) +
+           ((first + token) * args.input_stride + column) * element_bytes();
   }
   char* output_at(int64_t token, int64_t column) const {
-    return static_cast<char*>(args.output) + ((first + token) * args.output_stride + column) * element_bytes();
+    return static_cast<char*>(args.output) +
+           ((first + token) * args.output_stride + column) * element_bytes();
   }
   // Row 0 of the sums of a segment.
   float* part(int stage, int64_t segment, int64_t token) const {
@@ -65,11 +67,11 @@ Range piece(int64_t size, int64_t index, int64_t count) {
   return {size * index / count, size * (index + 1) / count};
 }
 
-// Sums of the rows of `tiles` over one chunk of m for `tokens`, which load(token, columns, padded) provides one by
-// one: row 0 of tile tiles.begin of token t goes to out + (t - tokens.begin) * stride.
+// Sums of the rows of `tiles` over one chunk of m for `tokens`, which load(token, columns, padded) provides
+// one by one: row 0 of tile tiles.begin of token t goes to out + (t - tokens.begin) * stride.
 template <typename Load>
-void sum_chunk(const Call& call, const Scratch& scratch, const Matrix& m, int64_t chunk, Range tiles, Range tokens,
-               const Load& load, float* out, int64_t stride, bool add) {
+void sum_chunk(const Call& call, const Scratch& scratch, const Matrix& m, int64_t chunk, Range tiles,
+               Range tokens, const Load& load, float* out, int64_t stride, bool add) {
   const int64_t words = m.words_of(chunk), columns = m.columns_of(chunk);
   const int64_t padded = (words * kWordCols + 15) / 16 * 16;
   float scales[kMostTileTokens];
@@ -170,13 +172,15 @@ void output_task(const Call& call, int64_t task, int64_t worker) {
     for (int64_t t = tokens.begin; t < tokens.end; ++t) {
       float factor = 1.0f;
       if (call.binarised()) {
-        factor = mean_magnitude(call, scratch, m, [&](int64_t first, int64_t columns, int64_t padded, float* z) {
-          load(t, first, columns, padded, z);
-        });
+        factor =
+            mean_magnitude(call, scratch, m, [&](int64_t first, int64_t columns, int64_t padded, float* z) {
+              load(t, first, columns, padded, z);
+            });
         const auto load_x = [&](int64_t first, int64_t columns, int64_t padded, float* z) {
           load_input(call, path.stage, t, first, columns, padded, z);
         };
-        if (!layout.single_stage) factor *= mean_magnitude(call, scratch, layout.stages[path.stage].v, load_x);
+        if (!layout.single_stage)
+          factor *= mean_magnitude(call, scratch, layout.stages[path.stage].v, load_x);
       }
       const int64_t row = (t - tokens.begin) * stride;
       call.kernels.scale_rows(scratch.dots + row, call.scale(path.out_scale) + first_row, factor, rows, p > 0,
@@ -229,8 +233,9 @@ lb2_status resolve(const lb2_prepacked_args* args, Resolved* resolved) {
     resolved->activation = args->dtype == LB2_FLOAT32 ? LB2_ACTIVATION_EXACT : LB2_ACTIVATION_INT16;
   const LookupMode* modes[] = {nullptr, &kernels.exact, &kernels.int16, &kernels.int8, &kernels.sign};
   resolved->mode = modes[resolved->activation];
-  resolved->plan = plan_prepacked(resolved->layout, kernels, *resolved->mode, args->m,
-                                  args->parallel_for == nullptr ? 1 : std::max<int64_t>(1, args->num_threads));
+  resolved->plan =
+      plan_prepacked(resolved->layout, kernels, *resolved->mode, args->m,
+                     args->parallel_for == nullptr ? 1 : std::max<int64_t>(1, args->num_threads));
   return LB2_OK;
 }
 
@@ -265,8 +270,9 @@ extern "C" lb2_status lb2_prepacked_forward_cpu(const lb2_prepacked_args* args) 
   const uintptr_t address = reinterpret_cast<uintptr_t>(args->workspace);
   char* workspace = reinterpret_cast<char*>((address + 63) & ~uintptr_t{63});
   for (int64_t first = 0; first < args->m; first += resolved.plan.token_block) {
-    const Call call = {*args,          resolved.layout, resolved.plan, *resolved.isa->lookup,
-                       *resolved.mode, workspace,       first,         std::min(resolved.plan.token_block, args->m - first)};
+    const Call call = {
+        *args,          resolved.layout, resolved.plan, *resolved.isa->lookup,
+        *resolved.mode, workspace,       first,         std::min(resolved.plan.token_block, args->m - first)};
     LB2_RETURN_IF_ERROR(run_block(call));
   }
   return LB2_OK;

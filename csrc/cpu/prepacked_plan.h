@@ -21,7 +21,7 @@ struct PrepackedPlan {
   int64_t workspace_bytes;
 };
 
-PrepackedPlan plan_prepacked(const Layout& layout, const LookupKernels& kernels, const LookupMode& mode, int64_t m,
-                             int64_t threads) noexcept;
+PrepackedPlan plan_prepacked(const Layout& layout, const LookupKernels& kernels, const LookupMode& mode,
+                             int64_t m, int64_t threads) noexcept;
 
 }  // namespace lb2::cpu

@@ -178,7 +178,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("plan_cpu", &plan_cpu, py::arg("m"), py::arg("k"), py::arg("n"), py::arg("ranks"),
         py::arg("single_stage"), py::arg("shares"),
         "Plan a forward call: isa, token_block, macs, first_stages, workspace sizes.");
-  m.def("plan_prepacked_cpu", &plan_prepacked_cpu, py::arg("layer").noconvert(), py::arg("m"), py::arg("dtype"),
-        py::arg("activation"), py::arg("threads"),
+  m.def("plan_prepacked_cpu", &plan_prepacked_cpu, py::arg("layer").noconvert(), py::arg("m"),
+        py::arg("dtype"), py::arg("activation"), py::arg("threads"),
         "Plan a forward call of a prepacked layer: isa, activation, token_block, workers, workspace_bytes.");
 }

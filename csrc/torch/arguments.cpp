@@ -24,7 +24,7 @@ lb2_dtype activation_dtype(const char* name, const Tensor& tensor) {
       return LB2_BFLOAT16;
     default:
       LB2_CHECK(false, name, " must be float32, float16 or bfloat16, got ",
-            torch::headeronly::toString(tensor.scalar_type()));
+                torch::headeronly::toString(tensor.scalar_type()));
       return LB2_FLOAT32;
   }
 }
@@ -43,16 +43,17 @@ Words words_data(const Name& name, const Tensor& words, int64_t rows, int64_t co
   const int64_t per_row = lb2_words_per_row(cols);
   LB2_CHECK(words.is_cpu(), name, " must be on the CPU like x");
   LB2_CHECK(words.scalar_type() == ScalarType::Int, name, " must be int32 words, got ",
-        torch::headeronly::toString(words.scalar_type()));
+            torch::headeronly::toString(words.scalar_type()));
   LB2_CHECK(words.dim() == 2 && words.size(0) == rows && words.size(1) == per_row, name, " must have shape [",
-        rows, ", ", per_row, "] (", cols, " signs per row in 32-bit words), got ", shape_of(words));
+            rows, ", ", per_row, "] (", cols, " signs per row in 32-bit words), got ", shape_of(words));
   LB2_CHECK(per_row == 1 || words.stride(1) == 1, name, " must have contiguous rows, got stride ",
-        words.stride(1));
+            words.stride(1));
   return {static_cast<const int32_t*>(words.const_data_ptr()), rows == 1 ? per_row : words.stride(0)};
 }
 
 void check_length(const char* name, const std::vector<Tensor>& list, size_t expected) {
-  LB2_CHECK(list.size() == expected, name, " must hold one tensor per path (", expected, "), got ", list.size());
+  LB2_CHECK(list.size() == expected, name, " must hold one tensor per path (", expected, "), got ",
+            list.size());
 }
 
 }  // namespace
@@ -60,9 +61,9 @@ void check_length(const char* name, const std::vector<Tensor>& list, size_t expe
 const float* scale_data(const Name& name, const Tensor& scale, int64_t size) {
   LB2_CHECK(scale.is_cpu(), name, " must be on the CPU like x");
   LB2_CHECK(scale.scalar_type() == ScalarType::Float, name, " must be float32, got ",
-        torch::headeronly::toString(scale.scalar_type()));
+            torch::headeronly::toString(scale.scalar_type()));
   LB2_CHECK(is_vector(scale) && scale.numel() == size, name, " must have shape [", size, "] or [1, ", size,
-        "], got ", shape_of(scale));
+            "], got ", shape_of(scale));
   LB2_CHECK(scale.is_contiguous(), name, " must be contiguous");
   return static_cast<const float*>(scale.const_data_ptr());
 }
@@ -72,8 +73,8 @@ void set_layer(lb2_linear_args& args, Paths& paths, const std::vector<Tensor>& v
                const std::vector<Tensor>& out_scale) {
   const size_t count = v.size();
   const bool single_stage = !u.has_value();
-  LB2_CHECK(count >= 1 && count <= LB2_MAX_PATHS, "v must hold between 1 and ", LB2_MAX_PATHS, " tensors, got ",
-        count);
+  LB2_CHECK(count >= 1 && count <= LB2_MAX_PATHS, "v must hold between 1 and ", LB2_MAX_PATHS,
+            " tensors, got ", count);
   check_length("in_scale", in_scale, count);
   check_length("out_scale", out_scale, count);
   LB2_CHECK(latent_scale.has_value() == !single_stage, "latent_scale must be given exactly when u is");
@@ -82,7 +83,8 @@ void set_layer(lb2_linear_args& args, Paths& paths, const std::vector<Tensor>& v
     check_length("latent_scale", *latent_scale, count);
   }
   LB2_CHECK(is_vector(in_scale[0]), "in_scale[0] must have shape [K] or [1, K], got ", shape_of(in_scale[0]));
-  LB2_CHECK(is_vector(out_scale[0]), "out_scale[0] must have shape [N] or [1, N], got ", shape_of(out_scale[0]));
+  LB2_CHECK(is_vector(out_scale[0]), "out_scale[0] must have shape [N] or [1, N], got ",
+            shape_of(out_scale[0]));
   args.k = in_scale[0].numel();
   args.n = out_scale[0].numel();
   LB2_CHECK(args.k >= 1, "in_scale[0] must not be empty");
@@ -92,7 +94,8 @@ void set_layer(lb2_linear_args& args, Paths& paths, const std::vector<Tensor>& v
     path = {};
     path.in_scale = scale_data(Name{"in_scale", static_cast<int64_t>(p)}, in_scale[p], args.k);
     path.out_scale = scale_data(Name{"out_scale", static_cast<int64_t>(p)}, out_scale[p], args.n);
-    LB2_CHECK(v[p].dim() == 2, Name{"v", static_cast<int64_t>(p)}, " must be two-dimensional, got ", shape_of(v[p]));
+    LB2_CHECK(v[p].dim() == 2, Name{"v", static_cast<int64_t>(p)}, " must be two-dimensional, got ",
+              shape_of(v[p]));
     path.rank = single_stage ? args.n : v[p].size(0);
     const Words v_words = words_data(Name{"v", static_cast<int64_t>(p)}, v[p], path.rank, args.k);
     path.v = v_words.data;
@@ -101,7 +104,8 @@ void set_layer(lb2_linear_args& args, Paths& paths, const std::vector<Tensor>& v
     const Words u_words = words_data(Name{"u", static_cast<int64_t>(p)}, (*u)[p], args.n, path.rank);
     path.u = u_words.data;
     path.u_stride = u_words.stride;
-    path.latent_scale = scale_data(Name{"latent_scale", static_cast<int64_t>(p)}, (*latent_scale)[p], path.rank);
+    path.latent_scale =
+        scale_data(Name{"latent_scale", static_cast<int64_t>(p)}, (*latent_scale)[p], path.rank);
   }
   args.struct_size = sizeof args;
   args.paths = paths.data();
@@ -114,8 +118,8 @@ Rows rows_of(const char* name, const Tensor& input, int64_t columns) {
   LB2_CHECK(input.is_cpu(), name, " must be on the CPU for this kernel");
   const lb2_dtype dtype = activation_dtype(name, input);
   const int64_t dims = input.dim();
-  LB2_CHECK(dims >= 1 && input.size(dims - 1) == columns, name, ".size(-1) must equal ", columns, ", got shape ",
-        shape_of(input));
+  LB2_CHECK(dims >= 1 && input.size(dims - 1) == columns, name, ".size(-1) must equal ", columns,
+            ", got shape ", shape_of(input));
   // Rows of a matrix may be apart; anything else is used if it is dense, and made so if it is not.
   const bool matrix = dims == 2 && (columns == 1 || input.stride(1) == 1);
   Tensor tensor = matrix || input.is_contiguous() ? input : torch::stable::contiguous(input);
@@ -133,8 +137,8 @@ Tensor new_output(const Tensor& input, int64_t columns) {
   int32_t dtype, device;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(input.get(), &dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(input.get(), &device));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(input.dim(), shape.data(), strides.data(), dtype, device,
-                                                         0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(input.dim(), shape.data(), strides.data(), dtype, device, 0, &handle));
   return Tensor(handle);
 }
 

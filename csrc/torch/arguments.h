@@ -1,5 +1,5 @@
-// Tensors in, arguments of the C ABI out: what the operators share. Every error names the argument, what was expected
-// and what was got.
+// Tensors in, arguments of the C ABI out: what the operators share. Every error names the argument, what was
+// expected and what was got.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -39,9 +39,10 @@ template <typename... Parts>
   throw std::runtime_error(message.str());
 }
 
-// Raises with the parts of a message unless the condition holds. A macro: the parts cost more than a small layer.
-#define LB2_CHECK(condition, ...)                         \
-  do {                                                    \
+// Raises with the parts of a message unless the condition holds. A macro: the parts cost more than a small
+// layer.
+#define LB2_CHECK(condition, ...)                           \
+  do {                                                      \
     if (!(condition)) ::lb2::torch_ops::raise(__VA_ARGS__); \
   } while (false)
 

@@ -8,8 +8,8 @@
 namespace lb2::torch_ops {
 namespace {
 
-// Scratch memory of a thread's calls, kept between them: making a tensor costs as much as a small layer. What would
-// be large to keep is not kept.
+// Scratch memory of a thread's calls, kept between them: making a tensor costs as much as a small layer. What
+// would be large to keep is not kept.
 class Workspace {
  public:
   explicit Workspace(int64_t bytes) {
@@ -34,8 +34,8 @@ thread_local int64_t Workspace::kept_bytes_ = 0;
 void check_layer_tensor(const Tensor& layer) {
   LB2_CHECK(layer.is_cpu(), "layer must be on the CPU");
   LB2_CHECK(layer.scalar_type() == ScalarType::Byte && layer.dim() == 1 && layer.is_contiguous(),
-        "layer must be contiguous uint8 [bytes] as littlebit2::prepack returns it, got ",
-        torch::headeronly::toString(layer.scalar_type()), " ", shape_of(layer));
+            "layer must be contiguous uint8 [bytes] as littlebit2::prepack returns it, got ",
+            torch::headeronly::toString(layer.scalar_type()), " ", shape_of(layer));
 }
 
 lb2_prepacked_info describe(const Tensor& layer) {
@@ -75,20 +75,21 @@ Operands unprepack(const Tensor& layer, const lb2_prepacked_info& info) {
       operands.u.push_back(words(info.n, info.ranks[p]));
       operands.latent_scale.push_back(scale(info.ranks[p]));
     }
-    throw_on_error(lb2_unprepack_cpu(layer.const_data_ptr(), layer.numel(), p,
-                                     shared ? nullptr : data_of<int32_t>(operands.v.back()),
-                                     info.single_stage ? nullptr : data_of<int32_t>(operands.u.back()),
-                                     shared ? nullptr : data_of<float>(operands.in_scale.back()),
-                                     info.single_stage ? nullptr : data_of<float>(operands.latent_scale.back()),
-                                     data_of<float>(operands.out_scale.back())));
+    throw_on_error(lb2_unprepack_cpu(
+        layer.const_data_ptr(), layer.numel(), p, shared ? nullptr : data_of<int32_t>(operands.v.back()),
+        info.single_stage ? nullptr : data_of<int32_t>(operands.u.back()),
+        shared ? nullptr : data_of<float>(operands.in_scale.back()),
+        info.single_stage ? nullptr : data_of<float>(operands.latent_scale.back()),
+        data_of<float>(operands.out_scale.back())));
   }
   return operands;
 }
 
 }  // namespace
 
-Tensor prepack_cpu(const std::vector<Tensor>& v, const OptionalTensors& u, const std::vector<Tensor>& in_scale,
-                   const OptionalTensors& latent_scale, const std::vector<Tensor>& out_scale) {
+Tensor prepack_cpu(const std::vector<Tensor>& v, const OptionalTensors& u,
+                   const std::vector<Tensor>& in_scale, const OptionalTensors& latent_scale,
+                   const std::vector<Tensor>& out_scale) {
   lb2_linear_args args = {};
   Paths paths;
   set_layer(args, paths, v, u, in_scale, latent_scale, out_scale);
@@ -118,8 +119,10 @@ Tensor linear_prepacked_cpu(const Tensor& x, const Tensor& layer, const std::opt
                             int64_t out_features, int64_t activation) {
   check_layer_tensor(layer);
   LB2_CHECK(activation >= LB2_ACTIVATION_AUTO && activation <= LB2_ACTIVATION_SIGN,
-        "activation must be between ", LB2_ACTIVATION_AUTO, " and ", LB2_ACTIVATION_SIGN, ", got ", activation);
-  LB2_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "x must have a last dimension of size K, got shape ", shape_of(x));
+            "activation must be between ", LB2_ACTIVATION_AUTO, " and ", LB2_ACTIVATION_SIGN, ", got ",
+            activation);
+  LB2_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "x must have a last dimension of size K, got shape ",
+            shape_of(x));
   const int64_t columns = x.size(x.dim() - 1);
   const Rows rows = rows_of("x", x, columns);
   lb2_prepacked_args args = {};
@@ -137,7 +140,8 @@ Tensor linear_prepacked_cpu(const Tensor& x, const Tensor& layer, const std::opt
   plan.struct_size = sizeof plan;
   throw_on_error(lb2_prepacked_plan_cpu(&args, &plan));
   LB2_CHECK(columns == plan.k, "x.size(-1) must equal ", plan.k, ", got shape ", shape_of(x));
-  LB2_CHECK(out_features == plan.n, "out_features must be ", plan.n, " as the layer says, got ", out_features);
+  LB2_CHECK(out_features == plan.n, "out_features must be ", plan.n, " as the layer says, got ",
+            out_features);
   if (bias) args.bias = scale_data(Name{"bias"}, *bias, plan.n);
   Tensor output = new_output(x, plan.n);
   args.output = output.mutable_data_ptr();

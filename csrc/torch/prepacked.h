@@ -6,8 +6,9 @@
 namespace lb2::torch_ops {
 
 // The prepacked layer, uint8 [bytes].
-Tensor prepack_cpu(const std::vector<Tensor>& v, const OptionalTensors& u, const std::vector<Tensor>& in_scale,
-                   const OptionalTensors& latent_scale, const std::vector<Tensor>& out_scale);
+Tensor prepack_cpu(const std::vector<Tensor>& v, const OptionalTensors& u,
+                   const std::vector<Tensor>& in_scale, const OptionalTensors& latent_scale,
+                   const std::vector<Tensor>& out_scale);
 
 // v, u, in_scale, latent_scale, out_scale of every path in turn; v, in_scale, out_scale if there is no u.
 std::vector<Tensor> unprepack_cpu(const Tensor& layer);

@@ -1,14 +1,46 @@
-"""LittleBit-2 for users: quantise a model's linear layers to packed sub-1-bit layers."""
+"""LittleBit-2 for users: quantise models to packed sub-1-bit layers, read and write checkpoints, run them.
 
-from littlebit2_kernels.version import __version__
+Names are imported on first use, so that ``littlebit2 --help`` does not wait for torch.
+"""
 
-from .quantize import QuantConfig, analyze_weight, quantize_linears, quantize_weight, rank_for_bpw
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from littlebit2_kernels.version import __version__
+
+    from .quantize import QuantConfig, analyze_weight, quantize_linears, quantize_weight, rank_for_bpw
+    from .stream import quantize_checkpoint
 
 __all__ = [
     "QuantConfig",
     "__version__",
     "analyze_weight",
+    "quantize_checkpoint",
     "quantize_linears",
     "quantize_weight",
     "rank_for_bpw",
 ]
+
+#: The module that defines each public name.
+_HOMES = {
+    "QuantConfig": ".quantize",
+    "__version__": "littlebit2_kernels.version",
+    "analyze_weight": ".quantize",
+    "quantize_checkpoint": ".stream",
+    "quantize_linears": ".quantize",
+    "quantize_weight": ".quantize",
+    "rank_for_bpw": ".quantize",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -169,6 +169,79 @@ void test_queries() {
   expect(lb2_linear_plan_cpu(&layer.args, &plan) == LB2_OK && plan.macs == INT64_MAX, "huge plans saturate");
 }
 
+// The prepacked layer of a Layer, and the arguments of a call on it.
+struct Prepacked {
+  Layer layer;
+  std::vector<char> bytes;
+  lb2_prepacked_args args = {};
+
+  Prepacked() {
+    int64_t size = 0;
+    expect(lb2_prepacked_bytes_cpu(&layer.args, &size) == LB2_OK, "bytes of the unspoilt layer");
+    bytes.resize(static_cast<size_t>(size));
+    expect(lb2_prepack_cpu(&layer.args, bytes.data(), size) == LB2_OK, "prepack the unspoilt layer");
+    args.struct_size = sizeof args;
+    args.layer = bytes.data();
+    args.layer_bytes = size;
+    args.m = Layer::kM;
+    args.input = layer.x.data();
+    args.input_stride = Layer::kK;
+    args.output = layer.y.data();
+    args.output_stride = Layer::kN;
+    args.workspace = layer.workspace.data();
+    args.workspace_bytes = static_cast<int64_t>(layer.workspace.size());
+  }
+};
+
+void expect_prepacked_refusal(const char* text, const std::function<void(Prepacked&)>& spoil) {
+  Prepacked prepacked;
+  spoil(prepacked);
+  const lb2_status status = lb2_prepacked_forward_cpu(&prepacked.args);
+  expect(status == LB2_ERROR_INVALID_ARGUMENT && std::strstr(lb2_last_error(), text) != nullptr, text);
+}
+
+void test_prepacked_checks() {
+  Prepacked prepacked;
+  prepacked.layer.workspace.resize(1 << 20);
+  prepacked.args.workspace = prepacked.layer.workspace.data();
+  prepacked.args.workspace_bytes = 1 << 20;
+  expect(lb2_prepacked_forward_cpu(&prepacked.args) == LB2_OK, "the unspoilt prepacked layer must run");
+  expect(lb2_prepacked_forward_cpu(nullptr) == LB2_ERROR_INVALID_ARGUMENT, "prepacked forward: args is NULL");
+  expect_prepacked_refusal("struct_size", [](Prepacked& p) { p.args.struct_size = 8; });
+  expect_prepacked_refusal("layer must not be NULL", [](Prepacked& p) { p.args.layer = nullptr; });
+  expect_prepacked_refusal("made by lb2_prepack_cpu", [](Prepacked& p) { p.args.layer_bytes = 0; });
+  expect_prepacked_refusal("made by lb2_prepack_cpu", [](Prepacked& p) { p.args.layer_bytes = -1; });
+  expect_prepacked_refusal("made by lb2_prepack_cpu", [](Prepacked& p) { p.bytes[0] ^= 1; });
+  expect_prepacked_refusal("layer_bytes must be", [](Prepacked& p) { p.args.layer_bytes -= 64; });
+  expect_prepacked_refusal("m must be", [](Prepacked& p) { p.args.m = -1; });
+  expect_prepacked_refusal("dtype must be", [](Prepacked& p) { p.args.dtype = LB2_INT8; });
+  expect_prepacked_refusal("activation must be", [](Prepacked& p) { p.args.activation = 5; });
+  expect_prepacked_refusal("isa must be", [](Prepacked& p) { p.args.isa = 42; });
+  expect_prepacked_refusal("input must not be NULL", [](Prepacked& p) { p.args.input = nullptr; });
+  expect_prepacked_refusal("output_stride must be", [](Prepacked& p) { p.args.output_stride = 1; });
+  expect_prepacked_refusal("workspace must not be NULL", [](Prepacked& p) { p.args.workspace = nullptr; });
+  expect_prepacked_refusal("workspace_bytes must be", [](Prepacked& p) { p.args.workspace_bytes = 8; });
+
+  int64_t size = 0;
+  expect(lb2_prepacked_bytes_cpu(&prepacked.layer.args, nullptr) == LB2_ERROR_INVALID_ARGUMENT,
+         "bytes is NULL");
+  expect(lb2_prepack_cpu(&prepacked.layer.args, prepacked.bytes.data(), 64) == LB2_ERROR_INVALID_ARGUMENT,
+         "prepack: layer_bytes");
+  lb2_prepacked_info info = {};
+  expect(lb2_prepacked_info_cpu(prepacked.args.layer, prepacked.args.layer_bytes, &info) ==
+             LB2_ERROR_INVALID_ARGUMENT,
+         "info: struct_size is 0");
+  expect(lb2_unprepack_cpu(prepacked.args.layer, prepacked.args.layer_bytes, 2, nullptr, nullptr, nullptr,
+                           nullptr, nullptr) == LB2_ERROR_INVALID_ARGUMENT,
+         "unprepack: path");
+  Layer huge;
+  huge.args.k = huge.args.n = INT32_MAX;
+  for (lb2_path& path : huge.paths) path.rank = 2147483640, path.v_stride = path.u_stride = 67108864;
+  // Both paths pass one in_scale, so its K values, which are not there, need not be compared.
+  expect(lb2_prepacked_bytes_cpu(&huge.args, &size) == LB2_ERROR_INVALID_ARGUMENT,
+         "huge layers do not overflow");
+}
+
 }  // namespace
 
 int main() {
@@ -178,5 +251,6 @@ int main() {
   test_buffer_checks();
   test_signs();
   test_queries();
+  test_prepacked_checks();
   return failures != 0;
 }

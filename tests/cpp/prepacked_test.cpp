@@ -1,5 +1,6 @@
-// Random problems on the prepacked layout: the round trip of the layout, and the call in every mode of activation and
-// on every instruction set, which must agree to the bit. Then damaged layers, which must be refused.
+// Random problems on the prepacked layout: the round trip of the layout, and the call in every mode of
+// activation and on every instruction set, which must agree to the bit. Then damaged layers, which must be
+// refused.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -16,7 +17,8 @@ bool failed_call(int index, const char* what, lb2_status status) {
   return true;
 }
 
-bool same_signs(const std::vector<double>& dense, const std::vector<int32_t>& words, int64_t rows, int64_t cols) {
+bool same_signs(const std::vector<double>& dense, const std::vector<int32_t>& words, int64_t rows,
+                int64_t cols) {
   const int64_t pitch = lb2_words_per_row(cols);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < pitch * 32; ++c) {
@@ -40,9 +42,10 @@ bool round_trip(int index, const Problem& problem, const Buffer& layer, int64_t 
     std::vector<float> in_scale(static_cast<size_t>(problem.k)), out_scale(static_cast<size_t>(problem.n));
     std::vector<float> latent_scale(static_cast<size_t>(path.rank));
     const bool two = !problem.single_stage;
-    if (failed_call(index, "unprepack",
-                    lb2_unprepack_cpu(layer.data, bytes, p, v.data(), two ? u.data() : nullptr, in_scale.data(),
-                                      two ? latent_scale.data() : nullptr, out_scale.data())))
+    if (failed_call(
+            index, "unprepack",
+            lb2_unprepack_cpu(layer.data, bytes, p, v.data(), two ? u.data() : nullptr, in_scale.data(),
+                              two ? latent_scale.data() : nullptr, out_scale.data())))
       return false;
     same = same && same_signs(path.v, v, path.rank, problem.k) && in_scale == path.in_scale &&
            out_scale == path.out_scale;
@@ -55,7 +58,8 @@ bool round_trip(int index, const Problem& problem, const Buffer& layer, int64_t 
   return same;
 }
 
-// Largest relative error of a mode. The 8-bit and 1-bit ones are approximations: only their agreement is tested here.
+// Largest relative error of a mode. The 8-bit and 1-bit ones are approximations: only their agreement is
+// tested here.
 double allowed(lb2_activation activation, const Problem& problem) {
   if (activation == LB2_ACTIVATION_EXACT) return tolerance(problem.dtype);
   // Few terms can cancel below what random signs give; the Python sweep has the tight bound.
@@ -115,7 +119,8 @@ bool run_modes(int index, const Problem& problem, const Buffer& layer, int64_t b
 // Whatever happens to the header, the calls must refuse the layer or find one of the same size in it.
 bool survives_damage(const Buffer& layer, int64_t bytes) {
   for (int i = 0; i < 64; ++i) {
-    const int64_t length = engine() % 3 ? bytes : static_cast<int64_t>(engine() % static_cast<uint64_t>(bytes));
+    const int64_t length =
+        engine() % 3 ? bytes : static_cast<int64_t>(engine() % static_cast<uint64_t>(bytes));
     Buffer damaged(length, false);
     std::memcpy(damaged.data, layer.data, static_cast<size_t>(length));
     for (int flips = 0; flips < 3 && length > 0; ++flips)

@@ -17,7 +17,9 @@
 
 inline std::mt19937_64 engine;
 
-inline int64_t pick(std::initializer_list<int64_t> values) { return values.begin()[engine() % values.size()]; }
+inline int64_t pick(std::initializer_list<int64_t> values) {
+  return values.begin()[engine() % values.size()];
+}
 
 // `bytes` at an address that is odd when `misaligned` is set, ending exactly at the end of the allocation.
 struct Buffer {
@@ -97,7 +99,8 @@ inline std::vector<float> random_floats(int64_t count) {
 
 // Random signs with `pitch` words per row, the spare words and pad bits included, filled at random: kernels
 // may not depend on them.
-inline Buffer random_words(int64_t rows, int64_t cols, int64_t pitch, bool misaligned, std::vector<double>& dense) {
+inline Buffer random_words(int64_t rows, int64_t cols, int64_t pitch, bool misaligned,
+                           std::vector<double>& dense) {
   std::vector<int32_t> words(static_cast<size_t>((rows - 1) * pitch + lb2_words_per_row(cols)));
   for (int32_t& word : words) word = static_cast<int32_t>(engine());
   dense.resize(static_cast<size_t>(rows * cols));
@@ -115,8 +118,8 @@ inline double sum_of_squares(const std::vector<float>& values) {
 
 // y[n] += out * (U @ (latent * (V @ (in * x)))), or its transpose. Returns the mean of |y|^2 over random
 // signs: a result of few elements may cancel to almost nothing, and its error is then compared with that.
-inline double reference(const std::vector<Path>& paths, bool single_stage, bool backward, int64_t k, int64_t n,
-                 const double* input, double* output) {
+inline double reference(const std::vector<Path>& paths, bool single_stage, bool backward, int64_t k,
+                        int64_t n, const double* input, double* output) {
   double typical = 0.0;
   for (const Path& path : paths) {
     const int64_t rank = path.rank;
@@ -202,8 +205,9 @@ struct Problem {
 
   void describe() const {
     std::fprintf(stderr, "  dtype %d m %ld k %ld n %ld paths %ld%s%s\n", static_cast<int>(dtype),
-                 static_cast<long>(m), static_cast<long>(k), static_cast<long>(n), static_cast<long>(num_paths),
-                 single_stage ? ", single-stage" : "", backward ? ", backward" : "");
+                 static_cast<long>(m), static_cast<long>(k), static_cast<long>(n),
+                 static_cast<long>(num_paths), single_stage ? ", single-stage" : "",
+                 backward ? ", backward" : "");
   }
 };
 

@@ -1,5 +1,5 @@
-// Random problems on the portable layout against a double reference, on every instruction set this machine runs,
-// over a parallel_for that splits ranges unevenly. All instruction sets must agree to the bit.
+// Random problems on the portable layout against a double reference, on every instruction set this machine
+// runs, over a parallel_for that splits ranges unevenly. All instruction sets must agree to the bit.
 #include <cstdio>
 #include <cstdlib>
 #include <vector>

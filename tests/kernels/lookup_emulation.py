@@ -1,7 +1,7 @@
 """The arithmetic contract of the lookup kernels (csrc/cpu/lookup.h, layout.h) once more, in numpy.
 
-Nothing of the layout in memory, of tiles, tasks or vectors is here: only which numbers are rounded, and in which
-order floats are added. Results must agree with those of the kernels in every bit.
+Nothing of the layout in memory, of tiles, tasks or vectors is here: only which numbers are rounded, and in
+which order floats are added. Results must agree with those of the kernels in every bit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def segments_of(cols: int) -> list[list[slice]]:
     chunks = -(-words // CHUNK_WORDS)
     segments = min(chunks, SEGMENTS)
     chunks = -(-chunks // segments) * segments
-    chunk_words = -(-(-(-words // chunks)) // 2) * 2
+    per_chunk = -(-words // chunks)
+    chunk_words = per_chunk + per_chunk % 2
     slices = [
         slice(first, min(first + chunk_words * WORD, cols)) for first in range(0, cols, chunk_words * WORD)
     ]

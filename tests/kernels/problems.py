@@ -13,7 +13,7 @@ from littlebit2_kernels.testing import TOLERANCE, make_problem
 SIZES = (1, 2, 7, 16, 31, 32, 33, 64, 65, 100, 130, 257, 400, 1025)
 TOKENS = (0, 1, 1, 1, 2, 3, 4, 5, 6, 7, 8, 13, 25, 33, 100)
 
-#: Around the words (15 columns), pairs of words, chunks (at most 720 columns) and segments of the prepacked layout.
+#: Around the words (15 columns), pairs of words, chunks (at most 720) and segments of the prepacked layout.
 LOOKUP_COLS = (1, 4, 5, 14, 15, 16, 29, 30, 31, 100, 257, 400, 719, 720, 721, 1440, 1441, 2161, 2900, 4330)
 #: Around its blocks (32 rows) and tiles (128 rows).
 LOOKUP_ROWS = (1, 7, 16, 31, 32, 33, 64, 97, 127, 128, 129, 160, 255, 256, 257, 300, 513)
@@ -57,7 +57,9 @@ def random_lookup_problem(
     kind = draw.choice(("apart", "shared", "stacked", "mixed")) if paths not in (None, 1) else "apart"
     ranks = None
     if paths is not None:
-        ranks = [8 * draw.choice((draw.randint(1, 20), draw.randint(1, 20), 90, 91, 181)) for _ in range(paths)]
+        ranks = [
+            8 * draw.choice((draw.randint(1, 20), draw.randint(1, 20), 90, 91, 181)) for _ in range(paths)
+        ]
         ranks = [ranks[0]] * paths if kind in ("shared", "mixed") else ranks
     in_features = draw.choice(LOOKUP_COLS)
     x, packed = make_problem(
@@ -92,17 +94,13 @@ def describe(x: torch.Tensor, packed: PackedLinear) -> str:
 
 
 def with_equal_in_scales(packed: PackedLinear, *, share_last: bool = False) -> PackedLinear:
-    """Give all paths the first one's in_scale by value, which stacks their V; the last may share the V before it."""
+    """Give all paths the first one's in_scale by value, which stacks their V; the last may share a V."""
     paths = [packed.paths[0]]
     for path in packed.paths[1:]:
-        paths.append(
-            PackedPath(path.v, paths[0].in_scale.clone(), path.out_scale, path.u, path.latent_scale)
-        )
+        paths.append(PackedPath(path.v, paths[0].in_scale.clone(), path.out_scale, path.u, path.latent_scale))
     if share_last:
         last = paths[-1]
-        paths[-1] = PackedPath(
-            paths[-2].v, paths[-2].in_scale, last.out_scale, last.u, last.latent_scale
-        )
+        paths[-1] = PackedPath(paths[-2].v, paths[-2].in_scale, last.out_scale, last.u, last.latent_scale)
     return PackedLinear(tuple(paths), packed.bias)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from littlebit2_kernels import PackedLinear, PackedPath, littlebit_linear, prepack
 from littlebit2_kernels._native import core
+from littlebit2_kernels.dispatch import ACTIVATIONS
 from littlebit2_kernels.testing import make_problem
 from tests.kernels.problems import describe, random_lookup_problem, with_equal_in_scales
 
@@ -23,7 +24,7 @@ def threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", range(40))
+@pytest.mark.parametrize("case", range(15))
 def test_instruction_sets_agree_to_the_bit(
     case: int, mode: str, every_isa: list[str], rng: torch.Generator
 ) -> None:
@@ -37,9 +38,8 @@ def test_instruction_sets_agree_to_the_bit(
         assert torch.equal(result, results[0]), f"{name} and {every_isa[0]}: {describe(x, packed)}"
 
 
-@pytest.mark.parametrize("mode", MODES)
 def test_the_layout_does_not_depend_on_the_instruction_set(
-    mode: str, every_isa: list[str], rng: torch.Generator
+    every_isa: list[str], rng: torch.Generator
 ) -> None:
     _, packed = make_problem(1, 1500, 130, [72, 16], generator=rng)
     layers = []
@@ -68,7 +68,7 @@ def test_result_does_not_depend_on_the_batch(
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("ranks", [[256, 64], None], ids=str)
-@pytest.mark.parametrize("tokens", [1, 9, 130])
+@pytest.mark.parametrize("tokens", [1, 130])
 def test_result_does_not_depend_on_threads_or_repetition(
     tokens: int, ranks: list[int] | None, mode: str, isa: str, rng: torch.Generator
 ) -> None:
@@ -99,7 +99,6 @@ def test_sharing_and_stacking_change_no_bit(mode: str, isa: str, rng: torch.Gene
     copied = PackedPath(
         second.v.clone(), second.in_scale.clone(), second.out_scale, second.u, second.latent_scale
     )
-    # The same first stage three times: shared, stacked below the first, and apart by the sign of a pad-like zero.
     shared, stacked = prepack(packed), prepack(PackedLinear((first, copied)))
     assert shared.nbytes < stacked.nbytes
     assert (shared.shares, stacked.shares) == ((0, 0), (0, 1))
@@ -109,7 +108,7 @@ def test_sharing_and_stacking_change_no_bit(mode: str, isa: str, rng: torch.Gene
 
 @pytest.mark.parametrize("mode", MODES)
 def test_stacking_changes_no_bit(mode: str, isa: str, rng: torch.Generator) -> None:
-    """A zero channel whose sign differs keeps two in_scale apart, and changes no sum."""
+    """The scale of a channel that is zero keeps the in_scale of paths apart, and changes no sum."""
     x, packed = make_problem(4, 1500, 90, [40, 72, 24], generator=rng)
     x[:, 7] = 0
     stacked = with_equal_in_scales(packed)
@@ -155,9 +154,7 @@ def test_tiny_operands_lose_precision_and_nothing_else(
     exponent: int, mode: str, isa: str, rng: torch.Generator
 ) -> None:
     x, packed = make_problem(5, 300, 70, None, generator=rng)
-    tiny = PackedLinear(
-        (PackedPath(packed.paths[0].v, packed.paths[0].in_scale, torch.ones(70)),)
-    )
+    tiny = PackedLinear((PackedPath(packed.paths[0].v, packed.paths[0].in_scale, torch.ones(70)),))
     x = x * 2.0**exponent
     y = littlebit_linear(x, prepack(tiny), activation=mode)
     exact = littlebit_linear(x, prepack(tiny), activation="exact")
@@ -256,8 +253,6 @@ def test_output_is_rounded_to_nearest_even(isa: str, dtype: torch.dtype, rng: to
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("offset", [1, 2, 4, 13, 32])
 def test_a_layer_at_any_address(offset: int, mode: str, isa: str, rng: torch.Generator) -> None:
-    from littlebit2_kernels.dispatch import ACTIVATIONS
-
     x, packed = make_problem(9, 1300, 150, [72, 16], bias=True, generator=rng)
     prepacked = prepack(packed)
     layer = prepacked.layer

@@ -10,9 +10,16 @@ import torch
 
 import littlebit2_kernels
 from littlebit2_kernels import PackedLinear, PackedPath, littlebit_linear, prepack
+from littlebit2_kernels.dispatch import ACTIVATIONS
 from littlebit2_kernels.format import pack_signs_reference, words_per_row
 from littlebit2_kernels.testing import make_packed, make_problem
-from tests.kernels.problems import LOOKUP_COLS, LOOKUP_ROWS, describe, random_lookup_problem, with_equal_in_scales
+from tests.kernels.problems import (
+    LOOKUP_COLS,
+    LOOKUP_ROWS,
+    describe,
+    random_lookup_problem,
+    with_equal_in_scales,
+)
 
 MODES = ("exact", "int16", "int8", "sign")
 
@@ -77,7 +84,7 @@ def test_sixteen_paths(rng: torch.Generator) -> None:
 
 @pytest.mark.parametrize("cols", [31, 720, 1500])
 def test_every_bit_position(cols: int, isa: str) -> None:
-    """One -1 in every row, in every column once: the layout moves it to one place, and the kernels read it there."""
+    """One -1 in every row, in every column once: the layout keeps it, the kernels read it."""
     signs = 1 - 2 * torch.eye(cols)
     packed = PackedLinear((PackedPath(pack_signs_reference(signs), torch.ones(cols), torch.ones(cols)),))
     assert_same_layer(prepack(packed).unpack(), packed)
@@ -143,12 +150,12 @@ def test_any_bits_are_kept_but_for_padding(case: int) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_pad_bits_change_no_result(mode: str, isa: str, rng: torch.Generator) -> None:
-    from littlebit2_kernels.dispatch import ACTIVATIONS
-
     x, packed = make_problem(5, 725, 50, [40], generator=rng)
     v, u, *scales = packed.operands
-    dirty = [torch.where(torch.arange(t.shape[1]) == t.shape[1] - 1, t | -(1 << c % 32), t)
-             for t, c in ((v[0], 725), (u[0], 40))]
+    dirty = [
+        torch.where(torch.arange(t.shape[1]) == t.shape[1] - 1, t | -(1 << c % 32), t)
+        for t, c in ((v[0], 725), (u[0], 40))
+    ]
     layer = torch.ops.littlebit2.prepack([dirty[0]], [dirty[1]], *scales)
     assert torch.equal(layer, prepack(packed).layer)
     y = torch.ops.littlebit2.linear_prepacked(x, layer, None, 50, ACTIVATIONS[mode])

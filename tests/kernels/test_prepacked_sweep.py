@@ -1,4 +1,4 @@
-"""Random problems on prepacked layers: accuracy, and the arithmetic contract to the bit, on every instruction set."""
+"""Random problems on prepacked layers: accuracy, and the arithmetic contract to the bit, on every ISA."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.kernels.problems import (
 
 MODES = ("exact", "int16", "int8", "sign")
 
-#: Relative error that a mode may have on inputs without outliers, by which its documentation promises it.
+#: Relative errors that the modes may have on inputs without outliers.
 INT16_ERROR = 5e-4
 INT8_ERROR = 3e-2
 
@@ -37,7 +37,7 @@ def error_of(y: torch.Tensor, x: torch.Tensor, packed: PackedLinear) -> float:
     return relative_error(y, linear_reference(x, packed), typical_norm(x, packed))
 
 
-@pytest.mark.parametrize("case", range(80))
+@pytest.mark.parametrize("case", range(40))
 def test_exact_is_as_exact_as_torch(case: int, isa: str, rng: torch.Generator) -> None:
     x, packed = random_lookup_problem(rng)
     y = littlebit_linear(x, prepack(packed), backend="cpu", activation="exact")
@@ -49,7 +49,7 @@ def test_exact_is_as_exact_as_torch(case: int, isa: str, rng: torch.Generator) -
     assert error <= max_allowed_error(x, packed, truth), describe(x, packed)
 
 
-@pytest.mark.parametrize("case", range(60))
+@pytest.mark.parametrize("case", range(20))
 def test_exact_on_the_problems_of_the_portable_kernels(case: int, isa: str, rng: torch.Generator) -> None:
     x, packed = random_problem(rng)
     y = littlebit_linear(x, prepack(packed), activation="exact")
@@ -58,7 +58,7 @@ def test_exact_on_the_problems_of_the_portable_kernels(case: int, isa: str, rng:
     assert error <= max_allowed_error(x, packed, truth), describe(x, packed)
 
 
-@pytest.mark.parametrize("case", range(50))
+@pytest.mark.parametrize("case", range(30))
 def test_int16_is_as_exact_as_promised(case: int, isa: str, rng: torch.Generator) -> None:
     x, packed = random_lookup_problem(rng, outliers=(0,))
     error = error_of(littlebit_linear(x, prepack(packed), activation="int16"), x, packed)
@@ -107,7 +107,7 @@ def test_sign_is_a_binarised_layer(isa: str, rng: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", range(50))
+@pytest.mark.parametrize("case", range(20))
 def test_every_isa_keeps_the_contract_to_the_bit(
     case: int, mode: str, every_isa: list[str], rng: torch.Generator
 ) -> None:
@@ -121,8 +121,10 @@ def test_every_isa_keeps_the_contract_to_the_bit(
 
 @pytest.mark.parametrize("cols", LOOKUP_COLS)
 @pytest.mark.parametrize("single_stage", [False, True])
-def test_every_number_of_columns(cols: int, single_stage: bool, every_isa: list[str], rng: torch.Generator) -> None:
-    rank = None if single_stage else [-(-cols // 8) * 8]
+def test_every_number_of_columns(
+    cols: int, single_stage: bool, every_isa: list[str], rng: torch.Generator
+) -> None:
+    rank = None if single_stage else [min(-(-cols // 8) * 8, 1448)]
     x, packed = make_problem(3, cols, 33, rank, generator=rng)
     prepacked = prepack(packed)
     for mode in MODES:
@@ -133,7 +135,7 @@ def test_every_number_of_columns(cols: int, single_stage: bool, every_isa: list[
 
 
 @pytest.mark.parametrize("rows", LOOKUP_ROWS)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 7, 8, 9])
+@pytest.mark.parametrize("tokens", [1, 3, 4, 9])
 def test_every_number_of_rows_and_tokens(
     rows: int, tokens: int, every_isa: list[str], rng: torch.Generator
 ) -> None:

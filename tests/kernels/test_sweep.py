@@ -17,6 +17,7 @@ from littlebit2_kernels.testing import (
 )
 from tests.kernels.problems import random_problem
 
+
 @pytest.mark.parametrize("case", range(300))
 def test_forward_is_as_exact_as_torch(case: int, isa: str, rng: torch.Generator) -> None:
     x, packed = random_problem(rng)

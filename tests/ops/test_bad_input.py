@@ -39,7 +39,7 @@ def test_bad_x(x: Any, error: type[Exception], message: str) -> None:
 
 def test_bad_layer_and_backend() -> None:
     x, packed = make_problem(2, 40, 30, [8])
-    with pytest.raises(TypeError, match="packed must be a PackedLinear, got Tensor"):
+    with pytest.raises(TypeError, match="packed must be a PackedLinear or a PrepackedLinear, got Tensor"):
         littlebit_linear(x, x)  # type: ignore[arg-type]
     with pytest.raises(
         ValueError, match="backend must be one of auto, cpu, cuda, triton, reference, got 'tpu'"
@@ -168,7 +168,7 @@ def test_explain_says_what_will_happen() -> None:
     assert (plan.backend, plan.tokens, plan.first_stages) == ("cpu", 6, 1)
     assert plan.macs == 6 * (16 * 40 + 2 * 16 * 30)
     assert plan.packed_bytes == packed.nbytes
-    assert plan.isa in ("scalar", "avx2", "avx512")
+    assert plan.isa in ("scalar", "avx2", "avx512", "avx512vnni")
     assert "token_block" in str(plan)
     reference = explain((6, 40), packed, backend="reference")
     assert (reference.backend, reference.isa) == ("reference", None)

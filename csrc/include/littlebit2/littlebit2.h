@@ -45,9 +45,9 @@ typedef int32_t lb2_dtype;
 /* Instruction sets of the CPU kernels. */
 typedef int32_t lb2_isa;
 #define LB2_ISA_AUTO 0
-#define LB2_ISA_SCALAR 1 /* portable C++, any CPU */
-#define LB2_ISA_AVX2 2   /* AVX2 + FMA + F16C */
-#define LB2_ISA_AVX512 3 /* AVX-512 F, BW, DQ, VL */
+#define LB2_ISA_SCALAR 1      /* portable C++, any CPU */
+#define LB2_ISA_AVX2 2        /* AVX2 + FMA + F16C */
+#define LB2_ISA_AVX512 3      /* AVX-512 F, BW, DQ, VL */
 #define LB2_ISA_AVX512_VNNI 4 /* the same with VNNI and BITALG */
 
 /* One path of a layer. Two paths of equal rank whose `v`, `v_stride` and `in_scale` are equal share their
@@ -115,17 +115,19 @@ LB2_API lb2_status lb2_linear_backward_x_cpu(const lb2_linear_args* args);
 
 /* ---- Prepacked layers: the fast path of the CPU ----
  *
- * A prepacked layer is one block of bytes that holds signs and scales in the order in which the CPU kernels read them.
- * It is made once, at load, and takes the place of the portable tensors, which can be had back from it. It is valid in
- * the process (and version of this library) that made it; it is not a file format. */
+ * A prepacked layer is one block of bytes that holds signs and scales in the order in which the CPU kernels
+ * read them. It is made once, at load, and takes the place of the portable tensors, which can be had back
+ * from it. It is valid in the process (and version of this library) that made it; it is not a file format. */
 
 /* How activations enter the sums of signs. Accumulation is exact but for EXACT, where it is in fp32. */
 typedef int32_t lb2_activation;
 #define LB2_ACTIVATION_AUTO 0  /* EXACT for float32, INT16 for float16 and bfloat16 */
 #define LB2_ACTIVATION_EXACT 1 /* fp32 throughout; error about 1e-6 */
-#define LB2_ACTIVATION_INT16 2 /* sums of five activations in 16 bits, a scale per chunk of 720 channels; 3e-4 */
-#define LB2_ACTIVATION_INT8 3  /* activations and latents in 8 bits, a scale per chunk of 720 channels; 1e-2 */
-#define LB2_ACTIVATION_SIGN 4  /* their signs, times the mean magnitude per token: XNOR and popcount */
+#define LB2_ACTIVATION_INT16 \
+  2 /* sums of five activations in 16 bits, a scale per chunk of 720 channels; 3e-4 */
+#define LB2_ACTIVATION_INT8 3 /* activations and latents in 8 bits, a scale per chunk of 720 channels; 1e-2 \
+                               */
+#define LB2_ACTIVATION_SIGN 4 /* their signs, times the mean magnitude per token: XNOR and popcount */
 
 typedef struct lb2_prepacked_info {
   uint64_t struct_size;
@@ -167,24 +169,27 @@ typedef struct lb2_prepacked_plan {
   lb2_activation activation; /* AUTO resolved */
 } lb2_prepacked_plan;
 
-/* Bytes of the prepacked layer; only the layer's part of args is looked at: k, n, paths, num_paths, dtype (any). */
+/* Bytes of the prepacked layer; only the layer's part of args is looked at: k, n, paths, num_paths, dtype
+ * (any). */
 LB2_API lb2_status lb2_prepacked_bytes_cpu(const lb2_linear_args* args, int64_t* bytes);
 
-/* Prepack the layer of args into `layer`, [layer_bytes] as lb2_prepacked_bytes_cpu says, over args->parallel_for. */
+/* Prepack the layer of args into `layer`, [layer_bytes] as lb2_prepacked_bytes_cpu says, over
+ * args->parallel_for. */
 LB2_API lb2_status lb2_prepack_cpu(const lb2_linear_args* args, void* layer, int64_t layer_bytes);
 
 /* Describe a prepacked layer. */
 LB2_API lb2_status lb2_prepacked_info_cpu(const void* layer, int64_t layer_bytes, lb2_prepacked_info* info);
 
-/* Write one path of a prepacked layer back to contiguous portable tensors; NULL skips one. Pad bits become 0. */
-LB2_API lb2_status lb2_unprepack_cpu(const void* layer, int64_t layer_bytes, int64_t path, int32_t* v, int32_t* u,
-                                     float* in_scale, float* latent_scale, float* out_scale);
+/* Write one path of a prepacked layer back to contiguous portable tensors; NULL skips one. Pad bits become 0.
+ */
+LB2_API lb2_status lb2_unprepack_cpu(const void* layer, int64_t layer_bytes, int64_t path, int32_t* v,
+                                     int32_t* u, float* in_scale, float* latent_scale, float* out_scale);
 
 /* Fill *plan for args; input, output and workspace are not looked at. */
 LB2_API lb2_status lb2_prepacked_plan_cpu(const lb2_prepacked_args* args, lb2_prepacked_plan* plan);
 
-/* y = layer(x). Same bits whatever the ISA, the thread count and the other tokens. A token whose values are not finite
- * gets results that are not; under INT16 and INT8 that may be NaN where EXACT has an infinity. */
+/* y = layer(x). Same bits whatever the ISA, the thread count and the other tokens. A token whose values are
+ * not finite gets results that are not; under INT16 and INT8 that may be NaN where EXACT has an infinity. */
 LB2_API lb2_status lb2_prepacked_forward_cpu(const lb2_prepacked_args* args);
 
 /* Pack `negative` [rows, cols] (one byte each, non-zero means -1) into words [rows, ceil(cols/32)]; pad bits

@@ -4,12 +4,13 @@ from .budget import counted_bpw, planned_stored_bpw, rank_for_bpw, smallest_bpw,
 from .config import QuantConfig
 from .dual_svid import dual_svid
 from .joint_itq import LatentRotation, joint_itq, polar_factor
-from .model import quantize_linears
+from .model import DEFAULT_EXCLUDE, check_patterns, is_selected, layer_config, quantize_linears
 from .quantizer import LayerReport, PathReport, QuantizedLayer, quantize_weight
 from .spectrum import Coherence, SpectralReport, StageReport, analyze_weight, energy_share, latent_coherence
 from .svd import TruncatedFactors, truncated_factors
 
 __all__ = [
+    "DEFAULT_EXCLUDE",
     "Coherence",
     "LatentRotation",
     "LayerReport",
@@ -20,11 +21,14 @@ __all__ = [
     "StageReport",
     "TruncatedFactors",
     "analyze_weight",
+    "check_patterns",
     "counted_bpw",
     "dual_svid",
     "energy_share",
+    "is_selected",
     "joint_itq",
     "latent_coherence",
+    "layer_config",
     "planned_stored_bpw",
     "polar_factor",
     "quantize_linears",

@@ -59,7 +59,7 @@ def binary_exponent(tensor: torch.Tensor) -> int:
 def times_power_of_two(tensor: torch.Tensor, exponent: int) -> torch.Tensor:
     """Return ``tensor * 2**exponent``, exact wherever the result is a normal number of the dtype."""
     half = exponent // 2  # 2**exponent itself may not be representable in the dtype
-    return tensor * math.ldexp(1.0, half) * math.ldexp(1.0, exponent - half)
+    return (tensor * math.ldexp(1.0, half)).mul_(math.ldexp(1.0, exponent - half))
 
 
 def normalised(weight: torch.Tensor, exponent: int, dtype: torch.dtype) -> torch.Tensor:

@@ -16,7 +16,7 @@ from littlebit2_kernels.format import PackedLinear
 from .config import QuantConfig
 from .quantizer import LayerReport, quantize_weight
 
-__all__ = ["DEFAULT_EXCLUDE", "Replace", "quantize_linears"]
+__all__ = ["DEFAULT_EXCLUDE", "Replace", "check_patterns", "is_selected", "layer_config", "quantize_linears"]
 
 #: The papers leave the output head dense.
 DEFAULT_EXCLUDE = ("*lm_head*",)
@@ -74,7 +74,7 @@ def quantize_linears(
             quantised (the message names it; layers before it stay replaced).
         RuntimeError: the decomposition of a layer did not converge (the message names it).
     """
-    jobs = _plan(model, config, _patterns("include", include), _patterns("exclude", exclude))
+    jobs = _plan(model, config, check_patterns("include", include), check_patterns("exclude", exclude))
     reports = []
     for job in tqdm(jobs, desc="quantize", unit="layer", disable=not progress):
         linear = model.get_submodule(job.names[0])
@@ -87,7 +87,8 @@ def quantize_linears(
     return reports
 
 
-def _patterns(name: str, patterns: str | Sequence[str]) -> tuple[str, ...]:
+def check_patterns(name: str, patterns: str | Sequence[str]) -> tuple[str, ...]:
+    """Return ``patterns`` as a tuple; ``TypeError`` naming the argument ``name`` unless all are strings."""
     listed = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     for pattern in listed:
         if not isinstance(pattern, str):
@@ -100,7 +101,7 @@ def _plan(
 ) -> list[_Job]:
     names_of: dict[nn.Linear, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) is nn.Linear and _selected(name, include, exclude):
+        if type(module) is nn.Linear and is_selected(name, include, exclude):
             names_of.setdefault(module, []).append(name)
     if not names_of:
         raise ValueError(
@@ -112,16 +113,33 @@ def _plan(
     return [_job(linear, tuple(names), config) for linear, names in names_of.items()]
 
 
-def _job(linear: nn.Linear, names: tuple[str, ...], config: QuantConfig) -> _Job:
+def layer_config(name: str, in_features: int, out_features: int, config: QuantConfig) -> QuantConfig:
+    """Return the configuration of one layer of a model: its ranks and its own seed settled.
+
+    The seed comes from ``config.seed`` and the name, so that a layer's result depends neither on the order
+    of the layers nor on which others are quantised. ``config.kv_factor`` applies to names ending in
+    ``k_proj`` or ``v_proj``.
+
+    Args:
+        name: full module name.
+        in_features: K.
+        out_features: N.
+        config: of the model.
+
+    Raises:
+        ValueError: the budget does not fit the layer; the message names it.
+    """
     try:
-        ranks = config.ranks_for(
-            linear.in_features, linear.out_features, is_kv=names[0].endswith(_KV_SUFFIXES)
-        )
+        ranks = config.ranks_for(in_features, out_features, is_kv=name.endswith(_KV_SUFFIXES))
     except ValueError as error:
-        raise ValueError(f"layer {names[0]!r}: {error}") from error
-    digest = hashlib.sha256(f"{config.seed}:{names[0]}".encode()).digest()
+        raise ValueError(f"layer {name!r}: {error}") from error
+    digest = hashlib.sha256(f"{config.seed}:{name}".encode()).digest()
     seed = int.from_bytes(digest[:8], "little") >> 1  # a generator takes 63 bits
-    return _Job(names, replace(config, bpw=None, ranks=ranks, seed=seed))
+    return replace(config, bpw=None, ranks=ranks, seed=seed)
+
+
+def _job(linear: nn.Linear, names: tuple[str, ...], config: QuantConfig) -> _Job:
+    return _Job(names, layer_config(names[0], linear.in_features, linear.out_features, config))
 
 
 def _quantize(
@@ -139,7 +157,9 @@ def _quantize(
     return replace(quantized.report, name=name), quantized.packed.to(home)
 
 
-def _selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+def is_selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Whether ``name`` matches a shell-style pattern of ``include`` and none of ``exclude``."""
+
     def matches(patterns: Sequence[str]) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in patterns)
 

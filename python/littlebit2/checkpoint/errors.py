@@ -1,0 +1,12 @@
+"""The one exception of this room."""
+
+from __future__ import annotations
+
+__all__ = ["CheckpointError"]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint on disk is malformed, incomplete, or of a kind that cannot be read or written.
+
+    The message names the file, the tensor or field, what was expected and what was found.
+    """

@@ -1,0 +1,201 @@
+"""Where the packed layers of a checkpoint go in a transformers model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from littlebit2.checkpoint import CheckpointError, LayerSpec
+from littlebit2_kernels import LittleBitLinear
+
+__all__ = ["FUSED",
+    "FusedLinear",
+    "PendingLinear",
+    "Placement",
+    "find_places",
+    "fused_parents",
+    "layers_of",
+    "spec_of",
+]
+
+#: Fused projections and the separate ones that a checkpoint may hold in their place, in the order of the
+#: fused rows: the authors split them before they quantise.
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+
+
+class FusedLinear(nn.Module):
+    """Several linear modules on one input, their outputs side by side: takes a fused projection's place.
+
+    The parts are siblings of this module, registered with the same parent under the names that the
+    checkpoint gives them; this module holds no tensors.
+
+    Args:
+        parent: the module that holds the parts.
+        names: of the parts, in the order of the fused outputs.
+    """
+
+    def __init__(self, parent: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = tuple(names)
+        self.relink(parent)
+
+    def relink(self, parent: nn.Module) -> None:
+        """Take the parts from ``parent`` anew, after one of them was replaced."""
+        # In a tuple, modules are not registered: they must not appear twice in the state dict.
+        self._parts = tuple(parent.get_submodule(name) for name in self.names)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map ``x`` ``[..., K]`` to ``[..., N_1 + N_2 + ...]``."""
+        return torch.cat([part(x) for part in self._parts], dim=-1)
+
+    def extra_repr(self) -> str:
+        """Names of the parts."""
+        return ", ".join(self.names)
+
+
+class PendingLinear(nn.Module):
+    """Holds the place of a packed layer that is read after everything else; has no tensors."""
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Raise: the layer was never loaded."""
+        raise RuntimeError(f"layer {self.spec.name} was not loaded from its checkpoint")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One packed layer and where it goes.
+
+    Attributes:
+        spec: the layer, under its name in the checkpoint.
+        module: its name in the model.
+        fused: name of the fused module whose part it is, or ``None``.
+    """
+
+    spec: LayerSpec
+    module: str
+    fused: str | None = None
+
+
+def layers_of(model: nn.Module) -> dict[str, LittleBitLinear]:
+    """Return the packed layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LittleBitLinear)}
+
+
+def spec_of(name: str, layer: LittleBitLinear) -> LayerSpec:
+    """Describe a module as checkpoints do."""
+    return LayerSpec(
+        name=name,
+        in_features=layer.in_features,
+        out_features=layer.out_features,
+        ranks=layer.ranks,
+        shares=layer.shares,
+        bias=layer.bias is not None,
+    )
+
+
+def find_places(model: nn.Module, layers: Mapping[str, LayerSpec], prefix: str = "") -> list[Placement]:
+    """Find the ``nn.Linear`` of ``model`` that each layer of a checkpoint replaces.
+
+    Args:
+        model: as built from its config, dense.
+        layers: packed layers of the checkpoint by name.
+        prefix: of the base model in a model with a head (``base_model_prefix``); checkpoints of one load
+            into the other, as they do in transformers.
+
+    Raises:
+        CheckpointError: layers have no counterpart, or one of another shape; the message names them all.
+    """
+    modules = dict(model.named_modules())
+    places: list[Placement] = []
+    problems: list[str] = []
+    parts: dict[str, list[Placement]] = {}
+    for spec in layers.values():
+        name = _in_model(spec.name, modules, prefix)
+        target = modules.get(name)
+        if isinstance(target, nn.Linear):
+            places.append(Placement(spec, name))
+            problems += _disagreement(spec, target)
+            continue
+        fused = _fused_of(name, modules)
+        if fused is None:
+            kind = "no module" if target is None else f"a {type(target).__name__}"
+            problems.append(f"{spec.name}: the model has {kind} there, expected an nn.Linear")
+            continue
+        places.append(Placement(spec, name, fused))
+        parts.setdefault(fused, []).append(places[-1])
+    for fused, members in parts.items():
+        problems += _fused_disagreement(fused, members, modules[fused])
+    if problems:
+        raise CheckpointError(
+            f"{len(problems)} packed layers do not fit {type(model).__name__}: " + "; ".join(problems)
+        )
+    return places
+
+
+def fused_parents(places: Iterable[Placement]) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Return, by name of each fused module, the name of its parent and the names of its parts."""
+    found = {}
+    for place in places:
+        if place.fused is not None:
+            parent, _, leaf = place.fused.rpartition(".")
+            found[place.fused] = (parent, FUSED[leaf])
+    return found
+
+
+def _in_model(name: str, modules: Mapping[str, nn.Module], prefix: str) -> str:
+    candidates = [name]
+    if prefix:
+        candidates += [name.removeprefix(f"{prefix}."), f"{prefix}.{name}"]
+    for candidate in candidates:
+        if candidate in modules or _fused_of(candidate, modules) is not None:
+            return candidate
+    return name
+
+
+def _fused_of(name: str, modules: Mapping[str, nn.Module]) -> str | None:
+    parent, _, leaf = name.rpartition(".")
+    for fused, names in FUSED.items():
+        full = f"{parent}.{fused}" if parent else fused
+        if leaf in names and isinstance(modules.get(full), nn.Linear):
+            return full
+    return None
+
+
+def _disagreement(spec: LayerSpec, linear: nn.Linear) -> list[str]:
+    expected = (linear.in_features, linear.out_features, linear.bias is not None)
+    got = (spec.in_features, spec.out_features, spec.bias)
+    if expected == got:
+        return []
+    return [f"{spec.name}: (in_features, out_features, bias) must be {expected}, got {got}"]
+
+
+def _fused_disagreement(fused: str, members: list[Placement], linear: nn.Module) -> list[str]:
+    assert isinstance(linear, nn.Linear)
+    names = FUSED[fused.rpartition(".")[2]]
+    by_leaf = {place.module.rpartition(".")[2]: place.spec for place in members}
+    missing = [name for name in names if name not in by_leaf]
+    if missing:
+        return [f"{fused}: the checkpoint lacks its parts {', '.join(missing)}"]
+    specs = [by_leaf[name] for name in names]
+    problems = [
+        f"{spec.name}: (in_features, bias) must be {(linear.in_features, linear.bias is not None)}, "
+        f"got {(spec.in_features, spec.bias)}"
+        for spec in specs
+        if (spec.in_features, spec.bias) != (linear.in_features, linear.bias is not None)
+    ]
+    total = sum(spec.out_features for spec in specs)
+    if total != linear.out_features:
+        problems.append(
+            f"{fused}: out_features of {', '.join(names)} must add up to {linear.out_features}, got {total}"
+        )
+    return problems

@@ -1,0 +1,228 @@
+"""What a model will weigh at a number of bits per weight, from its ``config.json`` alone.
+
+Nothing is built and no weight is read: shapes come from :mod:`.shapes`, ranks from
+:mod:`.quantize.budget`. Sizes are in bytes, GB are 1e9 bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from littlebit2_kernels.format import words_per_row
+
+from .quantize import DEFAULT_EXCLUDE, QuantConfig, check_patterns, counted_bpw, is_selected, layer_config
+from .shapes import DenseShape, LinearShape, ModelShapes, model_shapes
+
+__all__ = ["LayerPlan", "ModelPlan", "load_config", "plan_model", "shipped_configs"]
+
+_WORD_BYTES = 4
+#: Embeddings, norms, biases and dense layers, and the dense model it is compared with: fp16 or bf16.
+_DENSE_BYTES = 2
+_SCALE_BYTES = {"fp16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One packed layer.
+
+    Attributes:
+        name: module name.
+        in_features: K.
+        out_features: N.
+        ranks: of every path.
+        counted_bpw: bits per weight as the papers count them.
+        counted_bytes: the same, in bytes of the whole layer.
+        word_bytes: sign words, rows padded to 32 bits.
+        scale_entries: entries of in, out and latent scales.
+        bias: entries of the bias.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    ranks: tuple[int, ...]
+    counted_bpw: float
+    counted_bytes: float
+    word_bytes: int
+    scale_entries: int
+    bias: int
+
+    def stored_bytes(self, scales: str = "fp32") -> int:
+        """Bytes of words and scales, bias excluded; ``scales`` is ``"fp32"`` (as loaded) or ``"fp16"``."""
+        return self.word_bytes + self.scale_entries * _SCALE_BYTES[scales]
+
+    @property
+    def stored_bpw(self) -> float:
+        """Bits per weight that the layer holds in memory, float32 scales, bias excluded."""
+        return 8 * self.stored_bytes() / (self.in_features * self.out_features)
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """A whole model.
+
+    Attributes:
+        shapes: its tensors.
+        layers: what is packed, in model order.
+        left_dense: linear layers that are not packed (the head).
+    """
+
+    shapes: ModelShapes
+    layers: tuple[LayerPlan, ...]
+    left_dense: tuple[LinearShape, ...]
+
+    def bytes(self) -> dict[str, float]:
+        """Return the parts and the totals.
+
+        Parts: ``linear_fp16`` (the packed layers before), ``signs_and_scales_counted`` (the papers' count),
+        ``words``, ``scales_fp16``, ``scales_fp32``, ``embeddings``, ``norms``, ``biases``, ``heads`` and
+        ``other_linears`` (dense linear layers), the last five in fp16. Totals:
+        ``model_fp16`` (the dense model); ``total_counted`` (counted bits and all dense tensors);
+        ``total_fp16_scales`` and ``total`` (words and scales, float32 as loaded, and all dense tensors);
+        ``total_without_embeddings`` (``total`` without embeddings and head).
+        """
+        linear = sum(layer.in_features * layer.out_features for layer in self.layers)
+        scales = sum(layer.scale_entries for layer in self.layers)
+        parts = {
+            "linear_fp16": float(linear * _DENSE_BYTES),
+            "signs_and_scales_counted": sum(layer.counted_bytes for layer in self.layers),
+            "words": float(sum(layer.word_bytes for layer in self.layers)),
+            "scales_fp16": float(scales * _SCALE_BYTES["fp16"]),
+            "scales_fp32": float(scales * _SCALE_BYTES["fp32"]),
+            "embeddings": self._dense_bytes("embedding"),
+            "norms": self._dense_bytes("norm"),
+            "biases": self._dense_bytes("bias") + self._biases(),
+            "heads": self._linear_bytes(is_head=True),
+            "other_linears": self._linear_bytes(is_head=False),
+        }
+        dense = sum(parts[name] for name in ("embeddings", "norms", "biases", "heads", "other_linears"))
+        packed = parts["words"] + parts["scales_fp32"]
+        return {
+            **parts,
+            "model_fp16": parts["linear_fp16"] + dense,
+            "total_counted": parts["signs_and_scales_counted"] + dense,
+            "total_fp16_scales": parts["words"] + parts["scales_fp16"] + dense,
+            "total": packed + dense,
+            "total_without_embeddings": packed + dense - parts["embeddings"] - parts["heads"],
+        }
+
+    @property
+    def counted_bpw(self) -> float:
+        """Counted bits per weight over all packed layers."""
+        return 8 * sum(layer.counted_bytes for layer in self.layers) / self._weights()
+
+    @property
+    def stored_bpw(self) -> float:
+        """Stored bits per weight over all packed layers, float32 scales."""
+        return 8 * sum(layer.stored_bytes() for layer in self.layers) / self._weights()
+
+    def _weights(self) -> int:
+        return sum(layer.in_features * layer.out_features for layer in self.layers)
+
+    def _dense_bytes(self, kind: str) -> float:
+        tensors: Sequence[DenseShape] = self.shapes.dense
+        return float(sum(prod(t.shape) for t in tensors if t.kind == kind) * _DENSE_BYTES)
+
+    def _linear_bytes(self, *, is_head: bool) -> float:
+        sizes = (s.in_features * s.out_features for s in self.left_dense if s.is_head == is_head)
+        return float(sum(sizes) * _DENSE_BYTES)
+
+    def _biases(self) -> float:
+        return float(sum(s.out_features for s in self.shapes.linears if s.bias) * _DENSE_BYTES)
+
+
+def plan_model(
+    source: str | Path | Mapping[str, Any],
+    config: QuantConfig,
+    *,
+    include: str | Sequence[str] = "*",
+    exclude: str | Sequence[str] = DEFAULT_EXCLUDE,
+) -> ModelPlan:
+    """Plan the quantisation of a model.
+
+    Args:
+        source: as for :func:`load_config`, or the configuration itself.
+        config: bits per weight or ranks, paths, ``kv_factor``.
+        include: shell-style pattern or patterns of linear layers to pack.
+        exclude: likewise, of layers that stay dense; wins. Heads of other names than ``lm_head``
+            stay dense too.
+
+    Raises:
+        FileNotFoundError: there is no such file or shipped configuration.
+        ValueError: the configuration is of an unknown type or incomplete, the budget does not fit a
+            layer (the message names it), or no layer is selected.
+    """
+    shapes = model_shapes(source if isinstance(source, Mapping) else load_config(source))
+    includes, excludes = check_patterns("include", include), check_patterns("exclude", exclude)
+    packed, dense = [], []
+    for shape in shapes.linears:
+        a_dense_head = shape.is_head and shape.name != "lm_head"
+        if is_selected(shape.name, includes, excludes) and not a_dense_head:
+            packed.append(_plan_layer(shape, config))
+        else:
+            dense.append(shape)
+    if not packed:
+        raise ValueError(
+            f"include must select at least one linear layer, got include={list(includes)}, "
+            f"exclude={list(excludes)}"
+        )
+    return ModelPlan(shapes, tuple(packed), tuple(dense))
+
+
+def _plan_layer(shape: LinearShape, config: QuantConfig) -> LayerPlan:
+    k, n = shape.in_features, shape.out_features
+    ranks = layer_config(shape.name, k, n, config).ranks
+    assert ranks is not None  # layer_config settles them
+    bpw = counted_bpw(k, n, ranks)
+    return LayerPlan(
+        name=shape.name,
+        in_features=k,
+        out_features=n,
+        ranks=ranks,
+        counted_bpw=bpw,
+        counted_bytes=bpw * k * n / 8,
+        word_bytes=_WORD_BYTES * sum(r * words_per_row(k) + n * words_per_row(r) for r in ranks),
+        scale_entries=sum(k + n + r for r in ranks),
+        bias=n if shape.bias else 0,
+    )
+
+
+def shipped_configs() -> tuple[str, ...]:
+    """Return the names of the configurations that come with the package."""
+    folder = resources.files(__package__) / "configs"
+    return tuple(sorted(f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith(".json")))
+
+
+def load_config(source: str | Path) -> dict[str, Any]:
+    """Read a model's configuration.
+
+    Args:
+        source: a name of :func:`shipped_configs` (in any case), a ``config.json``, or a directory with one.
+
+    Raises:
+        FileNotFoundError: it is none of these.
+        ValueError: the file does not hold a JSON object.
+    """
+    path = Path(source)
+    name = str(source).lower()
+    if path.is_dir():
+        path = path / "config.json"
+    elif not path.exists() and name in shipped_configs():
+        path = Path(str(resources.files(__package__) / "configs" / f"{name}.json"))
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{source}: expected a config.json, a directory with one, or one of {', '.join(shipped_configs())}"
+        )
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: must hold a JSON object, got {type(config).__name__}")
+    return config
