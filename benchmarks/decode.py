@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,8 +26,6 @@ from benchmarks.timing import Call, Setup, Turn
 from littlebit2_kernels import LittleBitLinear
 
 __all__ = ["PARTS", "Decode", "DecodeTimer", "Generation", "Profile", "generate", "profile_decode"]
-
-T = TypeVar("T")
 
 LINEAR, HEAD, ATTENTION, NORMS, EMBEDDING, GLUE, LOOP = PARTS = (
     "linear layers",
@@ -252,11 +250,11 @@ def profile_decode(decode: Decode, rounds: int = 3) -> Profile:
     for _ in range(rounds):
         plain += generate(decode.model, decode.prompt, decode.tokens, decode.options).steps
         steps += _clocked_steps(decode)
-    faster = _faster_half(steps, key=lambda step: step[0])
+    faster = sorted(steps, key=lambda step: step[0])[: (len(steps) + 1) // 2]
     step = statistics.fmean(seconds for seconds, _ in faster)
     parts = {name: statistics.fmean(own[name] for _, own in faster) for name in PARTS}
     parts[LOOP] = step - sum(parts.values())
-    return Profile(step, parts, statistics.fmean(_faster_half(plain, key=lambda seconds: seconds)))
+    return Profile(step, parts, statistics.fmean(sorted(plain)[: (len(plain) + 1) // 2]))
 
 
 def _clocked_steps(decode: Decode) -> list[tuple[float, dict[str, float]]]:
@@ -272,7 +270,3 @@ def _clocked_steps(decode: Decode) -> list[tuple[float, dict[str, float]]]:
         )
     # The first token ends the prefill.
     return list(zip(generation.steps, taken[1:], strict=True))
-
-
-def _faster_half(values: Sequence[T], key: Callable[[T], float]) -> list[T]:
-    return sorted(values, key=key)[: (len(values) + 1) // 2]

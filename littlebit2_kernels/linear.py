@@ -50,8 +50,8 @@ class LittleBitLinear(nn.Module):
     On the CPU, the first eager call replaces the buffers by one in the layout that the kernels read fastest
     (:meth:`prepack_`), so that the weights exist once. ``state_dict``, pickling, :meth:`packed` and reading a
     buffer by its portable name still give the portable tensors, as copies; loading and moving bring the
-    buffers back. Call :meth:`prepack_` (or the layer) once before ``torch.compile``, which keeps what it
-    finds.
+    buffers back. Tracing keeps what it finds: call :meth:`prepack_` (or the layer) once before
+    ``torch.compile``, and :meth:`unpack_` before ``torch.export``, whose file must hold the portable tensors.
 
     Args:
         in_features: K.
@@ -152,9 +152,10 @@ class LittleBitLinear(nn.Module):
         self.backend = backend
         #: For each path, the path whose V and in_scale it uses.
         self.shares = packed.leaders
-        self._register_portable(packed)
-        if packed.bias is None:
-            self.register_buffer("bias", None)
+        buffers = _portable_buffers(packed)
+        self._portable_names = frozenset(buffers) - {"bias"}
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor)
         own = [path_suffix(p) for p in range(len(packed.paths))]
         first = [path_suffix(leader) for leader in self.shares]
         # Buffer names of each operand; buffers themselves may be replaced by .to() or loading.
@@ -171,16 +172,6 @@ class LittleBitLinear(nn.Module):
             )
         )
 
-    def _register_portable(self, packed: PackedLinear) -> None:
-        seen: set[int] = set()
-        for name, tensor in packed_to_state(packed).items():
-            # Buffers on one memory, say out_scale of two paths, would overwrite each other when loaded.
-            # Fake and meta tensors have none.
-            address = tensor.data_ptr() if type(tensor) is torch.Tensor and not tensor.is_meta else None
-            self.register_buffer(name, tensor.clone() if address in seen else tensor.contiguous())
-            if address is not None:
-                seen.add(address)
-
     def prepack_(self) -> LittleBitLinear:
         """Replace the portable buffers by the CPU kernels' own layout, now instead of at the first call.
 
@@ -191,7 +182,8 @@ class LittleBitLinear(nn.Module):
             ValueError: the layer is not on the CPU.
             NativeLibraryError: the compiled library is missing.
         """
-        with _prepacking:
+        # Not as inference tensors, which autograd could not save in a later call.
+        with _prepacking, torch.inference_mode(False):
             if "prepacked" not in self._buffers:
                 prepacked = prepack(self.packed)
                 # One assignment: a call on another thread finds either all of the old buffers or the new one.
@@ -201,26 +193,28 @@ class LittleBitLinear(nn.Module):
 
     def unpack_(self) -> LittleBitLinear:
         """Undo :meth:`prepack_`: the portable tensors are buffers again. Returns the module."""
-        with _prepacking:
+        with _prepacking, torch.inference_mode(False):
             if "prepacked" in self._buffers:
-                packed = self.packed
-                del self._buffers["prepacked"]
-                self._register_portable(packed)
+                self._non_persistent_buffers_set.discard("prepacked")
+                self._buffers = _portable_buffers(self.packed)
         return self
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A new tensor for a portable name is a new layer: it must not be shadowed by the prepacked one.
+        if name in self.__dict__.get("_portable_names", ()) and "prepacked" in self._buffers:
+            self.unpack_()
+        super().__setattr__(name, value)
+
     def __getattr__(self, name: str) -> Any:
-        buffers = self.__dict__.get("_buffers", {})
-        if "prepacked" in buffers and name not in buffers:
-            state = packed_to_state(self.packed)
-            if name in state:
-                return state[name]
+        if name in self.__dict__.get("_portable_names", ()) and "prepacked" in self._buffers:
+            return packed_to_state(self.packed)[name]
         return super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickles hold the portable tensors: the prepacked layout is no file format.
         state = self.__dict__.copy()
         if "prepacked" in self._buffers:
-            state["_buffers"] = packed_to_state(self.packed) | {"bias": self._buffers["bias"]}
+            state["_buffers"] = _portable_buffers(self.packed)
             state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set - {"prepacked"}
         return state
 
@@ -231,8 +225,7 @@ class LittleBitLinear(nn.Module):
         module.__setstate__(copy.deepcopy(self.__dict__, memo))
         return module
 
-    def _operands(self) -> Operands:
-        buffers: dict[str, Any] = self._buffers
+    def _operands(self, buffers: dict[str, Any]) -> Operands:
         return tuple(  # type: ignore[return-value]
             None if names is None else [buffers[name] for name in names] for names in self._operand_names
         )
@@ -240,9 +233,11 @@ class LittleBitLinear(nn.Module):
     @property
     def packed(self) -> PackedLinear:
         """The layer as a checked :class:`PackedLinear`: a view of the buffers, or a copy if prepacked."""
-        if "prepacked" in self._buffers:
-            return self._as_prepacked().unpack()
-        v, u, in_scale, latent_scale, out_scale = self._operands()
+        # Another thread may prepack the layer meanwhile: one look at which buffers there are.
+        buffers: dict[str, Any] = self._buffers
+        if "prepacked" in buffers:
+            return self._as_prepacked(buffers).unpack()
+        v, u, in_scale, latent_scale, out_scale = self._operands(buffers)
         paths: list[PackedPath] = []
         for p, leader in enumerate(self.shares):
             paths.append(
@@ -254,10 +249,9 @@ class LittleBitLinear(nn.Module):
                     latent_scale=latent_scale[p].flatten() if latent_scale else None,
                 )
             )
-        return PackedLinear(tuple(paths), self._buffers["bias"])
+        return PackedLinear(tuple(paths), buffers["bias"])
 
-    def _as_prepacked(self) -> PrepackedLinear:
-        buffers: dict[str, Any] = self._buffers
+    def _as_prepacked(self, buffers: dict[str, Any]) -> PrepackedLinear:
         ranks = self.ranks if self.ranks is not None else (self.out_features,) * len(self.shares)
         return PrepackedLinear(
             buffers["prepacked"],
@@ -288,7 +282,8 @@ class LittleBitLinear(nn.Module):
         # The way of every call on the CPU: the operator checks what is checked elsewhere up front.
         activation = ACTIVATIONS.get(self.activation, -1)
         try:
-            if torch.is_autocast_enabled("cpu") and x.device.type == "cpu":
+            if torch.is_autocast_enabled("cpu"):
+                check_activation(x, self.in_features, layer.device)
                 x = x.to(torch.get_autocast_dtype("cpu"))
             return linear_from_prepacked(x, layer, buffers["bias"], self.out_features, activation)
         except (AttributeError, RuntimeError, TypeError):
@@ -308,9 +303,9 @@ class LittleBitLinear(nn.Module):
             return littlebit_linear(x, self.packed, "reference", self.activation)
         if layer is not None or self._may_prepack(buffers["u1"]):
             self.prepack_()
-            return littlebit_linear(x, self._as_prepacked(), backend, self.activation)
+            return littlebit_linear(x, self._as_prepacked(self._buffers), backend, self.activation)
         check_activation_mode(self.activation, backend, prepacked=False)
-        return linear_from_operands(x, self._operands(), buffers["bias"])
+        return linear_from_operands(x, self._operands(buffers), buffers["bias"])
 
     def _may_prepack(self, buffer: torch.Tensor) -> bool:
         # What is traced keeps the buffers it was given; fake tensors have no values to move.
@@ -413,6 +408,21 @@ class LittleBitLinear(nn.Module):
         if expected == got:
             return None
         return f"the layer must have (in_features, out_features, ranks, shares) = {expected}, got {got}"
+
+
+def _portable_buffers(packed: PackedLinear) -> dict[str, torch.Tensor | None]:
+    """The layer's tensors by name, contiguous and each on memory of its own; ``bias`` last."""
+    buffers: dict[str, torch.Tensor | None] = {}
+    seen: set[int] = set()
+    for name, tensor in packed_to_state(packed).items():
+        # Buffers on one memory, say out_scale of two paths, would overwrite each other when loaded.
+        # Fake and meta tensors have none.
+        address = tensor.data_ptr() if type(tensor) is torch.Tensor and not tensor.is_meta else None
+        buffers[name] = tensor.clone() if address in seen else tensor.contiguous()
+        if address is not None:
+            seen.add(address)
+    buffers.setdefault("bias", None)
+    return buffers
 
 
 def _zero_layer(

@@ -125,9 +125,8 @@ def linear_from_prepacked(
         primal, tangent = forward_ad.unpack_dual(x)
         if tangent is not None:
             y = linear_from_prepacked(primal, layer, bias, out_features, activation)
-            return forward_ad.make_dual(
-                y, linear_from_prepacked(tangent, layer, None, out_features, activation)
-            )
+            # Derivatives are those of exact sums.
+            return forward_ad.make_dual(y, linear_from_prepacked(tangent, layer, None, out_features, 1))
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return torch.ops.littlebit2.linear_prepacked(x, layer, bias, out_features, activation)
     with torch._C._AutoDispatchBelowAutograd():
@@ -142,18 +141,19 @@ def _flatten(arguments: Iterable[torch.Tensor | Operand | None]) -> Iterator[tor
             yield from argument
 
 
-def _check_fake_dtype(name: str, x: torch.Tensor) -> None:
+def _check_fake_x(name: str, x: torch.Tensor, layer: Iterable[torch.Tensor | Operand | None]) -> None:
+    # One operand on the meta device is enough to get here with the others elsewhere.
+    for tensor in _flatten(layer):
+        if tensor.device != x.device:
+            raise RuntimeError(
+                f"littlebit2: {name} and the layer must be on one device, got {x.device} and {tensor.device}"
+            )
     if x.dtype not in ACTIVATION_DTYPES:
         raise RuntimeError(f"littlebit2: {name} must be float32, float16 or bfloat16, got {x.dtype}")
 
 
 def _check_fake(name: str, x: torch.Tensor, cols: int, operands: Operands, bias: torch.Tensor | None) -> None:
-    # One operand on the meta device is enough to get here with the others elsewhere.
-    for tensor in _flatten((*operands, bias)):
-        if tensor.device != x.device:
-            raise RuntimeError(
-                f"littlebit2: {name} and the layer must be on one device, got {x.device} and {tensor.device}"
-            )
+    _check_fake_x(name, x, (*operands, bias))
     v, u, in_scale, latent_scale, out_scale = operands
     for list_name, tensors in (
         ("u", u),
@@ -165,7 +165,6 @@ def _check_fake(name: str, x: torch.Tensor, cols: int, operands: Operands, bias:
             raise RuntimeError(
                 f"littlebit2: {list_name} must hold one tensor per path ({len(v)}), got {len(tensors)}"
             )
-    _check_fake_dtype(name, x)
     torch._check(
         x.shape[-1] == cols,
         lambda: f"littlebit2: {name}.size(-1) must equal {cols}, got shape {list(x.shape)}",
@@ -253,12 +252,12 @@ def _prepacked_fake(
     out_features: int,
     activation: int = 0,
 ) -> torch.Tensor:
-    _check_fake_dtype("x", x)
+    _check_fake_x("x", x, (layer, bias))
     return x.new_empty((*x.shape[:-1], out_features))
 
 
 def _prepacked_backward_x_fake(grad: torch.Tensor, layer: torch.Tensor, in_features: int) -> torch.Tensor:
-    _check_fake_dtype("grad", grad)
+    _check_fake_x("grad", grad, (layer,))
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 
