@@ -23,6 +23,7 @@ from .state import (
     packed_from_state,
     packed_to_state,
     path_suffix,
+    portable_name,
 )
 
 __all__ = ["LittleBitLinear", "WeightPacker"]
@@ -382,6 +383,12 @@ class LittleBitLinear(nn.Module):
         """Bring stored entries to the names, dtypes and layout of the module's buffers, in place."""
         for name in UPSTREAM_EXTRAS:
             state_dict.pop(prefix + name, None)
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            ours = prefix + portable_name(key[len(prefix) :])
+            if ours != key:
+                if ours in state_dict:
+                    raise ValueError(f"{ours} must not be stored twice, under its own and the authors' name")
+                state_dict[ours] = state_dict.pop(key)
         for suffix in map(path_suffix, range(len(self.shares))):
             pair = (f"{prefix}v1{suffix}", f"{prefix}u2{suffix}")
             if any(name in state_dict for name in pair):

@@ -1,11 +1,13 @@
 """Layers as named tensors: the portable ``state_dict`` entries of one layer (docs/format.md, "Names").
 
 The names are those of the authors' checkpoints where they exist; path 0 has no suffix, path 1 the
-authors' ``_R``, further paths ``_R2``, ``_R3``, ...
+authors' ``_R``, further paths ``_R2``, ``_R3``, ... The authors write ``U_R_packed`` for our ``U_packed_R``;
+both are read.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -19,15 +21,24 @@ __all__ = [
     "packed_from_state",
     "packed_to_state",
     "path_suffix",
+    "portable_name",
 ]
 
 #: Scalar buffers that the authors' code stores beside a layer; they carry no weight.
-UPSTREAM_EXTRAS = ("_eff_bit_target", "_split_dim_final", "_eff_bit_actual")
+UPSTREAM_EXTRAS = ("_eff_bit_target", "_split_dim_final", "_split_dim_R_final", "_eff_bit_actual")
+
+_UPSTREAM_MATRIX = re.compile(r"([UV])(_R\d*)_(packed|shape)")
 
 
 def path_suffix(path: int) -> str:
     """Suffix of the tensor names of a path: ``""``, ``"_R"``, ``"_R2"``, ..."""
     return ("", "_R")[path] if path < 2 else f"_R{path}"
+
+
+def portable_name(name: str) -> str:
+    """Our name of a layer's tensor: ``U_packed_R`` for the authors' ``U_R_packed``, others as they are."""
+    match = _UPSTREAM_MATRIX.fullmatch(name)
+    return f"{match[1]}_{match[3]}{match[2]}" if match else name
 
 
 def load_scale(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -124,7 +135,13 @@ def packed_from_state(state: Mapping[str, torch.Tensor], prefix: str = "") -> Pa
         ValueError: an entry is unknown, or shapes and contents do not fit the stored shapes.
         TypeError: a tensor has a wrong dtype.
     """
-    entries = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+    entries: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        if name.startswith(prefix):
+            key = prefix + portable_name(name[len(prefix) :])
+            if key in entries:
+                raise ValueError(f"{key} must not be stored twice, under its own and the authors' name")
+            entries[key] = tensor
     for extra in UPSTREAM_EXTRAS:
         entries.pop(prefix + extra, None)
     used: set[str] = set()

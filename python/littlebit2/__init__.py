@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from littlebit2_kernels.version import __version__
 
+    from .integrations.generation import generate
+    from .integrations.loading import load
+    from .integrations.synthesis import synthesize
+    from .integrations.transformers import register
     from .quantize import QuantConfig, analyze_weight, quantize_linears, quantize_weight, rank_for_bpw
     from .stream import quantize_checkpoint
 
@@ -16,10 +20,14 @@ __all__ = [
     "QuantConfig",
     "__version__",
     "analyze_weight",
+    "generate",
+    "load",
     "quantize_checkpoint",
     "quantize_linears",
     "quantize_weight",
     "rank_for_bpw",
+    "register",
+    "synthesize",
 ]
 
 #: The module that defines each public name.
@@ -27,10 +35,14 @@ _HOMES = {
     "QuantConfig": ".quantize",
     "__version__": "littlebit2_kernels.version",
     "analyze_weight": ".quantize",
+    "generate": ".integrations.generation",
+    "load": ".integrations.loading",
     "quantize_checkpoint": ".stream",
     "quantize_linears": ".quantize",
     "quantize_weight": ".quantize",
     "rank_for_bpw": ".quantize",
+    "register": ".integrations.transformers",
+    "synthesize": ".integrations.synthesis",
 }
 
 

@@ -217,7 +217,8 @@ def load_config(source: str | Path) -> dict[str, Any]:
         path = Path(str(resources.files(__package__) / "configs" / f"{name}.json"))
     if not path.is_file():
         raise FileNotFoundError(
-            f"{source}: expected a config.json, a directory with one, or one of {', '.join(shipped_configs())}"
+            f"{source}: expected a config.json, a directory with one, or one of "
+            f"{', '.join(shipped_configs())}"
         )
     try:
         config = json.loads(path.read_text("utf-8"))

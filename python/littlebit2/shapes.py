@@ -88,7 +88,11 @@ class _Reader:
             raise ValueError(
                 f"config: hidden_size = {hidden} must be a multiple of num_attention_heads = {heads}"
             )
-        return heads, self.size("num_key_value_heads", heads), self.size("head_dim", head_dim or hidden // heads)
+        return (
+            heads,
+            self.size("num_key_value_heads", heads),
+            self.size("head_dim", head_dim or hidden // heads),
+        )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,13 @@ import pytest
 import torch
 from torch import nn
 
-from littlebit2_kernels import LittleBitLinear, PackedLinear, PackedPath
+from littlebit2_kernels import (
+    LittleBitLinear,
+    PackedLinear,
+    PackedPath,
+    packed_from_state,
+    packed_to_state,
+)
 from littlebit2_kernels.reference import dense_weight, linear_reference
 from littlebit2_kernels.testing import make_packed, make_problem, relative_error
 
@@ -442,3 +448,24 @@ def test_tensors_that_share_memory_load_apart(rng: torch.Generator) -> None:
     assert not torch.equal(other.u1, other.u1_R)
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+def test_the_authors_names_of_a_residual_path_load(rng: torch.Generator) -> None:
+    packed = make_packed(100, 40, [24, 24], generator=rng)
+    renamed = {
+        name.replace("U_packed_R", "U_R_packed")
+        .replace("V_packed_R", "V_R_packed")
+        .replace("U_shape_R", "U_R_shape")
+        .replace("V_shape_R", "V_R_shape"): tensor
+        for name, tensor in packed_to_state(packed).items()
+    }
+    assert "U_R_packed" in renamed
+    layer = LittleBitLinear(100, 40, [24, 24], bias=False)
+    layer.load_state_dict(dict(renamed))
+    assert torch.equal(layer.packed.paths[1].v, packed.paths[1].v)
+    assert torch.equal(packed_from_state(renamed).paths[1].u, packed.paths[1].u)
+    both = {**renamed, "U_packed_R": renamed["U_R_packed"]}
+    with pytest.raises(ValueError, match="U_packed_R must not be stored twice"):
+        packed_from_state(both)
+    with pytest.raises(RuntimeError, match="U_packed_R must not be stored twice"):
+        layer.load_state_dict(both)

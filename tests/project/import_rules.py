@@ -102,11 +102,50 @@ PYTHON_ROOMS = {
         never=NATIVE,
         public_only=True,
     ),
+    "littlebit2.checkpoint": PythonRoom(
+        may=(
+            "torch",
+            "safetensors",
+            "littlebit2.checkpoint",
+            f"{_KERNELS}.format",
+            f"{_KERNELS}.packing",
+            f"{_KERNELS}.state",
+        ),
+        never=NATIVE,
+        public_only=True,
+    ),
+    "littlebit2.stream": PythonRoom(
+        may=(
+            "torch",
+            "safetensors",
+            "tqdm",
+            "littlebit2.checkpoint",
+            "littlebit2.quantize",
+            "littlebit2.stream",
+            f"{_KERNELS}.format",
+            f"{_KERNELS}.state",
+            f"{_KERNELS}.version",
+        ),
+        never=NATIVE,
+        public_only=True,
+    ),
+    # `--help` and usage errors do not wait for torch.
+    "littlebit2.cli": PythonRoom(
+        may=("littlebit2.cli",),
+        lazily=(
+            *(f"littlebit2.{name}" for name in ("checkpoint", "generate", "plan", "quantize", "stream")),
+            "littlebit2.synthesize",
+            f"{_KERNELS}.version",
+        ),
+        public_only=True,
+    ),
     "littlebit2.integrations": PythonRoom(
         may=(*_USER_BASE, "transformers", "vllm", "sglang", "littlebit2", _KERNELS), public_only=True
     ),
     "littlebit2": PythonRoom(
-        may=(*_USER_BASE, "littlebit2", _KERNELS), lazily=("transformers",), public_only=True
+        may=(*_USER_BASE, "littlebit2", _KERNELS),
+        lazily=("transformers", "littlebit2.integrations"),
+        public_only=True,
     ),
 }
 

@@ -122,6 +122,21 @@ PYTHON_OFFENDERS = {
         "import littlebit2_kernels.format as f\nf._check_dim('K', 1)",
         "_check_dim is private",
     ),
+    "checkpoint-imports-transformers": (
+        "python/littlebit2/checkpoint/reader.py",
+        "def f():\n    import transformers",
+        "must not refer to transformers",
+    ),
+    "checkpoint-imports-the-quantizer": (
+        "python/littlebit2/checkpoint/bits.py",
+        "from littlebit2.quantize import counted_bpw",
+        "must not refer to littlebit2.quantize.counted_bpw",
+    ),
+    "checkpoint-imports-kernels": (
+        "python/littlebit2/checkpoint/reader.py",
+        "from littlebit2_kernels import LittleBitLinear",
+        "must not refer to littlebit2_kernels.LittleBitLinear",
+    ),
     "integrations-use-a-private-name": (
         "python/littlebit2/integrations/transformers.py",
         "from littlebit2_kernels._native import load",

@@ -12,7 +12,7 @@ import safetensors
 import torch
 
 from .errors import CheckpointError
-from .headers import TensorEntry, read_header
+from .headers import DTYPES, TensorEntry, read_header
 from .jsonfile import read_object
 
 __all__ = ["TensorFiles", "contained", "open_files"]
@@ -61,8 +61,9 @@ class TensorFiles:
         entry = self.entries[name]
         if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
             raise CheckpointError(
-                f"{entry.file}: tensor {name}: expected {entry.dtype} of shape {list(entry.shape)}, as its header "
-                f"said, got {tensor.dtype} of shape {list(tensor.shape)}: the file was changed while it was open"
+                f"{entry.file}: tensor {name}: expected {entry.dtype} of shape {list(entry.shape)}, as its "
+                f"header said, got {tensor.dtype} of shape {list(tensor.shape)}: the file was "
+                "changed while it was open"
             )
 
 
@@ -136,8 +137,7 @@ def contained(directory: Path, name: str) -> Path:
     Raises:
         CheckpointError: the name is no plain file name, or the file is missing or lies elsewhere.
     """
-    if not name or name in (".", "..") or any(mark in name for mark in ("/", "\\", "\0", ":")):
-        raise CheckpointError(f"{directory}: a file of the checkpoint must be a plain name, got {name!r:.200}")
+    _check_plain(directory, name)
     path = directory / name
     try:
         real = path.resolve(strict=True)
@@ -151,6 +151,11 @@ def contained(directory: Path, name: str) -> Path:
     if not real.is_file():
         raise CheckpointError(f"{path}: must be a regular file")
     return path
+
+
+def _check_plain(where: Path, name: str) -> None:
+    if not name or name in (".", "..") or any(mark in name for mark in ("/", "\\", "\0", ":")):
+        raise CheckpointError(f"{where}: a file of the checkpoint must be a plain name, got {name!r:.200}")
 
 
 def _from_headers(files: list[Path]) -> dict[str, TensorEntry]:
@@ -185,13 +190,11 @@ def _weight_map(directory: Path, index: str) -> dict[str, str]:
 
 def _shards(directory: Path, index: str, weight_map: dict[str, str]) -> list[Path]:
     names = sorted(set(weight_map.values()))
-    try:
-        missing = [name for name in names if not os.path.lexists(directory / name)]
-    except ValueError:
-        missing = []
-    plain = [name for name in missing if Path(name).name == name]
-    if plain:
-        raise CheckpointError(f"{directory / index}: shards are missing: {', '.join(plain)}")
+    for name in names:
+        _check_plain(directory / index, name)
+    missing = [name for name in names if not os.path.lexists(directory / name)]
+    if missing:
+        raise CheckpointError(f"{directory / index}: shards are missing: {', '.join(missing)}")
     return [contained(directory, name) for name in names]
 
 
@@ -231,8 +234,18 @@ def _unpickled(file: Path) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{file}: must hold a dict of tensors, got {type(state).__name__}")
     for name, tensor in state.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or not _plain(tensor):
             raise CheckpointError(
                 f"{file}: must hold dense tensors by name, got {type(tensor).__name__} under {name!r:.80}"
             )
-    return state
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def _plain(tensor: torch.Tensor) -> bool:
+    """Whether the file holds every element: strides of zero could announce more than there is memory."""
+    return (
+        tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and tensor.dtype in DTYPES.values()
+        and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.dtype.itemsize
+    )

@@ -119,7 +119,9 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 def _entry(path: Path, name: str, item: Any) -> tuple[TensorEntry, int, int]:
     where = f"{path}: tensor {name}"
     if not isinstance(item, dict) or set(item) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{where}: its header must hold dtype, shape and data_offsets, got {item!r:.200}")
+        raise CheckpointError(
+            f"{where}: its header must hold dtype, shape and data_offsets, got {item!r:.200}"
+        )
     shape, offsets = item["shape"], item["data_offsets"]
     if not isinstance(item["dtype"], str) or item["dtype"] not in DTYPES:
         raise CheckpointError(f"{where}: dtype must be one of {', '.join(DTYPES)}, got {item['dtype']!r:.80}")

@@ -11,9 +11,21 @@ import torch
 
 from littlebit2_kernels.format import PackedLinear
 
+from .errors import CheckpointError
+from .files import TensorFiles, contained, open_files
+from .headers import TensorEntry
+from .jsonfile import read_object
+from .layers import StoredLayer, build_layer, examine_layer
+from .naming import is_packed_module, natural_order, split_name
+from .settings import check_layers, check_version, is_ours, summary, upstream_settings
 from .specs import LayerSpec
 
 __all__ = ["Checkpoint", "open_checkpoint"]
+
+#: Model types whose config.json leaves ``tie_word_embeddings`` out when it is true.
+_TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3", "gemma3_text", "opt", "bert", "gpt2")
+#: Where a head that is tied lies, and what it is tied to, by the endings of the names.
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 
 
 class Checkpoint:
@@ -24,10 +36,13 @@ class Checkpoint:
         format: ``"littlebit2"`` (ours), ``"littlebit"`` (the authors'), ``"littlebit-latent"`` (their
             unpacked float latents), ``"nanoquant"``, ``"onebit"`` or ``"dense"``.
         config: contents of config.json; empty where there is none.
-        layers: packed layers by module name, in the order of the files.
+        layers: packed layers by module name, in the order of the model.
         dense: every other tensor by full name: its shape and dtype.
-        metadata: quantization settings that were found: littlebit_config.json, older top-level fields.
+        metadata: quantization settings that were found (the authors' ``quant_func``, ``eff_bit``, ...), with
+            ``source`` (the file) and, where Phi's fused projection was split, ``split_qkv`` (true).
         problems: remarks that do not keep the checkpoint from being used.
+        files: the tensor files, for this package's own use.
+        stored: the layers as the files hold them, for this package's own use.
     """
 
     path: Path
@@ -37,6 +52,34 @@ class Checkpoint:
     dense: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
     metadata: dict[str, Any]
     problems: list[str]
+
+    def __init__(self, path: Path, files: TensorFiles) -> None:
+        self.path = path
+        self.files = files
+        self.problems = list(files.problems)
+        self.config = self._json("config.json") or {}
+        self.metadata = upstream_settings(self.config, self._json("littlebit_config.json"))
+        if not self.config:
+            self.problems.append("config.json is missing: layers are known from their tensors alone")
+        ours = is_ours(self.config, str(path / "config.json"))
+        if ours:
+            check_version(self.config["quantization_config"], str(path / "config.json"))
+        self.stored = self._examine(ours)
+        self.layers = {name: layer.spec for name, layer in self.stored.items()}
+        held = {entry.name for layer in self.stored.values() for entry in layer.tensors.values()}
+        held.update(name for layer in self.stored.values() for name in layer.extras)
+        self.dense = {
+            name: (files.entries[name].shape, files.entries[name].dtype)
+            for name in sorted(files.entries, key=natural_order)
+            if name not in held
+        }
+        self.format = self._format(ours)
+        if self.format == "nanoquant" and not self.metadata:
+            settings = self._json("nanoquant_config.json")
+            self.metadata = {**settings, "source": "nanoquant_config.json"} if settings else {}
+        if ours:
+            check_layers(self.config["quantization_config"], self.layers, str(path / "config.json"))
+        self._remark()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -48,6 +91,7 @@ class Checkpoint:
 
     def close(self) -> None:
         """Release the files; tensors that were loaded stay valid."""
+        self.files.close()
 
     def load_layer(self, name: str) -> PackedLinear:
         """Read one packed layer into memory of its own, on the CPU.
@@ -59,10 +103,13 @@ class Checkpoint:
             KeyError: there is no such layer.
             CheckpointError: its tensors are malformed.
         """
-        raise NotImplementedError
+        layer = self.stored[name]
+        return build_layer(layer, self.files.read(entry.name for entry in layer.tensors.values()))
 
     def load_tensor(self, name: str) -> torch.Tensor:
-        """Return one dense tensor, in its stored dtype, memory-mapped: clone it to keep it for long.
+        """Return one dense tensor, in its stored dtype, memory-mapped.
+
+        The tensor is a view of the whole mapped file: clone it to keep it, to pickle it, or to change it.
 
         Args:
             name: a key of :attr:`dense`.
@@ -71,13 +118,93 @@ class Checkpoint:
             KeyError: there is no such tensor.
             CheckpointError: it cannot be read.
         """
-        raise NotImplementedError
+        if name not in self.dense:
+            raise KeyError(name)
+        return self.files.read([name])[name]
 
     def tied(self) -> dict[str, str]:
-        """Return absent tensors that the config ties to present ones, for example
-        ``{"lm_head.weight": "model.embed_tokens.weight"}``.
+        """Return absent tensors that the config ties to present ones.
+
+        For example ``{"lm_head.weight": "model.embed_tokens.weight"}``.
         """
-        raise NotImplementedError
+        config = self.config
+        text = config.get("text_config")
+        declared = config.get(
+            "tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, dict) else None
+        )
+        if declared is None:
+            declared = config.get("model_type") in _TIED_BY_DEFAULT
+        embedding = next((name for name in self.dense if name.endswith(_EMBEDDINGS)), None)
+        if declared is not True or embedding is None:
+            return {}
+        head = "lm_head"
+        if any(name.startswith("cls.predictions.") for name in self.dense):
+            head = "cls.predictions.decoder"
+        if f"{head}.weight" in self.dense or head in self.layers:
+            return {}
+        return {f"{head}.weight": embedding}
+
+    def _json(self, name: str) -> dict[str, Any] | None:
+        path = self.path / name
+        if not path.exists() and not path.is_symlink():
+            return None
+        return read_object(contained(self.path, name))
+
+    def _examine(self, ours: bool) -> dict[str, StoredLayer]:
+        modules: dict[str, dict[str, TensorEntry]] = {}
+        for name, entry in self.files.entries.items():
+            module, leaf = split_name(name)
+            modules.setdefault(module, {})[leaf] = entry
+        found: dict[str, StoredLayer] = {}
+        faults: list[str] = []
+        for module, leaves in sorted(modules.items(), key=lambda item: natural_order(item[0])):
+            if is_packed_module(leaves):
+                layer, wrong = examine_layer(module, leaves, self._read_ints, ours=ours)
+                faults += wrong
+                if layer is not None:
+                    found[module] = layer
+        if faults:
+            raise CheckpointError(f"{self.path}: {summary(faults)}")
+        return found
+
+    def _read_ints(self, entry: TensorEntry) -> list[int]:
+        return [int(value) for value in self.files.read([entry.name])[entry.name].flatten()]
+
+    def _format(self, ours: bool) -> str:
+        layouts = {layer.layout for layer in self.stored.values()}
+        if ours:
+            foreign = sorted(layouts - {"littlebit2", "littlebit", "onebit"})
+            if foreign:
+                raise CheckpointError(f"{self.path}: expected layers of the littlebit2 format, got {foreign}")
+            return "littlebit2"
+        if layouts != {"onebit"}:
+            layouts.discard("onebit")
+        if len(layouts) > 1:
+            raise CheckpointError(f"{self.path}: expected layers of one layout, got {sorted(layouts)}")
+        return layouts.pop() if layouts else "dense"
+
+    def _remark(self) -> None:
+        quantization = self.config.get("quantization_config")
+        if quantization is not None and self.format != "littlebit2":
+            method = quantization.get("quant_method")
+            self.problems.append(f"config.json declares quant_method {method!r:.80}, which is not read")
+        if self.format == "littlebit2" and quantization is None:
+            self.problems.append("config.json has no quantization_config: ranks are taken from the tensors")
+        for name, layer in self.stored.items():
+            if layer.spec.ranks is not None and layer.spec.ranks != layer.stored_ranks:
+                self.problems.append(
+                    f"layer {name}: ranks {list(layer.stored_ranks)} are padded to {list(layer.spec.ranks)} "
+                    "with latents of scale zero"
+                )
+        if str(self.config.get("model_type")).startswith(("phi3", "phi4")) and any(
+            name.endswith(".q_proj") for name in self.layers
+        ):
+            self.metadata["split_qkv"] = True
+            self.problems.append(
+                "the fused qkv_proj of the model is stored as q_proj, k_proj and v_proj, read as such"
+            )
+        if self.metadata.get("source") and self.format == "dense":
+            self.problems.append("quantization settings were found, but no packed layer")
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -87,7 +214,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         path: a directory with safetensors files (or pytorch_model.bin) and config.json.
 
     Raises:
-        FileNotFoundError: there is no such directory.
-        CheckpointError: the checkpoint is malformed, or of a newer format.
+        FileNotFoundError: there is no such path.
+        NotADirectoryError: it is no directory.
+        CheckpointError: the checkpoint is malformed, or of a newer format. The message names every tensor
+            that is missing, unexpected or of a wrong shape (the first twenty of them).
     """
-    raise NotImplementedError
+    directory = Path(path)
+    if not directory.exists():
+        raise FileNotFoundError(
+            f"path must name a checkpoint directory, got {directory}, which does not exist"
+        )
+    if not directory.is_dir():
+        raise NotADirectoryError(f"path must name a checkpoint directory, got the file {directory}")
+    return Checkpoint(directory, open_files(directory))

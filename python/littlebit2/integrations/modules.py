@@ -11,7 +11,8 @@ from torch import nn
 from littlebit2.checkpoint import CheckpointError, LayerSpec
 from littlebit2_kernels import LittleBitLinear
 
-__all__ = ["FUSED",
+__all__ = [
+    "FUSED",
     "FusedLinear",
     "PendingLinear",
     "Placement",

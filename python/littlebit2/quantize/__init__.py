@@ -5,7 +5,7 @@ from .config import QuantConfig
 from .dual_svid import dual_svid
 from .joint_itq import LatentRotation, joint_itq, polar_factor
 from .model import DEFAULT_EXCLUDE, check_patterns, is_selected, layer_config, quantize_linears
-from .quantizer import LayerReport, PathReport, QuantizedLayer, quantize_weight
+from .quantizer import LayerReport, PathReport, QuantizedLayer, quantize_loaded, quantize_weight
 from .spectrum import Coherence, SpectralReport, StageReport, analyze_weight, energy_share, latent_coherence
 from .svd import TruncatedFactors, truncated_factors
 
@@ -32,6 +32,7 @@ __all__ = [
     "planned_stored_bpw",
     "polar_factor",
     "quantize_linears",
+    "quantize_loaded",
     "quantize_weight",
     "rank_for_bpw",
     "smallest_bpw",

@@ -16,6 +16,9 @@ __all__ = [
 ]
 
 
+#: Entries of a tensor that are looked at in one go.
+_BLOCK_ENTRIES = 2**20
+
 _FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -44,16 +47,22 @@ def check_matrix(name: str, matrix: torch.Tensor) -> None:
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
     """Raise ``ValueError`` naming the first index of ``tensor`` that holds NaN or infinity."""
-    bad = ~torch.isfinite(tensor)
-    if bool(bad.any()):
-        index = [int(i) for i in torch.nonzero(bad)[0]]
-        raise ValueError(f"{name} must be finite, got {float(tensor[tuple(index)])} at index {index}")
+    if all(bool(torch.isfinite(block).all()) for block in _blocks(tensor)):
+        return
+    index = [int(i) for i in torch.nonzero(~torch.isfinite(tensor))[0]]
+    raise ValueError(f"{name} must be finite, got {float(tensor[tuple(index)])} at index {index}")
 
 
 def binary_exponent(tensor: torch.Tensor) -> int:
     """Return ``e`` with ``2**e <= max|tensor| < 2**(e+1)``, and 0 for an all-zero or empty tensor."""
-    largest = float(tensor.abs().amax()) if tensor.numel() else 0.0
+    largest = max((float(block.abs().amax()) for block in _blocks(tensor) if block.numel()), default=0.0)
     return math.frexp(largest)[1] - 1 if largest else 0
+
+
+def _blocks(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Split a tensor along its first dimension, so that temporaries stay small beside it."""
+    rows = max(_BLOCK_ENTRIES * tensor.shape[0] // max(tensor.numel(), 1), 1) if tensor.dim() else 1
+    return tensor.split(rows) if tensor.dim() else (tensor,)
 
 
 def times_power_of_two(tensor: torch.Tensor, exponent: int) -> torch.Tensor:
@@ -66,10 +75,11 @@ def normalised(weight: torch.Tensor, exponent: int, dtype: torch.dtype) -> torch
     """Return ``weight * 2**-exponent`` as a copy in ``dtype``."""
     # The wider dtype first: neither the conversion nor the scaling can then leave the range.
     if torch.finfo(dtype).bits > torch.finfo(weight.dtype).bits:
-        return times_power_of_two(weight.to(dtype), -exponent)
+        half = -exponent // 2
+        return weight.to(dtype).mul_(math.ldexp(1.0, half)).mul_(math.ldexp(1.0, -exponent - half))
     return times_power_of_two(weight, -exponent).to(dtype)
 
 
 def squared_norm(tensor: torch.Tensor) -> float:
     """Return the squared Frobenius norm, accumulated in float64."""
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+    return math.fsum(float(torch.linalg.vector_norm(b, dtype=torch.float64)) ** 2 for b in _blocks(tensor))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from .svd import truncated_factors
 if TYPE_CHECKING:
     from .config import QuantConfig
 
-__all__ = ["LayerReport", "PathReport", "QuantizedLayer", "quantize_weight"]
+__all__ = ["LayerReport", "PathReport", "QuantizedLayer", "quantize_loaded", "quantize_weight"]
 
 
 @dataclass(frozen=True)
@@ -107,14 +108,26 @@ def quantize_weight(
         ValueError: ``weight`` is not a non-empty finite matrix whose magnitude float32 can hold,
             ``bias`` does not match it, or the budget is too small for its shape.
     """
+    return quantize_loaded(lambda: weight, bias, config=config)
+
+
+def quantize_loaded(
+    load: Callable[[], torch.Tensor], bias: torch.Tensor | None = None, *, config: QuantConfig
+) -> QuantizedLayer:
+    """Quantise a weight that is loaded for it alone: it is let go once its working copy is made.
+
+    Args:
+        load: returns the ``[N, K]`` weight; called once.
+        bias: as for :func:`quantize_weight`.
+        config: likewise.
+
+    Returns, raises: as :func:`quantize_weight`, and what ``load`` raises.
+    """
     if not callable(getattr(config, "ranks_for", None)):
         raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
-    check_matrix("weight", weight)
-    weight = weight.detach()
-    exponent = _weight_exponent(weight)
-    out_features, in_features = weight.shape
-    packed_bias = _packed_bias(bias, weight)
-    target = normalised(weight, exponent, config.compute_dtype)
+    target, exponent = _target(load(), config.compute_dtype)
+    out_features, in_features = target.shape
+    packed_bias = _packed_bias(bias, target)
     total = squared_norm(target) or 1.0
     generator = torch.Generator().manual_seed(config.seed)
     paths, path_reports = [], []
@@ -132,6 +145,14 @@ def quantize_weight(
         stored_bpw=stored_bpw(packed),
     )
     return QuantizedLayer(packed, report)
+
+
+def _target(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
+    """Return a copy of the weight of magnitude about 1, and the power of two that was taken out."""
+    check_matrix("weight", weight)
+    weight = weight.detach()
+    exponent = _weight_exponent(weight)
+    return normalised(weight, exponent, dtype), exponent
 
 
 def _quantize_path(

@@ -93,7 +93,7 @@ def _by_gram(matrix: torch.Tensor, rank: int) -> _Triplets:
         wide = block.double()
         gram.addmm_(wide, wide.T)
     energy, vectors = torch.linalg.eigh(gram)
-    left = vectors.flip(1)[:, :rank].contiguous()
+    left = vectors[:, -rank:].flip(1).contiguous()
     right = torch.cat([left.T @ block.double() for block in matrix.split(_BLOCK, dim=1)], dim=1)
     # The norms of the projected rows lose nothing to squaring, unlike the eigenvalues.
     kept = torch.linalg.vector_norm(right, dim=1)

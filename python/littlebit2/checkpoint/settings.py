@@ -1,0 +1,147 @@
+"""Quantization settings that stand in JSON beside the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from littlebit2_kernels.format import FORMAT_VERSION
+
+from .errors import CheckpointError
+from .specs import LayerSpec
+
+__all__ = [
+    "KEPT_SETTINGS",
+    "PACK",
+    "QUANT_METHOD",
+    "UPSTREAM_SETTINGS",
+    "check_layers",
+    "check_version",
+    "is_ours",
+    "quantization_config",
+    "upstream_settings",
+]
+
+QUANT_METHOD = "littlebit2"
+PACK = "i32-lsb-neg1"
+#: Fields of the authors' littlebit_config.json; older checkpoints hold the first four in config.json.
+UPSTREAM_SETTINGS = (
+    "quant_func",
+    "eff_bit",
+    "split_dim",
+    "residual",
+    "kv_factor",
+    "min_split_dim",
+    "use_itq",
+    "itq_n_iter",
+)
+#: Key of our config.json under which the authors' settings survive a conversion.
+KEPT_SETTINGS = "littlebit_settings"
+
+
+def quantization_config(layers: Any, modules_to_not_convert: Any) -> dict[str, Any]:
+    """See :func:`littlebit2.checkpoint.quantization_config`."""
+    ranks: dict[str, list[int]] = {}
+    single_stage: list[str] = []
+    shares: dict[str, list[int]] = {}
+    for spec in layers:
+        own = tuple(range(len(spec.shares)))
+        if spec.ranks is None:
+            single_stage.append(spec.name)
+        else:
+            ranks[spec.name] = list(spec.ranks)
+        if spec.shares != own or (spec.ranks is None and len(own) > 1):
+            shares[spec.name] = list(spec.shares)
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "pack": PACK,
+        "ranks": ranks,
+        "single_stage": single_stage,
+        "shares": shares,
+        "modules_to_not_convert": list(modules_to_not_convert),
+    }
+
+
+def is_ours(config: Mapping[str, Any], where: str) -> bool:
+    """Whether config.json declares this project's format.
+
+    Raises:
+        CheckpointError: ``quantization_config`` is not an object.
+    """
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return False
+    if not isinstance(quantization, dict):
+        raise CheckpointError(f"{where}: quantization_config must be an object, got {quantization!r:.80}")
+    return bool(quantization.get("quant_method") == QUANT_METHOD)
+
+
+def check_version(quantization: Mapping[str, Any], where: str) -> None:
+    """Raise unless this reader knows the format version and the packing."""
+    version = quantization.get("format_version")
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"{where}: format_version must be a positive integer, got {version!r:.80}")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{where}: format_version must be at most {FORMAT_VERSION}, the newest that this release reads, "
+            f"got {version}: install a newer littlebit2-kernels"
+        )
+    if quantization.get("pack") != PACK:
+        raise CheckpointError(f"{where}: pack must be {PACK!r}, got {quantization.get('pack')!r:.80}")
+
+
+def check_layers(quantization: Mapping[str, Any], layers: Mapping[str, LayerSpec], where: str) -> None:
+    """Raise unless the config's ranks and shares are those of the tensors, layer by layer."""
+    ranks, single_stage, shares = (
+        quantization.get(key, default)
+        for key, default in (("ranks", {}), ("single_stage", []), ("shares", {}))
+    )
+    if not isinstance(ranks, dict) or not isinstance(shares, dict) or not isinstance(single_stage, list):
+        raise CheckpointError(
+            f"{where}: ranks and shares must be objects and single_stage a list, got {type(ranks).__name__}, "
+            f"{type(shares).__name__} and {type(single_stage).__name__}"
+        )
+    faults = []
+    actual = quantization_config(layers.values(), [])
+    for key, declared in (("ranks", ranks), ("shares", shares)):
+        for name in [*actual[key], *(name for name in declared if name not in actual[key])]:
+            expected, got = declared.get(name), actual[key].get(name)
+            if expected != got:
+                faults.append(f"{key} of layer {name}: expected {expected}, as the config says, got {got}")
+    faults += [
+        f"layer {name}: expected in single_stage, because it has no U_packed"
+        for name in actual["single_stage"]
+        if name not in single_stage
+    ]
+    faults += [
+        f"layer {name!r:.200}: expected a single-stage layer, as the config says, got none"
+        for name in single_stage
+        if name not in actual["single_stage"]
+    ]
+    if faults:
+        raise CheckpointError(f"{where}: {summary(faults)}")
+
+
+def upstream_settings(
+    config: Mapping[str, Any], littlebit_config: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return the authors' settings and, under ``source``, where they stood; empty where there are none."""
+    kept = config.get(KEPT_SETTINGS)
+    places: list[tuple[str, Mapping[str, Any]]] = []
+    if littlebit_config is not None:
+        places.append(("littlebit_config.json", littlebit_config))
+    if isinstance(kept, dict):
+        places.append(("config.json", kept))
+    places.append(("config.json", {key: config[key] for key in UPSTREAM_SETTINGS if key in config}))
+    for source, settings in places:
+        if settings:
+            return {**settings, "source": source}
+    return {}
+
+
+def summary(faults: list[str], limit: int = 20) -> str:
+    """Join fault lines into one message, without drowning the reader."""
+    rest = len(faults) - limit
+    more = [f"and {rest} more"] if rest > 0 else []
+    return "; ".join([*faults[:limit], *more])

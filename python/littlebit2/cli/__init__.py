@@ -1,0 +1,99 @@
+"""The command line: ``littlebit2 quantize | convert | inspect | plan | generate | synthesize | bench``.
+
+Torch and transformers are imported by the subcommand that needs them, not for ``--help``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import threading
+from collections.abc import Sequence
+
+from . import bench, convert, generate, inspect, plan, quantize, synthesize
+from .common import FAILED, INTERRUPTED, note, one_line
+
+__all__ = ["main"]
+
+_COMMANDS = (quantize, convert, inspect, plan, generate, synthesize, bench)
+
+_EPILOG = """\
+examples:
+  littlebit2 plan llama-2-13b --bpw 0.1          what it would weigh
+  littlebit2 quantize MODEL_DIR OUT --bpw 0.55   dense model to packed checkpoint
+  littlebit2 inspect OUT                         layers, ranks, bits, sizes, problems
+  littlebit2 generate OUT "Once upon a time"
+
+exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all subcommands."""
+    parser = argparse.ArgumentParser(
+        prog="littlebit2",
+        description="Quantise language models to packed sub-1-bit layers (LittleBit, LittleBit-2); run them.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for module in _COMMANDS:
+        module.add_parser(commands)
+    for command in commands.choices.values():
+        command.formatter_class = argparse.RawDescriptionHelpFormatter
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line.
+
+    Args:
+        argv: arguments, by default those of the process.
+
+    Returns:
+        Exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+    """
+    parser = build_parser()
+    try:
+        args = parser.parse_args(argv)
+        if args.version:
+            from littlebit2_kernels.version import __version__  # noqa: PLC0415  # imports torch
+
+            sys.stdout.write(f"littlebit2 {__version__}\n")
+            return 0
+        if args.command is None:
+            parser.error("COMMAND is required")
+    except SystemExit as stop:  # argparse exits after --help and wrong usage
+        return stop.code if isinstance(stop.code, int) else FAILED
+    return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
+        code = int(args.run(args))
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        note(f"littlebit2 {args.command}: interrupted{args.after_interrupt}")
+        _leave_threads_behind()
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has gone; keep the interpreter from failing again when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        if args.debug:
+            raise
+        note(f"littlebit2 {args.command}: error: {one_line(error)}")
+        return FAILED
+
+
+def _leave_threads_behind() -> None:
+    """Exit at once if layers are being worked on: the interpreter would wait for them, or crash in them."""
+    if any(thread.daemon and thread.name.startswith("littlebit2") for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)

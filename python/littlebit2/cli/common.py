@@ -1,0 +1,150 @@
+"""What the subcommands share: output, and the options that make a :class:`.QuantConfig`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from littlebit2.quantize import QuantConfig
+
+__all__ = [
+    "FAILED",
+    "INIT_METHODS",
+    "INTERRUPTED",
+    "Commands",
+    "add_command",
+    "add_pattern_options",
+    "add_size_options",
+    "emit",
+    "emit_json",
+    "excluded",
+    "gigabytes",
+    "note",
+    "one_line",
+    "quant_config",
+    "table",
+]
+
+_HELP_WIDTH = 100
+
+FAILED = 1
+INTERRUPTED = 130
+
+#: As in littlebit2.quantize, which would import torch.
+INIT_METHODS = ("joint-itq", "dual-svid")
+
+Commands = Any  # argparse's class of subparsers is private
+
+
+def emit(text: str = "") -> None:
+    """Write a line of the result to stdout."""
+    sys.stdout.write(text + "\n")
+
+
+def emit_json(value: Any) -> None:
+    """Write a result as JSON to stdout."""
+    json.dump(value, sys.stdout, indent=2, ensure_ascii=False)
+    sys.stdout.write("\n")
+
+
+def note(text: str) -> None:
+    """Write a remark or an error to stderr."""
+    sys.stderr.write(text + "\n")
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error as one line."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    text = " ".join(text.split())
+    if isinstance(error, (ValueError, OSError, RuntimeError)) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def gigabytes(size: float) -> str:
+    """Format a number of bytes in GB (1e9) or MB."""
+    return f"{size / 1e9:.3f} GB" if size >= 1e8 else f"{size / 1e6:.3f} MB"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return an aligned table; the first column to the left, the others to the right."""
+    cells = [tuple(head), *(tuple(str(cell) for cell in row) for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    lines = []
+    for row in cells:
+        first = row[0].ljust(widths[0])
+        lines.append("  ".join([first, *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def add_command(
+    commands: Commands,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    *,
+    summary: str,
+    description: str,
+    examples: str,
+    after_interrupt: str = "",
+) -> argparse.ArgumentParser:
+    """Add a subcommand; ``after_interrupt`` is what is said of going on after Ctrl-C."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=textwrap.fill(" ".join(description.split()), _HELP_WIDTH),
+        epilog=f"examples:\n{examples.rstrip()}",
+    )
+    parser.set_defaults(run=run, after_interrupt=after_interrupt)
+    return parser
+
+
+def add_size_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how large a layer becomes."""
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--bpw", type=float, help="counted bits per weight over all paths (default 1.0)")
+    size.add_argument(
+        "--ranks", type=int, nargs="+", metavar="R", help="rank of every path instead, multiples of 8"
+    )
+    parser.add_argument("--paths", type=int, help="paths of equal rank (default 2)")
+    parser.add_argument(
+        "--kv-factor", type=float, default=1.0, help="factor on the rank of k_proj and v_proj (default 1)"
+    )
+
+
+def add_pattern_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that select layers."""
+    parser.add_argument(
+        "--include",
+        nargs="+",
+        default=["*"],
+        metavar="PATTERN",
+        help="shell-style patterns of module names to quantise (default: every linear layer)",
+    )
+    parser.add_argument(
+        "--exclude",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="patterns of module names that stay dense, besides heads (lm_head, score, classifier, ...)",
+    )
+    parser.add_argument(
+        "--include-heads", action="store_true", help="do not leave heads dense unless --exclude names them"
+    )
+
+
+def excluded(args: argparse.Namespace, default: Sequence[str]) -> list[str]:
+    """Return the patterns of layers that stay dense."""
+    return [*([] if args.include_heads else default), *args.exclude]
+
+
+def quant_config(args: argparse.Namespace, **others: Any) -> QuantConfig:
+    """Make the configuration that the options describe."""
+    from littlebit2.quantize import QuantConfig  # noqa: PLC0415  # imports torch
+
+    ranks = None if args.ranks is None else tuple(args.ranks)
+    return QuantConfig(bpw=args.bpw, ranks=ranks, paths=args.paths, kv_factor=args.kv_factor, **others)

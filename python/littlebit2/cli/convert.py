@@ -1,0 +1,34 @@
+"""``littlebit2 convert``: between checkpoint layouts."""
+
+from __future__ import annotations
+
+import argparse
+
+from .common import Commands, add_command, emit
+
+_LAYOUTS = ("littlebit2", "littlebit")
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the subcommand."""
+    parser = add_command(
+        commands,
+        "convert",
+        _run,
+        summary="between our layout and the LittleBit authors'",
+        description="Convert a checkpoint to our layout (littlebit2) or to that of the LittleBit "
+        "authors' code (littlebit).",
+        examples="  littlebit2 convert AUTHORS_CHECKPOINT OUT --to littlebit2\n"
+        "  littlebit2 convert OUR_CHECKPOINT OUT --to littlebit",
+    )
+    parser.add_argument("source", metavar="SRC", help="directory of the checkpoint")
+    parser.add_argument("out", metavar="OUT", help="directory to make")
+    parser.add_argument("--to", choices=_LAYOUTS, required=True, help="layout to write")
+
+
+def _run(args: argparse.Namespace) -> int:
+    from littlebit2.checkpoint import convert  # noqa: PLC0415  # imports torch
+
+    convert(args.source, args.out, args.to)
+    emit(f"{args.out}: written in the layout {args.to}")
+    return 0

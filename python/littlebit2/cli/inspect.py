@@ -1,0 +1,76 @@
+"""``littlebit2 inspect``: what is in a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any
+
+from .common import Commands, add_command, emit, emit_json, gigabytes, table
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the subcommand."""
+    parser = add_command(
+        commands,
+        "inspect",
+        _run,
+        summary="layers, ranks, bits per weight, sizes and problems of a checkpoint",
+        description="Say what a checkpoint of any known layout holds, from its headers alone: packed layers "
+        "with their ranks, counted and stored bits per weight, sizes, and whatever is odd about it.",
+        examples="  littlebit2 inspect CHECKPOINT\n  littlebit2 inspect CHECKPOINT --json",
+    )
+    parser.add_argument("path", metavar="PATH", help="directory of the checkpoint")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+
+
+def _run(args: argparse.Namespace) -> int:
+    from littlebit2.checkpoint import describe, open_checkpoint  # noqa: PLC0415  # imports torch
+
+    with open_checkpoint(args.path) as checkpoint:
+        found = describe(checkpoint)
+    if args.json:
+        emit_json(found)
+        return 0
+    totals = found["totals"]
+    emit(f"{found['path']}: format {found['format']}, model type {found['model_type'] or 'unknown'}")
+    if found["layers"]:
+        emit()
+        emit(_layer_table(found["layers"]))
+        emit()
+        emit(
+            f"{totals['layers']} packed layers of {totals['packed_weights']} weights: counted "
+            f"{totals['counted_bpw']:.4f} bpw, stored {totals['stored_bpw']:.4f} bpw"
+        )
+    size = totals["bytes"]
+    parts = ("packed", "scales", "bias", "other", "dense", "all")
+    emit(", ".join(f"{part} {gigabytes(size[part])}" for part in parts))
+    for name, source in found["tied"].items():
+        emit(f"tied: {name} is {source}")
+    if found["metadata"]:
+        emit("settings: " + ", ".join(f"{name} = {value}" for name, value in found["metadata"].items()))
+    for problem in found["problems"]:
+        emit(f"note: {problem}")
+    return 0
+
+
+def _layer_table(layers: dict[str, dict[str, Any]]) -> str:
+    groups: dict[tuple[object, ...], list[dict[str, Any]]] = {}
+    for name, layer in layers.items():
+        pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+        ranks = "single stage" if layer["ranks"] is None else "+".join(map(str, layer["ranks"]))
+        key = (pattern, layer["out_features"], layer["in_features"], ranks, layer["bias"])
+        groups.setdefault(key, []).append(layer)
+    rows = [
+        (
+            pattern,
+            len(members),
+            f"{n} x {k}",
+            ranks,
+            "yes" if bias else "no",
+            f"{members[0]['counted_bpw']:.4f}",
+            f"{members[0]['stored_bpw']:.4f}",
+        )
+        for (pattern, n, k, ranks, bias), members in groups.items()
+    ]
+    return table(("layers", "count", "N x K", "ranks", "bias", "counted bpw", "stored bpw"), rows)

@@ -1,0 +1,118 @@
+"""``littlebit2 plan``: what a model would weigh."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from .common import (
+    Commands,
+    add_command,
+    add_pattern_options,
+    add_size_options,
+    emit,
+    emit_json,
+    excluded,
+    gigabytes,
+    quant_config,
+    table,
+)
+
+if TYPE_CHECKING:
+    from littlebit2.plan import LayerPlan, ModelPlan
+
+_DESCRIPTION = """\
+Ranks and sizes of a model at a number of bits per weight, from its config.json alone: no weights, nothing
+downloaded. Shipped configurations: llama-2-7b, llama-2-13b, llama-2-70b, llama-3-8b, qwen3-8b.
+"""
+
+_EXAMPLES = """\
+  littlebit2 plan llama-2-13b --bpw 0.1
+  littlebit2 plan MODEL_DIR --bpw 0.55 --kv-factor 2 --json
+"""
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the subcommand."""
+    parser = add_command(
+        commands,
+        "plan",
+        _run,
+        summary="ranks and sizes from a config.json alone",
+        description=_DESCRIPTION,
+        examples=_EXAMPLES,
+    )
+    parser.add_argument(
+        "config", metavar="CONFIG_OR_NAME", help="a config.json, a directory with one, or a shipped name"
+    )
+    add_size_options(parser)
+    add_pattern_options(parser)
+    parser.add_argument("--json", action="store_true", help="print every layer and all sizes as JSON")
+
+
+def _run(args: argparse.Namespace) -> int:
+    from littlebit2.plan import plan_model  # noqa: PLC0415  # imports torch
+    from littlebit2.stream import DEFAULT_EXCLUDE  # noqa: PLC0415  # imports torch
+
+    plan = plan_model(
+        args.config, quant_config(args), include=args.include, exclude=excluded(args, DEFAULT_EXCLUDE)
+    )
+    if args.json:
+        layers = [{**asdict(layer), "stored_bpw": layer.stored_bpw} for layer in plan.layers]
+        emit_json(
+            {
+                "model_type": plan.shapes.model_type,
+                "counted_bpw": plan.counted_bpw,
+                "stored_bpw": plan.stored_bpw,
+                "bytes": plan.bytes(),
+                "tied_head": plan.shapes.tied_head,
+                "left_dense": [shape.name for shape in plan.left_dense],
+                "layers": layers,
+            }
+        )
+        return 0
+    emit(_layer_table(plan.layers))
+    emit()
+    emit(_size_table(plan))
+    return 0
+
+
+def _layer_table(layers: tuple[LayerPlan, ...]) -> str:
+    """One row for all layers that differ only in numbers of their names."""
+    groups: dict[tuple[str, int, int, tuple[int, ...]], list[LayerPlan]] = {}
+    for layer in layers:
+        pattern = re.sub(r"\.\d+(?=\.|$)", ".*", layer.name)
+        groups.setdefault((pattern, layer.out_features, layer.in_features, layer.ranks), []).append(layer)
+    rows = []
+    for (pattern, n, k, _), members in groups.items():
+        one = members[0]
+        ranks = "+".join(map(str, one.ranks))
+        rows.append(
+            (pattern, len(members), f"{n} x {k}", ranks, f"{one.counted_bpw:.4f}", f"{one.stored_bpw:.4f}")
+        )
+    return table(("layers", "count", "N x K", "ranks", "counted bpw", "stored bpw"), rows)
+
+
+def _size_table(plan: ModelPlan) -> str:
+    size = plan.bytes()
+    head = "head: tied to the embedding" if plan.shapes.tied_head else "head, 16 bit"
+    rows: list[tuple[str, str]] = [
+        ("packed layers: sign words, rows padded to 32 bits", gigabytes(size["words"])),
+        ("packed layers: scales, fp32 as loaded", gigabytes(size["scales_fp32"])),
+        ("embeddings, 16 bit", gigabytes(size["embeddings"])),
+        (head, gigabytes(size["heads"])),
+        ("norms and biases, 16 bit", gigabytes(size["norms"] + size["biases"])),
+    ]
+    if size["other_linears"]:
+        rows.append(("linear layers left dense, 16 bit", gigabytes(size["other_linears"])))
+    ratio = size["model_fp16"] / size["total"]
+    rows += [
+        ("TOTAL in memory", gigabytes(size["total"])),
+        (f"  the dense model, 16 bit ({ratio:.1f} times as much)", gigabytes(size["model_fp16"])),
+        ("  total with fp16 scales", gigabytes(size["total_fp16_scales"])),
+        ("  total with layers as the papers count bits", gigabytes(size["total_counted"])),
+        ("  total without embeddings and head", gigabytes(size["total_without_embeddings"])),
+    ]
+    return table((f"{len(plan.layers)} layers at {plan.counted_bpw:.4f} counted bpw", "size"), rows)

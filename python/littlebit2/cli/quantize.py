@@ -1,0 +1,100 @@
+"""``littlebit2 quantize``: a dense checkpoint to a packed one."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from .common import (
+    INIT_METHODS,
+    Commands,
+    add_command,
+    add_pattern_options,
+    add_size_options,
+    emit,
+    emit_json,
+    excluded,
+    quant_config,
+)
+
+_DESCRIPTION = """\
+Quantise the linear layers of a dense checkpoint (safetensors and config.json). Embeddings, norms and
+heads stay as they are. One layer per worker is in memory, never the model. Killed at any moment, the same
+command goes on where it was (finished layers are kept in OUT.partial) and writes the same bytes.
+"""
+
+_EXAMPLES = """\
+  littlebit2 quantize MODEL_DIR OUT --bpw 0.55
+  littlebit2 quantize MODEL_DIR OUT --bpw 0.1 --kv-factor 2 --exclude "model.layers.0.*" --workers 4
+  torchrun --nproc-per-node 4 -m littlebit2 quantize MODEL_DIR OUT --bpw 0.55
+"""
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the subcommand."""
+    parser = add_command(
+        commands,
+        "quantize",
+        _run,
+        summary="dense checkpoint to packed checkpoint, streamed and resumable",
+        description=_DESCRIPTION,
+        examples=_EXAMPLES,
+        after_interrupt="; the same command goes on from here",
+    )
+    parser.add_argument("model_dir", metavar="MODEL_DIR", help="directory of the dense checkpoint")
+    parser.add_argument("out", metavar="OUT", help="directory to make")
+    add_size_options(parser)
+    parser.add_argument(
+        "--init", choices=INIT_METHODS, default=INIT_METHODS[0], help=f"default {INIT_METHODS[0]}"
+    )
+    parser.add_argument(
+        "--itq-iterations", type=int, default=50, metavar="N", help="most Joint-ITQ iterations (default 50)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random rotations (default 0)")
+    add_pattern_options(parser)
+    parser.add_argument(
+        "--workers", type=int, help="layers at a time (default: as cores and free memory allow)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=1, help="threads for one layer; changes the last bits (default 1)"
+    )
+    parser.add_argument("--device", default="cpu", help="where to compute: cpu, cuda, cuda:1 (default cpu)")
+    parser.add_argument("--restart", action="store_true", help="discard what an interrupted run left")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT at the end if it exists")
+    parser.add_argument(
+        "--json", action="store_true", help="print the per-layer report, with timings, as JSON"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _run(args: argparse.Namespace) -> int:
+    from littlebit2.stream import DEFAULT_EXCLUDE, quantize_checkpoint  # noqa: PLC0415  # imports torch
+
+    report = quantize_checkpoint(
+        args.model_dir,
+        args.out,
+        quant_config(args, init=args.init, itq_iterations=args.itq_iterations, seed=args.seed),
+        include=args.include,
+        exclude=excluded(args, DEFAULT_EXCLUDE),
+        workers=args.workers,
+        threads=args.threads,
+        device=args.device,
+        progress=not args.quiet,
+        resume=not args.restart,
+        overwrite=args.overwrite,
+    )
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # under torchrun one process speaks for all
+    if args.json:
+        emit_json(report.as_dict(timings=True))
+        return 0
+    totals = report.totals()
+    emit(
+        f"{args.out}: {totals['layers']} layers, counted {totals['counted_bpw']:.4f} bpw, "
+        f"stored {totals['stored_bpw']:.4f} bpw"
+    )
+    emit(
+        f"squared relative error: mean {totals['mean_error']:.4f}, "
+        f"worst {totals['worst_error']:.4f} ({totals['worst_layer']})"
+    )
+    return 0

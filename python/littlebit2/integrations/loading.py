@@ -1,0 +1,147 @@
+"""``littlebit2.load``: a checkpoint of any known layout as a model that is whole, or an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from littlebit2.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+
+from .configuration import LittleBit2Config
+from .modules import layers_of
+from .transformers import register
+
+__all__ = ["load"]
+
+#: Names listed in one message; a wrong model class can miss thousands.
+_MOST_NAMES = 20
+
+
+def load(
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    activation: str = "auto",
+    backend: str = "auto",
+) -> PreTrainedModel:
+    """Load a checkpoint directory and make sure that nothing of it is missing.
+
+    Takes every layout that :func:`littlebit2.checkpoint.open_checkpoint` knows, dense checkpoints
+    included. Packed layers are read one at a time and, on the CPU, brought to the kernels' layout as they
+    come, so that at no time more is held than the packed model and one tensor. Dense tensors are
+    memory-mapped if their stored dtype is the wanted one.
+
+    Args:
+        path: a local directory with config.json and weights.
+        device: where the model goes.
+        dtype: of the dense tensors and activations; by default what config.json says, or the file holds.
+            Scales are float32 whatever it is.
+        activation: how activations enter the sums, see :func:`littlebit2_kernels.littlebit_linear`.
+        backend: of every packed layer, see there too.
+
+    Returns:
+        The model of the class that config.json names, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+        CheckpointError: a layer or tensor is missing, unexpected, mis-shaped or malformed; the message
+            names it.
+        ValueError: an argument or the configuration is invalid.
+    """
+    register()
+    wanted = torch.device(device)
+    how: dict[str, Any] = {
+        "backend": backend,
+        "activation": activation,
+        "prepack": wanted.type == "cpu",
+        "stream": True,
+    }
+    LittleBit2Config(**how)  # checks the two that are the caller's before anything is read
+    with open_checkpoint(path) as checkpoint:
+        if not checkpoint.config:
+            raise CheckpointError(f"{checkpoint.path}: config.json is missing, which names the model's class")
+        config = AutoConfig.from_pretrained(str(path), local_files_only=True)
+        if checkpoint.layers:
+            skipped = (checkpoint.config.get("quantization_config") or {}).get("modules_to_not_convert") or ()
+            config.quantization_config = {
+                **LittleBit2Config.from_layers(checkpoint.layers, skipped).to_dict(),
+                **how,
+            }
+        with _quiet():
+            model, info = _model_class(config, checkpoint).from_pretrained(
+                str(path),
+                config=config,
+                dtype="auto" if dtype is None else dtype,
+                local_files_only=True,
+                # Reported below together with everything else.
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        _check_complete(model, info, checkpoint)
+    return model.to(wanted).eval() if wanted.type != "cpu" else model.eval()
+
+
+def _model_class(config: PreTrainedConfig, checkpoint: Checkpoint) -> Any:
+    """The class that config.json names if transformers has it, else the automatic one of its type."""
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return AutoModel
+    # A file without a head may still tie it to the embedding.
+    headed = any("lm_head" in name for name in (*checkpoint.dense, *checkpoint.tied()))
+    return AutoModelForCausalLM if headed else AutoModel
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the library's own report of missing and mismatched tensors back: it becomes an error here."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def _check_complete(model: PreTrainedModel, info: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    problems = []
+    for kind in ("missing_keys", "unexpected_keys"):
+        names = sorted(info.get(kind) or ())
+        if names:
+            problems.append(f"{kind.removesuffix('_keys')} tensors: {_listed(names)}")
+    shapes = [(name, list(got), list(wanted)) for name, got, wanted in info.get("mismatched_keys") or ()]
+    if shapes:
+        listed = _listed(
+            [f"{name} must have shape {wanted}, got {got}" for name, got, wanted in sorted(shapes)]
+        )
+        problems.append(f"mis-shaped tensors: {listed}")
+    problems += info.get("error_msgs") or ()
+    layers = layers_of(model)
+    if len(layers) != len(checkpoint.layers):
+        problems.append(f"the checkpoint has {len(checkpoint.layers)} packed layers, the model {len(layers)}")
+    meta = [name for name, tensor in _tensors(model) if tensor.is_meta]
+    if meta:
+        problems.append(f"tensors without values: {_listed(meta)}")
+    if problems:
+        raise CheckpointError(f"{checkpoint.path} as {type(model).__name__}: " + "; ".join(problems))
+
+
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _listed(names: list[str]) -> str:
+    rest = len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")

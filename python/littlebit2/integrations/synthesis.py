@@ -1,0 +1,162 @@
+"""``littlebit2.synthesize``: a checkpoint of random signs in the shapes of any model, for speed tests."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from littlebit2.checkpoint import CheckpointWriter
+from littlebit2.plan import load_config
+from littlebit2.quantize import DEFAULT_EXCLUDE, QuantConfig, check_patterns, is_selected, layer_config
+from littlebit2_kernels.format import WORD_BITS, PackedLinear, PackedPath, words_per_row
+
+__all__ = ["random_layer", "synthesize"]
+
+
+def synthesize(
+    config: PreTrainedConfig | Mapping[str, Any] | str | Path,
+    out_dir: str | Path,
+    bpw: float,
+    *,
+    paths: int = 2,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    kv_factor: float = 1.0,
+    progress: Callable[[str], object] | None = None,
+) -> list[str]:
+    """Write a random checkpoint that runs as fast, and takes as much memory, as a real one would.
+
+    Every linear layer but the head has random signs at the ranks that ``bpw`` buys, and scales that keep
+    activations at the size of the layer's input. Embeddings, norms and head are what transformers
+    initialises a new model with. One layer or tensor is held at a time.
+
+    Args:
+        config: of the model: an object, a dictionary, a ``config.json`` or a directory with one, or a name
+            of :func:`littlebit2.plan.shipped_configs`.
+        out_dir: directory to make.
+        bpw: counted bits per weight.
+        paths: P.
+        seed: of all random values; the same arguments write the same bytes.
+        dtype: of the dense tensors.
+        kv_factor: factor on the rank of key and value projections.
+        progress: called with the name of each packed layer that was written.
+
+    Returns:
+        Names of the packed layers.
+
+    Raises:
+        FileExistsError: ``out_dir`` exists and is not empty.
+        FileNotFoundError: there is no such configuration.
+        ValueError: transformers does not know the model type, or the budget does not fit a layer (the
+            message names it).
+    """
+    quant = QuantConfig(bpw=bpw, paths=paths, kv_factor=kv_factor, seed=seed)
+    model = _meta_model(config, dtype)
+    # All ranks before anything is written: a budget that does not fit leaves no directory.
+    plans = dict(_plans(model, quant))
+    model.config.dtype = dtype
+    model.config.architectures = [type(model).__name__]
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]), CheckpointWriter(out_dir, model.config.to_diff_dict()) as writer:
+        torch.manual_seed(seed)
+        for name, module in model.named_modules():
+            if name in plans:
+                assert isinstance(module, nn.Linear)
+                writer.add_layer(name, random_layer(module, plans[name], generator))
+                if progress is not None:
+                    progress(name)
+                continue
+            for tensor_name, tensor in _dense_tensors(model, name, module):
+                if tensor_name not in tied:
+                    writer.add_tensor(tensor_name, tensor)
+            module.to("meta")
+        writer.finish()
+    return list(plans)
+
+
+def random_layer(linear: nn.Linear, ranks: tuple[int, ...], generator: torch.Generator) -> PackedLinear:
+    """Return a packed layer of random signs in the shape of ``linear``, with zero bias if that has one.
+
+    Entries of the weight it stands for have a variance of about ``1 / K``.
+    """
+    k, n = linear.in_features, linear.out_features
+
+    def words(rows: int, cols: int) -> torch.Tensor:
+        shape = (rows, words_per_row(cols))
+        # int64 holds the upper bound that int32 does not.
+        drawn = torch.randint(-(2**31), 2**31, shape, generator=generator).to(torch.int32)
+        if cols % WORD_BITS:
+            drawn[:, -1] &= (1 << cols % WORD_BITS) - 1
+        return drawn
+
+    def scale(size: int, mean: float) -> torch.Tensor:
+        return mean * (0.5 + torch.rand(size, generator=generator))
+
+    packed = [
+        PackedPath(
+            v=words(rank, k),
+            in_scale=scale(k, 1.0),
+            out_scale=scale(n, 1.0),
+            u=words(n, rank),
+            latent_scale=scale(rank, 1 / math.sqrt(rank * k * len(ranks))),
+        )
+        for rank in ranks
+    ]
+    return PackedLinear(packed, None if linear.bias is None else torch.zeros(n))
+
+
+def _meta_model(source: PreTrainedConfig | Mapping[str, Any] | str | Path, dtype: torch.dtype) -> Any:
+    """Build the model that ``source`` describes, without values."""
+    if isinstance(source, PreTrainedConfig):
+        config = source
+    else:
+        fields = dict(source) if isinstance(source, Mapping) else load_config(source)
+        fields.pop("quantization_config", None)
+        if "model_type" not in fields:
+            raise ValueError("config must have a model_type, got none")
+        config = AutoConfig.for_model(**fields)
+    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not _is_encoder(config)
+    with torch.device("meta"):
+        return (AutoModelForCausalLM if causal else AutoModel).from_config(config, dtype=dtype)
+
+
+def _is_encoder(config: PreTrainedConfig) -> bool:
+    """Whether a type that can be a decoder too (BERT) is configured as an encoder."""
+    return getattr(config, "is_decoder", None) is False and not any(
+        "CausalLM" in name or "LMHead" in name for name in config.architectures or ("CausalLM",)
+    )
+
+
+def _plans(model: PreTrainedModel, quant: QuantConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    head = model.get_output_embeddings()
+    everything, excluded = check_patterns("include", "*"), check_patterns("exclude", DEFAULT_EXCLUDE)
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and module is not head and is_selected(name, everything, excluded):
+            ranks = layer_config(name, module.in_features, module.out_features, quant).ranks
+            assert ranks is not None  # settled by layer_config
+            yield name, ranks
+
+
+def _dense_tensors(
+    model: PreTrainedModel, name: str, module: nn.Module
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Give the tensors that ``module`` itself holds the values that a new model has."""
+    stored = {
+        key: tensor
+        for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        if key not in module._non_persistent_buffers_set
+    }
+    if not stored:
+        return
+    module.to_empty(device="cpu", recurse=False)
+    model._init_weights(module)
+    for key in stored:
+        yield f"{name}.{key}" if name else key, getattr(module, key).detach()

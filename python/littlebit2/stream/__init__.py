@@ -1,0 +1,19 @@
+"""A whole model, streamed: quantise a checkpoint layer by layer, resumably and in parallel.
+
+See :func:`.pipeline.quantize_checkpoint`. Transformers is not needed: names and shapes decide.
+"""
+
+from .errors import StreamError
+from .pipeline import REPORT_NAME, quantize_checkpoint
+from .report import RunReport
+from .select import DEFAULT_EXCLUDE, LayerSource, select_layers
+
+__all__ = [
+    "DEFAULT_EXCLUDE",
+    "REPORT_NAME",
+    "LayerSource",
+    "RunReport",
+    "StreamError",
+    "quantize_checkpoint",
+    "select_layers",
+]

@@ -1,0 +1,221 @@
+"""Quantise a checkpoint on disk to a checkpoint on disk, layer by layer."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from littlebit2.checkpoint import open_checkpoint
+from littlebit2.quantize import QuantConfig, check_patterns, quantize_loaded
+
+from .assemble import REPORT_NAME, assemble
+from .errors import StreamError
+from .group import Group, process_group, share_out
+from .jobs import Job, make_jobs, run_settings
+from .report import RunReport, layer_entry
+from .select import DEFAULT_EXCLUDE
+from .work import WorkDirectory
+from .workers import choose_workers, run_jobs
+
+__all__ = ["REPORT_NAME", "quantize_checkpoint"]
+
+
+def quantize_checkpoint(
+    model_dir: str | Path,
+    out: str | Path,
+    config: QuantConfig,
+    *,
+    include: str | Sequence[str] = "*",
+    exclude: str | Sequence[str] = DEFAULT_EXCLUDE,
+    workers: int | None = None,
+    threads: int = 1,
+    device: str = "cpu",
+    progress: bool = True,
+    resume: bool = True,
+    overwrite: bool = False,
+) -> RunReport:
+    """Quantise the linear layers of a dense checkpoint and write a littlebit2 checkpoint.
+
+    Weights are read tensor by tensor; one layer per worker is in memory. Every finished layer is kept in
+    the work directory ``<out>.partial``: after a kill at any moment the same call goes on where it was and
+    ``out`` comes out byte for byte the same. ``out`` appears at the end, whole, with
+    ``quantization_report.json`` in it, and the work directory is removed. Called again after that, it
+    returns the report.
+
+    The bytes depend on the source, on ``config``, ``include``, ``exclude``, ``threads`` and ``device``,
+    on the kind of machine and the versions of torch and of this package; not on ``workers``, on the
+    number of processes or on the order of the work. Each layer's seed comes from ``config.seed`` and its
+    name, as in :func:`.quantize_linears`.
+
+    Started by ``torchrun``, the processes share the layers out and rank 0 assembles; ``out`` must be on a
+    file system that all of them see.
+
+    Args:
+        model_dir: directory of a dense checkpoint: safetensors and ``config.json``.
+        out: directory to make.
+        config: size, initialisation, seed. ``kv_factor`` applies to names ending in ``k_proj`` or ``v_proj``.
+        include: shell-style pattern or patterns on module names; which tensors are linear weights
+            is said in :mod:`.select`.
+        exclude: likewise; wins. Heads by default.
+        workers: layers at a time (in each process); ``None`` chooses by cores and free memory.
+        threads: torch's threads for one layer.
+        device: where to compute; ``"cuda"`` is each process's own device under ``torchrun``.
+        progress: whether to show a progress bar with the time left, on stderr.
+        resume: whether to go on with a run that was interrupted; otherwise its layers are discarded.
+        overwrite: whether ``out`` may exist; it is replaced at the end.
+
+    Returns:
+        What was done, layer by layer (in every process).
+
+    Raises:
+        FileExistsError: ``out`` exists, and neither ``overwrite`` nor a finished run of these settings.
+        FileNotFoundError: there is no ``model_dir``.
+        OSError: a file cannot be read or written.
+        StreamError: the disk is full or too small, the work directory belongs to a run with other settings
+            or is in use, or another process failed.
+        TypeError: ``config`` is no :class:`.QuantConfig`, or a pattern no string.
+        ValueError: the checkpoint is malformed or not dense, no layer is selected, the budget does not fit
+            a layer, or a layer cannot be quantised; the message names it.
+    """
+    if not isinstance(config, QuantConfig):
+        raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise ValueError(f"threads must be a positive integer, got {threads!r}")
+    source, target = Path(model_dir), Path(os.path.abspath(out))
+    includes, excludes = check_patterns("include", include), check_patterns("exclude", exclude)
+    with open_checkpoint(source) as checkpoint:
+        if checkpoint.format != "dense" or "quantization_config" in checkpoint.config:
+            raise ValueError(f"{source}: must be a dense checkpoint, got one that is quantised already")
+        jobs = make_jobs(checkpoint, config, includes, excludes)
+        settings = run_settings(checkpoint, config, includes, excludes, device=device, threads=threads)
+        dense_bytes = _dense_bytes(checkpoint.dense, jobs)
+    work = WorkDirectory(target)
+    with process_group() as group:
+        before = group.from_leader(partial(_start, work, target, settings, resume, overwrite))
+        if before is not None:
+            return before
+        try:
+            pending = group.from_leader(lambda: [job.index for job in jobs if work.finished(job) is None])
+            group.together(partial(_check_space, work, [jobs[i] for i in pending], jobs, dense_bytes))
+            mine = share_out([jobs[i] for i in pending], group.size)[group.rank]
+            do = partial(_quantize_layer, source, work, _device(device))
+            group.together(
+                partial(_quantize_all, group, mine, jobs, do, workers=workers, threads=threads, show=progress)
+            )
+            return group.from_leader(
+                partial(assemble, source, target, work, jobs, settings, overwrite=overwrite)
+            )
+        finally:
+            work.close()
+
+
+def _start(
+    work: WorkDirectory, target: Path, settings: dict[str, Any], resume: bool, overwrite: bool
+) -> RunReport | None:
+    """Take the work directory, unless there is nothing left to do: then return the report."""
+    if target.exists():
+        report = finished_report(target, settings) if resume else None
+        if report is not None:
+            if work.path.exists():
+                work.remove()  # the run was killed between its last two steps
+            return report
+        if not overwrite:
+            raise FileExistsError(
+                f"{target}: already exists and is not the result of this command; "
+                "give another output, or overwrite it (overwrite=True, --overwrite)"
+            )
+    work.open(settings, resume=resume)
+    return None
+
+
+def finished_report(out: Path, settings: dict[str, Any]) -> RunReport | None:
+    """Return the report of a finished run of these settings in ``out``, or ``None``."""
+    try:
+        content = json.loads((out / REPORT_NAME).read_text("utf-8"))
+        if content["settings"] == settings:
+            return RunReport(settings, tuple(content["layers"]), tuple(content["dense"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def _device(device: str) -> torch.device:
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return torch.device(device)
+
+
+def _dense_bytes(tensors: Any, jobs: Sequence[Job]) -> int:
+    packed = {name for job in jobs for name in (job.source.weight, job.source.bias)}
+    return sum(
+        torch.Size(shape).numel() * dtype.itemsize
+        for name, (shape, dtype) in tensors.items()
+        if name not in packed
+    )
+
+
+def _check_space(work: WorkDirectory, pending: Sequence[Job], jobs: Sequence[Job], dense_bytes: int) -> None:
+    """Do not begin hours of work that cannot be written down: every layer is there twice at the end."""
+    needed = sum(j.stored_bytes for j in pending) + sum(j.stored_bytes for j in jobs) + dense_bytes
+    free = shutil.disk_usage(work.path).free
+    if free < needed:
+        raise StreamError(
+            f"{work.path.parent}: needs about {needed / 1e9:.2f} GB free, has {free / 1e9:.2f} GB; "
+            "free some and run the same command again"
+        )
+
+
+def _quantize_all(
+    group: Group, mine: list[Job], jobs: list[Job], do: Any, *, workers: int | None, threads: int, show: bool
+) -> None:
+    size = choose_workers(mine, workers, threads)
+    total = sum(job.weights for job in mine)
+    label = "quantize" if group.size == 1 else f"quantize, rank {group.rank} of {group.size}"
+    with tqdm(
+        total=total,
+        desc=label,
+        unit=" weights",
+        unit_scale=True,
+        disable=not show or not group.leads,
+        file=sys.stderr,
+        smoothing=0.1,
+    ) as bar:
+        count = 0
+
+        def done(job: Job) -> None:
+            nonlocal count
+            count += 1
+            bar.set_postfix_str(f"layer {count}/{len(mine)}, {len(jobs)} in all", refresh=False)
+            bar.update(job.weights)
+
+        run_jobs(mine, do, done, workers=size, threads=threads)
+
+
+def _quantize_layer(source: Path, work: WorkDirectory, device: torch.device, job: Job) -> None:
+    start = time.perf_counter()
+    name = job.source.name
+    # Opened anew for each layer: mappings of what was read before would count as memory in use.
+    with open_checkpoint(source) as checkpoint:
+        bias = None if job.source.bias is None else checkpoint.load_tensor(job.source.bias).to(device)
+
+        def load() -> torch.Tensor:
+            return checkpoint.load_tensor(job.source.weight).to(device)
+
+        try:
+            quantized = quantize_loaded(load, bias, config=job.config)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise type(error)(f"layer {name!r}: {error}") from error
+    report = replace(quantized.report, name=name)
+    entry = layer_entry(report, bias=bias is not None)
+    work.write_layer(job, quantized.packed, entry, time.perf_counter() - start)

@@ -1,0 +1,266 @@
+"""The command line: subcommands, exit codes, what goes to which stream."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+
+from littlebit2 import stream
+from littlebit2.cli import main
+from littlebit2.cli.common import INIT_METHODS
+from littlebit2.plan import load_config, shipped_configs
+from littlebit2.quantize.config import InitMethod
+from tests.stream.builders import contents, llama_tensors, write_model
+
+COMMANDS = ("quantize", "convert", "inspect", "plan", "generate", "synthesize", "bench")
+QUICK = ("--ranks", "16", "8", "--itq-iterations", "3", "--workers", "1", "--quiet")
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path, rng: torch.Generator) -> Path:
+    return write_model(tmp_path / "dense", llama_tensors(rng))
+
+
+def python(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys, littlebit2.cli; c = littlebit2.cli.main(sys.argv[1:]); "
+    code += "heavy = {'torch', 'transformers', 'numpy', 'tqdm'} & set(sys.modules); "
+    code += "assert not heavy, heavy; exit(c)"
+    for arguments in (["--help"], ["quantize", "--help"], []):
+        result = python("-c", code, *arguments)
+        assert result.returncode == (0 if arguments else 2), result.stderr
+
+
+def test_module_and_version() -> None:
+    result = python("-m", "littlebit2", "--version")
+    assert result.returncode == 0
+    assert result.stdout.startswith("littlebit2 ")
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "examples:\n  littlebit2 " in text
+    assert max(map(len, text.splitlines())) <= 110
+
+
+def test_choices_and_names_in_help_are_current(capsys: pytest.CaptureFixture[str]) -> None:
+    assert get_args(InitMethod) == INIT_METHODS
+    main(["plan", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(name in text for name in shipped_configs())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["unknown"],
+        ["quantize", "model"],
+        ["quantize", "model", "out", "--bpw", "0.5", "--ranks", "8"],
+        ["quantize", "model", "out", "--init", "guess"],
+        ["convert", "a", "b"],
+        ["generate", "a"],
+        ["generate", "a", "text", "--token-ids", "1"],
+    ],
+)
+def test_wrong_usage_is_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "usage: littlebit2" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantize", "nowhere", "out"], "nowhere"),
+        (["quantize", "nowhere", "out", "--bpw", "0"], "bpw must be a finite positive number, got 0.0"),
+        (["quantize", "nowhere", "out", "--ranks", "9"], "ranks[0] must be a positive multiple of 8, got 9"),
+        (["inspect", "nowhere"], "nowhere"),
+        (["convert", "nowhere", "out", "--to", "littlebit"], "nowhere"),
+        (["plan", "nowhere"], "nowhere: expected a config.json"),
+        (
+            ["plan", "llama-2-7b", "--bpw", "0.001"],
+            "layer 'model.layers.0.self_attn.q_proj': bpw must be above",
+        ),
+    ],
+)
+def test_errors_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith(f"littlebit2 {arguments[0]}: error: ")
+    assert message in line
+    with pytest.raises((ValueError, OSError), match=re.escape(message)):
+        main([*arguments, "--debug"])
+
+
+def test_quantize_and_inspect(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["quantize", str(model_dir), str(out), *QUICK]) == 0
+    captured = capsys.readouterr()
+    assert "14 layers, counted" in captured.out
+    assert captured.err == ""
+    assert main(["inspect", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "format littlebit2, model type llama" in text
+    assert "model.layers.*.mlp.up_proj" in text
+    assert "16+8" in text
+    assert main(["inspect", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["totals"]["layers"] == 14
+    assert found["layers"]["model.layers.0.self_attn.q_proj"]["ranks"] == [16, 8]
+    assert main(["inspect", str(model_dir)]) == 0
+    assert "format dense" in capsys.readouterr().out
+
+
+def test_quantize_json_and_patterns(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--json", "--include", "*.mlp.*", "--exclude", "*.0.*", "--init", "dual-svid", "--seed", "3"]
+    assert main(["quantize", str(model_dir), str(tmp_path / "out"), *QUICK, *options]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {layer["name"] for layer in report["layers"]} == {
+        f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")
+    }
+    assert set(report["seconds"]) == {layer["name"] for layer in report["layers"]}
+    assert report["settings"]["init"] == "dual-svid"
+    assert report["settings"]["seed"] == 3
+    assert "lm_head.weight" in report["dense"]
+    options = ["--json", "--include", "lm_head", "--include-heads"]
+    assert main(["quantize", str(model_dir), str(tmp_path / "head"), *QUICK, *options]) == 0
+    assert [layer["name"] for layer in json.loads(capsys.readouterr().out)["layers"]] == ["lm_head"]
+
+
+def test_convert_there_and_back(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ours, theirs, back = (tmp_path / name for name in ("ours", "theirs", "back"))
+    assert main(["quantize", str(model_dir), str(ours), *QUICK[:1], "16", "16", *QUICK[3:]]) == 0
+    assert main(["convert", str(ours), str(theirs), "--to", "littlebit"]) == 0
+    assert main(["convert", str(theirs), str(back), "--to", "littlebit2"]) == 0
+    capsys.readouterr()
+    formats = []
+    for path in (theirs, back):
+        assert main(["inspect", str(path), "--json"]) == 0
+        formats.append(json.loads(capsys.readouterr().out)["format"])
+    assert formats == ["littlebit", "littlebit2"]
+
+
+def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "llama-2-13b", "--bpw", "0.1"]) == 0
+    text = capsys.readouterr().out
+    assert "104+104" in text
+    assert "TOTAL in memory" in text
+    assert "0.839 GB" in text
+    assert main(["plan", "llama-2-13b", "--bpw", "0.1", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert len(plan["layers"]) == 280
+    assert plan["bytes"]["total"] == pytest.approx(0.839e9, rel=0.001)
+    assert plan["left_dense"] == ["lm_head"]
+
+
+def test_synthesize_and_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    }
+    config = {**load_config("llama-2-7b"), **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    out = str(tmp_path / "out")
+    assert main(["synthesize", str(tmp_path / "config.json"), out, "--bpw", "3", "--json", "--quiet"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["layers"]) == 14
+    prompt = ["--token-ids", "1", "2", "3", "--max-new-tokens", "4", "--ignore-eos"]
+    assert main(["generate", out, *prompt, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert len(result["token_ids"]) == 4
+    assert result["prompt_tokens"] == 3
+    assert main(["generate", out, *prompt]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.split() == [str(token) for token in result["token_ids"]]
+    assert "tokens/s" in captured.err
+    assert main(["generate", out, "some text"]) == 1
+    assert "has no tokenizer" in capsys.readouterr().err
+
+
+def test_bench_needs_the_repository(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root / "python")}
+    result = python("-P", "-m", "littlebit2", "bench", cwd=tmp_path, env=environment)
+    assert result.returncode == 1
+    assert result.stderr.startswith("littlebit2 bench: error: the benchmarks package is not importable here")
+    result = python("-m", "littlebit2", "bench", "--", "--help", cwd=root)
+    assert result.returncode == 0
+    assert "usage" in result.stdout
+
+
+def test_an_interrupt_is_clean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stream, "quantize_checkpoint", interrupt)
+    assert main(["quantize", "model", "out"]) == 130
+    assert capsys.readouterr().err == (
+        "littlebit2 quantize: interrupted; the same command goes on from here\n"
+    )
+
+
+def test_control_c_during_the_work_leaves_it_resumable(tmp_path: Path, rng: torch.Generator) -> None:
+    model_dir = write_model(tmp_path / "many", llama_tensors(rng, layers=30))
+    options = ["--ranks", "16", "--itq-iterations", "200", "--workers", "2", "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "littlebit2",
+        "quantize",
+        str(model_dir),
+        str(tmp_path / "out"),
+        *options,
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list((tmp_path / "out.partial").glob("*.safetensors")):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert output == ""
+    assert errors == "littlebit2 quantize: interrupted; the same command goes on from here\n"
+    assert not (tmp_path / "out").exists()
+    assert main(["quantize", str(model_dir), str(tmp_path / "out"), *options]) == 0
+    assert main(["quantize", str(model_dir), str(tmp_path / "whole"), *options]) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_reader_that_goes_away_is_no_traceback() -> None:
+    command = f"{sys.executable} -m littlebit2 plan llama-2-70b --json | head -n 1"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert result.stdout == "{\n"
+    assert result.stderr == ""

@@ -1,0 +1,78 @@
+"""Peak memory does not grow with the model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+#: Prints the peak of resident memory (bytes) before and after quantising a checkpoint. File pages count.
+MEASURE = """
+import sys
+from pathlib import Path
+import torch
+from littlebit2.quantize import QuantConfig
+from littlebit2.stream import quantize_checkpoint
+
+torch.set_num_threads(1)
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+config = QuantConfig(ranks=(8,), init="dual-svid")
+# What torch and LAPACK take once, whatever they work on.
+quantize_checkpoint(sys.argv[1], sys.argv[4], config, workers=1, progress=False)
+Path("/proc/self/clear_refs").write_text("5")
+before = peak()
+quantize_checkpoint(sys.argv[2], sys.argv[3], config, workers=1, progress=False)
+print(before, peak())
+"""
+
+#: Wide, so that the Gram matrix of the decomposition ([256, 256]) is small beside the layer.
+ROWS, COLUMNS = 256, 16384
+LAYER_BYTES = 4 * ROWS * COLUMNS
+
+
+def write_layers(path: Path, count: int, columns: int, rng: torch.Generator) -> Path:
+    path.mkdir()
+    tensors = {
+        f"layers.{i}.weight": torch.randn(ROWS, columns, generator=rng).bfloat16() for i in range(count)
+    }
+    save_file(tensors, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps({"model_type": "none"}))
+    return path
+
+
+def growth(tmp_path: Path, layers: int, rng: torch.Generator) -> float:
+    """Peak above what the process had before, in layers' worth of float32, in which a layer is computed."""
+    warm_up = write_layers(tmp_path / f"small-{layers}", 1, 256, rng)
+    model = write_layers(tmp_path / f"model-{layers}", layers, COLUMNS, rng)
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            MEASURE,
+            *map(str, (warm_up, model, tmp_path / f"out-{layers}", tmp_path / f"warm-{layers}")),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        # The allocator maps and returns blocks of 32 MB and more, as real layers are, in any case; smaller
+        # ones like these only if told so.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_NUM_THREADS": "1"},
+    )
+    before, after = map(int, result.stdout.split())
+    return (after - before) / LAYER_BYTES
+
+
+def test_twenty_layers_take_less_than_two(tmp_path: Path, rng: torch.Generator) -> None:
+    one, twenty = growth(tmp_path, 1, rng), growth(tmp_path, 20, rng)
+    print(f"peak: {one:.2f} layers' worth for 1 layer, {twenty:.2f} for 20")
+    assert twenty < 2
+    assert twenty < one + 0.2
