@@ -90,7 +90,11 @@ def _parser() -> argparse.ArgumentParser:
     floors.add_argument("--threads", nargs="+", type=_positive(int), help="default: 1 and all")
     floors.add_argument("--dtypes", nargs="+", default=["float32"])
     floors.add_argument("--device", default="cpu")
-    floors.add_argument("--mib", type=_positive(float), default=512, help="size of the stream")
+    floors.add_argument(
+        "--mib",
+        type=_positive(float),
+        help="size of the stream; default: 8 times the last cache, 512 or more",
+    )
     floors.add_argument("--size", type=_positive(int), default=2048, help="rows of the square matrices")
     floors.set_defaults(function=commands.floors)
 

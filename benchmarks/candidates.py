@@ -7,7 +7,6 @@ or ``gemlite``. It can be unavailable, with a reason; nothing stands in for it t
 from __future__ import annotations
 
 import copy
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,14 +17,12 @@ from torch.nn import functional
 
 from benchmarks.problems import Problem
 from littlebit2_kernels import LittleBitLinear, littlebit_linear, unpack_signs
-from littlebit2_kernels.dispatch import BACKENDS
+from littlebit2_kernels.dispatch import ACTIVATIONS, BACKENDS
 from littlebit2_kernels.testing import make_packed
 
-__all__ = ["ACTIVATIONS", "PEERS", "Built", "Candidate", "dtype_name", "parse_candidate"]
+__all__ = ["PEERS", "Built", "Candidate", "dtype_name", "parse_candidate"]
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
-
-ACTIVATIONS = ("exact", "int16", "int8", "sign", "auto")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -113,7 +110,7 @@ class Portable(Candidate):
 
 
 class Module(Candidate):
-    """``LittleBitLinear`` with a backend and an activation mode, prepacked where it can be."""
+    """``LittleBitLinear`` with a backend and an activation mode, prepacked."""
 
     ours = True
 
@@ -123,17 +120,11 @@ class Module(Candidate):
         self.activation = activation
 
     def _module(self, packed: Any) -> LittleBitLinear:
-        options: dict[str, Any] = {"backend": self.backend, "activation": self.activation}
-        module = LittleBitLinear.from_packed(packed, **options)
-        prepack: Callable[[], object] | None = getattr(module, "prepack_", None)
-        if prepack is not None:
-            prepack()
-        return module
+        module = LittleBitLinear.from_packed(packed, backend=self.backend, activation=self.activation)
+        return module.prepack_()
 
     def unavailable(self, device: torch.device) -> str | None:
         """See :class:`Candidate`."""
-        if "activation" not in inspect.signature(LittleBitLinear.from_packed).parameters:
-            return "LittleBitLinear.from_packed of this version takes no activation argument"
         x, packed = _probe(self.dtype, device)
         return _failure(lambda: self._module(packed)(x))
 

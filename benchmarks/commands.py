@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks import PROCESSORS
+from benchmarks.caches import default_cold_bytes
 from benchmarks.candidates import PEERS, Candidate, dtype_name, parse_candidate
 from benchmarks.floors import floors_table, measure_floors
 from benchmarks.goals import by_bpw_table, evaluate, goals_table
@@ -16,7 +17,7 @@ from benchmarks.goals_run import METHOD_DTYPES, measure_goals
 from benchmarks.plots import write_plots
 from benchmarks.problems import LARGE_SHAPES, SHAPES, Problem, Shape, parse_dtype, parse_shape
 from benchmarks.records import Document, Row, environment, load_document, write_csv, write_json
-from benchmarks.sweep import Case, Entry, Settings, Sweep, available, default_cold_bytes
+from benchmarks.sweep import Case, Entry, Settings, Sweep, available
 from benchmarks.tables import describe_environment, rows_table
 from benchmarks.timing_cuda import timer_for
 
@@ -68,8 +69,10 @@ def goals(options: Namespace) -> int:
         print(f"\n{floors_table(document.floors)}")
     print(f"\n{by_bpw_table(document.rows, labels)}")
     print(f"\n{goals_table(results)}\n")
-    met = [result.met for result in results]
-    print(f"{met.count(True)} of {len(met)} goals met, {met.count(None)} not measured")
+    met = [result.met for result in results if result.complete]
+    absent = sum(result.measured is None for result in results)
+    partial = len(results) - len(met) - absent
+    print(f"{met.count(True)} of {len(results)} goals met, {partial} measured in part, {absent} not measured")
     _write(options, document)
     return 0
 
@@ -121,7 +124,7 @@ def floors(options: Namespace) -> int:
         device=device,
         timer=timer_for(device),
         dtypes=[parse_dtype(text) for text in options.dtypes],
-        nbytes=int(options.mib * 2**20),
+        nbytes=None if options.mib is None else int(options.mib * 2**20),
         size=options.size,
     )
     print(floors_table(measured))

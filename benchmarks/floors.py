@@ -8,12 +8,14 @@ from functools import partial
 
 import torch
 
+from benchmarks.caches import default_cold_bytes
 from benchmarks.markdown import markdown
 from benchmarks.timing import Timer, Timing, time_interleaved
 
 __all__ = ["Floor", "floor_fraction", "floors_table", "measure_floors"]
 
-DEFAULT_BYTES = 512 * 2**20
+#: Least bytes of the stream.
+LEAST_BYTES = 512 * 2**20
 DEFAULT_SIZE = 2048
 
 
@@ -50,7 +52,7 @@ def measure_floors(
     device: torch.device,
     timer: Timer,
     dtypes: Sequence[torch.dtype] = (torch.float32,),
-    nbytes: int = DEFAULT_BYTES,
+    nbytes: int | None = None,
     size: int = DEFAULT_SIZE,
     repetitions: int = 5,
 ) -> list[Floor]:
@@ -61,10 +63,12 @@ def measure_floors(
         device: which machine.
         timer: what measures.
         dtypes: of the matrix products.
-        nbytes: bytes of the stream; several times the last cache.
+        nbytes: bytes of the stream; by default 8 times the last cache, at least 512 MiB.
         size: rows and columns of the square matrices.
         repetitions: turns of each measurement.
     """
+    if nbytes is None:
+        nbytes = max(LEAST_BYTES, default_cold_bytes(device))
     values = torch.empty(nbytes // 8 * 2, device=device).uniform_(-1, 1)
     target = torch.empty_like(values)
     candidates = {**_readers(values), "copy": lambda: target.copy_(values)}

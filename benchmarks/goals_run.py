@@ -1,4 +1,7 @@
-"""Takes the measurements that the goals ask for: one thread, the four large shapes, float32 peers."""
+"""Takes the measurements that the goals ask for: one thread, the four large shapes, float32 peers.
+
+Methods that are timed in another dtype meet peers in that dtype too, in the same groups.
+"""
 
 from __future__ import annotations
 
@@ -23,44 +26,47 @@ ACCURACY_TOKENS = 8
 OUTLIER_EVERY = 128
 
 
-def goal_cases(
-    methods: Sequence[Candidate], *, peers: Mapping[str, Candidate], two_threads: bool, repetitions: int
-) -> list[Case]:
+def goal_cases(methods: Sequence[Candidate], *, two_threads: bool, repetitions: int) -> list[Case]:
     """What to interleave on one problem.
 
     Args:
         methods: our candidates.
-        peers: the peers ``low-rank`` and ``dense``.
         two_threads: whether to time our candidates on two threads too, in the group of M = 1 cold.
         repetitions: rounds of M = 1; slower calls get fewer.
     """
     ours = [Entry(candidate, 1) for candidate in methods]
     doubled = [Entry(candidate, 2) for candidate in methods] if two_threads else []
-    low_rank, dense = (Entry(peers[name], 1) for name in ("low-rank", "dense"))
+    # The goals are about float32; what the same activations cost a peer in their own dtype is shown beside.
+    dtypes = dict.fromkeys([torch.float32, *(candidate.dtype for candidate in methods)])
+    low_rank, dense = (
+        [Entry(parse_candidate(name, dtype), 1) for dtype in dtypes] for name in ("low-rank", "dense")
+    )
     cases = [
-        Case(1, "cold", [*ours, *doubled, low_rank, dense], repetitions),
-        Case(1, "hot", [*ours, low_rank], repetitions),
+        Case(1, "cold", [*ours, *doubled, *low_rank, *dense], repetitions),
+        Case(1, "hot", [*ours, low_rank[0]], repetitions),
     ]
     for tokens in TOKENS[1:]:
         rounds = max(3, repetitions // 2) if repetitions >= 3 else repetitions
-        cases.append(Case(tokens, "cold", [*ours, low_rank], rounds))
+        cases.append(Case(tokens, "cold", [*ours, *low_rank], rounds))
     return cases
 
 
 def accuracy(problem: Problem, names: Mapping[str, str]) -> Iterator[Check]:
     """Errors of the methods' candidates against float64.
 
-    ``normal``: float32 activations, so that the output is not rounded to 16 bits. ``outliers``: bfloat16
-    activations, some channels 50 times larger, beside torch's own error in bfloat16.
+    ``normal`` and ``full``: float32 activations, so that the output is not rounded to 16 bits; values that
+    bfloat16 holds, for which the int16 mode is made, and any. ``outliers``: bfloat16 activations, some
+    channels 50 times larger, beside torch's own error in bfloat16.
 
     Args:
         problem: the layer.
         names: by method, the candidate.
     """
     outliers = max(1, problem.shape.in_features // OUTLIER_EVERY)
+    x = problem.activations(ACCURACY_TOKENS)
     cases = (
-        # Values that bfloat16 holds: the int16 mode is made for such activations.
-        ("normal", problem.activations(ACCURACY_TOKENS).bfloat16().float()),
+        ("normal", x.bfloat16().float()),
+        ("full", x),
         ("outliers", problem.activations(ACCURACY_TOKENS, outliers=outliers).bfloat16()),
     )
     packed = problem.packed
@@ -103,12 +109,11 @@ def measure_goals(
         progress: told what comes next.
     """
     methods = [parse_candidate(name, METHOD_DTYPES[method]) for method, name in names.items()]
-    peers = {name: parse_candidate(name, torch.float32) for name in ("low-rank", "dense")}
     for shape in shapes:
         for bpw in bpws:
             progress(f"{shape.name} at {bpw:g} bpw")
             problem = Problem(shape, bpw, device=sweep.settings.device)
             two = threads >= 2 and shape.name.startswith("llama2-70b-")
-            cases = goal_cases(methods, peers=peers, two_threads=two, repetitions=sweep.settings.repetitions)
+            cases = goal_cases(methods, two_threads=two, repetitions=sweep.settings.repetitions)
             yield from sweep.measure(problem, cases)
             yield from accuracy(problem, names)

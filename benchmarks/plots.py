@@ -50,7 +50,7 @@ class _Style:
         return {
             "label": text,
             "color": f"C{self._labels.index(label) % 10}",
-            "linestyle": ("-" if mode == "cold" else ":") if line else "",
+            "linestyle": ({"cold": "-", "warm": "--"}.get(mode, ":")) if line else "",
             "marker": "s" if threads > 1 else "o",
             "fillstyle": "full" if mode == "cold" else "none",
             "markersize": 4,

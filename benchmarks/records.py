@@ -63,7 +63,7 @@ class Row:
         bpw: counted bits per weight asked for.
         ranks: of every path.
         tokens: M.
-        mode: ``hot`` or ``cold``.
+        mode: ``hot``, ``cold``, or ``warm``: asked for cold, but the copies do not make up the cold size.
         threads: of torch's pool; 0 on a GPU.
         copies: distinct copies of the weights in use.
         weight_bytes: bytes of one copy, all of which a call reads.
@@ -127,7 +127,8 @@ class Check:
         dtype: of the activations.
         shape: name of the shape.
         bpw: counted bits per weight.
-        inputs: ``normal``, or ``outliers`` where some channels are 50 times larger.
+        inputs: ``normal``, values that bfloat16 holds; ``full``, all bits of float32; ``outliers``, some
+            channels 50 times larger.
         error: relative Frobenius error.
         torch_error: that of torch computing the same formula in ``dtype``, where it was measured.
     """

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gc
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -26,31 +24,10 @@ __all__ = [
     "Settings",
     "Sweep",
     "available",
-    "default_cold_bytes",
-    "last_level_cache",
 ]
 
-#: Most copies of one layer: tiny layers do not need to fill the cold size to be cold.
-MAX_COPIES = 4096
-
-
-def last_level_cache(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int | None:
-    """Bytes of the largest cache of the first processor, where the system tells them."""
-    sizes = []
-    for path in folder.glob("index*/size"):
-        match = re.fullmatch(r"(\d+)([KM]?)", path.read_text("utf-8").strip())
-        if match:
-            sizes.append(int(match[1]) * {"": 1, "K": 2**10, "M": 2**20}[match[2]])
-    return max(sizes, default=None)
-
-
-def default_cold_bytes(device: torch.device) -> int:
-    """Bytes that the copies of a cold candidate occupy together: 8 times the last cache, at least 256 MiB."""
-    if device.type == "cuda":
-        cache: int | None = int(torch.cuda.get_device_properties(device).L2_cache_size)
-    else:
-        cache = last_level_cache()
-    return max(2**28, 8 * (cache or 0))
+#: Most copies of one layer, for making one takes time; a layer that needs more to be cold is marked warm.
+MAX_COPIES = 16384
 
 
 @dataclass(frozen=True)
@@ -144,6 +121,12 @@ class Sweep:
         most = CALLS_PER_GRAPH if self.settings.device.type == "cuda" else MAX_COPIES
         return min(most, max(1, -(-self.settings.cold_bytes // max(nbytes, 1))))
 
+    def mode(self, wanted: str, nbytes: int) -> str:
+        """``wanted``, but ``warm`` for cold where the copies of ``nbytes`` do not make up the cold size."""
+        if wanted != "cold" or self.settings.device.type == "cuda":
+            return wanted
+        return "cold" if self.copies(nbytes) * nbytes >= self.settings.cold_bytes else "warm"
+
     def _check_memory(self, problem: Problem, candidates: Iterable[Candidate], *, cold: bool) -> None:
         planned = 0
         for candidate in candidates:
@@ -227,15 +210,19 @@ class Sweep:
         timing = timings[entry.label]
         spread = timing.spread
         own = layers[candidate.label]
+        mode = self.mode(case.mode, own.nbytes)
         floor = next((floor for floor in self.floors if floor.threads == entry.threads), None)
         speedups = {}
         for other in case.entries:
             if other.candidate.ours or other.threads != entry.threads or other.label == entry.label:
                 continue
+            # A warm row beside a cold one says nothing about either candidate.
+            if self.mode(case.mode, layers[other.candidate.label].nbytes) != mode:
+                continue
             ratio = timing.speedup_spread(timings[other.label])
             speedups[other.candidate.label] = [ratio.median, ratio.low, ratio.high]
         fraction = None
-        if case.mode == "cold" and floor is not None:
+        if mode == "cold" and floor is not None:
             fraction = floor_fraction(own.nbytes, spread.median, floor)
         return Row(
             group=f"{problem.shape.name} bpw={problem.bpw:g} M={case.tokens} {case.mode}",
@@ -248,7 +235,7 @@ class Sweep:
             bpw=problem.bpw,
             ranks=problem.ranks,
             tokens=case.tokens,
-            mode=case.mode,
+            mode=mode,
             threads=entry.threads,
             copies=len(own.forwards) if case.mode == "cold" else 1,
             weight_bytes=own.nbytes,

@@ -8,6 +8,7 @@ repetition, where candidates ran close together, and summarised by their median 
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -124,7 +125,7 @@ class CpuTimer:
         # What first use costs must not pass for the cost of a call, unless calls are long anyway.
         if estimate < 10 * seconds:
             estimate = elapsed(1)
-        calls = max(1, round(seconds / max(estimate, 1e-7)))
+        calls = max(1, math.ceil(seconds / max(estimate, 1e-7)))
 
         def turn() -> float:
             if setup is not None:

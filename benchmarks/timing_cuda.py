@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ class CudaTimer:
             setup()
         launch = self._launcher(sequence)
         estimate = self._elapsed(launch, 1, cold=cold)
-        replays = min(1000, max(1, round(seconds / max(estimate, 1e-6))))
+        replays = min(1000, max(1, math.ceil(seconds / max(estimate, 1e-6))))
 
         def turn() -> float:
             if setup is not None:

@@ -471,8 +471,10 @@ def describe_settings(report: Report) -> str:
 def models_table(rows: Sequence[ModelRow]) -> str:
     """Every model: step, tokens per second, prefill, weights, memory, and ratios within rounds."""
     peers = list(dict.fromkeys(name for row in rows for name in row.speedups if name.startswith("dense")))
+    extrapolated = {row.name for row in rows if len(row.measured_layers) > 1}
+    against = [f"vs {peer}" + (" (extrapolated)" if peer in extrapolated else "") for peer in peers]
     head = ["model", "layers", "ms/token (quartiles)", "fastest", "tok/s", "first token ms", "weights MiB"]
-    head += ["resident MiB (peak)", *(f"vs {peer}" for peer in peers), "vs as is"]
+    head += ["resident MiB (peak)", *against, "vs as is"]
     return markdown(head, [_cells(row, peers) for row in rows])
 
 

@@ -96,10 +96,10 @@ def check_activation(x: torch.Tensor, in_features: int, device: torch.device) ->
 
 def check_activation_mode(activation: str, backend: str, prepacked: bool) -> None:
     """Raise ValueError unless ``activation`` is a name that ``backend`` serves for such a layer."""
-    if activation in ("auto", "exact"):
-        return
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if activation in ("auto", "exact"):
+        return
     if backend == "reference":
         raise ValueError(f"backend='reference' computes exact sums only, got activation={activation!r}")
     if not prepacked:

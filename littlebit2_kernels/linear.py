@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -28,7 +29,17 @@ from .state import (
 
 __all__ = ["LittleBitLinear", "WeightPacker"]
 
+# Held while a module changes its layout, which takes milliseconds and happens once.
 _prepacking = threading.RLock()
+
+
+def _renew_lock() -> None:
+    global _prepacking
+    _prepacking = threading.RLock()
+
+
+# A thread that held it does not exist in a forked child.
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 class WeightPacker(Protocol):
@@ -50,9 +61,12 @@ class LittleBitLinear(nn.Module):
 
     On the CPU, the first eager call replaces the buffers by one in the layout that the kernels read fastest
     (:meth:`prepack_`), so that the weights exist once. ``state_dict``, pickling, :meth:`packed` and reading a
-    buffer by its portable name still give the portable tensors, as copies; loading and moving bring the
-    buffers back. Tracing keeps what it finds: call :meth:`prepack_` (or the layer) once before
-    ``torch.compile``, and :meth:`unpack_` before ``torch.export``, whose file must hold the portable tensors.
+    buffer by its portable name still give the portable tensors, as copies: what is written into those is
+    lost (assigning a new tensor to the name is not). Loading, and moving to another device, bring the buffers
+    back. Code that walks ``buffers()`` of two copies in step, such as averaging, needs ``auto_prepack=False``
+    or both prepacked. Tracing keeps what it finds: call :meth:`prepack_` (or the layer) once before
+    ``torch.compile``, else the trace holds the slower kernels with exact sums for every dtype, and
+    :meth:`unpack_` before ``torch.export``, whose file must hold the portable tensors.
 
     Args:
         in_features: K.
@@ -154,6 +168,7 @@ class LittleBitLinear(nn.Module):
         #: For each path, the path whose V and in_scale it uses.
         self.shares = packed.leaders
         buffers = _portable_buffers(packed)
+        self._portable_bits = 8 * sum(b.numel() * b.element_size() for b in buffers.values() if b is not None)
         self._portable_names = frozenset(buffers) - {"bias"}
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor)
@@ -186,19 +201,25 @@ class LittleBitLinear(nn.Module):
         # Not as inference tensors, which autograd could not save in a later call.
         with _prepacking, torch.inference_mode(False):
             if "prepacked" not in self._buffers:
-                prepacked = prepack(self.packed)
-                # One assignment: a call on another thread finds either all of the old buffers or the new one.
-                self._non_persistent_buffers_set.add("prepacked")
-                self._buffers = {"bias": self._buffers["bias"], "prepacked": prepacked.layer}
+                self._replace_layout({"prepacked": prepack(self.packed).layer})
         return self
 
     def unpack_(self) -> LittleBitLinear:
         """Undo :meth:`prepack_`: the portable tensors are buffers again. Returns the module."""
         with _prepacking, torch.inference_mode(False):
             if "prepacked" in self._buffers:
-                self._non_persistent_buffers_set.discard("prepacked")
-                self._buffers = _portable_buffers(self.packed)
+                self._replace_layout(_portable_buffers(self.packed))
         return self
+
+    def _replace_layout(self, layout: dict[str, torch.Tensor | None]) -> None:
+        # By assignment, never in place: a call on another thread finds either all of the old buffers or all
+        # of the new ones, and a shallow copy of the module keeps its own.
+        replaced = self._portable_names | {"prepacked"}
+        others = {name: buffer for name, buffer in self._buffers.items() if name not in replaced}
+        self._non_persistent_buffers_set = (self._non_persistent_buffers_set - replaced) | (
+            {"prepacked"} & layout.keys()
+        )
+        self._buffers = {**layout, **others}
 
     def __setattr__(self, name: str, value: Any) -> None:
         # A new tensor for a portable name is a new layer: it must not be shadowed by the prepacked one.
@@ -215,7 +236,8 @@ class LittleBitLinear(nn.Module):
         # Pickles hold the portable tensors: the prepacked layout is no file format.
         state = self.__dict__.copy()
         if "prepacked" in self._buffers:
-            state["_buffers"] = _portable_buffers(self.packed)
+            others = {name: buffer for name, buffer in self._buffers.items() if name != "prepacked"}
+            state["_buffers"] = {**_portable_buffers(self.packed), **others}
             state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set - {"prepacked"}
         return state
 
@@ -281,8 +303,8 @@ class LittleBitLinear(nn.Module):
         if layer is None or self.backend not in ("auto", "cpu"):
             return self._general_forward(x)
         # The way of every call on the CPU: the operator checks what is checked elsewhere up front.
-        activation = ACTIVATIONS.get(self.activation, -1)
         try:
+            activation = ACTIVATIONS.get(self.activation, -1)
             if torch.is_autocast_enabled("cpu"):
                 check_activation(x, self.in_features, layer.device)
                 x = x.to(torch.get_autocast_dtype("cpu"))
@@ -302,17 +324,34 @@ class LittleBitLinear(nn.Module):
         backend = choose_backend(self.backend, device_type)
         if backend == "reference":
             return littlebit_linear(x, self.packed, "reference", self.activation)
-        if layer is not None or self._may_prepack(buffers["u1"]):
-            self.prepack_()
-            return littlebit_linear(x, self._as_prepacked(self._buffers), backend, self.activation)
-        check_activation_mode(self.activation, backend, prepacked=False)
+        if layer is None and self._may_prepack(x, buffers):
+            with _prepacking:  # so that nobody unpacks it again in between
+                buffers = self.prepack_()._buffers
+        if "prepacked" in buffers:
+            return littlebit_linear(x, self._as_prepacked(buffers), backend, self.activation)
+        if device_type != "meta" and self.activation not in ("auto", "exact"):
+            check_activation_mode(self.activation, backend, prepacked=True)
+            raise ValueError(
+                f"activation={self.activation!r} needs a prepacked layer: call prepack_() before tracing, or "
+                "leave auto_prepack on"
+            )
         return linear_from_operands(x, self._operands(buffers), buffers["bias"])
 
-    def _may_prepack(self, buffer: torch.Tensor) -> bool:
-        # What is traced keeps the buffers it was given; fake tensors have no values to move.
-        if not self.auto_prepack or torch.compiler.is_compiling():
-            return False
-        return type(buffer) is torch.Tensor and buffer.device.type == "cpu"
+    def _may_prepack(self, x: torch.Tensor, buffers: dict[str, Any]) -> bool:
+        # What is traced keeps the buffers it was given, fake tensors have no values to move, and scales that
+        # require a gradient are the operator's to refuse.
+        return (
+            self.auto_prepack
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
+            and torch._C._len_torch_dispatch_stack() == 0
+            and type(x) is torch.Tensor
+            and x.device.type == "cpu"
+            and all(
+                type(buffers[name]) is torch.Tensor and not buffers[name].requires_grad
+                for name in self._portable_names
+            )
+        )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the dense weight ``[N, K]`` that the layer stands for; a new tensor on every call."""
@@ -320,7 +359,7 @@ class LittleBitLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Shape, ranks and stored bits per weight."""
-        bits = 8 * self.nbytes / (self.in_features * self.out_features)
+        bits = self._portable_bits / (self.in_features * self.out_features)
         kind = "single_stage=True" if self.ranks is None else f"ranks={list(self.ranks)}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, {kind}, "
@@ -328,7 +367,12 @@ class LittleBitLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LittleBitLinear:
-        self.unpack_()
+        # The prepacked layer stays where it is kept as it is: under a change of dtype, or share_memory(). Not
+        # under one of device, or to_empty().
+        probe = torch.arange(64, dtype=torch.uint8)
+        result = fn(probe.clone())
+        if result.device != probe.device or result.dtype != probe.dtype or not torch.equal(result, probe):
+            self.unpack_()
 
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
             result = fn(tensor)
@@ -338,10 +382,11 @@ class LittleBitLinear(nn.Module):
         return super()._apply(keep_dtype, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if "prepacked" in self._buffers:
-            state = packed_to_state(self.packed)
+        buffers: dict[str, Any] = self._buffers
+        if "prepacked" in buffers:
+            state = packed_to_state(self._as_prepacked(buffers).unpack())
             destination.update({prefix + name: tensor for name, tensor in state.items() if name != "bias"})
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
         self,

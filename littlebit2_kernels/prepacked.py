@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -37,6 +38,10 @@ class PrepackedLinear:
     ranks: tuple[int, ...]
     shares: tuple[int, ...]
     single_stage: bool
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickled as the packed layer: the layout is for this process.
+        return prepack, (self.unpack(),)
 
     @property
     def device(self) -> torch.device:
@@ -74,13 +79,15 @@ def prepack(packed: PackedLinear) -> PrepackedLinear:
 
     Raises:
         TypeError: ``packed`` is not a :class:`PackedLinear`.
-        ValueError: it is not on the CPU.
+        ValueError: it is not on the CPU, or a scale requires a gradient.
         NativeLibraryError: the compiled library is missing.
     """
     if not isinstance(packed, PackedLinear):
         raise TypeError(f"packed must be a PackedLinear, got {type(packed).__name__}")
     if packed.device.type != "cpu":
         raise ValueError(f"packed must be on the CPU to be prepacked, got {packed.device}")
+    if any(tensor.requires_grad for tensor in packed.unique_tensors() if tensor is not packed.bias):
+        raise ValueError("packed layers are frozen, but a scale of packed requires a gradient")
     load()
     return PrepackedLinear(
         torch.ops.littlebit2.prepack(*packed.operands),

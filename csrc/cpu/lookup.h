@@ -70,7 +70,7 @@ struct LookupMode {
   int64_t table_bytes;  // of one word
   int64_t tokens;       // that sums() takes at once, at most
   // Fills the tables of `words` words and returns their scale. z: words * kWordCols columns, zero past the
-  // operand's end, readable up to a multiple of 16; scratch.
+  // operand's end, readable 16 floats further; scratch.
   float (*build)(float* z, int64_t words, char* tables);
   void (*sums)(const SignTile& tile, const Tables& tables, const RowSums& out);
 };

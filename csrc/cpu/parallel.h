@@ -55,8 +55,9 @@ class Phases {
           done_[phase].value.fetch_add(1, std::memory_order_release);
         }
       }
-      for (int spins = 0; done_[phase].value.load(std::memory_order_acquire) < counts_[phase]; ++spins)
-        pause(spins);
+      // What the last phase leaves running, parallel_for waits for.
+      if (phase + 1 == kMost) return;
+      for (int spins = 0; done_[phase].value.load(std::memory_order_acquire) < counts_[phase];) pause(&spins);
     }
   }
 
@@ -68,9 +69,10 @@ class Phases {
 
   int64_t begin(int phase, int64_t range) const { return counts_[phase] * range / ranges_; }
 
-  static void pause(int spins) {
+  static void pause(int* spins) {
     constexpr int kPatience = 2000;
-    if (spins > kPatience) return std::this_thread::yield();
+    if (*spins == kPatience) return std::this_thread::yield();
+    ++*spins;
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
 #endif

@@ -106,11 +106,15 @@ lb2_status pack_matrix(const lb2_linear_args& args, const Matrix& m, char* layer
                       });
 }
 
-void unpack_matrix(const Matrix& m, const char* layer, int64_t first_row, const PortableRows& to) {
+lb2_status unpack_matrix(const Matrix& m, const char* layer, int64_t first_row, const PortableRows& to,
+                         lb2_parallel_for parallel_for, void* context) {
   for (int64_t row = 0; row < to.rows; ++row)
     std::memset(to.words + row * to.stride, 0, static_cast<size_t>(lb2_words_per_row(to.cols)) * 4);
-  for (int64_t chunk = 0; chunk < m.num_chunks; ++chunk)
-    for (int64_t tile = 0; tile < m.tiles(); ++tile) unpack_tile(m, layer, chunk, tile, first_row, to);
+  return run_parallel(parallel_for, context, m.tiles(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile)
+      for (int64_t chunk = 0; chunk < m.num_chunks; ++chunk)
+        unpack_tile(m, layer, chunk, tile, first_row, to);
+  });
 }
 
 PortableRows portable(const int32_t* words, int64_t stride, int64_t rows, int64_t cols) {
@@ -186,7 +190,8 @@ extern "C" lb2_status lb2_prepacked_info_cpu(const void* layer, int64_t layer_by
 }
 
 extern "C" lb2_status lb2_unprepack_cpu(const void* layer, int64_t layer_bytes, int64_t path, int32_t* v,
-                                        int32_t* u, float* in_scale, float* latent_scale, float* out_scale) {
+                                        int32_t* u, float* in_scale, float* latent_scale, float* out_scale,
+                                        lb2_parallel_for parallel_for, void* parallel_context) {
   Header header;
   Layout layout;
   LB2_RETURN_IF_ERROR(read_layout(layer, layer_bytes, &header, &layout));
@@ -202,8 +207,12 @@ extern "C" lb2_status lb2_unprepack_cpu(const void* layer, int64_t layer_bytes, 
   copy_scale(out_scale, in + placed.out_scale, layout.n);
   copy_scale(latent_scale, in + placed.latent_scale, placed.rank);
   if (v != nullptr)
-    unpack_matrix(stage.v, in, placed.row, portable(v, lb2_words_per_row(layout.k), placed.rank, layout.k));
+    LB2_RETURN_IF_ERROR(unpack_matrix(stage.v, in, placed.row,
+                                      portable(v, lb2_words_per_row(layout.k), placed.rank, layout.k),
+                                      parallel_for, parallel_context));
   if (u != nullptr)
-    unpack_matrix(placed.u, in, 0, portable(u, lb2_words_per_row(placed.rank), layout.n, placed.rank));
+    LB2_RETURN_IF_ERROR(unpack_matrix(placed.u, in, 0,
+                                      portable(u, lb2_words_per_row(placed.rank), layout.n, placed.rank),
+                                      parallel_for, parallel_context));
   return LB2_OK;
 }

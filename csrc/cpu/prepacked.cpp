@@ -51,7 +51,7 @@ struct Scratch {
   Scratch(const Call& call, int64_t worker) {
     char* start = call.workspace + call.plan.worker_start + worker * call.plan.worker_bytes;
     operand = reinterpret_cast<float*>(start);
-    tables = start + call.plan.worker_sums - call.mode.tokens * call.mode.table_bytes * kChunkWords;
+    tables = start + call.plan.worker_tables;
     sums = reinterpret_cast<float*>(start + call.plan.worker_sums);
     dots = reinterpret_cast<float*>(start + call.plan.worker_dots);
   }

@@ -60,6 +60,7 @@ PrepackedPlan plan_prepacked(const Layout& layout, const LookupKernels& kernels,
   const int64_t operand = align((kOperandCols + 16) * 4);
   const int64_t tile_rows = divide_up(output_tiles, plan.row_splits) * kTileBlocks * kBlockRows;
   const int64_t rows = align(tile_rows * plan.task_tokens * 4);
+  plan.worker_tables = operand;
   plan.worker_sums = operand + tables;
   plan.worker_dots = plan.worker_sums + rows;
   plan.worker_bytes = plan.worker_dots + rows;

@@ -17,7 +17,7 @@ struct PrepackedPlan {
   int64_t parts[LB2_MAX_PATHS];  // per first stage: [segment][token of the block][padded row] sums
   int64_t worker_start;
   int64_t worker_bytes;
-  int64_t worker_sums, worker_dots;  // from a worker's start, after its tables and operand
+  int64_t worker_tables, worker_sums, worker_dots;  // from a worker's start, where its operand is
   int64_t workspace_bytes;
 };
 

@@ -55,7 +55,8 @@ struct Operands {
   std::vector<Tensor> v, u, in_scale, latent_scale, out_scale;
 };
 
-Operands unprepack(const Tensor& layer, const lb2_prepacked_info& info) {
+// Paths that share a first stage get one tensor for it if `share`, else one each.
+Operands unprepack(const Tensor& layer, const lb2_prepacked_info& info, bool share) {
   const auto words = [&](int64_t rows, int64_t cols) {
     const std::array<int64_t, 2> shape = {rows, lb2_words_per_row(cols)};
     return torch::stable::new_empty(layer, shape, ScalarType::Int);
@@ -67,7 +68,7 @@ Operands unprepack(const Tensor& layer, const lb2_prepacked_info& info) {
   Operands operands;
   for (int64_t p = 0; p < info.num_paths; ++p) {
     const size_t leader = static_cast<size_t>(info.shares[p]);
-    const bool shared = info.shares[p] != p;
+    const bool shared = share && info.shares[p] != p;
     operands.v.push_back(shared ? operands.v[leader] : words(info.ranks[p], info.k));
     operands.in_scale.push_back(shared ? operands.in_scale[leader] : scale(info.k));
     operands.out_scale.push_back(scale(info.n));
@@ -80,7 +81,7 @@ Operands unprepack(const Tensor& layer, const lb2_prepacked_info& info) {
         info.single_stage ? nullptr : data_of<int32_t>(operands.u.back()),
         shared ? nullptr : data_of<float>(operands.in_scale.back()),
         info.single_stage ? nullptr : data_of<float>(operands.latent_scale.back()),
-        data_of<float>(operands.out_scale.back())));
+        data_of<float>(operands.out_scale.back()), torch_parallel, nullptr));
   }
   return operands;
 }
@@ -103,7 +104,7 @@ Tensor prepack_cpu(const std::vector<Tensor>& v, const OptionalTensors& u,
 
 std::vector<Tensor> unprepack_cpu(const Tensor& layer) {
   const lb2_prepacked_info info = describe(layer);
-  const Operands operands = unprepack(layer, info);
+  const Operands operands = unprepack(layer, info, false);
   std::vector<Tensor> flat;
   for (size_t p = 0; p < static_cast<size_t>(info.num_paths); ++p) {
     flat.push_back(operands.v[p]);
@@ -139,6 +140,7 @@ Tensor linear_prepacked_cpu(const Tensor& x, const Tensor& layer, const std::opt
   lb2_prepacked_plan plan = {};
   plan.struct_size = sizeof plan;
   throw_on_error(lb2_prepacked_plan_cpu(&args, &plan));
+  args.isa = plan.isa;  // whatever happens to the choice of this process meanwhile
   LB2_CHECK(columns == plan.k, "x.size(-1) must equal ", plan.k, ", got shape ", shape_of(x));
   LB2_CHECK(out_features == plan.n, "out_features must be ", plan.n, " as the layer says, got ",
             out_features);
@@ -156,8 +158,8 @@ Tensor linear_prepacked_cpu(const Tensor& x, const Tensor& layer, const std::opt
 Tensor linear_prepacked_backward_x_cpu(const Tensor& grad, const Tensor& layer, int64_t in_features) {
   const lb2_prepacked_info info = describe(layer);
   LB2_CHECK(in_features == info.k, "in_features must be ", info.k, " as the layer says, got ", in_features);
-  // The transposed product reads portable words. Unpacking costs little beside it.
-  const Operands operands = unprepack(layer, info);
+  // The transposed product reads portable words. Unpacking costs about as much as the product of one token.
+  const Operands operands = unprepack(layer, info, true);
   OptionalTensors u, latent_scale;
   if (!info.single_stage) {
     u = operands.u;

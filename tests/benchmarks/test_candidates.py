@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from benchmarks import floors as floors_module
+from benchmarks import sweep as sweep_module
+from benchmarks.caches import last_level_cache
 from benchmarks.candidates import Built, Candidate, Dense, LowRank, Module, Portable, parse_candidate
 from benchmarks.floors import Floor, floor_fraction, floors_table, measure_floors
 from benchmarks.problems import LARGE_SHAPES, SHAPES, Problem, Shape, parse_dtype, parse_shape
 from benchmarks.refcheck import INT16_BOUND, error_bound, precision_of, torch_error
-from benchmarks.sweep import Case, Entry, Settings, Sweep, available, last_level_cache
+from benchmarks.sweep import MAX_COPIES, Case, Entry, Settings, Sweep, available
 from benchmarks.timing import CpuTimer, Timing
 from benchmarks.timing_cuda import CALLS_PER_GRAPH
 from littlebit2.quantize import counted_bpw
@@ -116,16 +118,19 @@ def test_unavailable_candidates_say_why(monkeypatch: pytest.MonkeyPatch) -> None
     cuda = parse_candidate("gemlite", torch.float32).unavailable(torch.device("cuda"))
     assert cuda == "gemlite takes 16-bit activations, not float32"
     module = parse_candidate("littlebit2:cpu:exact", torch.float32)
-    monkeypatch.setattr(LittleBitLinear, "from_packed", classmethod(lambda cls, packed, backend="auto": None))
-    reason = module.unavailable(CPU)
-    assert reason == "LittleBitLinear.from_packed of this version takes no activation argument"
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("not\nbuilt")
+
+    monkeypatch.setattr(LittleBitLinear, "from_packed", refuse)
+    assert module.unavailable(CPU) == "RuntimeError: not built"
     usable, reasons = available([gemlite, module, Dense("dense", torch.float32)], CPU)
     assert [c.label for c in usable] == ["dense float32"]
     assert set(reasons) == {"gemlite float16", "littlebit2:cpu:exact float32"}
 
 
 class Layer:
-    """What a ``LittleBitLinear`` with activation modes looks like from here."""
+    """What a ``LittleBitLinear`` looks like from here."""
 
     nbytes = 1234
 
@@ -134,15 +139,16 @@ class Layer:
             raise ValueError("activation must be\nknown")
         self.prepacked = False
 
-    def prepack_(self) -> None:
+    def prepack_(self) -> Layer:
         self.prepacked = True
+        return self
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         assert self.prepacked
         return x
 
 
-def test_modules_are_prepacked_where_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modules_are_prepacked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         LittleBitLinear,
         "from_packed",
@@ -256,8 +262,21 @@ def test_sweep_refuses_to_fill_the_memory() -> None:
 def test_copies() -> None:
     sweep = Sweep(settings(cold_bytes=1000))
     assert [sweep.copies(nbytes) for nbytes in (2000, 1000, 999, 100)] == [1, 1, 2, 10]
-    assert Sweep(settings(cold_bytes=2**30)).copies(1) == 4096
+    assert Sweep(settings(cold_bytes=2**30)).copies(1) == MAX_COPIES
     assert Sweep(settings(cold_bytes=2**30, device=torch.device("cuda"))).copies(1) == CALLS_PER_GRAPH
+
+
+def test_too_few_copies_are_warm_and_have_no_speedup(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_module, "MAX_COPIES", 2)
+    ours, peer = Portable("littlebit2:portable", torch.float32), Counting()
+    sweep = Sweep(settings(), [Floor(1, 10.0, 10.0, {})])
+    assert SMALL.packed.nbytes * 2 < sweep.settings.cold_bytes
+    mine, other = sweep.measure(SMALL, [Case(1, "cold", [Entry(ours, 1), Entry(peer, 1)])])
+    assert (mine.mode, mine.copies, mine.floor_fraction, mine.speedups) == ("warm", 2, None, {})
+    assert (other.mode, other.copies) == ("cold", 2)
+    assert sweep.mode("hot", 1) == "hot"
+    # There the caches are flushed, however few the copies.
+    assert Sweep(settings(device=torch.device("cuda"))).mode("cold", 1) == "cold"
 
 
 def test_last_level_cache(tmp_path: Path) -> None:
@@ -266,6 +285,24 @@ def test_last_level_cache(tmp_path: Path) -> None:
         (tmp_path / f"index{index}").mkdir()
         (tmp_path / f"index{index}" / "size").write_text(size + "\n", "utf-8")
     assert last_level_cache(tmp_path) == 32 * 2**20
+
+
+def test_the_stream_of_the_floors_grows_with_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def timed(candidates: dict[str, Any], **_: Any) -> dict[str, Timing]:
+        return dict.fromkeys(candidates, Timing((1.0,)))
+
+    def empty(count: int, **_: Any) -> torch.Tensor:
+        sizes.append(4 * count)
+        return torch.zeros(2)
+
+    monkeypatch.setattr(floors_module, "time_interleaved", timed)
+    monkeypatch.setattr(floors_module.torch, "empty", empty)
+    for cold, expected in ((2**28, 2**29), (3 * 2**30, 3 * 2**30)):
+        monkeypatch.setattr(floors_module, "default_cold_bytes", lambda device, cold=cold: cold)
+        measure_floors([1], device=CPU, timer=CpuTimer(), dtypes=[])
+        assert sizes.pop() == expected
 
 
 def test_floors_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:

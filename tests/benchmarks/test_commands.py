@@ -74,14 +74,20 @@ def test_goals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shapes = ["--shapes", "128,96", "96,128", "--bpw", "1"]
     assert main(["goals", *shapes, *methods, *TINY, "--quick", "--json", str(json)]) == 0
     printed = capsys.readouterr().out
-    assert f"of {len(GOALS)} goals met" in printed
+    # Neither the shapes nor, but for one, the bpw of the goals.
+    in_part = len(GOALS) - 2 * 4
+    assert f"0 of {len(GOALS)} goals met, {in_part} measured in part, 8 not measured" in printed
+    assert "M=1 vs dense bfloat16, cold" in printed
+    assert "M=128 vs low-rank bfloat16, cold" in printed
     document = load_document(json)
     assert len(document.goals) == len(GOALS)
     measured = [goal for goal in document.goals if goal["measured"] is not None]
     # All but three dense ones at other bpw and the 70B one, of either method.
-    assert len(measured) == len(GOALS) - 2 * 4
+    assert len(measured) == in_part
+    assert {goal["met"] for goal in document.goals} == {None}
     assert {(check.inputs, check.dtype) for check in document.checks} == {
         ("normal", "float32"),
+        ("full", "float32"),
         ("outliers", "bfloat16"),
     }
 
@@ -97,7 +103,7 @@ def test_goals_without_the_candidates(
     assert main(["goals", *TINY]) == 0
     output = capsys.readouterr().out
     assert output.count("not built") == len(GOALS)
-    assert f"0 of {len(GOALS)} goals met, {len(GOALS)} not measured" in output
+    assert f"0 of {len(GOALS)} goals met, 0 measured in part, {len(GOALS)} not measured" in output
 
 
 def test_floors(capsys: pytest.CaptureFixture[str]) -> None:

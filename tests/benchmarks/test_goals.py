@@ -6,8 +6,12 @@ import dataclasses
 import math
 
 import pytest
+import torch
 
-from benchmarks.goals import GOALS, Goal, Result, by_bpw_table, evaluate, goals_table
+from benchmarks.candidates import parse_candidate
+from benchmarks.goals import BPWS, GOALS, Goal, Result, by_bpw_table, evaluate, goals_table
+from benchmarks.goals_run import METHOD_DTYPES, goal_cases
+from benchmarks.problems import LARGE_SHAPES
 from benchmarks.records import Check, Row
 from tests.benchmarks.builders import row
 
@@ -54,9 +58,39 @@ def test_geometric_mean_over_cells_and_spread_over_repetitions() -> None:
     assert result.measured == pytest.approx(8.0)
     assert sorted(result.cells.values()) == [4.0, 16.0]
     assert (result.low, result.high) == (pytest.approx(6.0), pytest.approx(12.0))
-    assert result.met
-    assert result.as_dict()["met"] is True
-    assert not one(Goal("exact", "speedup", 8.1, peer=LOW_RANK), rows).met
+
+
+def test_measured_is_the_middle_of_what_the_spread_is_of() -> None:
+    rows = group([1.0, 1.0, 1.0], [1.0, 2.0, 4.0]) + group([1.0, 1.0, 1.0], [16.0, 4.0, 1.0], bpw=0.3)
+    result = one(Goal("exact", "speedup", 1, peer=LOW_RANK), rows)
+    # The geometric means of the rounds are 4, 8^0.5 and 2; that of the cells' medians is 8^0.5 too.
+    assert result.measured == pytest.approx(8**0.5)
+    rows = group([1.0, 1.0, 1.0], [1.0, 2.0, 4.0]) + group([1.0, 1.0, 1.0], [9.0, 1.0, 9.0], bpw=0.3)
+    result = one(Goal("exact", "speedup", 1, peer=LOW_RANK), rows)
+    # 3, 2^0.5 and 6, where the cells' medians are 2 and 9.
+    assert result.measured == pytest.approx(3.0)
+    assert result.low is not None
+    assert result.high is not None
+    assert result.low <= result.measured <= result.high
+
+
+def test_goals_are_judged_on_all_of_their_cells_only() -> None:
+    goal = Goal("exact", "speedup", 7.9, peer=LOW_RANK)
+    rows = [r for s in LARGE_SHAPES for bpw in BPWS for r in group([1.0], [8.0], shape=s, bpw=bpw)]
+    whole = one(goal, rows)
+    assert (whole.met, whole.coverage, whole.as_dict()["met"]) == (True, "16 of 16", True)
+    assert one(dataclasses.replace(goal, target=8.1), rows).met is False
+    # Other shapes and bpw do not count beside them.
+    other = group([1.0], [1e6], shape="llama2-7b-qo") + group([1.0], [1e6], bpw=0.4)
+    assert one(goal, rows + other).measured == pytest.approx(8.0)
+    part = one(goal, rows[2:] + other)
+    assert (part.met, part.coverage) == (None, "15 of 16, 2 other")
+    assert "partial" in goals_table([part])
+    dense = dataclasses.replace(goal, bpw=0.3)
+    assert (one(dense, rows).coverage, one(dense, rows[:2]).coverage) == ("4 of 4", "0 of 4")
+    assert Goal("exact", "threads", 1.7).cells == [
+        f"llama2-70b-{name} bpw={bpw:g}" for name in ("up", "down") for bpw in BPWS
+    ]
 
 
 def test_only_rows_that_fit_the_goal_count() -> None:
@@ -83,25 +117,38 @@ def check(**changes: object) -> Check:
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
 
 
+def everywhere(**changes: object) -> tuple[Check, ...]:
+    return tuple(
+        check(shape=shape, bpw=bpw, inputs=inputs, **changes)
+        for shape in LARGE_SHAPES
+        for bpw in BPWS
+        for inputs in ("normal", "full")
+    )
+
+
 def test_errors_are_judged_by_the_worst() -> None:
     goal = Goal("int16", "error", 5e-4)
-    checks = (
-        check(),
-        check(bpw=0.3, error=6e-4),
+    good = everywhere()
+    worse = (
+        *good,
+        check(inputs="full", bpw=0.3, error=6e-4),
         check(bpw=1.0, error=9.0, dtype="bfloat16"),
         check(candidate="littlebit2:cpu:exact", error=5.0),
     )
-    result = one(goal, [], checks)
+    result = one(goal, [], worse)
     assert (result.measured, result.low, result.met) == (6e-4, 4e-4, False)
-    assert one(goal, [], checks[:1]).met
-    nan = one(goal, [], (check(), check(bpw=0.3, error=math.nan)))
+    assert (one(goal, [], good).met, one(goal, [], good).coverage) == (True, "32 of 32")
+    assert (one(goal, [], good[1:]).met, one(goal, [], good[1:]).coverage) == (None, "31 of 32")
+    nan = one(goal, [], (*good, check(bpw=0.3, error=math.nan)))
     assert nan.measured == math.inf
     assert nan.met is False
 
 
 def test_outliers_are_compared_with_torch() -> None:
     checks = (check(inputs="outliers", dtype="bfloat16", error=1e-3, torch_error=4e-3),)
-    assert one(Goal("int16", "outliers", 1.0), [], checks).measured == pytest.approx(0.25)
+    result = one(Goal("int16", "outliers", 1.0), [], checks)
+    assert result.measured == pytest.approx(0.25)
+    assert (result.met, result.coverage) == (None, "1 of 16")
 
 
 def test_what_was_not_measured_says_why() -> None:
@@ -118,6 +165,46 @@ def test_tables() -> None:
     rows = group([1.0, 1.0, 1.0], [4.0, 2.0, 8.0]) + group([1.0, 1.0, 1.0], [16.0, 8.0, 32.0], bpw=0.3)
     results = evaluate(rows, [], METHODS, goals=[Goal("exact", "speedup", 9, peer=LOW_RANK)])
     last = [cell.strip() for cell in goals_table(results).splitlines()[-1].split("|")[1:-1]]
-    assert last == ["exact", "M=1 vs low-rank float32, cold", ">= 9x", "8x", "6x - 12x", "NO"]
+    assert last == ["exact", "M=1 vs low-rank float32, cold", ">= 9x", "8x", "6x - 12x", "2 of 16", "partial"]
     columns = [cell.strip() for cell in by_bpw_table(rows, METHODS).splitlines()[-1].split("|")[1:-1]]
     assert columns == ["exact", "M=1 vs low-rank float32, cold", "4x", "16x"]
+
+
+def test_peers_in_the_dtype_of_the_method_are_shown_beside_those_of_the_goals() -> None:
+    ours = row(candidate="littlebit2:cpu:int16", dtype="bfloat16", samples=[1.0])
+    rows = [row(samples=[1.0]), ours]
+    for candidate, dtype, seconds in (
+        ("low-rank", "float32", 8.0),
+        ("low-rank", "bfloat16", 4.0),
+        ("dense", "float32", 6.0),
+        ("dense", "bfloat16", 3.0),
+    ):
+        rows.append(row(candidate=candidate, dtype=dtype, ours=False, samples=[seconds]))
+    lines = [
+        tuple(cell.strip() for cell in line.split("|")[1:-1])
+        for line in by_bpw_table(rows, METHODS).splitlines()[2:]
+    ]
+    assert lines == [
+        ("exact", "M=1 vs low-rank float32, cold", "8x"),
+        ("exact", "M=1 vs dense float32, cold", "6x"),
+        ("int16", "M=1 vs low-rank float32, cold", "8x"),
+        ("int16", "M=1 vs dense float32, cold", "6x"),
+        ("int16", "M=1 vs low-rank bfloat16, cold", "4x"),
+        ("int16", "M=1 vs dense bfloat16, cold", "3x"),
+    ]
+
+
+def test_what_is_interleaved() -> None:
+    methods = [parse_candidate(METHODS[name].split()[0], METHOD_DTYPES[name]) for name in METHODS]
+    cases = {
+        (case.tokens, case.mode): [entry.label for entry in case.entries if not entry.candidate.ours]
+        for case in goal_cases(methods, two_threads=False, repetitions=9)
+    }
+    low_rank = ["low-rank float32 1", "low-rank bfloat16 1"]
+    assert cases == {
+        (1, "cold"): [*low_rank, "dense float32 1", "dense bfloat16 1"],
+        (1, "hot"): low_rank[:1],
+        **{(tokens, "cold"): low_rank for tokens in (8, 32, 128)},
+    }
+    exact_only = goal_cases(methods[:1], two_threads=False, repetitions=9)
+    assert {e.candidate.dtype for case in exact_only for e in case.entries} == {torch.float32}

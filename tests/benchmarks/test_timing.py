@@ -70,6 +70,12 @@ def test_turns_fill_their_time_after_an_untimed_call() -> None:
     assert len(clock.log) == 2 + 2 * (1 + 10)
 
 
+def test_turns_last_their_time_at_least() -> None:
+    clock = Clock()
+    time_interleaved({"a": clock.run("a", 0.75)}, repetitions=1, seconds=1.0, timer=CpuTimer(clock))
+    assert len(clock.log) == 2 + (1 + 2)
+
+
 def test_long_calls_run_once_to_warm_up() -> None:
     clock = Clock()
     time_interleaved({"a": clock.run("a", 50.0)}, repetitions=3, seconds=1.0, timer=CpuTimer(clock))

@@ -303,6 +303,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert torch.get_num_threads() == before
     output = capsys.readouterr().out
     assert "4, extrapolated from 1 and 2 layers" in output
+    assert "vs dense bfloat16 (extrapolated)" in output
+    assert "vs dense bfloat16, flat-head (extrapolated)" in output
     content = json.loads(path.read_text("utf-8"))
     assert content["benchmark"] == "whole-model"
     assert content["environment"]["threads"] == [1]

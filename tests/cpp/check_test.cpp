@@ -232,7 +232,7 @@ void test_prepacked_checks() {
              LB2_ERROR_INVALID_ARGUMENT,
          "info: struct_size is 0");
   expect(lb2_unprepack_cpu(prepacked.args.layer, prepacked.args.layer_bytes, 2, nullptr, nullptr, nullptr,
-                           nullptr, nullptr) == LB2_ERROR_INVALID_ARGUMENT,
+                           nullptr, nullptr, nullptr, nullptr) == LB2_ERROR_INVALID_ARGUMENT,
          "unprepack: path");
   Layer huge;
   huge.args.k = huge.args.n = INT32_MAX;

@@ -45,7 +45,7 @@ bool round_trip(int index, const Problem& problem, const Buffer& layer, int64_t 
     if (failed_call(
             index, "unprepack",
             lb2_unprepack_cpu(layer.data, bytes, p, v.data(), two ? u.data() : nullptr, in_scale.data(),
-                              two ? latent_scale.data() : nullptr, out_scale.data())))
+                              two ? latent_scale.data() : nullptr, out_scale.data(), parallel_for, nullptr)))
       return false;
     same = same && same_signs(path.v, v, path.rank, problem.k) && in_scale == path.in_scale &&
            out_scale == path.out_scale;
@@ -116,7 +116,8 @@ bool run_modes(int index, const Problem& problem, const Buffer& layer, int64_t b
   return true;
 }
 
-// Whatever happens to the header, the calls must refuse the layer or find one of the same size in it.
+// Whatever happens to the header, the calls must refuse the layer, or find one of the same size in it and
+// stay inside.
 bool survives_damage(const Buffer& layer, int64_t bytes) {
   for (int i = 0; i < 64; ++i) {
     const int64_t length =
@@ -130,7 +131,24 @@ bool survives_damage(const Buffer& layer, int64_t bytes) {
     info.struct_size = sizeof info;
     const lb2_status status = lb2_prepacked_info_cpu(damaged.data, length, &info);
     if (status != LB2_OK && status != LB2_ERROR_INVALID_ARGUMENT) return false;
-    if (status == LB2_OK && length != bytes) return false;
+    if (status != LB2_OK) continue;
+    if (length != bytes) return false;
+    const std::vector<float> x(static_cast<size_t>(info.k), 1.0f);
+    std::vector<float> y(static_cast<size_t>(info.n));
+    lb2_prepacked_args args = {};
+    args.struct_size = sizeof args;
+    args.layer = damaged.data;
+    args.layer_bytes = length;
+    args.m = 1;
+    args.input = x.data();
+    args.output = y.data();
+    lb2_prepacked_plan plan = {};
+    plan.struct_size = sizeof plan;
+    if (lb2_prepacked_plan_cpu(&args, &plan) != LB2_OK) return false;
+    const Buffer workspace(plan.workspace_bytes, false);
+    args.workspace = workspace.data;
+    args.workspace_bytes = plan.workspace_bytes;
+    if (lb2_prepacked_forward_cpu(&args) != LB2_OK) return false;
   }
   return true;
 }

@@ -38,16 +38,6 @@ def test_instruction_sets_agree_to_the_bit(
         assert torch.equal(result, results[0]), f"{name} and {every_isa[0]}: {describe(x, packed)}"
 
 
-def test_the_layout_does_not_depend_on_the_instruction_set(
-    every_isa: list[str], rng: torch.Generator
-) -> None:
-    _, packed = make_problem(1, 1500, 130, [72, 16], generator=rng)
-    layers = []
-    for name in every_isa:
-        core().set_cpu_isa(name)
-        layers.append(prepack(packed).layer)
-    assert all(torch.equal(layer, layers[0]) for layer in layers)
-
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("ranks", [[72, 16], [1000], None], ids=str)

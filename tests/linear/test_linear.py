@@ -98,7 +98,7 @@ def test_scales_stay_float32(layer: Layer, cast: str) -> None:
     expected = module(x)
     changed = module.to(torch.float16) if cast == "to" else getattr(module, cast)()
     assert changed is module
-    assert {b.dtype for b in module.buffers()} == {torch.float32, torch.int32, torch.int64}
+    assert {t.dtype for t in module.state_dict().values()} == {torch.float32, torch.int32, torch.int64}
     assert torch.equal(module(x), expected)
     assert module(x.half()).dtype == torch.float16
 

@@ -148,9 +148,24 @@ PYTHON_OFFENDERS = {
         "_pad is private",
     ),
     "user-package-imports-transformers-eagerly": (
-        "python/littlebit2/cli.py",
+        "python/littlebit2/chat.py",
         "import transformers",
         "may import transformers only inside a function",
+    ),
+    "command-line-imports-torch": (
+        "python/littlebit2/cli/plan.py",
+        "def run():\n    import torch",
+        "must not refer to torch",
+    ),
+    "command-line-imports-the-quantizer-eagerly": (
+        "python/littlebit2/cli/plan.py",
+        "from littlebit2.quantize import QuantConfig",
+        "may import littlebit2.quantize.QuantConfig only inside a function",
+    ),
+    "stream-imports-transformers": (
+        "python/littlebit2/stream/select.py",
+        "def select():\n    import transformers",
+        "must not refer to transformers",
     ),
 }
 
@@ -175,7 +190,7 @@ PYTHON_PERMITTED = {
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import triton",
     ),
     "dunder-is-public": (
-        "python/littlebit2/cli.py",
+        "python/littlebit2/chat.py",
         "import littlebit2_kernels\nprint(littlebit2_kernels.__version__)",
     ),
 }

@@ -92,6 +92,21 @@ def test_a_vocabulary_as_large_as_another_dimension_tells_nothing() -> None:
     assert [layer.name for layer in select_layers(tensors, config)] == ["up_proj"]
 
 
+@pytest.mark.parametrize("vocabulary", [96, 48, 192, 64, 112, 224])
+@pytest.mark.parametrize("family", ["qwen3", "phi3"])
+def test_a_vocabulary_as_large_as_a_projection_tells_nothing(family: str, vocabulary: int) -> None:
+    config = {
+        "model_type": family,
+        **SIZES,
+        "intermediate_size": 112,
+        "head_dim": 24,
+        "num_key_value_heads": 2,
+        "vocab_size": vocabulary,
+    }
+    found = {layer.name for layer in select_layers(tensors_of(config), config)}
+    assert found == {linear.name for linear in model_shapes(config).linears if not linear.is_head}
+
+
 def test_patterns() -> None:
     tensors = {f"layers.{i}.{name}.weight": DENSE for i in range(2) for name in ("q", "k")}
     tensors["lm_head.weight"] = DENSE

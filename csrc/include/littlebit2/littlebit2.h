@@ -125,7 +125,8 @@ typedef int32_t lb2_activation;
 #define LB2_ACTIVATION_EXACT 1 /* fp32 throughout; error about 1e-6 */
 #define LB2_ACTIVATION_INT16 \
   2 /* sums of five activations in 16 bits, a scale per chunk of 720 channels; 3e-4 */
-#define LB2_ACTIVATION_INT8 3 /* activations and latents in 8 bits, a scale per chunk of 720 channels; 1e-2 \
+#define LB2_ACTIVATION_INT8                                                                                 \
+  3                           /* activations and latents in 8 bits, a scale per chunk of 720 channels; 1e-2 \
                                */
 #define LB2_ACTIVATION_SIGN 4 /* their signs, times the mean magnitude per token: XNOR and popcount */
 
@@ -180,16 +181,20 @@ LB2_API lb2_status lb2_prepack_cpu(const lb2_linear_args* args, void* layer, int
 /* Describe a prepacked layer. */
 LB2_API lb2_status lb2_prepacked_info_cpu(const void* layer, int64_t layer_bytes, lb2_prepacked_info* info);
 
-/* Write one path of a prepacked layer back to contiguous portable tensors; NULL skips one. Pad bits become 0.
- */
+/* Write one path of a prepacked layer back to contiguous portable tensors, over parallel_for unless that is
+ * NULL; a NULL tensor is skipped. Pad bits become 0. */
 LB2_API lb2_status lb2_unprepack_cpu(const void* layer, int64_t layer_bytes, int64_t path, int32_t* v,
-                                     int32_t* u, float* in_scale, float* latent_scale, float* out_scale);
+                                     int32_t* u, float* in_scale, float* latent_scale, float* out_scale,
+                                     lb2_parallel_for parallel_for, void* parallel_context);
 
 /* Fill *plan for args; input, output and workspace are not looked at. */
 LB2_API lb2_status lb2_prepacked_plan_cpu(const lb2_prepacked_args* args, lb2_prepacked_plan* plan);
 
-/* y = layer(x). Same bits whatever the ISA, the thread count and the other tokens. A token whose values are
- * not finite gets results that are not; under INT16 and INT8 that may be NaN where EXACT has an infinity. */
+/* y = layer(x). The workspace must be that of a plan with the same isa, num_threads and parallel_for. The
+ * same bits whatever the ISA, the thread count and the other tokens (of NaN, any bits), as long as all
+ * threads of parallel_for run in one floating-point mode. A token whose values are not finite gets results
+ * that are not; under INT16 and INT8 that is NaN, also where the magnitudes of a chunk only add up to more
+ * than a float holds. */
 LB2_API lb2_status lb2_prepacked_forward_cpu(const lb2_prepacked_args* args);
 
 /* Pack `negative` [rows, cols] (one byte each, non-zero means -1) into words [rows, ceil(cols/32)]; pad bits

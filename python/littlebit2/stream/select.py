@@ -138,6 +138,11 @@ def is_linear_name(module: str) -> bool:
 def _telling_vocabulary(config: Mapping[str, Any]) -> int | None:
     """The vocabulary's size, if it tells an embedding from a linear layer."""
     size = config.get("vocab_size")
-    sizes = [config.get(field) for field in _SIZE_FIELDS]
-    sizes += [2 * value for value in sizes if isinstance(value, int)]
+    named = [config[field] for field in _SIZE_FIELDS if isinstance(config.get(field), int)]
+    sizes = {*named, *(2 * value for value in named)}
+    heads, head_dim = config.get("num_attention_heads"), config.get("head_dim")
+    if isinstance(heads, int) and isinstance(head_dim, int):
+        kv_heads = config.get("num_key_value_heads")
+        kv_heads = kv_heads if isinstance(kv_heads, int) else heads
+        sizes |= {head_dim * count for count in (heads, kv_heads, heads + 2 * kv_heads)}
     return size if isinstance(size, int) and size not in sizes else None
