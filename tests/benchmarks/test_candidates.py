@@ -298,7 +298,7 @@ def test_the_stream_of_the_floors_grows_with_the_cache(monkeypatch: pytest.Monke
         return torch.zeros(2)
 
     monkeypatch.setattr(floors_module, "time_interleaved", timed)
-    monkeypatch.setattr(floors_module.torch, "empty", empty)
+    monkeypatch.setattr(torch, "empty", empty)
     for cold, expected in ((2**28, 2**29), (3 * 2**30, 3 * 2**30)):
         monkeypatch.setattr(floors_module, "default_cold_bytes", lambda device, cold=cold: cold)
         measure_floors([1], device=CPU, timer=CpuTimer(), dtypes=[])
