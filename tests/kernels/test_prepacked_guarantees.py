@@ -38,7 +38,6 @@ def test_instruction_sets_agree_to_the_bit(
         assert torch.equal(result, results[0]), f"{name} and {every_isa[0]}: {describe(x, packed)}"
 
 
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("ranks", [[72, 16], [1000], None], ids=str)
 def test_result_does_not_depend_on_the_batch(
