@@ -236,27 +236,25 @@ def test_an_interrupt_is_clean(
 def test_control_c_during_the_work_leaves_it_resumable(tmp_path: Path, rng: torch.Generator) -> None:
     model_dir = write_model(tmp_path / "many", llama_tensors(rng, layers=30))
     options = ["--ranks", "16", "--itq-iterations", "200", "--workers", "2", "--quiet"]
-    command = [
-        sys.executable,
-        "-m",
-        "littlebit2",
-        "quantize",
-        str(model_dir),
-        str(tmp_path / "out"),
-        *options,
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not list((tmp_path / "out.partial").glob("*.safetensors")):
-        time.sleep(0.001)
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    for attempt in range(10):
+        out = tmp_path / f"out{attempt}"
+        command = [sys.executable, "-m", "littlebit2", "quantize", str(model_dir), str(out), *options]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        work = tmp_path / f"{out.name}.partial"
+        while process.poll() is None and not list(work.glob("*.safetensors")):
+            time.sleep(0.001)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+        # On a busy machine the work may be over before the signal is there.
+        if process.returncode != 0:
+            break
     assert process.returncode == 130, errors
     assert output == ""
     assert errors == "littlebit2 quantize: interrupted; the same command goes on from here\n"
-    assert not (tmp_path / "out").exists()
-    assert main(["quantize", str(model_dir), str(tmp_path / "out"), *options]) == 0
+    assert not out.exists()
+    assert main(["quantize", str(model_dir), str(out), *options]) == 0
     assert main(["quantize", str(model_dir), str(tmp_path / "whole"), *options]) == 0
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_a_reader_that_goes_away_is_no_traceback() -> None:

@@ -126,6 +126,49 @@ def test_a_finished_run_is_not_repeated(
         assert {spec.ranks for spec in checkpoint.layers.values()} == {(8,)}
 
 
+def test_overwriting_takes_only_what_is_a_checkpoint(model_dir: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    (precious / "sub").mkdir(parents=True)
+    (precious / "sub" / "mine.txt").write_text("mine")
+    project = tmp_path / "project"
+    (project / "src").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (project / name).write_text("{}")
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.write_text("mine")
+    link.symlink_to(precious)
+    before = contents(model_dir)
+    for out in (precious, project, file, link):
+        with pytest.raises(FileExistsError, match="out must be"):
+            run(model_dir, out, overwrite=True)
+    for out in (model_dir, model_dir.parent, model_dir / "inside"):
+        with pytest.raises(ValueError, match="out must lie apart from the model"):
+            run(model_dir, out, overwrite=True)
+    assert (precious / "sub" / "mine.txt").read_text() == "mine"
+    assert (project / "src").is_dir()
+    assert file.read_text() == "mine"
+    assert link.is_symlink()
+    assert contents(model_dir) == before
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_an_empty_directory_is_filled(model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    run(model_dir, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(("option", "value"), [("workers", 0), ("threads", 0), ("device", "cuda:99")])
+def test_what_cannot_be_leaves_nothing_behind(
+    model_dir: Path, tmp_path: Path, option: str, value: object
+) -> None:
+    if option == "device" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ValueError, match=option):
+        run(model_dir, tmp_path / "out", **{option: value})
+    assert not (tmp_path / "out.partial").exists()
+
+
 class Stop(Exception):
     pass
 

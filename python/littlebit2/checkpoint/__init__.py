@@ -1,5 +1,6 @@
 """Checkpoints on disk: read every known layout, write ours and the authors'. See docs/checkpoints.md."""
 
+from .atomic import check_replaceable
 from .describe import describe
 from .errors import CheckpointError
 from .reader import Checkpoint, open_checkpoint
@@ -12,6 +13,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointWriter",
     "LayerSpec",
+    "check_replaceable",
     "convert",
     "describe",
     "export_upstream",

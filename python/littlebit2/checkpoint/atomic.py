@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from types import TracebackType
 
-__all__ = ["StagedDirectory"]
+__all__ = ["StagedDirectory", "check_replaceable"]
 
 
 class StagedDirectory:
@@ -92,21 +92,7 @@ class StagedDirectory:
             self._lock = None
 
     def _check_out(self) -> None:
-        if not os.path.lexists(self.out):
-            return
-        if not self.out.is_dir() or self.out.is_symlink():
-            raise FileExistsError(f"out must be a new directory, got {self.out}, which is no directory")
-        present = [item.name for item in self.out.iterdir()]
-        if not present:
-            return
-        if not self.overwrite:
-            raise FileExistsError(
-                f"out must be a new or empty directory, got {self.out}; overwrite replaces it"
-            )
-        if not any(name == "config.json" or name.endswith((".safetensors", ".bin")) for name in present):
-            raise FileExistsError(
-                f"out must be a checkpoint to be overwritten, got {self.out}, which is none"
-            )
+        check_replaceable(self.out, overwrite=self.overwrite)
 
     def _stem(self) -> str:
         return f".{self.out.name}.partial-"
@@ -132,6 +118,27 @@ class StagedDirectory:
                     shutil.rmtree(path, ignore_errors=True)
                 finally:
                     os.close(lock)
+
+
+def check_replaceable(out: Path, *, overwrite: bool) -> None:
+    """Raise ``FileExistsError`` unless ``out`` may be put in place: nothing is there, or an empty directory.
+
+    With ``overwrite`` also a directory that holds a checkpoint and nothing in folders: what else a user may
+    have there is not ours to delete.
+    """
+    if not os.path.lexists(out):
+        return
+    if not out.is_dir() or out.is_symlink():
+        raise FileExistsError(f"out must be a new directory, got {out}, which is no directory")
+    present = list(out.iterdir())
+    if not present:
+        return
+    if not overwrite:
+        raise FileExistsError(f"out must be a new or empty directory, got {out}; overwrite replaces it")
+    names = [item.name for item in present]
+    weights = any(name.endswith((".safetensors", ".bin")) for name in names)
+    if not weights or "config.json" not in names or any(item.is_dir() for item in present):
+        raise FileExistsError(f"out must be a checkpoint to be overwritten, got {out}, which is none")
 
 
 def _escaped(stem: str) -> str:

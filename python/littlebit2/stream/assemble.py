@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from littlebit2.checkpoint import CheckpointWriter, open_checkpoint
+from littlebit2.checkpoint import CheckpointWriter, check_replaceable, open_checkpoint
 
 from .errors import StreamError
 from .jobs import Job
@@ -38,6 +38,7 @@ def assemble(
         OSError: something cannot be written.
     """
     report = explain_full_disk(work.assembled, lambda: _write(source, work, jobs, settings))
+    check_replaceable(out, overwrite=overwrite)  # again: hours may have passed
     if overwrite and out.exists():
         out.rename(work.path / "replaced")
     work.assembled.rename(out)

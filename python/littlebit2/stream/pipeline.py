@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from littlebit2.checkpoint import open_checkpoint
+from littlebit2.checkpoint import check_replaceable, open_checkpoint
 from littlebit2.quantize import QuantConfig, check_patterns, quantize_loaded
 
 from .assemble import REPORT_NAME, assemble
@@ -79,20 +79,27 @@ def quantize_checkpoint(
         What was done, layer by layer (in every process).
 
     Raises:
-        FileExistsError: ``out`` exists, and neither ``overwrite`` nor a finished run of these settings.
+        FileExistsError: ``out`` exists, is no empty directory and no finished run of these settings, and
+            either ``overwrite`` is off or it is something else than a checkpoint.
         FileNotFoundError: there is no ``model_dir``.
         OSError: a file cannot be read or written.
         StreamError: the disk is full or too small, the work directory belongs to a run with other settings
             or is in use, or another process failed.
         TypeError: ``config`` is no :class:`.QuantConfig`, or a pattern no string.
-        ValueError: the checkpoint is malformed or not dense, no layer is selected, the budget does not fit
+        ValueError: ``out`` and ``model_dir`` contain one another, ``workers``, ``threads`` or ``device``
+            cannot be, the checkpoint is malformed or not dense, no layer is selected, the budget does not fit
             a layer, or a layer cannot be quantised; the message names it.
     """
     if not isinstance(config, QuantConfig):
         raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
     if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
         raise ValueError(f"threads must be a positive integer, got {threads!r}")
+    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
+        raise ValueError(f"workers must be a positive integer or None, got {workers!r}")
+    if str(device).startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {str(device)!r} cannot be used: torch finds no usable GPU")
     source, target = Path(model_dir), Path(os.path.abspath(out))
+    _check_apart(source, target)
     includes, excludes = check_patterns("include", include), check_patterns("exclude", exclude)
     with open_checkpoint(source) as checkpoint:
         if checkpoint.format != "dense" or "quantization_config" in checkpoint.config:
@@ -120,21 +127,30 @@ def quantize_checkpoint(
             work.close()
 
 
+def _check_apart(source: Path, target: Path) -> None:
+    """The result may not lie in the source, nor take the place of a folder that holds it."""
+    inside, outside = target.resolve(), source.resolve()
+    if inside == outside or inside in outside.parents or outside in inside.parents:
+        raise ValueError(f"out must lie apart from the model, got out={target} and model_dir={source}")
+
+
 def _start(
     work: WorkDirectory, target: Path, settings: dict[str, Any], resume: bool, overwrite: bool
 ) -> RunReport | None:
     """Take the work directory, unless there is nothing left to do: then return the report."""
-    if target.exists():
+    if os.path.lexists(target):
         report = finished_report(target, settings) if resume else None
         if report is not None:
             if work.path.exists():
                 work.remove()  # the run was killed between its last two steps
             return report
-        if not overwrite:
+        try:
+            check_replaceable(target, overwrite=overwrite)
+        except FileExistsError as error:
+            remedy = "" if overwrite else " (overwrite=True, --overwrite) if it is a checkpoint"
             raise FileExistsError(
-                f"{target}: already exists and is not the result of this command; "
-                "give another output, or overwrite it (overwrite=True, --overwrite)"
-            )
+                f"{target}: already exists and is not the result of this command: {error}{remedy}"
+            ) from None
     work.open(settings, resume=resume)
     return None
 
