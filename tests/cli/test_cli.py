@@ -238,7 +238,9 @@ def test_control_c_during_the_work_leaves_it_resumable(tmp_path: Path, rng: torc
     options = ["--ranks", "16", "--itq-iterations", "200", "--workers", "2", "--quiet"]
     for attempt in range(10):
         out = tmp_path / f"out{attempt}"
-        command = [sys.executable, "-m", "littlebit2", "quantize", str(model_dir), str(out), *options]
+        # Where the tests run in the background, they and their children inherit a signal that is ignored.
+        command = ["env", "--default-signal=INT", sys.executable, "-m", "littlebit2", "quantize"]
+        command += [str(model_dir), str(out), *options]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         work = tmp_path / f"{out.name}.partial"
         while process.poll() is None and not list(work.glob("*.safetensors")):
