@@ -29,7 +29,7 @@ from littlebit2.quantize import (
     quantize_weight,
     rank_for_bpw,
 )
-from littlebit2_kernels import LittleBitLinear, PackedLinear, explain, littlebit_linear
+from littlebit2_kernels import LittleBitLinear, PrepackedLinear, explain, littlebit_linear, prepack
 from littlebit2_kernels.testing import make_packed
 
 OUTPUT = Path("build/demo")
@@ -238,14 +238,14 @@ def print_agreement(model: Any, packed_model: Any, dense_embeddings: torch.Tenso
 
 
 def time_layer() -> tuple[Timing, list[LatencyRow]]:
-    """Time the dense layer and the packed ones in one interleaved run; returns dense and one row per bpw."""
+    """Time the dense layer and prepacked ones in one interleaved run; returns dense and one row per bpw."""
     x = torch.randn(1, IN_FEATURES)
     weight = torch.randn(OUT_FEATURES, IN_FEATURES)
-    layers: dict[float, PackedLinear] = {}
+    layers: dict[float, PrepackedLinear] = {}
     candidates: dict[str, Any] = {"dense": lambda: nn.functional.linear(x, weight)}
     for bpw in TIMED_BPW:
         rank = rank_for_bpw(IN_FEATURES, OUT_FEATURES, bpw, paths=2)
-        packed = layers[bpw] = make_packed(IN_FEATURES, OUT_FEATURES, [rank, rank])
+        packed = layers[bpw] = prepack(make_packed(IN_FEATURES, OUT_FEATURES, [rank, rank]))
         copies = itertools.cycle(copy.deepcopy(packed) for _ in range(COLD_BYTES // packed.nbytes + 1))
         candidates[f"hot {bpw}"] = lambda packed=packed: littlebit_linear(x, packed)
         candidates[f"cold {bpw}"] = lambda copies=copies: littlebit_linear(x, next(copies))

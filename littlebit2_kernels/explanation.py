@@ -116,7 +116,7 @@ def explain(
         return Explanation(
             **common,
             kernels="lookup",
-            activation=plan["activation"],
+            activation=next(name for name, value in ACTIVATIONS.items() if value == plan["activation"]),
             isa=plan["isa"],
             threads=plan["workers"],
             token_block=plan["token_block"],

@@ -80,13 +80,18 @@ void load_latents(const float* parts, int64_t part_stride, int64_t num_parts, co
   for (; i < padded; ++i) out[i] = 0.0f;
 }
 
+// Adds 16 lanes up in place: lane i + lane i + 8, then + 4, + 2, + 1.
+inline float tree_sum(float* lanes) {
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
+  return lanes[0];
+}
+
 float abs_sum(const float* z, int64_t padded) {
   float lanes[kLanes] = {};
   for (int64_t i = 0; i < padded; i += kLanes)
     for (int l = 0; l < kLanes; ++l) lanes[l] += __builtin_fabsf(z[i + l]);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
-  return lanes[0];
+  return tree_sum(lanes);
 }
 
 void scale_rows(const float* dots, const float* scale, float factor, int64_t n, bool add, float* sums) {

@@ -9,12 +9,8 @@
 namespace lb2::cpu {
 namespace {
 
-constexpr int64_t kAlignment = 64;
 constexpr int64_t kMostSegments = 4;
 constexpr int64_t kMostBytes = int64_t{1} << 56;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t align(int64_t offset) { return divide_up(offset, kAlignment) * kAlignment; }
 
 Matrix make_matrix(int64_t rows, int64_t cols, int64_t offset) {
   Matrix m = {};

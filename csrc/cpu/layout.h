@@ -14,6 +14,10 @@
 
 namespace lb2::cpu {
 
+constexpr int64_t kAlignment = 64;  // of every part, here and in workspaces
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t align(int64_t bytes) { return divide_up(bytes, kAlignment) * kAlignment; }
+
 struct Matrix {
   int64_t rows, cols;
   int64_t blocks;       // of 32 rows
@@ -24,7 +28,7 @@ struct Matrix {
   int64_t num_segments;
   int64_t offset;  // bytes from the start of the layer
 
-  int64_t tiles() const { return (blocks + kTileBlocks - 1) / kTileBlocks; }
+  int64_t tiles() const { return divide_up(blocks, kTileBlocks); }
   int64_t tile_blocks(int64_t tile) const { return std::min(kTileBlocks, blocks - tile * kTileBlocks); }
   int64_t padded_rows() const { return blocks * kBlockRows; }
   int64_t first_column(int64_t chunk) const { return chunk * chunk_words * kWordCols; }

@@ -62,9 +62,7 @@ inline Vec most_of(const Vec& a, const Vec& b) {
 inline float tree_sum(const Vec& v) {
   float lanes[kLanes];
   v.store(lanes);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
-  return lanes[0];
+  return tree_sum(lanes);
 }
 
 float build_int16(float* z, int64_t words, char* tables) {

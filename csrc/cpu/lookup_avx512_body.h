@@ -19,7 +19,7 @@ inline __m512 entry_signs(__m512i entries, int bit) {
   return _mm512_mask_blend_ps(negative, _mm512_set1_ps(1.0f), _mm512_set1_ps(-1.0f));
 }
 
-// Lane i + lane i + 8, then + 4, + 2, + 1.
+// tree_sum of elementwise_body.h in registers.
 inline float tree_sum(__m512 v) {
   const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -216,8 +216,8 @@ inline void int16_group(const __m512i* words, const char* tables, int64_t stride
       const __m512i found = _mm512_permutexvar_epi16(index, table[t]);
       __m512i& sum = sums[t * kBlocks + b];
       sum = first ? found : _mm512_add_epi16(sum, found);
-      LB2_IN_REGISTER(
-          sum);  // or compilers gather first and add later, with more live registers than there are
+      // Else compilers gather first and add later, with more live registers than there are.
+      LB2_IN_REGISTER(sum);
     }
   }
 }

@@ -30,12 +30,6 @@ inline void build_words(const float* y, int64_t words, char* tables) {
     }
 }
 
-inline float tree_sum(float* lanes) {
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
-  return lanes[0];
-}
-
 float build_int16(float* z, int64_t words, char* tables) {
   float most[kLanes] = {}, total[kLanes] = {};
   for (int64_t w = 0; w < words; w += kWindowWords)
@@ -89,22 +83,27 @@ inline void finish_block(const RowSums& out, int64_t token, int64_t block, const
   }
 }
 
+// Adds up the table entries of a block's rows, by lane.
+template <typename Entry, typename Sum>
+inline void sum_entries(const SignTile& tile, int64_t block, const char* table, Sum* sums) {
+  for (int64_t w = 0; w < tile.words; ++w) {
+    const BlockWords words(tile.data + (w * tile.blocks + block) * kBlockBytes);
+    for (int g = 0; g < kWordGroups; ++g, table += kTableEntries * sizeof(Entry)) {
+      Entry entries[kTableEntries];
+      std::memcpy(entries, table, sizeof entries);
+      for (int64_t lane = 0; lane < kBlockRows; ++lane)
+        sums[lane] += entries[(words.lanes[lane] >> (g * kGroupCols)) & (kTableEntries - 1)];
+    }
+  }
+}
+
 template <int kBlocks, int kTokens>
 struct ExactBlocks {
   static_assert(kBlocks == 1 && kTokens == 1, "one block, one token");
   static void run(const SignTile& tile, int64_t block, const Tables& tables, int64_t token,
                   const RowSums& out) {
     float sums[kBlockRows] = {};
-    const char* table = tables.data + token * tables.stride;
-    for (int64_t w = 0; w < tile.words; ++w) {
-      const BlockWords words(tile.data + (w * tile.blocks + block) * kBlockBytes);
-      for (int g = 0; g < kWordGroups; ++g, table += kTableEntries * 4) {
-        float entries[kTableEntries];
-        std::memcpy(entries, table, sizeof entries);
-        for (int64_t lane = 0; lane < kBlockRows; ++lane)
-          sums[lane] += entries[(words.lanes[lane] >> (g * kGroupCols)) & (kTableEntries - 1)];
-      }
-    }
+    sum_entries<float>(tile, block, tables.data + token * tables.stride, sums);
     finish_block(out, token, block, sums);
   }
 };
@@ -115,16 +114,7 @@ struct Int16Blocks {
   static void run(const SignTile& tile, int64_t block, const Tables& tables, int64_t token,
                   const RowSums& out) {
     int32_t sums[kBlockRows] = {};
-    const char* table = tables.data + token * tables.stride;
-    for (int64_t w = 0; w < tile.words; ++w) {
-      const BlockWords words(tile.data + (w * tile.blocks + block) * kBlockBytes);
-      for (int g = 0; g < kWordGroups; ++g, table += kTableEntries * 2) {
-        int16_t entries[kTableEntries];
-        std::memcpy(entries, table, sizeof entries);
-        for (int64_t lane = 0; lane < kBlockRows; ++lane)
-          sums[lane] += entries[(words.lanes[lane] >> (g * kGroupCols)) & (kTableEntries - 1)];
-      }
-    }
+    sum_entries<int16_t>(tile, block, tables.data + token * tables.stride, sums);
     float scaled[kBlockRows];
     for (int64_t lane = 0; lane < kBlockRows; ++lane)
       scaled[lane] = tables.scales[token] * static_cast<float>(sums[lane]);

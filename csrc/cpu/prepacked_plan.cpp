@@ -9,10 +9,6 @@ constexpr int64_t kMostTaskTiles = 32;    // enough rows to hide the building of
 constexpr int64_t kLeastTaskTiles = 2;
 constexpr int64_t kMostTokenBlock = 128;
 constexpr int64_t kTasksPerWorker = 2;  // so that a thread that lost its core delays the others less
-constexpr int64_t kAlignment = 64;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t align(int64_t bytes) { return divide_up(bytes, kAlignment) * kAlignment; }
 
 // Pieces of `tiles` tiles, so that `others` times as many tasks occupy the workers.
 int64_t split_tiles(int64_t tiles, int64_t most_tiles, int64_t others, int64_t workers) {

@@ -143,10 +143,9 @@ py::dict plan_prepacked_cpu(const py::array_t<uint8_t>& layer, int64_t m, const 
   lb2_prepacked_plan plan = {};
   plan.struct_size = sizeof plan;
   throw_on_error(lb2_prepacked_plan_cpu(&args, &plan));
-  constexpr const char* kActivations[] = {"auto", "exact", "int16", "int8", "sign"};
   py::dict result;
   result["isa"] = lb2_isa_name(plan.isa);
-  result["activation"] = kActivations[plan.activation];
+  result["activation"] = plan.activation;
   result["token_block"] = plan.token_block;
   result["workers"] = plan.workers;
   result["workspace_bytes"] = plan.workspace_bytes;
