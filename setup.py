@@ -1,7 +1,7 @@
 """Drives CMake, which owns sources and flags; metadata lives in pyproject.toml.
 
-Environment variables of a build: ``LB2_CUDA`` (auto, on, off), ``LB2_CMAKE_ARGS`` (extra arguments
-for CMake), ``MAX_JOBS`` (parallel compilations).
+Environment variables of a build: ``LB2_CUDA`` (auto, on, off), ``LB2_CUDA_ARCHS`` (GPU architectures),
+``LB2_CMAKE_ARGS`` (extra arguments for CMake), ``MAX_JOBS`` (parallel compilations).
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class CMakeBuild(build_ext):
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DLB2_CUDA={os.environ.get('LB2_CUDA', 'auto')}",
+            # Always, else an earlier build's choice would stay in CMake's cache.
+            f"-DLB2_CUDA_ARCHS={os.environ.get('LB2_CUDA_ARCHS', '')}",
             *(["-G", "Ninja"] if shutil.which("ninja") else []),
             *shlex.split(os.environ.get("LB2_CMAKE_ARGS", "")),
         ]

@@ -110,7 +110,7 @@ class Portable(Candidate):
 
 
 class Module(Candidate):
-    """``LittleBitLinear`` with a backend and an activation mode, prepacked."""
+    """``LittleBitLinear`` with a backend and an activation mode, prepacked on the CPU."""
 
     ours = True
 
@@ -121,7 +121,7 @@ class Module(Candidate):
 
     def _module(self, packed: Any) -> LittleBitLinear:
         module = LittleBitLinear.from_packed(packed, backend=self.backend, activation=self.activation)
-        return module.prepack_()
+        return module.prepack_() if packed.device.type == "cpu" else module
 
     def unavailable(self, device: torch.device) -> str | None:
         """See :class:`Candidate`."""

@@ -8,6 +8,7 @@ from .dispatch import BackendUnavailableError
 from .explanation import Explanation, explain
 from .format import FORMAT_VERSION, PackedLinear, PackedPath
 from .functional import littlebit_linear
+from .gpu import GpuProperties
 from .linear import LittleBitLinear
 from .ops import load
 from .packing import pack_signs, unpack_signs
@@ -19,6 +20,7 @@ __all__ = [
     "FORMAT_VERSION",
     "BackendUnavailableError",
     "Explanation",
+    "GpuProperties",
     "LittleBitLinear",
     "NativeLibraryError",
     "PackedLinear",

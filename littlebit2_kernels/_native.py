@@ -11,7 +11,17 @@ import torch
 
 from .version import __version__
 
-__all__ = ["NativeLibraryError", "core", "get_include", "get_library_dir", "load_ops", "ops_library_path"]
+__all__ = [
+    "NativeLibraryError",
+    "core",
+    "cuda_ops_library_path",
+    "get_include",
+    "get_library_dir",
+    "load_cuda_ops",
+    "load_ops",
+    "no_cuda_reason",
+    "ops_library_path",
+]
 
 _REBUILD = (
     "Reinstall the package with a C++ compiler, cmake and ninja at hand: in a checkout, "
@@ -23,6 +33,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 _lock = threading.Lock()
 _ops_loaded = False
+_cuda_ops_loaded = False
 
 
 class NativeLibraryError(ImportError):
@@ -64,6 +75,11 @@ def ops_library_path() -> Path:
     return _PACKAGE / "lib" / "liblittlebit2_torch.so"
 
 
+def cuda_ops_library_path() -> Path:
+    """Where the CUDA operator library of this installation lies (whether or not it exists)."""
+    return _PACKAGE / "lib" / "liblittlebit2_torch_cuda.so"
+
+
 def load_ops() -> None:
     """Load the operator library, which defines ``torch.ops.littlebit2.*``; later calls do nothing.
 
@@ -94,3 +110,54 @@ def load_ops() -> None:
                 f"(>= 2.11 is needed): {cause}"
             ) from error
         _ops_loaded = True
+
+
+def no_cuda_reason() -> str | None:
+    """Why the CUDA kernels can run on no GPU of this process, or ``None``; loads the module at most."""
+    if _cuda_ops_loaded:
+        return None
+    if torch.version.cuda is None:
+        return f"this torch ({torch.__version__}) was built without CUDA; install a CUDA build of torch"
+    try:
+        built = core().cuda_archs is not None
+    except NativeLibraryError as error:
+        return str(error)
+    if not built:
+        return (
+            "this package was built without its CUDA kernels; reinstall it with nvcc (CUDA 12.4 or newer) at "
+            "hand: in a checkout, `LB2_CUDA=on pip install --no-build-isolation .` says what is missing"
+        )
+    if not torch.cuda.is_available():
+        return "torch finds no usable GPU or driver"
+    return None
+
+
+# torch.compile takes the answer of trace time. This is what torch.compiler.assume_constant_result marks a
+# function with; calling that would import the compiler.
+no_cuda_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def load_cuda_ops() -> None:
+    """Load the operators' CUDA kernels, after :func:`load_ops`; later calls do nothing.
+
+    Raises:
+        NativeLibraryError: they cannot run here, or the library is missing or cannot be loaded.
+    """
+    global _cuda_ops_loaded
+    with _lock:
+        if _cuda_ops_loaded:
+            return
+        reason = no_cuda_reason()
+        if reason is not None:
+            raise NativeLibraryError(f"the CUDA kernels cannot be loaded: {reason}")
+        path = cuda_ops_library_path()
+        if not path.is_file():
+            raise NativeLibraryError(f"the CUDA operator library {path} does not exist. {_REBUILD}")
+        try:
+            torch.ops.load_library(str(path))
+        except OSError as error:
+            raise NativeLibraryError(
+                f"the CUDA operator library {path} cannot be loaded under torch {torch.__version__}: "
+                f"{error.__cause__ or error}"
+            ) from error
+        _cuda_ops_loaded = True

@@ -8,15 +8,17 @@ import json
 import os
 import platform
 import sys
+from dataclasses import astuple
 from importlib import metadata
 from typing import Any
 
 import torch
 
-from ._native import NativeLibraryError, core, ops_library_path
+from ._native import NativeLibraryError, core, no_cuda_reason, ops_library_path
 from .dispatch import BACKENDS, unavailable_reason
 from .format import FORMAT_VERSION
 from .functional import littlebit_linear
+from .gpu import gpu_properties
 from .ops import load
 from .reference import linear_reference
 from .testing import TOLERANCE, make_problem, relative_error
@@ -67,7 +69,7 @@ def _native() -> dict[str, Any]:
     report = {
         "version": module.version,
         "compiler": module.compiler,
-        "cuda_kernels": module.cuda_built,
+        "cuda_kernels": module.cuda_archs or "not built",
         "operator_library": str(ops_library_path()),
     }
     try:
@@ -95,12 +97,31 @@ def _gpu() -> dict[str, Any]:
         return {"available": False, "reason": "this torch was built without CUDA or ROCm"}
     if not torch.cuda.is_available():
         return {"available": False, "reason": "torch finds no usable GPU or driver"}
-    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
         "available": True,
         "toolkit": torch.version.cuda or torch.version.hip,
-        "devices": [f"{device.name} (sm_{device.major}{device.minor})" for device in devices],
+        "devices": [_device(index) for index in range(torch.cuda.device_count())],
     }
+
+
+def _device(index: int) -> str:
+    found = torch.cuda.get_device_properties(index)
+    try:
+        usable = no_cuda_reason() or _cuda_self_test(index)
+    except (NativeLibraryError, RuntimeError) as error:
+        usable = str(error)
+    return f"{found.name} (sm_{found.major}{found.minor}): {usable}"
+
+
+def _cuda_self_test(index: int) -> str:
+    device = torch.device("cuda", index)
+    # Planning says why a GPU is not served.
+    core().plan_cuda(1, 512, 512, [8], False, [0], "float32", 0, *astuple(gpu_properties(device)))
+    x, packed = make_problem(3, 100, 70, [24, 8], generator=torch.Generator().manual_seed(0))
+    error = relative_error(
+        littlebit_linear(x.to(device), packed.to(device)).cpu(), linear_reference(x, packed)
+    )
+    return "usable" if error <= TOLERANCE[x.dtype] else f"wrong results: relative error {error:.2e}"
 
 
 def _backend(name: str) -> str:

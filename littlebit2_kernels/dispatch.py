@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ._native import NativeLibraryError, core
+from ._native import NativeLibraryError, core, no_cuda_reason
 
 __all__ = [
     "ACTIVATIONS",
@@ -20,8 +20,8 @@ __all__ = [
 #: Names that ``backend=`` accepts.
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 
-#: Names that ``activation=`` accepts, and the lb2_activation (littlebit2.h) of each.
-ACTIVATIONS = {"auto": 0, "exact": 1, "int16": 2, "int8": 3, "sign": 4}
+#: Names that ``activation=`` accepts, and the lb2_activation (littlebit2.h, cuda.h) of each.
+ACTIVATIONS = {"auto": 0, "exact": 1, "int16": 2, "int8": 3, "sign": 4, "float16": 5}
 
 #: Dtypes of x that every backend takes.
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -53,7 +53,7 @@ def _unsupported(backend: str, device_type: str) -> str | None:
     if backend == "cpu":
         return None if device_type in ("cpu", "meta") else f"it runs on CPU tensors, not on {device_type}"
     if backend == "cuda":
-        return "this version of the package has no CUDA kernels"
+        return no_cuda_reason() if device_type == "cuda" else f"it runs on CUDA tensors, not on {device_type}"
     if backend == "triton":
         return "this version of the package has no Triton kernels"
     raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -69,6 +69,8 @@ def choose_backend(backend: str, device_type: str) -> str:
     if backend == "auto":
         if device_type in ("cpu", "meta"):
             return "cpu"
+        if device_type == "cuda" and _unsupported("cuda", device_type) is None:
+            return "cuda"
         raise BackendUnavailableError(
             f"no kernels for tensors on {device_type}: cuda: {_unsupported('cuda', device_type)}; "
             f"triton: {_unsupported('triton', device_type)}. Move the layer and x to the CPU, or "
@@ -98,10 +100,12 @@ def check_activation_mode(activation: str, backend: str, prepacked: bool) -> Non
     """Raise ValueError unless ``activation`` is a name that ``backend`` serves for such a layer."""
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if activation in ("auto", "exact"):
+    if activation in ("auto", "exact") or backend == "cuda":
         return
     if backend == "reference":
         raise ValueError(f"backend='reference' computes exact sums only, got activation={activation!r}")
+    if backend == "cpu" and activation == "float16":
+        raise ValueError("activation='float16' is served on CUDA only; on the CPU, 'int16' is as accurate")
     if not prepacked:
         raise ValueError(
             f"activation={activation!r} needs a prepacked layer: pass littlebit2_kernels.prepack(packed), or "

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 
 from ._native import NativeLibraryError, core
 from .dispatch import (
+    ACTIVATION_DTYPES,
     ACTIVATIONS,
     BackendUnavailableError,
     check_activation,
@@ -17,9 +18,40 @@ from .dispatch import (
     choose_backend,
 )
 from .format import MAX_DIM, PackedLinear
+from .gpu import GpuProperties, gpu_properties
 from .prepacked import PrepackedLinear
 
-__all__ = ["Explanation", "explain"]
+__all__ = ["Explanation", "Launch", "explain"]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a CUDA kernel.
+
+    Attributes:
+        grid: tiles of ``16 * row_warps`` rows; parts that the columns are split into; blocks of
+            ``token_tile`` tokens.
+        threads: of a block.
+        token_tile: tokens of a block.
+        row_warps: warps of a block with rows of their own.
+        split_warps: warps that share rows and split their columns.
+        chunk_slices: slices of 512 columns whose activations are in shared memory at once.
+        shared_bytes: shared memory of a block.
+        chained: whether it starts before the launch before it has ended.
+    """
+
+    grid: tuple[int, int, int]
+    threads: int
+    token_tile: int
+    row_warps: int
+    split_warps: int
+    chunk_slices: int
+    shared_bytes: int
+    chained: bool
+
+    def __str__(self) -> str:
+        fields = {**vars(self), "grid": " x ".join(map(str, self.grid))}
+        return ", ".join(f"{name} {value}" for name, value in fields.items())
 
 
 @dataclass(frozen=True)
@@ -32,14 +64,17 @@ class Explanation:
         tokens: M of the call.
         macs: sign-accumulate operations, all stages and paths.
         packed_bytes: bytes of the layer that one pass reads.
-        kernels: ``"lookup"`` on a prepacked layer, ``"portable"`` on the packed words; ``None`` for other
-            backends than the CPU's.
+        kernels: on the CPU ``"lookup"`` on a prepacked layer and ``"portable"`` on the packed words; on CUDA
+            ``"bit planes"`` (1-bit tensor cores) and ``"sign halves"`` (float16 ones); else ``None``.
         activation: how activations enter the sums, ``"auto"`` resolved.
         isa: CPU instruction set, or ``None`` for other backends.
         threads: threads that get work of a prepacked layer, or that torch offers the call.
         token_block: tokens that one pass over the packed words serves.
         workspace_bytes: scratch memory of the forward call.
         first_stages: first stages computed (paths that share one count once).
+        gpu: the GPU that the call is planned for, or ``None``.
+        launches: what is launched for the first ``token_block`` tokens, in order; empty for other backends
+            than CUDA.
     """
 
     backend: str
@@ -54,9 +89,13 @@ class Explanation:
     token_block: int | None = None
     workspace_bytes: int | None = None
     first_stages: int | None = None
+    gpu: GpuProperties | None = None
+    launches: tuple[Launch, ...] = ()
 
     def __str__(self) -> str:
-        rows = [(name, value) for name, value in vars(self).items() if value is not None]
+        single = {name: value for name, value in vars(self).items() if name != "launches"}
+        rows = [(name, value) for name, value in single.items() if value is not None]
+        rows += [(f"launch {index}", launch) for index, launch in enumerate(self.launches, 1)]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
@@ -66,26 +105,42 @@ def explain(
     packed: PackedLinear | PrepackedLinear,
     backend: str = "auto",
     activation: str = "auto",
+    *,
+    dtype: torch.dtype | None = None,
+    gpu: GpuProperties | str | None = None,
 ) -> Explanation:
     """Say what ``littlebit_linear(x, packed, backend, activation)`` would do, without doing it.
 
     Args:
-        x: the activations ``[..., K]``, or just their shape, of float32 ones.
+        x: the activations ``[..., K]``, or just their shape.
         packed: the layer, packed or prepacked.
         backend: as for :func:`littlebit2_kernels.littlebit_linear`.
         activation: likewise.
+        dtype: of ``x`` where only its shape is given; float32 by default.
+        gpu: plan for this GPU wherever the layer is, be there one or not: its properties, or a name of
+            :data:`littlebit2_kernels.gpu.GPUS` such as ``"H200"``. ``backend`` must be ``"auto"`` or
+            ``"cuda"``.
 
     Raises:
         TypeError: ``x`` is a tensor of an unsupported dtype, or ``packed`` not a layer.
         ValueError: the last dimension is not K, a dimension is out of range, devices differ, or the name of
-            the backend or of the activation is unknown or not served.
-        BackendUnavailableError: the backend cannot run.
+            the backend, of the activation or of the GPU is unknown or not served.
+        BackendUnavailableError: the backend cannot run, or not on such a GPU.
     """
     if not isinstance(packed, PackedLinear | PrepackedLinear):
         raise TypeError(f"packed must be a PackedLinear or a PrepackedLinear, got {type(packed).__name__}")
     tokens = _tokens(x, packed)
+    dtype_name = _dtype_name(x, dtype)
     device_type = packed.device.type
-    chosen = choose_backend(backend, device_type)
+    if gpu is None:
+        chosen = choose_backend(backend, device_type)
+        reason = f"native kernels for {device_type} tensors"
+    elif backend not in ("auto", "cuda"):
+        raise ValueError(f"backend must be 'auto' or 'cuda' where gpu is given, got {backend!r}")
+    elif isinstance(packed, PrepackedLinear):
+        raise ValueError("packed must be a PackedLinear where gpu is given: prepacked layers are the CPU's")
+    else:
+        chosen, reason = "cuda", f"planned for gpu={gpu!r}"
     prepacked = isinstance(packed, PrepackedLinear)
     check_activation_mode(activation, chosen, prepacked)
     leaders = packed.shares if isinstance(packed, PrepackedLinear) else packed.leaders
@@ -95,35 +150,18 @@ def explain(
         macs += tokens * sum(packed.ranks) * packed.out_features
     common: dict[str, Any] = {
         "backend": chosen,
-        "reason": f"asked for by name ({backend!r})"
-        if backend != "auto"
-        else f"native kernels for {device_type} tensors",
+        "reason": f"asked for by name ({backend!r})" if backend != "auto" and gpu is None else reason,
         "tokens": tokens,
         "macs": macs,
         "packed_bytes": packed.nbytes,
     }
-    if chosen != "cpu":
+    if chosen not in ("cpu", "cuda"):
         return Explanation(**common)
     try:
         native = core()
     except NativeLibraryError as error:
-        raise BackendUnavailableError(f"backend 'cpu' cannot run: {error}") from error
-    if isinstance(packed, PrepackedLinear):
-        dtype = str(x.dtype).removeprefix("torch.") if isinstance(x, torch.Tensor) else "float32"
-        plan = native.plan_prepacked_cpu(
-            packed.layer.numpy(), tokens, dtype, ACTIVATIONS[activation], torch.get_num_threads()
-        )
-        return Explanation(
-            **common,
-            kernels="lookup",
-            activation=next(name for name, value in ACTIVATIONS.items() if value == plan["activation"]),
-            isa=plan["isa"],
-            threads=plan["workers"],
-            token_block=plan["token_block"],
-            workspace_bytes=plan["workspace_bytes"],
-            first_stages=len(stages),
-        )
-    plan = native.plan_cpu(
+        raise BackendUnavailableError(f"backend {chosen!r} cannot run: {error}") from error
+    shapes = (
         tokens,
         packed.in_features,
         packed.out_features,
@@ -131,6 +169,37 @@ def explain(
         packed.single_stage,
         list(leaders),
     )
+    if chosen == "cuda":
+        properties = gpu_properties(packed.device if gpu is None else gpu)
+        try:
+            plan = native.plan_cuda(*shapes, dtype_name, ACTIVATIONS[activation], *astuple(properties))
+        except RuntimeError as error:
+            raise BackendUnavailableError(f"backend 'cuda' cannot run on {properties}: {error}") from error
+        return Explanation(
+            **common,
+            kernels="bit planes" if plan["one_bit_mma"] else "sign halves",
+            activation=_activation_name(plan),
+            token_block=plan["token_block"],
+            workspace_bytes=plan["workspace_bytes"],
+            first_stages=plan["first_stages"],
+            gpu=properties,
+            launches=tuple(Launch(**launch) for launch in plan["launches"]),
+        )
+    if isinstance(packed, PrepackedLinear):
+        plan = native.plan_prepacked_cpu(
+            packed.layer.numpy(), tokens, dtype_name, ACTIVATIONS[activation], torch.get_num_threads()
+        )
+        return Explanation(
+            **common,
+            kernels="lookup",
+            activation=_activation_name(plan),
+            isa=plan["isa"],
+            threads=plan["workers"],
+            token_block=plan["token_block"],
+            workspace_bytes=plan["workspace_bytes"],
+            first_stages=len(stages),
+        )
+    plan = native.plan_cpu(*shapes)
     return Explanation(
         **common,
         kernels="portable",
@@ -141,6 +210,22 @@ def explain(
         workspace_bytes=plan["forward_workspace_bytes"],
         first_stages=plan["first_stages"],
     )
+
+
+def _activation_name(plan: dict[str, Any]) -> str:
+    return next(name for name, value in ACTIVATIONS.items() if value == plan["activation"])
+
+
+def _dtype_name(x: torch.Tensor | Sequence[int], dtype: torch.dtype | None) -> str:
+    if isinstance(x, torch.Tensor):
+        if dtype not in (None, x.dtype):
+            raise ValueError(f"dtype must be that of x, {x.dtype}, or not be given, got {dtype}")
+        dtype = x.dtype
+    elif dtype is None:
+        dtype = torch.float32
+    if dtype not in ACTIVATION_DTYPES:
+        raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+    return str(dtype).removeprefix("torch.")
 
 
 def _tokens(x: torch.Tensor | Sequence[int], packed: PackedLinear | PrepackedLinear) -> int:

@@ -28,13 +28,15 @@ def littlebit_linear(
     Args:
         x: ``[..., K]`` float32, float16 or bfloat16; any strides, any number of tokens (also none).
         packed: the layer, on the device of ``x``; prepacked (:func:`littlebit2_kernels.prepack`) for speed on
-            the CPU.
-        backend: ``"auto"``, ``"cpu"``, ``"reference"`` (plain PyTorch in float32), or another name of
-            :data:`littlebit2_kernels.dispatch.BACKENDS`. A backend asked for by name that cannot run raises.
+            the CPU, as it is on CUDA.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"reference"`` (plain PyTorch in float32), or another
+            name of :data:`littlebit2_kernels.dispatch.BACKENDS`. A backend asked for by name that cannot
+            run raises.
         activation: how activations enter the sums (docs/kernels.md): ``"exact"`` in float32, ``"int16"``
-            (error about 3e-4), ``"int8"`` (about 1e-2), ``"sign"`` (binarised), or ``"auto"``: exact for
-            float32 and for layers that are not prepacked, else int16. The last three need a prepacked
-            layer. Gradients are those of exact sums.
+            (error about 3e-4), ``"int8"`` (about 1e-2), ``"sign"`` (binarised), ``"float16"`` (CUDA only,
+            about 2e-4), or ``"auto"``: exact for float32, and on the CPU for layers that are not
+            prepacked; else int16, or float16 on GPUs without 1-bit tensor cores. On the CPU, int16, int8
+            and sign need a prepacked layer. Gradients are those of exact sums; of x not yet on CUDA.
 
     Returns:
         ``[..., N]`` in the dtype of ``x``; accumulation is in float32 or exact.
@@ -45,6 +47,7 @@ def littlebit_linear(
             unknown, or this layer or backend cannot serve ``activation``.
         BackendUnavailableError: the backend cannot run here.
         NativeLibraryError: the compiled library is missing.
+        RuntimeError: in the backward call, a gradient of x is wanted on CUDA.
     """
     if not isinstance(packed, PackedLinear | PrepackedLinear):
         raise TypeError(f"packed must be a PackedLinear or a PrepackedLinear, got {type(packed).__name__}")
@@ -59,4 +62,4 @@ def littlebit_linear(
         return linear_from_prepacked(
             x, packed.layer, packed.bias, packed.out_features, ACTIVATIONS[activation]
         )
-    return linear_from_operands(x, packed.operands, packed.bias)
+    return linear_from_operands(x, packed.operands, packed.bias, ACTIVATIONS[activation])

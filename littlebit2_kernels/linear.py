@@ -329,6 +329,10 @@ class LittleBitLinear(nn.Module):
                 buffers = self.prepack_()._buffers
         if "prepacked" in buffers:
             return littlebit_linear(x, self._as_prepacked(buffers), backend, self.activation)
+        if backend == "cuda":
+            check_activation_mode(self.activation, backend, prepacked=False)
+            activation = ACTIVATIONS[self.activation]
+            return linear_from_operands(x, self._operands(buffers), buffers["bias"], activation)
         if device_type != "meta" and self.activation not in ("auto", "exact"):
             check_activation_mode(self.activation, backend, prepacked=True)
             raise ValueError(

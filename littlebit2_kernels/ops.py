@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from ._native import load_ops
+from ._native import load_cuda_ops, load_ops
 from .dispatch import ACTIVATION_DTYPES
 
 __all__ = ["Operand", "Operands", "linear_from_operands", "linear_from_prepacked", "load"]
@@ -27,23 +27,27 @@ _lock = threading.Lock()
 _registered = False
 
 
-def load() -> None:
+def load(device_type: str = "cpu") -> None:
     """Define ``torch.ops.littlebit2.*`` in this process: load the library, register fakes and autograd.
 
     Called on first use by everything in this package; call it yourself before running an exported
     or AOTInductor-compiled program that uses the operators. Later calls do nothing.
 
+    Args:
+        device_type: ``"cuda"`` loads the kernels for CUDA tensors too.
+
     Raises:
-        NativeLibraryError: the compiled library is missing or cannot be loaded.
+        NativeLibraryError: a compiled library is missing or cannot be loaded.
     """
     global _registered
-    if _registered:
-        return
-    with _lock:
-        if not _registered:
-            load_ops()
-            _register()
-            _registered = True
+    if not _registered:
+        with _lock:
+            if not _registered:
+                load_ops()
+                _register()
+                _registered = True
+    if device_type == "cuda":
+        load_cuda_ops()
 
 
 def _register() -> None:
@@ -68,37 +72,50 @@ def _load_while_tracing() -> bool:
     return True
 
 
+def _load_cuda_while_tracing() -> bool:
+    load("cuda")
+    return True
+
+
 # Run at trace time, leave nothing in the graph. This is what torch.compiler.assume_constant_result marks a
 # function with; calling that would import the compiler (a second) together with this package.
 _load_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_load_cuda_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def linear_from_operands(x: torch.Tensor, operands: Operands, bias: torch.Tensor | None) -> torch.Tensor:
+def linear_from_operands(
+    x: torch.Tensor, operands: Operands, bias: torch.Tensor | None, activation: int = 0
+) -> torch.Tensor:
     """Call ``torch.ops.littlebit2.linear``; the operator checks its arguments itself.
 
     Args:
         x: ``[..., K]``.
         operands: the lists of :data:`Operands`.
         bias: float32 ``[N]`` or ``None``.
+        activation: a value of :data:`littlebit2_kernels.dispatch.ACTIVATIONS` that the device serves.
 
     Returns:
         ``[..., N]`` in the dtype of ``x``.
     """
     if torch.compiler.is_compiling():
-        _load_while_tracing()
-        return torch.ops.littlebit2.linear(x, *operands, bias)
-    load()
+        if x.is_cuda:
+            _load_cuda_while_tracing()
+        else:
+            _load_while_tracing()
+        return torch.ops.littlebit2.linear(x, *operands, bias, activation)
+    load("cuda" if x.is_cuda else "cpu")
     if forward_ad._current_level >= 0:
         primal, tangent = forward_ad.unpack_dual(x)
         if tangent is not None:
             # The layer is linear in x, and torch knows no forward derivative of registered operators.
-            y = linear_from_operands(primal, operands, bias)
-            return forward_ad.make_dual(y, linear_from_operands(tangent, operands, None))
+            # Derivatives are those of exact sums.
+            y = linear_from_operands(primal, operands, bias, activation)
+            return forward_ad.make_dual(y, linear_from_operands(tangent, operands, None, 1))
     if torch.is_grad_enabled() and any(t.requires_grad for t in _flatten((x, *operands, bias))):
-        return torch.ops.littlebit2.linear(x, *operands, bias)
+        return torch.ops.littlebit2.linear(x, *operands, bias, activation)
     # Nothing to differentiate: step over the Python autograd kernel, which costs more than the dispatch.
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.littlebit2.linear(x, *operands, bias)
+        return torch.ops.littlebit2.linear(x, *operands, bias, activation)
 
 
 def linear_from_prepacked(
@@ -179,6 +196,7 @@ def _linear_fake(
     latent_scale: Operand | None,
     out_scale: Operand,
     bias: torch.Tensor | None = None,
+    activation: int = 0,
 ) -> torch.Tensor:
     _check_fake("x", x, in_scale[0].shape[-1], (v, u, in_scale, latent_scale, out_scale), bias)
     return x.new_empty((*x.shape[:-1], out_scale[0].shape[-1]))
@@ -197,7 +215,7 @@ def _linear_backward_x_fake(
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    # Inputs of both operators start with the activation and the five operands; the forward has bias too.
+    # Inputs of both operators start with x or grad and the five operands; the forward has more.
     operands = inputs[1:6]
     for name, tensors in zip(("in_scale", "latent_scale", "out_scale"), operands[2:], strict=True):
         for index, tensor in enumerate(tensors or ()):
@@ -227,21 +245,19 @@ def _linear_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     grad_x = None
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.littlebit2.linear_backward_x(grad, *_saved_operands(ctx))
-    if len(ctx.needs_input_grad) == 6:
-        # The dispatcher drops a bias left at its default, and autograd wants no gradient for it.
-        return grad_x, *_no_gradients(ctx)
     grad_bias = None
-    if ctx.needs_input_grad[6]:
+    if len(ctx.needs_input_grad) > 6 and ctx.needs_input_grad[6]:
         shape, dtype = ctx.bias_like
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=dtype).reshape(shape)
-    return grad_x, *_no_gradients(ctx), grad_bias
+    # The dispatcher drops a bias and an activation left at their defaults.
+    return (grad_x, *_no_gradients(ctx), grad_bias, None)[: len(ctx.needs_input_grad)]
 
 
 def _linear_backward_x_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-    # The transpose of the transpose: the layer without its bias.
+    # The transpose of the transpose: the layer without its bias, with exact sums as the gradient assumes.
     grad_grad = None
     if ctx.needs_input_grad[0]:
-        grad_grad = torch.ops.littlebit2.linear(grad, *_saved_operands(ctx), None)
+        grad_grad = torch.ops.littlebit2.linear(grad, *_saved_operands(ctx), None, 1)
     return grad_grad, *_no_gradients(ctx)
 
 

@@ -6,7 +6,7 @@
 namespace lb2 {
 
 // Formats the message that lb2_last_error() returns on this thread, and returns `status`.
-[[gnu::format(printf, 2, 3)]] lb2_status fail(lb2_status status, const char* format, ...) noexcept;
+[[gnu::format(printf, 2, 3)]] LB2_API lb2_status fail(lb2_status status, const char* format, ...) noexcept;
 
 }  // namespace lb2
 

@@ -12,21 +12,6 @@ constexpr int64_t kAlignment = 64;
 
 int64_t padded_columns(int64_t cols) { return lb2_words_per_row(cols) * LB2_WORD_BITS; }
 
-void group_first_stages(const lb2_linear_args& args, Plan& plan) {
-  for (int p = 0; p < static_cast<int>(args.num_paths); ++p) {
-    const lb2_path& path = args.paths[p];
-    int group = 0;
-    for (; group < plan.num_groups; ++group) {
-      const lb2_path& leader = args.paths[plan.leader_of[group]];
-      if (leader.v == path.v && leader.v_stride == path.v_stride && leader.rank == path.rank &&
-          leader.in_scale == path.in_scale)
-        break;
-    }
-    if (group == plan.num_groups) plan.leader_of[plan.num_groups++] = p;
-    plan.group_of[p] = group;
-  }
-}
-
 // Sizes the block of tokens so that its rows fit the cache, then places the row buffers one after another.
 void lay_out(const lb2_linear_args& args, int num_inputs, int num_latents, Plan& plan) {
   int64_t floats_per_token = 0;
@@ -50,7 +35,7 @@ void lay_out(const lb2_linear_args& args, int num_inputs, int num_latents, Plan&
 
 Plan plan_forward(const lb2_linear_args& args) noexcept {
   Plan plan = {};
-  group_first_stages(args, plan);
+  static_cast<FirstStages&>(plan) = find_first_stages(args);
   for (int g = 0; g < plan.num_groups; ++g) plan.inputs[g].stride = padded_columns(args.k);
   const int num_latents = args.paths[0].u == nullptr ? 0 : static_cast<int>(args.num_paths);
   for (int p = 0; p < num_latents; ++p) plan.latents[p].stride = padded_columns(args.paths[p].rank);
@@ -60,27 +45,13 @@ Plan plan_forward(const lb2_linear_args& args) noexcept {
 
 Plan plan_backward(const lb2_linear_args& args) noexcept {
   Plan plan = {};
-  group_first_stages(args, plan);
+  static_cast<FirstStages&>(plan) = find_first_stages(args);
   for (int p = 0; p < static_cast<int>(args.num_paths); ++p) plan.inputs[p].stride = padded_columns(args.n);
   const int num_latents = args.paths[0].u == nullptr ? 0 : plan.num_groups;
   for (int g = 0; g < num_latents; ++g)
     plan.latents[g].stride = padded_columns(args.paths[plan.leader_of[g]].rank);
   lay_out(args, static_cast<int>(args.num_paths), num_latents, plan);
   return plan;
-}
-
-int64_t count_macs(const lb2_linear_args& args, const Plan& plan) noexcept {
-  // Dimensions are below 2^31, so a product of two fits; sums and the product with m may not.
-  int64_t per_token = 0, macs;
-  bool overflow = false;
-  const auto add_stage = [&](int64_t rows, int64_t cols) {
-    overflow = __builtin_add_overflow(per_token, rows * cols, &per_token) || overflow;
-  };
-  for (int g = 0; g < plan.num_groups; ++g) add_stage(args.paths[plan.leader_of[g]].rank, args.k);
-  if (args.paths[0].u != nullptr)
-    for (int p = 0; p < static_cast<int>(args.num_paths); ++p) add_stage(args.n, args.paths[p].rank);
-  overflow = __builtin_mul_overflow(per_token, args.m, &macs) || overflow;
-  return overflow ? INT64_MAX : macs;
 }
 
 }  // namespace lb2::cpu

@@ -2,7 +2,7 @@
 // Pure functions of the arguments.
 #pragma once
 
-#include "littlebit2/littlebit2.h"
+#include "core/first_stages.h"
 
 namespace lb2::cpu {
 
@@ -14,11 +14,8 @@ struct RowBuffer {
   int64_t stride;  // floats per token, a multiple of 32
 };
 
-struct Plan {
+struct Plan : FirstStages {
   int64_t token_block;
-  int num_groups;                   // distinct first stages
-  int group_of[LB2_MAX_PATHS];      // path -> group
-  int leader_of[LB2_MAX_PATHS];     // group -> its first path, whose v and in_scale it uses
   RowBuffer inputs[LB2_MAX_PATHS];  // forward: x * in_scale per group; backward: grad_y * out_scale per path
   RowBuffer
       latents[LB2_MAX_PATHS];  // forward: one per path; backward: one per group; unused when single-stage
@@ -27,8 +24,5 @@ struct Plan {
 
 Plan plan_forward(const lb2_linear_args& args) noexcept;
 Plan plan_backward(const lb2_linear_args& args) noexcept;
-
-// Sign-accumulate operations of the forward call; INT64_MAX when there are more.
-int64_t count_macs(const lb2_linear_args& args, const Plan& plan) noexcept;
 
 }  // namespace lb2::cpu

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "littlebit2/cuda.h"
 #include "littlebit2/littlebit2.h"
 
 namespace py = pybind11;
@@ -86,37 +87,54 @@ void unpack_signs(const py::array_t<int32_t>& words, const py::array& out, const
   throw py::value_error("dtype must be float32, float16, bfloat16 or int8, got " + dtype);
 }
 
-// Plans a forward call of M tokens; `shares` gives for each path the path whose first stage it uses.
+// A call of M tokens as planning sees it, which looks at which pointers are equal and NULL, never at what
+// they point to. `shares` gives for each path the path whose first stage it uses.
+struct Shapes {
+  lb2_linear_args args = {};
+  lb2_path paths[LB2_MAX_PATHS] = {};
+  int32_t word[LB2_MAX_PATHS] = {};
+  float scale[LB2_MAX_PATHS] = {};
+
+  Shapes(int64_t m, int64_t k, int64_t n, const std::vector<int64_t>& ranks, bool single_stage,
+         const std::vector<int64_t>& shares) {
+    if (ranks.size() > LB2_MAX_PATHS || shares.size() != ranks.size())
+      throw py::value_error("ranks must hold at most 16 entries, and shares as many");
+    for (size_t p = 0; p < ranks.size(); ++p) {
+      if (shares[p] < 0 || shares[p] >= LB2_MAX_PATHS) throw py::value_error("shares must name paths");
+      paths[p].v = &word[shares[p]];
+      paths[p].v_stride = lb2_words_per_row(k);
+      paths[p].in_scale = &scale[shares[p]];
+      paths[p].out_scale = scale;
+      paths[p].rank = ranks[p];
+      if (single_stage) continue;
+      paths[p].u = word;
+      paths[p].u_stride = lb2_words_per_row(ranks[p]);
+      paths[p].latent_scale = scale;
+    }
+    args.struct_size = sizeof args;
+    args.m = m;
+    args.k = k;
+    args.n = n;
+    args.paths = paths;
+    args.num_paths = static_cast<int64_t>(ranks.size());
+  }
+  Shapes(const Shapes&) = delete;  // args points into it
+  Shapes& operator=(const Shapes&) = delete;
+};
+
+lb2_dtype dtype_from_name(const std::string& name) {
+  if (name == "float32") return LB2_FLOAT32;
+  if (name == "float16") return LB2_FLOAT16;
+  if (name == "bfloat16") return LB2_BFLOAT16;
+  throw py::value_error("dtype must be float32, float16 or bfloat16, got " + name);
+}
+
 py::dict plan_cpu(int64_t m, int64_t k, int64_t n, const std::vector<int64_t>& ranks, bool single_stage,
                   const std::vector<int64_t>& shares) {
-  if (ranks.size() > LB2_MAX_PATHS || shares.size() != ranks.size())
-    throw py::value_error("ranks must hold at most 16 entries, and shares as many");
-  // Planning looks at which pointers are equal and NULL, never at what they point to.
-  const int32_t word[LB2_MAX_PATHS] = {};
-  const float scale[LB2_MAX_PATHS] = {};
-  std::vector<lb2_path> paths(ranks.size());
-  for (size_t p = 0; p < ranks.size(); ++p) {
-    if (shares[p] < 0 || shares[p] >= LB2_MAX_PATHS) throw py::value_error("shares must name paths");
-    paths[p].v = &word[shares[p]];
-    paths[p].v_stride = lb2_words_per_row(k);
-    paths[p].in_scale = &scale[shares[p]];
-    paths[p].out_scale = scale;
-    paths[p].rank = ranks[p];
-    if (single_stage) continue;
-    paths[p].u = word;
-    paths[p].u_stride = lb2_words_per_row(ranks[p]);
-    paths[p].latent_scale = scale;
-  }
-  lb2_linear_args args = {};
-  args.struct_size = sizeof args;
-  args.m = m;
-  args.k = k;
-  args.n = n;
-  args.paths = paths.data();
-  args.num_paths = static_cast<int64_t>(paths.size());
+  const Shapes shapes(m, k, n, ranks, single_stage, shares);
   lb2_cpu_plan plan = {};
   plan.struct_size = sizeof plan;
-  throw_on_error(lb2_linear_plan_cpu(&args, &plan));
+  throw_on_error(lb2_linear_plan_cpu(&shapes.args, &plan));
   py::dict result;
   result["isa"] = lb2_isa_name(plan.isa);
   result["token_block"] = plan.token_block;
@@ -124,6 +142,45 @@ py::dict plan_cpu(int64_t m, int64_t k, int64_t n, const std::vector<int64_t>& r
   result["first_stages"] = plan.first_stages;
   result["forward_workspace_bytes"] = plan.forward_workspace_bytes;
   result["backward_workspace_bytes"] = plan.backward_workspace_bytes;
+  return result;
+}
+
+// Plans a forward call of M tokens on a GPU of the given properties.
+py::dict plan_cuda(int64_t m, int64_t k, int64_t n, const std::vector<int64_t>& ranks, bool single_stage,
+                   const std::vector<int64_t>& shares, const std::string& dtype, int32_t activation,
+                   int32_t capability, int32_t multiprocessors, int64_t shared_bytes) {
+  Shapes shapes(m, k, n, ranks, single_stage, shares);
+  shapes.args.dtype = dtype_from_name(dtype);
+  lb2_cuda_device device = {};
+  device.struct_size = sizeof device;
+  device.capability = capability;
+  device.multiprocessors = multiprocessors;
+  device.shared_bytes = shared_bytes;
+  lb2_cuda_plan plan = {};
+  plan.struct_size = sizeof plan;
+  throw_on_error(lb2_linear_plan_cuda(&shapes.args, activation, &device, &plan));
+  py::list launches;
+  for (int32_t i = 0; i < plan.num_stages; ++i) {
+    const lb2_cuda_stage& stage = plan.stages[i];
+    py::dict launch;
+    launch["grid"] = py::make_tuple(stage.grid_x, stage.grid_y, stage.grid_z);
+    launch["threads"] = stage.threads;
+    launch["token_tile"] = stage.token_tile;
+    launch["row_warps"] = stage.row_warps;
+    launch["split_warps"] = stage.split_warps;
+    launch["chunk_slices"] = stage.chunk_slices;
+    launch["shared_bytes"] = stage.shared_bytes;
+    launch["chained"] = stage.chained != 0;
+    launches.append(launch);
+  }
+  py::dict result;
+  result["workspace_bytes"] = plan.workspace_bytes;
+  result["token_block"] = plan.token_block;
+  result["macs"] = plan.macs;
+  result["activation"] = plan.activation;
+  result["one_bit_mma"] = plan.one_bit_mma != 0;
+  result["first_stages"] = plan.first_stages;
+  result["launches"] = launches;
   return result;
 }
 
@@ -136,7 +193,7 @@ py::dict plan_prepacked_cpu(const py::array_t<uint8_t>& layer, int64_t m, const 
   args.layer = layer.data();
   args.layer_bytes = layer.size();
   args.m = m;
-  args.dtype = dtype == "float32" ? LB2_FLOAT32 : dtype == "float16" ? LB2_FLOAT16 : LB2_BFLOAT16;
+  args.dtype = dtype_from_name(dtype);
   args.activation = activation;
   args.num_threads = threads;
   args.parallel_for = never_called;
@@ -163,7 +220,11 @@ PYBIND11_MODULE(_core, m) {
 #else
   m.attr("compiler") = "gcc " __VERSION__;
 #endif
-  m.attr("cuda_built") = false;
+#ifdef LB2_CUDA_TARGETS
+  m.attr("cuda_archs") = LB2_CUDA_TARGETS;
+#else
+  m.attr("cuda_archs") = py::none();
+#endif
   m.def("cpu_isa", &current_isa,
         "Instruction set that the CPU kernels use; raises if LB2_CPU_ISA cannot be served.");
   m.def("cpu_isas", &available_isas, "Instruction sets that were built in and can run on this machine.");
@@ -177,6 +238,10 @@ PYBIND11_MODULE(_core, m) {
   m.def("plan_cpu", &plan_cpu, py::arg("m"), py::arg("k"), py::arg("n"), py::arg("ranks"),
         py::arg("single_stage"), py::arg("shares"),
         "Plan a forward call: isa, token_block, macs, first_stages, workspace sizes.");
+  m.def("plan_cuda", &plan_cuda, py::arg("m"), py::arg("k"), py::arg("n"), py::arg("ranks"),
+        py::arg("single_stage"), py::arg("shares"), py::arg("dtype"), py::arg("activation"),
+        py::arg("capability"), py::arg("multiprocessors"), py::arg("shared_bytes"),
+        "Plan a forward call on a GPU of these properties; needs no GPU.");
   m.def("plan_prepacked_cpu", &plan_prepacked_cpu, py::arg("layer").noconvert(), py::arg("m"),
         py::arg("dtype"), py::arg("activation"), py::arg("threads"),
         "Plan a forward call of a prepacked layer: isa, activation, token_block, workers, workspace_bytes.");

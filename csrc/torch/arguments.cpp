@@ -34,14 +34,30 @@ bool is_vector(const Tensor& tensor) {
   return tensor.dim() == 1 || (tensor.dim() == 2 && tensor.size(0) == 1);
 }
 
+// Where a tensor is, in words.
+std::string place_of(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "the CPU";
+  if (tensor.is_cuda()) return "cuda:" + std::to_string(tensor.get_device_index());
+  return "another device";
+}
+
+void check_place(const Name& name, const Tensor& tensor, const Place& place) {
+  if (place.cpu) {
+    LB2_CHECK(tensor.is_cpu(), name, " must be on the CPU like x, got ", place_of(tensor));
+  } else {
+    LB2_CHECK(tensor.is_cuda() && tensor.get_device_index() == place.gpu, name,
+              " must be on cuda:", place.gpu, " like x, got ", place_of(tensor));
+  }
+}
+
 struct Words {
   const int32_t* data;
   int64_t stride;
 };
 
-Words words_data(const Name& name, const Tensor& words, int64_t rows, int64_t cols) {
+Words words_data(const Name& name, const Tensor& words, int64_t rows, int64_t cols, const Place& place) {
   const int64_t per_row = lb2_words_per_row(cols);
-  LB2_CHECK(words.is_cpu(), name, " must be on the CPU like x");
+  check_place(name, words, place);
   LB2_CHECK(words.scalar_type() == ScalarType::Int, name, " must be int32 words, got ",
             torch::headeronly::toString(words.scalar_type()));
   LB2_CHECK(words.dim() == 2 && words.size(0) == rows && words.size(1) == per_row, name, " must have shape [",
@@ -58,8 +74,8 @@ void check_length(const char* name, const std::vector<Tensor>& list, size_t expe
 
 }  // namespace
 
-const float* scale_data(const Name& name, const Tensor& scale, int64_t size) {
-  LB2_CHECK(scale.is_cpu(), name, " must be on the CPU like x");
+const float* scale_data(const Name& name, const Tensor& scale, int64_t size, const Place& place) {
+  check_place(name, scale, place);
   LB2_CHECK(scale.scalar_type() == ScalarType::Float, name, " must be float32, got ",
             torch::headeronly::toString(scale.scalar_type()));
   LB2_CHECK(is_vector(scale) && scale.numel() == size, name, " must have shape [", size, "] or [1, ", size,
@@ -70,7 +86,7 @@ const float* scale_data(const Name& name, const Tensor& scale, int64_t size) {
 
 void set_layer(lb2_linear_args& args, Paths& paths, const std::vector<Tensor>& v, const OptionalTensors& u,
                const std::vector<Tensor>& in_scale, const OptionalTensors& latent_scale,
-               const std::vector<Tensor>& out_scale) {
+               const std::vector<Tensor>& out_scale, const Place& place) {
   const size_t count = v.size();
   const bool single_stage = !u.has_value();
   LB2_CHECK(count >= 1 && count <= LB2_MAX_PATHS, "v must hold between 1 and ", LB2_MAX_PATHS,
@@ -92,20 +108,20 @@ void set_layer(lb2_linear_args& args, Paths& paths, const std::vector<Tensor>& v
   for (size_t p = 0; p < count; ++p) {
     lb2_path& path = paths[p];
     path = {};
-    path.in_scale = scale_data(Name{"in_scale", static_cast<int64_t>(p)}, in_scale[p], args.k);
-    path.out_scale = scale_data(Name{"out_scale", static_cast<int64_t>(p)}, out_scale[p], args.n);
+    path.in_scale = scale_data(Name{"in_scale", static_cast<int64_t>(p)}, in_scale[p], args.k, place);
+    path.out_scale = scale_data(Name{"out_scale", static_cast<int64_t>(p)}, out_scale[p], args.n, place);
     LB2_CHECK(v[p].dim() == 2, Name{"v", static_cast<int64_t>(p)}, " must be two-dimensional, got ",
               shape_of(v[p]));
     path.rank = single_stage ? args.n : v[p].size(0);
-    const Words v_words = words_data(Name{"v", static_cast<int64_t>(p)}, v[p], path.rank, args.k);
+    const Words v_words = words_data(Name{"v", static_cast<int64_t>(p)}, v[p], path.rank, args.k, place);
     path.v = v_words.data;
     path.v_stride = v_words.stride;
     if (single_stage) continue;
-    const Words u_words = words_data(Name{"u", static_cast<int64_t>(p)}, (*u)[p], args.n, path.rank);
+    const Words u_words = words_data(Name{"u", static_cast<int64_t>(p)}, (*u)[p], args.n, path.rank, place);
     path.u = u_words.data;
     path.u_stride = u_words.stride;
     path.latent_scale =
-        scale_data(Name{"latent_scale", static_cast<int64_t>(p)}, (*latent_scale)[p], path.rank);
+        scale_data(Name{"latent_scale", static_cast<int64_t>(p)}, (*latent_scale)[p], path.rank, place);
   }
   args.struct_size = sizeof args;
   args.paths = paths.data();
@@ -114,8 +130,16 @@ void set_layer(lb2_linear_args& args, Paths& paths, const std::vector<Tensor>& v
 
 void throw_on_error(lb2_status status) { LB2_CHECK(status == LB2_OK, lb2_last_error()); }
 
-Rows rows_of(const char* name, const Tensor& input, int64_t columns) {
-  LB2_CHECK(input.is_cpu(), name, " must be on the CPU for this kernel");
+lb2_activation activation_mode(int64_t activation) {
+  LB2_CHECK(activation >= LB2_ACTIVATION_AUTO && activation <= LB2_ACTIVATION_FLOAT16,
+            "activation must be between ", LB2_ACTIVATION_AUTO, " and ", LB2_ACTIVATION_FLOAT16, ", got ",
+            activation);
+  return static_cast<lb2_activation>(activation);
+}
+
+Rows rows_of(const char* name, const Tensor& input, int64_t columns, const Place& place) {
+  LB2_CHECK(place.cpu ? input.is_cpu() : input.is_cuda(), name, " must be on ",
+            place.cpu ? "the CPU" : "a GPU", " for this kernel, got ", place_of(input));
   const lb2_dtype dtype = activation_dtype(name, input);
   const int64_t dims = input.dim();
   LB2_CHECK(dims >= 1 && input.size(dims - 1) == columns, name, ".size(-1) must equal ", columns,
@@ -127,19 +151,33 @@ Rows rows_of(const char* name, const Tensor& input, int64_t columns) {
   return {std::move(tensor), input.numel() / columns, stride, dtype};
 }
 
-Tensor new_output(const Tensor& input, int64_t columns) {
-  // Through the C shim and not the dispatcher: this is on the way of every call.
-  std::vector<int64_t> shape(input.sizes().begin(), input.sizes().end());
-  shape.back() = columns;
+namespace {
+
+// Through the C shim and not the dispatcher: this is on the way of every call.
+Tensor new_empty(const Tensor& like, const std::vector<int64_t>& shape, int32_t dtype) {
   std::vector<int64_t> strides(shape.size(), 1);
   for (size_t d = shape.size() - 1; d > 0; --d) strides[d - 1] = strides[d] * std::max<int64_t>(1, shape[d]);
   AtenTensorHandle handle;
-  int32_t dtype, device;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(input.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(input.get(), &device));
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(input.dim(), shape.data(), strides.data(), dtype, device, 0, &handle));
+  int32_t device, index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
+                                                         strides.data(), dtype, device, index, &handle));
   return Tensor(handle);
+}
+
+}  // namespace
+
+Tensor new_output(const Tensor& input, int64_t columns) {
+  std::vector<int64_t> shape(input.sizes().begin(), input.sizes().end());
+  shape.back() = columns;
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(input.get(), &dtype));
+  return new_empty(input, shape, dtype);
+}
+
+Tensor new_bytes(const Tensor& input, int64_t bytes) {
+  return new_empty(input, {bytes}, aoti_torch_dtype_uint8());
 }
 
 int32_t torch_parallel(void*, int64_t n, int64_t grain, lb2_task task, void* task_context) {

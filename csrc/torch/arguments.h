@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "littlebit2/cuda.h"
 #include "littlebit2/littlebit2.h"
 
 namespace lb2::torch_ops {
@@ -51,13 +52,23 @@ std::string shape_of(const Tensor& tensor);
 // Raises lb2_last_error() unless the call succeeded.
 void throw_on_error(lb2_status status);
 
+// Where the tensors of a call are: the CPU, or one GPU.
+struct Place {
+  bool cpu;
+  int32_t gpu;  // the index of a CUDA device; ignored on the CPU
+};
+constexpr Place kCpu = {true, 0};
+
 // Data of a scale: [size], or [1, size] as checkpoints store them.
-const float* scale_data(const Name& name, const Tensor& scale, int64_t size);
+const float* scale_data(const Name& name, const Tensor& scale, int64_t size, const Place& place);
 
 // Fills the layer's part of `args`: sizes and paths, which point into the tensors.
 void set_layer(lb2_linear_args& args, Paths& paths, const std::vector<Tensor>& v, const OptionalTensors& u,
                const std::vector<Tensor>& in_scale, const OptionalTensors& latent_scale,
-               const std::vector<Tensor>& out_scale);
+               const std::vector<Tensor>& out_scale, const Place& place);
+
+// An lb2_activation from an operator's argument; the modes that a kernel does not serve are its to refuse.
+lb2_activation activation_mode(int64_t activation);
 
 // Activations [..., columns] as rows of a matrix.
 struct Rows {
@@ -65,10 +76,13 @@ struct Rows {
   int64_t count, stride;
   lb2_dtype dtype;
 };
-Rows rows_of(const char* name, const Tensor& input, int64_t columns);
+Rows rows_of(const char* name, const Tensor& input, int64_t columns, const Place& place);
 
-// An uninitialised [..., columns] for the rows of `input`.
+// An uninitialised [..., columns] for the rows of `input`, on its device.
 Tensor new_output(const Tensor& input, int64_t columns);
+
+// Uninitialised bytes on the device of `input`.
+Tensor new_bytes(const Tensor& input, int64_t bytes);
 
 // torch's thread pool as an lb2_parallel_for.
 int32_t torch_parallel(void* context, int64_t n, int64_t grain, lb2_task task, void* task_context);

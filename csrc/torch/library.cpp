@@ -1,5 +1,5 @@
 // Registration of the operators through the LibTorch stable ABI: one binary serves torch 2.11 and newer.
-// Fakes and autograd are registered from Python (littlebit2_kernels/ops.py).
+// Fakes and autograd are registered from Python (littlebit2_kernels/ops.py), CUDA in cuda_linear.cpp.
 #include <torch/csrc/stable/library.h>
 
 #include "torch/linear.h"
@@ -7,12 +7,13 @@
 
 // Per path p: v[p] int32 [R, ceil(K/32)], u[p] int32 [N, ceil(R/32)], in_scale[p] [K], latent_scale[p] [R],
 // out_scale[p] [N] (float32). A single-stage layer passes no u and latent_scale, and v[p] [N, ceil(K/32)].
-// Paths that pass the same v and in_scale share their first stage.
+// Paths that pass the same v and in_scale share their first stage. activation is an lb2_activation: 0 auto, 1
+// exact; on CUDA also 2 int16, 3 int8, 4 sign, 5 float16.
 STABLE_TORCH_LIBRARY(littlebit2, m) {
   m.def(
       "linear(Tensor x, Tensor[] v, Tensor[]? u, Tensor[] in_scale, Tensor[]? latent_scale, Tensor[] "
       "out_scale, "
-      "Tensor? bias=None) -> Tensor");
+      "Tensor? bias=None, int activation=0) -> Tensor");
   m.def(
       "linear_backward_x(Tensor grad, Tensor[] v, Tensor[]? u, Tensor[] in_scale, Tensor[]? latent_scale, "
       "Tensor[] out_scale) -> Tensor");

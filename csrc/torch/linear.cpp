@@ -8,7 +8,7 @@ using Call = lb2_status (*)(const lb2_linear_args*);
 // Runs `call` on the rows of `input` [..., in_cols] and returns its output [..., out_cols].
 Tensor run(lb2_linear_args& args, const char* name, const Tensor& input, int64_t in_cols, int64_t out_cols,
            Call call, int64_t lb2_cpu_plan::* workspace_bytes) {
-  const Rows rows = rows_of(name, input, in_cols);
+  const Rows rows = rows_of(name, input, in_cols, kCpu);
   args.dtype = rows.dtype;
   args.m = rows.count;
   args.input = rows.tensor.const_data_ptr();
@@ -20,10 +20,9 @@ Tensor run(lb2_linear_args& args, const char* name, const Tensor& input, int64_t
   Tensor output = new_output(input, out_cols);
   args.output = output.mutable_data_ptr();
   args.output_stride = out_cols;
-  const std::array<int64_t, 1> bytes = {plan.*workspace_bytes};
-  Tensor workspace = torch::stable::new_empty(input, bytes, ScalarType::Byte);
+  Tensor workspace = new_bytes(input, plan.*workspace_bytes);
   args.workspace = workspace.mutable_data_ptr();
-  args.workspace_bytes = bytes[0];
+  args.workspace_bytes = plan.*workspace_bytes;
   args.parallel_for = torch_parallel;
   throw_on_error(call(&args));
   return output;
@@ -33,11 +32,16 @@ Tensor run(lb2_linear_args& args, const char* name, const Tensor& input, int64_t
 
 Tensor linear_cpu(const Tensor& x, const std::vector<Tensor>& v, const OptionalTensors& u,
                   const std::vector<Tensor>& in_scale, const OptionalTensors& latent_scale,
-                  const std::vector<Tensor>& out_scale, const std::optional<Tensor>& bias) {
+                  const std::vector<Tensor>& out_scale, const std::optional<Tensor>& bias,
+                  int64_t activation) {
+  const lb2_activation mode = activation_mode(activation);
+  LB2_CHECK(mode <= LB2_ACTIVATION_EXACT, "activation must be ", LB2_ACTIVATION_AUTO, " (auto) or ",
+            LB2_ACTIVATION_EXACT, " (exact) for packed words on the CPU, got ", activation,
+            mode == LB2_ACTIVATION_FLOAT16 ? ", which CUDA alone serves" : ", which needs a prepacked layer");
   lb2_linear_args args = {};
   Paths paths;
-  set_layer(args, paths, v, u, in_scale, latent_scale, out_scale);
-  if (bias) args.bias = scale_data(Name{"bias"}, *bias, args.n);
+  set_layer(args, paths, v, u, in_scale, latent_scale, out_scale, kCpu);
+  if (bias) args.bias = scale_data(Name{"bias"}, *bias, args.n, kCpu);
   return run(args, "x", x, args.k, args.n, lb2_linear_forward_cpu, &lb2_cpu_plan::forward_workspace_bytes);
 }
 
@@ -46,7 +50,7 @@ Tensor linear_backward_x_cpu(const Tensor& grad, const std::vector<Tensor>& v, c
                              const std::vector<Tensor>& out_scale) {
   lb2_linear_args args = {};
   Paths paths;
-  set_layer(args, paths, v, u, in_scale, latent_scale, out_scale);
+  set_layer(args, paths, v, u, in_scale, latent_scale, out_scale, kCpu);
   return run(args, "grad", grad, args.n, args.k, lb2_linear_backward_x_cpu,
              &lb2_cpu_plan::backward_workspace_bytes);
 }

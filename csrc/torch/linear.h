@@ -5,10 +5,11 @@
 
 namespace lb2::torch_ops {
 
-// y[..., N] of the layer for x[..., K]; see the schema in library.cpp.
+// y[..., N] of the layer for x[..., K], in exact sums; see the schema in library.cpp.
 Tensor linear_cpu(const Tensor& x, const std::vector<Tensor>& v, const OptionalTensors& u,
                   const std::vector<Tensor>& in_scale, const OptionalTensors& latent_scale,
-                  const std::vector<Tensor>& out_scale, const std::optional<Tensor>& bias);
+                  const std::vector<Tensor>& out_scale, const std::optional<Tensor>& bias,
+                  int64_t activation);
 
 // Gradient of x[..., K] from the gradient of y[..., N].
 Tensor linear_backward_x_cpu(const Tensor& grad, const std::vector<Tensor>& v, const OptionalTensors& u,

@@ -93,7 +93,7 @@ Tensor prepack_cpu(const std::vector<Tensor>& v, const OptionalTensors& u,
                    const std::vector<Tensor>& out_scale) {
   lb2_linear_args args = {};
   Paths paths;
-  set_layer(args, paths, v, u, in_scale, latent_scale, out_scale);
+  set_layer(args, paths, v, u, in_scale, latent_scale, out_scale, kCpu);
   std::array<int64_t, 1> bytes = {0};
   throw_on_error(lb2_prepacked_bytes_cpu(&args, bytes.data()));
   Tensor layer = torch::stable::new_empty(out_scale[0], bytes, ScalarType::Byte);
@@ -125,7 +125,7 @@ Tensor linear_prepacked_cpu(const Tensor& x, const Tensor& layer, const std::opt
   LB2_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "x must have a last dimension of size K, got shape ",
             shape_of(x));
   const int64_t columns = x.size(x.dim() - 1);
-  const Rows rows = rows_of("x", x, columns);
+  const Rows rows = rows_of("x", x, columns, kCpu);
   lb2_prepacked_args args = {};
   args.struct_size = sizeof args;
   args.layer = layer.const_data_ptr();
@@ -144,7 +144,7 @@ Tensor linear_prepacked_cpu(const Tensor& x, const Tensor& layer, const std::opt
   LB2_CHECK(columns == plan.k, "x.size(-1) must equal ", plan.k, ", got shape ", shape_of(x));
   LB2_CHECK(out_features == plan.n, "out_features must be ", plan.n, " as the layer says, got ",
             out_features);
-  if (bias) args.bias = scale_data(Name{"bias"}, *bias, plan.n);
+  if (bias) args.bias = scale_data(Name{"bias"}, *bias, plan.n, kCpu);
   Tensor output = new_output(x, plan.n);
   args.output = output.mutable_data_ptr();
   args.output_stride = plan.n;

@@ -25,14 +25,14 @@ inline int64_t pick(std::initializer_list<int64_t> values) {
 struct Buffer {
   std::unique_ptr<char[]> memory;
   char* data;
-  Buffer(int64_t bytes, bool misaligned) : memory(new char[static_cast<size_t>(bytes + misaligned)]) {
-    data = memory.get() + misaligned;
+  Buffer(int64_t bytes, int64_t offset) : memory(new char[static_cast<size_t>(bytes + offset)]) {
+    data = memory.get() + offset;
   }
 };
 
 template <typename T>
-Buffer copy_out(const std::vector<T>& values, bool misaligned) {
-  Buffer buffer(static_cast<int64_t>(values.size() * sizeof(T)), misaligned);
+Buffer copy_out(const std::vector<T>& values, int64_t offset) {
+  Buffer buffer(static_cast<int64_t>(values.size() * sizeof(T)), offset);
   if (!values.empty()) std::memcpy(buffer.data, values.data(), values.size() * sizeof(T));
   return buffer;
 }
@@ -99,7 +99,7 @@ inline std::vector<float> random_floats(int64_t count) {
 
 // Random signs with `pitch` words per row, the spare words and pad bits included, filled at random: kernels
 // may not depend on them.
-inline Buffer random_words(int64_t rows, int64_t cols, int64_t pitch, bool misaligned,
+inline Buffer random_words(int64_t rows, int64_t cols, int64_t pitch, int64_t offset,
                            std::vector<double>& dense) {
   std::vector<int32_t> words(static_cast<size_t>((rows - 1) * pitch + lb2_words_per_row(cols)));
   for (int32_t& word : words) word = static_cast<int32_t>(engine());
@@ -107,7 +107,7 @@ inline Buffer random_words(int64_t rows, int64_t cols, int64_t pitch, bool misal
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < cols; ++c)
       dense[r * cols + c] = (static_cast<uint32_t>(words[r * pitch + c / 32]) >> (c % 32)) & 1u ? -1.0 : 1.0;
-  return copy_out(words, misaligned);
+  return copy_out(words, offset);
 }
 
 inline double sum_of_squares(const std::vector<float>& values) {
@@ -161,17 +161,18 @@ inline double reference(const std::vector<Path>& paths, bool single_stage, bool 
 
 // A layer, activations for it, and what it should return.
 struct Problem {
-  bool single_stage, misaligned, backward, with_bias;
+  bool single_stage, backward, with_bias;
+  int64_t misaligned;  // bytes that buffers are off
   lb2_dtype dtype;
   int64_t m, k, n, num_paths, in_cols, out_cols, element;
   std::vector<Path> paths;
   std::vector<lb2_path> args_paths;
   int64_t input_stride, output_stride;
-  Buffer input{0, false}, bias{0, false};
+  Buffer input{0, 0}, bias{0, 0};
   std::vector<double> expected;  // [m, out_cols]
   double typical = 0.0;
 
-  explicit Problem(bool may_be_backward);
+  explicit Problem(bool may_be_backward, int64_t misalignment = 1);
   const float* bias_data() const { return with_bias ? reinterpret_cast<const float*>(bias.data) : nullptr; }
   int64_t output_elements() const { return m == 0 ? 0 : (m - 1) * output_stride + out_cols; }
   lb2_linear_args layer_args() const {
@@ -211,9 +212,9 @@ struct Problem {
   }
 };
 
-inline Problem::Problem(bool may_be_backward) {
+inline Problem::Problem(bool may_be_backward, int64_t misalignment) {
   single_stage = engine() % 4 == 0;
-  misaligned = engine() % 2;
+  misaligned = engine() % 2 ? misalignment : 0;
   backward = may_be_backward && engine() % 2;
   const bool shared = engine() % 3 == 0, same_scale = engine() % 4 == 0;
   with_bias = engine() % 2;

@@ -45,9 +45,12 @@ def test_bad_layer_and_backend() -> None:
         ValueError, match="backend must be one of auto, cpu, cuda, triton, reference, got 'tpu'"
     ):
         littlebit_linear(x, packed, backend="tpu")
-    for backend in ("cuda", "triton"):
-        with pytest.raises(BackendUnavailableError, match=f"backend='{backend}' cannot run: this version"):
-            littlebit_linear(x, packed, backend=backend)
+    with pytest.raises(BackendUnavailableError, match="backend='triton' cannot run: this version"):
+        littlebit_linear(x, packed, backend="triton")
+    with pytest.raises(
+        BackendUnavailableError, match="backend='cuda' cannot run: it runs on CUDA tensors, not on cpu"
+    ):
+        littlebit_linear(x, packed, backend="cuda")
 
 
 def spoil(name: str, index: int, value: Any) -> list[Any]:
@@ -103,6 +106,27 @@ def test_operator_refuses(name: str, index: int, value: Any, message: str) -> No
         torch.ops.littlebit2.linear(*spoil(name, index, value))
 
 
+@pytest.mark.parametrize(
+    ("activation", "message"),
+    [
+        (
+            2,
+            r"must be 0 \(auto\) or 1 \(exact\) for packed words on the CPU, got 2, which needs a prepacked",
+        ),
+        (4, r"must be .* for packed words on the CPU, got 4, which needs a prepacked layer"),
+        (5, r"must be .* for packed words on the CPU, got 5, which CUDA alone serves"),
+        (6, "must be between 0 and 5, got 6"),
+        (-1, "must be between 0 and 5, got -1"),
+        (2**32, "must be between 0 and 5, got 4294967296"),
+    ],
+)
+def test_operator_refuses_activation(activation: int, message: str) -> None:
+    littlebit2_kernels.load()
+    x, packed = make_problem(2, 40, 30, [8])
+    with pytest.raises(RuntimeError, match=f"activation {message}"):
+        torch.ops.littlebit2.linear(x, *packed.operands, packed.bias, activation)
+
+
 def test_backward_operator_refuses() -> None:
     littlebit2_kernels.load()
     _, packed = make_problem(2, 40, 30, [8])
@@ -153,7 +177,7 @@ def test_explain_refuses_what_the_call_refuses() -> None:
         explain((2, 41), packed)
     with pytest.raises(ValueError, match="backend must be one of"):
         explain((2, 40), packed, backend="tpu")
-    with pytest.raises(BackendUnavailableError, match="no CUDA kernels"):
+    with pytest.raises(BackendUnavailableError, match="it runs on CUDA tensors, not on cpu"):
         explain((2, 40), packed, backend="cuda")
     with pytest.raises(TypeError, match="x must be float32, float16 or bfloat16, got"):
         explain(torch.ones(2, 40).long(), packed)

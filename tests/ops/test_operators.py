@@ -43,6 +43,8 @@ def test_opcheck(problem: tuple[torch.Tensor, PackedLinear], dtype: torch.dtype)
     torch.library.opcheck(
         torch.ops.littlebit2.linear.default, (x.detach().reshape(5, 1, 100), *packed.operands)
     )
+    for bias in (packed.bias, None):
+        torch.library.opcheck(torch.ops.littlebit2.linear.default, (x, *packed.operands, bias, 1))
     grad = torch.randn(5, 70).to(dtype).requires_grad_()
     torch.library.opcheck(torch.ops.littlebit2.linear_backward_x.default, (grad, *packed.operands))
 
@@ -104,6 +106,19 @@ def test_gradient_of_x_and_bias(problem: tuple[torch.Tensor, PackedLinear], rng:
     assert relative_error(x.grad, weight.double() @ dense_weight(packed)) <= 2e-6
     if bias is not None:
         assert torch.allclose(bias.grad, weight.sum(0))
+
+
+@pytest.mark.parametrize("given", [("bias",), ("bias", "activation"), ("activation",), ()], ids=str)
+def test_gradients_whatever_is_left_at_its_default(given: tuple[str, ...], rng: torch.Generator) -> None:
+    """The dispatcher drops arguments that equal their defaults before autograd counts them."""
+    x, packed = make_problem(5, 100, 70, [24, 8], bias=True, generator=rng)
+    x.requires_grad_()
+    bias = packed.bias.clone().requires_grad_() if "bias" in given else None
+    arguments = (bias, 1) if "activation" in given else (bias,) if given else ()
+    torch.ops.littlebit2.linear(x, *packed.operands, *arguments).sum().backward()
+    assert relative_error(x.grad, torch.ones(5, 70).double() @ dense_weight(packed)) <= 2e-6
+    if bias is not None:
+        assert torch.equal(bias.grad, torch.full((70,), 5.0))
 
 
 def test_second_derivative(problem: tuple[torch.Tensor, PackedLinear]) -> None:

@@ -40,7 +40,7 @@ def test_bad_x(x: Any, error: type[Exception], message: str) -> None:
 @pytest.mark.parametrize("activation", ["exat", "", "EXACT", None, 3, ["exact"]])
 def test_unknown_activation(activation: Any) -> None:
     x, packed = make_problem(2, 40, 30, [8])
-    message = "activation must be one of auto, exact, int16, int8, sign, got "
+    message = "activation must be one of auto, exact, int16, int8, sign, float16, got "
     for layer in (packed, prepack(packed)):
         for backend in ("auto", "reference"):
             with pytest.raises(ValueError, match=message):

@@ -14,6 +14,7 @@ import pytest
 
 import littlebit2_kernels
 from littlebit2_kernels import diagnostics, dispatch
+from littlebit2_kernels._native import no_cuda_reason
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,7 +49,8 @@ def test_diagnostics_report() -> None:
     assert result.returncode == 0
     assert report["self_test"] == "ok"
     assert report["backends"]["cpu"] == "available"
-    assert report["backends"]["cuda"].startswith("unavailable: ")
+    cuda = no_cuda_reason()
+    assert report["backends"]["cuda"] == ("available" if cuda is None else f"unavailable: {cuda}")
     assert report["cpu"]["isa"] in report["cpu"]["available_isas"]
     assert report["package"]["littlebit2_kernels"] == littlebit2_kernels.__version__
 
@@ -77,14 +79,36 @@ def test_readme_example_runs_as_written() -> None:
         assert result.returncode == 0, result.stderr
 
 
-def test_cuda_cannot_be_demanded_of_a_version_without_it(tmp_path: Path) -> None:
-    options = ["-DLB2_CUDA=on", "-DLB2_BUILD_TORCH=OFF", "-DLB2_BUILD_PYTHON=OFF"]
-    result = subprocess.run(
-        ["cmake", "-S", ROOT, "-B", tmp_path, *options],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ,
-    )
+def configure(build: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Configure the core alone."""
+    command = ["cmake", "-S", ROOT, "-B", build, "-DLB2_BUILD_TORCH=OFF", "-DLB2_BUILD_PYTHON=OFF", *options]
+    # The environment of a build of the package could say something else.
+    clean = {name: value for name, value in os.environ.items() if name != "LB2_CUDA_ARCHS"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**clean, **environment})
+
+
+def test_cuda_without_a_compiler(tmp_path: Path) -> None:
+    nowhere = str(tmp_path / "nvcc")
+    result = configure(tmp_path / "on", "-DLB2_CUDA=on", CUDACXX=nowhere)
     assert result.returncode != 0
-    assert "has no CUDA kernels" in " ".join(result.stderr.split())
+    message = " ".join(result.stderr.split())
+    assert "LB2_CUDA=on, but the CUDA kernels cannot be built: no working nvcc was found" in message
+    result = configure(tmp_path / "auto", CUDACXX=nowhere)
+    assert result.returncode == 0, result.stderr
+    assert "CUDA kernels: no (no working nvcc was found" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("-DLB2_CUDA=maybe",), "LB2_CUDA must be auto, on or off, got maybe"),
+        (("-DLB2_CUDA_ARCHS=90 75",), "LB2_CUDA_ARCHS must list architectures from 80 on, .* got 75"),
+        (("-DLB2_CUDA_ARCHS=sm_90",), "LB2_CUDA_ARCHS must list .* got sm_90"),
+        (("-DLB2_CUDA=on", "-DLB2_SANITIZE=address"), "cannot be built: not together with LB2_SANITIZE"),
+    ],
+    ids=["cuda", "old", "sm_90", "sanitize"],
+)
+def test_bad_build_options(tmp_path: Path, options: tuple[str, ...], message: str) -> None:
+    result = configure(tmp_path, *options)
+    assert result.returncode != 0
+    assert re.search(message, " ".join(result.stderr.split()))

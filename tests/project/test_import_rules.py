@@ -215,6 +215,10 @@ INCLUDE_OFFENDERS = {
     "cpu-uses-cuda": ("csrc/cpu/kernels_avx2.cpp", "<cuda.h>"),
     "cuda-uses-torch": ("csrc/cuda/gemv.cu", "<c10/cuda/CUDAStream.h>"),
     "cuda-uses-python": ("csrc/cuda/gemv.cu", "<pybind11/pybind11.h>"),
+    "cuda-uses-cpu": ("csrc/cuda/plan.cpp", '"cpu/plan.h"'),
+    "cuda-uses-more-of-core": ("csrc/cuda/plan.cpp", '"core/signs.h"'),
+    "cuda-uses-the-host-shim": ("csrc/cuda/decode.h", '"cuda_host/device.h"'),
+    "torch-uses-cuda": ("csrc/torch/cuda_linear.cpp", "<cuda_runtime.h>"),
     "torch-uses-unstable-headers": ("csrc/torch/ops.cpp", "<torch/extension.h>"),
     "torch-uses-kernels": ("csrc/torch/ops.cpp", '"core/status.h"'),
     "torch-uses-kernels-relatively": ("csrc/torch/ops.cpp", '"../core/status.h"'),
@@ -226,7 +230,8 @@ INCLUDE_OFFENDERS = {
 
 @pytest.mark.parametrize(("path", "target"), INCLUDE_OFFENDERS.values(), ids=INCLUDE_OFFENDERS)
 def test_include_rule_can_fail(tmp_path: Path, path: str, target: str) -> None:
-    plant(tmp_path, "csrc/core/status.h", "#include <stdint.h>\n")
+    for header in ("core/status.h", "core/signs.h", "cpu/plan.h"):
+        plant(tmp_path, f"csrc/{header}", "#include <stdint.h>\n")
     plant(tmp_path, path, f"/* #include <torch/torch.h> is only spoken of */\n#  include {target}\n")
     (finding,) = import_rules.include_findings(tmp_path)
     assert finding.path == path
@@ -236,7 +241,10 @@ def test_include_rule_permits_neighbours(tmp_path: Path) -> None:
     plant(tmp_path, "csrc/include/littlebit2/format.h", "#include <stdint.h>\n")
     plant(tmp_path, "csrc/core/status.h", '#include "littlebit2/format.h"\n')
     plant(tmp_path, "csrc/cpu/a.cpp", '#include <immintrin.h>\n#include "core/status.h"\n#include <array>\n')
-    plant(tmp_path, "csrc/cuda/a.cu", "#include <cuda_fp16.h>\n#include <mma.h>\n")
+    plant(tmp_path, "csrc/cuda/a.cu", '#include <cuda_fp16.h>\n#include <mma.h>\n#include "core/status.h"\n')
+    plant(tmp_path, "tests/cpp/cuda_host/device.h", "")
+    plant(tmp_path, "csrc/cuda/device.h", '#include "cuda_host/device.h"\n')
+    plant(tmp_path, "csrc/torch/b.cpp", "#include <dlfcn.h>\n")
     plant(tmp_path, "csrc/torch/args.h", "#include <torch/csrc/stable/tensor.h>\n")
     plant(tmp_path, "csrc/torch/a.cpp", '#include "torch/args.h"\n#include "littlebit2/format.h"\n')
     plant(tmp_path, "csrc/python/a.cpp", '#include <pybind11/numpy.h>\n#include "littlebit2/build_info.h"\n')

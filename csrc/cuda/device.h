@@ -1,0 +1,128 @@
+// The one header with CUDA intrinsics and PTX. With LB2_CUDA_ON_HOST the same functions come from a shim that
+// executes kernels on the host (tests/cpp/cuda_host), so everything that includes this is plain C++ besides.
+//
+// Fragments of the MMAs are as in the PTX ISA, "Matrix Fragments for mma.m16n8k256" (.b1) and "Matrix
+// Fragments for mma.m16n8k16 with floating point type" (.f16); g = lane / 4, t = lane % 4:
+//   A, 4 registers: rows g, g + 8, g, g + 8; .b1: bits k = 32 t .. 32 t + 31, the last two 128 further; .f16:
+//      k = 2 t, 2 t + 1, the last two 8 further.
+//   B, 2 registers: column g, the same k, the second 128 or 8 further.
+//   C, 4 numbers: row g, columns 2 t and 2 t + 1; row g + 8, the same columns.
+#pragma once
+
+#ifdef LB2_CUDA_ON_HOST
+#include "cuda_host/device.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#define LB2_DEVICE __device__ __forceinline__
+#define LB2_HOST_DEVICE __host__ __device__ __forceinline__
+// Threads of a block and, where it should be given, the least number of blocks on an SM.
+#define LB2_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
+#define LB2_GRID_CONSTANT __grid_constant__
+
+namespace lb2::cuda {
+
+struct alignas(16) Words4 {
+  uint32_t w[4];
+};
+
+LB2_DEVICE int thread_id() { return static_cast<int>(threadIdx.x); }
+LB2_DEVICE int block_x() { return static_cast<int>(blockIdx.x); }
+LB2_DEVICE int block_y() { return static_cast<int>(blockIdx.y); }
+LB2_DEVICE int block_z() { return static_cast<int>(blockIdx.z); }
+LB2_DEVICE int grid_x() { return static_cast<int>(gridDim.x); }
+
+// The block's dynamic shared memory.
+LB2_DEVICE unsigned char* shared_memory() {
+  extern __shared__ __align__(128) unsigned char lb2_shared[];
+  return lb2_shared;
+}
+
+LB2_DEVICE void sync_block() { __syncthreads(); }
+LB2_DEVICE void sync_warp() { __syncwarp(); }
+
+// All 32 lanes take part.
+LB2_DEVICE uint32_t ballot(bool predicate) { return __ballot_sync(0xFFFFFFFFu, predicate); }
+LB2_DEVICE uint32_t shuffle_xor(uint32_t value, int mask) {
+  return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
+}
+LB2_DEVICE int32_t shuffle_xor(int32_t value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
+LB2_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
+
+LB2_DEVICE int popcount(uint32_t word) { return __popc(word); }
+LB2_DEVICE uint32_t float_bits(float value) { return __float_as_uint(value); }
+LB2_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
+LB2_DEVICE int32_t round_to_int(float value) { return __float2int_rn(value); }
+LB2_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+
+LB2_DEVICE float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+LB2_DEVICE float bfloat_to_float(uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
+LB2_DEVICE uint16_t float_to_half(float value) { return __half_as_ushort(__float2half_rn(value)); }
+LB2_DEVICE uint16_t float_to_bfloat(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
+
+// Weights are read once: past the L1 cache, 16 or 4 bytes at an address that is a multiple of that.
+LB2_DEVICE Words4 load_stream(const uint32_t* p) {
+  Words4 r;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r.w[0]), "=r"(r.w[1]), "=r"(r.w[2]), "=r"(r.w[3])
+               : "l"(p));
+  return r;
+}
+LB2_DEVICE uint32_t load_stream_word(const uint32_t* p) {
+  uint32_t r;
+  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(r) : "l"(p));
+  return r;
+}
+
+// 16 bytes of shared or global memory, at a multiple of 16.
+LB2_DEVICE Words4 load_words4(const void* p) { return *static_cast<const Words4*>(p); }
+
+// c += popcount(a & b), m16n8k256.
+LB2_DEVICE void mma_b1_and(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, "
+      "%9}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// c += a b, m16n8k16, float16 into float32.
+LB2_DEVICE void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Bits `bit` and `bit` + 16 of a word of signs as two float16, 1 is -1.0: a shift and (a & b) | c, one LOP3.
+// It is written out as the compiler makes it two, which take both constants as immediates.
+LB2_DEVICE uint32_t sign_pair_f16(uint32_t word, int bit) {
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;"
+      : "=r"(r)
+      : "r"(word << (15 - bit)), "r"(0x80008000u), "r"(0x3C003C00u));
+  return r;
+}
+
+// Programmatic dependent launch: wait for what the kernel before this one in the stream wrote, and let the
+// next one start. Nothing where there is no such thing, or the kernel was launched the usual way.
+LB2_DEVICE void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+LB2_DEVICE void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+}  // namespace lb2::cuda
+
+#endif

@@ -1,0 +1,48 @@
+// What one launch of the decode kernel gets, by value.
+#pragma once
+
+#include <cstdint>
+
+#include "littlebit2/littlebit2.h"
+
+namespace lb2::cuda {
+
+constexpr int kWarpLanes = 32;
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarpLanes;
+constexpr int kTileRows = 16;  // rows of signs of one MMA
+constexpr int kSliceCols =
+    512;  // columns with a common activation scale; 16 words, 4 of them for each lane of a quad
+constexpr int kSliceWords = kSliceCols / LB2_WORD_BITS;
+constexpr int kMaxTokenTile = 16;
+
+// Signs [rows, cols] applied to scale[cols] * (sum of the parts of input)[m, cols].
+struct Term {
+  const void* input;
+  const float* scale;
+  const uint32_t* words;
+  int64_t word_stride;
+  int64_t part_stride;     // elements between the parts of input
+  const float* row_scale;  // [rows], when terms are added
+  float* sums;             // [grid_y, m, rows], when terms stand alone
+  int32_t rows, cols;
+  int32_t first_tile;  // when terms stand alone
+};
+
+struct StageParams {
+  Term terms[LB2_MAX_PATHS];
+  int64_t input_stride;  // elements between tokens; 0 means the term's cols
+  int64_t output_stride;
+  void* output;       // [m, rows], when terms are added
+  const float* bias;  // [rows] or NULL
+  int32_t num_terms;
+  int32_t alone;  // 1: each term to its own sums; 0: all terms scaled, added and stored
+  int32_t num_parts;
+  int32_t m;
+  int32_t splits;
+  int32_t row_warps;
+  int32_t chunk_slices;
+  lb2_dtype input_dtype, output_dtype;
+};
+
+}  // namespace lb2::cuda

@@ -1,0 +1,77 @@
+/* The C ABI of the CUDA kernels. Planning is part of the core library and needs no GPU; what launches is in
+ * liblittlebit2_cuda. The rules of littlebit2.h hold here too. Signs are read as they lie in packed format
+ * v1; rows of words that start at multiples of 16 bytes are read 16 bytes at a time, others 4. */
+#ifndef LITTLEBIT2_CUDA_H_
+#define LITTLEBIT2_CUDA_H_
+
+#include "littlebit2/littlebit2.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Activations as one float16 each, scaled by a power of two per slice of 512 channels; error about 2e-4. CUDA
+ * only; what AUTO means for 16-bit activations where the GPU has no 1-bit tensor cores. The other modes are
+ * those of littlebit2.h, with slices of 512 channels in place of its chunks; SIGN scales by the mean
+ * magnitude of a slice. */
+#define LB2_ACTIVATION_FLOAT16 5
+
+/* What planning needs to know of a GPU. */
+typedef struct lb2_cuda_device {
+  uint64_t struct_size;
+  int32_t capability;      /* 10 * major + minor, for example 90 */
+  int32_t multiprocessors; /* SMs */
+  int64_t shared_bytes;    /* that one block can have, opt-in */
+} lb2_cuda_device;
+
+/* One launch. Warps of a block are row_warps x split_warps, each row warp with 16 rows of signs. */
+typedef struct lb2_cuda_stage {
+  int32_t grid_x; /* tiles of 16 * row_warps rows, of all first stages or of N */
+  int32_t grid_y; /* parts that the columns are split into; their sums are added in order by the next stage */
+  int32_t grid_z; /* blocks of token_tile tokens */
+  int32_t threads;
+  int32_t token_tile;
+  int32_t row_warps;
+  int32_t split_warps;  /* warps that share rows and split their columns */
+  int32_t chunk_slices; /* slices of 512 columns whose activations are in shared memory at once */
+  int32_t shared_bytes;
+  int32_t chained; /* 1 if launched before the stage that it depends on has ended (sm_90 and newer) */
+} lb2_cuda_stage;
+
+/* What a call will do. Set struct_size = sizeof(lb2_cuda_plan) before. */
+typedef struct lb2_cuda_plan {
+  uint64_t struct_size;
+  int64_t workspace_bytes;
+  int64_t token_block;       /* tokens that one round of launches serves */
+  int64_t macs;              /* sign-accumulate operations, all stages, paths and tokens */
+  lb2_activation activation; /* AUTO resolved */
+  int32_t one_bit_mma;       /* 1: bit planes in 1-bit tensor cores; 0: signs expanded to float16 */
+  int32_t num_stages;        /* 1 for single-stage layers, else 2 */
+  int32_t first_stages;      /* computed (paths that share one count once) */
+  lb2_cuda_stage stages[2];
+} lb2_cuda_plan;
+
+/* Fill *plan for args on `device`: a pure function of its arguments. isa, parallel_for and the data pointers
+ * of args are not looked at. The launch of M tokens differs from that of one in token tiles alone, so that a
+ * token's result does not depend on the others. */
+LB2_API lb2_status lb2_linear_plan_cuda(const lb2_linear_args* args, lb2_activation activation,
+                                        const lb2_cuda_device* device, lb2_cuda_plan* plan);
+
+/* ---- liblittlebit2_cuda ---- */
+
+/* Describe a GPU by its ordinal; fails with LB2_ERROR_UNSUPPORTED, and the reason, if it cannot run the
+ * kernels. */
+LB2_API lb2_status lb2_cuda_get_device(int32_t ordinal, lb2_cuda_device* device);
+
+/* y = layer(x) on the current device, queued on `stream` (a cudaStream_t; NULL is the default stream). All
+ * pointers of args but `paths` and `args` are device pointers; floats must be aligned to 4 bytes, input and
+ * output to their elements. Allocates nothing, synchronises nothing, and can be captured into a CUDA graph.
+ * The same bits from run to run and whatever the other tokens are. */
+LB2_API lb2_status lb2_linear_forward_cuda(const lb2_linear_args* args, lb2_activation activation,
+                                           void* stream);
+
+#ifdef __cplusplus
+} /* extern "C" */
+#endif
+
+#endif /* LITTLEBIT2_CUDA_H_ */

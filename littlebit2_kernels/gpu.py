@@ -1,0 +1,56 @@
+"""What planning needs to know of a GPU, read from torch or from a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["GPUS", "GpuProperties", "gpu_properties"]
+
+
+@dataclass(frozen=True)
+class GpuProperties:
+    """The properties of a GPU that decide how a call is cut up.
+
+    Attributes:
+        capability: ``10 * major + minor``, for example 90.
+        multiprocessors: streaming multiprocessors.
+        shared_bytes: shared memory that one block can have (opt-in).
+    """
+
+    capability: int
+    multiprocessors: int
+    shared_bytes: int
+
+
+#: GPUs that calls can be planned for by name.
+GPUS = {
+    "A100": GpuProperties(80, 108, 166912),
+    "4090": GpuProperties(89, 128, 101376),
+    "H100": GpuProperties(90, 132, 232448),
+    "H200": GpuProperties(90, 132, 232448),
+    "B200": GpuProperties(100, 148, 232448),
+    "5090": GpuProperties(120, 170, 101376),
+}
+
+
+def gpu_properties(gpu: GpuProperties | torch.device | str) -> GpuProperties:
+    """Properties of a GPU: as given, by a name of :data:`GPUS`, or those of a device of this machine.
+
+    Raises:
+        TypeError: ``gpu`` is none of these.
+        ValueError: the name is unknown.
+    """
+    if isinstance(gpu, GpuProperties):
+        return gpu
+    if isinstance(gpu, str):
+        if gpu not in GPUS:
+            raise ValueError(f"gpu must be GpuProperties or one of {', '.join(GPUS)}, got {gpu!r}")
+        return GPUS[gpu]
+    if not isinstance(gpu, torch.device):
+        raise TypeError(f"gpu must be GpuProperties or a name, got {type(gpu).__name__}")
+    found = torch.cuda.get_device_properties(gpu)
+    # torch's stubs lack the last one.
+    shared_bytes: int = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return GpuProperties(10 * found.major + found.minor, found.multi_processor_count, shared_bytes)

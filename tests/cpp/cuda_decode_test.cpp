@@ -1,0 +1,300 @@
+// The CUDA decode kernels executed on the host, instance by instance, against a float64 reference: random
+// small problems with ragged tails, misaligned words, several paths, and garbage in pad bits. Out-of-bounds
+// accesses are AddressSanitizer's to find; shared memory and workspace start as NaN, so that what was not
+// written shows.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "cuda/decode_instances.h"
+#include "cuda/plan.h"
+#include "cuda_host/run_grid.h"
+#include "random_problem.h"
+
+namespace {
+
+using lb2::cuda::BitPlanes;
+using lb2::cuda::SignHalves;
+
+lb2::cuda::DecodeKernel kernel_of(lb2_activation activation, int tile) {
+  switch (activation) {
+    case LB2_ACTIVATION_EXACT:
+      return lb2::cuda::decode_instance<SignHalves<2>>(tile);
+    case LB2_ACTIVATION_FLOAT16:
+      return lb2::cuda::decode_instance<SignHalves<1>>(tile);
+    case LB2_ACTIVATION_INT16:
+      return lb2::cuda::decode_instance<BitPlanes<16>>(tile);
+    case LB2_ACTIVATION_INT8:
+      return lb2::cuda::decode_instance<BitPlanes<8>>(tile);
+    default:
+      return lb2::cuda::decode_instance<BitPlanes<2>>(tile);
+  }
+}
+
+double mode_tolerance(lb2_activation activation) {
+  switch (activation) {
+    case LB2_ACTIVATION_EXACT:
+      return 2e-6;
+    case LB2_ACTIVATION_INT8:
+      return 2e-2;
+    default:
+      return 5e-4;
+  }
+}
+
+// Runs the launches of a plan on the host; the workspace starts as NaN.
+void forward(const lb2_linear_args& args, const lb2::cuda::Plan& plan, lb2::cuda::Order order) {
+  const Buffer workspace(plan.workspace_bytes, false);
+  std::memset(workspace.data, 0xFF, static_cast<size_t>(plan.workspace_bytes));
+  char* aligned = lb2::cuda::align_workspace(workspace.data);
+  for (int64_t first = 0; first < args.m; first += plan.token_block) {
+    const int64_t tokens = std::min(plan.token_block, args.m - first);
+    for (int i = 0; i < plan.num_stages; ++i) {
+      const lb2_cuda_stage stage = lb2::cuda::stage_launch(plan, i, tokens);
+      const lb2::cuda::StageParams params = lb2::cuda::stage_params(args, plan, i, first, tokens, aligned);
+      const lb2::cuda::DecodeKernel kernel = kernel_of(plan.activation, stage.token_tile);
+      lb2::cuda::run_grid(
+          {stage.grid_x, stage.grid_y, stage.grid_z}, stage.threads, static_cast<size_t>(stage.shared_bytes),
+          [&] { kernel(params); }, order);
+    }
+  }
+}
+
+// Signs [rows, z.size()] times the binarised z: its signs times the mean magnitude of their slice. Slices
+// count in integers, as a count of zero must give zero for the sign that is taken of it next.
+std::vector<double> multiply_signs(const std::vector<double>& signs, size_t rows,
+                                   const std::vector<double>& z) {
+  std::vector<double> out(rows, 0.0);
+  for (size_t begin = 0; begin < z.size(); begin += lb2::cuda::kSliceCols) {
+    const size_t end = std::min(z.size(), begin + lb2::cuda::kSliceCols);
+    double mean = 0.0;
+    for (size_t i = begin; i < end; ++i) mean += std::fabs(z[i]) / static_cast<double>(end - begin);
+    for (size_t r = 0; r < rows; ++r) {
+      int count = 0;
+      for (size_t c = begin; c < end; ++c) count += (signs[r * z.size() + c] < 0.0) == (z[c] < 0.0) ? 1 : -1;
+      out[r] += count * mean;
+    }
+  }
+  return out;
+}
+
+// Replaces the expected results by those of binarised activations and latents.
+void expect_signs(Problem& problem) {
+  for (int64_t t = 0; t < problem.m; ++t)
+    for (int64_t i = 0; i < problem.n; ++i) {
+      const float* bias = problem.bias_data();
+      float value = 0.0f;
+      if (bias != nullptr) std::memcpy(&value, bias + i, 4);
+      problem.expected[static_cast<size_t>(t * problem.n + i)] = value;
+    }
+  for (int64_t t = 0; t < problem.m; ++t)
+    for (const Path& path : problem.paths) {
+      std::vector<double> z(static_cast<size_t>(problem.k));
+      for (size_t c = 0; c < z.size(); ++c)
+        z[c] =
+            decode(problem.dtype, problem.input.data + (t * problem.input_stride + static_cast<int64_t>(c)) *
+                                                           problem.element) *
+            path.in_scale[c];
+      z = multiply_signs(path.v, static_cast<size_t>(path.rank), z);
+      if (!problem.single_stage) {
+        for (size_t r = 0; r < z.size(); ++r) z[r] *= path.latent_scale[r];
+        z = multiply_signs(path.u, static_cast<size_t>(problem.n), z);
+      }
+      for (int64_t i = 0; i < problem.n; ++i)
+        problem.expected[static_cast<size_t>(t * problem.n + i)] +=
+            z[static_cast<size_t>(i)] * path.out_scale[static_cast<size_t>(i)];
+    }
+}
+
+// Problems that fit emulation, with the few shapes that matter: one slice and several, ragged tails, and more
+// tokens than a tile.
+struct Case {
+  lb2_activation activation;
+  lb2_cuda_device device;
+};
+
+Case random_case() {
+  Case result = {};
+  result.activation = static_cast<lb2_activation>(1 + engine() % 5);
+  result.device.struct_size = sizeof(lb2_cuda_device);
+  result.device.capability = pick({80, 86, 89, 90, 100, 120});
+  // Few SMs make single tall blocks, many make splits.
+  result.device.multiprocessors = static_cast<int32_t>(pick({1, 4, 132}));
+  result.device.shared_bytes = pick({48 * 1024, 100 * 1024, 227 * 1024});
+  return result;
+}
+
+bool run_problem(int index, int only_mode) {
+  Problem problem(false, 4);
+  Case chosen = random_case();
+  if (only_mode > 0) chosen.activation = only_mode;
+  lb2_linear_args args = problem.layer_args();
+  args.m = problem.m;
+  args.bias = problem.bias_data();
+  args.input = problem.input.data;
+  args.input_stride = problem.input_stride;
+  args.output_stride = problem.output_stride;
+  args.dtype = problem.dtype;
+  lb2::cuda::Plan plan;
+  if (lb2::cuda::make_plan(args, chosen.activation, chosen.device, &plan) != LB2_OK) {
+    std::fprintf(stderr, "problem %d: plan: %s\n", index, lb2_last_error());
+    return false;
+  }
+  if (chosen.activation == LB2_ACTIVATION_SIGN) expect_signs(problem);
+  const size_t output_bytes = static_cast<size_t>(problem.output_elements() * problem.element);
+  std::vector<char> first_result;
+  for (const auto order :
+       {lb2::cuda::Order::kForward, lb2::cuda::Order::kReverse, lb2::cuda::Order::kShuffled}) {
+    const Buffer output = copy_out(std::vector<char>(output_bytes, 0x5A), false);
+    args.output = output.data;
+    forward(args, plan, order);
+    const double error = problem.error_of(output.data);
+    if (!(error <= tolerance(problem.dtype) + mode_tolerance(chosen.activation))) {
+      std::fprintf(stderr, "problem %d: activation %d on sm_%d with %d SMs: relative error %.2e\n", index,
+                   static_cast<int>(chosen.activation), static_cast<int>(chosen.device.capability),
+                   static_cast<int>(chosen.device.multiprocessors), error);
+      problem.describe();
+      return false;
+    }
+    const std::vector<char> result(output.data, output.data + output_bytes);
+    if (first_result.empty()) first_result = result;
+    if (result != first_result) {
+      std::fprintf(stderr, "problem %d: the order of threads and blocks changes the result\n", index);
+      problem.describe();
+      return false;
+    }
+  }
+  return true;
+}
+
+// One layer and activations of a shape, everything contiguous, for the properties below.
+struct Setup {
+  int64_t m, k, n, rank;
+  std::vector<double> dense;
+  Buffer v, u;
+  std::vector<float> in_scale, latent_scale, out_scale, x;
+  lb2_path path = {};
+  lb2_linear_args args = {};
+
+  Setup(int64_t tokens, int64_t in_features, int64_t out_features, int64_t latents)
+      : m(tokens),
+        k(in_features),
+        n(out_features),
+        rank(latents),
+        v(random_words(rank, k, lb2_words_per_row(k), 0, dense)),
+        u(random_words(n, rank, lb2_words_per_row(rank), 0, dense)),
+        in_scale(random_floats(k)),
+        latent_scale(random_floats(rank)),
+        out_scale(random_floats(n)),
+        x(random_floats(m * k)) {
+    path.v = reinterpret_cast<const int32_t*>(v.data);
+    path.v_stride = lb2_words_per_row(k);
+    path.u = reinterpret_cast<const int32_t*>(u.data);
+    path.u_stride = lb2_words_per_row(rank);
+    path.rank = rank;
+    args.struct_size = sizeof args;
+    args.k = k;
+    args.n = n;
+    args.paths = &path;
+    args.num_paths = 1;
+    args.dtype = LB2_FLOAT32;
+  }
+
+  // Outputs of the tokens [first, first + count).
+  std::vector<float> run(lb2_activation activation, int64_t first, int64_t count) {
+    const lb2_cuda_device h200 = {sizeof(lb2_cuda_device), 90, 132, 232448};
+    std::vector<float> y(static_cast<size_t>(count * n));
+    path.in_scale = in_scale.data();
+    path.latent_scale = latent_scale.data();
+    path.out_scale = out_scale.data();
+    args.m = count;
+    args.input = x.data() + first * k;
+    args.input_stride = k;
+    args.output = y.data();
+    args.output_stride = n;
+    lb2::cuda::Plan plan;
+    if (lb2::cuda::make_plan(args, activation, h200, &plan) != LB2_OK) std::abort();
+    forward(args, plan, lb2::cuda::Order::kForward);
+    return y;
+  }
+};
+
+bool same_bits(const float* a, const float* b, int64_t count) {
+  return std::memcmp(a, b, static_cast<size_t>(count) * 4) == 0;
+}
+
+bool failed(const char* what, lb2_activation activation) {
+  std::fprintf(stderr, "activation %d: %s\n", static_cast<int>(activation), what);
+  return false;
+}
+
+// A token's result is the same bits alone and among others, also past a round of launches, and a token that
+// is not finite spoils none but its own.
+bool run_batch(lb2_activation activation) {
+  const int64_t m = 133, k = 1100, n = 40;
+  Setup setup(m, k, n, 24);
+  const std::vector<float> all = setup.run(activation, 0, m);
+  for (const int64_t count : {1, 3, 11, 16, 21}) {
+    const int64_t first = m - count;
+    const std::vector<float> some = setup.run(activation, first, count);
+    if (!same_bits(some.data(), all.data() + first * n, count * n))
+      return failed("a token's result depends on the others", activation);
+  }
+  for (const float value : {NAN, INFINITY}) {
+    setup.x[static_cast<size_t>(5 * k + 700)] = value;
+    const std::vector<float> spoilt = setup.run(activation, 0, m);
+    for (int64_t t = 0; t < m; ++t)
+      for (int64_t i = 0; i < n; ++i) {
+        const float got = spoilt[static_cast<size_t>(t * n + i)];
+        if (t == 5 && std::isfinite(got))
+          return failed("a token that is not finite has a finite result", activation);
+        if (t != 5 && !same_bits(&got, &all[static_cast<size_t>(t * n + i)], 1))
+          return failed("a token that is not finite changes another", activation);
+      }
+  }
+  return true;
+}
+
+// Powers of two come out as they go in, however large or small, and zero gives zero.
+bool run_scales(lb2_activation activation) {
+  const int64_t k = 600, n = 24;
+  Setup setup(2, k, n, 16);
+  for (int64_t c = 0; c < k; c += 50) setup.x[static_cast<size_t>(c)] *= 50.0f;  // outlier channels
+  const std::vector<float> plain = setup.run(activation, 0, 1);
+  for (const int exponent : {-100, -30, 30, 80}) {
+    Setup scaled = Setup(2, k, n, 16);
+    scaled.v = copy_out(std::vector<char>(setup.v.data, setup.v.data + 16 * lb2_words_per_row(k) * 4), 0);
+    scaled.u = copy_out(std::vector<char>(setup.u.data, setup.u.data + n * 4), 0);
+    scaled.path.v = reinterpret_cast<const int32_t*>(scaled.v.data);
+    scaled.path.u = reinterpret_cast<const int32_t*>(scaled.u.data);
+    scaled.in_scale = setup.in_scale;
+    scaled.latent_scale = setup.latent_scale;
+    scaled.out_scale = setup.out_scale;
+    for (size_t i = 0; i < setup.x.size(); ++i) scaled.x[i] = std::ldexp(setup.x[i], exponent);
+    const std::vector<float> y = scaled.run(activation, 0, 1);
+    for (int64_t i = 0; i < n; ++i)
+      if (std::ldexp(y[static_cast<size_t>(i)], -exponent) != plain[static_cast<size_t>(i)])
+        return failed("scaling x by a power of two does not scale y by it", activation);
+  }
+  std::fill(setup.x.begin(), setup.x.end(), 0.0f);
+  for (const float value : setup.run(activation, 0, 2))
+    if (value != 0.0f) return failed("zero does not give zero", activation);
+  return true;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int count = argc > 1 ? std::atoi(argv[1]) : 60;
+  const int only_mode = argc > 2 ? std::atoi(argv[2]) : 0;
+  for (int i = 0; i < count; ++i)
+    if (!run_problem(i, only_mode)) return EXIT_FAILURE;
+  for (lb2_activation mode = LB2_ACTIVATION_EXACT; mode <= LB2_ACTIVATION_FLOAT16; ++mode)
+    if (!run_batch(mode) || !run_scales(mode)) return EXIT_FAILURE;
+  std::printf("%d problems passed\n", count);
+  return EXIT_SUCCESS;
+}

@@ -1,0 +1,234 @@
+// csrc/cuda/device.h on the host: the same functions, with MMAs computed from fragments as the PTX ISA
+// documents them.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "cuda_host/run_grid.h"
+
+#define LB2_DEVICE inline
+#define LB2_HOST_DEVICE inline
+#define LB2_KERNEL(...) void
+#define LB2_GRID_CONSTANT
+
+namespace lb2::cuda {
+
+struct alignas(16) Words4 {
+  uint32_t w[4];
+};
+
+inline int thread_id() { return host::position().thread; }
+inline int block_x() { return host::position().x; }
+inline int block_y() { return host::position().y; }
+inline int block_z() { return host::position().z; }
+inline int grid_x() { return host::grid().x; }
+inline unsigned char* shared_memory() { return host::shared(); }
+inline void sync_block() { host::sync_block(); }
+inline void sync_warp() {
+  host::warp_operation("sync_warp", nullptr, [](void**) {});
+}
+
+struct BallotSlot {
+  bool predicate;
+  uint32_t result;
+};
+
+inline uint32_t ballot(bool predicate) {
+  BallotSlot slot = {predicate, 0};
+  host::warp_operation("ballot", &slot, [](void** slots) {
+    uint32_t bits = 0;
+    for (int lane = 0; lane < 32; ++lane)
+      bits |= static_cast<uint32_t>(static_cast<BallotSlot*>(slots[lane])->predicate) << lane;
+    for (int lane = 0; lane < 32; ++lane) static_cast<BallotSlot*>(slots[lane])->result = bits;
+  });
+  return slot.result;
+}
+
+template <typename T>
+struct ShuffleSlot {
+  T value, result;
+  int mask;
+};
+
+template <typename T>
+T shuffle_xor(T value, int mask) {
+  ShuffleSlot<T> slot = {value, T{}, mask};
+  host::warp_operation("shuffle_xor", &slot, [](void** slots) {
+    for (int lane = 0; lane < 32; ++lane) {
+      auto* own = static_cast<ShuffleSlot<T>*>(slots[lane]);
+      own->result = static_cast<ShuffleSlot<T>*>(slots[lane ^ own->mask])->value;
+    }
+  });
+  return slot.result;
+}
+
+inline int popcount(uint32_t word) { return __builtin_popcount(word); }
+
+inline uint32_t float_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+inline float bits_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// As cvt.rni.s32.f32: saturating, NaN becomes 0.
+inline int32_t round_to_int(float value) {
+  if (std::isnan(value)) return 0;
+  if (value >= 0x1p31f) return INT32_MAX;
+  if (value <= -0x1p31f) return INT32_MIN;
+  return static_cast<int32_t>(std::nearbyint(value));
+}
+inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+
+inline float half_to_float(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  float magnitude;
+  if (exponent == 31)
+    magnitude = fraction != 0 ? NAN : INFINITY;
+  else
+    magnitude = exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
+                              : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
+  return bits & 0x8000 ? -magnitude : magnitude;
+}
+
+// Round to nearest, ties to even.
+inline uint16_t float_to_half(float value) {
+  const uint32_t sign = float_bits(value) >> 16 & 0x8000u;
+  const float magnitude = std::fabs(value);
+  if (std::isnan(value)) return static_cast<uint16_t>(sign | 0x7FFF);
+  if (magnitude >= 65520.0f) return static_cast<uint16_t>(sign | 0x7C00);
+  int exponent;
+  std::frexp(magnitude, &exponent);
+  if (exponent < -13 || magnitude == 0.0f) exponent = -13;  // subnormal: steps of 2^-24
+  const float steps = std::nearbyint(std::ldexp(magnitude, 11 - exponent));
+  return static_cast<uint16_t>(sign + static_cast<uint32_t>((exponent + 13) * 1024) +
+                               static_cast<uint32_t>(steps));
+}
+
+inline float bfloat_to_float(uint16_t bits) { return bits_float(static_cast<uint32_t>(bits) << 16); }
+
+inline uint16_t float_to_bfloat(float value) {
+  const uint32_t bits = float_bits(value);
+  if (std::isnan(value)) return 0x7FFF;
+  return static_cast<uint16_t>((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
+}
+
+template <typename T>
+const T* check_alignment(const char* what, const void* p, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes != 0) {
+    std::fprintf(stderr, "cuda_host: %s of %zu bytes at a misaligned address\n", what, bytes);
+    std::abort();
+  }
+  return static_cast<const T*>(p);
+}
+
+inline Words4 load_words4(const void* p) { return *check_alignment<Words4>("load_words4", p, 16); }
+inline Words4 load_stream(const uint32_t* p) { return *check_alignment<Words4>("load_stream", p, 16); }
+inline uint32_t load_stream_word(const uint32_t* p) {
+  return *check_alignment<uint32_t>("load_stream_word", p, 4);
+}
+
+// One lane's registers of an MMA.
+template <typename C>
+struct MmaSlot {
+  C* c;
+  const uint32_t *a, *b;
+};
+
+// Row, column and k of register elements.
+inline int fragment_row(int lane, int index) { return lane / 4 + 8 * (index % 2); }
+
+// counts += popcount(rows & columns). Always inlined, to be compiled for a CPU with the instruction and
+// without.
+__attribute__((always_inline)) inline void count_bits(const uint64_t (&rows)[16][4],
+                                                      const uint64_t (&columns)[8][4],
+                                                      int32_t (&counts)[16][8]) {
+  for (int row = 0; row < 16; ++row)
+    for (int column = 0; column < 8; ++column) {
+      int count = 0;
+      for (int k = 0; k < 4; ++k) count += __builtin_popcountll(rows[row][k] & columns[column][k]);
+      counts[row][column] = count;
+    }
+}
+#if defined(__x86_64__)
+__attribute__((target("popcnt"))) inline void count_bits_popcnt(const uint64_t (&rows)[16][4],
+                                                                const uint64_t (&columns)[8][4],
+                                                                int32_t (&counts)[16][8]) {
+  count_bits(rows, columns, counts);
+}
+#endif
+
+inline void mma_b1_and(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  MmaSlot<int32_t> slot = {c, a, b};
+  host::warp_operation("mma_b1_and", &slot, [](void** slots) {
+    uint64_t rows[16][4] = {}, columns[8][4] = {};  // 256 bits each
+    int32_t counts[16][8];
+    const auto put = [](uint64_t* bits, int word, uint32_t value) {
+      bits[word / 2] |= static_cast<uint64_t>(value) << (32 * (word % 2));
+    };
+    for (int lane = 0; lane < 32; ++lane) {
+      const auto* own = static_cast<MmaSlot<int32_t>*>(slots[lane]);
+      for (int i = 0; i < 4; ++i) put(rows[fragment_row(lane, i)], lane % 4 + 4 * (i / 2), own->a[i]);
+      for (int i = 0; i < 2; ++i) put(columns[lane / 4], lane % 4 + 4 * i, own->b[i]);
+    }
+#if defined(__x86_64__)
+    static const bool has_popcnt = __builtin_cpu_supports("popcnt");
+    if (has_popcnt)
+      count_bits_popcnt(rows, columns, counts);
+    else
+#endif
+      count_bits(rows, columns, counts);
+    for (int lane = 0; lane < 32; ++lane) {
+      int32_t* out = static_cast<MmaSlot<int32_t>*>(slots[lane])->c;
+      for (int i = 0; i < 4; ++i) out[i] += counts[lane / 4 + 8 * (i / 2)][2 * (lane % 4) + i % 2];
+    }
+  });
+}
+
+inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  MmaSlot<float> slot = {c, a, b};
+  host::warp_operation("mma_f16", &slot, [](void** slots) {
+    static const float* values = [] {
+      static float table[65536];
+      for (uint32_t bits = 0; bits < 65536; ++bits) table[bits] = half_to_float(static_cast<uint16_t>(bits));
+      return table;
+    }();
+    float rows[16][16], columns[8][16];
+    for (int lane = 0; lane < 32; ++lane) {
+      const auto* own = static_cast<MmaSlot<float>*>(slots[lane]);
+      for (int half = 0; half < 2; ++half) {
+        const int k = 2 * (lane % 4) + half;
+        for (int i = 0; i < 4; ++i)
+          rows[fragment_row(lane, i)][k + 8 * (i / 2)] = values[own->a[i] >> (16 * half) & 0xFFFFu];
+        for (int i = 0; i < 2; ++i) columns[lane / 4][k + 8 * i] = values[own->b[i] >> (16 * half) & 0xFFFFu];
+      }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      float* out = static_cast<MmaSlot<float>*>(slots[lane])->c;
+      for (int i = 0; i < 4; ++i) {
+        double sum = out[i];
+        for (int k = 0; k < 16; ++k)
+          sum += static_cast<double>(rows[lane / 4 + 8 * (i / 2)][k]) * columns[2 * (lane % 4) + i % 2][k];
+        out[i] = static_cast<float>(sum);
+      }
+    }
+  });
+}
+
+inline uint32_t sign_pair_f16(uint32_t word, int bit) {
+  return ((word << (15 - bit)) & 0x80008000u) | 0x3C003C00u;
+}
+
+inline void wait_for_previous_kernel() {}
+inline void let_next_kernel_start() {}
+
+}  // namespace lb2::cuda

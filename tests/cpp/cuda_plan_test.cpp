@@ -1,0 +1,177 @@
+// Planning of CUDA calls: pure functions, so everything about them is checked without a GPU.
+#include <cinttypes>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "cuda/instances.h"
+#include "cuda/plan.h"
+
+namespace {
+
+int failures = 0;
+
+void expect(bool condition, const char* what, int64_t a = 0, int64_t b = 0) {
+  if (condition) return;
+  std::fprintf(stderr, "failed: %s (%" PRId64 ", %" PRId64 ")\n", what, a, b);
+  ++failures;
+}
+
+lb2_cuda_device gpu(int32_t capability, int32_t multiprocessors, int64_t shared_bytes) {
+  return {sizeof(lb2_cuda_device), capability, multiprocessors, shared_bytes};
+}
+
+const lb2_cuda_device kGpus[] = {gpu(80, 108, 166912), gpu(86, 84, 101376),   gpu(89, 128, 101376),
+                                 gpu(90, 132, 232448), gpu(100, 148, 232448), gpu(120, 170, 101376)};
+
+// A layer without data: planning looks at sizes and at which pointers are equal.
+struct Layer {
+  int32_t word = 0;
+  float scale = 0.0f;
+  std::vector<lb2_path> paths;
+  lb2_linear_args args = {};
+  Layer(int64_t m, int64_t k, int64_t n, const std::vector<int64_t>& ranks, lb2_dtype dtype) {
+    for (const int64_t rank : ranks) {
+      lb2_path path = {};
+      path.rank = rank == 0 ? n : rank;
+      path.v = &word + paths.size();
+      path.v_stride = lb2_words_per_row(k);
+      path.in_scale = path.out_scale = &scale;
+      if (rank != 0) {
+        path.u = &word;
+        path.u_stride = lb2_words_per_row(rank);
+        path.latent_scale = &scale;
+      }
+      paths.push_back(path);
+    }
+    args.struct_size = sizeof args;
+    args.m = m;
+    args.k = k;
+    args.n = n;
+    args.paths = paths.data();
+    args.num_paths = static_cast<int64_t>(paths.size());
+    args.dtype = dtype;
+  }
+};
+
+lb2_cuda_plan plan_of(const Layer& layer, lb2_activation activation, const lb2_cuda_device& device) {
+  lb2_cuda_plan plan = {};
+  plan.struct_size = sizeof plan;
+  expect(lb2_linear_plan_cuda(&layer.args, activation, &device, &plan) == LB2_OK, lb2_last_error());
+  return plan;
+}
+
+void test_every_plan_fits() {
+  const std::vector<std::vector<int64_t>> ranks = {{8},           {296, 296}, {600}, {2024, 2024},
+                                                   {8, 24, 3168}, {0},        {0, 0}};
+  for (const lb2_cuda_device& device : kGpus)
+    for (const auto& rank : ranks)
+      for (const int64_t k : {1, 33, 512, 513, 4096, 28672})
+        for (const int64_t n : {1, 17, 1024, 28672})
+          for (const int64_t m : {0, 1, 2, 3, 8, 16, 17, 100, 5000})
+            for (lb2_activation mode = LB2_ACTIVATION_AUTO; mode <= LB2_ACTIVATION_FLOAT16; ++mode) {
+              const Layer layer(m, k, n, rank, LB2_FLOAT16);
+              const lb2_cuda_plan plan = plan_of(layer, mode, device);
+              expect(plan.num_stages == (rank[0] == 0 ? 1 : 2), "number of stages", plan.num_stages);
+              int64_t sums = 0;
+              for (const int64_t r : rank) sums += r;
+              expect(plan.workspace_bytes >=
+                         plan.stages[0].grid_y * plan.token_block * sums * 4 * (rank[0] != 0),
+                     "the workspace holds every partial latent", plan.workspace_bytes);
+              for (int i = 0; i < plan.num_stages; ++i) {
+                const lb2_cuda_stage& s = plan.stages[i];
+                expect(s.shared_bytes <= device.shared_bytes, "shared memory fits", s.shared_bytes);
+                expect(s.grid_x >= 1 && s.grid_y >= 1 && s.grid_z >= 1 && s.grid_y <= 65535, "grid",
+                       s.grid_x);
+                expect(s.row_warps * s.split_warps * 32 == s.threads, "warps make the block", s.row_warps);
+                expect(s.chunk_slices >= 1, "at least one slice is staged", s.chunk_slices);
+                expect(static_cast<int64_t>(s.grid_z) * s.token_tile >= plan.token_block, "all tokens",
+                       s.grid_z);
+                expect(
+                    s.shared_bytes == s.chunk_slices * lb2::cuda::slice_bytes(plan.activation, s.token_tile) +
+                                          lb2::cuda::sums_bytes(s.token_tile),
+                    "shared memory is what the kernel lays out", s.shared_bytes);
+              }
+              expect(plan.stages[plan.num_stages - 1].grid_y == 1, "the last stage adds no parts");
+              expect(plan.stages[0].chained == 0, "the first stage starts in stream order");
+              if (plan.num_stages == 2)
+                expect(plan.stages[1].chained == (device.capability >= 90), "chained from sm_90 on",
+                       device.capability);
+            }
+}
+
+// What decides the order of sums may not depend on the number of tokens.
+void test_shape_does_not_depend_on_tokens() {
+  for (const lb2_cuda_device& device : kGpus)
+    for (const int64_t k : {100, 4096, 28672}) {
+      const lb2_cuda_plan one =
+          plan_of(Layer(1, k, 4096, {80, 296}, LB2_BFLOAT16), LB2_ACTIVATION_AUTO, device);
+      for (const int64_t m : {2, 7, 16, 300, 8192}) {
+        const lb2_cuda_plan many =
+            plan_of(Layer(m, k, 4096, {80, 296}, LB2_BFLOAT16), LB2_ACTIVATION_AUTO, device);
+        for (int i = 0; i < 2; ++i)
+          expect(one.stages[i].grid_y == many.stages[i].grid_y &&
+                     one.stages[i].row_warps == many.stages[i].row_warps,
+                 "splits are those of one token", k, m);
+      }
+    }
+}
+
+void test_auto() {
+  const auto resolved = [](lb2_dtype dtype, const lb2_cuda_device& device) {
+    return plan_of(Layer(1, 64, 64, {8}, dtype), LB2_ACTIVATION_AUTO, device).activation;
+  };
+  for (const lb2_cuda_device& device : kGpus) {
+    const lb2_activation halves = device.capability < 100 ? LB2_ACTIVATION_INT16 : LB2_ACTIVATION_FLOAT16;
+    expect(resolved(LB2_FLOAT16, device) == halves, "auto for float16", device.capability);
+    expect(resolved(LB2_BFLOAT16, device) == halves, "auto for bfloat16", device.capability);
+    expect(resolved(LB2_FLOAT32, device) == LB2_ACTIVATION_EXACT, "auto for float32", device.capability);
+  }
+}
+
+// A layer of Llama-2-70B at 0.1 bpw keeps all SMs of an H200 busy in both stages.
+void test_large_layer_fills_the_gpu() {
+  const lb2_cuda_plan plan =
+      plan_of(Layer(1, 8192, 28672, {296, 296}, LB2_FLOAT16), LB2_ACTIVATION_AUTO, kGpus[3]);
+  for (int i = 0; i < 2; ++i) {
+    const int64_t blocks = plan.stages[i].grid_x * plan.stages[i].grid_y;
+    expect(blocks >= 66, "at least every second SM has a block", i, blocks);
+  }
+}
+
+void expect_error(lb2_status got, lb2_status status, const char* part) {
+  expect(got == status && std::strstr(lb2_last_error(), part) != nullptr, part, got);
+}
+
+void test_errors() {
+  const Layer layer(1, 64, 64, {8}, LB2_FLOAT16);
+  lb2_cuda_plan plan = {};
+  plan.struct_size = sizeof plan;
+  lb2_cuda_device old = gpu(75, 40, 65536), tiny = gpu(80, 0, 166912), wrong = gpu(80, 1, 166912);
+  expect_error(lb2_linear_plan_cuda(&layer.args, 0, &old, &plan), LB2_ERROR_UNSUPPORTED,
+               "8.0 or newer, got 7.5");
+  expect_error(lb2_linear_plan_cuda(&layer.args, 0, &tiny, &plan), LB2_ERROR_INVALID_ARGUMENT,
+               "multiprocessors");
+  expect_error(lb2_linear_plan_cuda(&layer.args, 6, &wrong, &plan), LB2_ERROR_INVALID_ARGUMENT, "activation");
+  expect_error(lb2_linear_plan_cuda(&layer.args, 0, nullptr, &plan), LB2_ERROR_INVALID_ARGUMENT, "device");
+  expect_error(lb2_linear_plan_cuda(&layer.args, 0, &wrong, nullptr), LB2_ERROR_INVALID_ARGUMENT, "plan");
+  expect_error(lb2_linear_plan_cuda(nullptr, 0, &wrong, &plan), LB2_ERROR_INVALID_ARGUMENT, "args");
+  wrong.shared_bytes = 1024;
+  expect_error(lb2_linear_plan_cuda(&layer.args, 0, &wrong, &plan), LB2_ERROR_INVALID_ARGUMENT,
+               "shared_bytes");
+  wrong.struct_size = 1;
+  expect_error(lb2_linear_plan_cuda(&layer.args, 0, &wrong, &plan), LB2_ERROR_INVALID_ARGUMENT,
+               "struct_size");
+}
+
+}  // namespace
+
+int main() {
+  test_every_plan_fits();
+  test_shape_does_not_depend_on_tokens();
+  test_auto();
+  test_large_layer_fills_the_gpu();
+  test_errors();
+  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}
