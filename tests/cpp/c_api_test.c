@@ -1,4 +1,5 @@
-/* A C client of the library: includes the public header only, runs a layer and checks its numbers. */
+/* A C client of the library: includes the public headers only, runs a layer and checks its numbers. */
+#include "littlebit2/cuda.h"
 #include "littlebit2/littlebit2.h"
 
 #include <math.h>
@@ -109,6 +110,17 @@ static void test_forward(const struct problem* p) {
   }
   EXPECT(norm > 0.0 && sqrt(error / norm) < 2e-6);
   free(args.workspace);
+
+  /* Planning for a GPU needs none. */
+  lb2_cuda_device device = {sizeof device, 90, 132, 232448};
+  lb2_cuda_plan cuda;
+  memset(&cuda, 0, sizeof cuda);
+  cuda.struct_size = sizeof cuda;
+  EXPECT(lb2_linear_plan_cuda(&args, LB2_ACTIVATION_AUTO, &device, &cuda) == LB2_OK);
+  EXPECT(cuda.activation == LB2_ACTIVATION_EXACT && cuda.num_stages == 2 && cuda.macs == plan.macs);
+  device.capability = 75;
+  EXPECT(lb2_linear_plan_cuda(&args, LB2_ACTIVATION_AUTO, &device, &cuda) == LB2_ERROR_UNSUPPORTED);
+  EXPECT(strstr(lb2_last_error(), "7.5") != NULL);
 
   args.workspace = NULL;
   EXPECT(lb2_linear_forward_cpu(&args) == LB2_ERROR_INVALID_ARGUMENT);
