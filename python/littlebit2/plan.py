@@ -26,6 +26,9 @@ _WORD_BYTES = 4
 _DENSE_BYTES = 2
 _SCALE_BYTES = {"fp16": 2, "fp32": 4}
 
+#: Files that a user may name instead of the configuration beside them.
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -207,7 +210,7 @@ def load_config(source: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: it is none of these.
-        ValueError: the file does not hold a JSON object.
+        ValueError: the file holds weights, or no JSON object.
     """
     path = Path(source)
     name = str(source).lower()
@@ -220,6 +223,8 @@ def load_config(source: str | Path) -> dict[str, Any]:
             f"{source}: expected a config.json, a directory with one, or one of "
             f"{', '.join(shipped_configs())}"
         )
+    if path.suffix in _WEIGHT_SUFFIXES:
+        raise ValueError(f"{path}: must be a config.json or a directory with one, got a file of weights")
     try:
         config = json.loads(path.read_text("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

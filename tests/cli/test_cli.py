@@ -168,6 +168,42 @@ def test_convert_there_and_back(model_dir: Path, tmp_path: Path, capsys: pytest.
     assert formats == ["littlebit", "littlebit2"]
 
 
+def test_overwrite_takes_checkpoints_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, command = tmp_path / "out", ["synthesize", "llama", "OUT", "--bpw", "1", "--quiet"]
+    config = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "vocab_size": 32,
+    }
+    source = tmp_path / "config.json"
+    source.write_text(json.dumps(config))
+    command[1:3] = [str(source), str(out)]
+    command[4] = "3"
+    assert main(command) == 0
+    assert main(command) == 1
+    assert "overwrite=True (--overwrite) replaces a checkpoint" in capsys.readouterr().err
+    assert main([*command, "--overwrite"]) == 0
+    converted = tmp_path / "converted"
+    convert = ["convert", str(out), str(converted), "--to", "littlebit2"]
+    assert [main(convert), main(convert), main([*convert, "--overwrite"])] == [0, 1, 0]
+    (converted / "folder").mkdir()
+    assert main([*convert, "--overwrite"]) == 1
+    assert "must be a checkpoint to be overwritten" in capsys.readouterr().err
+
+
+def test_plan_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    weights.write_bytes(b"\0" * 16)
+    config.write_text('{"model_type": "llama"}')
+    assert main(["plan", str(weights)]) == 1
+    assert "must be a config.json or a directory with one, got a file of weights" in capsys.readouterr().err
+    assert main(["plan", str(config)]) == 1
+    assert "config: hidden_size must be a positive integer, got None" in capsys.readouterr().err
+
+
 def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "llama-2-13b", "--bpw", "0.1"]) == 0
     text = capsys.readouterr().out

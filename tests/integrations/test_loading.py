@@ -143,6 +143,11 @@ def test_no_directory_and_no_config(path: Path) -> None:
 def test_arguments_are_checked_first() -> None:
     with pytest.raises(ValueError, match="backend must be one of"):
         littlebit2.load("absent", backend="tpu")
+    with pytest.raises(TypeError, match="path must be a str or a path, got NoneType"):
+        littlebit2.load(None)  # type: ignore[arg-type]
+    for device in ("nonsense", "cuda:99", "meta"):
+        with pytest.raises(ValueError, match=f"device must .*'{device}'"):
+            littlebit2.load("absent", device=device)
 
 
 def test_options_reach_the_layers(path: Path) -> None:

@@ -34,8 +34,9 @@ quantize_checkpoint(sys.argv[2], sys.argv[3], config, workers=1, progress=False)
 print(before, peak())
 """
 
-#: Wide, so that the Gram matrix of the decomposition ([256, 256]) is small beside the layer.
-ROWS, COLUMNS = 256, 16384
+#: Square, where a Gram matrix would be as large as the layer, and large enough that the fixed buffers of
+#: BLAS are small beside it.
+ROWS = COLUMNS = 2048
 LAYER_BYTES = 4 * ROWS * COLUMNS
 
 

@@ -134,7 +134,10 @@ def check_replaceable(out: Path, *, overwrite: bool) -> None:
     if not present:
         return
     if not overwrite:
-        raise FileExistsError(f"out must be a new or empty directory, got {out}; overwrite replaces it")
+        raise FileExistsError(
+            f"out must be a new or empty directory, got {out}; "
+            "overwrite=True (--overwrite) replaces a checkpoint"
+        )
     names = [item.name for item in present]
     weights = any(name.endswith((".safetensors", ".bin")) for name in names)
     if not weights or "config.json" not in names or any(item.is_dir() for item in present):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -103,6 +104,8 @@ class Checkpoint:
             KeyError: there is no such layer.
             CheckpointError: its tensors are malformed.
         """
+        if name not in self.stored:
+            raise KeyError(f"name must be a packed layer of {self.path}, got {name!r}; {_some(self.stored)}")
         layer = self.stored[name]
         return build_layer(layer, self.files.read(entry.name for entry in layer.tensors.values()))
 
@@ -119,7 +122,7 @@ class Checkpoint:
             CheckpointError: it cannot be read.
         """
         if name not in self.dense:
-            raise KeyError(name)
+            raise KeyError(f"name must be a dense tensor of {self.path}, got {name!r}; {_some(self.dense)}")
         return self.files.read([name])[name]
 
     def tied(self) -> dict[str, str]:
@@ -207,6 +210,11 @@ class Checkpoint:
             self.problems.append("quantization settings were found, but no packed layer")
 
 
+def _some(names: Mapping[str, object]) -> str:
+    first = ", ".join(list(names)[:5]) or "none"
+    return f"there are {len(names)}: {first}{', ...' if len(names) > 5 else ''}"
+
+
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a checkpoint directory and check everything that its headers and JSON files say.
 
@@ -214,11 +222,14 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         path: a directory with safetensors files (or pytorch_model.bin) and config.json.
 
     Raises:
+        TypeError: ``path`` is no path.
         FileNotFoundError: there is no such path.
         NotADirectoryError: it is no directory.
         CheckpointError: the checkpoint is malformed, or of a newer format. The message names every tensor
             that is missing, unexpected or of a wrong shape (the first twenty of them).
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a str or a path, got {type(path).__name__}")
     directory = Path(path)
     if not directory.exists():
         raise FileNotFoundError(

@@ -24,7 +24,7 @@ from .writer import MAX_SHARD_BYTES, CheckpointWriter, copy_extra_files, write_j
 __all__ = ["convert", "export_upstream"]
 
 
-def export_upstream(checkpoint: Checkpoint, out: str | Path) -> None:
+def export_upstream(checkpoint: Checkpoint, out: str | Path, *, overwrite: bool = False) -> None:
     """Write a checkpoint in the layout of the LittleBit authors' code.
 
     ``v1`` gets our ``latent_scale`` and ``u2`` ones, both float32, so that their product is exact. Settings
@@ -32,19 +32,20 @@ def export_upstream(checkpoint: Checkpoint, out: str | Path) -> None:
 
     Args:
         checkpoint: an opened checkpoint with packed layers.
-        out: directory to make; must not exist, or be empty.
+        out: directory to make; must not exist (or be empty) unless ``overwrite``.
+        overwrite: replace an existing checkpoint directory, at the end.
 
     Raises:
         CheckpointError: the layout cannot hold a layer: more than two paths, unequal ranks, a shared first
             stage, a single stage, a packed head; or a dense layer that their code would expect packed.
-        FileExistsError: ``out`` exists.
+        FileExistsError: ``out`` exists, and ``overwrite`` is off or it is no checkpoint.
     """
     faults = list(_unfit(checkpoint))
     if faults:
         raise CheckpointError(f"{checkpoint.path}: the authors' layout cannot hold it: {summary(faults)}")
     kept = {key: checkpoint.metadata[key] for key in UPSTREAM_SETTINGS if key in checkpoint.metadata}
     described = {**_described(checkpoint), **kept}
-    with StagedDirectory(out) as staged:
+    with StagedDirectory(out, overwrite=overwrite) as staged:
         tensors = ShardedTensors(staged.path, MAX_SHARD_BYTES, {"format": "pt"})
         try:
             for name, spec in checkpoint.layers.items():
@@ -60,18 +61,19 @@ def export_upstream(checkpoint: Checkpoint, out: str | Path) -> None:
         staged.publish()
 
 
-def convert(source: str | Path, out: str | Path, to: str) -> None:
+def convert(source: str | Path, out: str | Path, to: str, *, overwrite: bool = False) -> None:
     """Convert a checkpoint directory, one layer in memory at a time.
 
     Args:
         source: a checkpoint of any layout that is read, with packed layers.
-        out: directory to make; must not exist, or be empty.
+        out: directory to make; must not exist (or be empty) unless ``overwrite``.
         to: ``"littlebit2"`` (ours) or ``"littlebit"`` (the authors').
+        overwrite: replace an existing checkpoint directory, at the end.
 
     Raises:
         ValueError: ``to`` is unknown.
         CheckpointError: ``source`` is malformed, has no packed layer, or does not fit the target layout.
-        FileExistsError: ``out`` exists.
+        FileExistsError: ``out`` exists, and ``overwrite`` is off or it is no checkpoint.
     """
     if to not in ("littlebit2", "littlebit"):
         raise ValueError(f"to must be 'littlebit2' or 'littlebit', got {to!r}")
@@ -81,7 +83,7 @@ def convert(source: str | Path, out: str | Path, to: str) -> None:
                 f"{checkpoint.path}: expected packed layers, got a dense model: quantise it"
             )
         if to == "littlebit":
-            export_upstream(checkpoint, out)
+            export_upstream(checkpoint, out, overwrite=overwrite)
             return
         config = dict(checkpoint.config)
         if checkpoint.format != "littlebit2":
@@ -89,7 +91,7 @@ def convert(source: str | Path, out: str | Path, to: str) -> None:
             kept = {key: value for key, value in checkpoint.metadata.items() if key in UPSTREAM_SETTINGS}
             if kept:
                 config[KEPT_SETTINGS] = kept
-        with CheckpointWriter(out, config) as writer:
+        with CheckpointWriter(out, config, overwrite=overwrite) as writer:
             for name in checkpoint.layers:
                 writer.add_layer(name, checkpoint.load_layer(name))
             for name in checkpoint.dense:

@@ -24,11 +24,14 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("source", metavar="SRC", help="directory of the checkpoint")
     parser.add_argument("out", metavar="OUT", help="directory to make")
     parser.add_argument("--to", choices=_LAYOUTS, required=True, help="layout to write")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace OUT at the end if it holds a checkpoint"
+    )
 
 
 def _run(args: argparse.Namespace) -> int:
     from littlebit2.checkpoint import convert  # noqa: PLC0415  # imports torch
 
-    convert(args.source, args.out, args.to)
+    convert(args.source, args.out, args.to, overwrite=args.overwrite)
     emit(f"{args.out}: written in the layout {args.to}")
     return 0

@@ -17,9 +17,9 @@ def add_parser(commands: Commands) -> None:
         "generate",
         _run,
         summary="continue a prompt with a checkpoint",
-        description="Continue a prompt, greedily unless --temperature is given. The text goes to stdout as "
-        "it comes, figures of speed and memory to stderr. Takes every layout that is read, dense models "
-        "included.",
+        description="Continue a prompt, greedily unless --temperature or --top-p is given. The text goes to "
+        "stdout as it comes, figures of speed and memory to stderr. Takes every layout that is read, "
+        "dense models included.",
         examples='  littlebit2 generate CKPT "Once upon a time" --max-new-tokens 64\n'
         "  littlebit2 generate CKPT --token-ids 1 306 4658 --json",
     )

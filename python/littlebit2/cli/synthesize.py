@@ -29,6 +29,9 @@ def add_parser(commands: Commands) -> None:
         "--kv-factor", type=float, default=1.0, help="factor on the rank of k_proj and v_proj (default 1)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of all random values (default 0)")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace OUT at the end if it holds a checkpoint"
+    )
     parser.add_argument("--json", action="store_true", help="print the names of the layers as JSON")
     parser.add_argument("--quiet", action="store_true", help="do not name each layer on stderr")
 
@@ -43,6 +46,7 @@ def _run(args: argparse.Namespace) -> int:
         paths=args.paths,
         kv_factor=args.kv_factor,
         seed=args.seed,
+        overwrite=args.overwrite,
         progress=None if args.quiet else note,
     )
     if args.json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,13 +53,16 @@ def load(
         The model of the class that config.json names, in evaluation mode.
 
     Raises:
+        TypeError: ``path`` is no path.
         FileNotFoundError: there is no such directory.
         CheckpointError: a layer or tensor is missing, unexpected, mis-shaped or malformed; the message
             names it.
         ValueError: an argument or the configuration is invalid.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a str or a path, got {type(path).__name__}")
     register()
-    wanted = torch.device(device)
+    wanted = _device(device)
     how: dict[str, Any] = {
         "backend": backend,
         "activation": activation,
@@ -88,6 +92,22 @@ def load(
             )
         _check_complete(model, info, checkpoint)
     return model.to(wanted).eval() if wanted.type != "cpu" else model.eval()
+
+
+def _device(device: torch.device | str) -> torch.device:
+    """Return the device once it is known to hold a tensor: a model takes longer to fail."""
+    try:
+        wanted = torch.device(device)
+        if wanted.type != "meta":
+            torch.empty(1, device=wanted)
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"device must name one that torch can use here, such as 'cpu', got {device!r} ({reason})"
+        ) from error
+    if wanted.type == "meta":
+        raise ValueError("device must hold values, got 'meta'")
+    return wanted
 
 
 def _model_class(config: PreTrainedConfig, checkpoint: Checkpoint) -> Any:

@@ -29,6 +29,7 @@ def synthesize(
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
     kv_factor: float = 1.0,
+    overwrite: bool = False,
     progress: Callable[[str], object] | None = None,
 ) -> list[str]:
     """Write a random checkpoint that runs as fast, and takes as much memory, as a real one would.
@@ -46,13 +47,14 @@ def synthesize(
         seed: of all random values; the same arguments write the same bytes.
         dtype: of the dense tensors.
         kv_factor: factor on the rank of key and value projections.
+        overwrite: replace an existing checkpoint directory, at the end.
         progress: called with the name of each packed layer that was written.
 
     Returns:
         Names of the packed layers.
 
     Raises:
-        FileExistsError: ``out_dir`` exists and is not empty.
+        FileExistsError: ``out_dir`` exists and is not empty, and ``overwrite`` is off or it is no checkpoint.
         FileNotFoundError: there is no such configuration.
         ValueError: transformers does not know the model type, or the budget does not fit a layer (the
             message names it).
@@ -65,7 +67,8 @@ def synthesize(
     model.config.architectures = [type(model).__name__]
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]), CheckpointWriter(out_dir, model.config.to_diff_dict()) as writer:
+    writing = CheckpointWriter(out_dir, model.config.to_diff_dict(), overwrite=overwrite)
+    with torch.random.fork_rng(devices=[]), writing as writer:
         torch.manual_seed(seed)
         for name, module in model.named_modules():
             if name in plans:

@@ -5,6 +5,7 @@ from .config import QuantConfig
 from .dual_svid import dual_svid
 from .joint_itq import LatentRotation, joint_itq, polar_factor
 from .model import DEFAULT_EXCLUDE, check_patterns, is_selected, layer_config, quantize_linears
+from .partial_svd import is_partial
 from .quantizer import LayerReport, PathReport, QuantizedLayer, quantize_loaded, quantize_weight
 from .spectrum import Coherence, SpectralReport, StageReport, analyze_weight, energy_share, latent_coherence
 from .svd import TruncatedFactors, truncated_factors
@@ -25,6 +26,7 @@ __all__ = [
     "counted_bpw",
     "dual_svid",
     "energy_share",
+    "is_partial",
     "is_selected",
     "joint_itq",
     "latent_coherence",

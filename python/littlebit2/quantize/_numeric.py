@@ -72,12 +72,13 @@ def times_power_of_two(tensor: torch.Tensor, exponent: int) -> torch.Tensor:
 
 
 def normalised(weight: torch.Tensor, exponent: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return ``weight * 2**-exponent`` as a copy in ``dtype``."""
+    """Return ``weight * 2**-exponent`` as a contiguous copy in ``dtype``."""
     # The wider dtype first: neither the conversion nor the scaling can then leave the range.
-    if torch.finfo(dtype).bits > torch.finfo(weight.dtype).bits:
-        half = -exponent // 2
-        return weight.to(dtype).mul_(math.ldexp(1.0, half)).mul_(math.ldexp(1.0, -exponent - half))
-    return times_power_of_two(weight, -exponent).to(dtype)
+    between = dtype if torch.finfo(dtype).bits > torch.finfo(weight.dtype).bits else weight.dtype
+    copy = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    for block, part in zip(_blocks(copy), _blocks(weight), strict=True):
+        block.copy_(times_power_of_two(part.to(between), -exponent))
+    return copy
 
 
 def squared_norm(tensor: torch.Tensor) -> float:

@@ -9,11 +9,13 @@ from littlebit2_kernels.packing import pack_signs, unpack_signs
 
 from ._numeric import binary_exponent, check_matrix, times_power_of_two
 
-__all__ = ["dual_svid", "path_factors", "rank_one", "scale_path"]
+__all__ = ["dual_svid", "path_factors", "rank_one", "scale_path", "subtract_path"]
 
 #: Latent scales stay within 2**+-this; only a layer beyond it spills magnitude into the other scales.
 _LATENT_EXPONENT_LIMIT = 64
 _POWER_STEPS = 500
+#: Rows reconstructed at a time.
+_BLOCK_ROWS = 512
 
 
 def dual_svid(a: torch.Tensor, b: torch.Tensor) -> PackedPath:
@@ -44,8 +46,8 @@ def dual_svid(a: torch.Tensor, b: torch.Tensor) -> PackedPath:
     if a.shape[1] != b.shape[0]:
         raise ValueError(f"b.size(0) must equal a.size(1) = {a.shape[1]}, got {b.shape[0]}")
     exponent_a, exponent_b = binary_exponent(a), binary_exponent(b)
-    out_scale, latent_a = rank_one(times_power_of_two(a.abs(), -exponent_a))
-    latent_b, in_scale = rank_one(times_power_of_two(b.abs(), -exponent_b))
+    out_scale, latent_a = rank_one(times_power_of_two(a, -exponent_a).abs_())
+    latent_b, in_scale = rank_one(times_power_of_two(b, -exponent_b).abs_())
     out_rms, in_rms = _rms(out_scale), _rms(in_scale)
     latent_scale = (latent_a * out_rms).double() * (latent_b * in_rms).double()
     path = PackedPath(
@@ -117,6 +119,24 @@ def path_factors(path: PackedPath, dtype: torch.dtype) -> tuple[torch.Tensor, to
     left.mul_(path.out_scale.to(dtype).unsqueeze(1)).mul_(path.latent_scale.to(dtype))
     right = unpack_signs(path.v, path.in_features, dtype)
     return left, right.mul_(path.in_scale.to(dtype))
+
+
+def subtract_path(target: torch.Tensor, path: PackedPath) -> None:
+    """Subtract the weight of ``path`` from ``target`` ``[N, K]`` in place, a block of rows at a time.
+
+    Raises:
+        ValueError: the path has a single stage.
+    """
+    if path.u is None or path.latent_scale is None:
+        raise ValueError("path must have two stages, got a single-stage path")
+    right = unpack_signs(path.v, path.in_features, target.dtype)  # [R, K]
+    right.mul_(path.in_scale.to(target.dtype))
+    latent = path.latent_scale.to(target.dtype)
+    for start in range(0, target.shape[0], _BLOCK_ROWS):
+        block = slice(start, start + _BLOCK_ROWS)
+        left = unpack_signs(path.u[block], path.rank, target.dtype)
+        left.mul_(path.out_scale[block].to(target.dtype).unsqueeze(1)).mul_(latent)
+        target[block].addmm_(left, right, alpha=-1)
 
 
 def _rms(vector: torch.Tensor) -> torch.Tensor:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+
+from littlebit2_kernels.packing import pack_signs, unpack_signs
 
 from ._numeric import binary_exponent, check_matrix, times_power_of_two
 
 __all__ = ["LatentRotation", "PolarMethod", "joint_itq", "polar_factor", "random_rotation"]
 
 PolarMethod = Literal["auto", "newton", "svd"]
+
+#: Rows of the latent factors worked on at a time, so that their rotated copy is never whole.
+_BLOCK_ROWS = 512
 
 #: Newton's iteration needs 9 steps for a condition number of 1e16; more means it is not converging.
 _NEWTON_STEPS = 20
@@ -44,6 +50,7 @@ def joint_itq(
     *,
     generator: torch.Generator | None = None,
     polar: PolarMethod = "auto",
+    in_place: bool = False,
 ) -> LatentRotation:
     """Rotate the latent space so that both factors lose least to their signs (Joint-ITQ).
 
@@ -57,6 +64,7 @@ def joint_itq(
         iterations: most iterations; 0 keeps the random starting rotation.
         generator: CPU generator of the starting rotation, so that it is the same on every device.
         polar: see :func:`polar_factor`.
+        in_place: write the result into ``a`` and ``b``, which saves the memory of a copy.
 
     Raises:
         TypeError: ``a`` or ``b`` is not a real floating-point tensor.
@@ -68,28 +76,58 @@ def joint_itq(
         raise ValueError(f"b.size(0) must equal a.size(1) = {a.shape[1]}, got {b.shape[0]}")
     if iterations < 0:
         raise ValueError(f"iterations must be at least 0, got {iterations}")
-    z = torch.cat([a, b.T])
-    z = times_power_of_two(z, -binary_exponent(z))
+    exponent = max(binary_exponent(a), binary_exponent(b))
+    z = [*a.split(_BLOCK_ROWS), *b.T.split(_BLOCK_ROWS)]  # views of the rows of [a; b.T]
     rotation = random_rotation(a.shape[1], generator=generator).to(a)
-    rotated = z @ rotation
-    objective = [_alignment(rotated)]
+    alignment, negative = _measure(z, exponent, rotation)
+    objective = [alignment]
     converged = False
     while len(objective) <= iterations and not converged:
-        negative = rotated < 0
-        signs = torch.where(negative, -1.0, 1.0).to(z.dtype)
-        rotation = polar_factor(z.T @ signs, polar)
-        rotated = z @ rotation
-        objective.append(_alignment(rotated))
-        converged = bool(torch.equal(rotated < 0, negative))
-    return LatentRotation(rotation, a @ rotation, rotation.T @ b, tuple(objective), converged)
+        rotation = polar_factor(_correlation(z, exponent, negative), polar)
+        before = negative
+        alignment, negative = _measure(z, exponent, rotation)
+        objective.append(alignment)
+        converged = all(map(torch.equal, negative, before))
+    if not in_place:
+        a, b = a.clone(), b.clone()
+    for block in (*a.split(_BLOCK_ROWS), *b.T.split(_BLOCK_ROWS)):
+        block.copy_(block @ rotation)
+    return LatentRotation(rotation, a, b, tuple(objective), converged)
+
+
+def _measure(
+    z: list[torch.Tensor], exponent: int, rotation: torch.Tensor
+) -> tuple[float, list[torch.Tensor]]:
+    """Return the alignment of ``z rotation`` and its signs, packed, by blocks of rows."""
+    sums, squares, signs = [], [], []
+    for block in z:
+        rotated = times_power_of_two(block, -exponent) @ rotation
+        sums.append(float(rotated.abs().sum(dtype=torch.float64)))
+        squares.append(float(torch.linalg.vector_norm(rotated, dtype=torch.float64)) ** 2)
+        signs.append(pack_signs(rotated))
+    entries = sum(block.numel() for block in z)
+    largest_possible = math.sqrt(math.fsum(squares) * entries)
+    return math.fsum(sums) / largest_possible if largest_possible else 0.0, signs
+
+
+def _correlation(z: list[torch.Tensor], exponent: int, negative: list[torch.Tensor]) -> torch.Tensor:
+    """Return ``z^T sign``, ``[R, R]``."""
+    rank = z[0].shape[1]
+    total = z[0].new_zeros(rank, rank)
+    for block, words in zip(z, negative, strict=True):
+        total.addmm_(times_power_of_two(block, -exponent).T, unpack_signs(words, rank, block.dtype))
+    return total
 
 
 def random_rotation(size: int, *, generator: torch.Generator | None = None) -> torch.Tensor:
     """Return a float64 ``[size, size]`` orthogonal matrix, uniformly distributed, drawn on the CPU."""
     gaussian = torch.randn(size, size, dtype=torch.float64, generator=generator)
-    q, r = torch.linalg.qr(gaussian)
+    # By its two halves: that way no more than two such matrices are held.
+    reflectors, tau = torch.geqrf(gaussian)
+    del gaussian
     # QR leaves the signs of R's diagonal to the library; fixing them makes Q uniform and reproducible.
-    return q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+    signs = torch.where(reflectors.diagonal() < 0, -1.0, 1.0).to(reflectors.dtype)
+    return torch.linalg.householder_product(reflectors, tau).mul_(signs)
 
 
 def polar_factor(matrix: torch.Tensor, method: PolarMethod = "auto") -> torch.Tensor:
@@ -176,8 +214,3 @@ def _orthogonal(x: torch.Tensor, eps: float) -> bool:
     gram = x.T @ x
     gram.diagonal().sub_(1)
     return float(torch.linalg.vector_norm(gram)) <= 8 * eps * x.shape[0]  # false for NaN too
-
-
-def _alignment(z: torch.Tensor) -> float:
-    largest_possible = float(torch.linalg.vector_norm(z, dtype=torch.float64)) * z.numel() ** 0.5
-    return float(z.abs().sum(dtype=torch.float64)) / largest_possible if largest_possible else 0.0

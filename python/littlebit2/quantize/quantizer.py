@@ -12,7 +12,7 @@ from littlebit2_kernels.format import PackedLinear, PackedPath
 
 from ._numeric import binary_exponent, check_finite, check_matrix, normalised, squared_norm
 from .budget import counted_bpw, stored_bpw
-from .dual_svid import dual_svid, path_factors, scale_path
+from .dual_svid import dual_svid, scale_path, subtract_path
 from .joint_itq import joint_itq
 from .svd import truncated_factors
 
@@ -160,18 +160,22 @@ def _quantize_path(
 ) -> tuple[PackedPath, PathReport]:
     """Quantise ``target`` with one path and subtract that path from it in place."""
     factors = truncated_factors(target, rank)
-    a, b = factors.a, factors.b
+    a, b, tail_energy = factors.a, factors.b, factors.tail_energy
+    del factors
     objective: tuple[float, ...] = ()
     converged = False
     if config.init == "joint-itq":
-        latent = joint_itq(a, b, config.itq_iterations, generator=generator, polar=config.polar)
-        a, b = latent.a, latent.b
+        latent = joint_itq(
+            a, b, config.itq_iterations, generator=generator, polar=config.polar, in_place=True
+        )
         objective, converged = latent.objective, latent.converged
+        del latent
     path = dual_svid(a, b)
-    target.addmm_(*path_factors(path, target.dtype), alpha=-1)
+    del a, b
+    subtract_path(target, path)
     report = PathReport(
         rank=rank,
-        truncation_error=float(factors.singular_values[rank:].square().sum()) / total,
+        truncation_error=tail_energy / total,
         error=squared_norm(target) / total,
         itq_objective=objective,
         itq_converged=converged,

@@ -101,8 +101,11 @@ def analyze_weight(weight: torch.Tensor, config: QuantConfig | None = None) -> S
     target = normalised(weight, binary_exponent(weight), config.compute_dtype)
     factors = truncated_factors(target, rank)
     a, b = factors.a, factors.b
-    kept = energy_share(factors.singular_values, rank)
-    kept_tiny = energy_share(factors.singular_values, tiny_rank(rank))
+    # All that lies past R counts as one direction: neither share looks inside it.
+    rest = factors.singular_values.new_tensor([factors.tail_energy]).sqrt()
+    spectrum = torch.cat([factors.singular_values[:rank], rest])
+    kept = energy_share(spectrum, rank)
+    kept_tiny = energy_share(spectrum, tiny_rank(rank))
 
     def stage(a: torch.Tensor, b: torch.Tensor) -> StageReport:
         left, right = path_factors(dual_svid(a, b), target.dtype)

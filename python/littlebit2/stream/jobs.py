@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from littlebit2.checkpoint import Checkpoint
-from littlebit2.quantize import QuantConfig, layer_config, planned_stored_bpw
+from littlebit2.quantize import QuantConfig, is_partial, layer_config, planned_stored_bpw
 from littlebit2_kernels.version import __version__
 
 from .select import LayerSource, select_layers
@@ -58,8 +58,11 @@ class Job:
         """About how much memory the layer takes while it is quantised (stated in docs/checkpoints.md)."""
         assert self.config.ranks is not None
         k, n, rank = self.source.in_features, self.source.out_features, max(self.config.ranks)
-        # Weight, normalised copy and one temporary; Gram matrix with LAPACK's workspace; float64 factors.
-        return 12 * k * n + 40 * min(k, n) ** 2 + 32 * rank * (k + n)
+        whole = not is_partial(n, k, rank, self.config.compute_dtype)
+        # Weight and normalised copy, factors with a second basis, systems of the rank in float64;
+        # where the matrix is decomposed whole also the Gram matrix, LAPACK's workspace and float64 factors.
+        lean = 8 * k * n + 10 * rank * (k + n) + 40 * rank**2
+        return lean + (40 * min(k, n) ** 2 + 32 * rank * (k + n) if whole else 0)
 
 
 def make_jobs(

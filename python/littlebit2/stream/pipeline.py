@@ -147,9 +147,8 @@ def _start(
         try:
             check_replaceable(target, overwrite=overwrite)
         except FileExistsError as error:
-            remedy = "" if overwrite else " (overwrite=True, --overwrite) if it is a checkpoint"
             raise FileExistsError(
-                f"{target}: already exists and is not the result of this command: {error}{remedy}"
+                f"{target}: already exists and is not the result of this command: {error}"
             ) from None
     work.open(settings, resume=resume)
     return None
@@ -221,17 +220,21 @@ def _quantize_all(
 def _quantize_layer(source: Path, work: WorkDirectory, device: torch.device, job: Job) -> None:
     start = time.perf_counter()
     name = job.source.name
-    # Opened anew for each layer: mappings of what was read before would count as memory in use.
-    with open_checkpoint(source) as checkpoint:
-        bias = None if job.source.bias is None else checkpoint.load_tensor(job.source.bias).to(device)
+    bias = None
+    if job.source.bias is not None:
+        with open_checkpoint(source) as checkpoint:
+            bias = checkpoint.load_tensor(job.source.bias).to(device, copy=True)
 
-        def load() -> torch.Tensor:
+    def load() -> torch.Tensor:
+        # Opened for this tensor alone: mappings of what was read count as memory in use, and this one ends
+        # with the tensor, once the quantizer has its working copy.
+        with open_checkpoint(source) as checkpoint:
             return checkpoint.load_tensor(job.source.weight).to(device)
 
-        try:
-            quantized = quantize_loaded(load, bias, config=job.config)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise type(error)(f"layer {name!r}: {error}") from error
+    try:
+        quantized = quantize_loaded(load, bias, config=job.config)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise type(error)(f"layer {name!r}: {error}") from error
     report = replace(quantized.report, name=name)
     entry = layer_entry(report, bias=bias is not None)
     work.write_layer(job, quantized.packed, entry, time.perf_counter() - start)
