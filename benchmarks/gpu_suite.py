@@ -71,79 +71,22 @@ def _measure(name: str, tokens: Sequence[int], candidates: Sequence[str], *more:
     return (*command, *more, "--json", f"{{out}}/{name}.json")
 
 
+_PIP = (PYTHON, "-m", "pip", "install", "-q", "--no-index", "--no-deps")
 _PYTEST = (PYTHON, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
-_SANITIZED = "tests/cuda/test_cuda_linear.py"
+
+
+def _sanitized(tool: str) -> Step:
+    command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *_PYTEST)
+    return Step(tool, (*command, "-k", "sweep", "tests/cuda/test_cuda_linear.py"), 300, ("build", "tests"))
+
 
 STEPS = (
-    Step(
-        "wheels",
-        (
-            PYTHON,
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--no-index",
-            "--no-deps",
-            "--find-links",
-            "{wheels}",
-            "pybind11",
-            "gemlite",
-        ),
-        60,
-        (),
-    ),
-    Step(
-        "build",
-        (
-            PYTHON,
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--no-index",
-            "--no-deps",
-            "--no-build-isolation",
-            "-e",
-            str(ROOT),
-        ),
-        300,
-        (),
-    ),
+    Step("wheels", (*_PIP, "--find-links", "{wheels}", "pybind11", "gemlite"), 60, ()),
+    Step("build", (*_PIP, "--no-build-isolation", "-e", str(ROOT)), 300, ()),
     Step("diagnostics", (PYTHON, "-m", "littlebit2_kernels.diagnostics"), 60),
     Step("tests", (*_PYTEST, "tests/cuda"), 300),
-    Step(
-        "memcheck",
-        (
-            "compute-sanitizer",
-            "--tool",
-            "memcheck",
-            "--error-exitcode",
-            "9",
-            *_PYTEST,
-            "-k",
-            "sweep",
-            _SANITIZED,
-        ),
-        300,
-        ("build", "tests"),
-    ),
-    Step(
-        "racecheck",
-        (
-            "compute-sanitizer",
-            "--tool",
-            "racecheck",
-            "--error-exitcode",
-            "9",
-            *_PYTEST,
-            "-k",
-            "sweep",
-            _SANITIZED,
-        ),
-        300,
-        ("build", "tests"),
-    ),
+    _sanitized("memcheck"),
+    _sanitized("racecheck"),
     # Which mode wins at one token, at every bits per weight, beside the peers.
     Step(
         "decode",

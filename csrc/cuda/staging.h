@@ -39,7 +39,8 @@ LB2_DEVICE void load_floats(const float* source, int count, float (&out)[kRunCol
 }
 
 LB2_DEVICE float half_value(uint32_t bits, lb2_dtype dtype) {
-  return dtype == LB2_FLOAT16 ? half_to_float(static_cast<uint16_t>(bits)) : bits_float(bits << 16);
+  return dtype == LB2_FLOAT16 ? half_to_float(static_cast<uint16_t>(bits))
+                              : bfloat_to_float(static_cast<uint16_t>(bits));
 }
 
 LB2_DEVICE void load_halves(const uint16_t* source, int count, lb2_dtype dtype, float (&out)[kRunCols]) {

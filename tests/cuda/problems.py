@@ -10,6 +10,7 @@ from littlebit2_kernels import PackedLinear, PackedPath
 from littlebit2_kernels.format import unpack_signs_reference
 from littlebit2_kernels.reference import linear_reference
 from littlebit2_kernels.testing import TOLERANCE, make_problem, relative_error, typical_norm
+from tests.kernels.problems import scaled_down
 
 #: Columns with a common activation scale (csrc/cuda/params.h).
 SLICE = 512
@@ -52,12 +53,6 @@ def random_problem(rng: torch.Generator) -> tuple[Problem, str]:
         generator=rng,
     )
     return (x, scaled_down(packed)), draw.choice(MODES)
-
-
-def scaled_down(packed: PackedLinear) -> PackedLinear:
-    """The layer divided by 256, so that its results stay in the range of float16."""
-    paths = [PackedPath(p.v, p.in_scale, p.out_scale / 256, p.u, p.latent_scale) for p in packed.paths]
-    return PackedLinear(tuple(paths), None if packed.bias is None else packed.bias / 256)
 
 
 def expected(x: torch.Tensor, packed: PackedLinear, mode: str) -> torch.Tensor:
