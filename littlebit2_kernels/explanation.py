@@ -38,6 +38,7 @@ class Launch:
         chunk_slices: slices of 512 columns whose activations are in shared memory at once.
         shared_bytes: shared memory of a block.
         chained: whether it starts before the launch before it has ended.
+        estimated_cycles: clock cycles of one token by the planner's estimate, not a measurement.
     """
 
     grid: tuple[int, int, int]
@@ -48,6 +49,7 @@ class Launch:
     chunk_slices: int
     shared_bytes: int
     chained: bool
+    estimated_cycles: int
 
     def __str__(self) -> str:
         fields = {**vars(self), "grid": " x ".join(map(str, self.grid))}

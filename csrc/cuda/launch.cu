@@ -61,6 +61,15 @@ lb2_status current_device(int32_t* ordinal, lb2_cuda_device* device) {
   return LB2_OK;
 }
 
+// A plan may have been made on another machine, or before another GPU became the current one.
+lb2_status check_same_device(const lb2_cuda_device& current, const lb2_cuda_device& planned) {
+  if (current.capability == planned.capability && current.shared_bytes >= planned.shared_bytes) return LB2_OK;
+  return fail(LB2_ERROR_INVALID_ARGUMENT,
+              "plan must be made for the current GPU (capability %" PRId32 ", %" PRId64
+              " bytes of shared memory), got one for capability %" PRId32 ", %" PRId64 " bytes",
+              current.capability, current.shared_bytes, planned.capability, planned.shared_bytes);
+}
+
 // Allows the kernel the shared memory that it may ever be planned with, once per thread and device.
 lb2_status allow_shared_memory(DecodeKernel kernel, int32_t ordinal, const lb2_cuda_device& device,
                                lb2_activation activation, int32_t token_tile) {
@@ -107,15 +116,15 @@ lb2_status lb2_cuda_get_device(int32_t ordinal, lb2_cuda_device* device) {
   return lb2::cuda::check_device(&found);
 }
 
-lb2_status lb2_linear_forward_cuda(const lb2_linear_args* args, lb2_activation activation, void* stream) {
+lb2_status lb2_linear_forward_cuda(const lb2_linear_args* args, const lb2_cuda_plan* made, void* stream) {
   using namespace lb2::cuda;
   LB2_RETURN_IF_ERROR(lb2::check_layer(args));
+  Plan plan;
+  LB2_RETURN_IF_ERROR(resume_plan(*args, made, &plan));
   int32_t ordinal;
   lb2_cuda_device device;
   LB2_RETURN_IF_ERROR(current_device(&ordinal, &device));
-  LB2_RETURN_IF_ERROR(check_device(&device));
-  Plan plan;
-  LB2_RETURN_IF_ERROR(make_plan(*args, activation, device, &plan));
+  LB2_RETURN_IF_ERROR(check_same_device(device, plan.device));
   LB2_RETURN_IF_ERROR(lb2::check_buffers(*args, lb2::Direction::kForward, plan.workspace_bytes));
   char* workspace = align_workspace(args->workspace);
   for (int64_t first = 0; first < args->m; first += plan.token_block) {

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cinttypes>
+#include <cstring>
+#include <type_traits>
 
 #include "core/check.h"
 #include "core/status.h"
@@ -14,8 +16,10 @@ constexpr int32_t kLeastCapability = 80;
 // From 100 on, the compiler emulates 1-bit MMAs with integer instructions (seen in the machine code of
 // CUDA 13.0).
 constexpr int32_t kLastOneBitCapability = 99;
+constexpr int32_t kLeastChained = 90;  // programmatic dependent launch
 
-constexpr int64_t kTokenBlock = 128;        // bounds the workspace
+constexpr int64_t kTokenBlock = 128;  // bounds the workspace
+constexpr int64_t kMostSplits = 32;
 constexpr int64_t kChunkBytes = 96 * 1024;  // of staged activations: room for two blocks on an sm_90
 
 int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
@@ -54,19 +58,29 @@ int64_t estimated_cycles(const Work& work, int row_warps, int64_t splits, int32_
          splits * kAddPart;
 }
 
+// A number that tuning asks for, or the range to choose from.
+struct Range {
+  int64_t least, most;
+  Range(int32_t wanted, int64_t largest)
+      : least(wanted != 0 ? wanted : 1), most(wanted != 0 ? wanted : largest) {}
+};
+
 // Does not look at the number of tokens: it decides the order in which sums are taken.
-void choose_shape(const Work& work, int32_t multiprocessors, lb2_cuda_stage* stage) {
+void choose_shape(const Work& work, int32_t multiprocessors, int32_t wanted_row_warps, int32_t wanted_splits,
+                  lb2_cuda_stage* stage) {
+  const Range warps(wanted_row_warps, kWarps);
+  const Range parts(wanted_splits, work.alone ? std::min<int64_t>(work.slices, kMostSplits) : 1);
   int64_t best = INT64_MAX;
-  for (int row_warps = 1; row_warps <= kWarps; row_warps *= 2)
-    for (int64_t splits = 1; splits <= 32; splits *= 2) {
-      if (splits > 1 && (!work.alone || splits > work.slices)) break;
-      const int64_t cycles = estimated_cycles(work, row_warps, splits, multiprocessors);
+  for (int64_t row_warps = warps.least; row_warps <= warps.most; row_warps *= 2)
+    for (int64_t splits = parts.least; splits <= parts.most; splits *= 2) {
+      const int64_t cycles = estimated_cycles(work, static_cast<int>(row_warps), splits, multiprocessors);
       if (cycles >= best) continue;
       best = cycles;
-      stage->row_warps = row_warps;
-      stage->split_warps = kWarps / row_warps;
+      stage->estimated_cycles = static_cast<int32_t>(std::min<int64_t>(cycles, INT32_MAX));
+      stage->row_warps = static_cast<int32_t>(row_warps);
+      stage->split_warps = kWarps / stage->row_warps;
       stage->grid_y = static_cast<int32_t>(splits);
-      stage->grid_x = static_cast<int32_t>(row_tiles(work, row_warps));
+      stage->grid_x = static_cast<int32_t>(row_tiles(work, stage->row_warps));
     }
 }
 
@@ -78,13 +92,14 @@ int token_tile(int64_t tokens) {
 
 // Fills what depends on the tokens: tile, grid_z, chunk and shared memory.
 void fit_tokens(lb2_activation activation, int64_t tokens, int64_t most_slices, int64_t shared_bytes,
-                lb2_cuda_stage* stage) {
+                int32_t max_chunk, lb2_cuda_stage* stage) {
   stage->token_tile = token_tile(tokens);
   stage->grid_z = static_cast<int32_t>(std::max<int64_t>(1, divide_up(tokens, stage->token_tile)));
   stage->threads = kThreads;
   const int64_t slice = slice_bytes(activation, stage->token_tile), sums = sums_bytes(stage->token_tile);
   const int64_t room = std::min(kChunkBytes, shared_bytes - sums) / slice;
-  const int64_t chunk = std::max<int64_t>(1, std::min(room, divide_up(most_slices, stage->grid_y)));
+  const int64_t wanted = max_chunk != 0 ? std::min<int64_t>(max_chunk, room) : room;
+  const int64_t chunk = std::max<int64_t>(1, std::min(wanted, divide_up(most_slices, stage->grid_y)));
   stage->chunk_slices = static_cast<int32_t>(chunk);
   stage->shared_bytes = static_cast<int32_t>(chunk * slice + sums);
 }
@@ -104,6 +119,28 @@ lb2_status resolve_activation(const lb2_linear_args& args, const lb2_cuda_device
 }
 
 int64_t slices_of(int64_t cols) { return divide_up(cols, kSliceCols); }
+
+lb2_status check_tuning(const lb2_cuda_tuning& tuning, int64_t most_splits) {
+  for (const int32_t warps : tuning.row_warps)
+    if (warps < 0 || warps > kWarps || (warps & (warps - 1)) != 0)
+      return fail(LB2_ERROR_INVALID_ARGUMENT, "tuning->row_warps must be 0, 1, 2, 4 or 8, got %" PRId32,
+                  warps);
+  if (tuning.splits < 0 || tuning.splits > most_splits)
+    return fail(LB2_ERROR_INVALID_ARGUMENT, "tuning->splits must be between 0 and %" PRId64 ", got %" PRId32,
+                most_splits, tuning.splits);
+  if (tuning.max_chunk < 0)
+    return fail(LB2_ERROR_INVALID_ARGUMENT, "tuning->max_chunk must be >= 0, got %" PRId32, tuning.max_chunk);
+  return LB2_OK;
+}
+
+lb2_status check_plan_struct(const lb2_cuda_plan* plan) {
+  if (plan == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "plan must not be NULL");
+  if (plan->struct_size != sizeof(lb2_cuda_plan))
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "plan->struct_size must equal sizeof(lb2_cuda_plan) = %zu, got %" PRIu64,
+                sizeof(lb2_cuda_plan), plan->struct_size);
+  return LB2_OK;
+}
 
 }  // namespace
 
@@ -129,14 +166,21 @@ lb2_status check_device(const lb2_cuda_device* device) noexcept {
 }
 
 lb2_status make_plan(const lb2_linear_args& args, lb2_activation activation, const lb2_cuda_device& device,
-                     Plan* plan) noexcept {
+                     const lb2_cuda_tuning* given, Plan* plan) noexcept {
   *plan = {};
+  plan->struct_size = sizeof(lb2_cuda_plan);
+  plan->device = device;
   LB2_RETURN_IF_ERROR(resolve_activation(args, device, &activation));
+  const lb2_cuda_tuning tuning = given != nullptr ? *given : lb2_cuda_tuning{};
   plan->activation = activation;
+  plan->one_bit_mma = is_one_bit(activation);
   plan->first = find_first_stages(args);
+  plan->first_stages = plan->first.num_groups;
+  plan->macs = count_macs(args, plan->first);
   const bool single_stage = args.paths[0].u == nullptr;
   plan->num_stages = single_stage ? 1 : 2;
   plan->token_block = std::min(args.m, kTokenBlock);
+  LB2_RETURN_IF_ERROR(check_tuning(tuning, single_stage ? 1 : slices_of(args.k)));
 
   Work last = {};
   last.num_terms = static_cast<int>(args.num_paths);
@@ -148,8 +192,8 @@ lb2_status make_plan(const lb2_linear_args& args, lb2_activation activation, con
     most_slices = std::max(most_slices, slices);
   }
   lb2_cuda_stage& end = plan->stages[plan->num_stages - 1];
-  choose_shape(last, device.multiprocessors, &end);
-  fit_tokens(activation, plan->token_block, most_slices, device.shared_bytes, &end);
+  choose_shape(last, device.multiprocessors, tuning.row_warps[plan->num_stages - 1], 0, &end);
+  fit_tokens(activation, plan->token_block, most_slices, device.shared_bytes, tuning.max_chunk, &end);
   if (single_stage) return LB2_OK;
 
   Work first = {};
@@ -157,15 +201,37 @@ lb2_status make_plan(const lb2_linear_args& args, lb2_activation activation, con
   first.num_terms = plan->first.num_groups;
   first.slices = slices_of(args.k);
   for (int g = 0; g < first.num_terms; ++g) first.term_rows[g] = args.paths[plan->first.leader_of[g]].rank;
-  choose_shape(first, device.multiprocessors, &plan->stages[0]);
-  fit_tokens(activation, plan->token_block, first.slices, device.shared_bytes, &plan->stages[0]);
-  end.chained = device.capability >= 90;
+  choose_shape(first, device.multiprocessors, tuning.row_warps[0], tuning.splits, &plan->stages[0]);
+  fit_tokens(activation, plan->token_block, first.slices, device.shared_bytes, tuning.max_chunk,
+             &plan->stages[0]);
+  end.chained = device.capability >= kLeastChained && !tuning.unchained;
   for (int g = 0; g < first.num_terms; ++g) {
     plan->sums_offset[g] = plan->workspace_bytes;
     plan->workspace_bytes += align(plan->stages[0].grid_y * plan->token_block * first.term_rows[g] * 4);
   }
   if (plan->workspace_bytes > 0) plan->workspace_bytes += kWorkspaceAlignment;
   return LB2_OK;
+}
+
+lb2_status resume_plan(const lb2_linear_args& args, const lb2_cuda_plan* made, Plan* plan) noexcept {
+  LB2_RETURN_IF_ERROR(check_plan_struct(made));
+  LB2_RETURN_IF_ERROR(check_device(&made->device));
+  lb2_cuda_tuning tuning = {};
+  tuning.struct_size = sizeof tuning;
+  for (int i = 0; i < 2; ++i) {
+    tuning.row_warps[i] = made->stages[i].row_warps;
+    tuning.max_chunk = std::max(tuning.max_chunk, made->stages[i].chunk_slices);
+  }
+  tuning.splits = made->num_stages == 2 ? made->stages[0].grid_y : 0;
+  tuning.unchained = made->num_stages == 2 && !made->stages[1].chained;
+  const bool planned = make_plan(args, made->activation, made->device, &tuning, plan) == LB2_OK;
+  // Every member is an integer, and there is no padding: equal plans are equal bytes.
+  static_assert(std::has_unique_object_representations_v<lb2_cuda_plan>);
+  if (planned && std::memcmp(static_cast<const lb2_cuda_plan*>(plan), made, sizeof *made) == 0) return LB2_OK;
+  return fail(LB2_ERROR_INVALID_ARGUMENT,
+              "plan must be what lb2_linear_plan_cuda made for the sizes and paths of args (m=%" PRId64
+              ", k=%" PRId64 ", n=%" PRId64 ", num_paths=%" PRId64 "), got one that differs",
+              args.m, args.k, args.n, args.num_paths);
 }
 
 lb2_cuda_stage stage_launch(const Plan& plan, int stage, int64_t tokens) noexcept {
@@ -237,25 +303,17 @@ char* align_workspace(void* workspace) noexcept {
 }  // namespace lb2::cuda
 
 lb2_status lb2_linear_plan_cuda(const lb2_linear_args* args, lb2_activation activation,
-                                const lb2_cuda_device* device, lb2_cuda_plan* out) {
+                                const lb2_cuda_device* device, const lb2_cuda_tuning* tuning,
+                                lb2_cuda_plan* out) {
   LB2_RETURN_IF_ERROR(lb2::check_layer(args));
   LB2_RETURN_IF_ERROR(lb2::cuda::check_device(device));
-  if (out == nullptr) return lb2::fail(LB2_ERROR_INVALID_ARGUMENT, "plan must not be NULL");
-  if (out->struct_size != sizeof(lb2_cuda_plan))
+  LB2_RETURN_IF_ERROR(lb2::cuda::check_plan_struct(out));
+  if (tuning != nullptr && tuning->struct_size != sizeof(lb2_cuda_tuning))
     return lb2::fail(LB2_ERROR_INVALID_ARGUMENT,
-                     "plan->struct_size must equal sizeof(lb2_cuda_plan) = %zu, got %" PRIu64,
-                     sizeof(lb2_cuda_plan), out->struct_size);
+                     "tuning->struct_size must equal sizeof(lb2_cuda_tuning) = %zu, got %" PRIu64,
+                     sizeof(lb2_cuda_tuning), tuning->struct_size);
   lb2::cuda::Plan plan;
-  LB2_RETURN_IF_ERROR(lb2::cuda::make_plan(*args, activation, *device, &plan));
-  *out = {};
-  out->struct_size = sizeof *out;
-  out->workspace_bytes = plan.workspace_bytes;
-  out->token_block = plan.token_block;
-  out->macs = lb2::count_macs(*args, plan.first);
-  out->activation = plan.activation;
-  out->one_bit_mma = lb2::cuda::is_one_bit(plan.activation);
-  out->num_stages = plan.num_stages;
-  out->first_stages = plan.first.num_groups;
-  for (int i = 0; i < plan.num_stages; ++i) out->stages[i] = plan.stages[i];
+  LB2_RETURN_IF_ERROR(lb2::cuda::make_plan(*args, activation, *device, tuning, &plan));
+  *out = plan;
   return LB2_OK;
 }

@@ -7,22 +7,22 @@
 
 namespace lb2::cuda {
 
-struct Plan {
+struct Plan : lb2_cuda_plan {  // stages for token_block tokens, or fewer where there are fewer
   FirstStages first;
-  lb2_activation activation;  // resolved
-  int32_t num_stages;
-  lb2_cuda_stage stages[2];            // for token_block tokens, or fewer where there are fewer
-  int64_t token_block;                 // tokens of one round of launches
   int64_t sums_offset[LB2_MAX_PATHS];  // bytes: [grid_y, tokens, rank] fp32 partial latents of each group
-  int64_t workspace_bytes;
 };
 
 // Whether the kernels can run on a GPU, and a message if not.
 LB2_API lb2_status check_device(const lb2_cuda_device* device) noexcept;
 
-// The arguments must have passed check_layer, and the device check_device.
+// The arguments must have passed check_layer, and the device check_device; tuning may be NULL.
 LB2_API lb2_status make_plan(const lb2_linear_args& args, lb2_activation activation,
-                             const lb2_cuda_device& device, Plan* plan) noexcept;
+                             const lb2_cuda_device& device, const lb2_cuda_tuning* tuning,
+                             Plan* plan) noexcept;
+
+// The whole plan of a call from what lb2_linear_plan_cuda gave for it, of which nothing is trusted. The
+// arguments must have passed check_layer.
+LB2_API lb2_status resume_plan(const lb2_linear_args& args, const lb2_cuda_plan* made, Plan* plan) noexcept;
 
 // Launch geometry and parameters of one stage for the tokens [first, first + tokens) of the call; `workspace`
 // is aligned.

@@ -158,7 +158,7 @@ py::dict plan_cuda(int64_t m, int64_t k, int64_t n, const std::vector<int64_t>& 
   device.shared_bytes = shared_bytes;
   lb2_cuda_plan plan = {};
   plan.struct_size = sizeof plan;
-  throw_on_error(lb2_linear_plan_cuda(&shapes.args, activation, &device, &plan));
+  throw_on_error(lb2_linear_plan_cuda(&shapes.args, activation, &device, nullptr, &plan));
   py::list launches;
   for (int32_t i = 0; i < plan.num_stages; ++i) {
     const lb2_cuda_stage& stage = plan.stages[i];
@@ -171,6 +171,7 @@ py::dict plan_cuda(int64_t m, int64_t k, int64_t n, const std::vector<int64_t>& 
     launch["chunk_slices"] = stage.chunk_slices;
     launch["shared_bytes"] = stage.shared_bytes;
     launch["chained"] = stage.chained != 0;
+    launch["estimated_cycles"] = stage.estimated_cycles;
     launches.append(launch);
   }
   py::dict result;

@@ -66,7 +66,7 @@ Tensor linear_cuda(const Tensor& x, const std::vector<Tensor>& v, const Optional
   const lb2_cuda_device device = describe_gpu(place.gpu);
   lb2_cuda_plan plan = {};
   plan.struct_size = sizeof plan;
-  throw_on_error(lb2_linear_plan_cuda(&args, mode, &device, &plan));
+  throw_on_error(lb2_linear_plan_cuda(&args, mode, &device, nullptr, &plan));
   Tensor output = new_output(x, args.n);
   args.output = output.mutable_data_ptr();
   args.output_stride = args.n;
@@ -74,7 +74,7 @@ Tensor linear_cuda(const Tensor& x, const std::vector<Tensor>& v, const Optional
   Tensor workspace = new_bytes(x, plan.workspace_bytes);
   args.workspace = workspace.mutable_data_ptr();
   args.workspace_bytes = plan.workspace_bytes;
-  throw_on_error(lb2_linear_forward_cuda(&args, mode, current_stream(place.gpu)));
+  throw_on_error(lb2_linear_forward_cuda(&args, &plan, current_stream(place.gpu)));
   return output;
 }
 

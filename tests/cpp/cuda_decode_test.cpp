@@ -35,15 +35,13 @@ lb2::cuda::DecodeKernel kernel_of(lb2_activation activation, int tile) {
   }
 }
 
-double mode_tolerance(lb2_activation activation) {
-  switch (activation) {
-    case LB2_ACTIVATION_EXACT:
-      return 2e-6;
-    case LB2_ACTIVATION_INT8:
-      return 2e-2;
-    default:
-      return 5e-4;
-  }
+// Relative Frobenius error of a mode, which is random from output to output: one alone, or the norm of a few,
+// lies further out.
+double mode_tolerance(lb2_activation activation, int64_t outputs) {
+  const double many = activation == LB2_ACTIVATION_EXACT  ? 2e-6
+                      : activation == LB2_ACTIVATION_INT8 ? 2e-2
+                                                          : 5e-4;
+  return many * (1.0 + 3.0 / std::sqrt(static_cast<double>(std::max<int64_t>(outputs, 1))));
 }
 
 // Runs the launches of a plan on the host; the workspace starts as NaN.
@@ -115,6 +113,7 @@ void expect_signs(Problem& problem) {
 struct Case {
   lb2_activation activation;
   lb2_cuda_device device;
+  lb2_cuda_tuning tuning;  // all zero for every second problem: what planning chooses
 };
 
 Case random_case() {
@@ -125,6 +124,10 @@ Case random_case() {
   // Few SMs make single tall blocks, many make splits.
   result.device.multiprocessors = static_cast<int32_t>(pick({1, 4, 132}));
   result.device.shared_bytes = pick({48 * 1024, 100 * 1024, 227 * 1024});
+  if (engine() % 2 == 0)
+    for (int32_t& row_warps : result.tuning.row_warps)
+      row_warps = static_cast<int32_t>(pick({0, 1, 2, 4, 8}));
+  result.tuning.max_chunk = result.tuning.row_warps[0] != 0 ? static_cast<int32_t>(pick({0, 1, 2})) : 0;
   return result;
 }
 
@@ -140,7 +143,7 @@ bool run_problem(int index, int only_mode) {
   args.output_stride = problem.output_stride;
   args.dtype = problem.dtype;
   lb2::cuda::Plan plan;
-  if (lb2::cuda::make_plan(args, chosen.activation, chosen.device, &plan) != LB2_OK) {
+  if (lb2::cuda::make_plan(args, chosen.activation, chosen.device, &chosen.tuning, &plan) != LB2_OK) {
     std::fprintf(stderr, "problem %d: plan: %s\n", index, lb2_last_error());
     return false;
   }
@@ -153,7 +156,7 @@ bool run_problem(int index, int only_mode) {
     args.output = output.data;
     forward(args, plan, order);
     const double error = problem.error_of(output.data);
-    if (!(error <= tolerance(problem.dtype) + mode_tolerance(chosen.activation))) {
+    if (!(error <= tolerance(problem.dtype) + mode_tolerance(chosen.activation, problem.m * problem.n))) {
       std::fprintf(stderr, "problem %d: activation %d on sm_%d with %d SMs: relative error %.2e\n", index,
                    static_cast<int>(chosen.activation), static_cast<int>(chosen.device.capability),
                    static_cast<int>(chosen.device.multiprocessors), error);
@@ -217,7 +220,7 @@ struct Setup {
     args.output = y.data();
     args.output_stride = n;
     lb2::cuda::Plan plan;
-    if (lb2::cuda::make_plan(args, activation, h200, &plan) != LB2_OK) std::abort();
+    if (lb2::cuda::make_plan(args, activation, h200, nullptr, &plan) != LB2_OK) std::abort();
     forward(args, plan, lb2::cuda::Order::kForward);
     return y;
   }

@@ -1,5 +1,6 @@
 // Planning of CUDA calls: pure functions, so everything about them is checked without a GPU.
 #include <cinttypes>
+#include <cstddef>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -58,7 +59,7 @@ struct Layer {
 lb2_cuda_plan plan_of(const Layer& layer, lb2_activation activation, const lb2_cuda_device& device) {
   lb2_cuda_plan plan = {};
   plan.struct_size = sizeof plan;
-  expect(lb2_linear_plan_cuda(&layer.args, activation, &device, &plan) == LB2_OK, lb2_last_error());
+  expect(lb2_linear_plan_cuda(&layer.args, activation, &device, nullptr, &plan) == LB2_OK, lb2_last_error());
   return plan;
 }
 
@@ -149,20 +150,83 @@ void test_errors() {
   lb2_cuda_plan plan = {};
   plan.struct_size = sizeof plan;
   lb2_cuda_device old = gpu(75, 40, 65536), tiny = gpu(80, 0, 166912), wrong = gpu(80, 1, 166912);
-  expect_error(lb2_linear_plan_cuda(&layer.args, 0, &old, &plan), LB2_ERROR_UNSUPPORTED,
+  expect_error(lb2_linear_plan_cuda(&layer.args, 0, &old, nullptr, &plan), LB2_ERROR_UNSUPPORTED,
                "8.0 or newer, got 7.5");
-  expect_error(lb2_linear_plan_cuda(&layer.args, 0, &tiny, &plan), LB2_ERROR_INVALID_ARGUMENT,
+  expect_error(lb2_linear_plan_cuda(&layer.args, 0, &tiny, nullptr, &plan), LB2_ERROR_INVALID_ARGUMENT,
                "multiprocessors");
-  expect_error(lb2_linear_plan_cuda(&layer.args, 6, &wrong, &plan), LB2_ERROR_INVALID_ARGUMENT, "activation");
-  expect_error(lb2_linear_plan_cuda(&layer.args, 0, nullptr, &plan), LB2_ERROR_INVALID_ARGUMENT, "device");
-  expect_error(lb2_linear_plan_cuda(&layer.args, 0, &wrong, nullptr), LB2_ERROR_INVALID_ARGUMENT, "plan");
-  expect_error(lb2_linear_plan_cuda(nullptr, 0, &wrong, &plan), LB2_ERROR_INVALID_ARGUMENT, "args");
+  expect_error(lb2_linear_plan_cuda(&layer.args, 6, &wrong, nullptr, &plan), LB2_ERROR_INVALID_ARGUMENT,
+               "activation");
+  expect_error(lb2_linear_plan_cuda(&layer.args, 0, nullptr, nullptr, &plan), LB2_ERROR_INVALID_ARGUMENT,
+               "device");
+  expect_error(lb2_linear_plan_cuda(&layer.args, 0, &wrong, nullptr, nullptr), LB2_ERROR_INVALID_ARGUMENT,
+               "plan");
+  expect_error(lb2_linear_plan_cuda(nullptr, 0, &wrong, nullptr, &plan), LB2_ERROR_INVALID_ARGUMENT, "args");
   wrong.shared_bytes = 1024;
-  expect_error(lb2_linear_plan_cuda(&layer.args, 0, &wrong, &plan), LB2_ERROR_INVALID_ARGUMENT,
+  expect_error(lb2_linear_plan_cuda(&layer.args, 0, &wrong, nullptr, &plan), LB2_ERROR_INVALID_ARGUMENT,
                "shared_bytes");
   wrong.struct_size = 1;
-  expect_error(lb2_linear_plan_cuda(&layer.args, 0, &wrong, &plan), LB2_ERROR_INVALID_ARGUMENT,
+  expect_error(lb2_linear_plan_cuda(&layer.args, 0, &wrong, nullptr, &plan), LB2_ERROR_INVALID_ARGUMENT,
                "struct_size");
+}
+
+// Every shape that tuning allows is planned as asked for, and a call accepts it; a plan of anything else it
+// refuses.
+void test_tuning() {
+  const lb2_cuda_device& device = kGpus[3];
+  const Layer layer(3, 4096, 1024, {80, 296}, LB2_FLOAT16);
+  for (const int32_t row_warps : {0, 1, 2, 4, 8})
+    for (const int32_t splits : {0, 1, 3, 8})
+      for (const int32_t max_chunk : {0, 1, 2})
+        for (const int32_t unchained : {0, 1}) {
+          lb2_cuda_tuning tuning = {
+              sizeof(lb2_cuda_tuning), {row_warps, row_warps}, splits, max_chunk, unchained};
+          lb2_cuda_plan plan = {};
+          plan.struct_size = sizeof plan;
+          expect(lb2_linear_plan_cuda(&layer.args, 0, &device, &tuning, &plan) == LB2_OK, lb2_last_error());
+          expect(row_warps == 0 ||
+                     (plan.stages[0].row_warps == row_warps && plan.stages[1].row_warps == row_warps),
+                 "row warps are those asked for", row_warps, plan.stages[1].row_warps);
+          expect(splits == 0 || plan.stages[0].grid_y == splits, "splits are those asked for", splits,
+                 plan.stages[0].grid_y);
+          expect(max_chunk == 0 || plan.stages[0].chunk_slices <= max_chunk, "the chunk is bounded",
+                 max_chunk);
+          expect(plan.stages[1].chained == !unchained, "chained unless asked not to be", unchained);
+          lb2::cuda::Plan resumed;
+          expect(lb2::cuda::resume_plan(layer.args, &plan, &resumed) == LB2_OK, lb2_last_error());
+        }
+}
+
+void test_plans_are_checked() {
+  const Layer layer(3, 4096, 1024, {80, 296}, LB2_FLOAT16), other(3, 4096, 1024, {80, 304}, LB2_FLOAT16);
+  const lb2_cuda_plan plan = plan_of(layer, LB2_ACTIVATION_AUTO, kGpus[3]);
+  lb2::cuda::Plan resumed;
+  expect(lb2::cuda::resume_plan(layer.args, &plan, &resumed) == LB2_OK, lb2_last_error());
+  expect_error(lb2::cuda::resume_plan(other.args, &plan, &resumed), LB2_ERROR_INVALID_ARGUMENT,
+               "plan must be what lb2_linear_plan_cuda made");
+  expect_error(lb2::cuda::resume_plan(layer.args, nullptr, &resumed), LB2_ERROR_INVALID_ARGUMENT, "plan");
+  // Any byte that is changed makes another plan; only the device is known where there is one.
+  for (size_t at = 0; at < sizeof plan; ++at) {
+    if (at >= offsetof(lb2_cuda_plan, device) && at < offsetof(lb2_cuda_plan, workspace_bytes)) continue;
+    lb2_cuda_plan wrong = plan;
+    reinterpret_cast<unsigned char*>(&wrong)[at] ^= 0x10;
+    expect(lb2::cuda::resume_plan(layer.args, &wrong, &resumed) != LB2_OK, "a changed plan is refused",
+           static_cast<int64_t>(at));
+  }
+}
+
+void test_tuning_errors() {
+  const Layer layer(1, 1024, 64, {8}, LB2_FLOAT32);
+  lb2_cuda_plan plan = {};
+  plan.struct_size = sizeof plan;
+  const auto error_of = [&](lb2_cuda_tuning tuning, const char* part) {
+    expect_error(lb2_linear_plan_cuda(&layer.args, 0, kGpus, &tuning, &plan), LB2_ERROR_INVALID_ARGUMENT,
+                 part);
+  };
+  error_of({1, {0, 0}, 0, 0, 0}, "tuning->struct_size");
+  error_of({sizeof(lb2_cuda_tuning), {0, 3}, 0, 0, 0}, "tuning->row_warps must be 0, 1, 2, 4 or 8, got 3");
+  error_of({sizeof(lb2_cuda_tuning), {16, 0}, 0, 0, 0}, "tuning->row_warps");
+  error_of({sizeof(lb2_cuda_tuning), {0, 0}, 3, 0, 0}, "tuning->splits must be between 0 and 2, got 3");
+  error_of({sizeof(lb2_cuda_tuning), {0, 0}, 0, -1, 0}, "tuning->max_chunk must be >= 0, got -1");
 }
 
 }  // namespace
@@ -173,5 +237,8 @@ int main() {
   test_auto();
   test_large_layer_fills_the_gpu();
   test_errors();
+  test_tuning();
+  test_tuning_errors();
+  test_plans_are_checked();
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

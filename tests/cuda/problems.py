@@ -17,7 +17,7 @@ SLICE = 512
 
 MODES = ("exact", "float16", "int16", "int8", "sign")
 
-#: Relative Frobenius error of a mode, both stages, before the rounding of the output.
+#: Relative Frobenius error of a mode over many outputs, both stages, before the rounding of the output.
 BOUND = {"exact": 2e-6, "float16": 5e-4, "int16": 5e-4, "int8": 2e-2, "sign": 1e-5}
 
 #: Around MMA rows (16), words (32), 16-byte loads (128), and slices (512).
@@ -92,9 +92,12 @@ def error_of(y: torch.Tensor, x: torch.Tensor, packed: PackedLinear, mode: str) 
     return relative_error(y.cpu(), expected(x, packed, mode), typical_norm(x, packed))
 
 
-def allowed(dtype: torch.dtype, mode: str) -> float:
-    """The bound of a mode, and the rounding of the output."""
-    return BOUND[mode] + TOLERANCE[dtype]
+def allowed(dtype: torch.dtype, mode: str, outputs: int) -> float:
+    """The bound of a mode, and the rounding of the output.
+
+    The error of a mode is random from output to output: one alone, or the norm of a few, lies further out.
+    """
+    return BOUND[mode] * (1 + 3 / max(outputs, 1) ** 0.5) + TOLERANCE[dtype]
 
 
 def describe(x: torch.Tensor, packed: PackedLinear, mode: str) -> str:

@@ -36,11 +36,13 @@ typedef struct lb2_cuda_stage {
   int32_t chunk_slices; /* slices of 512 columns whose activations are in shared memory at once */
   int32_t shared_bytes;
   int32_t chained; /* 1 if launched before the stage that it depends on has ended (sm_90 and newer) */
+  int32_t estimated_cycles; /* of one token: what the shape was chosen by, no measurement */
 } lb2_cuda_stage;
 
 /* What a call will do. Set struct_size = sizeof(lb2_cuda_plan) before. */
 typedef struct lb2_cuda_plan {
   uint64_t struct_size;
+  lb2_cuda_device device; /* that it was made for */
   int64_t workspace_bytes;
   int64_t token_block;       /* tokens that one round of launches serves */
   int64_t macs;              /* sign-accumulate operations, all stages, paths and tokens */
@@ -51,11 +53,22 @@ typedef struct lb2_cuda_plan {
   lb2_cuda_stage stages[2];
 } lb2_cuda_plan;
 
+/* What to plan with in place of the planner's choice, to measure other choices; each 0 leaves it the choice.
+ * Sums are taken in another order with other numbers. */
+typedef struct lb2_cuda_tuning {
+  uint64_t struct_size;
+  int32_t row_warps[2]; /* of each stage: 1, 2, 4 or 8 */
+  int32_t splits;       /* grid_y of the first of two stages: at most its slices of 512 columns */
+  int32_t max_chunk;    /* upper bound of chunk_slices */
+  int32_t unchained;    /* 1: the second launch waits for the end of the first, as it would before sm_90 */
+} lb2_cuda_tuning;
+
 /* Fill *plan for args on `device`: a pure function of its arguments. isa, parallel_for and the data pointers
- * of args are not looked at. The launch of M tokens differs from that of one in token tiles alone, so that a
- * token's result does not depend on the others. */
+ * of args are not looked at, but for which are equal. tuning may be NULL. The launch of M tokens differs from
+ * that of one in token tiles and chunks alone, so that a token's result does not depend on the others. */
 LB2_API lb2_status lb2_linear_plan_cuda(const lb2_linear_args* args, lb2_activation activation,
-                                        const lb2_cuda_device* device, lb2_cuda_plan* plan);
+                                        const lb2_cuda_device* device, const lb2_cuda_tuning* tuning,
+                                        lb2_cuda_plan* plan);
 
 /* ---- liblittlebit2_cuda ---- */
 
@@ -63,11 +76,12 @@ LB2_API lb2_status lb2_linear_plan_cuda(const lb2_linear_args* args, lb2_activat
  * kernels. */
 LB2_API lb2_status lb2_cuda_get_device(int32_t ordinal, lb2_cuda_device* device);
 
-/* y = layer(x) on the current device, queued on `stream` (a cudaStream_t; NULL is the default stream). All
+/* y = layer(x) on the current device, queued on `stream` (a cudaStream_t; NULL is the default stream), as
+ * planned for the sizes of args; the plan of a layer serves every call of as many tokens. All
  * pointers of args but `paths` and `args` are device pointers; floats must be aligned to 4 bytes, input and
  * output to their elements. Allocates nothing, synchronises nothing, and can be captured into a CUDA graph.
  * The same bits from run to run and whatever the other tokens are. */
-LB2_API lb2_status lb2_linear_forward_cuda(const lb2_linear_args* args, lb2_activation activation,
+LB2_API lb2_status lb2_linear_forward_cuda(const lb2_linear_args* args, const lb2_cuda_plan* plan,
                                            void* stream);
 
 #ifdef __cplusplus
