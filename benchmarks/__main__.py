@@ -4,6 +4,7 @@ run          backends x shapes x bits per weight x tokens x dtypes, as a table, 
 goals        the goals of the CPU kernels beside what is measured
 floors       what the machine can do: reading memory, copying it, multiplying matrices
 whole-model  decode of a synthetic Llama through generate, beside dense, with a profile
+predict      what decode calls should cost on a GPU: counts of bytes and instructions, and times from them
 table        the markdown table of a JSON written by run or goals
 plot         the PNG plots of such a JSON
 
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import PROCESSORS, commands, whole_model
+from benchmarks import PROCESSORS, commands, predict, whole_model
 from benchmarks.goals import BPWS
 from benchmarks.llama import LLAMA_SHAPES
 from benchmarks.llama_options import OPTIONS
@@ -99,6 +100,13 @@ def _parser() -> argparse.ArgumentParser:
     floors.set_defaults(function=commands.floors)
 
     _add_whole_model(subparsers)
+
+    prediction = subparsers.add_parser("predict", help="counts and predicted times of decode calls on a GPU")
+    prediction.add_argument("--gpu", nargs="+", choices=predict.RATES, default=["H200", "A100", "4090"])
+    prediction.add_argument("--shapes", nargs="+", default=["llama2-7b-qo", "llama2-7b-up", "llama2-70b-up"])
+    prediction.add_argument("--bpw", nargs="+", type=_positive(float), default=[0.1, 0.3, 0.55, 1.0])
+    prediction.add_argument("--activation", default="auto", help="auto, exact, float16, int16, int8 or sign")
+    prediction.set_defaults(function=predict.run)
 
     table = subparsers.add_parser("table", help="markdown table of a JSON")
     table.add_argument("json", type=Path)

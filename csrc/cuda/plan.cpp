@@ -45,7 +45,7 @@ int64_t row_tiles(const Work& work, int row_warps) {
 // Estimated cycles of a stage for one token. Leads from instruction counts, to be replaced by measurements;
 // only their order matters here.
 int64_t estimated_cycles(const Work& work, int row_warps, int64_t splits, int32_t multiprocessors) {
-  constexpr int64_t kLatency = 1500;    // launch, first loads, final sums
+  constexpr int64_t kLatency = 1500;    // first loads, final sums
   constexpr int64_t kStageSlice = 400;  // one warp, one slice
   constexpr int64_t kMultiplySlice = 150;
   constexpr int64_t kAddPart = 60;      // a part more for the next stage to read

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +15,22 @@ def test_dry_run_understands_every_command(capsys: pytest.CaptureFixture[str]) -
     assert main(["--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert all(f"{step.name} (at most" in printed for step in STEPS)
+
+
+def test_every_test_that_a_step_names_exists() -> None:
+    commands = [step.command for step in STEPS if "pytest" in step.command]
+    assert commands
+    for command in commands:
+        names = [part for part in command if part.startswith("tests/")]
+        collected = subprocess.run(
+            [sys.executable, "-m", "pytest", "--collect-only", "-q", *names],
+            cwd=gpu_suite.ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert names
+        assert collected.returncode == 0, collected.stdout
 
 
 def test_steps_need_only_steps_before_them() -> None:

@@ -107,3 +107,10 @@ def test_machine_code_holds_the_intended_instructions(build: tuple[Path, str], a
         assert re.search(r"LDG\.E\.(\w+\.)*128", function), f"{name}: no 16-byte loads of global memory"
         assert "LDS.128" in function, f"{name}: no 16-byte loads of shared memory"
         assert not re.search(r"\b(LDL|STL)\b", function), f"{name}: uses local memory"
+
+
+@pytest.mark.parametrize("program", sorted(path.stem for path in (ROOT / "benchmarks" / "cuda").glob("*.cu")))
+def test_measurements_compile(tmp_path: Path, program: str) -> None:
+    folders = [f"-I{ROOT / folder}" for folder in ("csrc", "csrc/include", "benchmarks")]
+    source = ROOT / "benchmarks" / "cuda" / f"{program}.cu"
+    _run("nvcc", "-std=c++17", "-arch=sm_80", *folders, "-c", str(source), "-o", str(tmp_path / "object.o"))

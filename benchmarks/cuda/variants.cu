@@ -1,0 +1,352 @@
+// Shapes of the decode launches measured beside the planner's choice: row warps of both stages, splits,
+// chunks, chaining. One number is varied at a time, then the best of each are put together.
+//
+//   variants [--json FILE] [--tokens 1 8] [--modes int16 float16] [--repetitions 7] [--list]
+//
+// Calls are replayed as a graph over copies of the weights that together exceed the L2 cache; variants take
+// turns, and the median of their ratios to the planner's choice in the same turn is printed.
+#include <cuda_fp16.h>
+
+#include <memory>
+#include <string>
+
+#include "cuda/timing.h"
+#include "littlebit2/cuda.h"
+
+namespace {
+
+constexpr int kPaths = 2;
+constexpr int kMostCopies = 512;
+
+struct Shape {
+  const char* name;
+  int64_t k, n, rank;
+};
+// Two paths; ranks for 0.1, 0.55 and 1.0 counted bits per weight.
+constexpr Shape kShapes[] = {
+    {"4096->4096 at 0.1 bpw", 4096, 4096, 80},     {"4096->4096 at 1.0 bpw", 4096, 4096, 1000},
+    {"4096->11008 at 0.1 bpw", 4096, 11008, 128},  {"11008->4096 at 0.55 bpw", 11008, 4096, 800},
+    {"8192->28672 at 0.1 bpw", 8192, 28672, 296},  {"28672->8192 at 0.1 bpw", 28672, 8192, 296},
+    {"8192->28672 at 1.0 bpw", 8192, 28672, 3168},
+};
+
+struct Mode {
+  const char* name;
+  lb2_activation value;
+};
+constexpr Mode kModes[] = {{"exact", LB2_ACTIVATION_EXACT},
+                           {"int16", LB2_ACTIVATION_INT16},
+                           {"int8", LB2_ACTIVATION_INT8},
+                           {"sign", LB2_ACTIVATION_SIGN},
+                           {"float16", LB2_ACTIVATION_FLOAT16}};
+
+struct Options {
+  const char* json = nullptr;
+  std::vector<int64_t> tokens;
+  std::vector<Mode> modes;
+  int repetitions = 7;
+  bool list = false;
+};
+
+[[noreturn]] void stop(const char* message, const char* detail) {
+  std::fprintf(stderr, "error: %s: %s\n", message, detail);
+  std::exit(2);
+}
+
+void check(lb2_status status) {
+  if (status != LB2_OK) stop("littlebit2", lb2_last_error());
+}
+
+Options parse(int argc, char** argv) {
+  Options options;
+  std::string name;
+  for (int i = 1; i < argc; ++i) {
+    const std::string word = argv[i];
+    if (word == "--list") {
+      options.list = true;
+    } else if (word.rfind("--", 0) == 0) {
+      name = word;
+    } else if (name == "--json") {
+      options.json = argv[i];
+    } else if (name == "--tokens" && std::atoi(argv[i]) > 0) {
+      options.tokens.push_back(std::atoi(argv[i]));
+    } else if (name == "--repetitions" && std::atoi(argv[i]) > 0) {
+      options.repetitions = std::atoi(argv[i]);
+    } else if (name == "--modes") {
+      const auto* mode =
+          std::find_if(std::begin(kModes), std::end(kModes), [&](const Mode& m) { return word == m.name; });
+      if (mode == std::end(kModes))
+        stop("--modes must be of exact, int16, int8, sign, float16, got", argv[i]);
+      options.modes.push_back(*mode);
+    } else {
+      stop("not understood (see the head of variants.cu)", argv[i]);
+    }
+  }
+  if (options.tokens.empty()) options.tokens = {1, 8};
+  if (options.modes.empty()) options.modes = {kModes[1], kModes[4]};
+  return options;
+}
+
+std::string describe(const lb2_cuda_tuning& t) {
+  char text[96];
+  std::snprintf(text, sizeof text, "row_warps %d %d, splits %d, max_chunk %d%s", t.row_warps[0],
+                t.row_warps[1], t.splits, t.max_chunk, t.unchained ? ", unchained" : "");
+  return text;
+}
+
+// The planner's choice first, then one number varied at a time.
+std::vector<lb2_cuda_tuning> tunings(int64_t k) {
+  const lb2_cuda_tuning none = {sizeof(lb2_cuda_tuning), {0, 0}, 0, 0, 0};
+  std::vector<lb2_cuda_tuning> all = {none};
+  const auto add = [&](const auto& change) {
+    all.push_back(none);
+    change(all.back());
+  };
+  for (const int warps : {1, 2, 4, 8})
+    for (const int stage : {0, 1}) add([&](lb2_cuda_tuning& t) { t.row_warps[stage] = warps; });
+  for (int splits = 1; splits <= 32 && splits <= (k + 511) / 512; splits *= 2)
+    add([&](lb2_cuda_tuning& t) { t.splits = splits; });
+  for (const int chunk : {1, 2, 4}) add([&](lb2_cuda_tuning& t) { t.max_chunk = chunk; });
+  add([&](lb2_cuda_tuning& t) { t.unchained = 1; });
+  return all;
+}
+
+// The best number of each kind together; numbers that did not pay stay the planner's.
+lb2_cuda_tuning combine(const std::vector<lb2_cuda_tuning>& all, const std::vector<double>& ratios) {
+  lb2_cuda_tuning best = all[0];
+  const auto take = [&](auto member) {
+    double least = 1.0;
+    for (size_t i = 1; i < all.size(); ++i)
+      if (member(all[i]) != 0 && ratios[i] < least) {
+        least = ratios[i];
+        member(best) = member(all[i]);
+      }
+  };
+  take([](auto& t) -> auto& { return t.row_warps[0]; });
+  take([](auto& t) -> auto& { return t.row_warps[1]; });
+  take([](auto& t) -> auto& { return t.splits; });
+  take([](auto& t) -> auto& { return t.max_chunk; });
+  take([](auto& t) -> auto& { return t.unchained; });
+  return best;
+}
+
+__global__ void fill_words(uint32_t* words, size_t count) {
+  const size_t stride = static_cast<size_t>(gridDim.x) * blockDim.x;
+  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < count; i += stride) {
+    uint32_t x = static_cast<uint32_t>(i) * 2654435761u + 12345u;
+    x ^= x >> 15;
+    x *= 2246822519u;
+    words[i] = x ^ (x >> 13);
+  }
+}
+
+// Numbers in [1/2, 3/2), as float32 or float16.
+template <typename T>
+__global__ void fill_numbers(T* values, size_t count) {
+  const size_t stride = static_cast<size_t>(gridDim.x) * blockDim.x;
+  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < count; i += stride)
+    values[i] = static_cast<T>(0.5f + static_cast<float>((i * 37) % 101) / 101.0f);
+}
+
+class DeviceBytes {
+ public:
+  explicit DeviceBytes(size_t bytes) { LB2_CUDA(cudaMalloc(&data_, bytes)); }
+  ~DeviceBytes() { cudaFree(data_); }
+  DeviceBytes(const DeviceBytes&) = delete;
+  DeviceBytes& operator=(const DeviceBytes&) = delete;
+  template <typename T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+};
+
+// Copies of a layer's signs, and everything else once.
+class Layer {
+ public:
+  Layer(const Shape& shape, int64_t tokens)
+      : shape_(shape),
+        tokens_(tokens),
+        v_stride_((lb2_words_per_row(shape.k) + 3) / 4 * 4),
+        u_stride_((lb2_words_per_row(shape.rank) + 3) / 4 * 4),
+        copy_words_(kPaths * (shape.rank * v_stride_ + shape.n * u_stride_)),
+        copies_(copies_for(copy_words_ * 4)),
+        words_(static_cast<size_t>(copies_ * copy_words_) * 4),
+        scale_(static_cast<size_t>(std::max({shape.k, shape.n, shape.rank})) * 4),
+        x_(static_cast<size_t>(tokens * shape.k) * 2),
+        y_(static_cast<size_t>(tokens * shape.n) * 2) {
+    fill_words<<<1024, 256>>>(words_.as<uint32_t>(), static_cast<size_t>(copies_ * copy_words_));
+    fill_numbers<<<256, 256>>>(scale_.as<float>(),
+                               static_cast<size_t>(std::max({shape.k, shape.n, shape.rank})));
+    fill_numbers<<<256, 256>>>(x_.as<__half>(), static_cast<size_t>(tokens * shape.k));
+    LB2_CUDA(cudaDeviceSynchronize());
+  }
+
+  int copies() const { return static_cast<int>(copies_); }
+  int64_t bytes() const { return copy_words_ * 4; }
+
+  lb2_cuda_plan plan(lb2_activation mode, const lb2_cuda_device& device, const lb2_cuda_tuning& tuning) {
+    lb2_path paths[kPaths];
+    const lb2_linear_args args = arguments(0, paths, nullptr, 0);
+    lb2_cuda_plan plan = {};
+    plan.struct_size = sizeof plan;
+    check(lb2_linear_plan_cuda(&args, mode, &device, &tuning, &plan));
+    return plan;
+  }
+
+  void queue(const lb2_cuda_plan& plan, void* workspace, cudaStream_t stream) {
+    for (int64_t copy = 0; copy < copies_; ++copy) {
+      lb2_path paths[kPaths];
+      const lb2_linear_args args = arguments(copy, paths, workspace, plan.workspace_bytes);
+      check(lb2_linear_forward_cuda(&args, &plan, stream));
+    }
+  }
+
+ private:
+  static int64_t copies_for(int64_t bytes) {
+    const int64_t cache = lb2::bench::attribute(cudaDevAttrL2CacheSize);
+    return std::min<int64_t>(kMostCopies, std::max<int64_t>(4, 2 * cache / bytes + 1));
+  }
+
+  lb2_linear_args arguments(int64_t copy, lb2_path* paths, void* workspace, int64_t workspace_bytes) {
+    const int32_t* words = words_.as<int32_t>() + copy * copy_words_;
+    for (int p = 0; p < kPaths; ++p) {
+      paths[p] = {};
+      paths[p].v = words;
+      paths[p].v_stride = v_stride_;
+      words += shape_.rank * v_stride_;
+      paths[p].u = words;
+      paths[p].u_stride = u_stride_;
+      words += shape_.n * u_stride_;
+      paths[p].in_scale = paths[p].latent_scale = paths[p].out_scale = scale_.as<float>();
+      paths[p].rank = shape_.rank;
+    }
+    lb2_linear_args args = {};
+    args.struct_size = sizeof args;
+    args.m = tokens_;
+    args.k = shape_.k;
+    args.n = shape_.n;
+    args.paths = paths;
+    args.num_paths = kPaths;
+    args.dtype = LB2_FLOAT16;
+    args.input = x_.as<void>();
+    args.input_stride = shape_.k;
+    args.output = y_.as<void>();
+    args.output_stride = shape_.n;
+    args.workspace = workspace;
+    args.workspace_bytes = workspace_bytes;
+    return args;
+  }
+
+  Shape shape_;
+  int64_t tokens_, v_stride_, u_stride_, copy_words_, copies_;
+  DeviceBytes words_, scale_, x_, y_;
+};
+
+// One variant, ready to be timed.
+struct Runner {
+  std::unique_ptr<DeviceBytes> workspace;
+  std::unique_ptr<lb2::bench::Graph> graph;
+  std::vector<double> seconds;
+
+  Runner(Layer& layer, const lb2_cuda_plan& plan)
+      : workspace(new DeviceBytes(static_cast<size_t>(plan.workspace_bytes) + 1)),
+        graph(new lb2::bench::Graph(
+            [&](cudaStream_t stream) { layer.queue(plan, workspace->as<void>(), stream); })) {}
+};
+
+struct Measured {
+  std::vector<double> seconds, ratios;  // medians, of a call; ratios to the first one
+};
+
+Measured measure(Layer& layer, lb2_activation mode, const lb2_cuda_device& device,
+                 const std::vector<lb2_cuda_tuning>& all, int repetitions) {
+  std::vector<Runner> runners;
+  for (const lb2_cuda_tuning& tuning : all) runners.emplace_back(layer, layer.plan(mode, device, tuning));
+  for (int i = 0; i < repetitions; ++i)
+    for (size_t turn = 0; turn < runners.size(); ++turn) {
+      Runner& runner = runners[(turn + static_cast<size_t>(i)) % runners.size()];
+      runner.seconds.push_back(runner.graph->seconds() / layer.copies());
+    }
+  Measured measured;
+  for (Runner& runner : runners) {
+    std::vector<double> ratios;
+    for (size_t i = 0; i < runner.seconds.size(); ++i)
+      ratios.push_back(runner.seconds[i] / runners[0].seconds[i]);
+    measured.seconds.push_back(lb2::bench::median(runner.seconds));
+    measured.ratios.push_back(lb2::bench::median(ratios));
+  }
+  return measured;
+}
+
+class Json {
+ public:
+  explicit Json(const char* path) : path_(path), file_(path == nullptr ? nullptr : std::fopen(path, "w")) {
+    if (path != nullptr && file_ == nullptr) stop("cannot be written", path);
+    if (file_ != nullptr) std::fprintf(file_, "{\n  \"variants\": [");
+  }
+  ~Json() {
+    if (file_ != nullptr && (std::fprintf(file_, "\n  ]\n}\n") < 0 || std::fclose(file_) != 0))
+      stop("cannot be written", path_);
+  }
+  void row(const Shape& shape, int64_t tokens, const char* mode, const lb2_cuda_tuning& t, double seconds,
+           double ratio) {
+    if (file_ == nullptr) return;
+    std::fprintf(file_,
+                 "%s\n    {\"shape\": \"%s\", \"tokens\": %d, \"mode\": \"%s\", \"row_warps\": [%d, %d], "
+                 "\"splits\": %d, \"max_chunk\": %d, \"unchained\": %d, \"seconds\": %.6g, \"ratio\": %.4f}",
+                 first_ ? "" : ",", shape.name, static_cast<int>(tokens), mode, t.row_warps[0],
+                 t.row_warps[1], t.splits, t.max_chunk, t.unchained, seconds, ratio);
+    first_ = false;
+  }
+
+ private:
+  const char* path_;
+  FILE* file_;
+  bool first_ = true;
+};
+
+void measure_shape(const Shape& shape, int64_t tokens, const Mode& mode, const lb2_cuda_device& device,
+                   int repetitions, Json& json) {
+  Layer layer(shape, tokens);
+  std::vector<lb2_cuda_tuning> all = tunings(shape.k);
+  Measured measured = measure(layer, mode.value, device, all, repetitions);
+  const lb2_cuda_tuning together = combine(all, measured.ratios);
+  const Measured final = measure(layer, mode.value, device, {all[0], together}, repetitions);
+  all.push_back(together);
+  measured.seconds.push_back(final.seconds[1]);
+  measured.ratios.push_back(final.ratios[1]);
+  for (size_t i = 0; i < all.size(); ++i)
+    json.row(shape, tokens, mode.name, all[i], measured.seconds[i], measured.ratios[i]);
+  std::printf("%-24s M=%-3d %-8s planned %7.2f us (%4.0f GB/s); together %.3fx: %s\n", shape.name,
+              static_cast<int>(tokens), mode.name, measured.seconds[0] * 1e6,
+              static_cast<double>(layer.bytes()) / measured.seconds[0] / 1e9, final.ratios[1],
+              describe(together).c_str());
+  for (size_t i = 1; i + 1 < all.size(); ++i)
+    if (measured.ratios[i] < 0.97)
+      std::printf("    %.3fx %s\n", measured.ratios[i], describe(all[i]).c_str());
+  std::fflush(stdout);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const Options options = parse(argc, argv);
+  if (options.list) {
+    for (const Shape& shape : kShapes)
+      for (const lb2_cuda_tuning& tuning : tunings(shape.k))
+        std::printf("%s: %s\n", shape.name, describe(tuning).c_str());
+    return 0;
+  }
+  lb2_cuda_device device = {};
+  device.struct_size = sizeof device;
+  check(lb2_cuda_get_device(0, &device));
+  Json json(options.json);
+  for (const Shape& shape : kShapes)
+    for (const int64_t tokens : options.tokens)
+      for (const Mode& mode : options.modes)
+        measure_shape(shape, tokens, mode, device, options.repetitions, json);
+  return 0;
+}

@@ -1,0 +1,148 @@
+"""What a decode call should cost on a GPU, counted, not measured: bytes, instructions, and a time from them.
+
+Bytes and instructions follow from the layer and from the launches that the planner chooses. A stage is then
+expected to take its launch and the longer of the planner's estimate of its cycles (one token) and of reading
+its signs from memory. The rates below are the vendors' (clock: boost), memory at 0.9 of the nominal rate, as
+an H200 reached in a copy; the time of a launch within a graph is assumed. To be read beside a measurement,
+not in its place.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.markdown import markdown
+from benchmarks.problems import Problem, parse_shape
+from littlebit2_kernels import PackedLinear, explain
+from littlebit2_kernels.explanation import Explanation
+from littlebit2_kernels.testing import make_packed
+
+__all__ = ["RATES", "Prediction", "Rates", "predict", "run"]
+
+SLICE = 512
+TILE_ROWS = 16
+#: MMAs of 16 rows and one slice, and 16-byte loads of shared memory beside them, for one token.
+MMAS = {"int16": 4, "int8": 2, "sign": 2, "float16": 32, "exact": 32}
+SHARED_LOADS = {"int16": 2, "int8": 1, "sign": 1, "float16": 16, "exact": 16}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Clock in Hz and bytes per second from memory."""
+
+    clock: float
+    memory: float
+
+
+#: Assumed seconds from the end of a kernel to the start of the next one in a graph, and to a chained one's.
+LAUNCH, CHAINED_LAUNCH = 1.0e-6, 0.3e-6
+
+#: By the names of :data:`littlebit2_kernels.gpu.GPUS`.
+RATES = {
+    "A100": Rates(1.41e9, 0.9 * 2.04e12),
+    "4090": Rates(2.52e9, 0.9 * 1.01e12),
+    "H100": Rates(1.98e9, 0.9 * 3.35e12),
+    "H200": Rates(1.98e9, 0.9 * 4.8e12),
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One token through one layer.
+
+    Attributes:
+        explanation: what is launched.
+        sign_bytes: bytes of signs that a stage reads, row padding included, for each launch.
+        sign_loads: 16-byte loads of signs, of warps.
+        shared_loads: 16-byte loads of activations from shared memory beside the MMAs, of warps.
+        mmas: MMAs, of warps.
+        staged: slices staged, by all blocks together.
+        seconds: of each launch.
+        dense_seconds: reading the float16 weight once, the least that a dense product can take.
+    """
+
+    explanation: Explanation
+    sign_bytes: tuple[int, ...]
+    sign_loads: int
+    shared_loads: int
+    mmas: int
+    staged: int
+    seconds: tuple[float, ...]
+    dense_seconds: float
+
+
+def predict(packed: PackedLinear, gpu: str, activation: str = "auto") -> Prediction:
+    """Count one float16 token through ``packed`` on a GPU of :data:`RATES`.
+
+    Raises:
+        ValueError: the GPU or the activation is unknown.
+    """
+    if gpu not in RATES:
+        raise ValueError(f"gpu must be one of {', '.join(RATES)}, got {gpu!r}")
+    rates = RATES[gpu]
+    shape = (1, packed.in_features)
+    explanation = explain(shape, packed, activation=activation, dtype=torch.float16, gpu=gpu)
+    mode = str(explanation.activation)
+    leaders = sorted(set(packed.leaders))
+    # (rows, columns) of the signs of each launch.
+    first = [(packed.ranks[p], packed.in_features) for p in leaders]
+    last = [(packed.out_features, rank) for rank in packed.ranks]
+    stages = [first] if packed.single_stage else [first, last]
+    tiles = [sum(-(-rows // TILE_ROWS) * -(-cols // SLICE) for rows, cols in stage) for stage in stages]
+    sign_bytes = tuple(sum(rows * -(-cols // 32) * 4 for rows, cols in stage) for stage in stages)
+    staged = 0
+    for launch, stage in zip(explanation.launches, stages, strict=True):
+        slices = sum(-(-cols // SLICE) for _, cols in stage)
+        # Every block of the last stage stages all paths, one of the first stage its own part of x.
+        staged += launch.grid[0] * (slices if stage is stages[-1] else -(-packed.in_features // SLICE))
+    return Prediction(
+        explanation=explanation,
+        sign_bytes=sign_bytes,
+        sign_loads=2 * sum(tiles),
+        shared_loads=SHARED_LOADS[mode] * sum(tiles),
+        mmas=MMAS[mode] * sum(tiles),
+        staged=staged,
+        seconds=tuple(
+            (CHAINED_LAUNCH if launch.chained else LAUNCH)
+            + max(launch.estimated_cycles / rates.clock, nbytes / rates.memory)
+            for launch, nbytes in zip(explanation.launches, sign_bytes, strict=True)
+        ),
+        dense_seconds=2 * packed.in_features * packed.out_features / rates.memory,
+    )
+
+
+def run(options: Namespace) -> int:
+    """Print predictions as a markdown table."""
+    head = ["GPU", "shape", "bpw", "mode", "grid", "signs KiB", "MMAs", "LDG.128", "LDS.128", "staged slices"]
+    head += ["us by stage", "us", "dense at least us", "ratio"]
+    rows = []
+    for gpu in options.gpu:
+        for name in options.shapes:
+            for bpw in options.bpw:
+                problem = Problem(parse_shape(name), bpw)
+                sizes = (problem.shape.in_features, problem.shape.out_features)
+                prediction = predict(make_packed(*sizes, problem.ranks), gpu, options.activation)
+                rows.append([gpu, problem.shape.label, f"{bpw:g}", *_cells(prediction)])
+    print(markdown(head, rows))
+    return 0
+
+
+def _cells(prediction: Prediction) -> list[str]:
+    launches = prediction.explanation.launches
+    total = sum(prediction.seconds)
+    return [
+        str(prediction.explanation.activation),
+        " + ".join(f"{launch.grid[0]}x{launch.grid[1]}" for launch in launches),
+        f"{sum(prediction.sign_bytes) / 1024:.0f}",
+        str(prediction.mmas),
+        str(prediction.sign_loads),
+        str(prediction.shared_loads),
+        str(prediction.staged),
+        " + ".join(f"{seconds * 1e6:.2f}" for seconds in prediction.seconds),
+        f"{total * 1e6:.2f}",
+        f"{prediction.dense_seconds * 1e6:.1f}",
+        f"{prediction.dense_seconds / total:.1f}x",
+    ]
