@@ -68,6 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     run.add_argument("--no-graphs", action="store_true", help="launch calls one by one on a GPU")
     run.add_argument("--refcheck", action="store_true", help="compare with float64; exit 1 past a bound")
+    run.add_argument(
+        "--unit-times", action="store_true", help="a dry run: run each call once and let it take 1 us"
+    )
     run.add_argument("--no-floors", action="store_true", help="do not measure the machine's floors")
     _add_measuring(run, repetitions=11)
     _add_outputs(run)
@@ -101,12 +104,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_whole_model(subparsers)
 
-    prediction = subparsers.add_parser("predict", help="counts and predicted times of decode calls on a GPU")
-    prediction.add_argument("--gpu", nargs="+", choices=predict.RATES, default=["H200", "A100", "4090"])
-    prediction.add_argument("--shapes", nargs="+", default=["llama2-7b-qo", "llama2-7b-up", "llama2-70b-up"])
-    prediction.add_argument("--bpw", nargs="+", type=_positive(float), default=[0.1, 0.3, 0.55, 1.0])
-    prediction.add_argument("--activation", default="auto", help="auto, exact, float16, int16, int8 or sign")
-    prediction.set_defaults(function=predict.run)
+    _add_predict(subparsers)
 
     table = subparsers.add_parser("table", help="markdown table of a JSON")
     table.add_argument("json", type=Path)
@@ -146,6 +144,15 @@ def _add_whole_model(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
     whole.add_argument("--memory-gib", type=_positive(float), default=12, help="most for all linear layers")
     whole.add_argument("--json", type=Path, help="write everything measured here")
     whole.set_defaults(function=whole_model.run)
+
+
+def _add_predict(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    prediction = subparsers.add_parser("predict", help="counts and predicted times of decode calls on a GPU")
+    prediction.add_argument("--gpu", nargs="+", choices=predict.RATES, default=["H200", "A100", "4090"])
+    prediction.add_argument("--shapes", nargs="+", default=["llama2-7b-qo", "llama2-7b-up", "llama2-70b-up"])
+    prediction.add_argument("--bpw", nargs="+", type=_positive(float), default=[0.1, 0.3, 0.55, 1.0])
+    prediction.add_argument("--activation", default="auto", help="auto, exact, float16, int16, int8 or sign")
+    prediction.set_defaults(function=predict.run)
 
 
 def _add_measuring(parser: argparse.ArgumentParser, *, repetitions: int) -> None:

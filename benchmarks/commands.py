@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import PROCESSORS
 from benchmarks.caches import default_cold_bytes
-from benchmarks.candidates import PEERS, Candidate, dtype_name, parse_candidate
+from benchmarks.candidates import Candidate, dtype_name, parse_candidate
 from benchmarks.floors import floors_table, measure_floors
 from benchmarks.goals import by_bpw_table, evaluate, goals_table
 from benchmarks.goals_run import METHOD_DTYPES, measure_goals
@@ -19,6 +19,7 @@ from benchmarks.problems import LARGE_SHAPES, SHAPES, Problem, Shape, parse_dtyp
 from benchmarks.records import Document, Row, environment, load_document, write_csv, write_json
 from benchmarks.sweep import Case, Entry, Settings, Sweep, available
 from benchmarks.tables import describe_environment, rows_table
+from benchmarks.timing import UnitTimer
 from benchmarks.timing_cuda import timer_for
 
 __all__ = ["floors", "goals", "plot", "run", "table"]
@@ -30,7 +31,7 @@ def run(options: Namespace) -> int:
     threads = _threads(options.threads, device)
     shapes = _shapes(options.shapes)
     dtypes = [parse_dtype(text) for text in options.dtypes]
-    candidates, unavailable = available(_candidates(options.candidates, dtypes), device)
+    candidates, unavailable = available(_candidates(options.candidates, dtypes, device), device)
     document = Document(environment(device, threads), unavailable=unavailable)
     _report_unavailable(document)
     if not candidates:
@@ -48,6 +49,8 @@ def run(options: Namespace) -> int:
             rows = list(sweep.measure(Problem(shape, bpw, options.paths, device), cases))
             print(f"\n{rows_table(rows)}", flush=True)
             document.rows += rows
+            if options.json is not None:
+                write_json(options.json, document)  # kept if the run is stopped
     _write(options, document)
     return _refcheck_status(document.rows) if options.refcheck else 0
 
@@ -174,11 +177,11 @@ def _shapes(names: Sequence[str]) -> list[Shape]:
     return [parse_shape(text) for name in names for text in groups.get(name, [name])]
 
 
-def _candidates(names: Sequence[str], dtypes: Sequence[torch.dtype]) -> list[Candidate]:
-    """Every candidate in every dtype; dense and low-rank in float32 as well."""
+def _candidates(names: Sequence[str], dtypes: Sequence[torch.dtype], device: torch.device) -> list[Candidate]:
+    """Every candidate in every dtype; on the CPU dense and low-rank in float32 as well."""
     wanted = {}
     for name in dict.fromkeys(names):
-        always = [torch.float32] if name in PEERS and name != "gemlite" else []
+        always = [torch.float32] if device.type == "cpu" and name in ("dense", "low-rank") else []
         for dtype in dict.fromkeys([*dtypes, *always]):
             candidate = parse_candidate(name, dtype)
             wanted[candidate.label] = candidate
@@ -189,7 +192,9 @@ def _settings(options: Namespace, device: torch.device) -> Settings:
     cold = default_cold_bytes(device) if options.cold_mib is None else int(options.cold_mib * 2**20)
     return Settings(
         device=device,
-        timer=timer_for(device, graphs=not getattr(options, "no_graphs", False)),
+        timer=UnitTimer()
+        if getattr(options, "unit_times", False)
+        else timer_for(device, graphs=not getattr(options, "no_graphs", False)),
         repetitions=options.repetitions,
         seconds=options.seconds,
         cold_bytes=cold,

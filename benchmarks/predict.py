@@ -91,10 +91,11 @@ def predict(packed: PackedLinear, gpu: str, activation: str = "auto") -> Predict
     first = [(packed.ranks[p], packed.in_features) for p in leaders]
     last = [(packed.out_features, rank) for rank in packed.ranks]
     stages = [first] if packed.single_stage else [first, last]
+    decodes = [launch for launch in explanation.launches if launch.kind == "decode"]
     tiles = [sum(-(-rows // TILE_ROWS) * -(-cols // SLICE) for rows, cols in stage) for stage in stages]
     sign_bytes = tuple(sum(rows * -(-cols // 32) * 4 for rows, cols in stage) for stage in stages)
     staged = 0
-    for launch, stage in zip(explanation.launches, stages, strict=True):
+    for launch, stage in zip(decodes, stages, strict=True):
         slices = sum(-(-cols // SLICE) for _, cols in stage)
         # Every block of the last stage stages all paths, one of the first stage its own part of x.
         staged += launch.grid[0] * (slices if stage is stages[-1] else -(-packed.in_features // SLICE))
@@ -108,7 +109,7 @@ def predict(packed: PackedLinear, gpu: str, activation: str = "auto") -> Predict
         seconds=tuple(
             (CHAINED_LAUNCH if launch.chained else LAUNCH)
             + max(launch.estimated_cycles / rates.clock, nbytes / rates.memory)
-            for launch, nbytes in zip(explanation.launches, sign_bytes, strict=True)
+            for launch, nbytes in zip(decodes, sign_bytes, strict=True)
         ),
         dense_seconds=2 * packed.in_features * packed.out_features / rates.memory,
     )

@@ -15,7 +15,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["Call", "CpuTimer", "Setup", "Spread", "Timer", "Timing", "Turn", "spread_of", "time_interleaved"]
+__all__ = [
+    "Call",
+    "CpuTimer",
+    "Setup",
+    "Spread",
+    "Timer",
+    "Timing",
+    "Turn",
+    "UnitTimer",
+    "spread_of",
+    "time_interleaved",
+]
 
 Call = Callable[[], object]
 Setup = Callable[[], object]
@@ -96,6 +107,18 @@ class Timer(Protocol):
             setup: run at the start of every turn, untimed.
         """
         ...
+
+
+class UnitTimer:
+    """For dry runs: every call runs once, and takes a microsecond."""
+
+    def prepare(self, runs: Sequence[Call], *, seconds: float, cold: bool, setup: Setup | None) -> Turn:
+        """See :class:`Timer`."""
+        if setup is not None:
+            setup()
+        for run in runs:
+            run()
+        return lambda: 1e-6
 
 
 class CpuTimer:

@@ -19,10 +19,11 @@ WARM_UPS = 3
 
 
 class CudaTimer:
-    """Times graphs of up to :data:`CALLS_PER_GRAPH` calls.
+    """Times graphs of :data:`CALLS_PER_GRAPH` calls.
 
-    Cold: the graph goes once through distinct copies, and before every replay a buffer of twice the L2 cache
-    is written, so that no copy is found there. Hot: the graph repeats one copy, and nothing is flushed.
+    Cold: the graph goes through distinct copies, round and round where fewer of them exceed the L2 cache
+    together; before every replay a buffer of twice the cache is written, so that no copy is found there. Hot:
+    the graph repeats one copy, and nothing is flushed.
 
     Args:
         device: the CUDA device.
@@ -42,7 +43,9 @@ class CudaTimer:
 
     def prepare(self, runs: Sequence[Call], *, seconds: float, cold: bool, setup: Setup | None) -> Turn:
         """See :class:`Timer`."""
-        sequence = list(runs[:CALLS_PER_GRAPH]) if cold else [runs[0]] * CALLS_PER_GRAPH
+        # As many calls for every candidate: what starting a graph costs is then the same share of each.
+        used = runs if cold else runs[:1]
+        sequence = [used[i % len(used)] for i in range(CALLS_PER_GRAPH)]
         if setup is not None:
             setup()
         launch = self._launcher(sequence)

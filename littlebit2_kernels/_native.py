@@ -144,20 +144,24 @@ def load_cuda_ops() -> None:
         NativeLibraryError: they cannot run here, or the library is missing or cannot be loaded.
     """
     global _cuda_ops_loaded
-    with _lock:
-        if _cuda_ops_loaded:
-            return
-        reason = no_cuda_reason()
-        if reason is not None:
-            raise NativeLibraryError(f"the CUDA kernels cannot be loaded: {reason}")
-        path = cuda_ops_library_path()
-        if not path.is_file():
-            raise NativeLibraryError(f"the CUDA operator library {path} does not exist. {_REBUILD}")
-        try:
-            torch.ops.load_library(str(path))
-        except OSError as error:
-            raise NativeLibraryError(
-                f"the CUDA operator library {path} cannot be loaded under torch {torch.__version__}: "
-                f"{error.__cause__ or error}"
-            ) from error
-        _cuda_ops_loaded = True
+    if not _cuda_ops_loaded:  # this is on the way of every call
+        with _lock:
+            if not _cuda_ops_loaded:
+                _load_cuda_library()
+                _cuda_ops_loaded = True
+
+
+def _load_cuda_library() -> None:
+    reason = no_cuda_reason()
+    if reason is not None:
+        raise NativeLibraryError(f"the CUDA kernels cannot be loaded: {reason}")
+    path = cuda_ops_library_path()
+    if not path.is_file():
+        raise NativeLibraryError(f"the CUDA operator library {path} does not exist. {_REBUILD}")
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise NativeLibraryError(
+            f"the CUDA operator library {path} cannot be loaded under torch {torch.__version__}: "
+            f"{error.__cause__ or error}"
+        ) from error

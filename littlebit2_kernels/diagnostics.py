@@ -145,9 +145,12 @@ def _self_test() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the report; return 0 when the self-test passes and 1 when it does not."""
+    """Print the report; return 0 when the self-test passes (and GPUs are usable, if they must be), else 1."""
     parser = argparse.ArgumentParser(prog="python -m littlebit2_kernels.diagnostics", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--require-gpu", action="store_true", help="fail unless every GPU passes its self-test"
+    )
     options = parser.parse_args(arguments)
     report = collect()
     if options.json:
@@ -160,7 +163,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{section}:")
             for key, value in content.items():
                 print(f"  {key}: {', '.join(value) if isinstance(value, list) else value}")
-    return 0 if report["self_test"] == "ok" else 1
+    gpus = report["gpu"].get("devices", [])
+    usable = bool(gpus) and all(gpu.endswith(": usable") for gpu in gpus)
+    return 0 if report["self_test"] == "ok" and (usable or not options.require_gpu) else 1
 
 
 if __name__ == "__main__":

@@ -29,18 +29,23 @@ class Launch:
     """One launch of a CUDA kernel.
 
     Attributes:
+        kind: ``"convert"`` turns the activations of many tokens into what the tensor cores take, once for all
+            blocks; ``"decode"`` multiplies signs by activations.
+        stage: 0, or 1 for U of a layer with two stages.
         grid: tiles of ``16 * row_warps`` rows; parts that the columns are split into; blocks of
             ``token_tile`` tokens.
         threads: of a block.
         token_tile: tokens of a block.
-        row_warps: warps of a block with rows of their own.
+        row_warps: warps of a block with rows of their own; 0, as what follows, where nothing is multiplied.
         split_warps: warps that share rows and split their columns.
         chunk_slices: slices of 512 columns whose activations are in shared memory at once.
         shared_bytes: shared memory of a block.
-        chained: whether it starts before the launch before it has ended.
+        chained: whether it may start before the kernel before it has ended; it waits.
         estimated_cycles: clock cycles of one token by the planner's estimate, not a measurement.
     """
 
+    kind: str
+    stage: int
     grid: tuple[int, int, int]
     threads: int
     token_tile: int

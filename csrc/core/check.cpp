@@ -22,7 +22,8 @@ lb2_status check_dtype(lb2_dtype dtype) {
 }
 
 lb2_status check_workspace(const void* workspace, int64_t got, int64_t needed) {
-  if (workspace == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "workspace must not be NULL");
+  if (workspace == nullptr && needed > 0)
+    return fail(LB2_ERROR_INVALID_ARGUMENT, "workspace must not be NULL");
   if (got < needed)
     return fail(LB2_ERROR_INVALID_ARGUMENT, "workspace_bytes must be >= %" PRId64 ", got %" PRId64, needed,
                 got);

@@ -2,7 +2,7 @@
 //
 // A slice of a token becomes integers q = rint(value / scale), and those become planes of bits with weights
 // w_b. A sign is 1 - 2 bit, so that sum_k sign_k q_k = sum_k q_k - 2 sum_b w_b popcount(bits & plane_b): one
-// m16n8k256 MMA counts 16 rows against 8 planes. Sums are exact within a slice; slices add up in fp32.
+// m16n8k256 MMA counts 16 rows against 8 planes. A slice is summed in integers; slices add up in fp32.
 #pragma once
 
 #include "cuda/staging.h"
@@ -78,19 +78,25 @@ struct BitPlanes {
       if (lane == 0) *scale = most.finite() ? magnitude / static_cast<float>(valid) : not_a_number();
     } else {
       constexpr float kLimit = kPlanes == 16 ? 32767.0f : 127.0f;
+      // Adding 1.5 * 2^23 rounds to an integer and leaves it, as two's complement, in the low bits.
+      constexpr float kRounder = 12582912.0f;
+      constexpr uint32_t kRounderBits = 0x4B400000u;
       // The largest is brought into [1, 2) first: neither its inverse nor the scale leaves the range then.
-      const int exponent = most.exponent();
-      const float largest = shift_exponent(bits_float(most.bits), -exponent);
-      const float inverse = most.bits == 0 ? 0.0f : kLimit / largest;
+      const Shift down(-most.exponent()), up(most.exponent());
+      const float largest = bits_float(most.bits) * down.first * down.second;
+      const float factor = most.bits == 0 ? 0.0f : down.second * fast_divide(kLimit, largest);
+      uint32_t sum_bits = 0;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const int32_t low = round_to_int(shift_exponent(values[i], -exponent) * inverse);
-        const int32_t high = round_to_int(shift_exponent(values[i + 8], -exponent) * inverse);
-        total += low + high;
-        rows[i] = (static_cast<uint32_t>(low) & 0xFFFFu) | (static_cast<uint32_t>(high) << 16);
+        const uint32_t low = float_bits(fused_multiply_add(values[i] * down.first, factor, kRounder));
+        const uint32_t high = float_bits(fused_multiply_add(values[i + 8] * down.first, factor, kRounder));
+        sum_bits += low + high;
+        rows[i] = (low & 0xFFFFu) | (high << 16);
       }
+      total = static_cast<int32_t>(sum_bits - kLaneCols * kRounderBits);
       transpose_16x16(rows);
-      if (lane == 0) *scale = most.finite() ? shift_exponent(largest / kLimit, exponent) : not_a_number();
+      if (lane == 0)
+        *scale = most.finite() ? largest * (1.0f / kLimit) * up.first * up.second : not_a_number();
     }
     total = warp_sum(total);
     if (lane == 0) *sum = total;
@@ -107,11 +113,11 @@ struct BitPlanes {
   template <int kTokens>
   static constexpr int kSlots = kPartial ? kTokens : kTiles<kTokens>;
 
-  // Adds one slice of signs: the words of rows g and g + 8 that the lane holds.
+  // Adds one slice of signs, the words of rows g and g + 8 that the lane holds, times the scales of the rows.
   template <int kTokens>
   LB2_DEVICE static void add(const Words4& low, const Words4& high, const unsigned char* tiles_data,
                              const float* scales, const int32_t* slice_sums, int lane,
-                             float (&sums)[kSlots<kTokens>][2]) {
+                             const float (&row_scale)[2], float (&sums)[kSlots<kTokens>][2]) {
     const int group = lane / 4, quad = lane % 4;
     const unsigned char* lane_data = tiles_data + group * kPlaneSliceBytes + quad * 16;
 #pragma unroll
@@ -138,8 +144,8 @@ struct BitPlanes {
       const int32_t base = kPartial && quad != 0 ? 0 : slice_sums[token];
 #pragma unroll
       for (int row = 0; row < 2; ++row)
-        sums[slot][row] =
-            fused_multiply_add(scales[token], static_cast<float>(base - 2 * rows[row]), sums[slot][row]);
+        sums[slot][row] = fused_multiply_add(scales[token] * row_scale[row],
+                                             static_cast<float>(base - 2 * rows[row]), sums[slot][row]);
     }
   }
 

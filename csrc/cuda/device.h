@@ -53,10 +53,15 @@ LB2_DEVICE uint32_t shuffle_xor(uint32_t value, int mask) {
 LB2_DEVICE int32_t shuffle_xor(int32_t value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
 LB2_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
 
+// Over the lanes of a warp, to all of them.
+LB2_DEVICE uint32_t warp_max(uint32_t value) { return __reduce_max_sync(0xFFFFFFFFu, value); }
+LB2_DEVICE int32_t warp_sum(int32_t value) { return __reduce_add_sync(0xFFFFFFFFu, value); }
+
 LB2_DEVICE int popcount(uint32_t word) { return __popc(word); }
 LB2_DEVICE uint32_t float_bits(float value) { return __float_as_uint(value); }
 LB2_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
-LB2_DEVICE int32_t round_to_int(float value) { return __float2int_rn(value); }
+// a / b to 2 ulp, for b between 2^-126 and 2^126.
+LB2_DEVICE float fast_divide(float a, float b) { return __fdividef(a, b); }
 LB2_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
 LB2_DEVICE float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
@@ -64,7 +69,8 @@ LB2_DEVICE float bfloat_to_float(uint16_t bits) { return __uint_as_float(static_
 LB2_DEVICE uint16_t float_to_half(float value) { return __half_as_ushort(__float2half_rn(value)); }
 LB2_DEVICE uint16_t float_to_bfloat(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
 
-// Weights are read once: past the L1 cache, 16 or 4 bytes at an address that is a multiple of that.
+// Weights are read once: 16 bytes at a multiple of 16, past the L1 cache; or 4 bytes, which leave their
+// neighbours in it.
 LB2_DEVICE Words4 load_stream(const uint32_t* p) {
   Words4 r;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -74,12 +80,25 @@ LB2_DEVICE Words4 load_stream(const uint32_t* p) {
 }
 LB2_DEVICE uint32_t load_stream_word(const uint32_t* p) {
   uint32_t r;
-  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(r) : "l"(p));
+  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(r) : "l"(p));
   return r;
 }
 
 // 16 bytes of shared or global memory, at a multiple of 16.
 LB2_DEVICE Words4 load_words4(const void* p) { return *static_cast<const Words4*>(p); }
+
+// Into the L2 cache.
+LB2_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+// 16 bytes from global to shared memory, both at multiples of 16, done after wait_for_copies of the same
+// thread.
+LB2_DEVICE void copy_words4(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global)
+               : "memory");
+}
+LB2_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // c += popcount(a & b), m16n8k256.
 LB2_DEVICE void mma_b1_and(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

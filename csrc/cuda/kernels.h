@@ -5,30 +5,35 @@
 
 namespace lb2::cuda {
 
-using DecodeKernel = void (*)(const StageParams);
+using Kernel = void (*)(const StageParams);
 
-// Each defined in its own file, so that they compile side by side. NULL for a tile that is none of
+struct Kernels {
+  Kernel decode;
+  Kernel convert;  // NULL for tiles that blocks convert themselves
+};
+
+// Each defined in its own file, so that they compile side by side. NULLs for a tile that is none of
 // kTokenTiles.
-DecodeKernel decode_exact(int token_tile) noexcept;
-DecodeKernel decode_float16(int token_tile) noexcept;
-DecodeKernel decode_int16(int token_tile) noexcept;
-DecodeKernel decode_int8(int token_tile) noexcept;
-DecodeKernel decode_sign(int token_tile) noexcept;
+Kernels kernels_exact(int token_tile) noexcept;
+Kernels kernels_float16(int token_tile) noexcept;
+Kernels kernels_int16(int token_tile) noexcept;
+Kernels kernels_int8(int token_tile) noexcept;
+Kernels kernels_sign(int token_tile) noexcept;
 
-inline DecodeKernel find_decode(lb2_activation activation, int token_tile) noexcept {
+inline Kernels find_kernels(lb2_activation activation, int token_tile) noexcept {
   switch (activation) {
     case LB2_ACTIVATION_EXACT:
-      return decode_exact(token_tile);
+      return kernels_exact(token_tile);
     case LB2_ACTIVATION_FLOAT16:
-      return decode_float16(token_tile);
+      return kernels_float16(token_tile);
     case LB2_ACTIVATION_INT16:
-      return decode_int16(token_tile);
+      return kernels_int16(token_tile);
     case LB2_ACTIVATION_INT8:
-      return decode_int8(token_tile);
+      return kernels_int8(token_tile);
     case LB2_ACTIVATION_SIGN:
-      return decode_sign(token_tile);
+      return kernels_sign(token_tile);
     default:
-      return nullptr;
+      return {};
   }
 }
 

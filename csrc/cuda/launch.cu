@@ -5,6 +5,7 @@
 
 #include "core/check.h"
 #include "core/status.h"
+#include "cuda/check.h"
 #include "cuda/kernels.h"
 #include "cuda/plan.h"
 
@@ -18,13 +19,20 @@ namespace {
   } while (false)
 
 lb2_status cuda_failure(const char* what, cudaError_t error) {
-  if (error == cudaErrorNoKernelImageForDevice)
-    return fail(
-        LB2_ERROR_UNSUPPORTED,
-        "%s: this build of liblittlebit2_cuda has no code for this GPU's architecture, and none that the "
-        "driver could compile for it; rebuild with LB2_CUDA_ARCHS naming it",
-        what);
-  return fail(LB2_ERROR_INTERNAL, "%s: %s (%s)", what, cudaGetErrorString(error), cudaGetErrorName(error));
+  switch (error) {
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorInvalidKernelImage:
+    case cudaErrorUnsupportedPtxVersion:
+      return fail(
+          LB2_ERROR_UNSUPPORTED,
+          "%s: this build of liblittlebit2_cuda has no code for this GPU's architecture, and none that "
+          "the driver could compile for it (%s); rebuild with LB2_CUDA_ARCHS naming it",
+          what, cudaGetErrorName(error));
+    default:
+      return fail(LB2_ERROR_INTERNAL, "%s: %s (%s)", what, cudaGetErrorString(error),
+                  cudaGetErrorName(error));
+  }
 }
 
 // Properties of one device do not change: they are asked for once.
@@ -70,33 +78,55 @@ lb2_status check_same_device(const lb2_cuda_device& current, const lb2_cuda_devi
               current.capability, current.shared_bytes, planned.capability, planned.shared_bytes);
 }
 
-// Allows the kernel the shared memory that it may ever be planned with, once per thread and device.
-lb2_status allow_shared_memory(DecodeKernel kernel, int32_t ordinal, const lb2_cuda_device& device,
-                               lb2_activation activation, int32_t token_tile) {
-  constexpr int kTileBits = 5;  // 1 .. 16
-  thread_local uint8_t allowed[kMaxDevices][LB2_ACTIVATION_FLOAT16 + 1][1 << kTileBits] = {};
-  uint8_t* known = ordinal < kMaxDevices ? &allowed[ordinal][activation][token_tile] : nullptr;
-  if (known != nullptr && *known) return LB2_OK;
-  LB2_RETURN_IF_CUDA_ERROR(
-      "preparing a kernel",
-      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(device.shared_bytes)));
-  if (known != nullptr) *known = 1;
+// What is found out about a kernel once per thread and device.
+struct KernelState {
+  bool ready;
+  bool waits;  // its code has the wait that lets it start before the kernel before it has ended
+};
+
+// Also allows the kernel the shared memory that it may ever be planned with.
+lb2_status prepare_kernel(Kernel kernel, const lb2_cuda_device& device, KernelState* state) {
+  const char* what = "preparing a kernel";
+  const void* function = reinterpret_cast<const void*>(kernel);
+  cudaFuncAttributes attributes;
+  LB2_RETURN_IF_CUDA_ERROR(what, cudaFuncGetAttributes(&attributes, function));
+  LB2_RETURN_IF_CUDA_ERROR(what, cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                      static_cast<int>(device.shared_bytes)));
+  // One division of L1 and shared memory for all: an SM that must change it drains first.
+  LB2_RETURN_IF_CUDA_ERROR(what,
+                           cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                                cudaSharedmemCarveoutMaxShared));
+  // Older PTX may have been compiled for this GPU by the driver.
+  *state = {true, attributes.ptxVersion >= kLeastChained};
   return LB2_OK;
 }
 
-lb2_status launch(const lb2_cuda_stage& stage, DecodeKernel kernel, const StageParams& params,
-                  cudaStream_t stream) {
-  cudaLaunchAttribute chained = {};
-  chained.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  chained.val.programmaticStreamSerializationAllowed = 1;
+lb2_status find_kernel(const lb2_cuda_launch& launch, int32_t ordinal, const lb2_cuda_device& device,
+                       lb2_activation activation, Kernel* kernel, KernelState* state) {
+  thread_local KernelState known[kMaxDevices][2][LB2_ACTIVATION_FLOAT16 + 1][kMaxTokenTile + 1] = {};
+  const bool converts = launch.kind == LB2_CUDA_CONVERT;
+  const Kernels kernels = find_kernels(activation, launch.token_tile);
+  *kernel = converts ? kernels.convert : kernels.decode;
+  KernelState* kept =
+      ordinal < kMaxDevices ? &known[ordinal][converts][activation][launch.token_tile] : nullptr;
+  if (kept == nullptr) return prepare_kernel(*kernel, device, state);
+  if (!kept->ready) LB2_RETURN_IF_ERROR(prepare_kernel(*kernel, device, kept));
+  *state = *kept;
+  return LB2_OK;
+}
+
+lb2_status queue(const lb2_cuda_launch& launch, Kernel kernel, bool chained, const StageParams& params,
+                 cudaStream_t stream) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(stage.grid_x, stage.grid_y, stage.grid_z);
-  config.blockDim = dim3(stage.threads);
-  config.dynamicSmemBytes = stage.shared_bytes;
+  config.gridDim = dim3(launch.grid_x, launch.grid_y, launch.grid_z);
+  config.blockDim = dim3(launch.threads);
+  config.dynamicSmemBytes = launch.shared_bytes;
   config.stream = stream;
-  config.attrs = &chained;
-  config.numAttrs = stage.chained ? 1 : 0;
+  config.attrs = &attribute;
+  config.numAttrs = chained ? 1 : 0;
   LB2_RETURN_IF_CUDA_ERROR("launching a kernel", cudaLaunchKernelEx(&config, kernel, params));
   return LB2_OK;
 }
@@ -126,15 +156,18 @@ lb2_status lb2_linear_forward_cuda(const lb2_linear_args* args, const lb2_cuda_p
   LB2_RETURN_IF_ERROR(current_device(&ordinal, &device));
   LB2_RETURN_IF_ERROR(check_same_device(device, plan.device));
   LB2_RETURN_IF_ERROR(lb2::check_buffers(*args, lb2::Direction::kForward, plan.workspace_bytes));
+  LB2_RETURN_IF_ERROR(check_addresses(*args));
   char* workspace = align_workspace(args->workspace);
   for (int64_t first = 0; first < args->m; first += plan.token_block) {
     const int64_t left = args->m - first, tokens = left < plan.token_block ? left : plan.token_block;
-    for (int i = 0; i < plan.num_stages; ++i) {
-      const lb2_cuda_stage stage = stage_launch(plan, i, tokens);
-      DecodeKernel kernel = find_decode(plan.activation, stage.token_tile);
-      LB2_RETURN_IF_ERROR(allow_shared_memory(kernel, ordinal, device, plan.activation, stage.token_tile));
-      LB2_RETURN_IF_ERROR(launch(stage, kernel, stage_params(*args, plan, i, first, tokens, workspace),
-                                 static_cast<cudaStream_t>(stream)));
+    for (int i = 0; i < plan.num_launches; ++i) {
+      const lb2_cuda_launch launch = launch_for(plan, i, tokens);
+      Kernel kernel;
+      KernelState state;
+      LB2_RETURN_IF_ERROR(find_kernel(launch, ordinal, device, plan.activation, &kernel, &state));
+      LB2_RETURN_IF_ERROR(queue(launch, kernel, launch.chained && state.waits,
+                                launch_params(*args, plan, i, first, tokens, workspace),
+                                static_cast<cudaStream_t>(stream)));
     }
   }
   return LB2_OK;

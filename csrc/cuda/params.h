@@ -1,4 +1,4 @@
-// What one launch of the decode kernel gets, by value.
+// What one launch of a kernel gets, by value.
 #pragma once
 
 #include <cstdint>
@@ -21,17 +21,18 @@ struct Term {
   const void* input;
   const float* scale;
   const uint32_t* words;
+  const float* row_scale;    // [rows], when terms are added
+  float* sums;               // [grid_y, m, rows], when terms stand alone
+  unsigned char* converted;  // [token tile, slice], where a launch of its own makes what blocks stage
   int64_t word_stride;
-  int64_t part_stride;     // elements between the parts of input
-  const float* row_scale;  // [rows], when terms are added
-  float* sums;             // [grid_y, m, rows], when terms stand alone
+  int64_t input_stride;  // elements between tokens
+  int64_t part_stride;   // elements between the parts of input
   int32_t rows, cols;
   int32_t first_tile;  // when terms stand alone
 };
 
 struct StageParams {
   Term terms[LB2_MAX_PATHS];
-  int64_t input_stride;  // elements between tokens; 0 means the term's cols
   int64_t output_stride;
   void* output;       // [m, rows], when terms are added
   const float* bias;  // [rows] or NULL
@@ -41,7 +42,9 @@ struct StageParams {
   int32_t m;
   int32_t splits;
   int32_t row_warps;
+  int32_t block_rows_log2;  // of kTileRows * row_warps
   int32_t chunk_slices;
+  int32_t signs_early;  // 1: signs and scales are older than the kernel before this one
   lb2_dtype input_dtype, output_dtype;
 };
 

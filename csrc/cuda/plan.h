@@ -7,13 +7,15 @@
 
 namespace lb2::cuda {
 
-struct Plan : lb2_cuda_plan {  // stages for token_block tokens, or fewer where there are fewer
-  FirstStages first;
-  int64_t sums_offset[LB2_MAX_PATHS];  // bytes: [grid_y, tokens, rank] fp32 partial latents of each group
-};
+constexpr int32_t kLeastChained = 90;  // capability with programmatic dependent launch
 
-// Whether the kernels can run on a GPU, and a message if not.
-LB2_API lb2_status check_device(const lb2_cuda_device* device) noexcept;
+struct Plan : lb2_cuda_plan {  // launches for token_block tokens, or fewer where there are fewer
+  FirstStages first;
+  // Bytes into the workspace: [grid_y, tokens, rank] fp32 partial latents of each group, and the converted
+  // slices of each term of a stage.
+  int64_t sums_offset[LB2_MAX_PATHS];
+  int64_t converted_offset[2][LB2_MAX_PATHS];
+};
 
 // The arguments must have passed check_layer, and the device check_device; tuning may be NULL.
 LB2_API lb2_status make_plan(const lb2_linear_args& args, lb2_activation activation,
@@ -24,11 +26,11 @@ LB2_API lb2_status make_plan(const lb2_linear_args& args, lb2_activation activat
 // arguments must have passed check_layer.
 LB2_API lb2_status resume_plan(const lb2_linear_args& args, const lb2_cuda_plan* made, Plan* plan) noexcept;
 
-// Launch geometry and parameters of one stage for the tokens [first, first + tokens) of the call; `workspace`
-// is aligned.
-LB2_API lb2_cuda_stage stage_launch(const Plan& plan, int stage, int64_t tokens) noexcept;
-LB2_API StageParams stage_params(const lb2_linear_args& args, const Plan& plan, int stage, int64_t first,
-                                 int64_t tokens, char* workspace) noexcept;
+// Geometry and parameters of one launch for the tokens [first, first + tokens) of the call; `workspace` is
+// aligned.
+LB2_API lb2_cuda_launch launch_for(const Plan& plan, int launch, int64_t tokens) noexcept;
+LB2_API StageParams launch_params(const lb2_linear_args& args, const Plan& plan, int launch, int64_t first,
+                                  int64_t tokens, char* workspace) noexcept;
 
 constexpr int64_t kWorkspaceAlignment = 256;
 

@@ -16,6 +16,7 @@ template <int kTerms>
 struct SignHalves {
   static constexpr lb2_activation kActivation = kTerms == 1 ? LB2_ACTIVATION_FLOAT16 : LB2_ACTIVATION_EXACT;
   static constexpr int kTokensPerTile = kTileColumns / kTerms;
+  static constexpr int kTilesPerToken = 1;
   static constexpr int kColumnBytes = kSliceCols * 2 + 64;  // 64 apart in banks
   static constexpr int kTileBytes = kTileColumns * kColumnBytes;
   static constexpr int kTopExponent = 14;
@@ -24,20 +25,22 @@ struct SignHalves {
   template <int kTokens>
   static constexpr int kTiles = (kTokens + kTokensPerTile - 1) / kTokensPerTile;
 
-  // A lane has bits 8 h .. 8 h + 7 and those 16 further of a word.
-  LB2_DEVICE static int first_run(int lane) { return (lane / 2) * LB2_WORD_BITS + (lane % 2) * kRunCols; }
+  // A lane has bits 8 h .. 8 h + 7 and those 16 further of a word; 8 lanes in a row write to 4 quads'
+  // columns.
+  LB2_DEVICE static int word_of(int lane) { return lane / 2 % 4 * 4 + lane / 8; }
+  LB2_DEVICE static int first_run(int lane) { return word_of(lane) * LB2_WORD_BITS + lane % 2 * kRunCols; }
   LB2_DEVICE static int second_run(int lane) { return first_run(lane) + 16; }
 
   LB2_DEVICE static void stage(const float (&values)[kLaneCols], int lane, int, int token,
                                unsigned char* tiles, float* scale, int32_t*) {
     const Magnitude most = slice_magnitude(values);
-    const int shift = kTopExponent - most.exponent();
+    const Shift up(kTopExponent - most.exponent()), down(most.exponent() - kTopExponent);
     uint32_t terms[kTerms][kRunCols];  // column i in the low half, i + 16 in the high one
 #pragma unroll
     for (int i = 0; i < kRunCols; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float rest = shift_exponent(values[half * kRunCols + i], shift);
+        float rest = values[half * kRunCols + i] * up.first * up.second;
 #pragma unroll
         for (int term = 0; term < kTerms; ++term) {
           const uint16_t bits = float_to_half(rest);
@@ -46,7 +49,7 @@ struct SignHalves {
         }
       }
     // 16 bytes are the b0, b1 of two MMAs; those of a quad's lanes lie side by side (bank conflicts).
-    const int word = lane / 2, quad = word / 4, index = word % 4;
+    const int quad = word_of(lane) / 4, index = word_of(lane) % 4;
 #pragma unroll
     for (int term = 0; term < kTerms; ++term) {
       const int column = token * kTerms + term;
@@ -60,9 +63,7 @@ struct SignHalves {
         *reinterpret_cast<Words4*>(data + unit * 16) = four;
       }
     }
-    if (lane == 0)
-      // The largest may be that of a subnormal: 2^-shift is then 2^-140, in two steps.
-      *scale = most.finite() ? shift_exponent(1.0f, -shift) : not_a_number();
+    if (lane == 0) *scale = most.finite() ? down.first * down.second : not_a_number();
   }
 
   template <int kTokens>
@@ -70,7 +71,7 @@ struct SignHalves {
 
   template <int kTokens>
   LB2_DEVICE static void add(const Words4& low, const Words4& high, const unsigned char* tiles_data,
-                             const float* scales, const int32_t*, int lane,
+                             const float* scales, const int32_t*, int lane, const float (&row_scale)[2],
                              float (&sums)[kSlots<kTokens>][2]) {
     constexpr int kCount = kTiles<kTokens>;
     const int group = lane / 4, quad = lane % 4;
@@ -110,11 +111,14 @@ struct SignHalves {
         const float even = counts[tile][2 * row], odd = counts[tile][2 * row + 1];
         if constexpr (kTerms == 1) {
           const int token = tile * kTileColumns + 2 * quad;
-          sums[2 * tile][row] = fused_multiply_add(scales[token], even, sums[2 * tile][row]);
-          sums[2 * tile + 1][row] = fused_multiply_add(scales[token + 1], odd, sums[2 * tile + 1][row]);
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+            sums[2 * tile + i][row] = fused_multiply_add(scales[token + i] * row_scale[row],
+                                                         i == 0 ? even : odd, sums[2 * tile + i][row]);
         } else {
           const float both = fused_multiply_add(odd, power_of_two(-kTermShift), even);
-          sums[tile][row] = fused_multiply_add(scales[tile * kTokensPerTile + quad], both, sums[tile][row]);
+          sums[tile][row] = fused_multiply_add(scales[tile * kTokensPerTile + quad] * row_scale[row], both,
+                                               sums[tile][row]);
         }
       }
   }

@@ -1,4 +1,4 @@
-// Activations into shared memory: scaled, rounded to what the tensor cores take, slice by slice.
+// Activations of one slice into registers: read, scaled, their largest magnitude found.
 //
 // One warp takes one slice (512 columns) of one token; a lane takes two runs of 8 columns. The columns past
 // the end are zero, which makes the pad bits of signs, and words past the end of a row, of no account.
@@ -24,74 +24,85 @@ struct SliceSource {
 
 LB2_DEVICE bool aligned16(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
 
-LB2_DEVICE void load_floats(const float* source, int count, float (&out)[kRunCols]) {
-  if (count >= kRunCols && aligned16(source)) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const Words4 four = load_words4(source + 4 * i);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) out[4 * i + j] = bits_float(four.w[j]);
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kRunCols; ++i) out[i] = i < count ? source[i] : 0.0f;
-}
-
 LB2_DEVICE float half_value(uint32_t bits, lb2_dtype dtype) {
   return dtype == LB2_FLOAT16 ? half_to_float(static_cast<uint16_t>(bits))
                               : bfloat_to_float(static_cast<uint16_t>(bits));
 }
 
-LB2_DEVICE void load_halves(const uint16_t* source, int count, lb2_dtype dtype, float (&out)[kRunCols]) {
-  if (count >= kRunCols && aligned16(source)) {
-    const Words4 eight = load_words4(source);
+// Whole runs at multiples of 16 bytes: every load is under way before the first is waited for.
+LB2_DEVICE void load_runs_aligned(const SliceSource& source, const int (&cols)[2], float (&out)[kLaneCols]) {
+  Words4 scale[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      out[2 * i] = half_value(eight.w[i] & 0xFFFFu, dtype);
-      out[2 * i + 1] = half_value(eight.w[i] >> 16, dtype);
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kRunCols; ++i) out[i] = i < count ? half_value(source[i], dtype) : 0.0f;
-}
-
-// out[i] = scale * input of columns col .. col + 7, zero past the end; parts are added in order.
-LB2_DEVICE void load_run(const SliceSource& source, int col, float* out) {
-  const int count = source.cols - col;
-  float values[kRunCols], scale[kRunCols];
+  for (int i = 0; i < 4; ++i) scale[i] = load_words4(source.scale + cols[i / 2] + i % 2 * 4);
   if (source.dtype == LB2_FLOAT32) {
-    const float* row = reinterpret_cast<const float*>(source.row) + col;
-    load_floats(row, count, values);
-    for (int part = 1; part < source.num_parts; ++part) {
-      float more[kRunCols];
-      row = reinterpret_cast<const float*>(reinterpret_cast<const char*>(row) + source.part_bytes);
-      load_floats(row, count, more);
+    constexpr int kAtOnce = 4;  // parts
+    const auto load = [&](int part, int i) {
+      return load_words4(source.row + part * source.part_bytes + (cols[i / 2] + i % 2 * 4) * 4);
+    };
+    Words4 values[4];
 #pragma unroll
-      for (int i = 0; i < kRunCols; ++i) values[i] += more[i];
+    for (int i = 0; i < 4; ++i) values[i] = load(0, i);
+#pragma unroll
+    for (int i = 0; i < kLaneCols; ++i) out[i] = bits_float(values[i / 4].w[i % 4]);
+    for (int part = 1; part < source.num_parts; part += kAtOnce) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        Words4 more[kAtOnce][2];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j)
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+            more[j][i] = part + j < source.num_parts ? load(part + j, 2 * half + i) : Words4{};
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j)
+#pragma unroll
+          for (int i = 0; i < kRunCols; ++i) out[half * kRunCols + i] += bits_float(more[j][i / 4].w[i % 4]);
+      }
     }
   } else {
-    load_halves(reinterpret_cast<const uint16_t*>(source.row) + col, count, source.dtype, values);
-  }
-  load_floats(source.scale + col, count, scale);
+    Words4 values[2];
 #pragma unroll
-  for (int i = 0; i < kRunCols; ++i) out[i] = values[i] * scale[i];
+    for (int i = 0; i < 2; ++i) values[i] = load_words4(source.row + cols[i] * 2);
+#pragma unroll
+    for (int i = 0; i < kLaneCols; ++i) {
+      const uint32_t two = values[i / kRunCols].w[i % kRunCols / 2];
+      out[i] = half_value(i % 2 == 0 ? two & 0xFFFFu : two >> 16, source.dtype);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kLaneCols; ++i) out[i] *= bits_float(scale[i / 4].w[i % 4]);
 }
 
-LB2_DEVICE uint32_t warp_max(uint32_t value) {
+// Any runs: one element at a time, zero past the end.
+LB2_DEVICE void load_runs_ragged(const SliceSource& source, const int (&cols)[2], float (&out)[kLaneCols]) {
 #pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) {
-    const uint32_t other = shuffle_xor(value, mask);
-    value = value > other ? value : other;
+  for (int i = 0; i < kLaneCols; ++i) {
+    const int col = cols[i / kRunCols] + i % kRunCols;
+    out[i] = 0.0f;
+    if (col >= source.cols) continue;
+    float value;
+    if (source.dtype == LB2_FLOAT32) {
+      value = reinterpret_cast<const float*>(source.row)[col];
+      for (int part = 1; part < source.num_parts; ++part)
+        value += reinterpret_cast<const float*>(source.row + part * source.part_bytes)[col];
+    } else {
+      value = half_value(reinterpret_cast<const uint16_t*>(source.row)[col], source.dtype);
+    }
+    out[i] = value * source.scale[col];
   }
-  return value;
 }
 
-LB2_DEVICE int32_t warp_sum(int32_t value) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
-  return value;
+// out[i] = scale * input of the columns cols[0] .. + 7 and cols[1] .. + 7, zero past the end; parts are added
+// in order.
+LB2_DEVICE void load_runs(const SliceSource& source, const int (&cols)[2], float (&out)[kLaneCols]) {
+  const int element_bytes = source.dtype == LB2_FLOAT32 ? 4 : 2;
+  // Runs start at multiples of 8 columns, so rows, parts and scales decide.
+  const bool aligned = aligned16(source.row + cols[0] * element_bytes) && aligned16(source.scale + cols[0]) &&
+                       (source.num_parts == 1 || (source.part_bytes & 15) == 0);
+  if (aligned && cols[1] + kRunCols <= source.cols)
+    load_runs_aligned(source, cols, out);
+  else
+    load_runs_ragged(source, cols, out);
 }
 
 LB2_DEVICE float warp_sum(float value) {
@@ -104,6 +115,13 @@ LB2_DEVICE float warp_sum(float value) {
 LB2_DEVICE float power_of_two(int exponent) {
   return bits_float(static_cast<uint32_t>(exponent + 127) << 23);
 }
+
+// 2^shift as a product of two floats; -252 <= shift <= 252.
+struct Shift {
+  float first, second;
+  LB2_DEVICE explicit Shift(int shift)
+      : first(power_of_two(shift / 2)), second(power_of_two(shift - shift / 2)) {}
+};
 
 // The largest magnitude of a slice as 2^exponent * [1, 2); magnitudes are ordered like their bits, NaN last.
 struct Magnitude {
@@ -124,12 +142,6 @@ LB2_DEVICE Magnitude slice_magnitude(const float (&values)[kLaneCols]) {
     most = most > bits ? most : bits;
   }
   return {warp_max(most)};
-}
-
-// value * 2^shift without leaving the range of floats halfway; -252 <= shift <= 252.
-LB2_DEVICE float shift_exponent(float value, int shift) {
-  const int half = shift / 2;
-  return value * power_of_two(half) * power_of_two(shift - half);
 }
 
 LB2_DEVICE float not_a_number() { return bits_float(0x7FC00000u); }

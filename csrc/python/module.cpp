@@ -160,18 +160,20 @@ py::dict plan_cuda(int64_t m, int64_t k, int64_t n, const std::vector<int64_t>& 
   plan.struct_size = sizeof plan;
   throw_on_error(lb2_linear_plan_cuda(&shapes.args, activation, &device, nullptr, &plan));
   py::list launches;
-  for (int32_t i = 0; i < plan.num_stages; ++i) {
-    const lb2_cuda_stage& stage = plan.stages[i];
+  for (int32_t i = 0; i < plan.num_launches; ++i) {
+    const lb2_cuda_launch& planned = plan.launches[i];
     py::dict launch;
-    launch["grid"] = py::make_tuple(stage.grid_x, stage.grid_y, stage.grid_z);
-    launch["threads"] = stage.threads;
-    launch["token_tile"] = stage.token_tile;
-    launch["row_warps"] = stage.row_warps;
-    launch["split_warps"] = stage.split_warps;
-    launch["chunk_slices"] = stage.chunk_slices;
-    launch["shared_bytes"] = stage.shared_bytes;
-    launch["chained"] = stage.chained != 0;
-    launch["estimated_cycles"] = stage.estimated_cycles;
+    launch["kind"] = planned.kind == LB2_CUDA_CONVERT ? "convert" : "decode";
+    launch["stage"] = planned.stage;
+    launch["grid"] = py::make_tuple(planned.grid_x, planned.grid_y, planned.grid_z);
+    launch["threads"] = planned.threads;
+    launch["token_tile"] = planned.token_tile;
+    launch["row_warps"] = planned.row_warps;
+    launch["split_warps"] = planned.split_warps;
+    launch["chunk_slices"] = planned.chunk_slices;
+    launch["shared_bytes"] = planned.shared_bytes;
+    launch["chained"] = planned.chained != 0;
+    launch["estimated_cycles"] = planned.estimated_cycles;
     launches.append(launch);
   }
   py::dict result;

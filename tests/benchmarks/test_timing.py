@@ -187,12 +187,15 @@ def cuda_timer(fake: FakeCuda, *, graphs: bool = True) -> CudaTimer:
 
 def test_cuda_cold_goes_through_the_copies_and_flushes_untimed(fake: FakeCuda) -> None:
     runs = [fake.call(name) for name in "abc"]
-    timings = time_interleaved({"x": runs}, repetitions=1, seconds=0.012, cold=True, timer=cuda_timer(fake))
+    timings = time_interleaved(
+        {"x": runs}, repetitions=1, seconds=0.004 * CALLS_PER_GRAPH, cold=True, timer=cuda_timer(fake)
+    )
     # 2 ms a call, whatever the flushes take.
     assert timings["x"].samples == pytest.approx([0.002])
     warm_up = [*"abc"] * WARM_UPS + ["sync"]
-    estimate = ["graph:abc", "flush", "graph:abc", "sync"]
-    turn = ["graph:abc", *["flush", "graph:abc"] * 2, "sync"]
+    graph = "graph:" + ("abc" * CALLS_PER_GRAPH)[:CALLS_PER_GRAPH]
+    estimate = [graph, "flush", graph, "sync"]
+    turn = [graph, *["flush", graph] * 2, "sync"]
     assert fake.log == warm_up + estimate + turn
 
 

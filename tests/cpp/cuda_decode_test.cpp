@@ -1,4 +1,4 @@
-// The CUDA decode kernels executed on the host, instance by instance, against a float64 reference: random
+// The CUDA kernels executed on the host, instance by instance, against a float64 reference: random
 // small problems with ragged tails, misaligned words, several paths, and garbage in pad bits. Out-of-bounds
 // accesses are AddressSanitizer's to find; shared memory and workspace start as NaN, so that what was not
 // written shows.
@@ -10,7 +10,9 @@
 #include <cstring>
 #include <vector>
 
-#include "cuda/decode_instances.h"
+#include "core/check.h"
+#include "cuda/check.h"
+#include "cuda/kernel_instances.h"
 #include "cuda/plan.h"
 #include "cuda_host/run_grid.h"
 #include "random_problem.h"
@@ -20,18 +22,18 @@ namespace {
 using lb2::cuda::BitPlanes;
 using lb2::cuda::SignHalves;
 
-lb2::cuda::DecodeKernel kernel_of(lb2_activation activation, int tile) {
+lb2::cuda::Kernels kernels_of(lb2_activation activation, int tile) {
   switch (activation) {
     case LB2_ACTIVATION_EXACT:
-      return lb2::cuda::decode_instance<SignHalves<2>>(tile);
+      return lb2::cuda::kernel_instances<SignHalves<2>>(tile);
     case LB2_ACTIVATION_FLOAT16:
-      return lb2::cuda::decode_instance<SignHalves<1>>(tile);
+      return lb2::cuda::kernel_instances<SignHalves<1>>(tile);
     case LB2_ACTIVATION_INT16:
-      return lb2::cuda::decode_instance<BitPlanes<16>>(tile);
+      return lb2::cuda::kernel_instances<BitPlanes<16>>(tile);
     case LB2_ACTIVATION_INT8:
-      return lb2::cuda::decode_instance<BitPlanes<8>>(tile);
+      return lb2::cuda::kernel_instances<BitPlanes<8>>(tile);
     default:
-      return lb2::cuda::decode_instance<BitPlanes<2>>(tile);
+      return lb2::cuda::kernel_instances<BitPlanes<2>>(tile);
   }
 }
 
@@ -44,22 +46,34 @@ double mode_tolerance(lb2_activation activation, int64_t outputs) {
   return many * (1.0 + 3.0 / std::sqrt(static_cast<double>(std::max<int64_t>(outputs, 1))));
 }
 
-// Runs the launches of a plan on the host; the workspace starts as NaN.
-void forward(const lb2_linear_args& args, const lb2::cuda::Plan& plan, lb2::cuda::Order order) {
-  const Buffer workspace(plan.workspace_bytes, false);
-  std::memset(workspace.data, 0xFF, static_cast<size_t>(plan.workspace_bytes));
-  char* aligned = lb2::cuda::align_workspace(workspace.data);
+// As lb2_linear_forward_cuda, on the host; the workspace starts as NaN. Zero if it refuses the call.
+bool forward(lb2_linear_args args, const lb2_cuda_plan& made, lb2::cuda::Order order) {
+  lb2::cuda::Plan plan;
+  const Buffer workspace(made.workspace_bytes, false);
+  std::memset(workspace.data, 0xFF, static_cast<size_t>(made.workspace_bytes));
+  // A call that needs no workspace may pass none.
+  args.workspace = made.workspace_bytes > 0 ? workspace.data : nullptr;
+  args.workspace_bytes = made.workspace_bytes;
+  if (lb2::cuda::resume_plan(args, &made, &plan) != LB2_OK ||
+      lb2::check_buffers(args, lb2::Direction::kForward, plan.workspace_bytes) != LB2_OK ||
+      lb2::cuda::check_addresses(args) != LB2_OK) {
+    std::fprintf(stderr, "refused: %s\n", lb2_last_error());
+    return false;
+  }
+  char* aligned = lb2::cuda::align_workspace(args.workspace);
   for (int64_t first = 0; first < args.m; first += plan.token_block) {
     const int64_t tokens = std::min(plan.token_block, args.m - first);
-    for (int i = 0; i < plan.num_stages; ++i) {
-      const lb2_cuda_stage stage = lb2::cuda::stage_launch(plan, i, tokens);
-      const lb2::cuda::StageParams params = lb2::cuda::stage_params(args, plan, i, first, tokens, aligned);
-      const lb2::cuda::DecodeKernel kernel = kernel_of(plan.activation, stage.token_tile);
+    for (int i = 0; i < plan.num_launches; ++i) {
+      const lb2_cuda_launch launch = lb2::cuda::launch_for(plan, i, tokens);
+      const lb2::cuda::StageParams params = lb2::cuda::launch_params(args, plan, i, first, tokens, aligned);
+      const lb2::cuda::Kernels kernels = kernels_of(plan.activation, launch.token_tile);
+      const lb2::cuda::Kernel kernel = launch.kind == LB2_CUDA_CONVERT ? kernels.convert : kernels.decode;
       lb2::cuda::run_grid(
-          {stage.grid_x, stage.grid_y, stage.grid_z}, stage.threads, static_cast<size_t>(stage.shared_bytes),
-          [&] { kernel(params); }, order);
+          {launch.grid_x, launch.grid_y, launch.grid_z}, launch.threads,
+          static_cast<size_t>(launch.shared_bytes), [&] { kernel(params); }, order);
     }
   }
+  return true;
 }
 
 // Signs [rows, z.size()] times the binarised z: its signs times the mean magnitude of their slice. Slices
@@ -132,7 +146,7 @@ Case random_case() {
 }
 
 bool run_problem(int index, int only_mode) {
-  Problem problem(false, 4);
+  Problem problem(false, 4, 1200);
   Case chosen = random_case();
   if (only_mode > 0) chosen.activation = only_mode;
   lb2_linear_args args = problem.layer_args();
@@ -154,7 +168,7 @@ bool run_problem(int index, int only_mode) {
        {lb2::cuda::Order::kForward, lb2::cuda::Order::kReverse, lb2::cuda::Order::kShuffled}) {
     const Buffer output = copy_out(std::vector<char>(output_bytes, 0x5A), false);
     args.output = output.data;
-    forward(args, plan, order);
+    if (!forward(args, plan, order)) return false;
     const double error = problem.error_of(output.data);
     if (!(error <= tolerance(problem.dtype) + mode_tolerance(chosen.activation, problem.m * problem.n))) {
       std::fprintf(stderr, "problem %d: activation %d on sm_%d with %d SMs: relative error %.2e\n", index,
@@ -221,7 +235,7 @@ struct Setup {
     args.output_stride = n;
     lb2::cuda::Plan plan;
     if (lb2::cuda::make_plan(args, activation, h200, nullptr, &plan) != LB2_OK) std::abort();
-    forward(args, plan, lb2::cuda::Order::kForward);
+    if (!forward(args, plan, lb2::cuda::Order::kForward)) std::abort();
     return y;
   }
 };

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cuda/check.h"
 #include "cuda/instances.h"
 #include "cuda/plan.h"
 
@@ -63,6 +64,12 @@ lb2_cuda_plan plan_of(const Layer& layer, lb2_activation activation, const lb2_c
   return plan;
 }
 
+const lb2_cuda_launch& decode_of(const lb2_cuda_plan& plan, int stage) {
+  for (const lb2_cuda_launch& launch : plan.launches)
+    if (launch.kind == LB2_CUDA_DECODE && launch.stage == stage) return launch;
+  std::abort();
+}
+
 void test_every_plan_fits() {
   const std::vector<std::vector<int64_t>> ranks = {{8},           {296, 296}, {600}, {2024, 2024},
                                                    {8, 24, 3168}, {0},        {0, 0}};
@@ -74,31 +81,37 @@ void test_every_plan_fits() {
             for (lb2_activation mode = LB2_ACTIVATION_AUTO; mode <= LB2_ACTIVATION_FLOAT16; ++mode) {
               const Layer layer(m, k, n, rank, LB2_FLOAT16);
               const lb2_cuda_plan plan = plan_of(layer, mode, device);
-              expect(plan.num_stages == (rank[0] == 0 ? 1 : 2), "number of stages", plan.num_stages);
-              int64_t sums = 0;
+              const int stages = rank[0] == 0 ? 1 : 2;
+              expect(plan.num_launches == (m > 2 ? 2 * stages : stages), "number of launches",
+                     plan.num_launches);
+              int64_t sums = 0, first_parts = 0;
               for (const int64_t r : rank) sums += r;
-              expect(plan.workspace_bytes >=
-                         plan.stages[0].grid_y * plan.token_block * sums * 4 * (rank[0] != 0),
-                     "the workspace holds every partial latent", plan.workspace_bytes);
-              for (int i = 0; i < plan.num_stages; ++i) {
-                const lb2_cuda_stage& s = plan.stages[i];
+              for (int i = 0; i < plan.num_launches; ++i) {
+                const lb2_cuda_launch& s = plan.launches[i];
                 expect(s.shared_bytes <= device.shared_bytes, "shared memory fits", s.shared_bytes);
                 expect(s.grid_x >= 1 && s.grid_y >= 1 && s.grid_z >= 1 && s.grid_y <= 65535, "grid",
                        s.grid_x);
-                expect(s.row_warps * s.split_warps * 32 == s.threads, "warps make the block", s.row_warps);
-                expect(s.chunk_slices >= 1, "at least one slice is staged", s.chunk_slices);
                 expect(static_cast<int64_t>(s.grid_z) * s.token_tile >= plan.token_block, "all tokens",
                        s.grid_z);
+                expect(s.chained == (device.capability >= 90), "chained from sm_90 on", device.capability);
+                expect(s.stage == (m > 2 ? i / 2 : i), "stages in order", s.stage);
+                if (s.kind == LB2_CUDA_CONVERT) {
+                  expect(m > 2 && i % 2 == 0, "many tokens are converted before each stage", m, i);
+                  continue;
+                }
+                expect(s.row_warps * s.split_warps * 32 == s.threads, "warps make the block", s.row_warps);
+                expect(s.chunk_slices >= 1, "at least one slice is staged", s.chunk_slices);
                 expect(
                     s.shared_bytes == s.chunk_slices * lb2::cuda::slice_bytes(plan.activation, s.token_tile) +
                                           lb2::cuda::sums_bytes(s.token_tile),
                     "shared memory is what the kernel lays out", s.shared_bytes);
+                if (i + 1 == plan.num_launches)
+                  expect(s.grid_y == 1, "the last stage adds no parts");
+                else
+                  first_parts = s.grid_y;
               }
-              expect(plan.stages[plan.num_stages - 1].grid_y == 1, "the last stage adds no parts");
-              expect(plan.stages[0].chained == 0, "the first stage starts in stream order");
-              if (plan.num_stages == 2)
-                expect(plan.stages[1].chained == (device.capability >= 90), "chained from sm_90 on",
-                       device.capability);
+              expect(plan.workspace_bytes >= first_parts * plan.token_block * sums * 4,
+                     "the workspace holds every partial latent", plan.workspace_bytes);
             }
 }
 
@@ -111,9 +124,9 @@ void test_shape_does_not_depend_on_tokens() {
       for (const int64_t m : {2, 7, 16, 300, 8192}) {
         const lb2_cuda_plan many =
             plan_of(Layer(m, k, 4096, {80, 296}, LB2_BFLOAT16), LB2_ACTIVATION_AUTO, device);
-        for (int i = 0; i < 2; ++i)
-          expect(one.stages[i].grid_y == many.stages[i].grid_y &&
-                     one.stages[i].row_warps == many.stages[i].row_warps,
+        for (int stage = 0; stage < 2; ++stage)
+          expect(decode_of(one, stage).grid_y == decode_of(many, stage).grid_y &&
+                     decode_of(one, stage).row_warps == decode_of(many, stage).row_warps,
                  "splits are those of one token", k, m);
       }
     }
@@ -136,7 +149,7 @@ void test_large_layer_fills_the_gpu() {
   const lb2_cuda_plan plan =
       plan_of(Layer(1, 8192, 28672, {296, 296}, LB2_FLOAT16), LB2_ACTIVATION_AUTO, kGpus[3]);
   for (int i = 0; i < 2; ++i) {
-    const int64_t blocks = plan.stages[i].grid_x * plan.stages[i].grid_y;
+    const int64_t blocks = plan.launches[i].grid_x * plan.launches[i].grid_y;
     expect(blocks >= 66, "at least every second SM has a block", i, blocks);
   }
 }
@@ -178,19 +191,18 @@ void test_tuning() {
     for (const int32_t splits : {0, 1, 3, 8})
       for (const int32_t max_chunk : {0, 1, 2})
         for (const int32_t unchained : {0, 1}) {
-          lb2_cuda_tuning tuning = {
+          const lb2_cuda_tuning tuning = {
               sizeof(lb2_cuda_tuning), {row_warps, row_warps}, splits, max_chunk, unchained};
           lb2_cuda_plan plan = {};
           plan.struct_size = sizeof plan;
           expect(lb2_linear_plan_cuda(&layer.args, 0, &device, &tuning, &plan) == LB2_OK, lb2_last_error());
-          expect(row_warps == 0 ||
-                     (plan.stages[0].row_warps == row_warps && plan.stages[1].row_warps == row_warps),
-                 "row warps are those asked for", row_warps, plan.stages[1].row_warps);
-          expect(splits == 0 || plan.stages[0].grid_y == splits, "splits are those asked for", splits,
-                 plan.stages[0].grid_y);
-          expect(max_chunk == 0 || plan.stages[0].chunk_slices <= max_chunk, "the chunk is bounded",
-                 max_chunk);
-          expect(plan.stages[1].chained == !unchained, "chained unless asked not to be", unchained);
+          const lb2_cuda_launch &first = decode_of(plan, 0), &last = decode_of(plan, 1);
+          expect(row_warps == 0 || (first.row_warps == row_warps && last.row_warps == row_warps),
+                 "row warps are those asked for", row_warps, last.row_warps);
+          expect(splits == 0 || first.grid_y == splits, "splits are those asked for", splits, first.grid_y);
+          expect(max_chunk == 0 || first.chunk_slices <= max_chunk, "the chunk is bounded", max_chunk);
+          expect(plan.num_launches == 4, "three tokens are converted ahead");
+          expect(last.chained == !unchained, "chained unless asked not to be", unchained);
           lb2::cuda::Plan resumed;
           expect(lb2::cuda::resume_plan(layer.args, &plan, &resumed) == LB2_OK, lb2_last_error());
         }
@@ -229,6 +241,24 @@ void test_tuning_errors() {
   error_of({sizeof(lb2_cuda_tuning), {0, 0}, 0, -1, 0}, "tuning->max_chunk must be >= 0, got -1");
 }
 
+void test_sizes_and_addresses() {
+  const Layer huge(1, INT32_MAX - 5, 64, {8}, LB2_FLOAT32);
+  lb2_cuda_plan plan = {};
+  plan.struct_size = sizeof plan;
+  expect_error(lb2_linear_plan_cuda(&huge.args, 0, kGpus, nullptr, &plan), LB2_ERROR_UNSUPPORTED,
+               "must be at most 2147482624 on CUDA, got 2147483642");
+  Layer layer(1, 64, 64, {8, 8}, LB2_FLOAT16);
+  layer.args.input = reinterpret_cast<const void*>(uintptr_t{1026});
+  expect(lb2::cuda::check_addresses(layer.args) == LB2_OK, lb2_last_error());
+  layer.args.input = reinterpret_cast<const void*>(uintptr_t{1025});
+  expect_error(lb2::cuda::check_addresses(layer.args), LB2_ERROR_INVALID_ARGUMENT,
+               "input must be aligned to 2 bytes");
+  layer.args.input = nullptr;
+  layer.paths[1].u = reinterpret_cast<const int32_t*>(uintptr_t{1026});
+  expect_error(lb2::cuda::check_addresses(layer.args), LB2_ERROR_INVALID_ARGUMENT,
+               "paths[1].u must be aligned to 4 bytes");
+}
+
 }  // namespace
 
 int main() {
@@ -238,6 +268,7 @@ int main() {
   test_large_layer_fills_the_gpu();
   test_errors();
   test_tuning();
+  test_sizes_and_addresses();
   test_tuning_errors();
   test_plans_are_checked();
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;

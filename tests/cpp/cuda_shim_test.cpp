@@ -136,6 +136,38 @@ void test_shuffle() {
         order);
 }
 
+void test_reductions() {
+  for (const Order order : kOrders)
+    run_grid(
+        {1, 1, 1}, 64, 0,
+        [&] {
+          const int warp = thread_id() / 32, lane = thread_id() % 32;
+          EXPECT(warp_max(static_cast<uint32_t>(lane * 7 % 32) << warp) == 31u << warp);
+          EXPECT(warp_sum(lane - 20 * warp) == 496 - 640 * warp);
+          EXPECT(warp_sum(INT32_MAX) == -32);  // wraps
+        },
+        order);
+}
+
+// What a thread copies is there once it has waited, not before; other threads need a barrier as well.
+void test_copies() {
+  alignas(16) static uint32_t words[64 * 4];
+  for (uint32_t i = 0; i < 256; ++i) words[i] = i;
+  for (const Order order : kOrders)
+    run_grid(
+        {1, 1, 1}, 64, 64 * 16,
+        [&] {
+          const int thread = thread_id(), other = (thread + 17) % 64;
+          copy_words4(shared_memory() + thread * 16, words + thread * 4);
+          EXPECT(load_words4(shared_memory() + thread * 16).w[1] == 0xFFFFFFFFu);
+          wait_for_copies();
+          EXPECT(load_words4(shared_memory() + thread * 16).w[1] == static_cast<uint32_t>(thread * 4 + 1));
+          sync_block();
+          EXPECT(load_words4(shared_memory() + other * 16).w[3] == static_cast<uint32_t>(other * 4 + 3));
+        },
+        order);
+}
+
 void test_ballot() {
   for (const Order order : kOrders)
     run_grid(
@@ -252,6 +284,16 @@ void test_divergence() {
     else
       sync_warp();
   });
+  EXPECT_ABORT("lanes of a warp are at different operations", 32, {
+    if (thread_id() == 4)
+      warp_max(1u);
+    else
+      warp_sum(1);
+  });
+  EXPECT_ABORT("without waiting for its copies", 32, {
+    alignas(16) static uint32_t copied[4] = {};
+    if (thread_id() == 0) copy_words4(copied, copied);
+  });
   EXPECT_ABORT("multiple of 32", 33, {});
   alignas(16) static const uint32_t words[8] = {};
   EXPECT_ABORT("misaligned", 32, load_stream(words + 1));
@@ -354,8 +396,7 @@ void test_integers() {
       EXPECT(half_to_float(static_cast<uint16_t>(pair >> 16)) == (word >> (bit + 16) & 1u ? -1.0f : 1.0f));
     }
   }
-  EXPECT(round_to_int(0.5f) == 0 && round_to_int(1.5f) == 2 && round_to_int(-2.5f) == -2);
-  EXPECT(round_to_int(3e9f) == INT32_MAX && round_to_int(-3e9f) == INT32_MIN && round_to_int(NAN) == 0);
+  EXPECT(fast_divide(1.0f, 4.0f) == 0.25f);
   // Where rounding twice loses the whole result.
   EXPECT(fused_multiply_add(1.0f + 0x1p-23f, 1.0f - 0x1p-23f, -1.0f) == -0x1p-46f);
 }
@@ -366,6 +407,8 @@ int main() {
   test_mma_b1();
   test_mma_f16();
   test_shuffle();
+  test_reductions();
+  test_copies();
   test_ballot();
   test_barriers();
   test_missing_barrier_shows();

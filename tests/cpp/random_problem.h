@@ -172,7 +172,8 @@ struct Problem {
   std::vector<double> expected;  // [m, out_cols]
   double typical = 0.0;
 
-  explicit Problem(bool may_be_backward, int64_t misalignment = 1);
+  // Ranks are at most 96, of some layers with one path or two up to `most_rank`.
+  explicit Problem(bool may_be_backward, int64_t misalignment = 1, int64_t most_rank = 96);
   const float* bias_data() const { return with_bias ? reinterpret_cast<const float*>(bias.data) : nullptr; }
   int64_t output_elements() const { return m == 0 ? 0 : (m - 1) * output_stride + out_cols; }
   lb2_linear_args layer_args() const {
@@ -212,7 +213,7 @@ struct Problem {
   }
 };
 
-inline Problem::Problem(bool may_be_backward, int64_t misalignment) {
+inline Problem::Problem(bool may_be_backward, int64_t misalignment, int64_t most_rank) {
   single_stage = engine() % 4 == 0;
   misaligned = engine() % 2 ? misalignment : 0;
   backward = may_be_backward && engine() % 2;
@@ -226,12 +227,15 @@ inline Problem::Problem(bool may_be_backward, int64_t misalignment) {
   in_cols = backward ? n : k;
   out_cols = backward ? k : n;
 
+  // Large ranks of few paths only: the reference takes its time.
+  const uint64_t ranks = static_cast<uint64_t>(num_paths <= 2 && engine() % 4 == 0 ? most_rank : 96) / 8;
   paths.resize(static_cast<size_t>(num_paths));
   args_paths.resize(paths.size());
   for (size_t p = 0; p < paths.size(); ++p) {
     Path& path = paths[p];
-    path.rank =
-        single_stage ? n : (shared && p > 0 ? paths[0].rank : 8 * (1 + static_cast<int64_t>(engine() % 12)));
+    path.rank = single_stage
+                    ? n
+                    : (shared && p > 0 ? paths[0].rank : 8 * (1 + static_cast<int64_t>(engine() % ranks)));
     path.out_scale = random_floats(n);
     path.buffers.push_back(copy_out(path.out_scale, misaligned));
     lb2_path& args = args_paths[p];
@@ -262,7 +266,8 @@ inline Problem::Problem(bool may_be_backward, int64_t misalignment) {
   }
 
   element = element_bytes(dtype);
-  input_stride = in_cols + static_cast<int64_t>(engine() % 5);
+  // Stride 0 is one token, m times.
+  input_stride = engine() % 8 == 0 ? 0 : in_cols + static_cast<int64_t>(engine() % 5);
   output_stride = out_cols + static_cast<int64_t>(engine() % 5);
   const int64_t input_elements = m == 0 ? 0 : (m - 1) * input_stride + in_cols;
   input = Buffer(input_elements * element, misaligned);

@@ -66,24 +66,25 @@ def sign_reference(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
     x = x.double()
     y = x.new_zeros((*x.shape[:-1], packed.out_features))
     for path in packed.paths:
-        z = binarised(x * path.in_scale.double())
-        z = z @ unpack_signs_reference(path.v, path.in_features, torch.float64).T
+        z = multiply_binarised(x * path.in_scale.double(), path.v)
         if path.u is not None and path.latent_scale is not None:
-            z = binarised(z * path.latent_scale.double())
-            z = z @ unpack_signs_reference(path.u, path.rank, torch.float64).T
+            z = multiply_binarised(z * path.latent_scale.double(), path.u)
         y = y + z * path.out_scale.double()
     return y if packed.bias is None else y + packed.bias.double()
 
 
-def binarised(z: torch.Tensor) -> torch.Tensor:
-    """Signs (of zero: +1) times the mean magnitude over the slice's own columns."""
-    return torch.cat(
-        [
-            torch.where(part < 0, -1.0, 1.0).double() * part.abs().mean(-1, keepdim=True)
-            for part in z.split(SLICE, dim=-1)
-        ],
-        dim=-1,
-    )
+def multiply_binarised(z: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """Signs of ``z`` (of zero: +1) times those of ``words``, counted, times the mean magnitude of the slice.
+
+    Counted before they are scaled: a count of zero must be zero, for the sign that is taken of it next.
+    """
+    signs = unpack_signs_reference(words, z.shape[-1], torch.float64)
+    total = z.new_zeros((*z.shape[:-1], signs.shape[0]))
+    for part, columns in zip(z.split(SLICE, dim=-1), signs.split(SLICE, dim=-1), strict=True):
+        total = total + torch.where(part < 0, -1.0, 1.0).double() @ columns.T * part.abs().mean(
+            -1, keepdim=True
+        )
+    return total
 
 
 def error_of(y: torch.Tensor, x: torch.Tensor, packed: PackedLinear, mode: str) -> float:

@@ -147,15 +147,21 @@ def test_plan_without_a_gpu() -> None:
     assert (plan.activation, plan.kernels, plan.gpu) == ("int16", "bit planes", GPUS["H200"])
     assert plan.macs == 6 * (64 * 1000 + 2 * 64 * 700)
     assert plan.packed_bytes == packed.nbytes
-    assert len(plan.launches) == 2
+    assert [launch.kind for launch in plan.launches] == ["convert", "decode"] * 2
+    assert [launch.stage for launch in plan.launches] == [0, 0, 1, 1]
     text = str(plan)
     assert "launch 1  " in text
     assert "launch 2  " in text
-    for launch in plan.launches:
+    for launch in plan.launches[1::2]:
         assert launch.threads == 32 * launch.row_warps * launch.split_warps
         assert launch.grid[2] * launch.token_tile >= 6
         assert 0 < launch.shared_bytes <= GPUS["H200"].shared_bytes
-    assert plan.launches[1].grid[0] * 16 * plan.launches[1].row_warps >= 700
+    assert plan.launches[-1].grid[0] * 16 * plan.launches[-1].row_warps >= 700
+    # One token or two are converted by the blocks that multiply them.
+    few = explain((2, 1000), packed, gpu="H200")
+    assert [launch.kind for launch in few.launches] == ["decode", "decode"]
+    assert all(launch.chained for launch in few.launches)
+    assert not any(launch.chained for launch in explain((2, 1000), packed, gpu="A100").launches)
     single = explain((1, 1000), make_packed(1000, 700, None), gpu="A100")
     assert len(single.launches) == 1
 
@@ -184,7 +190,7 @@ def test_the_cut_of_sums_does_not_depend_on_the_tokens() -> None:
     for gpu in GPUS:
         for activation in set(ACTIVATIONS) - {"auto"}:
             cuts = {
-                tuple((s.grid[:2], s.row_warps, s.split_warps, s.chained) for s in plan.launches)
+                tuple((s.grid[:2], s.row_warps, s.split_warps) for s in plan.launches if s.kind == "decode")
                 for plan in (
                     explain((tokens, 4096), packed, activation=activation, gpu=gpu)
                     for tokens in (1, 2, 3, 5, 8, 16, 17, 100, 5000)

@@ -24,20 +24,28 @@ typedef struct lb2_cuda_device {
   int64_t shared_bytes;    /* that one block can have, opt-in */
 } lb2_cuda_device;
 
-/* One launch. Warps of a block are row_warps x split_warps, each row warp with 16 rows of signs. */
-typedef struct lb2_cuda_stage {
-  int32_t grid_x; /* tiles of 16 * row_warps rows, of all first stages or of N */
+/* What a launch does: activations of a stage as the tensor cores take them, into the workspace, once for all
+ * blocks that multiply them; or signs times activations, which its blocks convert themselves if there was no
+ * such launch before. */
+#define LB2_CUDA_CONVERT 1
+#define LB2_CUDA_DECODE 2
+
+typedef struct lb2_cuda_launch {
+  int32_t kind;
+  int32_t stage;  /* 0, or 1 for U of a layer with two stages */
+  int32_t grid_x; /* decode: tiles of 16 * row_warps rows, of all first stages or of N */
   int32_t grid_y; /* parts that the columns are split into; their sums are added in order by the next stage */
   int32_t grid_z; /* blocks of token_tile tokens */
   int32_t threads;
   int32_t token_tile;
-  int32_t row_warps;
+  /* Of decode launches; 0 for others. Warps of a block are row_warps x split_warps. */
+  int32_t row_warps;    /* each with 16 rows of signs */
   int32_t split_warps;  /* warps that share rows and split their columns */
   int32_t chunk_slices; /* slices of 512 columns whose activations are in shared memory at once */
   int32_t shared_bytes;
-  int32_t chained; /* 1 if launched before the stage that it depends on has ended (sm_90 and newer) */
-  int32_t estimated_cycles; /* of one token: what the shape was chosen by, no measurement */
-} lb2_cuda_stage;
+  int32_t chained; /* 1 if it may start before the kernel before it has ended (sm_90 and newer); it waits */
+  int32_t estimated_cycles; /* decode of one token: what the shape was chosen by, no measurement */
+} lb2_cuda_launch;
 
 /* What a call will do. Set struct_size = sizeof(lb2_cuda_plan) before. */
 typedef struct lb2_cuda_plan {
@@ -48,9 +56,9 @@ typedef struct lb2_cuda_plan {
   int64_t macs;              /* sign-accumulate operations, all stages, paths and tokens */
   lb2_activation activation; /* AUTO resolved */
   int32_t one_bit_mma;       /* 1: bit planes in 1-bit tensor cores; 0: signs expanded to float16 */
-  int32_t num_stages;        /* 1 for single-stage layers, else 2 */
   int32_t first_stages;      /* computed (paths that share one count once) */
-  lb2_cuda_stage stages[2];
+  int32_t num_launches;
+  lb2_cuda_launch launches[4];
 } lb2_cuda_plan;
 
 /* What to plan with in place of the planner's choice, to measure other choices; each 0 leaves it the choice.
@@ -58,9 +66,9 @@ typedef struct lb2_cuda_plan {
 typedef struct lb2_cuda_tuning {
   uint64_t struct_size;
   int32_t row_warps[2]; /* of each stage: 1, 2, 4 or 8 */
-  int32_t splits;       /* grid_y of the first of two stages: at most its slices of 512 columns */
+  int32_t splits;       /* grid_y of the first of two stages: at most 65535, and its slices of 512 columns */
   int32_t max_chunk;    /* upper bound of chunk_slices */
-  int32_t unchained;    /* 1: the second launch waits for the end of the first, as it would before sm_90 */
+  int32_t unchained;    /* 1: every launch starts at the end of the kernel before it, as before sm_90 */
 } lb2_cuda_tuning;
 
 /* Fill *plan for args on `device`: a pure function of its arguments. isa, parallel_for and the data pointers
@@ -78,9 +86,9 @@ LB2_API lb2_status lb2_cuda_get_device(int32_t ordinal, lb2_cuda_device* device)
 
 /* y = layer(x) on the current device, queued on `stream` (a cudaStream_t; NULL is the default stream), as
  * planned for the sizes of args; the plan of a layer serves every call of as many tokens. All
- * pointers of args but `paths` and `args` are device pointers; floats must be aligned to 4 bytes, input and
- * output to their elements. Allocates nothing, synchronises nothing, and can be captured into a CUDA graph.
- * The same bits from run to run and whatever the other tokens are. */
+ * pointers of args but `paths` and `args` are device pointers; words and floats must be aligned to 4 bytes,
+ * input and output to their elements. Allocates nothing, synchronises nothing, and can be captured into a
+ * CUDA graph. The same bits from run to run and whatever the other tokens are. */
 LB2_API lb2_status lb2_linear_forward_cuda(const lb2_linear_args* args, const lb2_cuda_plan* plan,
                                            void* stream);
 

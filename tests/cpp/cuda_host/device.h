@@ -18,10 +18,6 @@
 
 namespace lb2::cuda {
 
-struct alignas(16) Words4 {
-  uint32_t w[4];
-};
-
 inline int thread_id() { return host::position().thread; }
 inline int block_x() { return host::position().x; }
 inline int block_y() { return host::position().y; }
@@ -67,6 +63,35 @@ T shuffle_xor(T value, int mask) {
   return slot.result;
 }
 
+template <typename T>
+struct ReduceSlot {
+  T value, result;
+};
+
+template <typename T, typename Combine>
+T reduce(const char* name, T value, const Combine&) {
+  ReduceSlot<T> slot = {value, T{}};
+  host::warp_operation(name, &slot, [](void** slots) {
+    T all = static_cast<ReduceSlot<T>*>(slots[0])->value;
+    for (int lane = 1; lane < 32; ++lane)
+      all = Combine{}(all, static_cast<ReduceSlot<T>*>(slots[lane])->value);
+    for (int lane = 0; lane < 32; ++lane) static_cast<ReduceSlot<T>*>(slots[lane])->result = all;
+  });
+  return slot.result;
+}
+
+struct Larger {
+  uint32_t operator()(uint32_t a, uint32_t b) const { return a > b ? a : b; }
+};
+struct WrappingSum {
+  int32_t operator()(int32_t a, int32_t b) const {
+    return static_cast<int32_t>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b));
+  }
+};
+
+inline uint32_t warp_max(uint32_t value) { return reduce("warp_max", value, Larger{}); }
+inline int32_t warp_sum(int32_t value) { return reduce("warp_sum", value, WrappingSum{}); }
+
 inline int popcount(uint32_t word) { return __builtin_popcount(word); }
 
 inline uint32_t float_bits(float value) {
@@ -80,13 +105,7 @@ inline float bits_float(uint32_t bits) {
   return value;
 }
 
-// As cvt.rni.s32.f32: saturating, NaN becomes 0.
-inline int32_t round_to_int(float value) {
-  if (std::isnan(value)) return 0;
-  if (value >= 0x1p31f) return INT32_MAX;
-  if (value <= -0x1p31f) return INT32_MIN;
-  return static_cast<int32_t>(std::nearbyint(value));
-}
+inline float fast_divide(float a, float b) { return a / b; }
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 
 inline float half_to_float(uint16_t bits) {
@@ -135,6 +154,21 @@ inline Words4 load_words4(const void* p) { return *check_alignment<Words4>("load
 inline Words4 load_stream(const uint32_t* p) { return *check_alignment<Words4>("load_stream", p, 16); }
 inline uint32_t load_stream_word(const uint32_t* p) {
   return *check_alignment<uint32_t>("load_stream_word", p, 4);
+}
+
+inline void prefetch(const void*) {}
+
+// Copies are under way until the thread waits for them: the destination is garbage until then.
+inline void copy_words4(void* shared, const void* global) {
+  const Words4 value = *check_alignment<Words4>("copy_words4", global, 16);
+  check_alignment<Words4>("copy_words4", shared, 16);
+  std::memset(shared, 0xFF, sizeof value);
+  host::pending_copies().push_back({shared, value});
+}
+inline void wait_for_copies() {
+  for (const host::PendingCopy& copy : host::pending_copies())
+    std::memcpy(copy.to, &copy.value, sizeof copy.value);
+  host::pending_copies().clear();
 }
 
 // One lane's registers of an MMA.

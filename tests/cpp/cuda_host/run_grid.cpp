@@ -79,6 +79,7 @@ struct Fiber {
   const char* waits_for = nullptr;
   const uint64_t* generation = nullptr;  // runnable once it is no longer `seen`
   uint64_t seen = 0;
+  std::vector<host::PendingCopy> copies;
   bool runnable() const { return !done && (generation == nullptr || *generation != seen); }
 };
 
@@ -140,6 +141,7 @@ void fiber_main() {
 #endif
   Fiber& self = block.fibers[static_cast<size_t>(block.current)];
   (*block.kernel)();
+  if (!self.copies.empty()) stop("returned without waiting for its copies to shared memory");
   self.done = true;
   ++block.finished;
   if (block.at_barrier > 0) stop("returned while others wait at a barrier");
@@ -214,6 +216,8 @@ const Position& position() {
 const Grid& grid() { return block.grid; }
 
 unsigned char* shared() { return block.shared; }
+
+std::vector<PendingCopy>& pending_copies() { return block.fibers[static_cast<size_t>(block.current)].copies; }
 
 void sync_block() {
   if (block.finished > 0) stop("at a barrier after others returned");

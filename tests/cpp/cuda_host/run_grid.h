@@ -6,8 +6,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 namespace lb2::cuda {
+
+struct alignas(16) Words4 {
+  uint32_t w[4];
+};
 
 struct Grid {
   int x, y, z;
@@ -30,6 +35,13 @@ const Position& position();
 const Grid& grid();
 unsigned char* shared();
 void sync_block();
+
+// Copies to shared memory that the current thread has not waited for.
+struct PendingCopy {
+  void* to;
+  Words4 value;
+};
+std::vector<PendingCopy>& pending_copies();
 
 // Waits until all lanes of the warp have arrived at the same operation; the last one to arrive calls
 // `complete` with the slots of all lanes.
