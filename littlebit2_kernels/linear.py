@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .dispatch import ACTIVATIONS, BACKENDS, check_activation, check_activation_mode, choose_backend
-from .format import RANK_MULTIPLE, PackedLinear, PackedPath, check_dim, words_per_row
+from .format import RANK_MULTIPLE, PackedLinear, PackedPath, check_dim, pitched_words, words_per_row
 from .functional import littlebit_linear
 from .ops import Operands, linear_from_operands, linear_from_prepacked
 from .prepacked import PrepackedLinear, prepack
@@ -28,6 +28,9 @@ from .state import (
 )
 
 __all__ = ["LittleBitLinear", "WeightPacker"]
+
+#: Devices whose kernels read rows of words fastest at multiples of 16 bytes.
+_PITCHED_DEVICES = ("cuda",)
 
 # Held while a module changes its layout, which takes milliseconds and happens once.
 _prepacking = threading.RLock()
@@ -66,7 +69,8 @@ class LittleBitLinear(nn.Module):
     back. Code that walks ``buffers()`` of two copies in step, such as averaging, needs ``auto_prepack=False``
     or both prepacked. Tracing keeps what it finds: call :meth:`prepack_` (or the layer) once before
     ``torch.compile``, else the trace holds the slower kernels with exact sums for every dtype, and
-    :meth:`unpack_` before ``torch.export``, whose file must hold the portable tensors.
+    :meth:`unpack_` before ``torch.export``, whose file must hold the portable tensors. On a GPU, rows of
+    words are held at multiples of 16 bytes, which ``state_dict`` gives dense.
 
     Args:
         in_features: K.
@@ -171,7 +175,7 @@ class LittleBitLinear(nn.Module):
         self._portable_bits = 8 * sum(b.numel() * b.element_size() for b in buffers.values() if b is not None)
         self._portable_names = frozenset(buffers) - {"bias"}
         for name, tensor in buffers.items():
-            self.register_buffer(name, tensor)
+            self.register_buffer(name, None if tensor is None else _placed(tensor))
         own = [path_suffix(p) for p in range(len(packed.paths))]
         first = [path_suffix(leader) for leader in self.shares]
         # Buffer names of each operand; buffers themselves may be replaced by .to() or loading.
@@ -381,7 +385,7 @@ class LittleBitLinear(nn.Module):
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
             result = fn(tensor)
             # Scales are float32 by format: follow a change of device, not one of dtype.
-            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+            return _placed(result if result.dtype == tensor.dtype else tensor.to(result.device))
 
         return super()._apply(keep_dtype, recurse)
 
@@ -391,6 +395,9 @@ class LittleBitLinear(nn.Module):
             state = packed_to_state(self._as_prepacked(buffers).unpack())
             destination.update({prefix + name: tensor for name, tensor in state.items() if name != "bias"})
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        # On a GPU there may be room between the rows of words, which is no part of the format.
+        for key in [prefix + name for name in self._portable_names if prefix + name in destination]:
+            destination[key] = destination[key].contiguous()
 
     def _load_from_state_dict(
         self,
@@ -464,6 +471,12 @@ class LittleBitLinear(nn.Module):
         if expected == got:
             return None
         return f"the layer must have (in_features, out_features, ranks, shares) = {expected}, got {got}"
+
+
+def _placed(tensor: torch.Tensor) -> torch.Tensor:
+    """A buffer as the kernels of its device read it fastest."""
+    is_words = type(tensor) is torch.Tensor and tensor.dtype == torch.int32 and tensor.dim() == 2
+    return pitched_words(tensor) if is_words and tensor.device.type in _PITCHED_DEVICES else tensor
 
 
 def _portable_buffers(packed: PackedLinear) -> dict[str, torch.Tensor | None]:
