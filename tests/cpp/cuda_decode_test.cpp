@@ -10,32 +10,12 @@
 #include <cstring>
 #include <vector>
 
-#include "core/check.h"
-#include "cuda/check.h"
-#include "cuda/kernel_instances.h"
-#include "cuda/plan.h"
-#include "cuda_host/run_grid.h"
+#include "cuda/params.h"
+#include "cuda_host/cuda_runtime.h"
+#include "littlebit2/cuda.h"
 #include "random_problem.h"
 
 namespace {
-
-using lb2::cuda::BitPlanes;
-using lb2::cuda::SignHalves;
-
-lb2::cuda::Kernels kernels_of(lb2_activation activation, int tile) {
-  switch (activation) {
-    case LB2_ACTIVATION_EXACT:
-      return lb2::cuda::kernel_instances<SignHalves<2>>(tile);
-    case LB2_ACTIVATION_FLOAT16:
-      return lb2::cuda::kernel_instances<SignHalves<1>>(tile);
-    case LB2_ACTIVATION_INT16:
-      return lb2::cuda::kernel_instances<BitPlanes<16>>(tile);
-    case LB2_ACTIVATION_INT8:
-      return lb2::cuda::kernel_instances<BitPlanes<8>>(tile);
-    default:
-      return lb2::cuda::kernel_instances<BitPlanes<2>>(tile);
-  }
-}
 
 // Relative Frobenius error of a mode, which is random from output to output: one alone, or the norm of a few,
 // lies further out.
@@ -46,34 +26,33 @@ double mode_tolerance(lb2_activation activation, int64_t outputs) {
   return many * (1.0 + 3.0 / std::sqrt(static_cast<double>(std::max<int64_t>(outputs, 1))));
 }
 
-// As lb2_linear_forward_cuda, on the host; the workspace starts as NaN. Zero if it refuses the call.
-bool forward(lb2_linear_args args, const lb2_cuda_plan& made, lb2::cuda::Order order) {
-  lb2::cuda::Plan plan;
-  const Buffer workspace(made.workspace_bytes, false);
-  std::memset(workspace.data, 0xFF, static_cast<size_t>(made.workspace_bytes));
+// Calls the layer on the host, on the GPU that the plan was made for; the workspace starts as NaN.
+bool forward(lb2_linear_args args, const lb2_cuda_plan& plan, lb2::cuda::Order order) {
+  lb2::cuda::host::Runtime& gpu = lb2::cuda::host::runtime();
+  gpu.capability = static_cast<int>(plan.device.capability);
+  gpu.multiprocessors = static_cast<int>(plan.device.multiprocessors);
+  gpu.shared_bytes = static_cast<int>(plan.device.shared_bytes);
+  // Properties of a GPU are asked for once: another kind is another GPU.
+  gpu.current = static_cast<int>(plan.device.capability * 4 + plan.device.shared_bytes / (64 * 1024));
+  gpu.devices = gpu.current + 1;
+  gpu.order = order;
+  const Buffer workspace(plan.workspace_bytes, false);
+  std::memset(workspace.data, 0xFF, static_cast<size_t>(plan.workspace_bytes));
   // A call that needs no workspace may pass none.
-  args.workspace = made.workspace_bytes > 0 ? workspace.data : nullptr;
-  args.workspace_bytes = made.workspace_bytes;
-  if (lb2::cuda::resume_plan(args, &made, &plan) != LB2_OK ||
-      lb2::check_buffers(args, lb2::Direction::kForward, plan.workspace_bytes) != LB2_OK ||
-      lb2::cuda::check_addresses(args) != LB2_OK) {
-    std::fprintf(stderr, "refused: %s\n", lb2_last_error());
-    return false;
-  }
-  char* aligned = lb2::cuda::align_workspace(args.workspace);
-  for (int64_t first = 0; first < args.m; first += plan.token_block) {
-    const int64_t tokens = std::min(plan.token_block, args.m - first);
-    for (int i = 0; i < plan.num_launches; ++i) {
-      const lb2_cuda_launch launch = lb2::cuda::launch_for(plan, i, tokens);
-      const lb2::cuda::StageParams params = lb2::cuda::launch_params(args, plan, i, first, tokens, aligned);
-      const lb2::cuda::Kernels kernels = kernels_of(plan.activation, launch.token_tile);
-      const lb2::cuda::Kernel kernel = launch.kind == LB2_CUDA_CONVERT ? kernels.convert : kernels.decode;
-      lb2::cuda::run_grid(
-          {launch.grid_x, launch.grid_y, launch.grid_z}, launch.threads,
-          static_cast<size_t>(launch.shared_bytes), [&] { kernel(params); }, order);
-    }
-  }
-  return true;
+  args.workspace = plan.workspace_bytes > 0 ? workspace.data : nullptr;
+  args.workspace_bytes = plan.workspace_bytes;
+  if (lb2_linear_forward_cuda(&args, &plan, nullptr) == LB2_OK) return true;
+  std::fprintf(stderr, "%s\n", lb2_last_error());
+  return false;
+}
+
+lb2_cuda_plan make_plan(const lb2_linear_args& args, lb2_activation activation, const lb2_cuda_device& device,
+                        const lb2_cuda_tuning* tuning) {
+  lb2_cuda_plan plan = {};
+  plan.struct_size = sizeof plan;
+  if (lb2_linear_plan_cuda(&args, activation, &device, tuning, &plan) == LB2_OK) return plan;
+  std::fprintf(stderr, "plan: %s\n", lb2_last_error());
+  std::abort();
 }
 
 // Signs [rows, z.size()] times the binarised z: its signs times the mean magnitude of their slice. Slices
@@ -134,6 +113,7 @@ Case random_case() {
   Case result = {};
   result.activation = static_cast<lb2_activation>(1 + engine() % 5);
   result.device.struct_size = sizeof(lb2_cuda_device);
+  result.tuning.struct_size = sizeof(lb2_cuda_tuning);
   result.device.capability = pick({80, 86, 89, 90, 100, 120});
   // Few SMs make single tall blocks, many make splits.
   result.device.multiprocessors = static_cast<int32_t>(pick({1, 4, 132}));
@@ -156,11 +136,7 @@ bool run_problem(int index, int only_mode) {
   args.input_stride = problem.input_stride;
   args.output_stride = problem.output_stride;
   args.dtype = problem.dtype;
-  lb2::cuda::Plan plan;
-  if (lb2::cuda::make_plan(args, chosen.activation, chosen.device, &chosen.tuning, &plan) != LB2_OK) {
-    std::fprintf(stderr, "problem %d: plan: %s\n", index, lb2_last_error());
-    return false;
-  }
+  const lb2_cuda_plan plan = make_plan(args, chosen.activation, chosen.device, &chosen.tuning);
   if (chosen.activation == LB2_ACTIVATION_SIGN) expect_signs(problem);
   const size_t output_bytes = static_cast<size_t>(problem.output_elements() * problem.element);
   std::vector<char> first_result;
@@ -233,8 +209,7 @@ struct Setup {
     args.input_stride = k;
     args.output = y.data();
     args.output_stride = n;
-    lb2::cuda::Plan plan;
-    if (lb2::cuda::make_plan(args, activation, h200, nullptr, &plan) != LB2_OK) std::abort();
+    const lb2_cuda_plan plan = make_plan(args, activation, h200, nullptr);
     if (!forward(args, plan, lb2::cuda::Order::kForward)) std::abort();
     return y;
   }

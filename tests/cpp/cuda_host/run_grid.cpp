@@ -1,5 +1,7 @@
 #include "cuda_host/run_grid.h"
 
+#include "cuda_host/cuda_runtime.h"
+
 #include <ucontext.h>
 
 #include <algorithm>
@@ -19,6 +21,7 @@
 #endif
 #endif
 #ifdef LB2_ASAN
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -151,6 +154,10 @@ void fiber_main() {
 
 void start(Fiber& fiber) {
   if (fiber.stack == nullptr) fiber.stack.reset(new char[kStackBytes]);
+#ifdef LB2_ASAN
+  // The frame in which the last thread on it ended never returned.
+  ASAN_UNPOISON_MEMORY_REGION(fiber.stack.get(), kStackBytes);
+#endif
   fiber.done = false;
   fiber.waits_for = nullptr;
   fiber.generation = nullptr;
@@ -216,6 +223,11 @@ const Position& position() {
 const Grid& grid() { return block.grid; }
 
 unsigned char* shared() { return block.shared; }
+
+Runtime& runtime() {
+  static Runtime runtime;
+  return runtime;
+}
 
 std::vector<PendingCopy>& pending_copies() { return block.fibers[static_cast<size_t>(block.current)].copies; }
 

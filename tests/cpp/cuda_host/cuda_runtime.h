@@ -1,0 +1,122 @@
+// The part of the CUDA runtime that csrc/cuda/launch.cu uses, with a GPU that is described by the test:
+// launches run at once on the host (run_grid.h).
+#pragma once
+
+#include <cstddef>
+#include <type_traits>
+#include <vector>
+
+#include "cuda_host/run_grid.h"
+
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorInvalidDeviceFunction,
+  cudaErrorInvalidKernelImage,
+  cudaErrorLaunchFailure,
+  cudaErrorNoKernelImageForDevice,
+  cudaErrorUnsupportedPtxVersion,
+};
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+};
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributePreferredSharedMemoryCarveout,
+};
+enum cudaLaunchAttributeID { cudaLaunchAttributeNone, cudaLaunchAttributeProgrammaticStreamSerialization };
+constexpr int cudaSharedmemCarveoutMaxShared = 100;
+
+using cudaStream_t = void*;
+
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+struct dim3 {
+  unsigned x, y, z;
+  dim3(int32_t x_ = 1, int32_t y_ = 1, int32_t z_ = 1)
+      : x(static_cast<unsigned>(x_)), y(static_cast<unsigned>(y_)), z(static_cast<unsigned>(z_)) {}
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+namespace lb2::cuda::host {
+
+// What the runtime is to find, and what was asked of it.
+struct Runtime {
+  int devices = 1, current = 0;
+  int capability = 90, multiprocessors = 132, shared_bytes = 232448;
+  int ptx_version = 90;             // of every kernel
+  cudaError_t error = cudaSuccess;  // of whatever touches a kernel
+  Order order = Order::kForward;
+  struct Launch {
+    cudaStream_t stream;
+    bool chained;
+    size_t shared_bytes;
+  };
+  std::vector<Launch> launches;
+  size_t allowed_shared_bytes = 48 * 1024;  // the most that a kernel was allowed
+};
+Runtime& runtime();
+
+}  // namespace lb2::cuda::host
+
+inline const char* cudaGetErrorString(cudaError_t) { return "an error of the test's"; }
+inline const char* cudaGetErrorName(cudaError_t error) {
+  return error == cudaErrorLaunchFailure ? "cudaErrorLaunchFailure" : "cudaErrorOther";
+}
+inline cudaError_t cudaGetDeviceCount(int* count) {
+  *count = lb2::cuda::host::runtime().devices;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = lb2::cuda::host::runtime().current;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const lb2::cuda::host::Runtime& gpu = lb2::cuda::host::runtime();
+  *value = attribute == cudaDevAttrComputeCapabilityMajor   ? gpu.capability / 10
+           : attribute == cudaDevAttrComputeCapabilityMinor ? gpu.capability % 10
+           : attribute == cudaDevAttrMultiProcessorCount    ? gpu.multiprocessors
+                                                            : gpu.shared_bytes;
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->ptxVersion = lb2::cuda::host::runtime().ptx_version;
+  return lb2::cuda::host::runtime().error;
+}
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int value) {
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize)
+    lb2::cuda::host::runtime().allowed_shared_bytes = static_cast<size_t>(value);
+  return lb2::cuda::host::runtime().error;
+}
+template <typename Params>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params),
+                               std::remove_const_t<Params> params) {
+  lb2::cuda::host::Runtime& gpu = lb2::cuda::host::runtime();
+  if (gpu.error != cudaSuccess) return gpu.error;
+  if (config->dynamicSmemBytes > gpu.allowed_shared_bytes) return cudaErrorLaunchFailure;
+  const bool chained = config->numAttrs == 1 &&
+                       config->attrs->id == cudaLaunchAttributeProgrammaticStreamSerialization &&
+                       config->attrs->val.programmaticStreamSerializationAllowed == 1;
+  gpu.launches.push_back({config->stream, chained, config->dynamicSmemBytes});
+  const lb2::cuda::Grid grid = {static_cast<int>(config->gridDim.x), static_cast<int>(config->gridDim.y),
+                                static_cast<int>(config->gridDim.z)};
+  lb2::cuda::run_grid(
+      grid, static_cast<int>(config->blockDim.x), config->dynamicSmemBytes, [&] { kernel(params); },
+      gpu.order);
+  return cudaSuccess;
+}
