@@ -84,6 +84,20 @@ LB2_DEVICE ItemSigns load_item(const Items& items, int item, int first_row, int 
   return signs;
 }
 
+// The signs of the four items after the two in registers into the L2 cache, so that memory is busy while
+// activations are staged: lane (g, t) asks for rows g and g + 8 of one of them.
+LB2_DEVICE void prefetch_items(const Items& items, int item, int step, int first_row, int lane) {
+  const int ahead = item + (2 + lane % 4) * step;
+  if (ahead >= items.count) return;
+  const Items::Place place = items[ahead];
+  const Term& term = items.params->terms[place.term];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = first_row + lane / 4 + 8 * half;
+    if (row < term.rows) prefetch(term.words + row * term.word_stride + place.slice * kSliceWords);
+  }
+}
+
 // Brings the activations of items [begin, end) into shared memory. Others see them after a barrier.
 template <typename Mma, int kTokens>
 LB2_DEVICE void stage_items(const Items& items, int begin, int end, int first_token, int tokens,
@@ -170,6 +184,7 @@ LB2_DEVICE void decode_block(const StageParams& params) {
   int item = split_warp;
   ItemSigns current = load_item(items, item, first_row, lane);
   ItemSigns next = load_item(items, item + split_warps, first_row, lane);
+  prefetch_items(items, item, split_warps, first_row, lane);
   if constexpr (!Layout::kConvertedAhead) prefetch_scales<Mma>(items);
   if (params.bias != nullptr && tile_row + thread_id() < term.rows &&
       thread_id() < 1 << params.block_rows_log2)
