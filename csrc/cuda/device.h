@@ -34,7 +34,6 @@ LB2_DEVICE int thread_id() { return static_cast<int>(threadIdx.x); }
 LB2_DEVICE int block_x() { return static_cast<int>(blockIdx.x); }
 LB2_DEVICE int block_y() { return static_cast<int>(blockIdx.y); }
 LB2_DEVICE int block_z() { return static_cast<int>(blockIdx.z); }
-LB2_DEVICE int grid_x() { return static_cast<int>(gridDim.x); }
 
 // The block's dynamic shared memory.
 LB2_DEVICE unsigned char* shared_memory() {
@@ -43,14 +42,8 @@ LB2_DEVICE unsigned char* shared_memory() {
 }
 
 LB2_DEVICE void sync_block() { __syncthreads(); }
-LB2_DEVICE void sync_warp() { __syncwarp(); }
 
 // All 32 lanes take part.
-LB2_DEVICE uint32_t ballot(bool predicate) { return __ballot_sync(0xFFFFFFFFu, predicate); }
-LB2_DEVICE uint32_t shuffle_xor(uint32_t value, int mask) {
-  return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
-}
-LB2_DEVICE int32_t shuffle_xor(int32_t value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
 LB2_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
 
 // Over the lanes of a warp, to all of them.

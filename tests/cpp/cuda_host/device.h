@@ -22,42 +22,19 @@ inline int thread_id() { return host::position().thread; }
 inline int block_x() { return host::position().x; }
 inline int block_y() { return host::position().y; }
 inline int block_z() { return host::position().z; }
-inline int grid_x() { return host::grid().x; }
 inline unsigned char* shared_memory() { return host::shared(); }
 inline void sync_block() { host::sync_block(); }
-inline void sync_warp() {
-  host::warp_operation("sync_warp", nullptr, [](void**) {});
-}
-
-struct BallotSlot {
-  bool predicate;
-  uint32_t result;
-};
-
-inline uint32_t ballot(bool predicate) {
-  BallotSlot slot = {predicate, 0};
-  host::warp_operation("ballot", &slot, [](void** slots) {
-    uint32_t bits = 0;
-    for (int lane = 0; lane < 32; ++lane)
-      bits |= static_cast<uint32_t>(static_cast<BallotSlot*>(slots[lane])->predicate) << lane;
-    for (int lane = 0; lane < 32; ++lane) static_cast<BallotSlot*>(slots[lane])->result = bits;
-  });
-  return slot.result;
-}
-
-template <typename T>
 struct ShuffleSlot {
-  T value, result;
+  float value, result;
   int mask;
 };
 
-template <typename T>
-T shuffle_xor(T value, int mask) {
-  ShuffleSlot<T> slot = {value, T{}, mask};
+inline float shuffle_xor(float value, int mask) {
+  ShuffleSlot slot = {value, 0.0f, mask};
   host::warp_operation("shuffle_xor", &slot, [](void** slots) {
     for (int lane = 0; lane < 32; ++lane) {
-      auto* own = static_cast<ShuffleSlot<T>*>(slots[lane]);
-      own->result = static_cast<ShuffleSlot<T>*>(slots[lane ^ own->mask])->value;
+      auto* own = static_cast<ShuffleSlot*>(slots[lane]);
+      own->result = static_cast<ShuffleSlot*>(slots[lane ^ own->mask])->value;
     }
   });
   return slot.result;

@@ -93,7 +93,6 @@ struct Block {
   Fiber scheduler;
   int current = 0;
   host::Position position = {};
-  Grid grid = {};
   std::vector<int> turns;  // threads in the order in which they are asked
   std::mt19937 engine;
   unsigned char* shared = nullptr;
@@ -220,8 +219,6 @@ const Position& position() {
   return block.position;
 }
 
-const Grid& grid() { return block.grid; }
-
 unsigned char* shared() { return block.shared; }
 
 Runtime& runtime() {
@@ -268,7 +265,6 @@ void run_grid(Grid grid, int threads, size_t shared_bytes, const std::function<v
     block.fibers = std::vector<Fiber>(static_cast<size_t>(threads));
     block.warps = std::vector<Warp>(static_cast<size_t>(threads / kLanes));
   }
-  block.grid = grid;
   block.engine.seed(seed);
   block.turns.resize(static_cast<size_t>(threads));
   std::iota(block.turns.begin(), block.turns.end(), 0);

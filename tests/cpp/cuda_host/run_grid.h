@@ -32,7 +32,6 @@ struct Position {
   int thread, x, y, z;
 };
 const Position& position();
-const Grid& grid();
 unsigned char* shared();
 void sync_block();
 
