@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kernels = [kernel for log in logs for kernel in parse_ptxas(log)]
     found = {(k.kind, k.mode, k.token_tile, k.capability): k for k in kernels}
     rows = []
-    for kind, tiles in (("decode", TOKEN_TILES), ("convert", TOKEN_TILES[2:])):
+    for kind, tiles in (("decode", TOKEN_TILES), ("convert", TOKEN_TILES[3:])):
         for mode in POLICIES:
             cells = [
                 "/".join(str(found[kind, mode, tile, arch].registers) for arch in options.archs)

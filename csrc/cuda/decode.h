@@ -56,8 +56,8 @@ struct ItemSigns {
   float row_scale[2];
 };
 
-LB2_DEVICE Words4 load_signs(const uint32_t* row, int word, int row_words, bool aligned) {
-  if (aligned && word + 4 <= row_words) return load_stream(row + word);
+LB2_DEVICE Words4 load_signs(const uint32_t* row, int word, int row_words, bool wide) {
+  if (wide && word < row_words) return load_stream(row + word);
   Words4 words;
 #pragma unroll
   for (int i = 0; i < 4; ++i) words.w[i] = word + i < row_words ? load_stream_word(row + word + i) : 0u;
@@ -77,8 +77,10 @@ LB2_DEVICE ItemSigns load_item(const Items& items, int item, int first_row, int 
     // Rows past the last one repeat it; their sums are not stored.
     int row = first_row + lane / 4 + 8 * half;
     row = row < term.rows ? row : term.rows - 1;
+    // What lies between two rows can be read as well: its columns are zero. Nothing lies past the last row.
+    const int readable = row + 1 < term.rows ? static_cast<int>(term.word_stride) : row_words;
     (half == 0 ? signs.low : signs.high) =
-        load_signs(term.words + row * term.word_stride, word, row_words, aligned);
+        load_signs(term.words + row * term.word_stride, word, row_words, aligned && word + 4 <= readable);
     signs.row_scale[half] = term.row_scale != nullptr ? term.row_scale[row] : 1.0f;
   }
   return signs;

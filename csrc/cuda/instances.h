@@ -9,9 +9,9 @@ namespace lb2::cuda {
 constexpr int kTokenTiles[] = {1, 2, 4, 8, kMaxTokenTile};
 constexpr int kTileColumns = 8;  // columns of one MMA: bit planes, or float16 activations
 
-// Whether the activations of a token tile are converted by a launch of their own: of one token or two,
-// converting them in every block costs less than a launch.
-constexpr bool converts_ahead(int token_tile) { return token_tile > 2; }
+// Whether the activations of a token tile are converted by a launch of their own: those of few tokens cost
+// every block less than that launch.
+constexpr bool converts_ahead(int token_tile) { return token_tile > 4; }
 
 // Columns that one token takes.
 constexpr int token_columns(lb2_activation activation) {

@@ -117,7 +117,7 @@ static void test_forward(const struct problem* p) {
   memset(&cuda, 0, sizeof cuda);
   cuda.struct_size = sizeof cuda;
   EXPECT(lb2_linear_plan_cuda(&args, LB2_ACTIVATION_AUTO, &device, NULL, &cuda) == LB2_OK);
-  EXPECT(cuda.activation == LB2_ACTIVATION_EXACT && cuda.num_launches == 4 && cuda.macs == plan.macs);
+  EXPECT(cuda.activation == LB2_ACTIVATION_EXACT && cuda.num_launches == 2 && cuda.macs == plan.macs);
   device.capability = 75;
   EXPECT(lb2_linear_plan_cuda(&args, LB2_ACTIVATION_AUTO, &device, NULL, &cuda) == LB2_ERROR_UNSUPPORTED);
   EXPECT(strstr(lb2_last_error(), "7.5") != NULL);

@@ -41,6 +41,24 @@ bool forward(lb2_linear_args args, const lb2_cuda_plan& plan, lb2::cuda::Order o
   // A call that needs no workspace may pass none.
   args.workspace = plan.workspace_bytes > 0 ? workspace.data : nullptr;
   args.workspace_bytes = plan.workspace_bytes;
+  const size_t element = args.dtype == LB2_FLOAT32 ? 4 : 2;
+  gpu.launches.clear();
+  gpu.round = static_cast<size_t>(plan.num_launches);
+  gpu.written = {{workspace.data, static_cast<size_t>(plan.workspace_bytes)}};
+  if (args.m > 0) {
+    const auto bytes = [&](int64_t stride, int64_t cols) {
+      return static_cast<size_t>((args.m - 1) * stride + cols) * element;
+    };
+    gpu.written.push_back({args.input, bytes(args.input_stride, args.k)});
+    gpu.written.push_back({args.output, bytes(args.output_stride, args.n)});
+  }
+  gpu.layer.clear();
+  for (int64_t p = 0; p < args.num_paths; ++p) {
+    const lb2_path& path = args.paths[p];
+    gpu.layer.push_back({path.v, static_cast<size_t>(lb2_words_per_row(args.k)) * 4});
+    gpu.layer.push_back({path.in_scale, static_cast<size_t>(args.k) * 4});
+    gpu.layer.push_back({path.out_scale, static_cast<size_t>(args.n) * 4});
+  }
   if (lb2_linear_forward_cuda(&args, &plan, nullptr) == LB2_OK) return true;
   std::fprintf(stderr, "%s\n", lb2_last_error());
   return false;
@@ -121,12 +139,13 @@ Case random_case() {
   if (engine() % 2 == 0)
     for (int32_t& row_warps : result.tuning.row_warps)
       row_warps = static_cast<int32_t>(pick({0, 1, 2, 4, 8}));
+  result.tuning.splits = static_cast<int32_t>(pick({0, 0, 1, 3, 5, 6, 9}));
   result.tuning.max_chunk = result.tuning.row_warps[0] != 0 ? static_cast<int32_t>(pick({0, 1, 2})) : 0;
   return result;
 }
 
 bool run_problem(int index, int only_mode) {
-  Problem problem(false, 4, 1200);
+  Problem problem(false, 4, 1200, 4700);
   Case chosen = random_case();
   if (only_mode > 0) chosen.activation = only_mode;
   lb2_linear_args args = problem.layer_args();
@@ -136,6 +155,9 @@ bool run_problem(int index, int only_mode) {
   args.input_stride = problem.input_stride;
   args.output_stride = problem.output_stride;
   args.dtype = problem.dtype;
+  const int64_t slices =
+      problem.single_stage ? 1 : (problem.k + lb2::cuda::kSliceCols - 1) / lb2::cuda::kSliceCols;
+  chosen.tuning.splits = static_cast<int32_t>(std::min<int64_t>(chosen.tuning.splits, slices));
   const lb2_cuda_plan plan = make_plan(args, chosen.activation, chosen.device, &chosen.tuning);
   if (chosen.activation == LB2_ACTIVATION_SIGN) expect_signs(problem);
   const size_t output_bytes = static_cast<size_t>(problem.output_elements() * problem.element);

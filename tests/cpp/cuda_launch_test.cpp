@@ -86,7 +86,7 @@ void test_results_launches_and_streams() {
     EXPECT(call.run(&stream) == LB2_OK);
     for (const float value : call.y) EXPECT(value == Call::kK * Call::kRank);
     const size_t rounds = static_cast<size_t>((m + 127) / 128);
-    EXPECT(runtime().launches.size() == rounds * (m > 2 ? 4 : 2));
+    EXPECT(runtime().launches.size() == rounds * (m > 4 ? 4 : 2));
     for (const Runtime::Launch& launch : runtime().launches)
       EXPECT(launch.stream == &stream && launch.chained);
     EXPECT(runtime().allowed_shared_bytes == 232448);

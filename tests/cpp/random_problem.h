@@ -172,8 +172,9 @@ struct Problem {
   std::vector<double> expected;  // [m, out_cols]
   double typical = 0.0;
 
-  // Ranks are at most 96, of some layers with one path or two up to `most_rank`.
-  explicit Problem(bool may_be_backward, int64_t misalignment = 1, int64_t most_rank = 96);
+  // Ranks are at most 96, of some layers with one path or two up to `most_rank`; some layers have `wide`
+  // columns.
+  explicit Problem(bool may_be_backward, int64_t misalignment = 1, int64_t most_rank = 96, int64_t wide = 0);
   const float* bias_data() const { return with_bias ? reinterpret_cast<const float*>(bias.data) : nullptr; }
   int64_t output_elements() const { return m == 0 ? 0 : (m - 1) * output_stride + out_cols; }
   lb2_linear_args layer_args() const {
@@ -213,7 +214,7 @@ struct Problem {
   }
 };
 
-inline Problem::Problem(bool may_be_backward, int64_t misalignment, int64_t most_rank) {
+inline Problem::Problem(bool may_be_backward, int64_t misalignment, int64_t most_rank, int64_t wide) {
   single_stage = engine() % 4 == 0;
   misaligned = engine() % 2 ? misalignment : 0;
   backward = may_be_backward && engine() % 2;
@@ -224,6 +225,10 @@ inline Problem::Problem(bool may_be_backward, int64_t misalignment, int64_t most
   k = pick({1, 5, 15, 31, 32, 33, 64, 100, 511, 721, 1025, 2100});
   n = pick({1, 2, 15, 16, 17, 63, 65, 130, 300});
   num_paths = pick({1, 1, 2, 2, 3, 5, LB2_MAX_PATHS});
+  if (wide > 0 && num_paths <= 2 && engine() % 6 == 0) {
+    k = wide;
+    m = std::min<int64_t>(m, 12);
+  }
   in_cols = backward ? n : k;
   out_cols = backward ? k : n;
 

@@ -68,6 +68,11 @@ struct Runtime {
     size_t shared_bytes;
   };
   std::vector<Launch> launches;
+  // What kernels write, and what they only read: threads that have not waited for the kernel before theirs
+  // must not touch the former, and in the first of every `round` launches, which follows a foreign kernel,
+  // neither.
+  std::vector<Region> written, layer;
+  size_t round = 1;
   size_t allowed_shared_bytes = 48 * 1024;  // the most that a kernel was allowed
 };
 Runtime& runtime();
@@ -112,11 +117,13 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const bool chained = config->numAttrs == 1 &&
                        config->attrs->id == cudaLaunchAttributeProgrammaticStreamSerialization &&
                        config->attrs->val.programmaticStreamSerializationAllowed == 1;
+  std::vector<lb2::cuda::Region> guarded = gpu.written;
+  if (gpu.launches.size() % gpu.round == 0) guarded.insert(guarded.end(), gpu.layer.begin(), gpu.layer.end());
   gpu.launches.push_back({config->stream, chained, config->dynamicSmemBytes});
   const lb2::cuda::Grid grid = {static_cast<int>(config->gridDim.x), static_cast<int>(config->gridDim.y),
                                 static_cast<int>(config->gridDim.z)};
   lb2::cuda::run_grid(
       grid, static_cast<int>(config->blockDim.x), config->dynamicSmemBytes, [&] { kernel(params); },
-      gpu.order);
+      gpu.order, guarded, true);
   return cudaSuccess;
 }

@@ -133,7 +133,8 @@ inline uint32_t load_stream_word(const uint32_t* p) {
   return *check_alignment<uint32_t>("load_stream_word", p, 4);
 }
 
-inline void prefetch(const void*) {}
+// Reads a byte: addresses must be good.
+inline void prefetch(const void* p) { (void)*static_cast<const volatile char*>(p); }
 
 // Copies are under way until the thread waits for them: the destination is garbage until then.
 inline void copy_words4(void* shared, const void* global) {
@@ -239,7 +240,7 @@ inline uint32_t sign_pair_f16(uint32_t word, int bit) {
   return ((word << (15 - bit)) & 0x80008000u) | 0x3C003C00u;
 }
 
-inline void wait_for_previous_kernel() {}
-inline void let_next_kernel_start() {}
+inline void wait_for_previous_kernel() { host::wait_for_previous_kernel(); }
+inline void let_next_kernel_start() { host::let_next_kernel_start(); }
 
 }  // namespace lb2::cuda

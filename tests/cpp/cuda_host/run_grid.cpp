@@ -83,6 +83,7 @@ struct Fiber {
   const uint64_t* generation = nullptr;  // runnable once it is no longer `seen`
   uint64_t seen = 0;
   std::vector<host::PendingCopy> copies;
+  bool waited = false;  // for the kernel before this one
   bool runnable() const { return !done && (generation == nullptr || *generation != seen); }
 };
 
@@ -99,11 +100,27 @@ struct Block {
   int at_barrier = 0;
   int finished = 0;
   uint64_t barrier_generation = 0;
+  const std::vector<Region>* guarded = nullptr;
+  bool are_guarded = false;
+  bool must_wait = false;
   const void* main_stack = nullptr;
   size_t main_stack_bytes = 0;
 };
 
 Block block;
+
+void guard(bool on) {
+  if (block.are_guarded == on) return;
+  block.are_guarded = on;
+#ifdef LB2_ASAN
+  for (const Region& region : *block.guarded) {
+    if (on)
+      ASAN_POISON_MEMORY_REGION(region.data, region.bytes);
+    else
+      ASAN_UNPOISON_MEMORY_REGION(region.data, region.bytes);
+  }
+#endif
+}
 
 [[noreturn]] void stop(const char* what) {
   std::fprintf(stderr, "cuda_host: block (%d, %d, %d), warp %d lane %d: %s\n", block.position.x,
@@ -144,6 +161,7 @@ void fiber_main() {
   Fiber& self = block.fibers[static_cast<size_t>(block.current)];
   (*block.kernel)();
   if (!self.copies.empty()) stop("returned without waiting for its copies to shared memory");
+  if (block.must_wait && !self.waited) stop("returned without waiting for the kernel before");
   self.done = true;
   ++block.finished;
   if (block.at_barrier > 0) stop("returned while others wait at a barrier");
@@ -159,6 +177,7 @@ void start(Fiber& fiber) {
 #endif
   fiber.done = false;
   fiber.waits_for = nullptr;
+  fiber.waited = false;
   fiber.generation = nullptr;
   fiber.fake_stack = nullptr;
 #if defined(__x86_64__)
@@ -204,8 +223,10 @@ void run_block(int threads, Order order) {
       moved = true;
       block.current = thread;
       block.position.thread = thread;
+      guard(!fiber.waited);
       switch_fiber(block.scheduler, fiber, false, false);
     }
+    guard(false);
     if (!moved) stop("no thread can go on; what each waits for:");
   }
 }
@@ -238,6 +259,16 @@ void sync_block() {
   wait("sync_block", &block.barrier_generation);
 }
 
+void wait_for_previous_kernel() {
+  block.fibers[static_cast<size_t>(block.current)].waited = true;
+  guard(false);
+}
+
+void let_next_kernel_start() {
+  if (!block.fibers[static_cast<size_t>(block.current)].waited)
+    stop("lets the next kernel start before it has waited for the one before");
+}
+
 void warp_operation(const char* name, void* slot, void (*complete)(void** slots)) {
   Warp& warp = block.warps[static_cast<size_t>(block.current / kLanes)];
   if (warp.arrived == 0) warp.operation = name;
@@ -258,13 +289,15 @@ void warp_operation(const char* name, void* slot, void (*complete)(void** slots)
 }  // namespace host
 
 void run_grid(Grid grid, int threads, size_t shared_bytes, const std::function<void()>& kernel, Order order,
-              uint32_t seed) {
+              const std::vector<Region>& guarded, bool must_wait, uint32_t seed) {
   if (threads % kLanes != 0) stop("the number of threads is no multiple of 32");
   block.kernel = &kernel;
   if (block.fibers.size() != static_cast<size_t>(threads)) {
     block.fibers = std::vector<Fiber>(static_cast<size_t>(threads));
     block.warps = std::vector<Warp>(static_cast<size_t>(threads / kLanes));
   }
+  block.guarded = &guarded;
+  block.must_wait = must_wait;
   block.engine.seed(seed);
   block.turns.resize(static_cast<size_t>(threads));
   std::iota(block.turns.begin(), block.turns.end(), 0);

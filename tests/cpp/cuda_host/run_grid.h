@@ -21,10 +21,17 @@ struct Grid {
 // Order in which blocks, and the threads of a block, take their turns: results must not depend on it.
 enum class Order { kForward, kReverse, kShuffled };
 
-// Calls `kernel` once per thread. `seed` is that of kShuffled. Each block gets `shared_bytes` of dynamic
+struct Region {
+  const void* data;
+  size_t bytes;
+};
+
+// Calls `kernel` once per thread, with the `guarded` regions out of bounds for threads that have not waited
+// for the kernel before this one. `seed` is that of kShuffled. Each block gets `shared_bytes` of dynamic
 // shared memory, filled with 0xFF (NaN).
 void run_grid(Grid grid, int threads, size_t shared_bytes, const std::function<void()>& kernel,
-              Order order = Order::kForward, uint32_t seed = 1);
+              Order order = Order::kForward, const std::vector<Region>& guarded = {}, bool must_wait = false,
+              uint32_t seed = 1);
 
 namespace host {
 
@@ -34,6 +41,12 @@ struct Position {
 const Position& position();
 unsigned char* shared();
 void sync_block();
+
+// Every thread must wait for the kernel before its own: before it lets the next one start, and before it
+// ends. Until then it must not touch the regions that run_grid was told to guard, which AddressSanitizer sees
+// to.
+void wait_for_previous_kernel();
+void let_next_kernel_start();
 
 // Copies to shared memory that the current thread has not waited for.
 struct PendingCopy {
