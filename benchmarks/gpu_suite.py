@@ -1,17 +1,22 @@
 """``python3 -m benchmarks.gpu_suite``: on a GPU machine without a network, builds, tests and measures.
 
-Every step is a command with a limit of its own; a step that fails does not stop those that can do without it.
-Logs and the JSON of the measurements go to ``--out``, a table of the steps is printed last. ``--dry-run``
-prints the commands and checks, without a GPU, that their arguments are understood.
+Every step is a command with a limit of its own; a step that fails does not stop those that do without it.
+Steps come in groups, each with the steps that set the machine up, each within ten minutes.
+The JSON of the measurements, the results of all steps (``suite.json``) and their output (``suite.log``) go to
+``--out``, a table of the steps is printed last. ``--dry-run`` prints the commands, and runs the measurements
+without a GPU, on small layers with pretended times.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
+import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,13 +25,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-__all__ = ["STEPS", "Result", "Step", "main", "run_step"]
+__all__ = ["STEPS", "Folders", "Result", "Step", "main", "run_step"]
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable or "python3"
 OURS = [f"littlebit2:cuda:{mode}" for mode in ("int16", "float16", "int8", "sign")]
-PEERS = ["dense", "low-rank", "gemlite"]
 #: Those of the goals first: a measurement that runs out of time keeps what it has.
+PEERS = ["dense", "low-rank"]
 MODEL_SHAPES = [
     "llama2-70b-up",
     "llama2-7b-up",
@@ -43,26 +48,38 @@ SMALL += ["--cold-mib", "0.05", "--unit-times"]
 
 
 @dataclass(frozen=True)
+class Folders:
+    """``out`` for what is to be kept, ``work`` for programs and logs, ``wheels`` with packages to install."""
+
+    out: Path
+    work: Path
+    wheels: Path
+
+
+@dataclass(frozen=True)
 class Step:
     """One command of the suite.
 
     Attributes:
         name: as in ``--steps``.
-        command: arguments; ``{out}`` and ``{wheels}`` stand for folders.
+        group: as in ``--groups``; ``"setup"`` is part of every group.
+        command: arguments; ``{out}``, ``{work}`` and ``{wheels}`` stand for folders.
         seconds: limit.
         needs: steps that must have succeeded, where they were asked for.
         variables: added to the environment.
     """
 
     name: str
+    group: str
     command: tuple[str, ...]
     seconds: int
     needs: tuple[str, ...] = ("build",)
     variables: tuple[tuple[str, str], ...] = ()
 
-    def arguments(self, out: Path, wheels: Path) -> list[str]:
+    def arguments(self, folders: Folders) -> list[str]:
         """The command with its folders filled in."""
-        return [part.format(out=out, wheels=wheels) for part in self.command]
+        names = {name: str(folder) for name, folder in vars(folders).items()}
+        return [part.format(arch="{arch}", **names) for part in self.command]
 
 
 @dataclass(frozen=True)
@@ -97,103 +114,120 @@ def _sanitized(tool: str) -> Step:
     command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *_PYTEST)
     # Torch's allocator hands out parts of large blocks, past whose ends nothing is found.
     variables = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
-    return Step(tool, (*command, *tests), 240, _USABLE, variables)
+    return Step(tool, "check", (*command, *tests), 90, _USABLE, variables)
 
 
-def _program(name: str, seconds: int, *arguments: str) -> tuple[Step, Step]:
+def _program(name: str, seconds: int, *arguments: str, library: bool = True) -> tuple[Step, Step]:
     """A measurement in CUDA C++, below torch: compiled for this GPU, then run."""
-    library = ROOT / "littlebit2_kernels"
-    compile_it = (
-        "nvcc",
-        "-std=c++17",
-        "-O3",
-        "-arch=native",
-        f"-I{ROOT / 'csrc'}",
-        f"-I{ROOT / 'benchmarks'}",
-    )
-    compile_it += (
-        f"-I{ROOT / 'csrc' / 'include'}",
-        f"-L{library / 'lib'}",
-        f"-Xlinker=-rpath={library / 'lib'}",
-    )
-    compile_it += (str(ROOT / "benchmarks" / "cuda" / f"{name}.cu"), "-llittlebit2_cuda", "-llittlebit2")
-    build = Step(f"build-{name}", (*compile_it, "-o", f"{{out}}/{name}"), 120)
-    return build, Step(name, (f"{{out}}/{name}", *arguments), seconds, (*_USABLE, build.name))
+    build = ["nvcc", "-std=c++17", "-O3", "-arch={arch}"]
+    build += [f"-I{ROOT / folder}" for folder in ("csrc", "csrc/include", "benchmarks")]
+    build.append(str(ROOT / "benchmarks" / "cuda" / f"{name}.cu"))
+    if library:
+        lib = ROOT / "littlebit2_kernels" / "lib"
+        build += [f"-L{lib}", f"-Xlinker=-rpath={lib}", "-llittlebit2_cuda", "-llittlebit2"]
+    build += ["-o", f"{{work}}/{name}"]
+    first = Step(f"build-{name}", "variants", tuple(build), 40, _USABLE if library else ())
+    return first, Step(name, "variants", (f"{{work}}/{name}", *arguments), seconds, (first.name,))
 
 
 STEPS = (
-    Step("wheels", (*_PIP, "--find-links", "{wheels}", "pybind11", "gemlite"), 60, ()),
-    Step("build", (*_PIP, "-e", str(ROOT)), 300, ()),
-    Step("diagnostics", (PYTHON, "-m", "littlebit2_kernels.diagnostics", "--require-gpu"), 60),
-    Step("tests", (*_PYTEST, "tests/cuda"), 300),
+    Step("wheels", "setup", (*_PIP, "--find-links", "{wheels}", "pybind11", "gemlite"), 20, ()),
+    Step("build", "setup", (*_PIP, "-e", str(ROOT)), 150, ()),
+    Step("diagnostics", "setup", (PYTHON, "-m", "littlebit2_kernels.diagnostics", "--require-gpu"), 20),
+    Step("tests", "check", (*_PYTEST, "tests/cuda"), 180),
     _sanitized("memcheck"),
     _sanitized("racecheck"),
-    # How fast the tensor cores are, and what the planner could have chosen better.
-    *_program("mma_rates", 30, "{out}/mma_rates.json"),
-    *_program("variants", 240, "--json", "{out}/variants.json", "--tokens", "1", "8"),
     # Which mode wins at one token, at every bits per weight, beside the peers.
     Step(
         "decode",
-        _measure("decode", [1], [*OURS, *PEERS], "--bpw", "0.1", "0.3", "0.55", "1.0", "--refcheck"),
-        300,
-        _USABLE,
-    ),
-    Step(
-        "batches",
-        _measure("batches", [2, 4, 8, 16], [*OURS[:2], *PEERS], "--bpw", "0.1", "0.55"),
-        300,
+        "decode",
+        _measure(
+            "decode", [1], [*OURS, "dense", "low-rank"], "--bpw", "0.1", "0.3", "0.55", "1.0", "--refcheck"
+        ),
+        200,
         _USABLE,
     ),
     # Eager calls: what the host adds to a launch.
     Step(
         "eager",
+        "decode",
         _measure("eager", [1], [OURS[0], "dense"], "--bpw", "0.1", "--no-graphs", "--modes", "hot"),
-        120,
+        40,
+        _USABLE,
+    ),
+    Step(
+        "batches",
+        "decode",
+        _measure("batches", [2, 4, 8, 16], [*OURS[:2], *PEERS], "--bpw", "0.1", "0.55"),
+        130,
+        _USABLE,
+    ),
+    # How fast the tensor cores are, and what the planner could have chosen better.
+    *_program("mma_rates", 10, "{out}/mma_rates.json", library=False),
+    *_program("variants", 120, "{out}/variants.jsonl", "--tokens", "1", "8"),
+    # GemLite tunes itself for every shape first.
+    Step(
+        "gemlite",
+        "variants",
+        _measure("gemlite", [1, 8], [OURS[0], "dense", "gemlite"], "--bpw", "0.1", "1.0", "--modes", "cold"),
+        150,
         _USABLE,
     ),
 )
 
 
 @functools.cache
-def _architecture() -> str:
-    """``90-real`` on an H100 or H200; what this GPU is."""
-    print_it = "import torch; print('{}{}-real'.format(*torch.cuda.get_device_capability()))"
+def _capability() -> str:
+    """``"90"`` on an H100 or H200, and where there is no GPU."""
+    print_it = "import torch; print('{}{}'.format(*torch.cuda.get_device_capability()))"
     asked = subprocess.run([PYTHON, "-c", print_it], capture_output=True, text=True, check=False)
-    return asked.stdout.strip() or "90-real"
+    return asked.stdout.strip() or "90"
 
 
-def run_step(step: Step, out: Path, wheels: Path, done: dict[str, Result]) -> Result:
-    """Run one step, unless one that it needs has not passed; its output goes to ``out/<name>.log``."""
+def run_step(step: Step, folders: Folders, done: dict[str, Result], seconds: float = math.inf) -> Result:
+    """Run one step in at most ``seconds``, unless one that it needs has not passed.
+
+    Its output goes to ``work/<name>.log``. What it leaves running is ended.
+    """
     for name in step.needs:
         if name in done and done[name].state != "passed":
             return Result(step.name, f"skipped: {name} {done[name].state}", 0.0, "")
-    log = out / f"{step.name}.log"
+    if seconds < 1:
+        return Result(step.name, "skipped: out of time", 0.0, "")
+    log = folders.work / f"{step.name}.log"
     environment = {
         # CUDA kernels also where the tool that builds them does not see a GPU.
         "LB2_CUDA": "on",
-        "LB2_CUDA_ARCHS": _architecture(),
+        "LB2_CUDA_ARCHS": f"{_capability()}-real",
         # The machine is this suite's, whoever manages its Python.
         "PIP_BREAK_SYSTEM_PACKAGES": "1",
         **os.environ,
         **dict(step.variables),
     }
+    arguments = [part.replace("{arch}", f"sm_{_capability()}") for part in step.arguments(folders)]
     start = time.monotonic()
     with log.open("w", encoding="utf-8") as stream:
         try:
-            code = subprocess.run(
-                step.arguments(out, wheels),
+            process = subprocess.Popen(
+                arguments,
                 cwd=ROOT,
                 env=environment,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
-                timeout=step.seconds,
-                check=False,
-            ).returncode
+                start_new_session=True,
+            )
+        except OSError as error:
+            return Result(step.name, f"failed: {error}", 0.0, str(log))
+        try:
+            code = process.wait(min(step.seconds, seconds))
             state = "passed" if code == 0 else f"failed with {code}"
         except subprocess.TimeoutExpired:
             state = "timed out"
-        except OSError as error:
-            state = f"failed: {error}"
+        finally:
+            # Compilers and tests that outlive their parent would go on beside the next measurement.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     return Result(step.name, state, time.monotonic() - start, str(log))
 
 
@@ -204,9 +238,12 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names = [step.name for step in STEPS]
+    groups = [group for group in dict.fromkeys(step.group for step in STEPS) if group != "setup"]
+    parser.add_argument("--groups", nargs="+", choices=groups, default=groups, help="default: all")
     parser.add_argument(
-        "--steps", nargs="+", choices=names, default=names, metavar="STEP", help=", ".join(names)
+        "--steps", nargs="+", choices=names, metavar="STEP", help="in place of groups: " + ", ".join(names)
     )
+    parser.add_argument("--seconds", type=float, default=math.inf, help="for all steps together")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu_suite_out")))
     parser.add_argument(
         "--wheels", type=Path, default=ROOT / "wheels", help="folder with pybind11 and gemlite"
@@ -215,18 +252,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _dry_run(steps: Sequence[Step], out: Path, wheels: Path) -> int:
+def _dry_run(steps: Sequence[Step], folders: Folders) -> int:
     from benchmarks.__main__ import main as harness
 
     for step in steps:
-        arguments = step.arguments(out, wheels)
+        arguments = step.arguments(folders)
         print(f"{step.name} (at most {step.seconds} s): {' '.join(arguments)}")
         if arguments[1:3] == ["-m", "benchmarks"]:
             with tempfile.TemporaryDirectory() as folder:
                 status = harness([*arguments[3:], *SMALL, "--json", f"{folder}/rows.json"])
             if status != 0:
                 return status
-        elif shutil.which(arguments[0]) is None and not arguments[0].startswith(str(out)):
+        elif shutil.which(arguments[0]) is None and not arguments[0].startswith(str(folders.work)):
             print(f"  {arguments[0]} is not on this machine")
     return 0
 
@@ -234,20 +271,28 @@ def _dry_run(steps: Sequence[Step], out: Path, wheels: Path) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the chosen steps; return 1 if one did not pass."""
     options = _parser().parse_args(arguments)
-    steps = [step for step in STEPS if step.name in options.steps]
-    out, wheels = options.out.resolve(), options.wheels.resolve()
+    wanted = {*options.groups, "setup"}
+    steps = [
+        step for step in STEPS if (step.name in options.steps if options.steps else step.group in wanted)
+    ]
+    folders = Folders(options.out.resolve(), ROOT / "build" / "gpu_suite", options.wheels.resolve())
     if options.dry_run:
-        return _dry_run(steps, out, wheels)
-    out.mkdir(parents=True, exist_ok=True)
+        return _dry_run(steps, folders)
+    end = time.monotonic() + options.seconds
+    folders.out.mkdir(parents=True, exist_ok=True)
+    folders.work.mkdir(parents=True, exist_ok=True)
     done: dict[str, Result] = {}
-    for step in steps:
-        done[step.name] = run_step(step, out, wheels, done)
-        (out / "steps.json").write_text(json.dumps([asdict(result) for result in done.values()], indent=2))
+    with (folders.out / "suite.log").open("w", encoding="utf-8") as together:
+        for step in steps:
+            result = done[step.name] = run_step(step, folders, done, end - time.monotonic())
+            output = Path(result.log).read_text("utf-8", "replace") if result.log else ""
+            print(f"=== {step.name}: {result.state}\n{output}", file=together, flush=True)
+            report = [asdict(result) for result in done.values()]
+            (folders.out / "suite.json").write_text(json.dumps(report, indent=2))
+            if result.state != "passed":
+                print(f"--- end of {step.name}\n{output[-1500:]}", flush=True)
     for result in done.values():
-        if result.state != "passed" and result.log:
-            print(f"--- end of {result.log}\n{Path(result.log).read_text('utf-8')[-1500:]}")
-    for result in done.values():
-        print(f"{result.name:<12} {result.seconds:7.1f} s  {result.state}")
+        print(f"{result.name:<16} {result.seconds:7.1f} s  {result.state}")
     return int(any(result.state != "passed" for result in done.values()))
 
 

@@ -2,9 +2,9 @@
 
 Bytes and instructions follow from the layer and from the launches that the planner chooses. A stage is then
 expected to take its launch and the longer of the planner's estimate of its cycles (one token) and of reading
-its signs from memory. The rates below are the vendors' (clock: boost), memory at 0.9 of the nominal rate, as
-an H200 reached in a copy; the time of a launch within a graph is assumed. To be read beside a measurement,
-not in its place.
+its signs and scales from memory. The rates below are the vendors' (clock: boost), memory at 0.9 of the nominal
+rate, as an H200 reached in a copy; the time of a launch within a graph is assumed. To be read beside a
+measurement, not in its place.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ class Prediction:
 
     Attributes:
         explanation: what is launched.
-        sign_bytes: bytes of signs that a stage reads, row padding included, for each launch.
-        sign_loads: 16-byte loads of signs, of warps.
+        nbytes: signs (row padding included) and scales that each launch reads.
+        sign_loads: loads of signs, of warps: of 16 bytes where rows start at multiples of that, as those of
+            ``LittleBitLinear`` on a GPU do.
         shared_loads: 16-byte loads of activations from shared memory beside the MMAs, of warps.
         mmas: MMAs, of warps.
         staged: slices staged, by all blocks together.
@@ -65,7 +66,7 @@ class Prediction:
     """
 
     explanation: Explanation
-    sign_bytes: tuple[int, ...]
+    nbytes: tuple[int, ...]
     sign_loads: int
     shared_loads: int
     mmas: int
@@ -93,7 +94,14 @@ def predict(packed: PackedLinear, gpu: str, activation: str = "auto") -> Predict
     stages = [first] if packed.single_stage else [first, last]
     decodes = [launch for launch in explanation.launches if launch.kind == "decode"]
     tiles = [sum(-(-rows // TILE_ROWS) * -(-cols // SLICE) for rows, cols in stage) for stage in stages]
-    sign_bytes = tuple(sum(rows * -(-cols // 32) * 4 for rows, cols in stage) for stage in stages)
+    # A scale for every column of a stage, and one for every row of the last.
+    nbytes = tuple(
+        sum(
+            rows * -(-cols // 32) * 4 + 4 * cols + (4 * rows if stage is stages[-1] else 0)
+            for rows, cols in stage
+        )
+        for stage in stages
+    )
     staged = 0
     for launch, stage in zip(decodes, stages, strict=True):
         slices = sum(-(-cols // SLICE) for _, cols in stage)
@@ -101,15 +109,15 @@ def predict(packed: PackedLinear, gpu: str, activation: str = "auto") -> Predict
         staged += launch.grid[0] * (slices if stage is stages[-1] else -(-packed.in_features // SLICE))
     return Prediction(
         explanation=explanation,
-        sign_bytes=sign_bytes,
+        nbytes=nbytes,
         sign_loads=2 * sum(tiles),
         shared_loads=SHARED_LOADS[mode] * sum(tiles),
         mmas=MMAS[mode] * sum(tiles),
         staged=staged,
         seconds=tuple(
             (CHAINED_LAUNCH if launch.chained else LAUNCH)
-            + max(launch.estimated_cycles / rates.clock, nbytes / rates.memory)
-            for launch, nbytes in zip(decodes, sign_bytes, strict=True)
+            + max(launch.estimated_cycles / rates.clock, read / rates.memory)
+            for launch, read in zip(decodes, nbytes, strict=True)
         ),
         dense_seconds=2 * packed.in_features * packed.out_features / rates.memory,
     )
@@ -117,7 +125,7 @@ def predict(packed: PackedLinear, gpu: str, activation: str = "auto") -> Predict
 
 def run(options: Namespace) -> int:
     """Print predictions as a markdown table."""
-    head = ["GPU", "shape", "bpw", "mode", "grid", "signs KiB", "MMAs", "LDG.128", "LDS.128", "staged slices"]
+    head = ["GPU", "shape", "bpw", "mode", "grid", "KiB", "MMAs", "LDG.128", "LDS.128", "staged slices"]
     head += ["us by stage", "us", "dense at least us", "ratio"]
     rows = []
     for gpu in options.gpu:
@@ -137,7 +145,7 @@ def _cells(prediction: Prediction) -> list[str]:
     return [
         str(prediction.explanation.activation),
         " + ".join(f"{launch.grid[0]}x{launch.grid[1]}" for launch in launches),
-        f"{sum(prediction.sign_bytes) / 1024:.0f}",
+        f"{sum(prediction.nbytes) / 1024:.0f}",
         str(prediction.mmas),
         str(prediction.sign_loads),
         str(prediction.shared_loads),

@@ -70,7 +70,8 @@ class LittleBitLinear(nn.Module):
     or both prepacked. Tracing keeps what it finds: call :meth:`prepack_` (or the layer) once before
     ``torch.compile``, else the trace holds the slower kernels with exact sums for every dtype, and
     :meth:`unpack_` before ``torch.export``, whose file must hold the portable tensors. On a GPU, rows of
-    words are held at multiples of 16 bytes, which ``state_dict`` gives dense.
+    words are held at multiples of 16 bytes, with room in between where the rank asks for it; ``state_dict``
+    then has copies of those tensors, without the room.
 
     Args:
         in_features: K.
@@ -120,8 +121,9 @@ class LittleBitLinear(nn.Module):
     ) -> LittleBitLinear:
         """Wrap a packed layer.
 
-        Contiguous tensors become the module's buffers without a copy, so loading a ``state_dict``
-        into a module that has not been prepacked writes into ``packed`` too.
+        Contiguous tensors become the module's buffers without a copy (but words on a GPU that need room
+        between their rows), so loading a ``state_dict`` into a module that has not been prepacked writes into
+        ``packed`` too.
 
         Raises:
             TypeError: ``packed`` is not a :class:`PackedLinear`.
@@ -245,6 +247,15 @@ class LittleBitLinear(nn.Module):
             state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set - {"prepacked"}
         return state
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._place_buffers()  # a file may be loaded to another device
+
+    def _place_buffers(self) -> None:
+        for name, tensor in self._buffers.items():
+            if tensor is not None:
+                self._buffers[name] = _placed(tensor)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> LittleBitLinear:
         # Unlike a pickle, a copy keeps the layout.
         module = self.__class__.__new__(self.__class__)
@@ -292,7 +303,7 @@ class LittleBitLinear(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers."""
+        """Bytes of all buffers, without room between rows on a GPU."""
         return sum(b.numel() * b.element_size() for b in self._buffers.values() if b is not None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -434,6 +445,7 @@ class LittleBitLinear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        self._place_buffers()  # assign=True puts tensors as they are stored in place of the layer's own
 
     def _normalise(self, state_dict: dict[str, Any], prefix: str, own: dict[str, torch.Tensor]) -> None:
         """Bring stored entries to the names, dtypes and layout of the module's buffers, in place."""

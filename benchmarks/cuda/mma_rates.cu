@@ -81,7 +81,7 @@ void measure(FILE* json, bool last) {
 
 }  // namespace
 
-int main(int argc, char** argv) {
+int main(int argc, char** argv) {  // [FILE]: JSON
   FILE* json = std::fopen(argc > 1 ? argv[1] : "/dev/null", "w");
   if (json == nullptr) {
     std::fprintf(stderr, "error: %s cannot be written\n", argv[1]);

@@ -1,10 +1,12 @@
 // Shapes of the decode launches measured beside the planner's choice: row warps of both stages, splits,
 // chunks, chaining. One number is varied at a time, then the best of each are put together.
 //
-//   variants [--json FILE] [--tokens 1 8] [--modes int16 float16] [--repetitions 7] [--list]
+//   variants [FILE] [--tokens 1 8] [--modes int16 float16] [--repetitions 7]
 //
-// Calls are replayed as a graph over copies of the weights that together exceed the L2 cache; variants take
-// turns, and the median of their ratios to the planner's choice in the same turn is printed.
+// Calls are replayed as a graph over copies of the signs that together exceed the L2 cache (scales stay in
+// it); variants take turns, and the median of their ratios to the planner's choice in the same turn is
+// printed. Calls follow one another with nothing in between, so that a chained first launch overlaps our own
+// last one. FILE gets JSON lines: the GPU first, then what was launched and how long it took.
 #include <cuda_fp16.h>
 
 #include <memory>
@@ -16,7 +18,8 @@
 namespace {
 
 constexpr int kPaths = 2;
-constexpr int kMostCopies = 512;
+constexpr int kMostCopies = 2048;
+constexpr double kGain = 0.97;  // ratios above it are no gain
 
 struct Shape {
   const char* name;
@@ -45,7 +48,6 @@ struct Options {
   std::vector<int64_t> tokens;
   std::vector<Mode> modes;
   int repetitions = 7;
-  bool list = false;
 };
 
 [[noreturn]] void stop(const char* message, const char* detail) {
@@ -62,11 +64,9 @@ Options parse(int argc, char** argv) {
   std::string name;
   for (int i = 1; i < argc; ++i) {
     const std::string word = argv[i];
-    if (word == "--list") {
-      options.list = true;
-    } else if (word.rfind("--", 0) == 0) {
+    if (word.rfind("--", 0) == 0) {
       name = word;
-    } else if (name == "--json") {
+    } else if (name.empty() && options.json == nullptr) {
       options.json = argv[i];
     } else if (name == "--tokens" && std::atoi(argv[i]) > 0) {
       options.tokens.push_back(std::atoi(argv[i]));
@@ -94,30 +94,38 @@ std::string describe(const lb2_cuda_tuning& t) {
   return text;
 }
 
-// The planner's choice first, then one number varied at a time.
-std::vector<lb2_cuda_tuning> tunings(int64_t k) {
-  const lb2_cuda_tuning none = {sizeof(lb2_cuda_tuning), {0, 0}, 0, 0, 0};
-  std::vector<lb2_cuda_tuning> all = {none};
-  const auto add = [&](const auto& change) {
-    all.push_back(none);
-    change(all.back());
+// The planner's choice first, spelt out so that the rest of it stays when one number is varied.
+std::vector<lb2_cuda_tuning> tunings(int64_t k, const lb2_cuda_plan& planned) {
+  lb2_cuda_tuning base = {sizeof(lb2_cuda_tuning), {0, 0}, 0, 0, 0};
+  for (const lb2_cuda_launch& launch : planned.launches) {
+    if (launch.kind != LB2_CUDA_DECODE) continue;
+    base.row_warps[launch.stage] = launch.row_warps;
+    if (launch.stage == 0) base.splits = launch.grid_y;
+  }
+  std::vector<lb2_cuda_tuning> all = {base};
+  const auto add = [&](auto member, int value) {
+    if (member(base) == value) return;
+    all.push_back(base);
+    member(all.back()) = value;
   };
-  for (const int warps : {1, 2, 4, 8})
-    for (const int stage : {0, 1}) add([&](lb2_cuda_tuning& t) { t.row_warps[stage] = warps; });
+  for (const int warps : {1, 2, 4, 8}) {
+    add([](auto& t) -> auto& { return t.row_warps[0]; }, warps);
+    add([](auto& t) -> auto& { return t.row_warps[1]; }, warps);
+  }
   for (int splits = 1; splits <= 32 && splits <= (k + 511) / 512; splits *= 2)
-    add([&](lb2_cuda_tuning& t) { t.splits = splits; });
-  for (const int chunk : {1, 2, 4}) add([&](lb2_cuda_tuning& t) { t.max_chunk = chunk; });
-  add([&](lb2_cuda_tuning& t) { t.unchained = 1; });
+    add([](auto& t) -> auto& { return t.splits; }, splits);
+  for (const int chunk : {1, 2, 4}) add([](auto& t) -> auto& { return t.max_chunk; }, chunk);
+  add([](auto& t) -> auto& { return t.unchained; }, 1);
   return all;
 }
 
-// The best number of each kind together; numbers that did not pay stay the planner's.
+// The best number of each kind together; what did not gain stays the planner's.
 lb2_cuda_tuning combine(const std::vector<lb2_cuda_tuning>& all, const std::vector<double>& ratios) {
   lb2_cuda_tuning best = all[0];
   const auto take = [&](auto member) {
-    double least = 1.0;
+    double least = kGain;
     for (size_t i = 1; i < all.size(); ++i)
-      if (member(all[i]) != 0 && ratios[i] < least) {
+      if (member(all[i]) != member(all[0]) && ratios[i] < least) {
         least = ratios[i];
         member(best) = member(all[i]);
       }
@@ -281,51 +289,82 @@ Measured measure(Layer& layer, lb2_activation mode, const lb2_cuda_device& devic
   return measured;
 }
 
-class Json {
+// A line for everything measured, written at once: what was measured before an error is kept.
+class Lines {
  public:
-  explicit Json(const char* path) : path_(path), file_(path == nullptr ? nullptr : std::fopen(path, "w")) {
-    if (path != nullptr && file_ == nullptr) stop("cannot be written", path);
-    if (file_ != nullptr) std::fprintf(file_, "{\n  \"variants\": [");
+  explicit Lines(const char* path) : file_(path == nullptr ? nullptr : std::fopen(path, "w")) {
+    if (path == nullptr) return;
+    if (file_ == nullptr) stop("cannot be written", path);
+    cudaDeviceProp gpu;
+    int driver = 0, runtime = 0;
+    LB2_CUDA(cudaGetDeviceProperties(&gpu, 0));
+    LB2_CUDA(cudaDriverGetVersion(&driver));
+    LB2_CUDA(cudaRuntimeGetVersion(&runtime));
+    std::fprintf(
+        file_,
+        "{\"gpu\": \"%s\", \"capability\": %d, \"multiprocessors\": %d, \"l2_bytes\": %d, \"driver\": %d, "
+        "\"runtime\": %d, \"littlebit2\": \"%s\"}\n",
+        gpu.name, 10 * gpu.major + gpu.minor, gpu.multiProcessorCount, gpu.l2CacheSize, driver, runtime,
+        lb2_version());
+    flush();
   }
-  ~Json() {
-    if (file_ != nullptr && (std::fprintf(file_, "\n  ]\n}\n") < 0 || std::fclose(file_) != 0))
-      stop("cannot be written", path_);
+  ~Lines() {
+    if (file_ != nullptr) std::fclose(file_);
   }
-  void row(const Shape& shape, int64_t tokens, const char* mode, const lb2_cuda_tuning& t, double seconds,
-           double ratio) {
+  Lines(const Lines&) = delete;
+  Lines& operator=(const Lines&) = delete;
+
+  void row(const Shape& shape, int64_t tokens, const char* mode, const Layer& layer,
+           const lb2_cuda_plan& plan, double seconds, double ratio) {
     if (file_ == nullptr) return;
     std::fprintf(file_,
-                 "%s\n    {\"shape\": \"%s\", \"tokens\": %d, \"mode\": \"%s\", \"row_warps\": [%d, %d], "
-                 "\"splits\": %d, \"max_chunk\": %d, \"unchained\": %d, \"seconds\": %.6g, \"ratio\": %.4f}",
-                 first_ ? "" : ",", shape.name, static_cast<int>(tokens), mode, t.row_warps[0],
-                 t.row_warps[1], t.splits, t.max_chunk, t.unchained, seconds, ratio);
-    first_ = false;
+                 "{\"shape\": \"%s\", \"tokens\": %d, \"mode\": \"%s\", \"seconds\": %.6g, \"ratio\": %.4f, "
+                 "\"copies\": %d, \"sign_bytes\": %lld, \"launches\": [",
+                 shape.name, static_cast<int>(tokens), mode, seconds, ratio, layer.copies(),
+                 static_cast<long long>(layer.bytes()));
+    for (int i = 0; i < plan.num_launches; ++i) {
+      const lb2_cuda_launch& l = plan.launches[i];
+      std::fprintf(file_,
+                   "%s{\"kind\": \"%s\", \"grid\": [%d, %d, %d], \"token_tile\": %d, \"row_warps\": %d, "
+                   "\"chunk_slices\": %d, \"chained\": %d}",
+                   i == 0 ? "" : ", ", l.kind == LB2_CUDA_CONVERT ? "convert" : "decode", l.grid_x, l.grid_y,
+                   l.grid_z, l.token_tile, l.row_warps, l.chunk_slices, l.chained);
+    }
+    std::fprintf(file_, "]}\n");
+    flush();
   }
 
  private:
-  const char* path_;
+  void flush() {
+    if (std::fflush(file_) != 0) stop("cannot be written", "the file of results");
+  }
+
   FILE* file_;
-  bool first_ = true;
 };
 
 void measure_shape(const Shape& shape, int64_t tokens, const Mode& mode, const lb2_cuda_device& device,
-                   int repetitions, Json& json) {
+                   int repetitions, Lines& lines) {
   Layer layer(shape, tokens);
-  std::vector<lb2_cuda_tuning> all = tunings(shape.k);
+  const lb2_cuda_tuning none = {sizeof(lb2_cuda_tuning), {0, 0}, 0, 0, 0};
+  std::vector<lb2_cuda_tuning> all = tunings(shape.k, layer.plan(mode.value, device, none));
   Measured measured = measure(layer, mode.value, device, all, repetitions);
   const lb2_cuda_tuning together = combine(all, measured.ratios);
-  const Measured final = measure(layer, mode.value, device, {all[0], together}, repetitions);
+  const Measured last = measure(layer, mode.value, device, {all[0], together}, repetitions);
   all.push_back(together);
-  measured.seconds.push_back(final.seconds[1]);
-  measured.ratios.push_back(final.ratios[1]);
+  measured.seconds.push_back(last.seconds[1]);
+  measured.ratios.push_back(last.ratios[1]);
   for (size_t i = 0; i < all.size(); ++i)
-    json.row(shape, tokens, mode.name, all[i], measured.seconds[i], measured.ratios[i]);
-  std::printf("%-24s M=%-3d %-8s planned %7.2f us (%4.0f GB/s); together %.3fx: %s\n", shape.name,
-              static_cast<int>(tokens), mode.name, measured.seconds[0] * 1e6,
-              static_cast<double>(layer.bytes()) / measured.seconds[0] / 1e9, final.ratios[1],
-              describe(together).c_str());
+    lines.row(shape, tokens, mode.name, layer, layer.plan(mode.value, device, all[i]), measured.seconds[i],
+              measured.ratios[i]);
+  std::printf("%-24s M=%-3d %-8s planned (%s) %7.2f us, %4.0f GB/s of signs; together %.3fx: %s\n",
+              shape.name, static_cast<int>(tokens), mode.name, describe(all[0]).c_str(),
+              measured.seconds[0] * 1e6, static_cast<double>(layer.bytes()) / measured.seconds[0] / 1e9,
+              last.ratios[1], describe(together).c_str());
+  const int cache = lb2::bench::attribute(cudaDevAttrL2CacheSize);
+  if (layer.copies() * layer.bytes() < cache)
+    std::printf("    not cold: %d copies are smaller than the L2 cache\n", layer.copies());
   for (size_t i = 1; i + 1 < all.size(); ++i)
-    if (measured.ratios[i] < 0.97)
+    if (measured.ratios[i] < kGain)
       std::printf("    %.3fx %s\n", measured.ratios[i], describe(all[i]).c_str());
   std::fflush(stdout);
 }
@@ -334,19 +373,13 @@ void measure_shape(const Shape& shape, int64_t tokens, const Mode& mode, const l
 
 int main(int argc, char** argv) {
   const Options options = parse(argc, argv);
-  if (options.list) {
-    for (const Shape& shape : kShapes)
-      for (const lb2_cuda_tuning& tuning : tunings(shape.k))
-        std::printf("%s: %s\n", shape.name, describe(tuning).c_str());
-    return 0;
-  }
   lb2_cuda_device device = {};
   device.struct_size = sizeof device;
   check(lb2_cuda_get_device(0, &device));
-  Json json(options.json);
+  Lines lines(options.json);
   for (const Shape& shape : kShapes)
     for (const int64_t tokens : options.tokens)
       for (const Mode& mode : options.modes)
-        measure_shape(shape, tokens, mode, device, options.repetitions, json);
+        measure_shape(shape, tokens, mode, device, options.repetitions, lines);
   return 0;
 }

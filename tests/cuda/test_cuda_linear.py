@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import littlebit2_kernels
-from littlebit2_kernels import LittleBitLinear, PackedLinear, explain, littlebit_linear, prepack
+from littlebit2_kernels import LittleBitLinear, PackedLinear, PackedPath, explain, littlebit_linear, prepack
 from littlebit2_kernels.dispatch import ACTIVATIONS, unavailable_reason
 from littlebit2_kernels.reference import dense_weight, linear_reference
 from littlebit2_kernels.testing import TOLERANCE, make_problem, relative_error
@@ -304,21 +304,60 @@ def test_side_streams(device: torch.device, rng: torch.Generator) -> None:
     assert all(torch.equal(y, expected) for y in results)
 
 
-def test_chained_calls_wait_for_one_another(device: torch.device, rng: torch.Generator) -> None:
-    """Many launches in a row, each reading the last one's output and reusing its workspace."""
-    x, packed = make_problem(2, 1024, 1024, [256], generator=rng)
-    x, packed = x.to(device), packed.to(device)
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("mode", ["int16", "float16"])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 16, 300])
+def test_chained_calls_wait_for_one_another(
+    device: torch.device, rng: torch.Generator, tokens: int, mode: str, captured: bool
+) -> None:
+    """Calls with nothing in between, each reading the last one's output and reusing its workspace."""
+    x, packed = make_problem(tokens, 1024, 1024, [256, 136], generator=rng)
+    # So that 50 calls in a row neither overflow nor fade away.
+    gain = linear_reference(x, packed).norm() / x.double().norm()
+    paths = [
+        PackedPath(p.v, p.in_scale, p.out_scale / gain.float(), p.u, p.latent_scale) for p in packed.paths
+    ]
+    x, packed = x.to(device), PackedLinear(tuple(paths)).to(device)
 
     def chain(wait: bool) -> torch.Tensor:
         y = x
         for _ in range(50):
-            y = littlebit_linear(y, packed, activation="int16")
-            y = y / y.abs().amax()
+            y = littlebit_linear(y, packed, activation=mode)
             if wait:
                 torch.cuda.synchronize(device)
         return y
 
-    assert torch.equal(chain(wait=False), chain(wait=True))
+    expected = chain(wait=True)
+    assert 0 < expected.abs().amax() < float("inf")
+    if not captured:
+        assert all(torch.equal(chain(wait=False), expected) for _ in range(5))
+        return
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain(wait=False)
+    for _ in range(5):
+        graph.replay()
+        assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("tokens", [2, 16])
+def test_capture_of_a_fork_and_a_join(device: torch.device, rng: torch.Generator, tokens: int) -> None:
+    """The first launch of a call then depends on two kernels."""
+    x, packed = make_problem(tokens, 1024, 1024, [256], dtype=torch.float16, generator=rng)
+    x, packed = x.to(device), problems.scaled_down(packed).to(device)
+    expected = littlebit_linear(littlebit_linear(x, packed) + littlebit_linear(2 * x, packed), packed)
+    side = torch.cuda.Stream(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            right = littlebit_linear(2 * x, packed)
+        left = littlebit_linear(x, packed)
+        torch.cuda.current_stream().wait_stream(side)
+        y = littlebit_linear(left + right, packed)
+    for _ in range(5):
+        graph.replay()
+        assert torch.equal(y, expected)
 
 
 def test_another_device(device: torch.device, rng: torch.Generator) -> None:

@@ -33,15 +33,21 @@ def test_a_layer_with_pitched_rows(rng: torch.Generator, monkeypatch: pytest.Mon
     layer = LittleBitLinear.from_packed(packed, auto_prepack=False)
     later = LittleBitLinear(100, 70, [40, 296], auto_prepack=False)
     later.load_state_dict(layer.state_dict())
+    assigned = LittleBitLinear(100, 70, [40, 296], auto_prepack=False, device="meta")
+    assigned.load_state_dict(layer.state_dict(), assign=True)
     monkeypatch.setattr(linear, "_PITCHED_DEVICES", ())
     moved = LittleBitLinear.from_packed(packed, auto_prepack=False)
     assert moved.U_packed_R.is_contiguous()
     monkeypatch.setattr(linear, "_PITCHED_DEVICES", ("cpu",))
     moved.to("cpu")
-    pickled = io.BytesIO()
-    torch.save(layer, pickled)
-    pickled.seek(0)
-    for module in (layer, later, moved, copy.deepcopy(layer), torch.load(pickled, weights_only=False)):
+    dense_file = io.BytesIO()
+    monkeypatch.setattr(linear, "_PITCHED_DEVICES", ())
+    torch.save(LittleBitLinear.from_packed(packed, auto_prepack=False), dense_file)
+    monkeypatch.setattr(linear, "_PITCHED_DEVICES", ("cpu",))
+    dense_file.seek(0)
+    loaded = torch.load(dense_file, weights_only=False)
+    assert layer.nbytes == LittleBitLinear.from_packed(packed).nbytes
+    for module in (layer, later, assigned, moved, copy.deepcopy(layer), loaded):
         assert module.U_packed_R.stride(0) == 12
         assert torch.equal(module(x), expected)
         state = module.state_dict()

@@ -119,9 +119,6 @@ class LittleBit2Quantizer(HfQuantizer):
         on_cpu = layer.u1.device.type == "cpu"
         if on_cpu and config.prepack and config.backend in ("auto", "cpu"):
             layer.prepack_()
-        if not on_cpu:
-            # What was loaded took the place of the layer's own tensors: moving them lays them out again.
-            layer.to(layer.u1.device)
 
     def _update_config(self, model: PreTrainedModel) -> None:
         """Let the stored configuration name the layers as this model does."""
