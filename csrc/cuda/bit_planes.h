@@ -113,6 +113,9 @@ struct BitPlanes {
   template <int kTokens>
   static constexpr int kSlots = kPartial ? kTokens : kTiles<kTokens>;
 
+  // Registers that a slot takes, roughly; emulated MMAs take more.
+  static constexpr int kSlotCost = kTilesPerToken * (kOneBitEmulated ? 4 : 1);
+
   // Adds one slice of signs, the words of rows g and g + 8 that the lane holds, times the scales of the rows.
   template <int kTokens>
   LB2_DEVICE static void add(const Words4& low, const Words4& high, const unsigned char* tiles_data,

@@ -224,7 +224,7 @@ LB2_DEVICE void decode_block(const StageParams& params) {
 
 // Two blocks on an SM, but where the sums of many tokens need the registers.
 template <typename Mma, int kTokens>
-LB2_KERNEL(kThreads, Mma::template kSlots<kTokens>* Mma::kTilesPerToken < 16 ? 2 : 1)
+LB2_KERNEL(kThreads, Mma::template kSlots<kTokens>* Mma::kSlotCost < 16 ? 2 : 1)
 decode(const LB2_GRID_CONSTANT StageParams params) {
   decode_block<Mma, kTokens>(params);
 }

@@ -26,6 +26,13 @@
 
 namespace lb2::cuda {
 
+// Whether the compiler makes integer instructions of 1-bit MMAs (seen in the machine code of CUDA 13.0).
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool kOneBitEmulated = true;
+#else
+constexpr bool kOneBitEmulated = false;
+#endif
+
 struct alignas(16) Words4 {
   uint32_t w[4];
 };

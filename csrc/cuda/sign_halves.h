@@ -16,7 +16,7 @@ template <int kTerms>
 struct SignHalves {
   static constexpr lb2_activation kActivation = kTerms == 1 ? LB2_ACTIVATION_FLOAT16 : LB2_ACTIVATION_EXACT;
   static constexpr int kTokensPerTile = kTileColumns / kTerms;
-  static constexpr int kTilesPerToken = 1;
+  static constexpr int kSlotCost = 1;                       // see BitPlanes
   static constexpr int kColumnBytes = kSliceCols * 2 + 64;  // 64 apart in banks
   static constexpr int kTileBytes = kTileColumns * kColumnBytes;
   static constexpr int kTopExponent = 14;

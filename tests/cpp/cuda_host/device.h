@@ -18,6 +18,8 @@
 
 namespace lb2::cuda {
 
+constexpr bool kOneBitEmulated = false;
+
 inline int thread_id() { return host::position().thread; }
 inline int block_x() { return host::position().x; }
 inline int block_y() { return host::position().y; }
