@@ -162,7 +162,7 @@ def quantize_encoder(model: Any, packed_model: Any, config: QuantConfig) -> list
         lambda _, packed: LittleBitLinear.from_packed(packed),
         include=("encoder.*",),
     )
-    plain = replace(config, init="dual-svid")
+    plain = replace(config, method="dual-svid")
     return [
         LayerRow(
             report=report,

@@ -25,7 +25,7 @@ def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
-config = QuantConfig(ranks=(8,), init="dual-svid")
+config = QuantConfig(ranks=(8,), method="dual-svid")
 # What torch and LAPACK take once, whatever they work on.
 quantize_checkpoint(sys.argv[1], sys.argv[4], config, workers=1, progress=False)
 Path("/proc/self/clear_refs").write_text("5")

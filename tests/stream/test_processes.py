@@ -31,6 +31,7 @@ def start(rank: int, port: int, model_dir: Path, out: Path, *options: str) -> su
         "OMP_NUM_THREADS": "1",
     }
     settings = ["--ranks", *map(str, QUICK["ranks"]), "--itq-iterations", str(QUICK["itq_iterations"])]
+    settings += ["--method", str(QUICK["method"])]
     arguments = ["-m", "littlebit2", "quantize", str(model_dir), str(out), *settings, *options]
     return subprocess.Popen(
         [sys.executable, *arguments],

@@ -13,17 +13,24 @@ from .binary_path import BinaryPath
 from .budget import counted_bpw, planned_stored_bpw, rank_for_bpw, smallest_bpw, stored_bpw
 from .config import QuantConfig
 from .dual_svid import dual_svid
-from .importance import Importance, collect_importance
+from .importance import (
+    Importance,
+    collect_importance,
+    importance_tensors,
+    load_importance,
+    save_importance,
+)
 from .joint_itq import LatentRotation, joint_itq
+from .memory import working_bytes
 from .methods import Steps
 from .model import (
     DEFAULT_EXCLUDE,
-    allocate,
     check_patterns,
     is_selected,
     layer_config,
     needs_spectra,
     quantize_linears,
+    settle_ranks,
     spectrum_of,
 )
 from .partial_svd import is_partial
@@ -50,7 +57,6 @@ __all__ = [
     "Steps",
     "TruncatedFactors",
     "admm",
-    "allocate",
     "allocate_ranks",
     "analyze_weight",
     "check_patterns",
@@ -58,12 +64,14 @@ __all__ = [
     "counted_bpw",
     "dual_svid",
     "energy_share",
+    "importance_tensors",
     "is_partial",
     "is_selected",
     "joint_itq",
     "latent_coherence",
     "layer_config",
     "layer_spectrum",
+    "load_importance",
     "needs_spectra",
     "planned_stored_bpw",
     "polar_factor",
@@ -74,8 +82,11 @@ __all__ = [
     "rank_for_bpw",
     "ranks_for_energy",
     "refine",
+    "save_importance",
+    "settle_ranks",
     "smallest_bpw",
     "spectrum_of",
     "stored_bpw",
     "truncated_factors",
+    "working_bytes",
 ]

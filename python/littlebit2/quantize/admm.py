@@ -16,15 +16,17 @@ _FIRST_PENALTY, _LAST_PENALTY = 0.2, 0.8
 def admm(target: torch.Tensor, path: BinaryPath, iterations: int) -> None:
     """Factorise ``target`` into scaled signs, starting from ``path``, in place.
 
-    Double binary factorisation (DBF, arXiv 2505.11076; NanoQuant, arXiv 2602.06694): each factor in turn solves
-    ``min |target - X Y|^2`` for ``X`` in the set ``Z`` of sign matrices scaled by rows and columns, ``Y`` being the
-    other factor as it stands. With the scaled dual ``D`` and penalty ``rho``, one iteration is
+    Double binary factorisation (DBF, arXiv 2505.11076; NanoQuant, arXiv 2602.06694): each factor in turn
+    solves ``min |target - X Y|^2`` for ``X`` in the set ``Z`` of sign matrices scaled by rows and columns,
+    ``Y`` being the other factor as it stands. With the scaled dual ``D`` and penalty ``rho``, one iteration
+    is
 
         X = (target Y^T + rho (Z - D)) (Y Y^T + rho I)^-1,   Z = projection of X + D,   D = D + X - Z
 
     where the projection takes the signs of its argument and the best rank-1 approximation of its
     magnitudes (one alternating least-squares step, going on from the last one). The penalty grows
-    geometrically. The error need not fall with every iteration; :func:`.refine` afterwards sees to the last bits.
+    geometrically. The error need not fall with every iteration; :func:`.refine` afterwards sees to the last
+    bits.
 
     Beside ``target``, both duals, one dense factor and two ``R x R`` matrices are held.
 

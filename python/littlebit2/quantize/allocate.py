@@ -1,10 +1,11 @@
 """Ranks for a whole model: bits go where the spectra say that they save most error.
 
-What a rank buys is predicted by rate and distortion. A matrix of singular values ``s`` with ``K + N`` numbers to a
-direction, coded at best, spends ``(K + N) / 2 log2(s_i^2 / theta)`` bits on each direction above the water level
-``theta`` and leaves ``min(s_i^2, theta)`` of it (reverse water-filling; Cover and Thomas, Elements of Information
-Theory, 10.3.3). Binary paths of rank ``R`` have ``R (K + N)`` sign bits and come close to what the share
-:data:`EFFICIENCY` of them could do at best, so ``theta`` solves ``sum_i max(0, log2(s_i^2 / theta)) / 2 = EFFICIENCY R``.
+What a rank buys is predicted by rate and distortion. A matrix of singular values ``s`` with ``K + N``
+numbers to a direction, coded at best, spends ``(K + N) / 2 log2(s_i^2 / theta)`` bits on each direction
+above the water level ``theta`` and leaves ``min(s_i^2, theta)`` of it (reverse water-filling; Cover and
+Thomas, Elements of Information Theory, 10.3.3). Binary paths of rank ``R`` have ``R (K + N)`` sign bits and
+come close to what the share :data:`EFFICIENCY` of them could do at best, so ``theta`` solves ``sum_i max(0,
+log2(s_i^2 / theta)) / 2 = EFFICIENCY R``.
 """
 
 from __future__ import annotations
@@ -45,9 +46,11 @@ class LayerSpectrum:
         name: of the module.
         in_features: K.
         out_features: N.
-        energies: squared singular values relative to their sum, float64 ``[min(N, K)]``, descending; all zero for
-            a zero weight.
+        energies: squared singular values relative to their sum, float64 ``[min(N, K)]``, descending; all
+            zero for a zero weight.
         uniform_rank: what the model's bits per weight give each path of the layer when shared out uniformly.
+        stake: what a squared relative error of 1 of this layer costs beside those of others. 1, all alike,
+            where nothing is known: the noise of a layer counts beside its own signal, however large it is.
     """
 
     name: str
@@ -55,6 +58,7 @@ class LayerSpectrum:
     out_features: int
     energies: torch.Tensor
     uniform_rank: int
+    stake: float
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,8 @@ class RankAllocation:
     Attributes:
         name: of the module.
         ranks: of every path.
-        predicted_error: squared relative Frobenius error to expect of refined paths (:func:`predicted_error`).
+        predicted_error: squared relative Frobenius error to expect of refined paths
+            (:func:`predicted_error`).
         uniform_rank: the rank of each path under the uniform budget.
     """
 
@@ -74,10 +79,11 @@ class RankAllocation:
     uniform_rank: int
 
 
-def layer_spectrum(name: str, weight: torch.Tensor, uniform_rank: int) -> LayerSpectrum:
+def layer_spectrum(name: str, weight: torch.Tensor, uniform_rank: int, stake: float = 1.0) -> LayerSpectrum:
     """Measure the spectrum of a weight ``[N, K]`` by the eigenvalues of its smaller Gram matrix.
 
-    The Gram matrix is summed in float64 and rounded to float32, in which its eigenvalues are found: good to about
+    The Gram matrix is summed in float64 and rounded to float32, in which its eigenvalues are found: good to
+        about
     1e-6 of the largest, below which no rank of ours reaches.
 
     Raises:
@@ -94,7 +100,7 @@ def layer_spectrum(name: str, weight: torch.Tensor, uniform_rank: int) -> LayerS
         gram.addmm_(part, part.T)
     energies = torch.linalg.eigvalsh(gram.float()).double().cpu().flip(0).clamp(min=0)
     total = energies.sum()
-    return LayerSpectrum(name, k, n, energies / torch.where(total > 0, total, 1), uniform_rank)
+    return LayerSpectrum(name, k, n, energies / torch.where(total > 0, total, 1), uniform_rank, stake)
 
 
 def predicted_error(energies: torch.Tensor, ranks: Sequence[int]) -> list[float]:
@@ -121,11 +127,11 @@ def predicted_error(energies: torch.Tensor, ranks: Sequence[int]) -> list[float]
 def allocate_ranks(
     layers: Sequence[LayerSpectrum], *, paths: int = 1, bounds: tuple[float, float] = (0.25, 4.0)
 ) -> list[RankAllocation]:
-    """Share the bits of the uniform ranks out so that the predicted errors, weighted by size, sum to the least.
+    """Share the bits of the uniform ranks out so that predicted errors times stakes sum to the least.
 
     Greedy: 8 more ranks to each path, time and again, where they save most error per counted bit. The
-    predicted error is convex in the rank, so the result is that of the best Lagrange multiplier, but for the last
-    step.
+    predicted error is convex in the rank, so the result is that of the best Lagrange multiplier, but for the
+    last step.
 
     Args:
         layers: spectra, with the ranks of the uniform budget, whose counted bits are what there is to spend.
@@ -150,9 +156,7 @@ def allocate_ranks(
     taken = [0] * len(layers)
 
     def offer(i: int) -> tuple[float, int]:
-        saved = (
-            (curves[i][taken[i]] - curves[i][taken[i] + 1]) * layers[i].in_features * layers[i].out_features
-        )
+        saved = (curves[i][taken[i]] - curves[i][taken[i] + 1]) * layers[i].stake
         return -saved / _step_bits(layers[i], paths), i
 
     offers = [offer(i) for i in range(len(layers)) if len(curves[i]) > 1]

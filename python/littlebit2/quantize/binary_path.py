@@ -82,26 +82,24 @@ class BinaryPath:
 
     @classmethod
     def random(
-        cls,
-        shape: tuple[int, int],
-        rank: int,
-        magnitude: float,
-        generator: torch.Generator,
-        like: torch.Tensor,
+        cls, target: torch.Tensor, rank: int, magnitude: float, generator: torch.Generator
     ) -> BinaryPath:
-        """Return random signs, drawn on the CPU, whose product has entries of root mean square ``magnitude``."""
+        """Return random signs, drawn on the CPU, for a target ``[N, K]``.
+
+        The entries of their product have a root mean square of ``magnitude``.
+        """
 
         def factor(size: int) -> BinaryFactor:
             draw = torch.randint(0, 2, (rank, size), generator=generator, dtype=torch.int8)
-            return BinaryFactor(pack_signs(draw.mul_(2).sub_(1)).to(like.device), like.new_ones(size))
+            return BinaryFactor(pack_signs(draw.mul_(2).sub_(1)).to(target.device), target.new_ones(size))
 
-        left, right = factor(shape[0]), factor(shape[1])
-        return cls(left, right, like.new_full((rank,), magnitude / rank**0.5))
+        left, right = factor(target.shape[0]), factor(target.shape[1])
+        return cls(left, right, target.new_full((rank,), magnitude / rank**0.5))
 
     def packed(self) -> PackedPath:
-        """Return the path as it is stored: float32 scales, those of inputs and outputs with a root mean square of 1.
+        """Return the path as it is stored: scales in float32, signs of outputs by rows.
 
-        Negative scales stay: the format allows them.
+        The scales of inputs and outputs get a root mean square of 1. Negative ones stay as they are.
         """
         out_rms, in_rms = _rms(self.left.scale), _rms(self.right.scale)
         rank = self.latent.numel()

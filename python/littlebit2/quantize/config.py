@@ -27,18 +27,20 @@ _PAPERS_PATHS = 2
 class QuantConfig:
     """How to quantise a layer.
 
-    The size is given by ``bpw`` (and ``paths``), by the share of ``energy`` to keep, or by explicit ``ranks``.
+    The size is given by ``bpw`` (and ``paths``), by the share of ``energy`` to keep, or by explicit
+    ``ranks``.
 
     Attributes:
         bpw: counted bits per weight over all paths (:mod:`.budget`); 1.0 where no size is given.
-        energy: in (0, 1); instead of ``bpw``: each layer gets the smallest ranks whose sum keeps this share of its
-            squared singular values.
+        energy: in (0, 1); instead of ``bpw``: each layer gets the smallest ranks whose sum keeps this share
+            of its squared singular values.
         ranks: one positive multiple of 8 per path, replacing ``bpw``; ranks may differ, and may exceed
             ``min(K, N)``: the surplus directions start at zero and the rotation fills them.
         paths: number of paths of equal rank. Where not given, 1, and 2 for the papers' own methods: a primary
             path and one that quantises its residual.
         budget: ``"spectral"`` shares the bits of ``bpw`` out over the layers of a model by their spectra
-            (:func:`.allocate_ranks`); ``"uniform"`` gives every layer the same. One layer alone has nothing to
+            (:func:`.allocate_ranks`); ``"uniform"`` gives every layer the same. One layer alone has nothing
+            to
             share: there it changes nothing.
         method: ``"dual-svid"`` (LittleBit, arXiv 2506.13771); ``"joint-itq"``, which rotates the latent space
             before binarising (LittleBit-2, arXiv 2603.00042); ``"refine"``, which improves that by

@@ -122,7 +122,7 @@ def path_factors(path: PackedPath, dtype: torch.dtype) -> tuple[torch.Tensor, to
 
 
 def add_path(target: torch.Tensor, path: PackedPath, factor: float = 1) -> None:
-    """Add ``factor`` times the weight of ``path`` to ``target`` ``[N, K]`` in place, a block of rows at a time.
+    """Add ``factor`` times the weight of ``path`` to ``target`` ``[N, K]`` in place, by blocks of rows.
 
     Raises:
         ValueError: the path has a single stage.

@@ -10,16 +10,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from littlebit2_kernels.format import PackedPath
 
-from ._numeric import check_finite
+from ._numeric import check_finite, squared_norm
 
-__all__ = ["Importance", "collect_importance"]
+__all__ = [
+    "Importance",
+    "collect_importance",
+    "importance_tensors",
+    "load_importance",
+    "save_importance",
+    "unweighted",
+]
 
 #: Least weight relative to the root mean square: a channel that was never active must stay representable.
 _FLOOR = 1e-2
@@ -38,7 +48,7 @@ class Importance:
     outputs: torch.Tensor | None = None
 
     def factors(self, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the factors ``o`` ``[N]`` and ``i`` ``[K]`` for rows and columns, of root mean square about 1.
+        """Return the factors ``o`` ``[N]`` of rows and ``i`` ``[K]`` of columns, root mean square about 1.
 
         Raises:
             TypeError: a weight is not a floating-point tensor.
@@ -46,6 +56,18 @@ class Importance:
         """
         n, k = target.shape
         return _factor("outputs", self.outputs, n, target), _factor("inputs", self.inputs, k, target)
+
+    def stake(self, weighted: torch.Tensor) -> float:
+        """Return what losing the whole of a layer would cost: with both sides known, in units of the loss.
+
+        Args:
+            weighted: ``[N, K]``, the weight times :meth:`factors`.
+        """
+        if self.inputs is None or self.outputs is None:
+            return 1.0
+        return (
+            float(self.inputs.double().mean()) * float(self.outputs.double().mean()) * squared_norm(weighted)
+        )
 
 
 def _factor(name: str, squares: torch.Tensor | None, size: int, like: torch.Tensor) -> torch.Tensor:
@@ -86,8 +108,8 @@ def collect_importance(
         batches: calibration data, a few batches.
         loss: makes a scalar of what ``run`` returns (for a transformers model given labels,
             ``lambda output: output.loss``); its gradient then says which outputs matter.
-        run: calls the model on one batch; by default ``model(**batch)`` for mappings, ``model(*batch)`` for tuples
-            and lists, else ``model(batch)``.
+        run: calls the model on one batch; by default ``model(**batch)`` for mappings, ``model(*batch)`` for
+            tuples and lists, else ``model(batch)``.
 
     Returns:
         By module name, for every linear module that was called with at least one token.
@@ -115,6 +137,45 @@ def collect_importance(
         name: Importance(seen.mean(), outputs[name].mean() if name in outputs else None)
         for name, seen in inputs.items()
     }
+
+
+def importance_tensors(importance: Mapping[str, Importance]) -> dict[str, torch.Tensor]:
+    """Return the weights as tensors ``NAME.inputs`` and ``NAME.outputs``."""
+    return {
+        f"{name}.{side}": tensor.detach().cpu().contiguous()
+        for name, one in importance.items()
+        for side, tensor in (("inputs", one.inputs), ("outputs", one.outputs))
+        if tensor is not None
+    }
+
+
+def save_importance(path: str | Path, importance: Mapping[str, Importance]) -> None:
+    """Write importances to a safetensors file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    save_file(importance_tensors(importance), path)
+
+
+def load_importance(path: str | Path) -> dict[str, Importance]:
+    """Read what :func:`save_importance` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no safetensors file, or holds other tensors.
+    """
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: is not a readable safetensors file: {error}") from error
+    sides: dict[str, dict[str, torch.Tensor]] = {}
+    for full, tensor in tensors.items():
+        name, _, side = full.rpartition(".")
+        if not name or side not in ("inputs", "outputs"):
+            raise ValueError(f"{path}: tensors must be named NAME.inputs or NAME.outputs, got {full!r}")
+        sides.setdefault(name, {})[side] = tensor
+    return {name: Importance(**given) for name, given in sides.items()}
 
 
 class _MeanSquare:

@@ -12,8 +12,9 @@ from typing import Literal
 
 __all__ = ["Method", "Start", "Steps", "resolve_steps", "uses_one_path"]
 
-#: ``"dual-svid"``: LittleBit. ``"joint-itq"``: LittleBit-2. ``"refine"``: Joint-ITQ, then closed-form scales and
-#: sign descent. ``"admm"``: binary factorisation by ADMM, then the same. ``"auto"``: the best of these in budget.
+#: ``"dual-svid"``: LittleBit. ``"joint-itq"``: LittleBit-2. ``"refine"``: Joint-ITQ, then closed-form scales
+#: and sign descent. ``"admm"``: binary factorisation by ADMM, then the same. ``"auto"``: the best of these in
+#: budget.
 Method = Literal["auto", "admm", "refine", "joint-itq", "dual-svid"]
 
 #: Where ADMM starts: from Joint-ITQ, or from random signs, which needs no SVD.

@@ -21,12 +21,12 @@ from .quantizer import LayerReport, quantize_weight
 __all__ = [
     "DEFAULT_EXCLUDE",
     "Replace",
-    "allocate",
     "check_patterns",
     "is_selected",
     "layer_config",
     "needs_spectra",
     "quantize_linears",
+    "settle_ranks",
     "spectrum_of",
 ]
 
@@ -76,8 +76,8 @@ def quantize_linears(
             device), returns what replaces it.
         include: shell-style pattern or patterns on the full module name, case-sensitive.
         exclude: likewise; wins over ``include``.
-        importance: by module name, from :func:`.collect_importance`; layers that are not in it weigh all errors
-            alike.
+        importance: by module name, from :func:`.collect_importance`; layers that are not in it weigh all
+            errors alike.
         device: where to compute, by default where each weight is.
         progress: whether to show a progress bar.
 
@@ -136,7 +136,7 @@ def _plan(
     named = {names[0]: linear for linear, names in names_of.items()}
     allocation: Mapping[str, RankAllocation] = {}
     if needs_spectra(config):
-        allocation = allocate(
+        allocation = settle_ranks(
             (
                 spectrum_of(name, _values(name, linear), config, importance.get(name))
                 for name, linear in named.items()
@@ -161,11 +161,12 @@ def needs_spectra(config: QuantConfig) -> bool:
 def spectrum_of(
     name: str, weight: torch.Tensor, config: QuantConfig, importance: Importance | None = None
 ) -> LayerSpectrum:
-    """Measure what :func:`allocate` needs to know of one layer: of the weighted weight, where that is minimised.
+    """Measure what :func:`settle_ranks` needs to know of one layer, of its weighted weight with importance.
 
     Raises:
         TypeError: ``weight`` is not a real floating-point tensor.
-        ValueError: it is not a non-empty finite matrix, or the budget does not fit; the message names the layer.
+        ValueError: it is not a non-empty finite matrix, or the budget does not fit; the message names the
+            layer.
     """
     n, k = weight.shape
     rank = 0
@@ -174,16 +175,17 @@ def spectrum_of(
         assert settled is not None  # layer_config settles them
         rank = settled[0]
     try:
-        if importance is not None:
-            weight = weight.detach().float()
-            rows, columns = importance.factors(weight)
-            weight = weight * rows.unsqueeze(1) * columns
-        return layer_spectrum(name, weight, rank)
+        if importance is None:
+            return layer_spectrum(name, weight, rank)
+        weighted = weight.detach().float()
+        rows, columns = importance.factors(weighted)
+        weighted = weighted * rows.unsqueeze(1) * columns
+        return layer_spectrum(name, weighted, rank, importance.stake(weighted))
     except (TypeError, ValueError, RuntimeError) as error:
         raise type(error)(f"layer {name!r}: {error}") from error
 
 
-def allocate(spectra: Iterable[LayerSpectrum], config: QuantConfig) -> dict[str, RankAllocation]:
+def settle_ranks(spectra: Iterable[LayerSpectrum], config: QuantConfig) -> dict[str, RankAllocation]:
     """Settle the ranks of a model's layers by ``config.budget`` or ``config.energy``, by layer name."""
     assert config.paths is not None  # set by QuantConfig
     layers = list(spectra)
@@ -212,7 +214,7 @@ def layer_config(
         in_features: K.
         out_features: N.
         config: of the model.
-        allocation: the ranks, where they come from :func:`allocate`.
+        allocation: the ranks, where they come from :func:`settle_ranks`.
 
     Raises:
         ValueError: the budget does not fit the layer (the message names it), or the ranks depend on its

@@ -53,7 +53,7 @@ def make_path(
     """Approximate ``target`` ``[N, K]``, of magnitude about 1, by one path."""
     if steps.method == "admm" and config.admm_start == "random":
         magnitude = (squared_norm(target) / target.numel()) ** 0.5
-        state = BinaryPath.random(tuple(target.shape), rank, magnitude, generator, target)
+        state = BinaryPath.random(target, rank, magnitude, generator)
         return MadePath(_improved(target, state, steps))
     start = _from_svd(target, rank, steps, generator, config)
     if not steps.refine_rounds:
@@ -86,7 +86,7 @@ def _improved(target: torch.Tensor, state: BinaryPath, steps: Steps) -> PackedPa
 
 
 def improve_paths(residual: torch.Tensor, paths: list[PackedPath]) -> None:
-    """Refine each path in turn against what all the others leave of the weight; ``paths`` is changed in place.
+    """Refine each path in turn against what all the others leave, changing ``paths`` in place.
 
     Args:
         residual: ``[N, K]``, the weight less all paths; kept up to date.

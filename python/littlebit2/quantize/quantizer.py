@@ -29,8 +29,8 @@ class PathReport:
 
     Attributes:
         rank: R.
-        truncation_error: what the best real rank-``R`` approximation of this path's target leaves; ``None`` for
-            a path that was made without an SVD. With importance, in the weighted norm.
+        truncation_error: what the best real rank-``R`` approximation of this path's target leaves; ``None``
+            for a path that was made without an SVD. With importance, in the weighted norm.
         error: what all paths up to this one leave.
         itq_objective: the alignment of the latent factors by iteration (:class:`.LatentRotation`);
             empty without rotation.
@@ -99,8 +99,9 @@ def quantize_weight(
     """Quantise one dense weight by ``config.method``.
 
     LittleBit (arXiv 2506.13771), LittleBit-2 (arXiv 2603.00042), DBF (arXiv 2505.11076), NanoQuant (arXiv
-    2602.06694). The first path approximates the weight, each later one the weight minus what is stored so far,
-    float32 scales included. Methods that refine then refine each path against what all others leave, in turns.
+    2602.06694). The first path approximates the weight, each later one the weight minus what is stored so
+    far, float32 scales included. Methods that refine then refine each path against what all others leave, in
+    turns.
 
     The result depends only on the arguments: the same bits on the same machine with the same number
     of threads. The global random state is neither read nor changed. Beside ``weight`` one copy of it
@@ -116,8 +117,8 @@ def quantize_weight(
         The packed layer, on the device of ``weight``, and its report.
 
     Raises:
-        TypeError: ``weight``, ``bias`` or ``importance`` is not a dense floating-point tensor, or ``config`` no
-            :class:`.QuantConfig`.
+        TypeError: ``weight``, ``bias`` or ``importance`` is not a dense floating-point tensor, or ``config``
+            no :class:`.QuantConfig`.
         ValueError: ``weight`` is not a non-empty finite matrix whose magnitude float32 can hold, ``bias`` or
             ``importance`` does not match it, or the budget is too small for its shape.
     """
@@ -197,7 +198,7 @@ def _ranks(target: torch.Tensor, config: QuantConfig) -> tuple[int, ...]:
 
 
 def _errors(residual: torch.Tensor, paths: list[PackedPath]) -> list[float]:
-    """Return the squared error that the first, the first two, ... all paths leave; overwrites ``residual``."""
+    """Return the squared error that the first, the first two, ... all paths leave; spends ``residual``."""
     errors = [squared_norm(residual)]
     for path in reversed(paths[1:]):
         add_path(residual, path)

@@ -1,7 +1,7 @@
 """Refinement of a path: closed-form scales and exact coordinate descent on signs, in turns.
 
-With everything else fixed, the squared error is a quadratic in ``out_scale``, in ``in_scale``, in ``latent_scale``
-and in any one sign, so each has a best value in closed form and no step can raise the error.
+With everything else fixed, the squared error is a quadratic in ``out_scale``, in ``in_scale``, in
+``latent_scale`` and in any one sign, so each has a best value in closed form and no step can raise the error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _RIDGE = 1e-5
 def refine(target: torch.Tensor, path: BinaryPath, rounds: int, *, tolerance: float = 1e-4) -> list[float]:
     """Improve ``path`` in place as an approximation of ``target``.
 
-    One round does, for the outputs and then for the inputs: best scale; one sweep of coordinate descent on the
+    One round does, for the outputs and then for the inputs: best scale; one sweep of coordinate descent on
+        the
     signs; best scale; best ``latent_scale`` (an ``R x R`` system, by Cholesky). Beside ``target``, one
     dense factor, three ``R x R`` matrices and chunks of a few hundred columns are held.
 

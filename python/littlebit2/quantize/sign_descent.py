@@ -13,8 +13,9 @@ _BLOCK = 32
 def descend(signs: torch.Tensor, wanted: torch.Tensor, gram: torch.Tensor) -> None:
     """Set every sign to its best value given all others, latent after latent, in place.
 
-    For each column ``s`` of ``signs`` this lowers ``s^T gram s - 2 s^T wanted``: the best value of ``s_r`` is the
-    sign of ``wanted_r - sum_{q != r} gram_rq s_q``. The columns do not see each other and are done at once.
+    For each column ``s`` of ``signs`` this lowers ``s^T gram s - 2 s^T wanted``: the best value of ``s_r``
+    is the sign of ``wanted_r - sum_{q != r} gram_rq s_q``. The columns do not see each other and are done at
+    once.
 
     Args:
         signs: ``[R, c]``, entries 1 and -1.
