@@ -213,7 +213,7 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert "104+104" in text
     assert "TOTAL in memory" in text
     assert "0.839 GB" in text
-    assert main(["plan", "llama-2-13b", "--bpw", "0.1", "--json"]) == 0
+    assert main(["plan", "llama-2-13b", "--bpw", "0.1", "--paths", "2", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert len(plan["layers"]) == 280
     assert plan["bytes"]["total"] == pytest.approx(0.839e9, rel=0.001)

@@ -78,9 +78,9 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--admm-iterations", type=int, default=100, metavar="N", help="of admm (default 100)")
     parser.add_argument(
         "--admm-start",
-        choices=("joint-itq", "random"),
-        default="joint-itq",
-        help="where admm starts; random needs no SVD (default joint-itq)",
+        choices=("random", "joint-itq"),
+        default="random",
+        help="where admm starts: random signs (default), or an SVD and Joint-ITQ",
     )
     parser.add_argument("--seed", type=int, default=0, help="of rotations and random signs (default 0)")
     add_pattern_options(parser)

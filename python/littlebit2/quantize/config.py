@@ -50,7 +50,7 @@ class QuantConfig:
         itq_iterations: most Joint-ITQ iterations; 0 leaves the random rotation it starts from.
         refine_rounds: most rounds of refinement, for each path.
         admm_iterations: for each path.
-        admm_start: ``"joint-itq"``, or ``"random"``: random signs, no SVD.
+        admm_start: ``"random"``: random signs, no SVD; or ``"joint-itq"``, which ends hardly lower.
         polar: how Joint-ITQ solves its orthogonal Procrustes step, see :func:`.polar_factor`.
         kv_factor: factor on the rank that ``bpw`` gives to key and value projections.
         seed: seed of the random rotation and of random signs.
@@ -72,7 +72,7 @@ class QuantConfig:
     itq_iterations: int = 15
     refine_rounds: int = 12
     admm_iterations: int = 100
-    admm_start: Start = "joint-itq"
+    admm_start: Start = "random"
     polar: PolarMethod = "auto"
     kv_factor: float = 1.0
     seed: int = 0

@@ -89,24 +89,23 @@ def joint_itq(
     rotation = random_rotation(a.shape[1], generator=generator).to(a)
     total, negative = z.rotated_signs(rotation)
     reached = [total]
-    step: torch.Tensor | None = None  # the last one; None before the first and after one was taken back
+    moving = False  # whether the signs were taken ahead of the rotation
     converged = False
     for _ in range(iterations):
         correlation = z.correlation(negative)
         following = polar_factor(correlation, polar)
         bound = float((following * correlation).sum(dtype=torch.float64))  # at most |Z following|_1
         del correlation
-        fell = step is not None and bound < reached[-1]
-        if fell:
-            step = None
-        else:
-            step, rotation = following - rotation, following
-        del following
+        fell = moving and bound < reached[-1]
         reached.append(max(bound, reached[-1]))
-        ahead = rotation if step is None else torch.add(rotation, step, alpha=look_ahead)
+        ahead = rotation if fell else torch.lerp(following, rotation, -look_ahead)
+        moving = not (fell or torch.equal(following, rotation))
+        rotation = rotation if fell else following
+        del following
         before, (_, negative) = negative, z.rotated_signs(ahead)
+        del ahead
         # The same signs give the same rotation again; looking ahead may have been what kept them.
-        converged = not fell and all(map(torch.equal, negative, before)) and torch.equal(ahead, rotation)
+        converged = not (fell or moving) and all(map(torch.equal, negative, before))
         if converged:
             break
     if not in_place:

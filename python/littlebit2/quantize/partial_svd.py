@@ -63,11 +63,13 @@ def leading_triplets(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, tor
         return right.T, values, left.T
     operator = _Squared(matrix, binary_exponent(matrix))
     basis = _basis(operator, rank)
-    projected = operator.gram_of_projection(basis)
-    vectors = torch.linalg.eigh(projected).eigenvectors[:, -rank:].flip(1).float()
+    projected = operator.gram_of_projection(basis).T  # symmetric, and by columns as LAPACK wants it
+    # In its own place: LAPACK's workspace is two such matrices already.
+    torch.linalg.eigh(projected, out=(projected.new_empty(projected.shape[0]), projected))
+    vectors = projected[:, -rank:].flip(1).float()
     del projected
     left = basis @ vectors
-    del basis
+    del basis, vectors
     right = torch.empty(rank, matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
     for columns in _blocks(matrix.shape[1]):
         right[:, columns] = operator.project(left, columns)

@@ -122,7 +122,8 @@ def quantize_weight(
         ValueError: ``weight`` is not a non-empty finite matrix whose magnitude float32 can hold, ``bias`` or
             ``importance`` does not match it, or the budget is too small for its shape.
     """
-    return quantize_loaded(lambda: weight, bias, config=config, importance=importance)
+    _check_config(config)
+    return quantize_loaded(lambda: _private(weight, config), bias, config=config, importance=importance)
 
 
 def quantize_loaded(
@@ -132,19 +133,18 @@ def quantize_loaded(
     config: QuantConfig,
     importance: Importance | None = None,
 ) -> QuantizedLayer:
-    """Quantise a weight that is loaded for it alone: it is let go once its working copy is made.
+    """Quantise a weight that is loaded for it alone: it is worked on in place, or let go once it is copied.
 
     Args:
-        load: returns the ``[N, K]`` weight; called once.
+        load: returns the ``[N, K]`` weight, to be overwritten; called once.
         bias: as for :func:`quantize_weight`.
         config: likewise.
         importance: likewise.
 
     Returns, raises: as :func:`quantize_weight`, and what ``load`` raises.
     """
-    if not callable(getattr(config, "ranks_for", None)):
-        raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
-    target, exponent = _target(load(), config.compute_dtype)
+    _check_config(config)
+    target, exponent = _target(load, config.compute_dtype)
     out_features, in_features = target.shape
     packed_bias = _packed_bias(bias, target)
     total = squared_norm(target) or 1.0
@@ -190,6 +190,11 @@ def quantize_loaded(
     return QuantizedLayer(packed, report)
 
 
+def _check_config(config: QuantConfig) -> None:
+    if not callable(getattr(config, "ranks_for", None)):
+        raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
+
+
 def _ranks(target: torch.Tensor, config: QuantConfig) -> tuple[int, ...]:
     if config.energy is None:
         return config.ranks_for(target.shape[1], target.shape[0])
@@ -206,12 +211,19 @@ def _errors(residual: torch.Tensor, paths: list[PackedPath]) -> list[float]:
     return errors[::-1]
 
 
-def _target(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
-    """Return a copy of the weight of magnitude about 1, and the power of two that was taken out."""
+def _private(weight: torch.Tensor, config: QuantConfig) -> torch.Tensor:
+    """Return a copy of what would be overwritten."""
+    taken = isinstance(weight, torch.Tensor) and weight.dtype == config.compute_dtype
+    return weight.detach().clone() if taken else weight
+
+
+def _target(load: Callable[[], torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, int]:
+    """Return the weight at a magnitude of about 1, and the power of two that was taken out."""
+    weight = load()
     check_matrix("weight", weight)
     weight = weight.detach()
     exponent = _weight_exponent(weight)
-    return normalised(weight, exponent, dtype), exponent
+    return normalised(weight, exponent, dtype, in_place=True), exponent
 
 
 def _weight_exponent(weight: torch.Tensor) -> int:

@@ -252,10 +252,9 @@ def _run_all(
 
 
 def _load(source: Path, device: torch.device, job: Job) -> torch.Tensor:
-    # Opened for this tensor alone: mappings of what was read count as memory in use, and this one ends
-    # with the tensor, once the quantizer has its working copy.
+    # In memory of its own, which the quantizer may overwrite: a mapping would count beside its working copy.
     with open_checkpoint(source) as checkpoint:
-        return checkpoint.load_tensor(job.source.weight).to(device)
+        return checkpoint.read_tensor(job.source.weight).to(device)
 
 
 def _quantize_layer(
