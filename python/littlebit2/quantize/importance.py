@@ -100,6 +100,7 @@ def collect_importance(
     *,
     loss: Callable[[Any], torch.Tensor] | None = None,
     run: Callable[[nn.Module, Any], Any] | None = None,
+    per_output: bool = False,
 ) -> dict[str, Importance]:
     """Measure the importance of every ``nn.Linear``'s inputs, and of its outputs if ``loss`` is given.
 
@@ -110,6 +111,8 @@ def collect_importance(
             ``lambda output: output.loss``); its gradient then says which outputs matter.
         run: calls the model on one batch; by default ``model(**batch)`` for mappings, ``model(*batch)`` for
             tuples and lists, else ``model(batch)``.
+        per_output: whether each output has an importance of its own. By default all of a layer share their
+            mean, which settles what the layer is worth beside others and served better on MiniLM.
 
     Returns:
         By module name, for every linear module that was called with at least one token.
@@ -133,10 +136,13 @@ def collect_importance(
         raise ValueError("batches must hold at least one batch, got none")
     if not inputs:
         raise ValueError("model must call at least one nn.Linear, got none")
-    return {
-        name: Importance(seen.mean(), outputs[name].mean() if name in outputs else None)
-        for name, seen in inputs.items()
-    }
+    found = {}
+    for name, seen in inputs.items():
+        of_outputs = outputs[name].mean() if name in outputs else None
+        if of_outputs is not None and not per_output:
+            of_outputs = of_outputs.mean().expand(len(of_outputs))
+        found[name] = Importance(seen.mean(), of_outputs)
+    return found
 
 
 def importance_tensors(importance: Mapping[str, Importance]) -> dict[str, torch.Tensor]:
