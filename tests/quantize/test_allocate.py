@@ -168,7 +168,7 @@ def test_a_model_at_a_spectral_budget(rng: torch.Generator) -> None:
     # The factor for keys and values is more bits to share.
     more = replace(config, kv_factor=2.0)
     reports = quantize_linears(make_model(rng), more, lambda _, packed: Frozen(packed), progress=False)
-    assert sum(report.ranks[0] for report in reports) == 4 * uniform
+    assert sum(report.ranks[0] for report in reports) >= 4 * uniform
 
 
 def test_a_model_and_a_weight_at_an_energy(rng: torch.Generator) -> None:

@@ -73,7 +73,8 @@ def leading_triplets(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, tor
     right = torch.empty(rank, matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
     for columns in _blocks(matrix.shape[1]):
         right[:, columns] = operator.project(left, columns)
-    values = torch.linalg.vector_norm(right, dim=1, dtype=torch.float64)
+    norms = [torch.linalg.vector_norm(right[r], dim=1, dtype=torch.float64) for r in _blocks(rank)]
+    values = torch.cat(norms)  # by blocks: in float64 the whole would be as large as both factors
     values = torch.where(values > 16 * torch.finfo(torch.float32).eps * values.max(), values, 0)
     right.div_(torch.where(values > 0, values, 1).float().unsqueeze(1))
     # Their order is that of the eigenvalues but for rounding, which moves no vector: that would take copies.
@@ -93,9 +94,7 @@ class _Squared:
 
     def project(self, left: torch.Tensor, columns: slice) -> torch.Tensor:
         """Return ``left^T W`` ``[l, columns]``."""
-        half = self.exponent // 2
-        product = self._scaled(left, half).T @ self.matrix[:, columns]
-        return self._scaled(product, self.exponent - half)
+        return left.T @ self._scaled(self.matrix[:, columns], self.exponent)
 
     def __call__(self, block: torch.Tensor) -> torch.Tensor:
         """Return ``W W^T block`` for a few columns ``[n, c]``."""
