@@ -82,7 +82,8 @@ def test_scales_are_least_squares_at_a_fixed_point(rng: torch.Generator) -> None
     refine(target, path, 400, tolerance=0)
     residual = target - dense(path)
     # Orthogonal to what each scale multiplies: no scale has a better value.
-    left, right = path.left.dense(torch.ones(8, dtype=torch.float64)), path.right.dense(path.latent)
+    left = path.left.dense(slice(0, 40), torch.ones(8, dtype=torch.float64))
+    right = path.right.dense(slice(0, 30), path.latent)
     assert float(((left / path.left.scale).T @ right * residual).sum(1).abs().max()) < 1e-4
     for r in range(8):
         direction = torch.outer(left[r], right[r] / path.latent[r])

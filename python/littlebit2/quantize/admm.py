@@ -28,7 +28,7 @@ def admm(target: torch.Tensor, path: BinaryPath, iterations: int) -> None:
     geometrically. The error need not fall with every iteration; :func:`.refine` afterwards sees to the last
     bits.
 
-    Beside ``target``, both duals, one dense factor and two ``R x R`` matrices are held.
+    Beside ``target``, both duals, two ``R x R`` matrices and chunks of a few hundred columns are held.
 
     Args:
         target: ``[N, K]``, float32 or float64, magnitude about 1.
@@ -55,8 +55,7 @@ class _Side:
 
     def improve(self, target: torch.Tensor, other: _Side, penalty: float) -> None:
         """Do one iteration for this factor; ``target`` is ``[n, m]``."""
-        fixed = other.factor.dense(other.latent)  # [R, m]
-        lower = fixed @ fixed.T
+        lower = other.factor.gram(other.latent)
         rho = penalty * float(lower.diagonal().mean())
         if rho <= 0:
             return  # the other factor is zero, and so is the target
@@ -67,8 +66,8 @@ class _Side:
         magnitudes = torch.zeros_like(unit)
         for entries in self.factor.chunks():
             dual = self.dual[:, entries]
-            right = fixed @ target[entries].T
-            right.add_(self._chunk(entries).sub_(dual), alpha=rho)
+            right = other.factor.project(target[entries], other.latent)
+            right.add_(self.factor.dense(entries, self.latent).sub_(dual), alpha=rho)
             dual += torch.cholesky_solve(right, lower)
             absolute = dual.abs()
             scale = unit @ absolute
@@ -78,8 +77,4 @@ class _Side:
         energy = self.factor.scale.square().sum()
         self.latent = magnitudes / torch.where(energy > 0, energy, 1)
         for entries in self.factor.chunks():
-            self.dual[:, entries] -= self._chunk(entries)
-
-    def _chunk(self, entries: slice) -> torch.Tensor:
-        signs = self.factor.signs(entries)
-        return signs.mul_(self.factor.scale[entries]).mul_(self.latent.unsqueeze(1))
+            self.dual[:, entries] -= self.factor.dense(entries, self.latent)

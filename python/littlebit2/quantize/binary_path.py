@@ -10,10 +10,10 @@ import torch
 from littlebit2_kernels.format import WORD_BITS, PackedPath
 from littlebit2_kernels.packing import pack_signs, unpack_signs
 
-__all__ = ["BinaryFactor", "BinaryPath"]
+__all__ = ["CHUNK", "BinaryFactor", "BinaryPath"]
 
 #: Columns of a factor expanded at a time; a multiple of the word size, small enough for a processor's cache.
-_CHUNK = 16 * WORD_BITS
+CHUNK = 16 * WORD_BITS
 
 
 @dataclass(eq=False)
@@ -31,8 +31,8 @@ class BinaryFactor:
     def chunks(self) -> Iterator[slice]:
         """Yield slices of the ``n`` entries to work on at a time."""
         size = self.scale.numel()
-        for start in range(0, size, _CHUNK):
-            yield slice(start, min(start + _CHUNK, size))
+        for start in range(0, size, CHUNK):
+            yield slice(start, min(start + CHUNK, size))
 
     def signs(self, entries: slice) -> torch.Tensor:
         """Return the signs ``[R, c]`` of a chunk."""
@@ -44,10 +44,24 @@ class BinaryFactor:
         """Take over the signs of ``values`` ``[R, c]`` for a chunk."""
         self.words[:, _words(entries)] = pack_signs(values)
 
-    def dense(self, latent: torch.Tensor) -> torch.Tensor:
-        """Return ``latent * signs * scale`` ``[R, n]``."""
-        signs = unpack_signs(self.words, self.scale.numel(), self.scale.dtype)
-        return signs.mul_(self.scale).mul_(latent.unsqueeze(1))
+    def dense(self, entries: slice, latent: torch.Tensor) -> torch.Tensor:
+        """Return ``latent * signs * scale`` ``[R, c]`` of a chunk."""
+        return self.signs(entries).mul_(self.scale[entries]).mul_(latent.unsqueeze(1))
+
+    def gram(self, latent: torch.Tensor) -> torch.Tensor:
+        """Return ``F F^T`` ``[R, R]`` of the whole dense factor ``F``, which is never formed."""
+        total = latent.new_zeros(latent.numel(), latent.numel())
+        for entries in self.chunks():
+            part = self.dense(entries, latent)
+            total.addmm_(part, part.T)
+        return total
+
+    def project(self, rows: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+        """Return ``F rows^T`` ``[R, c]`` for a few rows ``[c, n]``."""
+        total = latent.new_zeros(latent.numel(), rows.shape[0])
+        for entries in self.chunks():
+            total.addmm_(self.dense(entries, latent), rows[:, entries].T)
+        return total
 
 
 @dataclass(eq=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-
-from littlebit2_kernels.format import PackedPath
 
 from ._numeric import check_finite, squared_norm
 
@@ -28,7 +26,6 @@ __all__ = [
     "importance_tensors",
     "load_importance",
     "save_importance",
-    "unweighted",
 ]
 
 #: Least weight relative to the root mean square: a channel that was never active must stay representable.
@@ -87,11 +84,6 @@ def _factor(name: str, squares: torch.Tensor | None, size: int, like: torch.Tens
             f"least {float(squares.min()):.3g}"
         )
     return (squares / mean).sqrt().clamp(min=_FLOOR).to(like)
-
-
-def unweighted(path: PackedPath, rows: torch.Tensor, columns: torch.Tensor) -> PackedPath:
-    """Return a path of the weighted weight as one of the weight itself."""
-    return replace(path, in_scale=path.in_scale / columns.float(), out_scale=path.out_scale / rows.float())
 
 
 def collect_importance(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .binary_path import CHUNK
 from .partial_svd import is_partial
 
 if TYPE_CHECKING:
@@ -27,17 +28,17 @@ def working_bytes(in_features: int, out_features: int, config: QuantConfig) -> i
     k, n, rank = in_features, out_features, max(config.ranks)
     size = config.compute_dtype.itemsize
     steps = config.steps_for(k, n, config.ranks)
-    factors, system = size * rank * (k + n), size * rank**2
-    peaks = [4 * k * n]  # the source while it is copied
-    if not (steps.method == "admm" and config.admm_start == "random"):
+    factors, system, chunks = size * rank * (k + n), size * rank**2, 5 * size * rank * CHUNK
+    peaks = [2 * k * n]  # a 16-bit source while it is copied; a float32 one is worked on in place
+    if steps.method != "admm" or config.admm_start != "random":
         if is_partial(n, k, rank, config.compute_dtype):
-            peaks.append(2 * size * rank * min(k, n) + factors + 10 * system)
+            peaks.append(max(2 * size * rank * min(k, n) + 4 * system, factors + 2 * system))
         else:
             peaks.append(24 * min(k, n) ** 2 + 3 * factors)
-    if steps.method != "dual-svid":
-        peaks.append(factors + 6 * system)
+        if steps.method != "dual-svid":
+            peaks.append(factors + 7 * system - size * k * n)  # the weight is let go meanwhile
     if steps.refine_rounds:
-        peaks.append(size * rank * max(k, n) + 4 * system)
+        peaks.append(4 * system + chunks)
     if steps.admm_iterations:
-        peaks.append(factors + size * rank * max(k, n) + 3 * system)
+        peaks.append(factors + 3 * system + chunks)
     return size * k * n + max(peaks)

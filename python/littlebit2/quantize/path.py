@@ -16,6 +16,7 @@ from .dual_svid import add_path, dual_svid
 from .joint_itq import joint_itq
 from .methods import Steps
 from .refine import refine
+from .residual import Residual
 from .svd import truncated_factors
 
 if TYPE_CHECKING:
@@ -48,16 +49,18 @@ class MadePath:
 
 
 def make_path(
-    target: torch.Tensor, rank: int, steps: Steps, generator: torch.Generator, config: QuantConfig
+    residual: Residual, rank: int, steps: Steps, generator: torch.Generator, config: QuantConfig
 ) -> MadePath:
-    """Approximate ``target`` ``[N, K]``, of magnitude about 1, by one path."""
+    """Approximate what is left of a weight by one more path; it is not subtracted yet."""
     if steps.method == "admm" and config.admm_start == "random":
+        target = residual.matrix()
         magnitude = (squared_norm(target) / target.numel()) ** 0.5
         state = BinaryPath.random(target, rank, magnitude, generator)
         return MadePath(_improved(target, state, steps))
-    start = _from_svd(target, rank, steps, generator, config)
+    start = _from_svd(residual, rank, steps, generator, config)
     if not steps.refine_rounds:
         return start
+    target = residual.matrix()
     state = BinaryPath.from_packed(start.path, target.dtype)
     return MadePath(
         _improved(target, state, steps), start.tail_energy, start.itq_objective, start.itq_converged
@@ -65,11 +68,12 @@ def make_path(
 
 
 def _from_svd(
-    target: torch.Tensor, rank: int, steps: Steps, generator: torch.Generator, config: QuantConfig
+    residual: Residual, rank: int, steps: Steps, generator: torch.Generator, config: QuantConfig
 ) -> MadePath:
-    factors = truncated_factors(target, rank)
+    factors = truncated_factors(residual.matrix(), rank)
     a, b, tail_energy = factors.a, factors.b, factors.tail_energy
     del factors
+    residual.release()  # what follows needs the factors alone
     if steps.method == "dual-svid":
         return MadePath(dual_svid(a, b), tail_energy)
     latent = joint_itq(a, b, config.itq_iterations, generator=generator, polar=config.polar, in_place=True)

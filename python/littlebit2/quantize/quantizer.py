@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from littlebit2_kernels.format import PackedLinear, PackedPath
+from littlebit2_kernels.format import PackedLinear
 
-from ._numeric import binary_exponent, check_finite, check_matrix, normalised, squared_norm
+from ._numeric import check_finite, squared_norm
 from .allocate import layer_spectrum, ranks_for_energy
 from .budget import counted_bpw, stored_bpw
-from .dual_svid import add_path, scale_path
-from .importance import Importance, unweighted
+from .dual_svid import scale_path
+from .importance import Importance
 from .path import MadePath, improve_paths, make_path
+from .residual import Residual
 
 if TYPE_CHECKING:
     from .config import QuantConfig
@@ -133,10 +134,10 @@ def quantize_loaded(
     config: QuantConfig,
     importance: Importance | None = None,
 ) -> QuantizedLayer:
-    """Quantise a weight that is loaded for it alone: it is worked on in place, or let go once it is copied.
+    """Quantise a weight that is loaded for it alone, and again where keeping it would take more memory.
 
     Args:
-        load: returns the ``[N, K]`` weight, to be overwritten; called once.
+        load: returns the ``[N, K]`` weight, the same each time; what it returns may be overwritten.
         bias: as for :func:`quantize_weight`.
         config: likewise.
         importance: likewise.
@@ -144,30 +145,24 @@ def quantize_loaded(
     Returns, raises: as :func:`quantize_weight`, and what ``load`` raises.
     """
     _check_config(config)
-    target, exponent = _target(load, config.compute_dtype)
-    out_features, in_features = target.shape
-    packed_bias = _packed_bias(bias, target)
-    total = squared_norm(target) or 1.0
-    rows, columns = (importance or Importance()).factors(target)
-    if importance is not None:
-        target.mul_(rows.unsqueeze(1)).mul_(columns)
-    weighted_total = squared_norm(target) or 1.0
-    ranks = _ranks(target, config)
+    residual = Residual(load, config.compute_dtype, importance)
+    out_features, in_features = residual.shape
+    packed_bias = _packed_bias(bias, residual)
+    ranks = _ranks(residual, config)
     steps = config.steps_for(in_features, out_features, ranks)
     generator = torch.Generator().manual_seed(config.seed)
     made: list[MadePath] = []
     for rank in ranks:
-        made.append(make_path(target, rank, steps, generator, config))
-        add_path(target, made[-1].path, -1)
-    paths = [one.path for one in made]
-    if steps.refine_rounds and len(paths) > 1:
-        improve_paths(target, paths)
-    weighted_error = squared_norm(target) / weighted_total
-    if importance is not None:
-        target.div_(rows.unsqueeze(1)).div_(columns)
-        paths = [unweighted(path, rows, columns) for path in paths]
-    errors = [error / total for error in _errors(target, paths)]
-    packed = PackedLinear(tuple(scale_path(path, exponent) for path in paths), packed_bias)
+        made.append(make_path(residual, rank, steps, generator, config))
+        residual.subtract(made[-1].path)
+    if steps.refine_rounds and len(ranks) > 1:
+        improve_paths(residual.matrix(), residual.paths)
+    total, weighted_total = residual.total or 1.0, residual.weighted_total or 1.0
+    weighted_error = squared_norm(residual.matrix()) / weighted_total
+    errors = [error / total for error in residual.errors()]
+    packed = PackedLinear(
+        tuple(scale_path(path, residual.exponent) for path in residual.plain_paths()), packed_bias
+    )
     report = LayerReport(
         name="",
         in_features=in_features,
@@ -195,20 +190,11 @@ def _check_config(config: QuantConfig) -> None:
         raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
 
 
-def _ranks(target: torch.Tensor, config: QuantConfig) -> tuple[int, ...]:
+def _ranks(residual: Residual, config: QuantConfig) -> tuple[int, ...]:
     if config.energy is None:
-        return config.ranks_for(target.shape[1], target.shape[0])
+        return config.ranks_for(residual.shape[1], residual.shape[0])
     assert config.paths is not None  # set by QuantConfig
-    return ranks_for_energy(layer_spectrum("", target, 0), config.energy, paths=config.paths).ranks
-
-
-def _errors(residual: torch.Tensor, paths: list[PackedPath]) -> list[float]:
-    """Return the squared error that the first, the first two, ... all paths leave; spends ``residual``."""
-    errors = [squared_norm(residual)]
-    for path in reversed(paths[1:]):
-        add_path(residual, path)
-        errors.append(squared_norm(residual))
-    return errors[::-1]
+    return ranks_for_energy(layer_spectrum("", residual.matrix(), 0), config.energy, paths=config.paths).ranks
 
 
 def _private(weight: torch.Tensor, config: QuantConfig) -> torch.Tensor:
@@ -217,33 +203,13 @@ def _private(weight: torch.Tensor, config: QuantConfig) -> torch.Tensor:
     return weight.detach().clone() if taken else weight
 
 
-def _target(load: Callable[[], torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, int]:
-    """Return the weight at a magnitude of about 1, and the power of two that was taken out."""
-    weight = load()
-    check_matrix("weight", weight)
-    weight = weight.detach()
-    exponent = _weight_exponent(weight)
-    return normalised(weight, exponent, dtype, in_place=True), exponent
-
-
-def _weight_exponent(weight: torch.Tensor) -> int:
-    exponent = binary_exponent(weight)
-    # float32 holds 2**-126 .. 2**128; the scales of a weight beyond it could not be stored.
-    if not -126 <= exponent <= 127:
-        raise ValueError(
-            "weight must be zero or have its largest magnitude between 2**-126 and 2**128 (float32), "
-            f"got one of about 2**{exponent}"
-        )
-    return exponent
-
-
-def _packed_bias(bias: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor | None:
+def _packed_bias(bias: torch.Tensor | None, residual: Residual) -> torch.Tensor | None:
     if bias is None:
         return None
     if not isinstance(bias, torch.Tensor) or not bias.is_floating_point():
         got = bias.dtype if isinstance(bias, torch.Tensor) else type(bias).__name__
         raise TypeError(f"bias must be a real floating-point tensor, got {got}")
-    if tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
+    if tuple(bias.shape) != residual.shape[:1]:
+        raise ValueError(f"bias must have shape [{residual.shape[0]}], got {list(bias.shape)}")
     check_finite("bias", bias)
-    return bias.detach().to(weight.device, torch.float32, copy=True).contiguous()
+    return bias.detach().to(residual.device, torch.float32, copy=True).contiguous()

@@ -23,9 +23,8 @@ def refine(target: torch.Tensor, path: BinaryPath, rounds: int, *, tolerance: fl
     """Improve ``path`` in place as an approximation of ``target``.
 
     One round does, for the outputs and then for the inputs: best scale; one sweep of coordinate descent on
-        the
-    signs; best scale; best ``latent_scale`` (an ``R x R`` system, by Cholesky). Beside ``target``, one
-    dense factor, three ``R x R`` matrices and chunks of a few hundred columns are held.
+    the signs; best scale; best ``latent_scale`` (an ``R x R`` system, by Cholesky). Beside ``target``, three
+    ``R x R`` matrices and chunks of a few hundred columns are held.
 
     Args:
         target: ``[N, K]``, float32 or float64, magnitude about 1.
@@ -50,13 +49,12 @@ def refine(target: torch.Tensor, path: BinaryPath, rounds: int, *, tolerance: fl
 
 def _refit(target: torch.Tensor, path: BinaryPath, mine: BinaryFactor, other: BinaryFactor) -> float:
     """Refit one factor and the latent scale; return the energy that the path then explains."""
-    fixed = other.dense(path.latent)  # [R, m]
-    gram = fixed @ fixed.T
+    gram = other.gram(path.latent)
     system = torch.zeros_like(gram)
     explained = torch.zeros_like(path.latent)  # by each latent, [R]
     energy = 0.0
     for entries in mine.chunks():
-        projection = fixed @ target[entries].T  # [R, c]
+        projection = other.project(target[entries], path.latent)  # [R, c]
         signs = mine.signs(entries)
         scale = _best_scale(signs, projection, gram)[0]
         descend(signs, projection / torch.where(scale == 0, 1, scale), gram)
@@ -67,7 +65,6 @@ def _refit(target: torch.Tensor, path: BinaryPath, mine: BinaryFactor, other: Bi
         signs.mul_(scale)
         system.addmm_(signs, signs.T)
         explained += projection.mul_(signs).sum(1)
-    del fixed
     system.mul_(gram)
     del gram
     return energy + _refit_latent(path.latent, system, explained)
