@@ -19,6 +19,7 @@ from littlebit2 import stream
 from littlebit2.cli import main
 from littlebit2.cli.common import METHODS
 from littlebit2.plan import load_config, shipped_configs
+from littlebit2.quantize import Importance, save_importance
 from littlebit2.quantize.methods import Method
 from tests.stream.builders import contents, llama_tensors, write_model
 
@@ -156,6 +157,24 @@ def test_quantize_json_and_patterns(
     options = ["--json", "--include", "lm_head", "--include-heads"]
     assert main(["quantize", str(model_dir), str(tmp_path / "head"), *QUICK, *options]) == 0
     assert [layer["name"] for layer in json.loads(capsys.readouterr().out)["layers"]] == ["lm_head"]
+
+
+def test_quantize_by_spectra_and_activations(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "model.layers.1.mlp.up_proj"
+    save_importance(tmp_path / "importance", {name: Importance(torch.ones(32))})
+    options = ["--bpw", "6", "--budget", "spectral", "--admm-iterations", "3", "--quiet"]
+    options += ["--importance", str(tmp_path / "importance")]
+    assert main(["quantize", str(model_dir), str(tmp_path / "out"), *options]) == 0
+    assert "predicted from the spectra: mean 0." in capsys.readouterr().out
+    options = ["--energy", "0.8", "--method", "refine", "--refine-rounds", "1", "--quiet", "--json"]
+    assert main(["quantize", str(model_dir), str(tmp_path / "energy"), *options]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {layer["method"] for layer in report["layers"]} == {"refine"}
+    assert report["settings"]["energy"] == 0.8
+    assert main(["quantize", str(model_dir), str(tmp_path / "x"), "--importance", "nothing"]) == 1
+    assert "nothing" in capsys.readouterr().err
 
 
 def test_convert_there_and_back(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,11 +63,8 @@ def leading_triplets(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, tor
         return right.T, values, left.T
     operator = _Squared(matrix, binary_exponent(matrix))
     basis = _basis(operator, rank)
-    projected = operator.gram_of_projection(basis).T  # symmetric, and by columns as LAPACK wants it
-    # In its own place: LAPACK's workspace is two such matrices already.
-    torch.linalg.eigh(projected, out=(projected.new_empty(projected.shape[0]), projected))
-    vectors = projected[:, -rank:].flip(1).float()
-    del projected
+    _, vectors = _eigh(operator.gram_of_projection(basis))
+    vectors = vectors[:, -rank:].flip(1).float()
     left = basis @ vectors
     del basis, vectors
     right = torch.empty(rank, matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
@@ -130,9 +127,7 @@ def _basis(operator: _Squared, rank: int) -> torch.Tensor:
         image = torch.empty_like(basis)
         for columns in _blocks(size):
             image[:, columns] = operator(basis[:, columns])
-        small = _inner(basis, image).float()
-        energies, vectors = torch.linalg.eigh((small + small.T).div_(2))
-        del small
+        energies, vectors = _eigh(_inner(basis, image).float())
         # Columns that are close to singular vectors differ by scales, which normalising takes out.
         _times(basis, vectors)
         _times(image, vectors)
@@ -186,6 +181,17 @@ def _orthonormalise(basis: torch.Tensor) -> None:
     torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
     del lower
     _times(basis, inverse.div_(lengths).T.float())
+
+
+def _eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return eigenvalues and eigenvectors of a symmetric matrix, in its place; its lower triangle counts.
+
+    LAPACK's workspace is two such matrices already.
+    """
+    by_columns = matrix.mT  # as LAPACK wants it; what is read is then the upper triangle of ``matrix``
+    energies = matrix.new_empty(matrix.shape[0])
+    torch.linalg.eigh(by_columns, UPLO="U", out=(energies, by_columns))
+    return energies, by_columns
 
 
 def _inner(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

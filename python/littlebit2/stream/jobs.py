@@ -21,6 +21,7 @@ from littlebit2.quantize import (
     planned_stored_bpw,
     working_bytes,
 )
+from littlebit2_kernels.format import RANK_MULTIPLE
 from littlebit2_kernels.version import __version__
 
 from .select import LayerSource, select_layers
@@ -76,15 +77,18 @@ def make_jobs(
 ) -> list[Job]:
     """Select the layers and settle the ranks of all of them, so that a budget that does not fit fails early.
 
-    Where the ranks depend on spectra, they are for now those of the uniform budget: see
+    Where the ranks depend on spectra, they are for now the uniform or the least ones: see
     :func:`with_allocation`.
 
     Raises:
         ValueError: as :func:`.select_layers`, or the budget does not fit a layer (the message names it).
     """
     sources = select_layers(checkpoint.dense, checkpoint.config, include=include, exclude=exclude)
-    if needs_spectra(config):
-        config = replace(config, budget="uniform", energy=None)
+    if config.energy is not None:
+        assert config.paths is not None  # set by QuantConfig
+        config = replace(config, energy=None, ranks=(RANK_MULTIPLE,) * config.paths)
+    elif needs_spectra(config):
+        config = replace(config, budget="uniform")
     return [
         Job(index, s, layer_config(s.name, s.in_features, s.out_features, config))
         for index, s in enumerate(sources)
