@@ -40,7 +40,7 @@ PLOTTED_LAYER = "encoder.layer.2.intermediate.dense"
 #: What stands beside the default method: LittleBit's and LittleBit-2's initialisation.
 PAPERS_METHODS: tuple[Any, ...] = ("dual-svid", "joint-itq")
 #: Work allowed per layer (of ``QuantConfig.budget_seconds``), so that the demo stays short.
-BUDGET_SECONDS = 0.5
+BUDGET_SECONDS = 1.0
 
 #: Llama-2-7B's MLP up projection.
 IN_FEATURES, OUT_FEATURES = 4096, 11008
@@ -170,25 +170,10 @@ def print_layers(rows: list[LayerRow]) -> None:
     weights = torch.tensor([row.report.in_features * row.report.out_features for row in rows]).double()
     means = (torch.tensor([figures(row) for row in rows]).double().T @ weights / weights.sum()).tolist()
     lines.append(["mean, weighted by size", "", "", *(f"{value:.3f}" for value in means)])
-    print_table(
-        (
-            "layer",
-            "N x K",
-            "ranks",
-            "bpw counted",
-            "stored",
-            "energy kept",
-            "Dual-SVID",
-            "Joint-ITQ",
-            "error",
-        ),
-        lines,
-    )
+    head = ("layer", "N x K", "ranks", "bpw counted", "stored", "energy kept")
+    print_table((*head, "Dual-SVID", "Joint-ITQ", "error"), lines)
     print("energy kept: share of the squared singular values in the ranks")
-    print(
-        "error: |W - Q|^2 / |W|^2 of the whole layer; before it, that of LittleBit and LittleBit-2 (two
-        paths)"
-    )
+    print("error: |W - Q|^2 / |W|^2; before it, those of LittleBit and LittleBit-2 with two paths")
 
 
 def print_agreement(model: Any, packed_model: Any, dense_embeddings: torch.Tensor) -> None:
