@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from littlebit2.quantize import LayerReport, LayerSpectrum, layer_spectrum, predicted_error
+from littlebit2.quantize import LayerReport, LayerSpectrum, energy_share, layer_spectrum, predicted_error
 
 __all__ = ["write_plots"]
 
@@ -37,7 +37,7 @@ def write_plots(
     _plot_ranks(middle, chosen)
     _plot_gain(right, spectra)
     path = folder / "spectra.png"
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=75)
     plt.close(figure)
     return path
 
@@ -57,7 +57,7 @@ def _plot_ranks(axes: Any, chosen: Mapping[str, Sequence[LayerReport]]) -> None:
     for label, reports in chosen.items():
         if label.startswith("spectral") and "0.55" in label:
             axes.plot(
-                [sum(r.ranks) / min(r.in_features, r.out_features) for r in reports], "o-", ms=3, label=label
+                [sum(r.ranks) / min(r.in_features, r.out_features) for r in reports], "o", ms=4, label=label
             )
     names = [report.name.removeprefix("encoder.layer.") for report in next(iter(chosen.values()))]
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=5)
@@ -69,8 +69,7 @@ def _plot_gain(axes: Any, spectra: Mapping[str, LayerSpectrum]) -> None:
     """What binary paths keep, predicted, less what an FP16 pair of equal bits keeps."""
     for name, layer in spectra.items():
         ranks = list(range(8, len(layer.energies) + 1, 8))
-        share = layer.energies.cumsum(0)
-        tiny = [float(share[r // 16 - 1]) if r >= 16 else float(share[0]) / 2 for r in ranks]
+        tiny = [energy_share(layer.energies.sqrt(), rank / 16) for rank in ranks]
         kept = [1 - error for error in predicted_error(layer.energies, ranks)]
         x = [rank / len(layer.energies) for rank in ranks]
         gain = [a - b for a, b in zip(kept, tiny, strict=True)]
