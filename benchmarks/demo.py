@@ -81,7 +81,10 @@ def main() -> int:
     packed_model = copy.deepcopy(model)
 
     print(f"1. Quantising every encoder Linear of all-MiniLM-L6-v2 at {bpw:g} bits per weight, no training")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # layers this small gain nothing from more, and lose much on a busy machine
     rows = quantize_encoder(model, packed_model, config)
+    torch.set_num_threads(threads)
     print_layers(rows)
     print_agreement(model, packed_model, dense_embeddings)
 
