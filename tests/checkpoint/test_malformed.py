@@ -458,3 +458,27 @@ def test_messages_are_printable(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
     assert str(caught.value).isprintable()
     assert r"a.\x1b[31m\n is unexpected" in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["int8", "half2", "marlin"])
+def test_nanoquant_layers_in_the_order_of_a_kernel_are_refused(
+    tmp_path: Path, nprng: np.random.Generator, suffix: str
+) -> None:
+    state = wild.random_layer(nprng, 40, 24, [16]).nanoquant()
+    for matrix in "UV":
+        state[f"{matrix}_{suffix}"] = state.pop(f"{matrix}_packed").to(torch.int8)
+        del state[f"{matrix}_shape"]
+    wild.write(tmp_path, wild.prefixed({"a.b": state}), config=wild.CONFIG)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(tmp_path)
+    message = str(caught.value)
+    assert f"a.b.U_{suffix} is in the order of one of NanoQuant's kernels, which cannot be read" in message
+    assert "a.b.V_packed is missing" in message
+
+
+def test_a_layer_of_scales_alone_is_refused(tmp_path: Path, nprng: np.random.Generator) -> None:
+    state = wild.random_layer(nprng, 40, 24, [16]).nanoquant()
+    kept = {name: tensor for name, tensor in state.items() if name.startswith("scale")}
+    wild.write(tmp_path, wild.prefixed({"a.b": kept}), config=wild.CONFIG)
+    with pytest.raises(CheckpointError, match=r"a\.b\.V_packed is missing"):
+        open_checkpoint(tmp_path)

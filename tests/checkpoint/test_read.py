@@ -271,3 +271,15 @@ def test_paths_that_are_no_directory(tmp_path: Path) -> None:
     (tmp_path / "f").write_text("")
     with pytest.raises(NotADirectoryError, match="got the file"):
         open_checkpoint(tmp_path / "f")
+
+
+def test_dense_tensors_in_memory_of_their_own(tmp_path: Path, nprng: np.random.Generator) -> None:
+    wild.upstream_model(tmp_path, nprng, shards=3)
+    with open_checkpoint(tmp_path) as checkpoint:
+        for name in checkpoint.dense:
+            mine, mapped = checkpoint.read_tensor(name), checkpoint.load_tensor(name)
+            assert torch.equal(mine, mapped)
+            mine.zero_()  # nobody else's memory
+        assert not torch.equal(checkpoint.load_tensor(name), mine)
+        with pytest.raises(KeyError, match="name must be a dense tensor of"):
+            checkpoint.read_tensor("nothing")

@@ -17,13 +17,17 @@ import torch
 
 from littlebit2 import stream
 from littlebit2.cli import main
-from littlebit2.cli.common import INIT_METHODS
+from littlebit2.cli.common import METHODS
 from littlebit2.plan import load_config, shipped_configs
-from littlebit2.quantize.config import InitMethod
+from littlebit2.quantize import Importance, save_importance
+from littlebit2.quantize.methods import Method
 from tests.stream.builders import contents, llama_tensors, write_model
 
 COMMANDS = ("quantize", "convert", "inspect", "plan", "generate", "synthesize", "bench")
-QUICK = ("--ranks", "16", "8", "--itq-iterations", "3", "--workers", "1", "--quiet")
+QUICK = (
+    *("--ranks", "16", "8", "--method", "joint-itq", "--itq-iterations", "3"),
+    *("--workers", "1", "--quiet"),
+)
 
 
 @pytest.fixture
@@ -66,7 +70,7 @@ def test_every_command_has_help_with_examples(command: str, capsys: pytest.Captu
 
 
 def test_choices_and_names_in_help_are_current(capsys: pytest.CaptureFixture[str]) -> None:
-    assert get_args(InitMethod) == INIT_METHODS
+    assert get_args(Method) == METHODS
     main(["plan", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert all(name in text for name in shipped_configs())
@@ -79,7 +83,7 @@ def test_choices_and_names_in_help_are_current(capsys: pytest.CaptureFixture[str
         ["unknown"],
         ["quantize", "model"],
         ["quantize", "model", "out", "--bpw", "0.5", "--ranks", "8"],
-        ["quantize", "model", "out", "--init", "guess"],
+        ["quantize", "model", "out", "--method", "guess"],
         ["convert", "a", "b"],
         ["generate", "a"],
         ["generate", "a", "text", "--token-ids", "1"],
@@ -140,19 +144,37 @@ def test_quantize_and_inspect(model_dir: Path, tmp_path: Path, capsys: pytest.Ca
 def test_quantize_json_and_patterns(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--json", "--include", "*.mlp.*", "--exclude", "*.0.*", "--init", "dual-svid", "--seed", "3"]
+    options = ["--json", "--include", "*.mlp.*", "--exclude", "*.0.*", "--method", "dual-svid", "--seed", "3"]
     assert main(["quantize", str(model_dir), str(tmp_path / "out"), *QUICK, *options]) == 0
     report = json.loads(capsys.readouterr().out)
     assert {layer["name"] for layer in report["layers"]} == {
         f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")
     }
     assert set(report["seconds"]) == {layer["name"] for layer in report["layers"]}
-    assert report["settings"]["init"] == "dual-svid"
+    assert report["settings"]["method"] == "dual-svid"
     assert report["settings"]["seed"] == 3
     assert "lm_head.weight" in report["dense"]
     options = ["--json", "--include", "lm_head", "--include-heads"]
     assert main(["quantize", str(model_dir), str(tmp_path / "head"), *QUICK, *options]) == 0
     assert [layer["name"] for layer in json.loads(capsys.readouterr().out)["layers"]] == ["lm_head"]
+
+
+def test_quantize_by_spectra_and_activations(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "model.layers.1.mlp.up_proj"
+    save_importance(tmp_path / "importance", {name: Importance(torch.ones(32))})
+    options = ["--bpw", "6", "--budget", "spectral", "--admm-iterations", "3", "--quiet"]
+    options += ["--importance", str(tmp_path / "importance")]
+    assert main(["quantize", str(model_dir), str(tmp_path / "out"), *options]) == 0
+    assert "predicted from the spectra: mean 0." in capsys.readouterr().out
+    options = ["--energy", "0.8", "--method", "refine", "--refine-rounds", "1", "--quiet", "--json"]
+    assert main(["quantize", str(model_dir), str(tmp_path / "energy"), *options]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {layer["method"] for layer in report["layers"]} == {"refine"}
+    assert report["settings"]["energy"] == 0.8
+    assert main(["quantize", str(model_dir), str(tmp_path / "x"), "--importance", "nothing"]) == 1
+    assert "nothing" in capsys.readouterr().err
 
 
 def test_convert_there_and_back(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,12 +227,12 @@ def test_plan_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "llama-2-13b", "--bpw", "0.1"]) == 0
+    assert main(["plan", "llama-2-13b", "--bpw", "0.1", "--paths", "2"]) == 0
     text = capsys.readouterr().out
     assert "104+104" in text
     assert "TOTAL in memory" in text
     assert "0.839 GB" in text
-    assert main(["plan", "llama-2-13b", "--bpw", "0.1", "--json"]) == 0
+    assert main(["plan", "llama-2-13b", "--bpw", "0.1", "--paths", "2", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert len(plan["layers"]) == 280
     assert plan["bytes"]["total"] == pytest.approx(0.839e9, rel=0.001)
@@ -271,7 +293,17 @@ def test_an_interrupt_is_clean(
 
 def test_control_c_during_the_work_leaves_it_resumable(tmp_path: Path, rng: torch.Generator) -> None:
     model_dir = write_model(tmp_path / "many", llama_tensors(rng, layers=30))
-    options = ["--ranks", "16", "--itq-iterations", "200", "--workers", "2", "--quiet"]
+    options = [
+        "--ranks",
+        "16",
+        "--method",
+        "joint-itq",
+        "--itq-iterations",
+        "200",
+        "--workers",
+        "2",
+        "--quiet",
+    ]
     for attempt in range(10):
         out = tmp_path / f"out{attempt}"
         # Where the tests run in the background, they and their children inherit a signal that is ignored.

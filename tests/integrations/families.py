@@ -70,7 +70,7 @@ def quantized_copy(model: Any) -> Any:
     packed = copy.deepcopy(model)
     quantize_linears(
         packed,
-        QuantConfig(ranks=RANKS, itq_iterations=2),
+        QuantConfig(ranks=RANKS, method="joint-itq", itq_iterations=4),
         lambda linear, layer: LittleBitLinear.from_packed(layer),
         progress=False,
     )

@@ -43,7 +43,7 @@ RANKS = {
 
 
 def planned(name: str, bpw: float, **options: object) -> ModelPlan:
-    return plan_model(name, QuantConfig(bpw=bpw, **options))  # type: ignore[arg-type]
+    return plan_model(name, QuantConfig(bpw=bpw, **{"paths": 2, **options}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", RANKS)

@@ -10,10 +10,17 @@ import torch
 from littlebit2.quantize import QuantConfig, quantize_weight
 
 
-def test_defaults_are_one_bit_and_two_paths() -> None:
+def test_defaults_are_one_bit_and_one_path() -> None:
     config = QuantConfig()
-    assert (config.bpw, config.paths, config.ranks) == (1.0, 2, None)
+    assert (config.bpw, config.paths, config.ranks, config.method) == (1.0, 1, None, "auto")
+    assert config.ranks_for(4096, 4096) == (2024,)
+
+
+@pytest.mark.parametrize("method", ["joint-itq", "dual-svid"])
+def test_the_papers_methods_have_two_paths(method: str) -> None:
+    config = QuantConfig(method=method)  # type: ignore[arg-type]
     assert config.ranks_for(4096, 4096) == (1000, 1000)
+    assert QuantConfig(method=method, paths=1).paths == 1  # type: ignore[arg-type]
 
 
 def test_explicit_ranks_replace_the_budget() -> None:
@@ -24,7 +31,7 @@ def test_explicit_ranks_replace_the_budget() -> None:
 
 
 def test_kv_factor_is_for_key_and_value_projections_only() -> None:
-    config = QuantConfig(bpw=1.0, kv_factor=1.5)
+    config = QuantConfig(bpw=1.0, paths=2, kv_factor=1.5)
     assert config.ranks_for(4096, 1024) == (392, 392)
     assert config.ranks_for(4096, 1024, is_kv=True) == (584, 584)
 
@@ -44,7 +51,11 @@ def test_kv_factor_is_for_key_and_value_projections_only() -> None:
         ({"ranks": (0,)}, ValueError, r"ranks\[0\] must be a positive multiple of 8, got 0"),
         ({"ranks": (8,), "bpw": 1.0}, ValueError, "bpw must be None where ranks are given, got 1.0"),
         ({"ranks": (8,), "paths": 2}, ValueError, r"paths must be None or len\(ranks\) = 1, got 2"),
-        ({"init": "svd"}, ValueError, "init must be one of joint-itq, dual-svid, got 'svd'"),
+        (
+            {"method": "svd"},
+            ValueError,
+            "method must be one of auto, admm, refine, joint-itq, dual-svid, got 'svd'",
+        ),
         ({"polar": "qr"}, ValueError, "polar must be one of auto, newton, svd, got 'qr'"),
         ({"itq_iterations": -1}, ValueError, "itq_iterations must be an integer between 0 and .*, got -1"),
         ({"kv_factor": -2.0}, ValueError, "kv_factor must be a finite positive number, got -2.0"),

@@ -13,7 +13,7 @@ from littlebit2.quantize import QuantConfig, quantize_linears
 from littlebit2_kernels.format import PackedLinear
 from littlebit2_kernels.reference import linear_reference
 
-CONFIG = QuantConfig(ranks=(8,), itq_iterations=3)
+CONFIG = QuantConfig(ranks=(8,), method="joint-itq", itq_iterations=3)
 
 
 class Packed(nn.Module):
@@ -99,7 +99,7 @@ def test_layers_of_equal_shape_get_different_seeds(model: Model) -> None:
 
 def test_kv_factor_reaches_key_projections_only() -> None:
     model = nn.ModuleDict({"q_proj": nn.Linear(256, 256), "k_proj": nn.Linear(256, 256)})
-    config = QuantConfig(bpw=1.0, paths=1, kv_factor=0.5, itq_iterations=0)
+    config = QuantConfig(bpw=1.0, paths=1, method="joint-itq", kv_factor=0.5, itq_iterations=0)
     ranks = [report.ranks for report in quantize_linears(model, config, Packed, progress=False)]
     assert ranks == [(104,), (48,)]
 
@@ -180,7 +180,7 @@ def test_every_bit_of_the_seed_counts() -> None:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = Model()
-        config = QuantConfig(ranks=(8,), itq_iterations=0, seed=seed)
+        config = QuantConfig(ranks=(8,), method="joint-itq", itq_iterations=0, seed=seed)
         quantize_linears(model, config, Packed, include="layers.0.k_proj", progress=False)
         layers.append(model.layers[0].k_proj.packed)
     assert not same(*layers)

@@ -50,7 +50,7 @@ def test_quantised_as_well_as_from_the_whole(
 ) -> None:
     matrix = with_decay(decay, rng)
     # Without rotation, whose local optima would differ.
-    config = QuantConfig(ranks=(R, R), init="dual-svid")
+    config = QuantConfig(ranks=(R, R), method="dual-svid")
     lean = quantize_weight(matrix, config=config).report.error
     monkeypatch.setattr("littlebit2.quantize.svd.is_partial", lambda *_: False)
     assert lean == pytest.approx(quantize_weight(matrix, config=config).report.error, rel=5e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def test_reported_errors_are_those_of_what_is_stored(
     dtype: torch.dtype, compute_dtype: torch.dtype, rng: torch.Generator
 ) -> None:
     weight = (0.02 * torch.randn(48, 64, generator=rng)).to(dtype)
-    config = QuantConfig(ranks=(16, 24, 8), itq_iterations=5, compute_dtype=compute_dtype)
+    config = QuantConfig(ranks=(16, 24, 8), itq_iterations=5, admm_iterations=20, compute_dtype=compute_dtype)
     packed, report = (layer := quantize_weight(weight, config=config)).packed, layer.report
     assert packed.ranks == report.ranks == (16, 24, 8)
     for count, path in enumerate(report.paths, start=1):
@@ -45,19 +46,22 @@ def test_reported_errors_are_those_of_what_is_stored(
 
 
 def test_each_path_lowers_the_error(rng: torch.Generator) -> None:
-    report = quantize_weight(heavy_tailed(64, 64, rng), config=QuantConfig(ranks=(16,) * 4)).report
+    config = QuantConfig(ranks=(16,) * 4, method="joint-itq")
+    report = quantize_weight(heavy_tailed(64, 64, rng), config=config).report
     errors = [path.error for path in report.paths]
     assert all(after < before for before, after in itertools.pairwise(errors))
     for path in report.paths:
+        assert path.truncation_error is not None
         assert path.truncation_error < path.error
 
 
 @pytest.mark.parametrize("decay", [0.3, 0.6])
 def test_joint_itq_beats_random_rotation_beats_none(decay: float, rng: torch.Generator) -> None:
     weight = heavy_tailed(128, 128, rng, decay)
-    rotated = quantize_weight(weight, config=QuantConfig(ranks=(48,))).report.error
-    random = quantize_weight(weight, config=QuantConfig(ranks=(48,), itq_iterations=0)).report.error
-    plain = quantize_weight(weight, config=QuantConfig(ranks=(48,), init="dual-svid")).report.error
+    itq = QuantConfig(ranks=(48,), method="joint-itq")
+    rotated = quantize_weight(weight, config=itq).report.error
+    random = quantize_weight(weight, config=replace(itq, itq_iterations=0)).report.error
+    plain = quantize_weight(weight, config=replace(itq, method="dual-svid")).report.error
     assert rotated < random - 0.03 < plain - 0.03
 
 
@@ -65,14 +69,14 @@ def test_an_exact_binary_weight_is_recovered(rng: torch.Generator) -> None:
     # One sign pattern and positive scales: rank one, and a path of rank 8 represents it exactly.
     row, column = torch.randn(32, generator=rng), torch.randn(40, generator=rng)
     weight = torch.outer(row, column)
-    layer = quantize_weight(weight, config=QuantConfig(ranks=(8,), init="dual-svid"))
+    layer = quantize_weight(weight, config=QuantConfig(ranks=(8,), method="dual-svid"))
     torch.testing.assert_close(dense_weight(layer.packed), weight.double(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1e-37, 1e-20, 1e20, 1e37])
 def test_magnitude_changes_only_the_scales(scale: float, rng: torch.Generator) -> None:
     weight = torch.randn(32, 48, generator=rng)
-    config = QuantConfig(ranks=(8, 8), itq_iterations=5)
+    config = QuantConfig(ranks=(8, 8), itq_iterations=5, admm_iterations=20)
     base, scaled = (quantize_weight(w, config=config) for w in (weight, weight * scale))
     assert scaled.report.error == pytest.approx(base.report.error, rel=1e-4)
     assert measured_error(scaled.packed, weight * scale) == pytest.approx(base.report.error, rel=1e-4)
@@ -82,7 +86,7 @@ def test_same_arguments_same_bits_and_no_global_randomness(rng: torch.Generator)
     weight = torch.randn(40, 56, generator=rng)
     kept = weight.clone()
     state = torch.get_rng_state()
-    config = QuantConfig(ranks=(16, 8), itq_iterations=10, seed=3)
+    config = QuantConfig(ranks=(16, 8), admm_iterations=20, seed=3)
     first = quantize_weight(weight, config=config)
     torch.rand(5)
     again = quantize_weight(weight, config=config)
@@ -93,7 +97,7 @@ def test_same_arguments_same_bits_and_no_global_randomness(rng: torch.Generator)
     for mine, other in zip(first.packed.unique_tensors(), again.packed.unique_tensors(), strict=True):
         assert torch.equal(mine, other)
     assert first.report == again.report
-    other_seed = quantize_weight(weight, config=QuantConfig(ranks=(16, 8), itq_iterations=10, seed=4))
+    other_seed = quantize_weight(weight, config=QuantConfig(ranks=(16, 8), admm_iterations=20, seed=4))
     assert not torch.equal(first.packed.paths[0].u, other_seed.packed.paths[0].u)
 
 
@@ -102,16 +106,16 @@ def test_same_arguments_same_bits_and_no_global_randomness(rng: torch.Generator)
     n=st.integers(1, 40),
     k=st.integers(1, 40),
     true_rank=st.integers(0, 6),
-    init=st.sampled_from(["joint-itq", "dual-svid"]),
+    method=st.sampled_from(["joint-itq", "dual-svid", "refine", "admm"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
 )
 def test_degenerate_weights_stay_finite(
-    n: int, k: int, true_rank: int, init: str, dtype: torch.dtype
+    n: int, k: int, true_rank: int, method: str, dtype: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(n * 41 + k)
     weight = torch.randn(n, true_rank, generator=generator) @ torch.randn(true_rank, k, generator=generator)
     weight = weight.to(dtype)
-    config = QuantConfig(ranks=(8, 16), init=init, itq_iterations=4)  # type: ignore[arg-type]
+    config = QuantConfig(ranks=(8, 16), method=method, itq_iterations=4, admm_iterations=8)  # type: ignore[arg-type]
     layer = quantize_weight(weight, config=config)
     dense = dense_weight(layer.packed)
     assert dense.shape == (n, k)
@@ -121,9 +125,9 @@ def test_degenerate_weights_stay_finite(
     assert layer.report.error == pytest.approx(measured_error(layer.packed, weight), rel=1e-3, abs=1e-9)
 
 
-@pytest.mark.parametrize("init", ["joint-itq", "dual-svid"])
-def test_zero_weight_has_zero_error(init: str) -> None:
-    layer = quantize_weight(torch.zeros(9, 17), config=QuantConfig(ranks=(8, 8), init=init))  # type: ignore[arg-type]
+@pytest.mark.parametrize("method", ["joint-itq", "dual-svid"])
+def test_zero_weight_has_zero_error(method: str) -> None:
+    layer = quantize_weight(torch.zeros(9, 17), config=QuantConfig(ranks=(8, 8), method=method))  # type: ignore[arg-type]
     assert not dense_weight(layer.packed).any()
     assert layer.report.error == 0
 
@@ -131,8 +135,8 @@ def test_zero_weight_has_zero_error(init: str) -> None:
 def test_zero_rows_and_columns_stay_zero_without_rotation(rng: torch.Generator) -> None:
     weight = torch.randn(24, 40, generator=rng)
     weight[5], weight[:, 11] = 0, 0
-    for init in ("joint-itq", "dual-svid"):
-        config = QuantConfig(ranks=(8,), init=init)  # type: ignore[arg-type]
+    for method in ("joint-itq", "dual-svid"):
+        config = QuantConfig(ranks=(8,), method=method)  # type: ignore[arg-type]
         dense = dense_weight(quantize_weight(weight, config=config).packed)
         limit = 1e-5 * float(dense.abs().max())
         assert float(dense[5].abs().max()) <= limit

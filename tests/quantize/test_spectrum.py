@@ -57,7 +57,7 @@ def test_rotation_repairs_coherent_factors() -> None:
 
 def test_report_is_consistent() -> None:
     weight = synthetic(96, 0.5, coherent=False)
-    report = analyze_weight(weight, QuantConfig(ranks=(24, 16), itq_iterations=10))
+    report = analyze_weight(weight, QuantConfig(ranks=(24, 16), method="joint-itq", itq_iterations=10))
     energy = torch.linalg.svdvals(weight.double()).square()
     assert report.rank == 24
     assert report.kept == pytest.approx(float(energy[:24].sum() / energy.sum()), rel=1e-5)

@@ -21,7 +21,7 @@ CONFIG = {
 }
 
 #: As command-line arguments and as keyword arguments of QuantConfig: quick, and with a residual path.
-QUICK = {"ranks": (16, 8), "itq_iterations": 3}
+QUICK = {"ranks": (16, 8), "method": "joint-itq", "itq_iterations": 3}
 
 
 def llama_tensors(generator: torch.Generator, layers: int = 2) -> dict[str, torch.Tensor]:

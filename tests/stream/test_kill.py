@@ -80,7 +80,18 @@ def test_killed_before_every_change_of_the_file_system(tmp_path: Path, rng: torc
 
 
 def command(model_dir: Path, out: Path) -> list[str]:
-    options = ["--ranks", "16", "8", "--itq-iterations", "40", "--workers", "2", "--quiet"]
+    options = [
+        "--ranks",
+        "16",
+        "8",
+        "--method",
+        "joint-itq",
+        "--itq-iterations",
+        "40",
+        "--workers",
+        "2",
+        "--quiet",
+    ]
     return [sys.executable, "-m", "littlebit2", "quantize", str(model_dir), str(out), *options]
 
 

@@ -25,7 +25,7 @@ def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
-config = QuantConfig(ranks=(8,), init="dual-svid")
+config = QuantConfig(ranks=(8,), method="dual-svid")
 # What torch and LAPACK take once, whatever they work on.
 quantize_checkpoint(sys.argv[1], sys.argv[4], config, workers=1, progress=False)
 Path("/proc/self/clear_refs").write_text("5")
@@ -40,20 +40,22 @@ ROWS = COLUMNS = 2048
 LAYER_BYTES = 4 * ROWS * COLUMNS
 
 
-def write_layers(path: Path, count: int, columns: int, rng: torch.Generator) -> Path:
+def write_layers(
+    path: Path, count: int, columns: int, rng: torch.Generator, dtype: torch.dtype = torch.bfloat16
+) -> Path:
     path.mkdir()
     tensors = {
-        f"layers.{i}.weight": torch.randn(ROWS, columns, generator=rng).bfloat16() for i in range(count)
+        f"layers.{i}.weight": torch.randn(ROWS, columns, generator=rng).to(dtype) for i in range(count)
     }
     save_file(tensors, path / "model.safetensors")
     (path / "config.json").write_text(json.dumps({"model_type": "none"}))
     return path
 
 
-def growth(tmp_path: Path, layers: int, rng: torch.Generator) -> float:
+def growth(tmp_path: Path, layers: int, rng: torch.Generator, dtype: torch.dtype = torch.bfloat16) -> float:
     """Peak above what the process had before, in layers' worth of float32, in which a layer is computed."""
     warm_up = write_layers(tmp_path / f"small-{layers}", 1, 256, rng)
-    model = write_layers(tmp_path / f"model-{layers}", layers, COLUMNS, rng)
+    model = write_layers(tmp_path / f"model-{layers}", layers, COLUMNS, rng, dtype)
     result = subprocess.run(
         [
             sys.executable,
@@ -77,3 +79,9 @@ def test_twenty_layers_take_less_than_two(tmp_path: Path, rng: torch.Generator) 
     print(f"peak: {one:.2f} layers' worth for 1 layer, {twenty:.2f} for 20")
     assert twenty < 2
     assert twenty < one + 0.2
+
+
+def test_a_float32_source_is_not_held_twice(tmp_path: Path, rng: torch.Generator) -> None:
+    peak = growth(tmp_path, 1, rng, torch.float32)
+    print(f"peak: {peak:.2f} layers' worth for a float32 source")
+    assert peak < 1.95

@@ -71,7 +71,9 @@ def test_layers_are_those_of_quantize_linears_and_the_rest_is_copied(model_dir: 
 
 
 def test_report(model_dir: Path, tmp_path: Path) -> None:
-    report = run(model_dir, tmp_path / "out", QuantConfig(bpw=6.0, itq_iterations=2, kv_factor=1.5))
+    report = run(
+        model_dir, tmp_path / "out", QuantConfig(bpw=6.0, method="joint-itq", itq_iterations=2, kv_factor=1.5)
+    )
     stored = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
     assert stored == report.as_dict()
     assert "seconds" not in stored

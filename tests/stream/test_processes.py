@@ -18,6 +18,11 @@ from littlebit2.stream.jobs import Job
 from littlebit2.stream.select import LayerSource
 from tests.stream.builders import QUICK, contents, llama_tensors, write_model
 
+QUICK_OPTIONS = (
+    *("--ranks", *map(str, QUICK["ranks"])),  # type: ignore[call-overload]
+    *("--method", str(QUICK["method"]), "--itq-iterations", str(QUICK["itq_iterations"])),
+)
+
 
 def start(rank: int, port: int, model_dir: Path, out: Path, *options: str) -> subprocess.Popen[str]:
     environment = {
@@ -30,8 +35,7 @@ def start(rank: int, port: int, model_dir: Path, out: Path, *options: str) -> su
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
-    settings = ["--ranks", *map(str, QUICK["ranks"]), "--itq-iterations", str(QUICK["itq_iterations"])]
-    arguments = ["-m", "littlebit2", "quantize", str(model_dir), str(out), *settings, *options]
+    arguments = ["-m", "littlebit2", "quantize", str(model_dir), str(out), *options]
     return subprocess.Popen(
         [sys.executable, *arguments],
         env=environment,
@@ -47,14 +51,27 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def test_two_processes_write_what_one_writes(model_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "config"),
+    [
+        (QUICK_OPTIONS, QuantConfig(**QUICK)),
+        (
+            ("--bpw", "6", "--budget", "spectral", "--admm-iterations", "3"),
+            QuantConfig(bpw=6.0, budget="spectral", admm_iterations=3),
+        ),
+    ],
+    ids=["uniform", "spectral"],
+)
+def test_two_processes_write_what_one_writes(
+    options: tuple[str, ...], config: QuantConfig, model_dir: Path, tmp_path: Path
+) -> None:
     port = free_port()
-    crew = [start(rank, port, model_dir, tmp_path / "two") for rank in range(2)]
+    crew = [start(rank, port, model_dir, tmp_path / "two", *options) for rank in range(2)]
     results = [process.communicate(timeout=120) for process in crew]
     assert [process.returncode for process in crew] == [0, 0], results
     assert "14 layers" in results[0][0]
     assert results[1][0] == ""
-    quantize_checkpoint(model_dir, tmp_path / "one", QuantConfig(**QUICK), workers=1, progress=False)
+    quantize_checkpoint(model_dir, tmp_path / "one", config, workers=1, progress=False)
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     assert not (tmp_path / "two.partial").exists()
 
@@ -64,7 +81,7 @@ def test_a_failure_of_one_process_is_a_failure_of_all(tmp_path: Path, rng: torch
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.inf
     model_dir = write_model(tmp_path / "bad", tensors)
     port = free_port()
-    crew = [start(rank, port, model_dir, tmp_path / "two", "--quiet") for rank in range(2)]
+    crew = [start(rank, port, model_dir, tmp_path / "two", *QUICK_OPTIONS, "--quiet") for rank in range(2)]
     errors = [process.communicate(timeout=120)[1] for process in crew]
     assert [process.returncode for process in crew] == [1, 1]
     assert sum("error: layer 'model.layers.1.mlp.up_proj': weight must be finite" in e for e in errors) == 1

@@ -54,6 +54,25 @@ class TensorFiles:
             self._check(name, tensor)
         return found
 
+    def read_own(self, name: str) -> torch.Tensor:
+        """Return a tensor in memory of its own; no page of its file stays with the process.
+
+        Raises:
+            CheckpointError: the file cannot be read, or has become shorter.
+        """
+        entry = self.entries[name]
+        if entry.begin is None:
+            return self.read([name])[name].clone()
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        with _reading(entry.file), entry.file.open("rb") as file:
+            file.seek(entry.begin)
+            if (
+                entry.nbytes
+                and file.readinto(tensor.flatten().view(torch.uint8).numpy().data) != entry.nbytes
+            ):
+                raise CheckpointError(f"{entry.file}: tensor {name}: the file ended early")
+        return tensor
+
     def close(self) -> None:
         """Release what is held open."""
 

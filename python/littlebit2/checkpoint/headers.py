@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +49,14 @@ class TensorEntry:
         file: the file that holds it.
         dtype: element type.
         shape: dimensions.
+        begin: where the data begins in a safetensors file; ``None`` in others.
     """
 
     name: str
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
+    begin: int | None = None
 
     @property
     def numel(self) -> int:
@@ -113,7 +115,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raise CheckpointError(
             f"{path}: the file must have {8 + length + position} bytes, as its header says, got {size}"
         )
-    return {entry.name: entry for _, _, entry in spans}
+    return {entry.name: replace(entry, begin=8 + length + begin) for begin, _, entry in spans}
 
 
 def _entry(path: Path, name: str, item: Any) -> tuple[TensorEntry, int, int]:

@@ -20,12 +20,16 @@ from littlebit2_kernels.state import packed_from_state, path_suffix
 
 from .errors import CheckpointError
 from .headers import TensorEntry
-from .naming import EXTRA_PREFIX, module_prefix, plain_leaf
+from .naming import EXTRA_PREFIX, is_prepared_leaf, module_prefix, plain_leaf
 from .specs import LayerSpec
 
 __all__ = ["StoredLayer", "build_layer", "examine_layer"]
 
 _SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_PREPARED_FAULT = (
+    "is in the order of one of NanoQuant's kernels, which cannot be read: expected U_packed and V_packed, "
+    "as NanoQuant saves a model before it prepares it to run"
+)
 _LATENT_DTYPES = (*_SCALE_DTYPES, torch.float64, torch.int8)
 
 
@@ -154,7 +158,8 @@ def examine_layer(
         stored.append(rank or 0)
     bias = seen.scale("bias", features[1], optional=True) is not None
     for leaf in sorted(set(tensors) - seen.used):
-        seen.fault(leaf, "is unexpected")
+        prepared = is_prepared_leaf(leaf)
+        seen.fault(leaf, _PREPARED_FAULT if prepared else "is unexpected")
     in_features, out_features = features
     if seen.faults or in_features is None or out_features is None:
         return None, seen.faults

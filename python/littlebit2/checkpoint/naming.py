@@ -10,6 +10,7 @@ from littlebit2_kernels.state import path_suffix
 __all__ = [
     "EXTRA_PREFIX",
     "is_packed_module",
+    "is_prepared_leaf",
     "module_prefix",
     "natural_order",
     "plain_leaf",
@@ -25,6 +26,8 @@ _UPSTREAM_MATRIX = re.compile(r"([UV])(_R\d*)_(packed|shape)")
 _NANOQUANT = {"scale_pre": "v2", "scale_post": "u1", "scale_mid": "latent_scale"}
 _SIGN_LEAVES = re.compile(r"[UV]_packed(_R\d*)?|[UV]_R\d*_packed|V_shared(_R\d*)?")
 _LATENT_SCALES = {"u1", "v2", "scale_pre", "scale_post"}
+#: Sign matrices of NanoQuant in the order of one of its kernels, such as ``U_int8``.
+_PREPARED = re.compile(r"[UV]_(?!packed|shape|R)\w+")
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -47,11 +50,18 @@ def module_prefix(module: str) -> str:
 
 
 def is_packed_module(leaves: Iterable[str]) -> bool:
-    """Whether the leaves of a module are those of a packed layer or of its unpacked float latents."""
+    """Whether the leaves of a module are those of a packed layer, readable or not, or of its latents."""
     names = set(leaves)
     if any(_SIGN_LEAVES.fullmatch(leaf) for leaf in names):
         return True
+    if names & _NANOQUANT.keys() or any(map(is_prepared_leaf, names)):
+        return True
     return {"U", "V"} <= names and bool(names & _LATENT_SCALES)
+
+
+def is_prepared_leaf(leaf: str) -> bool:
+    """Whether a leaf is a sign matrix in the order of some kernel, and so not to be read."""
+    return _PREPARED.fullmatch(leaf) is not None
 
 
 def plain_leaf(leaf: str) -> str:

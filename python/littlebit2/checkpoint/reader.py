@@ -125,6 +125,15 @@ class Checkpoint:
             raise KeyError(f"name must be a dense tensor of {self.path}, got {name!r}; {_some(self.dense)}")
         return self.files.read([name])[name]
 
+    def read_tensor(self, name: str) -> torch.Tensor:
+        """Return one dense tensor, in its stored dtype, in memory of its own.
+
+        Args and errors: as :meth:`load_tensor`.
+        """
+        if name not in self.dense:
+            raise KeyError(f"name must be a dense tensor of {self.path}, got {name!r}; {_some(self.dense)}")
+        return self.files.read_own(name)
+
     def tied(self) -> dict[str, str]:
         """Return absent tensors that the config ties to present ones.
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FAILED",
-    "INIT_METHODS",
     "INTERRUPTED",
+    "METHODS",
     "Commands",
     "add_command",
     "add_pattern_options",
@@ -36,7 +36,7 @@ FAILED = 1
 INTERRUPTED = 130
 
 #: As in littlebit2.quantize, which would import torch.
-INIT_METHODS = ("joint-itq", "dual-svid")
+METHODS = ("auto", "admm", "refine", "joint-itq", "dual-svid")
 
 Commands = Any  # argparse's class of subparsers is private
 
@@ -103,17 +103,27 @@ def add_command(
     return parser
 
 
-def add_size_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say how large a layer becomes."""
+def add_size_options(parser: argparse.ArgumentParser) -> Any:
+    """Add the options of a layer's size; return the group of those that exclude each other."""
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--bpw", type=float, help="counted bits per weight over all paths (default 1.0)")
     size.add_argument(
         "--ranks", type=int, nargs="+", metavar="R", help="rank of every path instead, multiples of 8"
     )
-    parser.add_argument("--paths", type=int, help="paths of equal rank (default 2)")
+    parser.add_argument(
+        "--paths", type=int, help="paths of equal rank (default 1; 2 for joint-itq and dual-svid)"
+    )
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        default=METHODS[0],
+        help="how signs and scales are found: LittleBit's dual-svid, LittleBit-2's joint-itq, that "
+        "refined, or admm (binary factorisation, refined); auto, the default: the best in --time-budget",
+    )
     parser.add_argument(
         "--kv-factor", type=float, default=1.0, help="factor on the rank of k_proj and v_proj (default 1)"
     )
+    return size
 
 
 def add_pattern_options(parser: argparse.ArgumentParser) -> None:
@@ -147,4 +157,11 @@ def quant_config(args: argparse.Namespace, **others: Any) -> QuantConfig:
     from littlebit2.quantize import QuantConfig  # noqa: PLC0415  # imports torch
 
     ranks = None if args.ranks is None else tuple(args.ranks)
-    return QuantConfig(bpw=args.bpw, ranks=ranks, paths=args.paths, kv_factor=args.kv_factor, **others)
+    return QuantConfig(
+        bpw=args.bpw,
+        ranks=ranks,
+        paths=args.paths,
+        method=args.method,
+        kv_factor=args.kv_factor,
+        **others,
+    )

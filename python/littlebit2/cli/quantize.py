@@ -6,7 +6,6 @@ import argparse
 import os
 
 from .common import (
-    INIT_METHODS,
     Commands,
     add_command,
     add_pattern_options,
@@ -25,6 +24,8 @@ command goes on where it was (finished layers are kept in OUT.partial) and write
 
 _EXAMPLES = """\
   littlebit2 quantize MODEL_DIR OUT --bpw 0.55
+  littlebit2 quantize MODEL_DIR OUT --bpw 0.55 --budget spectral --importance calibration.safetensors
+  littlebit2 quantize MODEL_DIR OUT --bpw 0.55 --method joint-itq    as LittleBit-2 initialises it
   littlebit2 quantize MODEL_DIR OUT --bpw 0.1 --kv-factor 2 --exclude "model.layers.0.*" --workers 4
   torchrun --nproc-per-node 4 -m littlebit2 quantize MODEL_DIR OUT --bpw 0.55
 """
@@ -43,14 +44,45 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("model_dir", metavar="MODEL_DIR", help="directory of the dense checkpoint")
     parser.add_argument("out", metavar="OUT", help="directory to make")
-    add_size_options(parser)
-    parser.add_argument(
-        "--init", choices=INIT_METHODS, default=INIT_METHODS[0], help=f"default {INIT_METHODS[0]}"
+    size = add_size_options(parser)
+    size.add_argument(
+        "--energy",
+        type=float,
+        metavar="SHARE",
+        help="instead: ranks that keep this share of every layer's squared singular values, such as 0.95",
     )
     parser.add_argument(
-        "--itq-iterations", type=int, default=50, metavar="N", help="most Joint-ITQ iterations (default 50)"
+        "--budget",
+        choices=("uniform", "spectral"),
+        default="uniform",
+        help="share the bits of --bpw out evenly (default), or where the layers' spectra need them",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the random rotations (default 0)")
+    parser.add_argument(
+        "--importance",
+        metavar="FILE",
+        help="weigh errors by the activations in FILE, written by littlebit2.quantize.save_importance",
+    )
+    parser.add_argument(
+        "--time-budget",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="of --method auto: seconds for one layer at 50e9 operations a second (default 60)",
+    )
+    parser.add_argument(
+        "--itq-iterations", type=int, default=15, metavar="N", help="most Joint-ITQ iterations (default 15)"
+    )
+    parser.add_argument(
+        "--refine-rounds", type=int, default=12, metavar="N", help="most rounds of refinement (default 12)"
+    )
+    parser.add_argument("--admm-iterations", type=int, default=100, metavar="N", help="of admm (default 100)")
+    parser.add_argument(
+        "--admm-start",
+        choices=("random", "joint-itq"),
+        default="random",
+        help="where admm starts: random signs (default), or an SVD and Joint-ITQ",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of rotations and random signs (default 0)")
     add_pattern_options(parser)
     parser.add_argument(
         "--workers", type=int, help="layers at a time (default: as cores and free memory allow)"
@@ -68,14 +100,26 @@ def add_parser(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from littlebit2.quantize import load_importance  # noqa: PLC0415  # imports torch
     from littlebit2.stream import DEFAULT_EXCLUDE, quantize_checkpoint  # noqa: PLC0415  # imports torch
 
     report = quantize_checkpoint(
         args.model_dir,
         args.out,
-        quant_config(args, init=args.init, itq_iterations=args.itq_iterations, seed=args.seed),
+        quant_config(
+            args,
+            energy=args.energy,
+            budget=args.budget,
+            budget_seconds=args.time_budget,
+            itq_iterations=args.itq_iterations,
+            refine_rounds=args.refine_rounds,
+            admm_iterations=args.admm_iterations,
+            admm_start=args.admm_start,
+            seed=args.seed,
+        ),
         include=args.include,
         exclude=excluded(args, DEFAULT_EXCLUDE),
+        importance=None if args.importance is None else load_importance(args.importance),
         workers=args.workers,
         threads=args.threads,
         device=args.device,
@@ -97,4 +141,6 @@ def _run(args: argparse.Namespace) -> int:
         f"squared relative error: mean {totals['mean_error']:.4f}, "
         f"worst {totals['worst_error']:.4f} ({totals['worst_layer']})"
     )
+    if "mean_predicted_error" in totals:
+        emit(f"predicted from the spectra: mean {totals['mean_predicted_error']:.4f}")
     return 0

@@ -1,43 +1,92 @@
 """The quantizer: from dense weights to packed sub-1-bit layers. See docs/quantization.md."""
 
+from .admm import admm
+from .allocate import (
+    LayerSpectrum,
+    RankAllocation,
+    allocate_ranks,
+    layer_spectrum,
+    predicted_error,
+    ranks_for_energy,
+)
+from .binary_path import BinaryPath
 from .budget import counted_bpw, planned_stored_bpw, rank_for_bpw, smallest_bpw, stored_bpw
 from .config import QuantConfig
 from .dual_svid import dual_svid
-from .joint_itq import LatentRotation, joint_itq, polar_factor
-from .model import DEFAULT_EXCLUDE, check_patterns, is_selected, layer_config, quantize_linears
+from .importance import (
+    Importance,
+    collect_importance,
+    importance_tensors,
+    load_importance,
+    save_importance,
+)
+from .joint_itq import LatentRotation, joint_itq
+from .memory import working_bytes
+from .methods import Steps
+from .model import (
+    DEFAULT_EXCLUDE,
+    check_patterns,
+    is_selected,
+    layer_config,
+    needs_spectra,
+    quantize_linears,
+    settle_ranks,
+    spectrum_of,
+)
 from .partial_svd import is_partial
+from .polar import polar_factor
 from .quantizer import LayerReport, PathReport, QuantizedLayer, quantize_loaded, quantize_weight
+from .refine import refine
 from .spectrum import Coherence, SpectralReport, StageReport, analyze_weight, energy_share, latent_coherence
 from .svd import TruncatedFactors, truncated_factors
 
 __all__ = [
     "DEFAULT_EXCLUDE",
+    "BinaryPath",
     "Coherence",
+    "Importance",
     "LatentRotation",
     "LayerReport",
+    "LayerSpectrum",
     "PathReport",
     "QuantConfig",
     "QuantizedLayer",
+    "RankAllocation",
     "SpectralReport",
     "StageReport",
+    "Steps",
     "TruncatedFactors",
+    "admm",
+    "allocate_ranks",
     "analyze_weight",
     "check_patterns",
+    "collect_importance",
     "counted_bpw",
     "dual_svid",
     "energy_share",
+    "importance_tensors",
     "is_partial",
     "is_selected",
     "joint_itq",
     "latent_coherence",
     "layer_config",
+    "layer_spectrum",
+    "load_importance",
+    "needs_spectra",
     "planned_stored_bpw",
     "polar_factor",
+    "predicted_error",
     "quantize_linears",
     "quantize_loaded",
     "quantize_weight",
     "rank_for_bpw",
+    "ranks_for_energy",
+    "refine",
+    "save_importance",
+    "settle_ranks",
     "smallest_bpw",
+    "spectrum_of",
     "stored_bpw",
     "truncated_factors",
+    "working_bytes",
 ]

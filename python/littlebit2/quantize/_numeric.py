@@ -71,11 +71,16 @@ def times_power_of_two(tensor: torch.Tensor, exponent: int) -> torch.Tensor:
     return (tensor * math.ldexp(1.0, half)).mul_(math.ldexp(1.0, exponent - half))
 
 
-def normalised(weight: torch.Tensor, exponent: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return ``weight * 2**-exponent`` as a contiguous copy in ``dtype``."""
+def normalised(
+    weight: torch.Tensor, exponent: int, dtype: torch.dtype, *, in_place: bool = False
+) -> torch.Tensor:
+    """Return ``weight * 2**-exponent`` in ``dtype``, contiguous: a copy, or ``weight`` itself if it may."""
     # The wider dtype first: neither the conversion nor the scaling can then leave the range.
     between = dtype if torch.finfo(dtype).bits > torch.finfo(weight.dtype).bits else weight.dtype
-    copy = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    if in_place and weight.dtype == dtype and weight.is_contiguous():
+        copy = weight
+    else:
+        copy = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     for block, part in zip(_blocks(copy), _blocks(weight), strict=True):
         block.copy_(times_power_of_two(part.to(between), -exponent))
     return copy

@@ -10,72 +10,109 @@ import torch
 from littlebit2_kernels.format import MAX_PATHS, PackedLinear
 
 from .budget import check_positive, check_rank, rank_for_bpw
-from .joint_itq import PolarMethod
+from .methods import Method, Start, Steps, resolve_steps, uses_one_path
+from .polar import PolarMethod
 from .quantizer import quantize_weight
 
-__all__ = ["InitMethod", "QuantConfig"]
+__all__ = ["Budget", "QuantConfig"]
 
-InitMethod = Literal["joint-itq", "dual-svid"]
+#: How a model's bits are shared out: the same number per weight everywhere, or by the spectra of the layers.
+Budget = Literal["uniform", "spectral"]
 
 _DEFAULT_BPW = 1.0
-_DEFAULT_PATHS = 2
+_PAPERS_PATHS = 2
 
 
 @dataclass(frozen=True)
 class QuantConfig:
     """How to quantise a layer.
 
-    The size is given either by ``bpw`` (and ``paths``) or by explicit ``ranks``.
+    The size is given by ``bpw`` (and ``paths``), by the share of ``energy`` to keep, or by explicit
+    ``ranks``.
 
     Attributes:
-        bpw: counted bits per weight over all paths (:mod:`.budget`); 1.0 where neither ``bpw`` nor
-            ``ranks`` is given.
+        bpw: counted bits per weight over all paths (:mod:`.budget`); 1.0 where no size is given.
+        energy: in (0, 1); instead of ``bpw``: each layer gets the smallest ranks whose sum keeps this share
+            of its squared singular values.
         ranks: one positive multiple of 8 per path, replacing ``bpw``; ranks may differ, and may exceed
             ``min(K, N)``: the surplus directions start at zero and the rotation fills them.
-        paths: number of paths of equal rank; 2 where not given, as in the papers: a primary path and
-            one that quantises its residual.
-        init: ``"joint-itq"`` rotates the latent space before binarising (LittleBit-2, arXiv
-            2603.00042); ``"dual-svid"`` does not (LittleBit, arXiv 2506.13771).
+        paths: number of paths of equal rank. Where not given, 1, and 2 for the papers' own methods: a primary
+            path and one that quantises its residual.
+        budget: ``"spectral"`` shares the bits of ``bpw`` out over the layers of a model by their spectra
+            (:func:`.allocate_ranks`); ``"uniform"`` gives every layer the same. One layer alone has nothing
+            to
+            share: there it changes nothing.
+        method: ``"dual-svid"`` (LittleBit, arXiv 2506.13771); ``"joint-itq"``, which rotates the latent space
+            before binarising (LittleBit-2, arXiv 2603.00042); ``"refine"``, which improves that by
+            :func:`.refine`; ``"admm"``, a binary factorisation (:func:`.admm`), refined; ``"auto"``, by
+            ``budget_seconds`` (:func:`.resolve_steps`).
+        budget_seconds: for ``"auto"``: work allowed per layer, counted at 50e9 operations a second.
         itq_iterations: most Joint-ITQ iterations; 0 leaves the random rotation it starts from.
-        polar: how Joint-ITQ solves its orthogonal Procrustes step, see :func:`.joint_itq.polar_factor`.
+        refine_rounds: most rounds of refinement, for each path.
+        admm_iterations: for each path.
+        admm_start: ``"random"``: random signs, no SVD; or ``"joint-itq"``, which ends hardly lower.
+        polar: how Joint-ITQ solves its orthogonal Procrustes step, see :func:`.polar_factor`.
         kv_factor: factor on the rank that ``bpw`` gives to key and value projections.
-        seed: seed of the random rotation.
+        seed: seed of the random rotation and of random signs.
         compute_dtype: ``torch.float32`` or ``torch.float64``; the stored scales are float32 either way.
 
     Raises:
         TypeError: ``ranks`` is not a sequence of integers.
-        ValueError: any other argument out of its range, or ``ranks`` together with ``bpw`` or a
-            different ``paths``.
+        ValueError: any other argument out of its range, more than one of ``bpw``, ``energy`` and ``ranks``,
+            ``ranks`` with a different ``paths``, or ``budget="spectral"`` without bits to share.
     """
 
     bpw: float | None = None
     ranks: tuple[int, ...] | None = None
     paths: int | None = None
-    init: InitMethod = "joint-itq"
-    itq_iterations: int = 50
+    energy: float | None = None
+    budget: Budget = "uniform"
+    method: Method = "auto"
+    budget_seconds: float = 60.0
+    itq_iterations: int = 15
+    refine_rounds: int = 12
+    admm_iterations: int = 100
+    admm_start: Start = "random"
     polar: PolarMethod = "auto"
     kv_factor: float = 1.0
     seed: int = 0
     compute_dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
+        _check_choice("method", self.method, get_args(Method))
+        _check_choice("budget", self.budget, get_args(Budget))
         self._resolve_size()
-        _check_choice("init", self.init, get_args(InitMethod))
+        _check_choice("admm_start", self.admm_start, get_args(Start))
         _check_choice("polar", self.polar, get_args(PolarMethod))
         _check_choice("compute_dtype", self.compute_dtype, (torch.float32, torch.float64))
         check_positive("kv_factor", self.kv_factor)
+        check_positive("budget_seconds", self.budget_seconds)
         _check_integer("itq_iterations", self.itq_iterations, 0)
+        _check_integer("refine_rounds", self.refine_rounds, 1)
+        _check_integer("admm_iterations", self.admm_iterations, 1)
         _check_integer("seed", self.seed, 0, 2**63 - 1)
 
     def _resolve_size(self) -> None:
-        if self.ranks is None:
-            if self.bpw is None:
-                object.__setattr__(self, "bpw", _DEFAULT_BPW)
-            if self.paths is None:
-                object.__setattr__(self, "paths", _DEFAULT_PATHS)
-            check_positive("bpw", self.bpw)  # type: ignore[arg-type]
-            _check_integer("paths", self.paths, 1, MAX_PATHS)
+        if self.ranks is not None:
+            self._check_ranks()
             return
+        if self.energy is not None:
+            check_positive("energy", self.energy)
+            if self.energy >= 1:
+                raise ValueError(f"energy must be below 1, got {self.energy}")
+            if self.bpw is not None:
+                raise ValueError(f"bpw must be None where energy is given, got {self.bpw}")
+        elif self.bpw is None:
+            object.__setattr__(self, "bpw", _DEFAULT_BPW)
+        if self.bpw is not None:
+            check_positive("bpw", self.bpw)
+        elif self.budget == "spectral":
+            raise ValueError("budget='spectral' needs bpw: there are no bits to share out with energy")
+        if self.paths is None:
+            object.__setattr__(self, "paths", 1 if uses_one_path(self.method) else _PAPERS_PATHS)
+        _check_integer("paths", self.paths, 1, MAX_PATHS)
+
+    def _check_ranks(self) -> None:
         if not isinstance(self.ranks, (tuple, list)):
             raise TypeError(f"ranks must be a sequence of integers, got {type(self.ranks).__name__}")
         object.__setattr__(self, "ranks", tuple(self.ranks))
@@ -83,8 +120,11 @@ class QuantConfig:
             raise ValueError(f"ranks must hold between 1 and {MAX_PATHS} ranks, got {len(self.ranks)}")
         for i, rank in enumerate(self.ranks):
             check_rank(f"ranks[{i}]", rank)
-        if self.bpw is not None:
-            raise ValueError(f"bpw must be None where ranks are given, got {self.bpw}")
+        for name in ("bpw", "energy"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} must be None where ranks are given, got {getattr(self, name)}")
+        if self.budget == "spectral":
+            raise ValueError("budget='spectral' needs bpw: there are no bits to share out with ranks")
         if self.paths not in (None, len(self.ranks)):
             raise ValueError(f"paths must be None or len(ranks) = {len(self.ranks)}, got {self.paths}")
         object.__setattr__(self, "paths", len(self.ranks))
@@ -106,6 +146,17 @@ class QuantConfig:
         kv_factor = self.kv_factor if is_kv else 1.0
         rank = rank_for_bpw(in_features, out_features, self.bpw, paths=self.paths, kv_factor=kv_factor)
         return (rank,) * self.paths
+
+    def steps_for(self, in_features: int, out_features: int, ranks: tuple[int, ...]) -> Steps:
+        """Return what is done to every path of a layer, ``method="auto"`` resolved."""
+        return resolve_steps(
+            self.method,
+            (out_features, in_features),
+            ranks,
+            admm_iterations=self.admm_iterations,
+            refine_rounds=self.refine_rounds,
+            budget_seconds=self.budget_seconds,
+        )
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLinear:
         """Quantise one layer, without a report: what ``LittleBitLinear.from_linear`` asks of a configuration.

@@ -9,7 +9,7 @@ from littlebit2_kernels.packing import pack_signs, unpack_signs
 
 from ._numeric import binary_exponent, check_matrix, times_power_of_two
 
-__all__ = ["dual_svid", "path_factors", "rank_one", "scale_path", "subtract_path"]
+__all__ = ["add_path", "dual_svid", "path_factors", "rank_one", "scale_path"]
 
 #: Latent scales stay within 2**+-this; only a layer beyond it spills magnitude into the other scales.
 _LATENT_EXPONENT_LIMIT = 64
@@ -121,8 +121,8 @@ def path_factors(path: PackedPath, dtype: torch.dtype) -> tuple[torch.Tensor, to
     return left, right.mul_(path.in_scale.to(dtype))
 
 
-def subtract_path(target: torch.Tensor, path: PackedPath) -> None:
-    """Subtract the weight of ``path`` from ``target`` ``[N, K]`` in place, a block of rows at a time.
+def add_path(target: torch.Tensor, path: PackedPath, factor: float = 1) -> None:
+    """Add ``factor`` times the weight of ``path`` to ``target`` ``[N, K]`` in place, by blocks of rows.
 
     Raises:
         ValueError: the path has a single stage.
@@ -136,7 +136,7 @@ def subtract_path(target: torch.Tensor, path: PackedPath) -> None:
         block = slice(start, start + _BLOCK_ROWS)
         left = unpack_signs(path.u[block], path.rank, target.dtype)
         left.mul_(path.out_scale[block].to(target.dtype).unsqueeze(1)).mul_(latent)
-        target[block].addmm_(left, right, alpha=-1)
+        target[block].addmm_(left, right, alpha=factor)
 
 
 def _rms(vector: torch.Tensor) -> torch.Tensor:

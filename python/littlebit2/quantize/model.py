@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -13,10 +13,22 @@ from tqdm import tqdm
 
 from littlebit2_kernels.format import PackedLinear
 
+from .allocate import LayerSpectrum, RankAllocation, allocate_ranks, layer_spectrum, ranks_for_energy
 from .config import QuantConfig
+from .importance import Importance
 from .quantizer import LayerReport, quantize_weight
 
-__all__ = ["DEFAULT_EXCLUDE", "Replace", "check_patterns", "is_selected", "layer_config", "quantize_linears"]
+__all__ = [
+    "DEFAULT_EXCLUDE",
+    "Replace",
+    "check_patterns",
+    "is_selected",
+    "layer_config",
+    "needs_spectra",
+    "quantize_linears",
+    "settle_ranks",
+    "spectrum_of",
+]
 
 #: The papers leave the output head dense.
 DEFAULT_EXCLUDE = ("*lm_head*",)
@@ -29,10 +41,11 @@ Replace = Callable[[nn.Linear, PackedLinear], nn.Module]
 
 @dataclass(frozen=True)
 class _Job:
-    """One linear module to quantise: all names it goes by, and its ranks."""
+    """One linear module to quantise: all names it goes by, and its configuration."""
 
     names: tuple[str, ...]
     config: QuantConfig
+    predicted_error: float | None
 
 
 def quantize_linears(
@@ -42,6 +55,7 @@ def quantize_linears(
     *,
     include: str | Sequence[str] = "*",
     exclude: str | Sequence[str] = DEFAULT_EXCLUDE,
+    importance: Mapping[str, Importance] | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> list[LayerReport]:
@@ -62,6 +76,8 @@ def quantize_linears(
             device), returns what replaces it.
         include: shell-style pattern or patterns on the full module name, case-sensitive.
         exclude: likewise; wins over ``include``.
+        importance: by module name, from :func:`.collect_importance`; layers that are not in it weigh all
+            errors alike.
         device: where to compute, by default where each weight is.
         progress: whether to show a progress bar.
 
@@ -74,12 +90,15 @@ def quantize_linears(
             quantised (the message names it; layers before it stay replaced).
         RuntimeError: the decomposition of a layer did not converge (the message names it).
     """
-    jobs = _plan(model, config, check_patterns("include", include), check_patterns("exclude", exclude))
+    weights = importance or {}
+    jobs = _plan(
+        model, config, check_patterns("include", include), check_patterns("exclude", exclude), weights
+    )
     reports = []
     for job in tqdm(jobs, desc="quantize", unit="layer", disable=not progress):
         linear = model.get_submodule(job.names[0])
         assert isinstance(linear, nn.Linear)
-        report, packed = _quantize(linear, job, device)
+        report, packed = _quantize(linear, job, weights.get(job.names[0]), device)
         substitute = replace_module(linear, packed)
         for name in job.names:
             model.set_submodule(name, substitute)
@@ -97,7 +116,11 @@ def check_patterns(name: str, patterns: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _plan(
-    model: nn.Module, config: QuantConfig, include: Sequence[str], exclude: Sequence[str]
+    model: nn.Module,
+    config: QuantConfig,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    importance: Mapping[str, Importance],
 ) -> list[_Job]:
     names_of: dict[nn.Linear, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -110,10 +133,76 @@ def _plan(
         )
     if isinstance(model, nn.Linear):
         raise ValueError("model must hold its linear modules below its root, got an nn.Linear itself")
-    return [_job(linear, tuple(names), config) for linear, names in names_of.items()]
+    named = {names[0]: linear for linear, names in names_of.items()}
+    allocation: Mapping[str, RankAllocation] = {}
+    if needs_spectra(config):
+        allocation = settle_ranks(
+            (
+                spectrum_of(name, _values(name, linear), config, importance.get(name))
+                for name, linear in named.items()
+            ),
+            config,
+        )
+    return [
+        _Job(
+            tuple(names_of[linear]),
+            layer_config(name, linear.in_features, linear.out_features, config, allocation.get(name)),
+            allocation[name].predicted_error if name in allocation else None,
+        )
+        for name, linear in named.items()
+    ]
 
 
-def layer_config(name: str, in_features: int, out_features: int, config: QuantConfig) -> QuantConfig:
+def needs_spectra(config: QuantConfig) -> bool:
+    """Whether the ranks of a model depend on the spectra of its weights, not on shapes alone."""
+    return config.budget == "spectral" or config.energy is not None
+
+
+def spectrum_of(
+    name: str, weight: torch.Tensor, config: QuantConfig, importance: Importance | None = None
+) -> LayerSpectrum:
+    """Measure what :func:`settle_ranks` needs to know of one layer, of its weighted weight with importance.
+
+    Raises:
+        TypeError: ``weight`` is not a real floating-point tensor.
+        ValueError: it is not a non-empty finite matrix, or the budget does not fit; the message names the
+            layer.
+    """
+    n, k = weight.shape
+    rank = 0
+    if config.energy is None:
+        settled = layer_config(name, k, n, replace(config, budget="uniform")).ranks
+        assert settled is not None  # layer_config settles them
+        rank = settled[0]
+    try:
+        if importance is None:
+            return layer_spectrum(name, weight, rank)
+        weighted = weight.detach().float()
+        rows, columns = importance.factors(weighted)
+        weighted = weighted * rows.unsqueeze(1) * columns
+        return layer_spectrum(name, weighted, rank, importance.stake(weighted))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise type(error)(f"layer {name!r}: {error}") from error
+
+
+def settle_ranks(spectra: Iterable[LayerSpectrum], config: QuantConfig) -> dict[str, RankAllocation]:
+    """Settle the ranks of a model's layers by ``config.budget`` or ``config.energy``, by layer name."""
+    assert config.paths is not None  # set by QuantConfig
+    layers = list(spectra)
+    if config.energy is None:
+        settled = allocate_ranks(layers, paths=config.paths)
+    else:
+        settled = [ranks_for_energy(layer, config.energy, paths=config.paths) for layer in layers]
+    return {allocation.name: allocation for allocation in settled}
+
+
+def layer_config(
+    name: str,
+    in_features: int,
+    out_features: int,
+    config: QuantConfig,
+    allocation: RankAllocation | None = None,
+) -> QuantConfig:
     """Return the configuration of one layer of a model: its ranks and its own seed settled.
 
     The seed comes from ``config.seed`` and the name, so that a layer's result depends neither on the order
@@ -125,36 +214,44 @@ def layer_config(name: str, in_features: int, out_features: int, config: QuantCo
         in_features: K.
         out_features: N.
         config: of the model.
+        allocation: the ranks, where they come from :func:`settle_ranks`.
 
     Raises:
-        ValueError: the budget does not fit the layer; the message names it.
+        ValueError: the budget does not fit the layer (the message names it), or the ranks depend on its
+            spectrum and there is no allocation.
     """
-    try:
-        ranks = config.ranks_for(in_features, out_features, is_kv=name.endswith(_KV_SUFFIXES))
-    except ValueError as error:
-        raise ValueError(f"layer {name!r}: {error}") from error
+    if allocation is not None:
+        ranks = allocation.ranks
+    elif needs_spectra(config):
+        raise ValueError(f"layer {name!r}: budget='spectral' and energy need its weight, got shapes alone")
+    else:
+        try:
+            ranks = config.ranks_for(in_features, out_features, is_kv=name.endswith(_KV_SUFFIXES))
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
     digest = hashlib.sha256(f"{config.seed}:{name}".encode()).digest()
     seed = int.from_bytes(digest[:8], "little") >> 1  # a generator takes 63 bits
-    return replace(config, bpw=None, ranks=ranks, seed=seed)
+    return replace(config, bpw=None, energy=None, budget="uniform", ranks=ranks, paths=None, seed=seed)
 
 
-def _job(linear: nn.Linear, names: tuple[str, ...], config: QuantConfig) -> _Job:
-    return _Job(names, layer_config(names[0], linear.in_features, linear.out_features, config))
+def _values(name: str, linear: nn.Linear) -> torch.Tensor:
+    if linear.weight.is_meta:
+        raise ValueError(f"layer {name!r}: weight must hold values, got a tensor on the meta device")
+    return linear.weight.detach()
 
 
 def _quantize(
-    linear: nn.Linear, job: _Job, device: torch.device | str | None
+    linear: nn.Linear, job: _Job, importance: Importance | None, device: torch.device | str | None
 ) -> tuple[LayerReport, PackedLinear]:
     name = job.names[0]
     home = linear.weight.device
+    weight = _values(name, linear).to(device or home)
     try:
-        if linear.weight.is_meta:
-            raise ValueError("weight must hold values, got a tensor on the meta device")
-        weight = linear.weight.detach().to(device or home)
-        quantized = quantize_weight(weight, linear.bias, config=job.config)
+        quantized = quantize_weight(weight, linear.bias, config=job.config, importance=importance)
     except (TypeError, ValueError, RuntimeError) as error:
         raise type(error)(f"layer {name!r}: {error}") from error
-    return replace(quantized.report, name=name), quantized.packed.to(home)
+    report = replace(quantized.report, name=name, predicted_error=job.predicted_error)
+    return report, quantized.packed.to(home)
 
 
 def is_selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:

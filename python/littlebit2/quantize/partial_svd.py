@@ -63,15 +63,15 @@ def leading_triplets(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, tor
         return right.T, values, left.T
     operator = _Squared(matrix, binary_exponent(matrix))
     basis = _basis(operator, rank)
-    projected = operator.gram_of_projection(basis)
-    vectors = torch.linalg.eigh(projected).eigenvectors[:, -rank:].flip(1).float()
-    del projected
+    _, vectors = _eigh(operator.gram_of_projection(basis))
+    vectors = vectors[:, -rank:].flip(1).float()
     left = basis @ vectors
-    del basis
+    del basis, vectors
     right = torch.empty(rank, matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
     for columns in _blocks(matrix.shape[1]):
         right[:, columns] = operator.project(left, columns)
-    values = torch.linalg.vector_norm(right, dim=1, dtype=torch.float64)
+    norms = [torch.linalg.vector_norm(right[r], dim=1, dtype=torch.float64) for r in _blocks(rank)]
+    values = torch.cat(norms)  # by blocks: in float64 the whole would be as large as both factors
     values = torch.where(values > 16 * torch.finfo(torch.float32).eps * values.max(), values, 0)
     right.div_(torch.where(values > 0, values, 1).float().unsqueeze(1))
     # Their order is that of the eigenvalues but for rounding, which moves no vector: that would take copies.
@@ -91,9 +91,7 @@ class _Squared:
 
     def project(self, left: torch.Tensor, columns: slice) -> torch.Tensor:
         """Return ``left^T W`` ``[l, columns]``."""
-        half = self.exponent // 2
-        product = self._scaled(left, half).T @ self.matrix[:, columns]
-        return self._scaled(product, self.exponent - half)
+        return left.T @ self._scaled(self.matrix[:, columns], self.exponent)
 
     def __call__(self, block: torch.Tensor) -> torch.Tensor:
         """Return ``W W^T block`` for a few columns ``[n, c]``."""
@@ -129,9 +127,7 @@ def _basis(operator: _Squared, rank: int) -> torch.Tensor:
         image = torch.empty_like(basis)
         for columns in _blocks(size):
             image[:, columns] = operator(basis[:, columns])
-        small = _inner(basis, image).float()
-        energies, vectors = torch.linalg.eigh((small + small.T).div_(2))
-        del small
+        energies, vectors = _eigh(_inner(basis, image).float())
         # Columns that are close to singular vectors differ by scales, which normalising takes out.
         _times(basis, vectors)
         _times(image, vectors)
@@ -185,6 +181,17 @@ def _orthonormalise(basis: torch.Tensor) -> None:
     torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
     del lower
     _times(basis, inverse.div_(lengths).T.float())
+
+
+def _eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return eigenvalues and eigenvectors of a symmetric matrix, in its place; its lower triangle counts.
+
+    LAPACK's workspace is two such matrices already.
+    """
+    by_columns = matrix.mT  # as LAPACK wants it; what is read is then the upper triangle of ``matrix``
+    energies = matrix.new_empty(matrix.shape[0])
+    torch.linalg.eigh(by_columns, UPLO="U", out=(energies, by_columns))
+    return energies, by_columns
 
 
 def _inner(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from littlebit2_kernels.format import PackedLinear, PackedPath
+from littlebit2_kernels.format import PackedLinear
 
-from ._numeric import binary_exponent, check_finite, check_matrix, normalised, squared_norm
+from ._numeric import check_finite, squared_norm
+from .allocate import layer_spectrum, ranks_for_energy
 from .budget import counted_bpw, stored_bpw
-from .dual_svid import dual_svid, scale_path, subtract_path
-from .joint_itq import joint_itq
-from .svd import truncated_factors
+from .dual_svid import scale_path
+from .importance import Importance
+from .path import MadePath, improve_paths, make_path
+from .residual import Residual
 
 if TYPE_CHECKING:
     from .config import QuantConfig
@@ -28,7 +30,8 @@ class PathReport:
 
     Attributes:
         rank: R.
-        truncation_error: what the best real rank-``R`` approximation of this path's target leaves.
+        truncation_error: what the best real rank-``R`` approximation of this path's target leaves; ``None``
+            for a path that was made without an SVD. With importance, in the weighted norm.
         error: what all paths up to this one leave.
         itq_objective: the alignment of the latent factors by iteration (:class:`.LatentRotation`);
             empty without rotation.
@@ -36,7 +39,7 @@ class PathReport:
     """
 
     rank: int
-    truncation_error: float
+    truncation_error: float | None
     error: float
     itq_objective: tuple[float, ...]
     itq_converged: bool
@@ -53,6 +56,9 @@ class LayerReport:
         paths: one :class:`PathReport` per path.
         counted_bpw: bits per weight as the papers count them.
         stored_bpw: bits per weight that the packed layer holds in memory, bias excluded.
+        method: what was done, ``"auto"`` resolved.
+        weighted_error: the error in the norm that was minimised, where importance was given.
+        predicted_error: what the allocation of ranks expected, where there was one.
     """
 
     name: str
@@ -61,6 +67,9 @@ class LayerReport:
     paths: tuple[PathReport, ...]
     counted_bpw: float
     stored_bpw: float
+    method: str = ""
+    weighted_error: float | None = None
+    predicted_error: float | None = None
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -82,125 +91,125 @@ class QuantizedLayer:
 
 
 def quantize_weight(
-    weight: torch.Tensor, bias: torch.Tensor | None = None, *, config: QuantConfig
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    config: QuantConfig,
+    importance: Importance | None = None,
 ) -> QuantizedLayer:
-    """Quantise one dense weight (LittleBit, arXiv 2506.13771; LittleBit-2, arXiv 2603.00042).
+    """Quantise one dense weight by ``config.method``.
 
-    Every path takes a truncated SVD of its target, rotates the latent space by Joint-ITQ (unless
-    ``config.init`` is ``"dual-svid"``) and binarises both factors by Dual-SVID. The first target is the
-    weight, each later one the weight minus what is stored so far, float32 scales included.
+    LittleBit (arXiv 2506.13771), LittleBit-2 (arXiv 2603.00042), DBF (arXiv 2505.11076), NanoQuant (arXiv
+    2602.06694). The first path approximates the weight, each later one the weight minus what is stored so
+    far, float32 scales included. Methods that refine then refine each path against what all others leave, in
+    turns.
 
     The result depends only on the arguments: the same bits on the same machine with the same number
     of threads. The global random state is neither read nor changed. Beside ``weight`` one copy of it
-    in ``config.compute_dtype`` is held, and the factors of one path.
+    in ``config.compute_dtype`` is held, and what one path takes (docs/quantization.md has figures).
 
     Args:
         weight: ``[N, K]``, float64, float32, float16 or bfloat16, on the device that is to compute.
         bias: ``[N]`` or ``None``; kept in float32.
-        config: size, initialisation, seed and precision.
+        config: size, method, seed and precision.
+        importance: weights of the squared error by inputs and outputs.
 
     Returns:
         The packed layer, on the device of ``weight``, and its report.
 
     Raises:
-        TypeError: ``weight`` or ``bias`` is not a dense floating-point tensor, or ``config`` no
-            :class:`.QuantConfig`.
-        ValueError: ``weight`` is not a non-empty finite matrix whose magnitude float32 can hold,
-            ``bias`` does not match it, or the budget is too small for its shape.
+        TypeError: ``weight``, ``bias`` or ``importance`` is not a dense floating-point tensor, or ``config``
+            no :class:`.QuantConfig`.
+        ValueError: ``weight`` is not a non-empty finite matrix whose magnitude float32 can hold, ``bias`` or
+            ``importance`` does not match it, or the budget is too small for its shape.
     """
-    return quantize_loaded(lambda: weight, bias, config=config)
+    _check_config(config)
+    return quantize_loaded(lambda: _private(weight, config), bias, config=config, importance=importance)
 
 
 def quantize_loaded(
-    load: Callable[[], torch.Tensor], bias: torch.Tensor | None = None, *, config: QuantConfig
+    load: Callable[[], torch.Tensor],
+    bias: torch.Tensor | None = None,
+    *,
+    config: QuantConfig,
+    importance: Importance | None = None,
 ) -> QuantizedLayer:
-    """Quantise a weight that is loaded for it alone: it is let go once its working copy is made.
+    """Quantise a weight that is loaded for it alone, and again where keeping it would take more memory.
 
     Args:
-        load: returns the ``[N, K]`` weight; called once.
+        load: returns the ``[N, K]`` weight, the same each time; what it returns may be overwritten.
         bias: as for :func:`quantize_weight`.
         config: likewise.
+        importance: likewise.
 
     Returns, raises: as :func:`quantize_weight`, and what ``load`` raises.
     """
-    if not callable(getattr(config, "ranks_for", None)):
-        raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
-    target, exponent = _target(load(), config.compute_dtype)
-    out_features, in_features = target.shape
-    packed_bias = _packed_bias(bias, target)
-    total = squared_norm(target) or 1.0
+    _check_config(config)
+    residual = Residual(load, config.compute_dtype, importance)
+    out_features, in_features = residual.shape
+    packed_bias = _packed_bias(bias, residual)
+    ranks = _ranks(residual, config)
+    steps = config.steps_for(in_features, out_features, ranks)
     generator = torch.Generator().manual_seed(config.seed)
-    paths, path_reports = [], []
-    for rank in config.ranks_for(in_features, out_features):
-        path, path_report = _quantize_path(target, rank, total, generator, config)
-        paths.append(scale_path(path, exponent))
-        path_reports.append(path_report)
-    packed = PackedLinear(tuple(paths), packed_bias)
+    made: list[MadePath] = []
+    for rank in ranks:
+        made.append(make_path(residual, rank, steps, generator, config))
+        residual.subtract(made[-1].path)
+    if steps.refine_rounds and len(ranks) > 1:
+        improve_paths(residual.matrix(), residual.paths)
+    total, weighted_total = residual.total or 1.0, residual.weighted_total or 1.0
+    weighted_error = squared_norm(residual.matrix()) / weighted_total
+    errors = [error / total for error in residual.errors()]
+    packed = PackedLinear(
+        tuple(scale_path(path, residual.exponent) for path in residual.plain_paths()), packed_bias
+    )
     report = LayerReport(
         name="",
         in_features=in_features,
         out_features=out_features,
-        paths=tuple(path_reports),
+        paths=tuple(
+            PathReport(
+                rank=one.path.rank,
+                truncation_error=None if one.tail_energy is None else one.tail_energy / weighted_total,
+                error=error,
+                itq_objective=one.itq_objective,
+                itq_converged=one.itq_converged,
+            )
+            for one, error in zip(made, errors, strict=True)
+        ),
         counted_bpw=counted_bpw(in_features, out_features, packed.ranks),
         stored_bpw=stored_bpw(packed),
+        method=steps.method,
+        weighted_error=None if importance is None else weighted_error,
     )
     return QuantizedLayer(packed, report)
 
 
-def _target(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
-    """Return a copy of the weight of magnitude about 1, and the power of two that was taken out."""
-    check_matrix("weight", weight)
-    weight = weight.detach()
-    exponent = _weight_exponent(weight)
-    return normalised(weight, exponent, dtype), exponent
+def _check_config(config: QuantConfig) -> None:
+    if not callable(getattr(config, "ranks_for", None)):
+        raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
 
 
-def _quantize_path(
-    target: torch.Tensor, rank: int, total: float, generator: torch.Generator, config: QuantConfig
-) -> tuple[PackedPath, PathReport]:
-    """Quantise ``target`` with one path and subtract that path from it in place."""
-    factors = truncated_factors(target, rank)
-    a, b, tail_energy = factors.a, factors.b, factors.tail_energy
-    del factors
-    objective: tuple[float, ...] = ()
-    converged = False
-    if config.init == "joint-itq":
-        latent = joint_itq(
-            a, b, config.itq_iterations, generator=generator, polar=config.polar, in_place=True
-        )
-        objective, converged = latent.objective, latent.converged
-        del latent
-    path = dual_svid(a, b)
-    del a, b
-    subtract_path(target, path)
-    report = PathReport(
-        rank=rank,
-        truncation_error=tail_energy / total,
-        error=squared_norm(target) / total,
-        itq_objective=objective,
-        itq_converged=converged,
-    )
-    return path, report
+def _ranks(residual: Residual, config: QuantConfig) -> tuple[int, ...]:
+    if config.energy is None:
+        return config.ranks_for(residual.shape[1], residual.shape[0])
+    assert config.paths is not None  # set by QuantConfig
+    return ranks_for_energy(layer_spectrum("", residual.matrix(), 0), config.energy, paths=config.paths).ranks
 
 
-def _weight_exponent(weight: torch.Tensor) -> int:
-    exponent = binary_exponent(weight)
-    # float32 holds 2**-126 .. 2**128; the scales of a weight beyond it could not be stored.
-    if not -126 <= exponent <= 127:
-        raise ValueError(
-            "weight must be zero or have its largest magnitude between 2**-126 and 2**128 (float32), "
-            f"got one of about 2**{exponent}"
-        )
-    return exponent
+def _private(weight: torch.Tensor, config: QuantConfig) -> torch.Tensor:
+    """Return a copy of what would be overwritten."""
+    taken = isinstance(weight, torch.Tensor) and weight.dtype == config.compute_dtype
+    return weight.detach().clone() if taken else weight
 
 
-def _packed_bias(bias: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor | None:
+def _packed_bias(bias: torch.Tensor | None, residual: Residual) -> torch.Tensor | None:
     if bias is None:
         return None
     if not isinstance(bias, torch.Tensor) or not bias.is_floating_point():
         got = bias.dtype if isinstance(bias, torch.Tensor) else type(bias).__name__
         raise TypeError(f"bias must be a real floating-point tensor, got {got}")
-    if tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
+    if tuple(bias.shape) != residual.shape[:1]:
+        raise ValueError(f"bias must have shape [{residual.shape[0]}], got {list(bias.shape)}")
     check_finite("bias", bias)
-    return bias.detach().to(weight.device, torch.float32, copy=True).contiguous()
+    return bias.detach().to(residual.device, torch.float32, copy=True).contiguous()

@@ -84,7 +84,7 @@ def analyze_weight(weight: torch.Tensor, config: QuantConfig | None = None) -> S
 
     Args:
         weight: ``[N, K]``, any real floating-point dtype.
-        config: as for :func:`.quantize_weight`; ``path_errors`` follow its ``init``.
+        config: as for :func:`.quantize_weight`; ``path_errors`` follow its ``method``.
 
     Raises:
         TypeError: ``weight`` is not a real floating-point tensor.

@@ -94,8 +94,7 @@ def truncated_factors(matrix: torch.Tensor, rank: int) -> TruncatedFactors:
 def _partial(matrix: torch.Tensor, rank: int) -> TruncatedFactors:
     left, values, right = leading_triplets(matrix, rank)
     half = values.sqrt().to(matrix.dtype)
-    peak = left.gather(0, left.abs().argmax(0, keepdim=True)).squeeze(0)
-    half_signed = torch.where(peak < 0, -half, half)
+    half_signed = torch.where(left.amax(0) < -left.amin(0), -half, half)
     tail = max(squared_norm(matrix) - float(values.square().sum()), 0.0)
     # In place: the factors are all that may stand beside the matrix.
     return TruncatedFactors(left.mul_(half_signed), right.mul_(half_signed.unsqueeze(1)), values, tail)

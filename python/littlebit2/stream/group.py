@@ -70,6 +70,14 @@ class Group:
         value = self.together(lambda: action() if self.leads else None)
         return self._gather(value)[0]
 
+    def collect(self, action: Callable[[], T]) -> list[T]:
+        """Run ``action`` in every process and return all (picklable) results, by rank, in every process.
+
+        Raises:
+            Exception: as :meth:`together`.
+        """
+        return self._gather(self.together(action))
+
     def _gather(self, value: Any) -> list[Any]:
         if self.size == 1:
             return [value]

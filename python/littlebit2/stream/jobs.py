@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from littlebit2.checkpoint import Checkpoint
-from littlebit2.quantize import QuantConfig, is_partial, layer_config, planned_stored_bpw
+from littlebit2.quantize import (
+    Importance,
+    QuantConfig,
+    RankAllocation,
+    importance_tensors,
+    layer_config,
+    needs_spectra,
+    planned_stored_bpw,
+    working_bytes,
+)
+from littlebit2_kernels.format import RANK_MULTIPLE
 from littlebit2_kernels.version import __version__
 
 from .select import LayerSource, select_layers
 
-__all__ = ["Job", "make_jobs", "run_settings", "source_digest"]
+__all__ = ["Job", "make_jobs", "run_settings", "source_digest", "with_allocation"]
 
 #: Entries of a tensor that its digest looks at, at the beginning, in the middle and at the end.
 _SAMPLE = 1024
@@ -30,11 +40,13 @@ class Job:
         index: position in the run.
         source: where its weight lies.
         config: with ranks and seed settled.
+        predicted_error: where the ranks come from the spectra.
     """
 
     index: int
     source: LayerSource
     config: QuantConfig
+    predicted_error: float | None = None
 
     @property
     def weights(self) -> int:
@@ -57,12 +69,7 @@ class Job:
     def working_bytes(self) -> int:
         """About how much memory the layer takes while it is quantised (stated in docs/checkpoints.md)."""
         assert self.config.ranks is not None
-        k, n, rank = self.source.in_features, self.source.out_features, max(self.config.ranks)
-        whole = not is_partial(n, k, rank, self.config.compute_dtype)
-        # Weight and normalised copy, factors with a second basis, systems of the rank in float64;
-        # where the matrix is decomposed whole also the Gram matrix, LAPACK's workspace and float64 factors.
-        lean = 8 * k * n + 10 * rank * (k + n) + 40 * rank**2
-        return lean + (40 * min(k, n) ** 2 + 32 * rank * (k + n) if whole else 0)
+        return working_bytes(self.source.in_features, self.source.out_features, self.config)
 
 
 def make_jobs(
@@ -70,13 +77,38 @@ def make_jobs(
 ) -> list[Job]:
     """Select the layers and settle the ranks of all of them, so that a budget that does not fit fails early.
 
+    Where the ranks depend on spectra, they are for now the uniform or the least ones: see
+    :func:`with_allocation`.
+
     Raises:
         ValueError: as :func:`.select_layers`, or the budget does not fit a layer (the message names it).
     """
     sources = select_layers(checkpoint.dense, checkpoint.config, include=include, exclude=exclude)
+    if config.energy is not None:
+        assert config.paths is not None  # set by QuantConfig
+        config = replace(config, energy=None, ranks=(RANK_MULTIPLE,) * config.paths)
+    elif needs_spectra(config):
+        config = replace(config, budget="uniform")
     return [
         Job(index, s, layer_config(s.name, s.in_features, s.out_features, config))
         for index, s in enumerate(sources)
+    ]
+
+
+def with_allocation(
+    jobs: Sequence[Job], config: QuantConfig, allocation: Mapping[str, RankAllocation]
+) -> list[Job]:
+    """Return the jobs with the ranks that the spectra of their weights have led to."""
+    return [
+        replace(
+            job,
+            config=layer_config(
+                job.source.name, job.source.in_features, job.source.out_features, config, settled
+            ),
+            predicted_error=settled.predicted_error,
+        )
+        for job in jobs
+        for settled in [allocation[job.source.name]]
     ]
 
 
@@ -100,6 +132,7 @@ def run_settings(
     config: QuantConfig,
     include: Sequence[str],
     exclude: Sequence[str],
+    importance: Mapping[str, Importance] | None,
     *,
     device: str,
     threads: int,
@@ -115,9 +148,18 @@ def run_settings(
         "compute_dtype": str(config.compute_dtype).removeprefix("torch."),
         "include": list(include),
         "exclude": list(exclude),
+        "importance": None if importance is None else _importance_digest(importance),
         "device": device,
         "threads": threads,
         "littlebit2": __version__,
         "torch": torch.__version__,
         "source": source_digest(checkpoint),
     }
+
+
+def _importance_digest(importance: Mapping[str, Importance]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(importance_tensors(importance).items()):
+        digest.update(f"{name} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.double().numpy().tobytes())
+    return digest.hexdigest()

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,13 @@ import torch
 from tqdm import tqdm
 
 from littlebit2.checkpoint import check_replaceable, open_checkpoint
-from littlebit2.quantize import QuantConfig, check_patterns, quantize_loaded
+from littlebit2.quantize import Importance, QuantConfig, check_patterns, needs_spectra, quantize_loaded
 
 from .assemble import REPORT_NAME, assemble
 from .errors import StreamError
 from .group import Group, process_group, share_out
-from .jobs import Job, make_jobs, run_settings
+from .jobs import Job, make_jobs, run_settings, with_allocation
+from .ranks import allocation_of
 from .report import RunReport, layer_entry
 from .select import DEFAULT_EXCLUDE
 from .work import WorkDirectory
@@ -38,6 +39,7 @@ def quantize_checkpoint(
     *,
     include: str | Sequence[str] = "*",
     exclude: str | Sequence[str] = DEFAULT_EXCLUDE,
+    importance: Mapping[str, Importance] | None = None,
     workers: int | None = None,
     threads: int = 1,
     device: str = "cpu",
@@ -53,9 +55,12 @@ def quantize_checkpoint(
     ``quantization_report.json`` in it, and the work directory is removed. Called again after that, it
     returns the report.
 
-    The bytes depend on the source, on ``config``, ``include``, ``exclude``, ``threads`` and ``device``,
-    on the kind of machine and the versions of torch and of this package; not on ``workers``, on the
-    number of processes or on the order of the work. Each layer's seed comes from ``config.seed`` and its
+    Where ranks depend on the weights (``budget="spectral"`` or ``energy``), a first pass measures the
+    spectra.
+
+    The bytes depend on the source, on ``config``, ``include``, ``exclude``, ``importance``, ``threads`` and
+    ``device``, on the kind of machine and the versions of torch and of this package; not on ``workers``, on
+    the number of processes or on the order of the work. Each layer's seed comes from ``config.seed`` and its
     name, as in :func:`.quantize_linears`.
 
     Started by ``torchrun``, the processes share the layers out and rank 0 assembles; ``out`` must be on a
@@ -64,10 +69,12 @@ def quantize_checkpoint(
     Args:
         model_dir: directory of a dense checkpoint: safetensors and ``config.json``.
         out: directory to make.
-        config: size, initialisation, seed. ``kv_factor`` applies to names ending in ``k_proj`` or ``v_proj``.
+        config: size, method, seed. ``kv_factor`` applies to names ending in ``k_proj`` or ``v_proj``.
         include: shell-style pattern or patterns on module names; which tensors are linear weights
             is said in :mod:`.select`.
         exclude: likewise; wins. Heads by default.
+        importance: by module name (:func:`.collect_importance`); layers that are not in it weigh all errors
+            alike.
         workers: layers at a time (in each process); ``None`` chooses by cores and free memory.
         threads: torch's threads for one layer.
         device: where to compute; ``"cuda"`` is each process's own device under ``torchrun``.
@@ -87,8 +94,9 @@ def quantize_checkpoint(
             or is in use, or another process failed.
         TypeError: ``config`` is no :class:`.QuantConfig`, or a pattern no string.
         ValueError: ``out`` and ``model_dir`` contain one another, ``workers``, ``threads`` or ``device``
-            cannot be, the checkpoint is malformed or not dense, no layer is selected, the budget does not fit
-            a layer, or a layer cannot be quantised; the message names it.
+            cannot be, the checkpoint is malformed or not dense, no layer is selected, ``importance`` holds
+            none of them, the budget does not fit a layer, or a layer cannot be quantised; the message names
+            it.
     """
     if not isinstance(config, QuantConfig):
         raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
@@ -105,26 +113,46 @@ def quantize_checkpoint(
         if checkpoint.format != "dense" or "quantization_config" in checkpoint.config:
             raise ValueError(f"{source}: must be a dense checkpoint, got one that is quantised already")
         jobs = make_jobs(checkpoint, config, includes, excludes)
-        settings = run_settings(checkpoint, config, includes, excludes, device=device, threads=threads)
+        _check_importance(importance, jobs)
+        settings = run_settings(
+            checkpoint, config, includes, excludes, importance, device=device, threads=threads
+        )
         dense_bytes = _dense_bytes(checkpoint.dense, jobs)
     work = WorkDirectory(target)
     with process_group() as group:
         before = group.from_leader(partial(_start, work, target, settings, resume, overwrite))
         if before is not None:
             return before
+        run = partial(_run_all, group, workers=workers, threads=threads, show=progress)
+        weights, place = importance or {}, _device(device)
         try:
+            if needs_spectra(config):
+                allocation = allocation_of(
+                    group, work, jobs, config, weights, partial(_load, source, place), partial(run, "measure")
+                )
+                jobs = with_allocation(jobs, config, allocation)
             pending = group.from_leader(lambda: [job.index for job in jobs if work.finished(job) is None])
             group.together(partial(_check_space, work, [jobs[i] for i in pending], jobs, dense_bytes))
             mine = share_out([jobs[i] for i in pending], group.size)[group.rank]
-            do = partial(_quantize_layer, source, work, _device(device))
-            group.together(
-                partial(_quantize_all, group, mine, jobs, do, workers=workers, threads=threads, show=progress)
-            )
+            do = partial(_quantize_layer, source, work, weights, place)
+            group.together(partial(run, "quantize", mine, do))
             return group.from_leader(
                 partial(assemble, source, target, work, jobs, settings, overwrite=overwrite)
             )
         finally:
             work.close()
+
+
+def _check_importance(importance: Mapping[str, Importance] | None, jobs: Sequence[Job]) -> None:
+    if importance is None:
+        return
+    if not isinstance(importance, Mapping):
+        raise TypeError(f"importance must be a mapping by module name, got {type(importance).__name__}")
+    if not any(job.source.name in importance for job in jobs):
+        raise ValueError(
+            f"importance must hold at least one selected layer, such as {jobs[0].source.name!r}, got "
+            f"{sorted(importance)[:3]}"
+        )
 
 
 def _check_apart(source: Path, target: Path) -> None:
@@ -191,15 +219,21 @@ def _check_space(work: WorkDirectory, pending: Sequence[Job], jobs: Sequence[Job
         )
 
 
-def _quantize_all(
-    group: Group, mine: list[Job], jobs: list[Job], do: Any, *, workers: int | None, threads: int, show: bool
+def _run_all(
+    group: Group,
+    label: str,
+    mine: list[Job],
+    do: Callable[[Job], None],
+    *,
+    workers: int | None,
+    threads: int,
+    show: bool,
 ) -> None:
+    """Do something to every layer of this process, under a progress bar."""
     size = choose_workers(mine, workers, threads)
-    total = sum(job.weights for job in mine)
-    label = "quantize" if group.size == 1 else f"quantize, rank {group.rank} of {group.size}"
     with tqdm(
-        total=total,
-        desc=label,
+        total=sum(job.weights for job in mine),
+        desc=label if group.size == 1 else f"{label}, rank {group.rank} of {group.size}",
         unit=" weights",
         unit_scale=True,
         disable=not show or not group.leads,
@@ -211,30 +245,37 @@ def _quantize_all(
         def done(job: Job) -> None:
             nonlocal count
             count += 1
-            bar.set_postfix_str(f"layer {count}/{len(mine)}, {len(jobs)} in all", refresh=False)
+            bar.set_postfix_str(f"layer {count}/{len(mine)}", refresh=False)
             bar.update(job.weights)
 
         run_jobs(mine, do, done, workers=size, threads=threads)
 
 
-def _quantize_layer(source: Path, work: WorkDirectory, device: torch.device, job: Job) -> None:
+def _load(source: Path, device: torch.device, job: Job) -> torch.Tensor:
+    # In memory of its own, which the quantizer may overwrite: a mapping would count beside its working copy.
+    with open_checkpoint(source) as checkpoint:
+        return checkpoint.read_tensor(job.source.weight).to(device)
+
+
+def _quantize_layer(
+    source: Path,
+    work: WorkDirectory,
+    importance: Mapping[str, Importance],
+    device: torch.device,
+    job: Job,
+) -> None:
     start = time.perf_counter()
     name = job.source.name
     bias = None
     if job.source.bias is not None:
         with open_checkpoint(source) as checkpoint:
             bias = checkpoint.load_tensor(job.source.bias).to(device, copy=True)
-
-    def load() -> torch.Tensor:
-        # Opened for this tensor alone: mappings of what was read count as memory in use, and this one ends
-        # with the tensor, once the quantizer has its working copy.
-        with open_checkpoint(source) as checkpoint:
-            return checkpoint.load_tensor(job.source.weight).to(device)
-
     try:
-        quantized = quantize_loaded(load, bias, config=job.config)
+        quantized = quantize_loaded(
+            partial(_load, source, device, job), bias, config=job.config, importance=importance.get(name)
+        )
     except (TypeError, ValueError, RuntimeError) as error:
         raise type(error)(f"layer {name!r}: {error}") from error
-    report = replace(quantized.report, name=name)
+    report = replace(quantized.report, name=name, predicted_error=job.predicted_error)
     entry = layer_entry(report, bias=bias is not None)
     work.write_layer(job, quantized.packed, entry, time.perf_counter() - start)

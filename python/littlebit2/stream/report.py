@@ -20,8 +20,9 @@ class RunReport:
         settings: everything that the result's bytes depend on.
         layers: one JSON object per quantised layer, in the order of the checkpoint: ``name``,
             ``in_features``, ``out_features``, ``ranks``, ``bias``, ``error`` (squared relative Frobenius
-            error), ``path_errors`` (after each path), ``truncation_errors``, ``itq_iterations`` and
-            ``itq_converged`` (per path), ``counted_bpw``, ``stored_bpw``.
+            error), ``predicted_error`` (of the allocation, or null), ``weighted_error`` (with importance, or
+            null), ``method``, ``path_errors`` (after each path), ``truncation_errors`` (null without SVD),
+            ``itq_iterations`` and ``itq_converged`` (per path), ``counted_bpw``, ``stored_bpw``.
         dense: names of the tensors that were copied.
         seconds: per layer, as measured; empty for a run that had been finished before.
     """
@@ -39,6 +40,9 @@ class RunReport:
         def mean(name: str) -> float:
             return sum(layer[name] * w for layer, w in zip(self.layers, weights, strict=True)) / total
 
+        predicted = {}
+        if all(layer["predicted_error"] is not None for layer in self.layers):
+            predicted["mean_predicted_error"] = mean("predicted_error")
         worst = max(self.layers, key=lambda layer: layer["error"])
         return {
             "layers": len(self.layers),
@@ -46,6 +50,7 @@ class RunReport:
             "counted_bpw": mean("counted_bpw"),
             "stored_bpw": mean("stored_bpw"),
             "mean_error": mean("error"),
+            **predicted,
             "worst_error": worst["error"],
             "worst_layer": worst["name"],
         }
@@ -71,6 +76,9 @@ def layer_entry(report: LayerReport, *, bias: bool) -> dict[str, Any]:
         "ranks": list(report.ranks),
         "bias": bias,
         "error": report.error,
+        "predicted_error": report.predicted_error,
+        "weighted_error": report.weighted_error,
+        "method": report.method,
         "path_errors": [path.error for path in report.paths],
         "truncation_errors": [path.truncation_error for path in report.paths],
         "itq_iterations": [max(len(path.itq_objective) - 1, 0) for path in report.paths],

@@ -1,0 +1,209 @@
+"""Ranks for a whole model: bits go where the spectra say that they save most error.
+
+What a rank buys is predicted by rate and distortion. A matrix of singular values ``s`` with ``K + N``
+numbers to a direction, coded at best, spends ``(K + N) / 2 log2(s_i^2 / theta)`` bits on each direction
+above the water level ``theta`` and leaves ``min(s_i^2, theta)`` of it (reverse water-filling; Cover and
+Thomas, Elements of Information Theory, 10.3.3). Binary paths of rank ``R`` have ``R (K + N)`` sign bits and
+come close to what the share :data:`EFFICIENCY` of them could do at best, so ``theta`` solves ``sum_i max(0,
+log2(s_i^2 / theta)) / 2 = EFFICIENCY R``.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from littlebit2_kernels.format import RANK_MULTIPLE
+
+from ._numeric import binary_exponent, check_matrix, normalised
+from .budget import check_positive, counted_bpw, rank_for_bpw
+
+__all__ = [
+    "LayerSpectrum",
+    "RankAllocation",
+    "allocate_ranks",
+    "layer_spectrum",
+    "predicted_error",
+    "ranks_for_energy",
+]
+
+#: Share of the sign bits that would do at best what refined binary paths do with all of them: fitted to
+#: MiniLM's layers between 0.15 and 1.5 bpw, where it lies between 0.65 and 0.85.
+EFFICIENCY = 0.75
+
+#: Columns converted to float64 at a time.
+_BLOCK = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSpectrum:
+    """What the allocation needs to know of a layer.
+
+    Attributes:
+        name: of the module.
+        in_features: K.
+        out_features: N.
+        energies: squared singular values relative to their sum, float64 ``[min(N, K)]``, descending; all
+            zero for a zero weight.
+        uniform_rank: what the model's bits per weight give each path of the layer when shared out uniformly.
+        stake: what a squared relative error of 1 of this layer costs beside those of others. 1, all alike,
+            where nothing is known: the noise of a layer counts beside its own signal, however large it is.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    energies: torch.Tensor
+    uniform_rank: int
+    stake: float
+
+
+@dataclass(frozen=True)
+class RankAllocation:
+    """The ranks of one layer.
+
+    Attributes:
+        name: of the module.
+        ranks: of every path.
+        predicted_error: squared relative Frobenius error to expect of refined paths
+            (:func:`predicted_error`).
+        uniform_rank: the rank of each path under the uniform budget.
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+    predicted_error: float
+    uniform_rank: int
+
+
+def layer_spectrum(name: str, weight: torch.Tensor, uniform_rank: int, stake: float = 1.0) -> LayerSpectrum:
+    """Measure the spectrum of a weight ``[N, K]`` by the eigenvalues of its smaller Gram matrix.
+
+    The Gram matrix is summed in float64 and rounded to float32, in which its eigenvalues are found: good to
+        about
+    1e-6 of the largest, below which no rank of ours reaches.
+
+    Raises:
+        TypeError: ``weight`` is not a real floating-point tensor.
+        ValueError: ``weight`` is not a non-empty finite matrix.
+    """
+    check_matrix("weight", weight)
+    n, k = weight.shape
+    exponent = binary_exponent(weight)
+    wide = weight.detach() if n <= k else weight.detach().T
+    gram = torch.zeros(wide.shape[0], wide.shape[0], dtype=torch.float64, device=weight.device)
+    for block in wide.split(_BLOCK, dim=1):
+        part = normalised(block, exponent, torch.float64)
+        gram.addmm_(part, part.T)
+    energies = torch.linalg.eigvalsh(gram.float()).double().cpu().flip(0).clamp(min=0)
+    total = energies.sum()
+    return LayerSpectrum(name, k, n, energies / torch.where(total > 0, total, 1), uniform_rank, stake)
+
+
+def predicted_error(energies: torch.Tensor, ranks: Sequence[int]) -> list[float]:
+    """Return the squared relative error to expect of refined binary paths, for several total ranks.
+
+    Args:
+        energies: as in :class:`LayerSpectrum`.
+        ranks: sums of the ranks of a layer's paths.
+    """
+    positive = energies[energies > 0]
+    if not len(positive):
+        return [0.0] * len(ranks)
+    logs = positive.log2()
+    count = torch.arange(1, len(logs) + 1, dtype=torch.float64)
+    total = logs.cumsum(0)
+    errors = []
+    for rank in ranks:
+        # With the m largest directions above water its level is this; the true m gives the highest.
+        level = float(((total - 2 * EFFICIENCY * rank) / count).max())
+        errors.append(float(positive.clamp(max=2.0**level).sum()))
+    return errors
+
+
+def allocate_ranks(
+    layers: Sequence[LayerSpectrum], *, paths: int = 1, bounds: tuple[float, float] = (0.25, 4.0)
+) -> list[RankAllocation]:
+    """Share the bits of the uniform ranks out so that predicted errors times stakes sum to the least.
+
+    Greedy: 8 more ranks to each path, time and again, where they save most error per counted bit. The
+    predicted error is convex in the rank, so the result is that of the best Lagrange multiplier, but for the
+    last step.
+
+    Args:
+        layers: spectra, with the ranks of the uniform budget, whose counted bits are what there is to spend.
+        paths: P, of equal rank.
+        bounds: least and greatest rank relative to the uniform one.
+
+    Raises:
+        ValueError: ``layers`` is empty, or ``bounds`` are not positive and ascending around 1.
+    """
+    if not layers:
+        raise ValueError("layers must hold at least one spectrum, got none")
+    if not 0 < bounds[0] <= 1 <= bounds[1]:
+        raise ValueError(f"bounds must be positive and ascending around 1, got {bounds}")
+    least = [_floor(bounds[0] * layer.uniform_rank) for layer in layers]
+    budget = float(sum(_bits(layer, paths, layer.uniform_rank) for layer in layers))
+    budget -= sum(_bits(layer, paths, rank) for layer, rank in zip(layers, least, strict=True))
+    curves = []
+    for layer, rank in zip(layers, least, strict=True):
+        most = min(_floor(bounds[1] * layer.uniform_rank), _most(layer, paths))
+        options = range(rank, max(most, rank) + 1, RANK_MULTIPLE)
+        curves.append(predicted_error(layer.energies, [paths * option for option in options]))
+    taken = [0] * len(layers)
+
+    def offer(i: int) -> tuple[float, int]:
+        saved = (curves[i][taken[i]] - curves[i][taken[i] + 1]) * layers[i].stake
+        return -saved / _step_bits(layers[i], paths), i
+
+    offers = [offer(i) for i in range(len(layers)) if len(curves[i]) > 1]
+    heapq.heapify(offers)
+    while offers:
+        _, i = heapq.heappop(offers)
+        if _step_bits(layers[i], paths) > budget:
+            continue
+        budget -= _step_bits(layers[i], paths)
+        taken[i] += 1
+        if taken[i] + 1 < len(curves[i]):
+            heapq.heappush(offers, offer(i))
+    return [
+        RankAllocation(layer.name, (rank + RANK_MULTIPLE * count,) * paths, curve[count], layer.uniform_rank)
+        for layer, rank, curve, count in zip(layers, least, curves, taken, strict=True)
+    ]
+
+
+def ranks_for_energy(layer: LayerSpectrum, energy: float, *, paths: int = 1) -> RankAllocation:
+    """Return the smallest ranks whose sum keeps the share ``energy`` of the squared singular values.
+
+    Raises:
+        ValueError: ``energy`` is not a positive number below 1.
+    """
+    check_positive("energy", energy)
+    if energy >= 1:
+        raise ValueError(f"energy must be below 1, got {energy}")
+    kept = layer.energies.cumsum(0)
+    needed = int((kept < energy * float(kept[-1])).sum()) + 1
+    rank = min(-(-needed // (paths * RANK_MULTIPLE)) * RANK_MULTIPLE, _most(layer, paths))
+    error = predicted_error(layer.energies, [paths * rank])[0]
+    return RankAllocation(layer.name, (rank,) * paths, error, layer.uniform_rank)
+
+
+def _bits(layer: LayerSpectrum, paths: int, rank: int) -> float:
+    k, n = layer.in_features, layer.out_features
+    return counted_bpw(k, n, [rank] * paths) * k * n
+
+
+def _step_bits(layer: LayerSpectrum, paths: int) -> float:
+    return _bits(layer, paths, 2 * RANK_MULTIPLE) - _bits(layer, paths, RANK_MULTIPLE)
+
+
+def _most(layer: LayerSpectrum, paths: int) -> int:
+    """Beyond the smaller dimension a rank buys no more directions."""
+    return rank_for_bpw(layer.in_features, layer.out_features, 1e6, paths=paths)
+
+
+def _floor(rank: float) -> int:
+    return max(int(rank) // RANK_MULTIPLE, 1) * RANK_MULTIPLE

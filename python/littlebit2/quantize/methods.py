@@ -1,0 +1,99 @@
+"""The methods by name, what they cost, and which one ``"auto"`` takes.
+
+Costs are counted from shapes, never measured: the choice, and with it every bit of the result, is the same on
+every machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Method", "Start", "Steps", "resolve_steps", "uses_one_path"]
+
+#: ``"dual-svid"``: LittleBit. ``"joint-itq"``: LittleBit-2. ``"refine"``: Joint-ITQ, then closed-form scales
+#: and sign descent. ``"admm"``: binary factorisation by ADMM, then the same. ``"auto"``: the best of these in
+#: budget.
+Method = Literal["auto", "admm", "refine", "joint-itq", "dual-svid"]
+
+#: Where ADMM starts: from Joint-ITQ, or from random signs, which needs no SVD.
+Start = Literal["joint-itq", "random"]
+
+#: Operations a second that ``budget_seconds`` stands for: about what one core does in large float32 products.
+NOMINAL_RATE = 50e9
+#: With fewer iterations than this, refining Joint-ITQ is as good and cheaper.
+_LEAST_ADMM_ITERATIONS = 20
+_LEAST_ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What is done to every path of a layer.
+
+    Attributes:
+        method: the method, ``"auto"`` resolved.
+        admm_iterations: 0 without ADMM.
+        refine_rounds: 0 without refinement.
+    """
+
+    method: Method
+    admm_iterations: int
+    refine_rounds: int
+
+
+def uses_one_path(method: Method) -> bool:
+    """Whether one path of the whole rank is the better default: it is once signs are refined.
+
+    The papers' initialisations (LittleBit, LittleBit-2) use a primary and a residual path.
+    """
+    return method not in ("joint-itq", "dual-svid")
+
+
+def resolve_steps(
+    method: Method,
+    shape: tuple[int, int],
+    ranks: Sequence[int],
+    *,
+    admm_iterations: int,
+    refine_rounds: int,
+    budget_seconds: float,
+) -> Steps:
+    """Return the steps of ``method`` for a layer.
+
+    ``"auto"`` takes ADMM with as many iterations as ``budget_seconds`` of counted work allow, at most
+    ``admm_iterations``; where it allows under 20, refinement; where not even two rounds of that, Joint-ITQ.
+
+    Args:
+        method: by name.
+        shape: N and K.
+        ranks: of every path.
+        admm_iterations: asked for.
+        refine_rounds: asked for.
+        budget_seconds: for the layer, at 50e9 operations a second; counts for ``"auto"`` only.
+    """
+    if method == "auto":
+        budget = budget_seconds * NOMINAL_RATE
+        iterations = int(budget / sum(_admm_operations(shape, rank) for rank in ranks))
+        if min(iterations, admm_iterations) >= min(_LEAST_ADMM_ITERATIONS, admm_iterations) > 0:
+            method, admm_iterations = "admm", min(iterations, admm_iterations)
+        else:
+            rounds = min(int(budget / sum(_round_operations(shape, rank) for rank in ranks)), refine_rounds)
+            method, refine_rounds = ("refine", rounds) if rounds >= _LEAST_ROUNDS else ("joint-itq", 0)
+    return Steps(
+        method=method,
+        admm_iterations=admm_iterations if method == "admm" else 0,
+        refine_rounds=refine_rounds if method in ("admm", "refine") else 0,
+    )
+
+
+def _admm_operations(shape: tuple[int, int], rank: int) -> float:
+    """Two projections of the target, two Gram matrices, and two solves with their Cholesky factors."""
+    n, k = shape
+    return 4.0 * rank * n * k + 4.0 * rank**2 * (n + k) + 2 / 3 * rank**3
+
+
+def _round_operations(shape: tuple[int, int], rank: int) -> float:
+    """Two projections, two Gram matrices, two sweeps, four scales, and two systems for the latent scale."""
+    n, k = shape
+    return 4.0 * rank * n * k + 10.0 * rank**2 * (n + k) + 2 / 3 * rank**3

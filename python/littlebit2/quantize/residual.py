@@ -1,0 +1,121 @@
+"""What the paths made so far leave of a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from littlebit2_kernels.format import PackedPath
+
+from ._numeric import binary_exponent, check_matrix, normalised, squared_norm
+from .dual_svid import add_path
+from .importance import Importance
+
+__all__ = ["Residual"]
+
+
+class Residual:
+    """The weight at a magnitude of about 1, times its importance, less the paths made so far.
+
+    It can be let go while a step does not need it, and is then loaded and worked out again: beside the
+        factors of an
+    SVD it would be what takes most memory.
+
+    Args:
+        load: returns the ``[N, K]`` weight, which may be overwritten.
+        dtype: to compute in.
+        importance: weights of the error.
+
+    Attributes:
+        shape: N and K.
+        device: where the weight is.
+        exponent: the power of two that was taken out.
+        paths: what has been subtracted.
+        total: squared norm of the weight, without importance.
+        weighted_total: the same with it.
+        rows, columns: the factors that importance multiplies the weight by.
+
+    Raises:
+        TypeError, ValueError: the weight or the importance cannot be used, see :func:`.quantize_weight`.
+    """
+
+    def __init__(
+        self, load: Callable[[], torch.Tensor], dtype: torch.dtype, importance: Importance | None
+    ) -> None:
+        weight = load()
+        check_matrix("weight", weight)
+        self.exponent = _weight_exponent(weight)
+        self.paths: list[PackedPath] = []
+        self._load = load
+        self._dtype = dtype
+        self._weighted = importance is not None
+        target = normalised(weight.detach(), self.exponent, dtype, in_place=True)
+        del weight
+        self.shape = (target.shape[0], target.shape[1])
+        self.device = target.device
+        self.total = squared_norm(target)
+        self.rows, self.columns = (importance or Importance()).factors(target)
+        self._matrix: torch.Tensor | None = self._times_importance(target)
+        self.weighted_total = squared_norm(target)
+
+    def matrix(self) -> torch.Tensor:
+        """Return the residual ``[N, K]``, worked out again if need be."""
+        if self._matrix is None:
+            target = normalised(self._load().detach(), self.exponent, self._dtype, in_place=True)
+            self._matrix = self._times_importance(target)
+            for path in self.paths:
+                add_path(self._matrix, path, -1)
+        return self._matrix
+
+    def release(self) -> None:
+        """Let the matrix go until it is asked for again."""
+        self._matrix = None
+
+    def subtract(self, path: PackedPath) -> None:
+        """Take a path away."""
+        if self._matrix is not None:
+            add_path(self._matrix, path, -1)
+        self.paths.append(path)
+
+    def errors(self) -> list[float]:
+        """Return the squared error that the first, the first two, ... all paths leave, without importance.
+
+        The residual is spent.
+        """
+        matrix = self.matrix()
+        self.release()
+        paths = self.plain_paths()
+        if self._weighted:
+            matrix.div_(self.rows.unsqueeze(1)).div_(self.columns)
+        errors = [squared_norm(matrix)]
+        for path in reversed(paths[1:]):
+            add_path(matrix, path)
+            errors.append(squared_norm(matrix))
+        return errors[::-1]
+
+    def plain_paths(self) -> list[PackedPath]:
+        """Return the paths of the weight itself, without importance."""
+        if not self._weighted:
+            return self.paths
+        return [unweighted(path, self.rows, self.columns) for path in self.paths]
+
+    def _times_importance(self, target: torch.Tensor) -> torch.Tensor:
+        return target.mul_(self.rows.unsqueeze(1)).mul_(self.columns) if self._weighted else target
+
+
+def unweighted(path: PackedPath, rows: torch.Tensor, columns: torch.Tensor) -> PackedPath:
+    """Return a path of the weighted weight as one of the weight itself."""
+    return replace(path, in_scale=path.in_scale / columns.float(), out_scale=path.out_scale / rows.float())
+
+
+def _weight_exponent(weight: torch.Tensor) -> int:
+    exponent = binary_exponent(weight)
+    # float32 holds 2**-126 .. 2**128; the scales of a weight beyond it could not be stored.
+    if not -126 <= exponent <= 127:
+        raise ValueError(
+            "weight must be zero or have its largest magnitude between 2**-126 and 2**128 (float32), "
+            f"got one of about 2**{exponent}"
+        )
+    return exponent
