@@ -72,7 +72,8 @@ def test_text(path_with_tokenizer: Path) -> None:
         path_with_tokenizer, "w5 w9 w17", max_new_tokens=6, ignore_eos=True, stream=seen.append
     )
     assert result.prompt_tokens == 3
-    assert result.text == " ".join(f"w{token}" for token in result.token_ids)
+    # Text leaves the padding token out, which the model may well generate.
+    assert result.text == " ".join(f"w{token}" for token in result.token_ids if token != 0)
     assert "".join(seen).split() == result.text.split()
 
 

@@ -20,8 +20,7 @@ class Residual:
     """The weight at a magnitude of about 1, times its importance, less the paths made so far.
 
     It can be let go while a step does not need it, and is then loaded and worked out again: beside the
-        factors of an
-    SVD it would be what takes most memory.
+    factors of an SVD it would be what takes most memory.
 
     Args:
         load: returns the ``[N, K]`` weight, which may be overwritten.
