@@ -30,6 +30,7 @@ __all__ = ["STEPS", "Folders", "Result", "Step", "main", "run_step"]
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable or "python3"
 OURS = [f"littlebit2:cuda:{mode}" for mode in ("int16", "float16", "int8", "sign")]
+TRITON = [f"littlebit2:triton:{mode}" for mode in ("exact", "float16", "int8", "sign")]
 #: Those of the goals first: a measurement that runs out of time keeps what it has.
 PEERS = ["dense", "low-rank"]
 MODEL_SHAPES = [
@@ -130,6 +131,8 @@ def _program(name: str, seconds: int, *arguments: str, library: bool = True) -> 
     return first, Step(name, "variants", (f"{{work}}/{name}", *arguments), seconds, (first.name,))
 
 
+_TUNE = (PYTHON, "-m", "benchmarks.tune_triton", "--shapes", "llama2-7b-up")
+
 STEPS = (
     Step("wheels", "setup", (*_PIP, "--find-links", "{wheels}", "pybind11", "gemlite"), 20, ()),
     Step("build", "setup", (*_PIP, "-e", str(ROOT)), 150, ()),
@@ -173,6 +176,30 @@ STEPS = (
         150,
         _USABLE,
     ),
+    # Triton's kernels need no build of their own, but compile while they run.
+    Step(
+        "triton-tests",
+        "triton",
+        (*_PYTEST, "tests/triton/kernels", "tests/triton/test_compiled.py"),
+        210,
+        _USABLE,
+    ),
+    Step(
+        "triton-decode",
+        "triton",
+        _measure("triton-decode", [1, 16], [OURS[0], *TRITON, *PEERS], "--bpw", "0.1", "--refcheck"),
+        160,
+        _USABLE,
+    ),
+    # Where `auto` should give many tokens to Triton (CUDA_TOKENS in dispatch.py).
+    Step(
+        "prompts",
+        "prompts",
+        _measure("prompts", [32, 128, 512, 2048], [*OURS[:2], *TRITON[1:3], *PEERS], "--bpw", "0.1"),
+        200,
+        _USABLE,
+    ),
+    Step("triton-tune", "prompts", (*_TUNE, "--bpw", "0.1", "--tokens", "1", "64"), 170, _USABLE),
 )
 
 

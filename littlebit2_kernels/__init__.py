@@ -15,6 +15,7 @@ from .packing import pack_signs, unpack_signs
 from .prepacked import PrepackedLinear, prepack
 from .state import packed_from_state, packed_to_state
 from .version import __version__
+from .warming import warmup
 
 __all__ = [
     "FORMAT_VERSION",
@@ -37,4 +38,5 @@ __all__ = [
     "packed_to_state",
     "prepack",
     "unpack_signs",
+    "warmup",
 ]

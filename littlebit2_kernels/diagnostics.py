@@ -22,6 +22,7 @@ from .gpu import gpu_properties
 from .ops import load
 from .reference import linear_reference
 from .testing import TOLERANCE, make_problem, relative_error
+from .triton_backend import no_triton_reason
 from .version import __version__
 
 __all__ = ["collect", "main"]
@@ -106,21 +107,28 @@ def _gpu() -> dict[str, Any]:
 
 def _device(index: int) -> str:
     found = torch.cuda.get_device_properties(index)
+    device = torch.device("cuda", index)
     try:
-        usable = no_cuda_reason() or _cuda_self_test(index)
+        usable = no_cuda_reason() or _cuda_self_test(device)
     except (NativeLibraryError, RuntimeError) as error:
         usable = str(error)
-    return f"{found.name} (sm_{found.major}{found.minor}): {usable}"
+    try:
+        triton = no_triton_reason("cuda") or _gpu_self_test(device, "triton")
+    except Exception as error:  # whatever Triton's compiler says
+        triton = f"{type(error).__name__}: {error}"
+    return f"{found.name} (sm_{found.major}{found.minor}): triton: {triton}; cuda: {usable}"
 
 
-def _cuda_self_test(index: int) -> str:
-    device = torch.device("cuda", index)
+def _cuda_self_test(device: torch.device) -> str:
     # Planning says why a GPU is not served.
     core().plan_cuda(1, 512, 512, [8], False, [0], "float32", 0, *astuple(gpu_properties(device)))
+    return _gpu_self_test(device, "cuda")
+
+
+def _gpu_self_test(device: torch.device, backend: str) -> str:
     x, packed = make_problem(3, 100, 70, [24, 8], generator=torch.Generator().manual_seed(0))
-    error = relative_error(
-        littlebit_linear(x.to(device), packed.to(device)).cpu(), linear_reference(x, packed)
-    )
+    y = littlebit_linear(x.to(device), packed.to(device), backend=backend)
+    error = relative_error(y.cpu(), linear_reference(x, packed))
     return "usable" if error <= TOLERANCE[x.dtype] else f"wrong results: relative error {error:.2e}"
 
 

@@ -20,8 +20,17 @@ from .dispatch import (
 from .format import MAX_DIM, PackedLinear
 from .gpu import GpuProperties, gpu_properties
 from .prepacked import PrepackedLinear
+from .triton_backend import TritonLaunch, plan_triton
 
 __all__ = ["Explanation", "Launch", "explain"]
+
+#: Why ``auto`` chose a backend.
+_REASONS = {
+    "cpu": "native kernels for {} tensors",
+    "cuda": "native kernels for {} tensors",
+    "triton": "Triton kernels: no native ones for these {} tensors, or more tokens than those are made for",
+    "reference": "",
+}
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,8 @@ class Explanation:
         macs: sign-accumulate operations, all stages and paths.
         packed_bytes: bytes of the layer that one pass reads.
         kernels: on the CPU ``"lookup"`` on a prepacked layer and ``"portable"`` on the packed words; on CUDA
-            ``"bit planes"`` (1-bit tensor cores) and ``"sign halves"`` (float16 ones); else ``None``.
+            ``"bit planes"`` (1-bit tensor cores) and ``"sign halves"`` (float16 ones); of Triton ``"gemv"``,
+            ``"gemm"`` or ``"xnor"``; else ``None``.
         activation: how activations enter the sums, ``"auto"`` resolved.
         isa: CPU instruction set, or ``None`` for other backends.
         threads: threads that get work of a prepacked layer, or that torch offers the call.
@@ -80,8 +90,8 @@ class Explanation:
         workspace_bytes: scratch memory of the forward call.
         first_stages: first stages computed (paths that share one count once).
         gpu: the GPU that the call is planned for, or ``None``.
-        launches: what is launched for the first ``token_block`` tokens, in order; empty for other backends
-            than CUDA.
+        launches: what is launched, in order (on CUDA, for the first ``token_block`` tokens); empty for other
+            backends than CUDA and Triton.
     """
 
     backend: str
@@ -97,7 +107,7 @@ class Explanation:
     workspace_bytes: int | None = None
     first_stages: int | None = None
     gpu: GpuProperties | None = None
-    launches: tuple[Launch, ...] = ()
+    launches: tuple[Launch | TritonLaunch, ...] = ()
 
     def __str__(self) -> str:
         single = {name: value for name, value in vars(self).items() if name != "launches"}
@@ -125,8 +135,8 @@ def explain(
         activation: likewise.
         dtype: of ``x`` where only its shape is given; float32 by default.
         gpu: plan for this GPU wherever the layer is, be there one or not: its properties, or a name of
-            :data:`littlebit2_kernels.gpu.GPUS` such as ``"H200"``. ``backend`` must be ``"auto"`` or
-            ``"cuda"``.
+            :data:`littlebit2_kernels.gpu.GPUS` such as ``"H200"``. ``backend`` must be ``"auto"``, which is
+            then ``"cuda"``, ``"cuda"`` or ``"triton"``.
 
     Raises:
         TypeError: ``x`` is a tensor of an unsupported dtype, or ``packed`` not a layer.
@@ -140,14 +150,15 @@ def explain(
     dtype_name = _dtype_name(x, dtype)
     device_type = packed.device.type
     if gpu is None:
-        chosen = choose_backend(backend, device_type)
-        reason = f"native kernels for {device_type} tensors"
-    elif backend not in ("auto", "cuda"):
-        raise ValueError(f"backend must be 'auto' or 'cuda' where gpu is given, got {backend!r}")
+        chosen = choose_backend(backend, device_type, tokens, activation)
+        reason = _REASONS[chosen].format(device_type)
+    elif backend not in ("auto", "cuda", "triton"):
+        raise ValueError(f"backend must be 'auto', 'cuda' or 'triton' where gpu is given, got {backend!r}")
     elif isinstance(packed, PrepackedLinear):
         raise ValueError("packed must be a PackedLinear where gpu is given: prepacked layers are the CPU's")
     else:
-        chosen, reason = "cuda", f"planned for gpu={gpu!r}"
+        chosen = "cuda" if backend == "auto" else backend
+        reason = f"planned for gpu={gpu!r}"
     prepacked = isinstance(packed, PrepackedLinear)
     check_activation_mode(activation, chosen, prepacked)
     leaders = packed.shares if isinstance(packed, PrepackedLinear) else packed.leaders
@@ -162,12 +173,6 @@ def explain(
         "macs": macs,
         "packed_bytes": packed.nbytes,
     }
-    if chosen not in ("cpu", "cuda"):
-        return Explanation(**common)
-    try:
-        native = core()
-    except NativeLibraryError as error:
-        raise BackendUnavailableError(f"backend {chosen!r} cannot run: {error}") from error
     shapes = (
         tokens,
         packed.in_features,
@@ -176,6 +181,16 @@ def explain(
         packed.single_stage,
         list(leaders),
     )
+    if chosen == "triton":
+        target = packed.device if gpu is None else gpu_properties(gpu)
+        plan = plan_triton(*shapes, dtype_name, activation, target)
+        return Explanation(**common, **{**plan, "launches": tuple(plan["launches"])})
+    if chosen == "reference":
+        return Explanation(**common)
+    try:
+        native = core()
+    except NativeLibraryError as error:
+        raise BackendUnavailableError(f"backend {chosen!r} cannot run: {error}") from error
     if chosen == "cuda":
         properties = gpu_properties(packed.device if gpu is None else gpu)
         try:

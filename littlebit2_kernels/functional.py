@@ -6,11 +6,12 @@ import torch
 
 from .dispatch import ACTIVATIONS, check_activation, check_activation_mode, choose_backend
 from .format import PackedLinear
-from .ops import linear_from_operands, linear_from_prepacked
+from .ops import Operands, linear_from_operands, linear_from_prepacked
 from .prepacked import PrepackedLinear
 from .reference import linear_reference
+from .triton_backend import triton_linear
 
-__all__ = ["littlebit_linear"]
+__all__ = ["apply_operands", "littlebit_linear"]
 
 
 def littlebit_linear(
@@ -29,14 +30,16 @@ def littlebit_linear(
         x: ``[..., K]`` float32, float16 or bfloat16; any strides, any number of tokens (also none).
         packed: the layer, on the device of ``x``; prepacked (:func:`littlebit2_kernels.prepack`) for speed on
             the CPU, as it is on CUDA.
-        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"reference"`` (plain PyTorch in float32), or another
-            name of :data:`littlebit2_kernels.dispatch.BACKENDS`. A backend asked for by name that cannot
-            run raises.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"`` (plain PyTorch in
+            float32). ``auto`` takes the kernels that were compiled for the device, and Triton's on a GPU
+            where there are none or (:func:`littlebit2_kernels.dispatch.choose_backend`) for many tokens. A
+            backend asked for by name that cannot run raises.
         activation: how activations enter the sums (docs/kernels.md): ``"exact"`` in float32, ``"int16"``
             (error about 3e-4), ``"int8"`` (about 1e-2), ``"sign"`` (binarised), ``"float16"`` (CUDA only,
             about 2e-4), or ``"auto"``: exact for float32, and on the CPU for layers that are not
-            prepacked; else int16, or float16 on GPUs without 1-bit tensor cores. On the CPU, int16, int8
-            and sign need a prepacked layer. Gradients are those of exact sums; of x not yet on CUDA.
+            prepacked; else int16, or float16 on GPUs without 1-bit tensor cores and with Triton, which has no
+            int16. On the CPU, int16, int8 and sign need a prepacked layer. Gradients are those of exact sums;
+            of x not yet by the CUDA kernels.
 
     Returns:
         ``[..., N]`` in the dtype of ``x``; accumulation is in float32 or exact.
@@ -47,19 +50,30 @@ def littlebit_linear(
             unknown, or this layer or backend cannot serve ``activation``.
         BackendUnavailableError: the backend cannot run here.
         NativeLibraryError: the compiled library is missing.
-        RuntimeError: in the backward call, a gradient of x is wanted on CUDA.
+        RuntimeError: in the backward call, a gradient of x is wanted of the CUDA kernels.
     """
     if not isinstance(packed, PackedLinear | PrepackedLinear):
         raise TypeError(f"packed must be a PackedLinear or a PrepackedLinear, got {type(packed).__name__}")
     check_activation(x, packed.in_features, packed.device)
     prepacked = isinstance(packed, PrepackedLinear)
-    chosen = choose_backend(backend, x.device.type)
+    chosen = choose_backend(backend, x.device.type, x.numel() // packed.in_features, activation)
     check_activation_mode(activation, chosen, prepacked)
     if chosen == "reference":
         layer = packed.unpack() if isinstance(packed, PrepackedLinear) else packed
         return linear_reference(x, layer, torch.float32).to(x.dtype)
+    if chosen == "triton" and isinstance(packed, PrepackedLinear):
+        raise ValueError("packed must be a PackedLinear for backend='triton': prepacked layers are the CPU's")
     if isinstance(packed, PrepackedLinear):
         return linear_from_prepacked(
             x, packed.layer, packed.bias, packed.out_features, ACTIVATIONS[activation]
         )
-    return linear_from_operands(x, packed.operands, packed.bias, ACTIVATIONS[activation])
+    return apply_operands(x, packed.operands, packed.bias, chosen, activation)
+
+
+def apply_operands(
+    x: torch.Tensor, operands: Operands, bias: torch.Tensor | None, backend: str, activation: str
+) -> torch.Tensor:
+    """Run a layer that is not prepacked by the chosen ``backend``, in a mode that this has."""
+    if backend == "triton":
+        return triton_linear(x, operands, bias, activation)
+    return linear_from_operands(x, operands, bias, ACTIVATIONS[activation])

@@ -51,6 +51,6 @@ def gpu_properties(gpu: GpuProperties | torch.device | str) -> GpuProperties:
     if not isinstance(gpu, torch.device):
         raise TypeError(f"gpu must be GpuProperties or a name, got {type(gpu).__name__}")
     found = torch.cuda.get_device_properties(gpu)
-    # torch's stubs lack the last one.
-    shared_bytes: int = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    # ROCm knows no larger size to opt in to.
+    shared_bytes = getattr(found, "shared_memory_per_block_optin", 0) or found.shared_memory_per_block
     return GpuProperties(10 * found.major + found.minor, found.multi_processor_count, shared_bytes)

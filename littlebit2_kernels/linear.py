@@ -13,8 +13,8 @@ from torch import nn
 
 from .dispatch import ACTIVATIONS, BACKENDS, check_activation, check_activation_mode, choose_backend
 from .format import RANK_MULTIPLE, PackedLinear, PackedPath, check_dim, pitched_words, words_per_row
-from .functional import littlebit_linear
-from .ops import Operands, linear_from_operands, linear_from_prepacked
+from .functional import apply_operands, littlebit_linear
+from .ops import Operands, linear_from_prepacked
 from .prepacked import PrepackedLinear, prepack
 from .reference import dense_weight
 from .state import (
@@ -336,25 +336,24 @@ class LittleBitLinear(nn.Module):
         device_type = x.device.type
         if device_type != "meta" and torch.is_autocast_enabled(device_type):
             x = x.to(torch.get_autocast_dtype(device_type))
-        backend = choose_backend(self.backend, device_type)
-        if backend == "reference":
-            return littlebit_linear(x, self.packed, "reference", self.activation)
-        if layer is None and self._may_prepack(x, buffers):
+        backend = choose_backend(self.backend, device_type, x.numel() // self.in_features, self.activation)
+        if backend == "reference" or (backend == "triton" and layer is not None):
+            return littlebit_linear(x, self.packed, backend, self.activation)
+        if layer is None and backend == "cpu" and self._may_prepack(x, buffers):
             with _prepacking:  # so that nobody unpacks it again in between
                 buffers = self.prepack_()._buffers
         if "prepacked" in buffers:
             return littlebit_linear(x, self._as_prepacked(buffers), backend, self.activation)
-        if backend == "cuda":
+        if backend in ("cuda", "triton"):
             check_activation_mode(self.activation, backend, prepacked=False)
-            activation = ACTIVATIONS[self.activation]
-            return linear_from_operands(x, self._operands(buffers), buffers["bias"], activation)
+            return apply_operands(x, self._operands(buffers), buffers["bias"], backend, self.activation)
         if device_type != "meta" and self.activation not in ("auto", "exact"):
             check_activation_mode(self.activation, backend, prepacked=True)
             raise ValueError(
                 f"activation={self.activation!r} needs a prepacked layer: call prepack_() before tracing, or "
                 "leave auto_prepack on"
             )
-        return linear_from_operands(x, self._operands(buffers), buffers["bias"])
+        return apply_operands(x, self._operands(buffers), buffers["bias"], backend, "auto")
 
     def _may_prepack(self, x: torch.Tensor, buffers: dict[str, Any]) -> bool:
         # What is traced keeps the buffers it was given, fake tensors have no values to move, and scales that

@@ -117,6 +117,12 @@ def test_unavailable_candidates_say_why(monkeypatch: pytest.MonkeyPatch) -> None
     assert gemlite.unavailable(CPU) == "gemlite runs on CUDA tensors, not on cpu"
     cuda = parse_candidate("gemlite", torch.float32).unavailable(torch.device("cuda"))
     assert cuda == "gemlite takes 16-bit activations, not float32"
+    for mode in ("exact", "float16", "int8", "sign"):
+        triton = parse_candidate(f"littlebit2:triton:{mode}", torch.float16)
+        assert "backend='triton' cannot run: " in str(triton.unavailable(CPU))
+    assert "activation='int16' is not served" in str(
+        parse_candidate("littlebit2:triton:int16", torch.float16).unavailable(CPU)
+    )
     module = parse_candidate("littlebit2:cpu:exact", torch.float32)
 
     def refuse(*_: Any, **__: Any) -> None:

@@ -45,6 +45,7 @@ def test_reasons(
     monkeypatch: pytest.MonkeyPatch, toolkit: str | None, archs: str | None, gpu: bool, reason: str
 ) -> None:
     pretend(monkeypatch, toolkit=toolkit, archs=archs, gpu=gpu)
+    monkeypatch.setattr(dispatch, "no_triton_reason", lambda device_type: "no triton")
     with pytest.raises(BackendUnavailableError, match=f"backend='cuda' cannot run: {reason}"):
         choose_backend("cuda", "cuda")
     with pytest.raises(BackendUnavailableError, match=f"no kernels for tensors on cuda: cuda: {reason}"):
@@ -124,8 +125,8 @@ def test_modules_and_functions_pass_the_activation_on(monkeypatch: pytest.Monkey
         return x
 
     for module in (functional, linear):
-        monkeypatch.setattr(module, "choose_backend", lambda backend, device_type: "cuda")
-        monkeypatch.setattr(module, "linear_from_operands", record)
+        monkeypatch.setattr(module, "choose_backend", lambda *_: "cuda")
+    monkeypatch.setattr(functional, "linear_from_operands", record)
     layer = LittleBitLinear.from_packed(packed, auto_prepack=False)
     for name in ACTIVATIONS:
         littlebit_linear(x, packed, activation=name)
@@ -210,7 +211,7 @@ def test_plans_refuse() -> None:
         explain((2, 40), packed, gpu="V100")
     with pytest.raises(TypeError, match="gpu must be GpuProperties or a name, got int"):
         explain((2, 40), packed, gpu=90)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"backend must be 'auto' or 'cuda' where gpu is given, got 'cpu'"):
+    with pytest.raises(ValueError, match=r"backend must be 'auto', 'cuda' or 'triton' where gpu is given"):
         explain((2, 40), packed, backend="cpu", gpu="H200")
     with pytest.raises(ValueError, match=r"packed must be a PackedLinear where gpu is given"):
         explain((2, 40), prepack(packed), gpu="H200")

@@ -88,8 +88,15 @@ PYTHON_ROOMS = {
         never=NATIVE,
     ),
     f"{_KERNELS}.triton": PythonRoom(
-        may=("torch", "triton", f"{_KERNELS}.format", f"{_KERNELS}.triton"), never=NATIVE
+        may=("torch", "triton", f"{_KERNELS}.format", f"{_KERNELS}.gpu", f"{_KERNELS}.triton"), never=NATIVE
     ),
+    # What decides needs no Triton.
+    **{
+        f"{_KERNELS}.triton.{name}": PythonRoom(
+            may=("torch", f"{_KERNELS}.format", f"{_KERNELS}.gpu", f"{_KERNELS}.triton.plan"), never=NATIVE
+        )
+        for name in ("configs", "plan")
+    },
     _KERNELS: PythonRoom(may=("torch", "numpy", _KERNELS), lazily=("triton", f"{_KERNELS}.triton")),
     "littlebit2.quantize": PythonRoom(
         may=(

@@ -1,0 +1,82 @@
+"""``warmup``: everything that a first call would compile or load, done before it matters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .format import PackedLinear
+from .functional import littlebit_linear
+from .linear import LittleBitLinear
+
+__all__ = ["WARMUP_TOKENS", "warmup"]
+
+#: A call, the columns that it takes, and where.
+_Case = tuple[Callable[[torch.Tensor], Any], int, torch.device]
+
+#: Numbers of tokens that reach every kernel and block size of a layer.
+WARMUP_TOKENS = (1, 5, 16, 32, 64, 128, 129)
+
+
+def warmup(
+    layer: PackedLinear | nn.Module,
+    dtype: torch.dtype = torch.float16,
+    tokens: Sequence[int] = WARMUP_TOKENS,
+    *,
+    backend: str = "auto",
+    activation: str = "auto",
+) -> int:
+    """Run a layer, or every :class:`LittleBitLinear` of a model, on zeros, and wait until that is done.
+
+    What a backend does on a first call (Triton compiles a kernel for each configuration, libraries are
+    loaded, tuned configurations are read) may not happen while a CUDA graph is captured, and takes seconds
+    elsewhere.
+
+    Args:
+        layer: a packed layer, or a module.
+        dtype: of the activations.
+        tokens: the M to run; the default reaches every kernel.
+        backend: for a packed layer; modules have their own.
+        activation: likewise.
+
+    Returns:
+        Calls made: layers of the same shape are run once.
+
+    Raises:
+        TypeError: ``layer`` is neither.
+        ValueError, BackendUnavailableError: as :func:`littlebit2_kernels.littlebit_linear`.
+    """
+    calls = 0
+    devices = set()
+    for run, in_features, device in _distinct(layer, backend, activation):
+        for count in tokens:
+            with torch.inference_mode():
+                run(torch.zeros(count, in_features, dtype=dtype, device=device))
+            calls += 1
+        devices.add(device)
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return calls
+
+
+def _distinct(layer: PackedLinear | nn.Module, backend: str, activation: str) -> Iterator[_Case]:
+    if isinstance(layer, PackedLinear):
+        yield lambda x: littlebit_linear(x, layer, backend, activation), layer.in_features, layer.device
+        return
+    if not isinstance(layer, nn.Module):
+        raise TypeError(f"layer must be a PackedLinear or a module, got {type(layer).__name__}")
+    seen = set()
+    for module in layer.modules():
+        if isinstance(module, LittleBitLinear):
+            device = next(buffer.device for buffer in module.buffers())
+            key = (
+                *(module.in_features, module.out_features, module.ranks, module.shares),
+                *(module.backend, module.activation, module.bias is None, device),
+            )
+            if key not in seen:
+                seen.add(key)
+                yield module, module.in_features, device

@@ -1,0 +1,164 @@
+"""Compiles what calls launch, for GPUs that are not there: ``python -m tests.triton.ahead sm_90 [--all]``.
+
+The launchers run on meta tensors. In place of a launch, Triton compiles the kernel with the very arguments it
+was given, for a target that a stand-in driver names. Its own process, for Triton keeps one driver.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from littlebit2_kernels.gpu import GPUS, GpuProperties
+from littlebit2_kernels.testing import make_packed
+from littlebit2_kernels.triton import forward as calls
+from littlebit2_kernels.triton import gemm, gemv, operand, transposed, xnor
+from littlebit2_kernels.triton.forward import Layer, backward_x, forward
+from littlebit2_kernels.triton.plan import choose_method
+
+#: Target and what calls are planned for, by the name of the machine code.
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), GPUS["A100"]),
+    "sm_90": (GPUTarget("cuda", 90, 32), GPUS["H200"]),
+    "sm_100": (GPUTarget("cuda", 100, 32), GPUS["B200"]),
+    "gfx90a": (GPUTarget("hip", "gfx90a", 64), GpuProperties(90, 104, 65536)),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), GpuProperties(94, 304, 65536)),
+}
+
+
+class StandInDriver:
+    """What compiling asks a driver for."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def is_active(self) -> bool:
+        return True
+
+
+class Compiler:
+    """Stands in for ``wrap_triton``: compiles instead of launching."""
+
+    def __init__(self) -> None:
+        self.compiled: list[tuple[str, Any]] = []
+        self.label = ""
+
+    def __call__(self, kernel: Any) -> Any:
+        def launcher(*arguments: Any, **options: Any) -> None:
+            result = kernel.warmup(*arguments, grid=(1,), **options)
+            name = kernel.fn.__name__.removesuffix("_kernel")
+            last = {True: " last", False: " first", None: ""}[options.get("LAST")]
+            self.compiled.append((f"{name}{last} {self.label}", result))
+
+        return _Indexable(launcher)
+
+
+class _Indexable:
+    def __init__(self, launcher: Any) -> None:
+        self.launcher = launcher
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self.launcher
+
+
+def compile_calls(
+    name: str,
+    tokens: Sequence[int],
+    ranks: Sequence[int] | None,
+    activations: Sequence[str],
+    gradients: bool = False,
+) -> list[tuple[str, Any]]:
+    """Everything that calls launch on a shape of Llama-2-7B, and their gradients; ``(label, compiled)``."""
+    target, gpu = TARGETS[name]
+    triton.runtime.driver.set_active(StandInDriver(target))
+    calls.for_device = lambda device: (gpu, None)
+    compiler = Compiler()
+    for module in (gemv, gemm, operand, transposed, xnor):
+        module.wrap_triton = compiler
+    packed = make_packed(4096, 11008, ranks, bias=True).to("meta")
+    layer = Layer(*(tensors or [] for tensors in packed.operands))
+    for activation, count in itertools.product(activations, tokens):
+        method = choose_method(count, activation, float32=False)
+        compiler.label = f"{method.kind} {count}"
+        x = torch.empty(count, 4096, dtype=torch.float16, device="meta")
+        forward(x, layer, packed.bias, x.new_empty(count, 11008), method)
+    if gradients:
+        compiler.label = "512"
+        grad = torch.empty(512, 11008, dtype=torch.float16, device="meta")
+        backward_x(grad, layer, grad.new_empty(512, 4096))
+    return compiler.compiled
+
+
+def machine_code(kernel: Any) -> str:
+    """The disassembly of a compiled kernel."""
+    if "amdgcn" in kernel.asm:
+        return str(kernel.asm["amdgcn"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        done = subprocess.run([tool, "--dump-sass", file.name], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def summary(label: str, kernel: Any) -> dict[str, Any]:
+    """What the tests look at: instructions by their first word, wide loads, local memory, shared memory."""
+    code = machine_code(kernel)
+    if "amdgcn" in kernel.asm:
+        names = re.findall(r"^\s+([a-z]\w+)", code, re.MULTILINE)
+        spilled = sum(int(count) for count in re.findall(r"\.vgpr_spill_count:\s*(\d+)", code))
+        wide = any(name.startswith(("global_load_dwordx4", "buffer_load_dwordx4")) for name in names)
+    else:
+        pattern = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9]*)"
+        names = re.findall(pattern, code, re.MULTILINE)
+        spilled = sum(name in ("LDL", "STL") for name in names)
+        wide = re.search(r"\b(LDG|LDGSTS)\.\S*128", code) is not None
+    return {
+        "label": label,
+        "counts": Counter(names),
+        "spilled": spilled,
+        "wide_loads": wide,
+        "shared_bytes": kernel.metadata.shared,
+    }
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print one JSON object for each kernel of a target: a small set, or with ``--all`` everything."""
+    name = arguments[0]
+    if "--all" in arguments:
+        compiled = compile_calls(
+            name, (1, 16, 512), (512, 512), ("exact", "float16", "int8", "sign"), gradients=True
+        )
+    else:
+        compiled = compile_calls(name, (1,), (512,), ("exact",)) + compile_calls(
+            name, (512,), (512,), ("float16",)
+        )
+        compiled += compile_calls(name, (1,), None, ("sign",))
+        compiled += compile_calls(name, (512,), None, ("int8",), gradients=True)
+    for label, kernel in compiled:
+        print(json.dumps(summary(label, kernel)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,125 @@
+"""Kernels compile for every kind of GPU, to the instructions that they are written for, and spill nothing.
+
+What the kernels compute is shown by test_interpreter.py. The first run of this file takes a minute or two;
+Triton keeps what it compiled under build/, so later ones compile what has changed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.skipif(util.find_spec("triton") is None, reason="needs triton")
+
+#: Instructions that multiply, by target, for float16 and int8 operands and for bfloat16 gradients. Hopper's
+#: take a register operand; Blackwell's have their sums in tensor memory, and Triton has none there for int8.
+DOT = {
+    "sm_80": {"float16": "HMMA", "int8": "IMMA", "transposed": "HMMA"},
+    "sm_90": {"float16": "HGMMA", "int8": "IGMMA", "transposed": "HMMA"},
+    "sm_100": {"float16": "UTCHMMA", "int8": "IMMA", "transposed": "HMMA"},
+    "gfx90a": {"float16": "v_mfma_f32", "int8": "v_mfma_i32", "transposed": "v_mfma_f32"},
+    "gfx942": {"float16": "v_mfma_f32", "int8": "v_mfma_i32", "transposed": "v_mfma_f32"},
+}
+
+#: What ahead.py compiles: two stages by GEMV and GEMM, and single stages in the other modes, with a gradient.
+KERNELS = {
+    "gemv first exact 1",
+    "gemv last exact 1",
+    "operand float16 512",
+    "gemm first float16 512",
+    "gemm last float16 512",
+    "operand xnor 1",
+    "xnor last xnor 1",
+    "operand int8 512",
+    "gemm last int8 512",
+    "transposed last 512",
+}
+
+
+@pytest.fixture(scope="module", params=DOT)
+def compiled(request: pytest.FixtureRequest) -> tuple[str, list[dict[str, Any]]]:
+    """A target, and what is known of each kernel that was compiled for it."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(ROOT / "build" / "triton"), "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.triton.ahead", request.param],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return request.param, [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def count(kernel: dict[str, Any], name: str) -> int:
+    return sum(number for found, number in kernel["counts"].items() if re.match(name, found))
+
+
+def test_every_kernel_compiles_and_none_spills(compiled: tuple[str, list[dict[str, Any]]]) -> None:
+    target, kernels = compiled
+    assert {kernel["label"] for kernel in kernels} == KERNELS
+    for kernel in kernels:
+        assert sum(kernel["counts"].values()) > 50, f"{kernel['label']} on {target} is an empty kernel"
+        assert kernel["spilled"] == 0, f"{kernel['label']} on {target} uses local memory"
+
+
+def test_products_use_the_matrix_units(compiled: tuple[str, list[dict[str, Any]]]) -> None:
+    target, kernels = compiled
+    for kernel in kernels:
+        if kernel["label"].startswith("gemm"):
+            kind = kernel["label"].split()[2]
+            assert count(kernel, DOT[target][kind]) > 0, f"{kernel['label']} on {target}"
+        if kernel["label"].startswith("transposed"):
+            assert count(kernel, DOT[target]["transposed"]) > 0, kernel["label"]
+
+
+def test_counts_of_bits_are_single_instructions(compiled: tuple[str, list[dict[str, Any]]]) -> None:
+    target, kernels = compiled
+    for kernel in kernels:
+        if kernel["label"].startswith("xnor"):
+            assert count(kernel, "v_bcnt_u32" if target.startswith("gfx") else "POPC") > 0, kernel["label"]
+
+
+def test_signs_are_loaded_by_16_bytes(compiled: tuple[str, list[dict[str, Any]]]) -> None:
+    target, kernels = compiled
+    for kernel in kernels:
+        # On AMD's GPUs, GEMM and the GEMV of the last stage take their signs 4 or 8 bytes at a time.
+        amd = target.startswith("gfx")
+        names = ("gemv first", "xnor") if amd else ("gemv", "xnor", "gemm", "transposed")
+        if kernel["label"].startswith(names):
+            assert kernel["wide_loads"], f"{kernel['label']} on {target}"
+
+
+def test_a_sign_accumulate_of_the_gemv_takes_three_instructions(
+    compiled: tuple[str, list[dict[str, Any]]],
+) -> None:
+    target, kernels = compiled
+    if target.startswith("gfx"):
+        pytest.skip("counted in NVIDIA's machine code")
+    (kernel,) = [kernel for kernel in kernels if kernel["label"] == "gemv last exact 1"]
+    # 64 rows of 16 words by 128 threads: 256 signs each, and overhead. Blackwell adds two at a time.
+    for names in ("FADD", "LOP3", "SHF|IMAD"):
+        least = 128 if (target, names) == ("sm_100", "FADD") else 256
+        assert least <= count(kernel, names) <= 340, names
+    assert count(kernel, "SHFL") <= 16, "bits lie across lanes: the compiler chose another layout"
+
+
+def test_expanding_signs_takes_three_instructions_for_two(compiled: tuple[str, list[dict[str, Any]]]) -> None:
+    target, kernels = compiled
+    if target != "sm_90":
+        pytest.skip("counted in Hopper's machine code")
+    (kernel,) = [kernel for kernel in kernels if kernel["label"] == "gemm first float16 512"]
+    # 64 rows and 256 columns by 128 threads: 64 pairs of signs each, a shift and two LOP3.
+    assert 128 <= count(kernel, "LOP3") <= 192
+    assert count(kernel, "HGMMA") == 16

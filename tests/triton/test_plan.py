@@ -1,0 +1,216 @@
+"""What calls do, by pure functions: methods, configurations, the backend; no GPU, no Triton."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from littlebit2_kernels import BackendUnavailableError, dispatch, explain, triton_backend
+from littlebit2_kernels.gpu import GPUS, GpuProperties
+from littlebit2_kernels.testing import make_packed
+from littlebit2_kernels.triton import plan
+from littlebit2_kernels.triton.plan import StageShape, choose_method, gemm_config, gemv_config, xnor_config
+
+AMD = GpuProperties(94, 304, 65536)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "activation", "float32", "expected"),
+    [
+        (1, "auto", False, ("gemv", "exact")),
+        (4, "auto", True, ("gemv", "exact")),
+        (5, "auto", True, ("gemm", "exact")),
+        (5, "auto", False, ("gemm", "float16")),
+        (5, "exact", False, ("gemm", "exact")),
+        (1, "float16", False, ("gemm", "float16")),
+        (1, "int8", True, ("gemm", "int8")),
+        (8, "sign", True, ("xnor", "sign")),
+        (9, "sign", True, ("gemm", "sign")),
+    ],
+)
+def test_methods(tokens: int, activation: str, float32: bool, expected: tuple[str, str]) -> None:
+    method = choose_method(tokens, activation, float32)
+    assert (method.kernel, method.activation) == expected
+    assert method.kind in plan.CHUNK_WORDS
+
+
+def test_an_unknown_activation_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="activation must be one of auto, exact, float16, int8, sign, got 'int4'"
+    ):
+        choose_method(1, "int4", float32=False)
+
+
+def stages() -> list[StageShape]:
+    sizes = (8, 80, 592, 1024, 4096, 11008, 28672)
+    return [
+        StageShape((rows,) * paths, (cols,) * paths, last)
+        for rows in sizes
+        for cols in sizes
+        for paths in (1, 2)
+        for last in (False, True)
+    ]
+
+
+@pytest.mark.parametrize("gpu", [*GPUS.values(), AMD, plan.DEFAULT_GPU], ids=str)
+def test_configurations_are_valid_for_every_shape(gpu: GpuProperties) -> None:
+    for shape in stages():
+        gemv = gemv_config(shape, gpu)
+        assert gemv.block_rows * gemv.block_words <= 1024
+        assert gemv.block_rows >= 16
+        assert 1 <= gemv.splits <= max(1, -(-shape.words // gemv.block_words))
+        assert not shape.last or gemv.splits == 1
+        for kind in ("float16", "exact", "int8", "sign"):
+            for tokens in (1, 16, 17, 100, 4096):
+                gemm = gemm_config(kind, shape, tokens, gpu)
+                assert gemm.block_tokens in (16, 32, 64, 128)
+                assert gemm.block_tokens < 2 * max(tokens, 16)
+                assert not shape.last or gemm.splits == 1
+                assert shared_bytes(kind, gemm) <= gpu.shared_bytes
+                assert gemm.splits <= -(-shape.words // plan.CHUNK_WORDS[kind])
+        assert xnor_config(shape, gpu).splits >= 1
+
+
+def shared_bytes(kind: str, config: plan.GemmConfig) -> int:
+    """Of the loads in flight: a chunk of signs, and its activations or those of one step."""
+    element_bytes, terms = (1 if kind in ("int8", "sign") else 2), (2 if kind == "exact" else 1)
+    columns = 32 * plan.CHUNK_WORDS[kind] * config.unroll // (8 * element_bytes)
+    signs = 4 * plan.CHUNK_WORDS[kind] * config.block_rows
+    return config.num_stages * (columns * config.block_tokens * element_bytes * terms + signs)
+
+
+def test_bits_of_the_gemv_depend_on_layer_and_gpu_alone() -> None:
+    asked = []
+
+    def lookup(kernel: str, shape: StageShape, tokens: int) -> None:
+        asked.append((kernel, tokens))
+
+    gemv_config(StageShape((592,), (8192,), last=False), GPUS["H200"], lookup)
+    assert asked == [("gemv", 1)]
+
+
+def test_few_rows_are_split_until_the_gpu_is_busy() -> None:
+    shape = StageShape((80, 80), (8192, 8192), last=False)
+    config = gemv_config(shape, GPUS["H200"])
+    assert config.splits == 8
+    wide = StageShape((28672, 28672), (8192, 8192), last=False)
+    assert gemv_config(wide, GPUS["H200"]).splits == 1
+    assert gemm_config("float16", shape, 16, GPUS["H200"]).splits > 1
+    assert gemm_config("float16", shape, 65536, GPUS["H200"]).splits == 1
+
+
+def test_numbers_of_tokens_fall_into_few_classes() -> None:
+    """Each is a graph of its own to torch.compile, which makes eight of a function at most."""
+    shape = StageShape((80, 80), (28672, 28672), last=False)
+    for gpu in (*GPUS.values(), AMD):
+        for float32, activation in ((False, "auto"), (True, "auto"), (False, "int8"), (False, "sign")):
+            classes = set()
+            for tokens in range(1, 5000):
+                method = choose_method(tokens, activation, float32)
+                classes.add((method, plan.stage_config(method, shape, tokens, gpu)))
+            assert len(classes) <= 7
+
+
+def test_blackwell_keeps_a_loop_of_steps_and_ampere_small_blocks() -> None:
+    shape = StageShape((28672,), (592,), last=True)
+    assert gemm_config("float16", shape, 512, GPUS["B200"]).unroll == 1
+    assert gemm_config("int8", shape, 512, GPUS["B200"]).unroll == 8
+    assert gemm_config("float16", shape, 512, GPUS["H200"]) == plan.GemmConfig(64, 128, 1, 4, 3, 16)
+    assert gemm_config("float16", shape, 512, GPUS["A100"]).block_tokens == 64
+    assert gemm_config("exact", shape, 512, GPUS["A100"]).block_tokens == 32
+    assert gemm_config("float16", shape, 512, AMD).block_tokens < 64
+
+
+def test_launches_of_a_layer() -> None:
+    first = StageShape((80, 80), (4096, 4096), last=False)
+    last = StageShape((4096,) * 2, (80,) * 2, last=True)
+    gpu = GPUS["H200"]
+    assert [name for name, _ in plan.layer_launches(plan.Method("gemv", "exact"), first, last, 1, gpu)] == [
+        "gemv",
+        "gemv",
+    ]
+    names = [name for name, _ in plan.layer_launches(plan.Method("gemm", "int8"), first, last, 9, gpu)]
+    assert names == ["operand", "gemm", "operand", "gemm"]
+    many = StageShape((4096,) * 6, (80,) * 6, last=True)
+    assert len(plan.layer_launches(plan.Method("gemv", "exact"), None, many, 1, gpu)) == 2
+
+
+def test_paths_that_pass_the_same_tensors_share_a_first_stage() -> None:
+    a, b, c = torch.zeros(1), torch.zeros(1), torch.zeros(1)
+    assert plan.distinct_first_stages([a, a, b, a], [c, c, c, b]) == [0, 0, 2, 3]
+
+
+# --- the backend -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reasons(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
+    """Why neither backend can run, to be changed by the test."""
+    found: dict[str, str | None] = {"cuda": "no nvcc", "triton": "no triton"}
+    monkeypatch.setattr(dispatch, "no_cuda_reason", lambda: found["cuda"])
+    monkeypatch.setattr(dispatch, "no_triton_reason", lambda device_type: found["triton"])
+    return found
+
+
+def test_auto_takes_cuda_then_triton_then_says_what_is_missing(reasons: dict[str, str | None]) -> None:
+    with pytest.raises(BackendUnavailableError, match=r"cuda: no nvcc; triton: no triton\. Move the layer"):
+        dispatch.choose_backend("auto", "cuda")
+    reasons["triton"] = None
+    assert dispatch.choose_backend("auto", "cuda") == "triton"
+    reasons["cuda"] = None
+    assert dispatch.choose_backend("auto", "cuda") == "cuda"
+    assert dispatch.choose_backend("triton", "cuda") == "triton"
+    assert dispatch.choose_backend("auto", "cpu") == "cpu"
+    reasons["triton"] = "no triton"
+    with pytest.raises(BackendUnavailableError, match="backend='triton' cannot run: no triton"):
+        dispatch.choose_backend("triton", "cuda")
+
+
+def test_auto_gives_many_tokens_to_triton(reasons: dict[str, str | None]) -> None:
+    reasons.update(cuda=None, triton=None)
+    few, many = dispatch.CUDA_TOKENS, dispatch.CUDA_TOKENS + 1
+    assert dispatch.choose_backend("auto", "cuda", few) == "cuda"
+    assert dispatch.choose_backend("auto", "cuda", many) == "triton"
+    # A mode that is named is the same bits for any number of tokens; a backend that is named is that one.
+    assert dispatch.choose_backend("auto", "cuda", many, "int8") == "cuda"
+    assert dispatch.choose_backend("cuda", "cuda", many) == "cuda"
+    reasons["triton"] = "no triton"
+    assert dispatch.choose_backend("auto", "cuda", many) == "cuda"
+
+
+def test_reasons_say_what_would_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_backend, "_installed", lambda: False)
+    reason = triton_backend.no_triton_reason("cuda")
+    assert reason is not None
+    assert "triton is not installed" in reason
+    assert "pip install" in reason
+    monkeypatch.setattr(triton_backend, "_installed", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "not on cpu" in str(triton_backend.no_triton_reason("cpu"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert triton_backend.no_triton_reason("cpu") is None
+    assert triton_backend.no_triton_reason("meta") is None
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert "built without CUDA or ROCm" in str(triton_backend.no_triton_reason("cuda"))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert triton_backend.no_triton_reason("cuda") == "torch finds no usable GPU or driver"
+
+
+def test_explain_names_kernel_and_configuration() -> None:
+    packed = make_packed(4096, 11008, [80, 80], bias=True)
+    found = explain((1, 4096), packed, "triton", dtype=torch.float16, gpu="H200")
+    assert (found.backend, found.kernels, found.activation) == ("triton", "gemv", "exact")
+    assert (found.first_stages, found.gpu) == (2, GPUS["H200"])
+    assert [launch.kernel for launch in found.launches] == ["gemv", "gemv"]
+    assert found.launches[0].config["splits"] > 1
+    assert "launch 1" in str(found)
+    assert "block_words" in str(found)
+    prompt = explain((512, 4096), packed, "triton", "int8", gpu="H200")
+    assert (prompt.kernels, prompt.activation) == ("gemm", "int8")
+    assert [launch.kernel for launch in prompt.launches] == ["operand", "gemm"] * 2
+    with pytest.raises(ValueError, match="backend must be 'auto', 'cuda' or 'triton' where gpu is given"):
+        explain((1, 4096), packed, "cpu", gpu="H200")
+    with pytest.raises(ValueError, match="activation='int16' is not served by backend='triton'"):
+        explain((1, 4096), packed, "triton", "int16", gpu="H200")
