@@ -82,8 +82,9 @@ Tensor linear_backward_x_cuda(const Tensor&, const std::vector<Tensor>&, const O
                               const std::vector<Tensor>&, const OptionalTensors&,
                               const std::vector<Tensor>&) {
   raise(
-      "gradients of x on CUDA are not available yet; move x and the layer to the CPU, or ask for "
-      "backend='reference' (plain PyTorch on unpacked signs)");
+      "gradients of x are not available from the CUDA kernels; ask for backend='triton', move x and the "
+      "layer to "
+      "the CPU, or ask for backend='reference' (plain PyTorch on unpacked signs)");
 }
 
 }  // namespace
