@@ -332,3 +332,10 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert result.stdout == "{\n"
     assert result.stderr == ""
+
+
+def test_init_is_another_name_of_method(model_dir: Path, tmp_path: Path) -> None:
+    renamed = ["--init" if option == "--method" else option for option in QUICK]
+    for out, options in (("a", QUICK), ("b", renamed)):
+        assert main(["quantize", str(model_dir), str(tmp_path / out), *options]) == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")

@@ -115,6 +115,7 @@ def add_size_options(parser: argparse.ArgumentParser) -> Any:
     )
     parser.add_argument(
         "--method",
+        "--init",  # its name before methods did more than initialise
         choices=METHODS,
         default=METHODS[0],
         help="how signs and scales are found: LittleBit's dual-svid, LittleBit-2's joint-itq, that "
