@@ -3,8 +3,8 @@
 Bytes and instructions follow from the layer and from the launches that the planner chooses. A stage is then
 expected to take its launch and the longer of the planner's estimate of its cycles (one token) and of reading
 its signs and scales from memory. The rates below are the vendors' (clock: boost), memory at 0.9 of the
-nominal rate, as an H200 reached in a copy; the time of a launch within a graph is assumed. To be read beside a
-measurement, not in its place.
+nominal rate, as an H200 reached in a copy; the time of a launch within a graph is assumed. To be read beside
+a measurement, not in its place.
 """
 
 from __future__ import annotations
