@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--layers", type=int, help="only the first layers of MiniLM, for a quick look")
-    parser.add_argument("--iterations", type=int, default=100, help="of ADMM (default 100)")
+    parser.add_argument("--iterations", type=int, default=300, help="of ADMM (default 300)")
     parser.add_argument("--bpw", type=float, nargs="+", default=list(BPWS), help="bits per weight")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("build/quantizer"))
@@ -155,15 +155,16 @@ def methods(name: str, group: str, weight: torch.Tensor, bpw: float, iterations:
         return dual_svid(latent.a, latent.b)
 
     def refined() -> PackedPath:
-        path = BinaryPath.from_packed(rotated(15), weight.dtype)
+        path = BinaryPath.from_packed([rotated(15)], weight.dtype)
         refine(weight, path, 12)
-        return path.packed()
+        return path.packed()[0]
 
     def factorised() -> PackedPath:
-        path = BinaryPath.random(weight, rank, float(weight.square().mean().sqrt()), seeded())
+        n, k = weight.shape
+        path = BinaryPath.random((n, k), rank, [float(weight.square().mean().sqrt())], [seeded()])
         admm(weight, path, iterations)
         refine(weight, path, 12)
-        return path.packed()
+        return path.packed()[0]
 
     def outcome(method: str, make: Callable[[], PackedPath]) -> Outcome:
         start = time.perf_counter()

@@ -75,7 +75,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--refine-rounds", type=int, default=12, metavar="N", help="most rounds of refinement (default 12)"
     )
-    parser.add_argument("--admm-iterations", type=int, default=100, metavar="N", help="of admm (default 100)")
+    parser.add_argument("--admm-iterations", type=int, default=300, metavar="N", help="of admm (default 300)")
     parser.add_argument(
         "--admm-start",
         choices=("random", "joint-itq"),

@@ -35,7 +35,14 @@ from .model import (
 )
 from .partial_svd import is_partial
 from .polar import polar_factor
-from .quantizer import LayerReport, PathReport, QuantizedLayer, quantize_loaded, quantize_weight
+from .quantizer import (
+    DenseLayer,
+    LayerReport,
+    PathReport,
+    QuantizedLayer,
+    quantize_together,
+    quantize_weight,
+)
 from .refine import refine
 from .spectrum import Coherence, SpectralReport, StageReport, analyze_weight, energy_share, latent_coherence
 from .svd import TruncatedFactors, truncated_factors
@@ -44,6 +51,7 @@ __all__ = [
     "DEFAULT_EXCLUDE",
     "BinaryPath",
     "Coherence",
+    "DenseLayer",
     "Importance",
     "LatentRotation",
     "LayerReport",
@@ -77,7 +85,7 @@ __all__ = [
     "polar_factor",
     "predicted_error",
     "quantize_linears",
-    "quantize_loaded",
+    "quantize_together",
     "quantize_weight",
     "rank_for_bpw",
     "ranks_for_energy",

@@ -71,7 +71,7 @@ class QuantConfig:
     budget_seconds: float = 60.0
     itq_iterations: int = 15
     refine_rounds: int = 12
-    admm_iterations: int = 100
+    admm_iterations: int = 300
     admm_start: Start = "random"
     polar: PolarMethod = "auto"
     kv_factor: float = 1.0

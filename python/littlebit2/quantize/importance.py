@@ -44,15 +44,17 @@ class Importance:
     inputs: torch.Tensor | None = None
     outputs: torch.Tensor | None = None
 
-    def factors(self, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def factors(
+        self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the factors ``o`` ``[N]`` of rows and ``i`` ``[K]`` of columns, root mean square about 1.
 
         Raises:
             TypeError: a weight is not a floating-point tensor.
             ValueError: a weight has another shape, is negative, NaN or infinite, or all of them are zero.
         """
-        n, k = target.shape
-        return _factor("outputs", self.outputs, n, target), _factor("inputs", self.inputs, k, target)
+        like = torch.empty(0, dtype=dtype, device=device)
+        return _factor("outputs", self.outputs, shape[0], like), _factor("inputs", self.inputs, shape[1], like)
 
     def stake(self, weighted: torch.Tensor) -> float:
         """Return what losing the whole of a layer would cost: with both sides known, in units of the loss.

@@ -178,7 +178,7 @@ def spectrum_of(
         if importance is None:
             return layer_spectrum(name, weight, rank)
         weighted = weight.detach().float()
-        rows, columns = importance.factors(weighted)
+        rows, columns = importance.factors((n, k), weighted.dtype, weighted.device)
         weighted = weighted * rows.unsqueeze(1) * columns
         return layer_spectrum(name, weighted, rank, importance.stake(weighted))
     except (TypeError, ValueError, RuntimeError) as error:
