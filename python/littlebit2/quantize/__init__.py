@@ -9,6 +9,7 @@ from .allocate import (
     predicted_error,
     ranks_for_energy,
 )
+from .batching import batch_key, batch_size, in_batches
 from .binary_path import BinaryPath
 from .budget import counted_bpw, planned_stored_bpw, rank_for_bpw, smallest_bpw, stored_bpw
 from .config import QuantConfig
@@ -67,12 +68,15 @@ __all__ = [
     "admm",
     "allocate_ranks",
     "analyze_weight",
+    "batch_key",
+    "batch_size",
     "check_patterns",
     "collect_importance",
     "counted_bpw",
     "dual_svid",
     "energy_share",
     "importance_tensors",
+    "in_batches",
     "is_partial",
     "is_selected",
     "joint_itq",

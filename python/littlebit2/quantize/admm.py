@@ -34,8 +34,8 @@ def admm(target: torch.Tensor | Target, path: BinaryPath, iterations: int) -> No
     bits.
 
     The layers of a batch do not see each other. Beside ``target``, both duals (in half precision where a
-    factor has more than :data:`.EXPANDED_ENTRIES` entries), two ``R x R`` matrices and chunks of a few hundred
-    columns are held, for each layer.
+    factor has more than :data:`.EXPANDED_ENTRIES` entries), two ``R x R`` matrices and chunks of a few
+    hundred columns are held, for each layer.
 
     Args:
         target: ``[N, K]`` or, for a batch, ``[B, N, K]``; float32 or float64, magnitude about 1.

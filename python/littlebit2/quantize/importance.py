@@ -54,7 +54,8 @@ class Importance:
             ValueError: a weight has another shape, is negative, NaN or infinite, or all of them are zero.
         """
         like = torch.empty(0, dtype=dtype, device=device)
-        return _factor("outputs", self.outputs, shape[0], like), _factor("inputs", self.inputs, shape[1], like)
+        rows, columns = shape
+        return _factor("outputs", self.outputs, rows, like), _factor("inputs", self.inputs, columns, like)
 
     def stake(self, weighted: torch.Tensor) -> float:
         """Return what losing the whole of a layer would cost: with both sides known, in units of the loss.

@@ -159,16 +159,18 @@ def quantize_weight(
 def quantize_together(layers: Sequence[DenseLayer]) -> list[QuantizedLayer]:
     """Quantise layers of one shape and configuration in a batch; each comes out as it would alone.
 
-    A weight is loaded for its layer alone, and again where keeping it would take more memory. Steps of ADMM and
-    of refinement are done for all layers at once; decompositions, rotations and turns between several
+    A weight is loaded for its layer alone, and again where keeping it would take more memory. Steps of ADMM
+    and of refinement are done for all layers at once; decompositions, rotations and turns between several
     paths one layer after the other.
 
     Args:
-        layers: at least one; with several, shapes, devices and configurations are equal but for seeds, and ranks
+        layers: at least one; with several, shapes, devices and configurations are equal but for seeds, and
+        ranks
             are settled (:func:`.layer_config`).
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`quantize_weight`, and what a ``load`` raises; the message
+        TypeError, ValueError, RuntimeError: as :func:`quantize_weight`, and what a ``load`` raises; the
+        message
             names the layer where it has a name.
     """
     for layer in layers:

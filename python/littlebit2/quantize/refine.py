@@ -105,8 +105,8 @@ def _refit_latent(latent: torch.Tensor, system: torch.Tensor, explained: torch.T
     """Multiply ``latent`` by the least-squares factors; return the energies ``[B]`` gained.
 
     The error as a function of the factors ``x`` is ``x^T H x - 2 x^T e`` and a constant. A ridge towards the
-    present ``x = 1`` shortens the step and so never makes the error rise. A system that is zero or singular in
-    spite of it leaves its layer as it is.
+    present ``x = 1`` shortens the step and so never makes the error rise. A system that is zero or singular
+    in spite of it leaves its layer as it is.
     """
     slope = explained - system.sum(2)
     diagonal = system.diagonal(dim1=1, dim2=2)

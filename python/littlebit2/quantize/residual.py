@@ -24,8 +24,8 @@ class Residual:
     """The weight at a magnitude of about 1, times its importance, less the paths made so far.
 
     It can be let go while a step does not need it, and is then loaded and worked out again: beside the
-    factors of an SVD it would be what takes most memory. As long as nothing was subtracted, a large weight of 16
-    bits stays as it is and is read by blocks.
+    factors of an SVD it would be what takes most memory. As long as nothing was subtracted, a large weight of
+    16 bits stays as it is and is read by blocks.
 
     Args:
         load: returns the ``[N, K]`` weight, which may be overwritten.
@@ -127,6 +127,7 @@ class Residual:
         if not self._weighted:
             return self.paths
         return [unweighted(path, self.rows, self.columns) for path in self.paths]
+
 
 def unweighted(path: PackedPath, rows: torch.Tensor, columns: torch.Tensor) -> PackedPath:
     """Return a path of the weighted weight as one of the weight itself."""

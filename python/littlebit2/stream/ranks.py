@@ -34,7 +34,7 @@ def allocation_of(
     config: QuantConfig,
     importance: Mapping[str, Importance],
     load: Callable[[Job], torch.Tensor],
-    run: Callable[[list[Job], Callable[[Job], None]], None],
+    run: Callable[[Sequence[tuple[Job, ...]], Callable[[Sequence[Job]], None]], None],
 ) -> dict[str, RankAllocation]:
     """Return the ranks of every layer, by name, in every process.
 
@@ -45,7 +45,7 @@ def allocation_of(
         config: of the model.
         importance: by layer name.
         load: returns the weight of a layer.
-        run: runs a function on this process's layers, as ``run_jobs`` does.
+        run: runs a function on this process's layers, in batches, as ``run_jobs`` does.
 
     Raises:
         TypeError, ValueError: a weight cannot be measured; the message names the layer.
@@ -56,12 +56,13 @@ def allocation_of(
     if known is None:
         mine: dict[str, LayerSpectrum] = {}
 
-        def measure(job: Job) -> None:
-            name = job.source.name
-            mine[name] = spectrum_of(name, load(job), config, importance.get(name))
+        def measure(batch: Sequence[Job]) -> None:
+            for job in batch:
+                name = job.source.name
+                mine[name] = spectrum_of(name, load(job), config, importance.get(name))
 
         def measure_share() -> dict[str, LayerSpectrum]:
-            run(share_out(jobs, group.size)[group.rank], measure)
+            run([(job,) for job in share_out(jobs, group.size)[group.rank]], measure)
             return mine
 
         spectra = {name: found for part in group.collect(measure_share) for name, found in part.items()}
