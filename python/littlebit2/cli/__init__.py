@@ -1,4 +1,4 @@
-"""The command line: ``littlebit2 quantize | convert | inspect | plan | generate | synthesize | bench``.
+"""The command line: ``littlebit2 quantize | calibrate | convert | inspect | plan | ...``.
 
 Torch and transformers are imported by the subcommand that needs them, not for ``--help``.
 """
@@ -11,12 +11,12 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from . import bench, convert, generate, inspect, plan, quantize, synthesize
+from . import bench, calibrate, convert, generate, inspect, plan, quantize, synthesize
 from .common import FAILED, INTERRUPTED, note, one_line
 
 __all__ = ["main"]
 
-_COMMANDS = (quantize, convert, inspect, plan, generate, synthesize, bench)
+_COMMANDS = (quantize, calibrate, convert, inspect, plan, generate, synthesize, bench)
 
 _EPILOG = """\
 examples:
