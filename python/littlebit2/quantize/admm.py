@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ._numeric import cholesky_in_place
 from .binary_path import BinaryFactor, BinaryPath, gram, project
 from .target import Target, as_target
 
@@ -34,7 +35,7 @@ def admm(target: torch.Tensor | Target, path: BinaryPath, iterations: int) -> No
     bits.
 
     The layers of a batch do not see each other. Beside ``target``, both duals (in half precision where a
-    factor has more than :data:`.EXPANDED_ENTRIES` entries), two ``R x R`` matrices and chunks of a few
+    factor has more than :data:`.EXPANDED_ENTRIES` entries), one ``R x R`` matrix and chunks of a few
     hundred columns are held, for each layer.
 
     Args:
@@ -88,6 +89,7 @@ class _Side:
             magnitudes += absolute.mul_(scale.unsqueeze(1)).sum(2)
             self.factor.set_signs(entries, moved)
             _store(self.dual[:, :, entries], moved)
+            del moved, absolute  # before the next ones are made
         energy = self.factor.scale.square().sum(1, keepdim=True)
         self.latent = magnitudes / torch.where(energy > 0, energy, 1)
         for entries in self.factor.chunks():
@@ -105,8 +107,9 @@ def _regularised_inverse(system: torch.Tensor, penalty: float) -> tuple[torch.Te
     rho = penalty * diagonal.mean(1, keepdim=True)
     rho = torch.where(rho > 0, rho, 1)  # the other factor is zero: nothing moves
     diagonal += rho
-    lower, _ = torch.linalg.cholesky_ex(system)
-    return torch.cholesky_inverse(lower), rho.unsqueeze(2)
+    inverse, _ = cholesky_in_place(system)
+    torch.cholesky_inverse(inverse, out=inverse)
+    return inverse, rho.unsqueeze(2)
 
 
 def _store(dual: torch.Tensor, values: torch.Tensor) -> None:

@@ -9,7 +9,14 @@ import torch
 from littlebit2_kernels.format import WORD_BITS, PackedPath
 from littlebit2_kernels.packing import pack_signs, unpack_signs
 
-__all__ = ["CHUNK", "EXPANDED_ENTRIES", "BinaryFactor", "BinaryPath"]
+__all__ = [
+    "EXPANDED_ENTRIES",
+    "BinaryFactor",
+    "BinaryPath",
+    "chunk_columns",
+    "gram",
+    "project",
+]
 
 #: Columns of a large factor expanded at a time; a multiple of the word size, small enough for a processor's
 #: cache.
@@ -47,7 +54,7 @@ class BinaryFactor:
     def chunks(self) -> Iterator[slice]:
         """Yield slices of the ``n`` entries to work on at a time."""
         size = self.scale.shape[1]
-        step = size if self.is_small else CHUNK
+        step = size if self.is_small else chunk_columns(self._words.shape[1])
         for start in range(0, size, step):
             yield slice(start, min(start + step, size))
 
@@ -235,6 +242,11 @@ def _words_by_latents(path: PackedPath) -> torch.Tensor:
         rows = slice(start, min(start + CHUNK, path.out_features))
         words[:, _words(rows)] = pack_signs(unpack_signs(path.u[rows], path.rank, torch.int8).T)
     return words
+
+
+def chunk_columns(rank: int) -> int:
+    """Return how many columns are expanded at a time: 2 MB in float32 at most, but no fewer than 256."""
+    return max(CHUNK // 2, min(CHUNK, 2**19 // rank // WORD_BITS * WORD_BITS))
 
 
 def _words(entries: slice) -> slice:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .binary_path import CHUNK, EXPANDED_ENTRIES
+from .binary_path import EXPANDED_ENTRIES, chunk_columns
 from .partial_svd import is_partial
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def working_bytes(in_features: int, out_features: int, config: QuantConfig) -> i
     steps = config.steps_for(k, n, config.ranks)
     weight, factors, system = size * k * n, size * rank * (k + n), size * rank**2
     expanded = rank * max(k, n) <= EXPANDED_ENTRIES
-    chunk = size * rank * (max(k, n) if expanded else min(CHUNK, max(k, n)))
+    chunk = size * rank * (max(k, n) if expanded else min(chunk_columns(rank), max(k, n)))
     signs = factors if expanded else factors // (8 * size)
     peaks = [weight + 2 * k * n]  # a 16-bit source while it is copied; a float32 one is worked on in place
     if steps.method != "admm" or config.admm_start != "random":
@@ -41,8 +41,8 @@ def working_bytes(in_features: int, out_features: int, config: QuantConfig) -> i
         if steps.method != "dual-svid":
             peaks.append(factors + 7 * system)  # the weight is let go meanwhile
     if steps.refine_rounds:
-        peaks.append(weight + signs + 4 * system + 5 * chunk)
+        peaks.append(weight + signs + 2 * system + 5 * chunk)
     if steps.admm_iterations:
         duals = factors if expanded or size > 4 else factors // 2
-        peaks.append(weight + signs + duals + 2 * system + 5 * chunk)
+        peaks.append(weight + signs + duals + system + 6 * chunk)
     return max(peaks)

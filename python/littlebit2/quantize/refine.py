@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from ._numeric import cholesky_in_place
 from .binary_path import BinaryPath, gram, project
 from .sign_descent import descend
 from .target import Target, as_target
@@ -25,7 +26,7 @@ def refine(
     """Improve ``path`` in place as an approximation of a target.
 
     One round does, for the outputs and then for the inputs: best scale; one sweep of coordinate descent on
-    the signs; best scale; best ``latent_scale`` (an ``R x R`` system, by Cholesky). Beside ``target``, three
+    the signs; best scale; best ``latent_scale`` (an ``R x R`` system, by Cholesky). Beside ``target``, two
     ``R x R`` matrices and chunks of a few hundred columns are held, for each layer.
 
     Args:
@@ -86,6 +87,7 @@ def _refit(target: Target, path: BinaryPath, axis: int) -> torch.Tensor:
         signs.mul_(scale.unsqueeze(1))
         system.baddbmm_(signs, signs.mT)
         explained += projection.mul_(signs).sum(2)
+        del projection, signs  # before the next ones are made
     system.mul_(lengths)
     del lengths
     return energy + _refit_latent(path.latent, system, explained)
@@ -113,7 +115,7 @@ def _refit_latent(latent: torch.Tensor, system: torch.Tensor, explained: torch.T
     ridge = _RIDGE * diagonal.mean(1, keepdim=True)
     usable = ridge > 0
     diagonal += torch.where(usable, ridge, 1)
-    lower, info = torch.linalg.cholesky_ex(system)
+    lower, info = cholesky_in_place(system)
     step = torch.cholesky_solve(slope.unsqueeze(2), lower).squeeze(2)
     step = torch.where(usable & (info == 0).unsqueeze(1), step, 0)
     latent.mul_(step + 1)
