@@ -67,8 +67,8 @@ def test_names_are_those_of_the_checkpoint(family: str, text: Path, tmp_path: Pa
     path = save_model(family, tmp_path / "dense")
     done = calibrate(path, [text], tmp_path / "out", tokens=60, progress=False)
     assert not [name for name in done.missing if "pooler" not in name]
-    assert main(["quantize", str(path), str(tmp_path / "q"), "--ranks", "8", "--method", "dual-svid", "--quiet",
-                 "--importance", str(tmp_path / "out")]) == 0  # fmt: skip
+    options = ["--ranks", "8", "--method", "dual-svid", "--quiet", "--importance", str(tmp_path / "out")]
+    assert main(["quantize", str(path), str(tmp_path / "q"), *options]) == 0
 
 
 def test_the_command_writes_what_quantize_and_plan_read(

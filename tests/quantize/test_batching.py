@@ -92,6 +92,17 @@ def test_errors_name_the_layer_of_a_batch() -> None:
         quantize_together(layers)
 
 
+def test_batches_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="layers must hold at least one layer, got none"):
+        quantize_together([])
+    one, two = (DenseLayer(lambda: torch.ones(8, 8), QuantConfig(ranks=(rank,))) for rank in (8, 16))
+    with pytest.raises(ValueError, match="must have equal configurations but for seeds"):
+        quantize_together([one, two])
+    unsettled = DenseLayer(lambda: torch.ones(8, 8), QuantConfig(energy=0.9))
+    with pytest.raises(ValueError, match="layers of a batch must have settled ranks"):
+        quantize_together([unsettled, unsettled])
+
+
 def test_batches_hold_one_kind_in_order() -> None:
     batches = in_batches("abacbbaa", lambda letter: letter, lambda letter: 1 if letter == "c" else 3)
     assert batches == [("a", "a", "a"), ("b", "b", "b"), ("c",), ("a",)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -173,8 +173,14 @@ def quantize_together(layers: Sequence[DenseLayer]) -> list[QuantizedLayer]:
         message
             names the layer where it has a name.
     """
+    if not layers:
+        raise ValueError("layers must hold at least one layer, got none")
     for layer in layers:
         _check_config(layer.config)
+        if replace(layer.config, seed=0) != replace(layers[0].config, seed=0):
+            raise ValueError("layers of a batch must have equal configurations but for seeds")
+    if len(layers) > 1 and layers[0].config.ranks is None:
+        raise ValueError("layers of a batch must have settled ranks, got a configuration with none")
     config = layers[0].config
     residuals, biases = [], []
     for layer in layers:
