@@ -1,4 +1,4 @@
-"""Layers that share their input as one call: ``grouped_linear``, and ``fuse_linears`` for modules in place."""
+"""Layers that share their input as one call: ``grouped_linear``, and ``fuse_linears`` for modules."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def unfuse_linears(modules: Sequence[LittleBitLinear]) -> None:
             member._group = None
 
 
-def _needs_its_own(x: torch.Tensor) -> bool:
+def _needs_its_own(x: Any) -> bool:
     if not isinstance(x, torch.Tensor):
         return True
     if torch.is_grad_enabled() and x.requires_grad:

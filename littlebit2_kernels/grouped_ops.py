@@ -110,8 +110,8 @@ def _refuse_gradients_of_biases(bias: Sequence[torch.Tensor | None]) -> None:
     for index, one in enumerate(bias):
         if one is not None and one.requires_grad:
             raise RuntimeError(
-                f"bias[{index}] requires a gradient, but littlebit2::grouped_linear and grouped_linear_prepacked "
-                "are differentiable in x only: call the layers one by one"
+                f"bias[{index}] requires a gradient, but the operators on several layers are "
+                "differentiable in x only: call the layers one by one"
             )
 
 

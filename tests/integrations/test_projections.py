@@ -108,7 +108,8 @@ def test_cross_attention_goes_alone() -> None:
         for _ in range(3):
             assert torch.equal(model(ids, decoder_input_ids=ids[:, :5]).last_hidden_state, alone)
     kinds = {name: m._group.together for name, m in model.named_modules() if name.endswith("k_proj")}
-    assert kinds == {name: "encoder_attn" not in name for name in kinds} and len(kinds) == 3
+    assert kinds == {name: "encoder_attn" not in name for name in kinds}
+    assert len(kinds) == 3
 
 
 def test_compiled_step_calls_the_grouped_operator(path: Path) -> None:
@@ -128,4 +129,5 @@ def test_compiled_step_calls_the_grouped_operator(path: Path) -> None:
         logits = compiled(ids, use_cache=False).logits
     torch.testing.assert_close(logits, alone, rtol=1e-5, atol=1e-5)
     grouped = [name for name in found if "grouped_linear_prepacked" in name]
-    assert len(grouped) == 4 and len(found) == 4 + 4  # two layers of q/k/v, o, gate/up and down
+    assert len(grouped) == 4
+    assert len(found) == 4 + 4

@@ -82,7 +82,8 @@ def test_one_call_with_the_same_results(
         for tokens in (0, 1, 6):
             x = torch.randn(tokens, K, generator=rng).to(dtype)
             assert _same(model(x), _alone(model, x))
-    assert calls == [3, 3, 3] and group.together
+    assert calls == [3, 3, 3]
+    assert group.together
 
 
 def test_the_order_of_calls_is_free(model: Projections, rng: torch.Generator, calls: list[int]) -> None:
@@ -111,11 +112,13 @@ def test_different_inputs_are_noticed(model: Projections, rng: torch.Generator, 
         a, b = torch.randn(2, K, generator=rng), torch.randn(2, K, generator=rng)
         alone = _alone(model, a)[:1] + _alone(model, b)[1:]
         assert _same([model.q(a), model.k(b), model.v(b)], alone)
-    assert calls == [3] and not group.together
+    assert calls == [3]
+    assert not group.together
     for _ in range(3):
         x = torch.randn(2, K, generator=rng)
         assert _same(model(x), _alone(model, x))
-    assert calls == [3, 3, 3] and group.together
+    assert calls == [3, 3, 3]
+    assert group.together
 
 
 def test_the_same_layer_twice(model: Projections, rng: torch.Generator) -> None:
@@ -167,7 +170,8 @@ def test_layers_of_several_kinds_go_alone(model: Projections, rng: torch.Generat
     model.v.unpack_()
     model.v.auto_prepack = False
     assert _same(model(x), [*_alone(model, x)[:2], littlebit_linear(x, model.v.packed)])
-    assert calls == [] and group.together
+    assert calls == []
+    assert group.together
     model.v.prepack_()
     assert _same(model(x), _alone(model, x))
     assert calls == [3]
@@ -181,7 +185,8 @@ def test_new_weights_are_used(model: Projections, rng: torch.Generator, calls: l
     model.load_state_dict(other.state_dict())
     model(x)
     calls.clear()
-    assert _same(model(x), _alone(other, x)) and calls == [3]
+    assert _same(model(x), _alone(other, x))
+    assert calls == [3]
 
 
 def test_bad_input_is_the_layers_to_refuse(model: Projections, rng: torch.Generator) -> None:
@@ -250,7 +255,8 @@ def test_compile_with_different_inputs_settles(model: Projections, rng: torch.Ge
         for _ in range(6):
             a, b = torch.randn(2, K, generator=rng), torch.randn(2, K, generator=rng)
             assert _same(compiled(a, b), _alone(model, a)[:1] + _alone(model, b)[1:])
-    assert counter.frame_count <= 2 and not group.together
+    assert counter.frame_count <= 2
+    assert not group.together
 
 
 def test_threads_get_their_own_results(model: Projections, rng: torch.Generator) -> None:
@@ -261,9 +267,7 @@ def test_threads_get_their_own_results(model: Projections, rng: torch.Generator)
     wrong: list[int] = []
 
     def work(index: int) -> None:
-        for _ in range(200):
-            if not _same(model(inputs[index]), expected[index]):
-                wrong.append(index)
+        wrong.extend(index for _ in range(200) if not _same(model(inputs[index]), expected[index]))
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
     for thread in threads:
@@ -277,20 +281,25 @@ def test_nothing_is_kept_once_all_have_been_called(model: Projections) -> None:
     group = fuse_linears(model.layers, on_cpu=True)
     for _ in range(2):
         model(torch.zeros(1, K))
-        assert group._pending is None and group._seen is None
+        assert group._pending is None
+        assert group._seen is None
 
 
 def test_fusing_again_and_unfusing(model: Projections, rng: torch.Generator, calls: list[int]) -> None:
     first = fuse_linears(model.layers, on_cpu=True)
     second = fuse_linears(model.layers[:2], on_cpu=True)
-    assert model.v._group is None and model.q._group is second and first is not second
+    assert model.v._group is None
+    assert model.q._group is second
+    assert first is not second
     x = torch.randn(2, K, generator=rng)
     model(x)
     calls.clear()
-    assert _same(model(x), _alone(model, x)) and calls == [2]
+    assert _same(model(x), _alone(model, x))
+    assert calls == [2]
     unfuse_linears([model.q])
     assert model.k._group is None
-    assert _same(model(x), _alone(model, x)) and calls == [2]
+    assert _same(model(x), _alone(model, x))
+    assert calls == [2]
 
 
 def test_bad_modules(rng: torch.Generator) -> None:

@@ -55,7 +55,8 @@ def test_equals_the_layers_one_by_one(
         together = grouped_linear(x, kind)
         assert len(together) == len(layers)
         for y, layer in zip(together, kind, strict=True):
-            assert y.dtype == dtype and torch.equal(y, littlebit_linear(x, layer))
+            assert y.dtype == dtype
+            assert torch.equal(y, littlebit_linear(x, layer))
 
 
 def test_random_groups(rng: torch.Generator) -> None:
@@ -70,7 +71,8 @@ def test_random_groups(rng: torch.Generator) -> None:
 def test_leading_dimensions_and_strides(layers: list[PackedLinear], rng: torch.Generator) -> None:
     x = torch.randn(2, 100, 3, generator=rng).transpose(1, 2)
     for y, layer in zip(grouped_linear(x, layers), layers, strict=True):
-        assert y.shape == (2, 3, layer.out_features) and torch.equal(y, littlebit_linear(x, layer))
+        assert y.shape == (2, 3, layer.out_features)
+        assert torch.equal(y, littlebit_linear(x, layer))
 
 
 def test_opcheck(layers: list[PackedLinear], rng: torch.Generator) -> None:

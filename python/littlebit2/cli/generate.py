@@ -39,8 +39,8 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--step",
         choices=("eager", "compile", "graph"),
-        help="run steps with a static cache and without the model library's loop: as they are, compiled, or as "
-        "one CUDA graph (GPU only)",
+        help="run steps with a static cache and without the model library's loop: as they are, compiled, or "
+        "as one CUDA graph (GPU only)",
     )
     parser.add_argument(
         "--ignore-eos", action="store_true", help="go on to --max-new-tokens, for speed tests"

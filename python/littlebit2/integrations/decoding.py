@@ -1,7 +1,7 @@
 """``StaticDecoder``: tokens one after another through a cache of fixed size, each step the same work.
 
-A step of a packed model is many short kernels: on a GPU it takes as long as they take to be launched. With all
-tensors at fixed addresses it can be captured once, as a CUDA graph, and replayed.
+A step of a packed model is many short kernels: on a GPU it takes as long as they take to be launched. With
+all tensors at fixed addresses it can be captured once, as a CUDA graph, and replayed.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ STEPS = ("eager", "compile", "graph")
 class StaticDecoder:
     """Feeds a causal language model token by token, with keys and values in a cache of fixed size.
 
-    The decoder serves one prompt (of ``rows`` equally long rows) at a time; :meth:`prefill` begins the next one.
-    What it captured or compiled stays good for that.
+    The decoder serves one prompt (of ``rows`` equally long rows) at a time; :meth:`prefill` begins the next
+    one. What it captured or compiled stays good for that.
 
     Args:
         model: a causal language model of transformers, in evaluation mode, on one device.
@@ -34,8 +34,8 @@ class StaticDecoder:
         step: one of :data:`STEPS`.
 
     Raises:
-        ValueError: an argument is out of range, the model has no such cache, or ``step="graph"`` and the model
-            is not on a CUDA device or its cache keeps account in Python (sliding windows do).
+        ValueError: an argument is out of range, or ``step="graph"`` and the model is not on a CUDA device or
+            its cache keeps account in Python (sliding windows do).
     """
 
     def __init__(
@@ -132,7 +132,8 @@ class StaticDecoder:
     def _captured(self) -> Callable[[], None]:
         """A step from ``_tokens`` to ``_logits`` and the cache, to be replayed."""
         self._logits = self._forward(self._tokens)  # its shape, and whatever is made at first use
-        counts = [layer.cumulative_length for layer in self._cache.layers]
+        layers: Any = self._cache.layers  # all of one kind: _check_counts
+        counts = [layer.cumulative_length for layer in layers]
         before = [count - 1 for count in counts]
 
         def restore() -> None:

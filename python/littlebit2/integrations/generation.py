@@ -180,7 +180,8 @@ def _by_steps(
         if warpers is None:
             token = scores.argmax(-1)
         else:
-            token = torch.multinomial(warpers(prompt_ids, scores).softmax(-1), 1)[:, 0]
+            warp: Any = warpers  # typed as if there were other tensors
+            token = torch.multinomial(warp(prompt_ids, scores).softmax(-1), 1)[:, 0]
         new.append(int(token))
         clock.put(token)
         if len(new) == max_new_tokens or new[-1] in stops:
