@@ -26,8 +26,8 @@ double mode_tolerance(lb2_activation activation, int64_t outputs) {
   return many * (1.0 + 3.0 / std::sqrt(static_cast<double>(std::max<int64_t>(outputs, 1))));
 }
 
-// Calls the layer on the host, on the GPU that the plan was made for; the workspace starts as NaN.
-bool forward(lb2_linear_args args, const lb2_cuda_plan& plan, lb2::cuda::Order order) {
+// Calls the layers on the host, on the GPU that the plan was made for; the workspace starts as NaN.
+bool forward(std::vector<lb2_linear_args> layers, const lb2_cuda_plan& plan, lb2::cuda::Order order) {
   lb2::cuda::host::Runtime& gpu = lb2::cuda::host::runtime();
   gpu.capability = static_cast<int>(plan.device.capability);
   gpu.multiprocessors = static_cast<int>(plan.device.multiprocessors);
@@ -39,36 +39,46 @@ bool forward(lb2_linear_args args, const lb2_cuda_plan& plan, lb2::cuda::Order o
   const Buffer workspace(plan.workspace_bytes, false);
   std::memset(workspace.data, 0xFF, static_cast<size_t>(plan.workspace_bytes));
   // A call that needs no workspace may pass none.
-  args.workspace = plan.workspace_bytes > 0 ? workspace.data : nullptr;
-  args.workspace_bytes = plan.workspace_bytes;
-  const size_t element = args.dtype == LB2_FLOAT32 ? 4 : 2;
+  layers[0].workspace = plan.workspace_bytes > 0 ? workspace.data : nullptr;
+  layers[0].workspace_bytes = plan.workspace_bytes;
   gpu.launches.clear();
   gpu.round = static_cast<size_t>(plan.num_launches);
   gpu.written = {{workspace.data, static_cast<size_t>(plan.workspace_bytes)}};
-  if (args.m > 0) {
+  gpu.layer.clear();
+  for (const lb2_linear_args& args : layers) {
+    const size_t element = args.dtype == LB2_FLOAT32 ? 4 : 2;
     const auto bytes = [&](int64_t stride, int64_t cols) {
       return static_cast<size_t>((args.m - 1) * stride + cols) * element;
     };
-    gpu.written.push_back({args.input, bytes(args.input_stride, args.k)});
-    gpu.written.push_back({args.output, bytes(args.output_stride, args.n)});
+    if (args.m > 0 && &args == layers.data())
+      gpu.written.push_back({args.input, bytes(args.input_stride, args.k)});
+    if (args.m > 0) gpu.written.push_back({args.output, bytes(args.output_stride, args.n)});
+    for (int64_t p = 0; p < args.num_paths; ++p) {
+      const lb2_path& path = args.paths[p];
+      gpu.layer.push_back({path.v, static_cast<size_t>(lb2_words_per_row(args.k)) * 4});
+      gpu.layer.push_back({path.in_scale, static_cast<size_t>(args.k) * 4});
+      gpu.layer.push_back({path.out_scale, static_cast<size_t>(args.n) * 4});
+    }
   }
-  gpu.layer.clear();
-  for (int64_t p = 0; p < args.num_paths; ++p) {
-    const lb2_path& path = args.paths[p];
-    gpu.layer.push_back({path.v, static_cast<size_t>(lb2_words_per_row(args.k)) * 4});
-    gpu.layer.push_back({path.in_scale, static_cast<size_t>(args.k) * 4});
-    gpu.layer.push_back({path.out_scale, static_cast<size_t>(args.n) * 4});
-  }
-  if (lb2_linear_forward_cuda(&args, &plan, nullptr) == LB2_OK) return true;
+  const lb2_status status =
+      layers.size() == 1
+          ? lb2_linear_forward_cuda(layers.data(), &plan, nullptr)
+          : lb2_grouped_forward_cuda(layers.data(), static_cast<int64_t>(layers.size()), &plan, nullptr);
+  if (status == LB2_OK) return true;
   std::fprintf(stderr, "%s\n", lb2_last_error());
   return false;
 }
 
-lb2_cuda_plan make_plan(const lb2_linear_args& args, lb2_activation activation, const lb2_cuda_device& device,
-                        const lb2_cuda_tuning* tuning) {
+lb2_cuda_plan make_plan(const std::vector<lb2_linear_args>& layers, lb2_activation activation,
+                        const lb2_cuda_device& device, const lb2_cuda_tuning* tuning) {
   lb2_cuda_plan plan = {};
   plan.struct_size = sizeof plan;
-  if (lb2_linear_plan_cuda(&args, activation, &device, tuning, &plan) == LB2_OK) return plan;
+  const lb2_status status =
+      layers.size() == 1
+          ? lb2_linear_plan_cuda(layers.data(), activation, &device, tuning, &plan)
+          : lb2_grouped_plan_cuda(layers.data(), static_cast<int64_t>(layers.size()), activation, &device,
+                                  tuning, &plan);
+  if (status == LB2_OK) return plan;
   std::fprintf(stderr, "plan: %s\n", lb2_last_error());
   std::abort();
 }
@@ -144,43 +154,61 @@ Case random_case() {
   return result;
 }
 
+// One layer, or every third time several on the input of the first.
 bool run_problem(int index, int only_mode) {
-  Problem problem(false, 4, 1200, 4700);
+  std::vector<Problem> problems;
+  problems.reserve(3);
+  problems.emplace_back(false, 4, 1200, 4700);
+  const size_t count = problems[0].num_paths <= 3 && index % 3 == 2 ? 2 + engine() % 2 : 1;
+  while (problems.size() < count) problems.emplace_back(false, 4, 96, 0, problems.data());
   Case chosen = random_case();
   if (only_mode > 0) chosen.activation = only_mode;
-  lb2_linear_args args = problem.layer_args();
-  args.m = problem.m;
-  args.bias = problem.bias_data();
-  args.input = problem.input.data;
-  args.input_stride = problem.input_stride;
-  args.output_stride = problem.output_stride;
-  args.dtype = problem.dtype;
+  std::vector<lb2_linear_args> layers;
+  for (Problem& problem : problems) {
+    lb2_linear_args args = problem.layer_args();
+    args.m = problem.m;
+    args.bias = problem.bias_data();
+    args.input = problems[0].input.data;
+    args.input_stride = problem.input_stride;
+    args.output_stride = problem.output_stride;
+    args.dtype = problem.dtype;
+    layers.push_back(args);
+    if (chosen.activation == LB2_ACTIVATION_SIGN) expect_signs(problem);
+  }
+  const Problem& first = problems[0];
   const int64_t slices =
-      problem.single_stage ? 1 : (problem.k + lb2::cuda::kSliceCols - 1) / lb2::cuda::kSliceCols;
+      first.single_stage ? 1 : (first.k + lb2::cuda::kSliceCols - 1) / lb2::cuda::kSliceCols;
   chosen.tuning.splits = static_cast<int32_t>(std::min<int64_t>(chosen.tuning.splits, slices));
-  const lb2_cuda_plan plan = make_plan(args, chosen.activation, chosen.device, &chosen.tuning);
-  if (chosen.activation == LB2_ACTIVATION_SIGN) expect_signs(problem);
-  const size_t output_bytes = static_cast<size_t>(problem.output_elements() * problem.element);
-  std::vector<char> first_result;
+  const lb2_cuda_plan plan = make_plan(layers, chosen.activation, chosen.device, &chosen.tuning);
+  std::vector<std::vector<char>> first_results(count);
   for (const auto order :
        {lb2::cuda::Order::kForward, lb2::cuda::Order::kReverse, lb2::cuda::Order::kShuffled}) {
-    const Buffer output = copy_out(std::vector<char>(output_bytes, 0x5A), false);
-    args.output = output.data;
-    if (!forward(args, plan, order)) return false;
-    const double error = problem.error_of(output.data);
-    if (!(error <= tolerance(problem.dtype) + mode_tolerance(chosen.activation, problem.m * problem.n))) {
-      std::fprintf(stderr, "problem %d: activation %d on sm_%d with %d SMs: relative error %.2e\n", index,
-                   static_cast<int>(chosen.activation), static_cast<int>(chosen.device.capability),
-                   static_cast<int>(chosen.device.multiprocessors), error);
-      problem.describe();
-      return false;
+    std::vector<Buffer> outputs;
+    for (size_t i = 0; i < count; ++i) {
+      const size_t bytes = static_cast<size_t>(problems[i].output_elements() * problems[i].element);
+      outputs.push_back(copy_out(std::vector<char>(bytes, 0x5A), false));
+      layers[i].output = outputs[i].data;
     }
-    const std::vector<char> result(output.data, output.data + output_bytes);
-    if (first_result.empty()) first_result = result;
-    if (result != first_result) {
-      std::fprintf(stderr, "problem %d: the order of threads and blocks changes the result\n", index);
-      problem.describe();
-      return false;
+    if (!forward(layers, plan, order)) return false;
+    for (size_t i = 0; i < count; ++i) {
+      const Problem& problem = problems[i];
+      const double error = problem.error_of(outputs[i].data);
+      if (!(error <= tolerance(problem.dtype) + mode_tolerance(chosen.activation, problem.m * problem.n))) {
+        std::fprintf(stderr, "problem %d: layer %zu of %zu, activation %d on sm_%d with %d SMs: relative error %.2e\n",
+                     index, i, count, static_cast<int>(chosen.activation),
+                     static_cast<int>(chosen.device.capability),
+                     static_cast<int>(chosen.device.multiprocessors), error);
+        problem.describe();
+        return false;
+      }
+      const std::vector<char> result(outputs[i].data,
+                                     outputs[i].data + problem.output_elements() * problem.element);
+      if (first_results[i].empty()) first_results[i] = result;
+      if (result != first_results[i]) {
+        std::fprintf(stderr, "problem %d: the order of threads and blocks changes the result\n", index);
+        problem.describe();
+        return false;
+      }
     }
   }
   return true;
@@ -231,8 +259,8 @@ struct Setup {
     args.input_stride = k;
     args.output = y.data();
     args.output_stride = n;
-    const lb2_cuda_plan plan = make_plan(args, activation, h200, nullptr);
-    if (!forward(args, plan, lb2::cuda::Order::kForward)) std::abort();
+    const lb2_cuda_plan plan = make_plan({args}, activation, h200, nullptr);
+    if (!forward({args}, plan, lb2::cuda::Order::kForward)) std::abort();
     return y;
   }
 };
