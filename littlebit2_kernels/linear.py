@@ -6,7 +6,7 @@ import copy
 import os
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -26,9 +26,6 @@ from .state import (
     path_suffix,
     portable_name,
 )
-
-if TYPE_CHECKING:
-    from .fusion import LinearGroup
 
 __all__ = ["LittleBitLinear", "WeightPacker"]
 
@@ -54,6 +51,15 @@ class WeightPacker(Protocol):
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
         """Quantise ``weight`` ``[N, K]`` and an optional ``bias`` ``[N]`` to a packed layer."""
         ...
+
+
+class _Group(Protocol):
+    """Layers that are computed together: ``littlebit2_kernels.LinearGroup``, which knows this module."""
+
+    members: tuple[LittleBitLinear, ...]
+    on_cpu: bool
+
+    def take(self, member: LittleBitLinear, x: torch.Tensor) -> torch.Tensor | None: ...
 
 
 class LittleBitLinear(nn.Module):
@@ -96,7 +102,7 @@ class LittleBitLinear(nn.Module):
 
     auto_prepack: bool
     #: Layers that are computed together with this one (:func:`littlebit2_kernels.fuse_linears`).
-    _group: LinearGroup | None = None
+    _group: _Group | None = None
 
     def __init__(
         self,

@@ -1,11 +1,11 @@
 // The decode kernel: signs [rows, cols] times the activations of up to 16 tokens.
 //
-// A block owns 16 * row_warps rows of one group, one part of its columns and one tile of tokens. The slices of
-// its columns, of all terms of the group one after another, are its items. It brings their activations into shared memory
-// chunk by chunk (convert.h), then multiplies: warp (row, split) takes 16 rows and every split_warps-th item,
-// with the words of its next two items in flight. At the end, the partial sums of a row's warps meet in
-// shared memory and are added in order. Which items a warp adds, and in which order, depends on the layer
-// alone: results do not depend on the number of tokens, and no atomics are used.
+// A block owns 16 * row_warps rows of one group, one part of its columns and one tile of tokens. The slices
+// of its columns, of all terms of the group one after another, are its items. It brings their activations
+// into shared memory chunk by chunk (convert.h), then multiplies: warp (row, split) takes 16 rows and every
+// split_warps-th item, with the words of its next two items in flight. At the end, the partial sums of a
+// row's warps meet in shared memory and are added in order. Which items a warp adds, and in which order,
+// depends on the layer alone: results do not depend on the number of tokens, and no atomics are used.
 #pragma once
 
 #include "cuda/convert.h"

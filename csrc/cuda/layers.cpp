@@ -85,8 +85,8 @@ int64_t count_macs(const Layers& layers) noexcept {
   bool overflow = false;
   for (int32_t i = 0; i < layers.count; ++i) {
     const lb2_linear_args& args = layers.args[i];
-    overflow = __builtin_add_overflow(macs, lb2::count_macs(args, lb2::find_first_stages(args)), &macs) ||
-               overflow;
+    overflow =
+        __builtin_add_overflow(macs, lb2::count_macs(args, lb2::find_first_stages(args)), &macs) || overflow;
   }
   return overflow ? INT64_MAX : macs;
 }

@@ -11,13 +11,13 @@ struct Layers {
   int32_t count;
   int32_t num_paths;
   bool single_stage;
-  const lb2_path* paths[LB2_MAX_PATHS];    // of all layers
-  int32_t first_path[LB2_MAX_PATHS + 1];   // of each layer, and the end
+  const lb2_path* paths[LB2_MAX_PATHS];   // of all layers
+  int32_t first_path[LB2_MAX_PATHS + 1];  // of each layer, and the end
   const lb2_linear_args& front() const { return args[0]; }
 };
 
-// Checks what describes the layers (check_layer, and that they go together) and fills *layers, which points to
-// args.
+// Checks what describes the layers (check_layer, and that they go together) and fills *layers, which points
+// to args.
 LB2_API lb2_status gather_layers(const lb2_linear_args* args, int64_t count, Layers* layers) noexcept;
 
 // Checks data pointers and strides of a call, once gathered.

@@ -154,15 +154,14 @@ void add_stage(const Work& work, const lb2_cuda_tuning& tuning, Plan* plan) {
   }
 }
 
-lb2_status resolve_activation(lb2_dtype dtype, const lb2_cuda_device& device,
-                              lb2_activation* activation) {
+lb2_status resolve_activation(lb2_dtype dtype, const lb2_cuda_device& device, lb2_activation* activation) {
   if (*activation < LB2_ACTIVATION_AUTO || *activation > LB2_ACTIVATION_FLOAT16)
     return fail(LB2_ERROR_INVALID_ARGUMENT,
                 "activation must be LB2_ACTIVATION_AUTO (0), _EXACT (1), _INT16 (2), _INT8 (3), _SIGN (4) or "
                 "_FLOAT16 (5), got %" PRId32,
                 *activation);
   if (*activation != LB2_ACTIVATION_AUTO) return LB2_OK;
-  *activation = dtype == LB2_FLOAT32                    ? LB2_ACTIVATION_EXACT
+  *activation = dtype == LB2_FLOAT32                         ? LB2_ACTIVATION_EXACT
                 : device.capability <= kLastOneBitCapability ? LB2_ACTIVATION_INT16
                                                              : LB2_ACTIVATION_FLOAT16;
   return LB2_OK;
@@ -272,8 +271,8 @@ StageParams launch_params(const Layers& layers, const Plan& plan, int index, int
     const lb2_path& path = *layers.paths[p];
     Term& term = params.terms[params.num_terms];
     term.row_scale = last ? path.out_scale : nullptr;
-    term.converted = reinterpret_cast<unsigned char*>(workspace) +
-                     plan.converted_offset[launch.stage][params.num_terms];
+    term.converted =
+        reinterpret_cast<unsigned char*>(workspace) + plan.converted_offset[launch.stage][params.num_terms];
     if (reads_input) {
       term.input = static_cast<const char*>(args.input) + first * args.input_stride * element_bytes;
       term.input_stride = args.input_stride;

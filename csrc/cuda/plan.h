@@ -10,7 +10,7 @@ namespace lb2::cuda {
 constexpr int32_t kLeastChained = 90;  // capability with programmatic dependent launch
 
 struct Plan : lb2_cuda_plan {  // launches for token_block tokens, or fewer where there are fewer
-  FirstStages first;            // of the paths of all layers
+  FirstStages first;           // of the paths of all layers
   // Bytes into the workspace: [grid_y, tokens, rank] fp32 partial latents of each first stage, and the
   // converted slices of each term of a stage.
   int64_t sums_offset[LB2_MAX_PATHS];

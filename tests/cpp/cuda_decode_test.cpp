@@ -73,11 +73,10 @@ lb2_cuda_plan make_plan(const std::vector<lb2_linear_args>& layers, lb2_activati
                         const lb2_cuda_device& device, const lb2_cuda_tuning* tuning) {
   lb2_cuda_plan plan = {};
   plan.struct_size = sizeof plan;
-  const lb2_status status =
-      layers.size() == 1
-          ? lb2_linear_plan_cuda(layers.data(), activation, &device, tuning, &plan)
-          : lb2_grouped_plan_cuda(layers.data(), static_cast<int64_t>(layers.size()), activation, &device,
-                                  tuning, &plan);
+  const lb2_status status = layers.size() == 1
+                                ? lb2_linear_plan_cuda(layers.data(), activation, &device, tuning, &plan)
+                                : lb2_grouped_plan_cuda(layers.data(), static_cast<int64_t>(layers.size()),
+                                                        activation, &device, tuning, &plan);
   if (status == LB2_OK) return plan;
   std::fprintf(stderr, "plan: %s\n", lb2_last_error());
   std::abort();
@@ -194,10 +193,10 @@ bool run_problem(int index, int only_mode) {
       const Problem& problem = problems[i];
       const double error = problem.error_of(outputs[i].data);
       if (!(error <= tolerance(problem.dtype) + mode_tolerance(chosen.activation, problem.m * problem.n))) {
-        std::fprintf(stderr, "problem %d: layer %zu of %zu, activation %d on sm_%d with %d SMs: relative error %.2e\n",
-                     index, i, count, static_cast<int>(chosen.activation),
-                     static_cast<int>(chosen.device.capability),
-                     static_cast<int>(chosen.device.multiprocessors), error);
+        std::fprintf(
+            stderr, "problem %d: layer %zu of %zu, activation %d on sm_%d with %d SMs: relative error %.2e\n",
+            index, i, count, static_cast<int>(chosen.activation), static_cast<int>(chosen.device.capability),
+            static_cast<int>(chosen.device.multiprocessors), error);
         problem.describe();
         return false;
       }

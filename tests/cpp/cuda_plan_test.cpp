@@ -227,8 +227,8 @@ void test_plans_are_checked() {
   expect(resume(layer, &plan, &resumed, &layers) == LB2_OK, lb2_last_error());
   // The first launch may follow a kernel that wrote the layer; the others follow one of ours.
   for (int i = 0; i < resumed.num_launches; ++i)
-    expect(lb2::cuda::launch_params(layers, resumed, i, 0, 3, nullptr).signs_early == (i > 0),
-           "signs early", i);
+    expect(lb2::cuda::launch_params(layers, resumed, i, 0, 3, nullptr).signs_early == (i > 0), "signs early",
+           i);
   // Any byte that is changed makes another plan; only the device is known where there is one.
   for (size_t at = 0; at < sizeof plan; ++at) {
     if (at >= offsetof(lb2_cuda_plan, device) && at < offsetof(lb2_cuda_plan, workspace_bytes)) continue;
@@ -289,8 +289,8 @@ void test_grouped() {
       const int64_t rows[2] = {2 * 144 + 2 * 80 + 304, 4096 + 1024 + 1024};
       for (int stage = 0; stage < 2; ++stage) {
         const lb2_cuda_launch& decode = decode_of(plan, stage);
-        expect(static_cast<int64_t>(decode.grid_x) * 16 * decode.row_warps >= rows[stage], "blocks for all rows",
-               decode.grid_x, stage);
+        expect(static_cast<int64_t>(decode.grid_x) * 16 * decode.row_warps >= rows[stage],
+               "blocks for all rows", decode.grid_x, stage);
       }
       int64_t macs = 0;
       for (int i = 0; i < 3; ++i) {
@@ -303,7 +303,8 @@ void test_grouped() {
       expect(lb2::cuda::gather_layers(layers, 3, &gathered) == LB2_OK, lb2_last_error());
       expect(lb2::cuda::resume_plan(gathered, &plan, &resumed) == LB2_OK, lb2_last_error());
       expect(lb2::cuda::gather_layers(layers, 2, &gathered) == LB2_OK, lb2_last_error());
-      expect(lb2::cuda::resume_plan(gathered, &plan, &resumed) != LB2_OK, "a plan of other layers is refused");
+      expect(lb2::cuda::resume_plan(gathered, &plan, &resumed) != LB2_OK,
+             "a plan of other layers is refused");
     }
 }
 
