@@ -1,9 +1,9 @@
 // The lookup kernels for AVX2. Include this where elementwise_body.h says.
 //
-// A byte shuffle looks up 16 entries, so only those with bit 4 clear are stored; the others are their negatives:
-// entry(e) = -entry(~e), exactly. Tables lie as planes of bytes, 16 bytes each: of an int16 entry the low and the
-// high bytes, of a float four. One shuffle for each plane serves the 32 rows of a block, whose indices are bytes;
-// interleaving the planes makes entries of them.
+// A byte shuffle looks up 16 entries, so only those with bit 4 clear are stored; the others are their
+// negatives: entry(e) = -entry(~e), exactly. Tables lie as planes of bytes, 16 bytes each: of an int16 entry
+// the low and the high bytes, of a float four. One shuffle for each plane serves the 32 rows of a block,
+// whose indices are bytes; interleaving the planes makes entries of them.
 
 // The 16 entries of a group, in the order of lookup.h's additions.
 struct GroupEntries {
@@ -22,8 +22,8 @@ struct GroupEntries {
 };
 
 float build_exact(float* z, int64_t words, char* tables) {
-  const __m256i gather = _mm256_broadcastsi128_si256(
-      _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  const __m256i gather =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   for (int64_t g = 0; g < words * kWordGroups; ++g, z += kGroupCols, tables += 64) {
     const GroupEntries entries(z);
     // Four bytes of each plane in every 128-bit half; entries 0 to 3 and 4 to 7, 8 to 11 and 12 to 15.
