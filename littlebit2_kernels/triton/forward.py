@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from .configs import for_device
+from .fused import fused
 from .gemm import gemm
 from .gemv import gemv
 from .operand import Operand, Sums, stage_operand
-from .plan import SLOTS, Method, StageShape, distinct_first_stages, gemv_config, stage_config
+from .plan import SLOTS, Method, StageShape, distinct_first_stages, fused_config, stage_config
 from .slots import Term
 from .transposed import transposed
 from .xnor import xnor
@@ -61,20 +62,28 @@ def forward(
 ) -> None:
     """Compute ``layer`` of x ``[M, K]`` into out ``[M, N]``."""
     if method.kernel == "gemv":
-        _gemv_forward(x, layer, bias, out)
+        _gemv_forward(x, layer, bias, out, method)
     else:
         _staged_forward(x, layer, bias, out, method)
 
 
-def _gemv_forward(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+def _gemv_forward(
+    x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, out: torch.Tensor, method: Method
+) -> None:
     gpu, lookup = for_device(x.device)
+    last_shape = stage_shape(layer.last, last=True)
     source = x.unsqueeze(0)
     if layer.first:
-        config = gemv_config(stage_shape(layer.first, last=False), gpu, lookup)
+        first_shape = stage_shape(layer.first, last=False)
+        both = fused_config(first_shape, last_shape, gpu, lookup)
+        if both is not None:
+            fused(x, [layer.first[term.stage] for term in layer.last], layer.last, out, bias, both)
+            return
+        config = stage_config(method, first_shape, x.shape[0], gpu, lookup)
         source = x.new_empty((config.splits, x.shape[0], layer.latents), dtype=torch.float32)
         for group in _groups(layer.first):
             gemv(x.unsqueeze(0), group, source, config, last=False)
-    config = gemv_config(stage_shape(layer.last, last=True), gpu, lookup)
+    config = stage_config(method, last_shape, x.shape[0], gpu, lookup)
     for group, target, base, own_bias in _sums_of_paths(layer.last, out, bias):
         gemv(source, group, target, config, last=True, base=base, bias=own_bias)
 

@@ -22,7 +22,7 @@ from .plan import GemvConfig
 from .slots import Term, pick, slot_arguments
 from .unpack import load_words, with_signs
 
-__all__ = ["gemv", "gemv_kernel"]
+__all__ = ["gemv", "gemv_kernel", "row_sums"]
 
 _OPERANDS = ("words", "pitch", "units", "rows", "cols", "scale", "row_scale", "result", "source")
 
@@ -38,7 +38,7 @@ def _activations(x, x_part, scale, col, cols, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _row_sums(x, x_part, scale, cols, words, pitch, units, row, rows, begin, end,
+def row_sums(x, x_part, scale, cols, words, pitch, units, row, rows, begin, end,
               PARTS: tl.constexpr, UNIT: tl.constexpr,
               BLOCK_ROWS: tl.constexpr, BLOCK_WORDS: tl.constexpr):  # fmt: skip
     """Sums ``[BLOCK_ROWS]`` of signs times activations over the word blocks from ``begin`` to ``end``."""
@@ -83,7 +83,7 @@ def gemv_kernel(
             total += tl.load(base + token * most_rows + row, mask=inside, other=0.0)
         for path in tl.static_range(PATHS):
             cols = pick(path, cols0, cols1, cols2, cols3, PATHS)
-            sums = _row_sums(
+            sums = row_sums(
                 token_x + pick(path, source0, source1, source2, source3, PATHS), tokens * x_row,
                 pick(path, scale0, scale1, scale2, scale3, PATHS), cols,
                 pick(path, words0, words1, words2, words3, PATHS),
@@ -100,7 +100,7 @@ def gemv_kernel(
         path = tl.program_id(1)
         rows = pick(path, rows0, rows1, rows2, rows3, PATHS)
         blocks = tl.cdiv(cols0, 32 * BLOCK_WORDS)  # all paths have x's columns
-        sums = _row_sums(
+        sums = row_sums(
             token_x, tokens * x_row, pick(path, scale0, scale1, scale2, scale3, PATHS), cols0,
             pick(path, words0, words1, words2, words3, PATHS),
             pick(path, pitch0, pitch1, pitch2, pitch3, PATHS),

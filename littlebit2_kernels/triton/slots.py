@@ -58,7 +58,7 @@ class Term:
         return 4 if self.pitch % 4 == 0 and words_per_row(self.cols) % 4 == 0 else 1
 
 
-def slot_arguments(terms: Sequence[Term], names: Sequence[str]) -> dict[str, Any]:
+def slot_arguments(terms: Sequence[Term], names: Sequence[str], prefix: str = "") -> dict[str, Any]:
     """Kernel arguments ``words0, words1, ...`` of at most :data:`SLOTS` terms; unused slots repeat the first.
 
     Args:
@@ -66,9 +66,10 @@ def slot_arguments(terms: Sequence[Term], names: Sequence[str]) -> dict[str, Any
         names: of ``words``, ``pitch``, ``units`` (words of a row), ``rows``, ``cols``, ``scale``,
             ``row_scale``, ``result``, ``source`` and ``stage``, those that the kernel has. ``pitch`` and
             ``units`` count units of the terms' common ``UNIT``, which is among the results, as is ``PATHS``.
+        prefix: of all their names, in a kernel that takes two stages.
     """
     unit = min(term.unit for term in terms)
-    arguments: dict[str, Any] = {"PATHS": len(terms), "UNIT": unit}
+    arguments: dict[str, Any] = {f"{prefix}PATHS": len(terms), f"{prefix}UNIT": unit}
     for i in range(SLOTS):
         term = terms[i] if i < len(terms) else terms[0]
         values = {
@@ -84,7 +85,7 @@ def slot_arguments(terms: Sequence[Term], names: Sequence[str]) -> dict[str, Any
             "source": term.source,
             "stage": term.stage,
         }
-        arguments |= {f"{name}{i}": values[name] for name in names}
+        arguments |= {f"{prefix}{name}{i}": values[name] for name in names}
     return arguments
 
 

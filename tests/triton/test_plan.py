@@ -11,7 +11,7 @@ from littlebit2_kernels.testing import make_packed
 from littlebit2_kernels.triton import plan
 from littlebit2_kernels.triton.plan import StageShape, choose_method, gemm_config, gemv_config, xnor_config
 
-AMD = GpuProperties(94, 304, 65536)
+AMD = GpuProperties(94, 304, 65536, 64)
 
 
 @pytest.mark.parametrize(
