@@ -25,6 +25,10 @@ class GpuProperties:
     shared_bytes: int
     warp_lanes: int = 32
 
+    def for_cuda(self) -> tuple[int, int, int]:
+        """The properties that the CUDA planner takes, in its order."""
+        return self.capability, self.multiprocessors, self.shared_bytes
+
 
 #: GPUs that calls can be planned for by name.
 GPUS = {

@@ -27,6 +27,7 @@ from littlebit2_kernels.triton import forward as calls
 from littlebit2_kernels.triton import fused, gemm, gemv, operand, plan, transposed, xnor
 from littlebit2_kernels.triton.forward import Layer, backward_x, forward
 from littlebit2_kernels.triton.plan import DecodeConfig, choose_method
+from tests.cuda.problems import with_word_layout
 
 #: Target and what calls are planned for, by the name of the machine code.
 TARGETS = {
@@ -124,7 +125,8 @@ def compile_calls(
         plan.decode_config = lambda *_: DecodeConfig(launches)
     for module in (fused, gemv, gemm, operand, transposed, xnor):
         module.wrap_triton = compiler
-    packed = make_packed(*shape, ranks, bias=True).to("meta")
+    # Rows at multiples of 16 bytes, as LittleBitLinear has them on a GPU.
+    packed = with_word_layout(make_packed(*shape, ranks, bias=True).to("meta"), "aligned")
     layer = Layer(*(tensors or [] for tensors in packed.operands))
     for activation, count in itertools.product(activations, tokens):
         method = choose_method(count, activation, float32=False)
