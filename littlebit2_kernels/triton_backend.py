@@ -19,8 +19,8 @@ class TritonLaunch:
     """One launch of a Triton kernel.
 
     Attributes:
-        kernel: ``"gemv"``, ``"fused"`` (both stages of a GEMV), ``"operand"`` (stages activations for the next
-            one), ``"gemm"`` or ``"xnor"``.
+        kernel: ``"gemv"``, ``"fused"`` (both stages of a GEMV), ``"operand"`` (stages activations for the
+            next one), ``"gemm"`` or ``"xnor"``.
         config: its configuration by field name; empty where there is nothing to choose.
     """
 

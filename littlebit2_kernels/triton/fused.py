@@ -19,25 +19,28 @@ import triton.language as tl
 from .gemv import row_sums
 from .launch import wrap_triton
 from .plan import FusedConfig
-from .slots import Term, pick, slot_arguments
+from .slots import Term, pick, slot_arguments, unspecialized
 from .unpack import load_words, with_signs
 
 __all__ = ["fused", "fused_kernel"]
 
-_FIRST = ("words", "pitch", "units", "rows", "scale")
+_FIRST = ("words", "pitch", "units", "rows", "eighths", "scale")
 _LAST = ("words", "pitch", "units", "scale", "row_scale")
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=unspecialized("v_pitch", "v_units", "v_rows", "v_eighths", "u_pitch", "u_units")
+)
 def fused_kernel(
-    x, x_row, out, bias, rows, cols,
+    x, x_row, out, bias, rows,
     v_words0, v_words1, v_words2, v_words3, v_pitch0, v_pitch1, v_pitch2, v_pitch3,
     v_units0, v_units1, v_units2, v_units3, v_rows0, v_rows1, v_rows2, v_rows3,
-    v_scale0, v_scale1, v_scale2, v_scale3,
+    v_eighths0, v_eighths1, v_eighths2, v_eighths3, v_scale0, v_scale1, v_scale2, v_scale3,
     u_words0, u_words1, u_words2, u_words3, u_pitch0, u_pitch1, u_pitch2, u_pitch3,
     u_units0, u_units1, u_units2, u_units3, u_scale0, u_scale1, u_scale2, u_scale3,
     u_row_scale0, u_row_scale1, u_row_scale2, u_row_scale3,
-    v_PATHS: tl.constexpr, v_UNIT: tl.constexpr, u_PATHS: tl.constexpr, u_UNIT: tl.constexpr,
+    v_PATHS: tl.constexpr, v_UNIT: tl.constexpr, v_COL_UNIT: tl.constexpr,
+    u_PATHS: tl.constexpr, u_UNIT: tl.constexpr,
     SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, COL_WORDS: tl.constexpr, RANK_WORDS: tl.constexpr,
 ):  # fmt: skip
@@ -53,6 +56,7 @@ def fused_kernel(
     inside = row < rows
     bit = tl.arange(0, 32)[None, None, :]
     slot = tl.arange(0, RANK_WORDS)[None, :, None]
+    cols = v_eighths0 * v_COL_UNIT  # all paths have x's columns
     blocks = tl.cdiv(cols, 32 * COL_WORDS)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     for path in range(PATHS):
@@ -71,7 +75,7 @@ def fused_kernel(
                         x + token * x_row, 0, pick(path, v_scale0, v_scale1, v_scale2, v_scale3, PATHS), cols,
                         pick(path, v_words0, v_words1, v_words2, v_words3, PATHS),
                         pick(path, v_pitch0, v_pitch1, v_pitch2, v_pitch3, PATHS),
-                        v_units0, latent, rank,  # all paths have x's columns
+                        v_units0, latent, rank,
                         blocks * split // SPLITS, blocks * (split + 1) // SPLITS, 1, v_UNIT, 32, COL_WORDS,
                     )  # fmt: skip
                 scale = pick(path, u_scale0, u_scale1, u_scale2, u_scale3, PATHS)
@@ -110,7 +114,7 @@ def fused(
     """
     tokens, rows = out.shape
     wrap_triton(fused_kernel)[(triton.cdiv(rows, config.block_rows) * tokens,)](
-        x, x.stride(0), out, out if bias is None else bias, rows, first[0].cols,
+        x, x.stride(0), out, out if bias is None else bias, rows,
         **slot_arguments(first, _FIRST, "v_"), **slot_arguments(last, _LAST, "u_"),
         SPLITS=config.splits, HAS_BIAS=bias is not None, BLOCK_ROWS=config.block_rows,
         COL_WORDS=config.col_words, RANK_WORDS=config.rank_words, num_warps=config.num_warps,

@@ -28,7 +28,7 @@ import triton.language as tl
 
 from .launch import wrap_triton
 from .plan import CHUNK_WORDS, SLOTS
-from .slots import Term, pick, slot_arguments
+from .slots import Term, pick, slot_arguments, unspecialized
 
 __all__ = ["LAYOUTS", "Operand", "Sums", "operand_kernel", "stage_operand"]
 
@@ -115,7 +115,7 @@ def _load(x, x_part, scales, tokens, token, parts, inside, SCALED: tl.constexpr)
         return tl.load(x, mask=inside, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["tokens", "parts"])
+@triton.jit(do_not_specialize=[*unspecialized("stage", "chunk"), "parts"])
 def operand_kernel(
     x, x_row, sums_scales, parts, values, values_row, values_term, scales, tokens,
     cols0, cols1, cols2, cols3, scale0, scale1, scale2, scale3, source0, source1, source2, source3,

@@ -284,7 +284,7 @@ def decode_config(
 def fused_config(
     first: StageShape, last: StageShape, gpu: GpuProperties, lookup: Lookup | None = None
 ) -> FusedConfig | None:
-    """Blocks of the fused kernel, or ``None`` where the layer takes two launches (as more than 4 paths do)."""
+    """Blocks of the fused kernel, or ``None`` where a layer takes two launches, as one of 5 paths does."""
     if len(last.rows) > SLOTS or decode_config(first, last, gpu, lookup).launches == 2:
         return None
     return _fused_blocks(first, last, gpu, lookup)
@@ -328,7 +328,11 @@ def gemm_config(
     """
     tuned = lookup(f"gemm {kind}", shape, tokens) if lookup is not None else None
     if tuned is not None:
-        return GemmConfig(**tuned)
+        config = GemmConfig(**tuned)
+        if tokens > SPLIT_TOKENS:  # of another number of tokens, for this many would take too much memory
+            config = replace(config, splits=1)
+        if fits_shared(kind, config, gpu):
+            return config
     generation = gpu.capability // 10
     unroll = 1 if generation == 10 and _element_bytes(kind) == 2 else 8 * _element_bytes(kind)
     most = (128 if generation == 9 or unroll == 1 else 64) // (2 if kind == "exact" else 1)

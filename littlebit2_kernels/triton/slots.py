@@ -17,7 +17,7 @@ import triton.language as tl
 from ..format import words_per_row
 from .plan import SLOTS
 
-__all__ = ["Term", "pick", "slot_arguments"]
+__all__ = ["Term", "pick", "slot_arguments", "unspecialized"]
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,16 @@ def slot_arguments(terms: Sequence[Term], names: Sequence[str], prefix: str = ""
         terms: one for each path of the launch.
         names: of ``words``, ``pitch``, ``units`` (words of a row), ``rows``, ``cols``, ``scale``,
             ``row_scale``, ``result``, ``source`` and ``stage``, those that the kernel has. ``pitch`` and
-            ``units`` count units of the terms' common ``UNIT``, which is among the results, as is ``PATHS``.
+            ``units`` count units of the terms' common ``UNIT``, which is among the results, as is ``PATHS``;
+            ``eighths`` and ``source_eighths`` count units of their common ``COL_UNIT`` in ``cols`` and
+            ``source``. So kernels know what sizes are multiples of, without being compiled anew for others.
         prefix: of all their names, in a kernel that takes two stages.
     """
     unit = min(term.unit for term in terms)
     arguments: dict[str, Any] = {f"{prefix}PATHS": len(terms), f"{prefix}UNIT": unit}
+    col_unit = 8 if all(term.cols % 8 == 0 and term.source % 8 == 0 for term in terms) else 1
+    if "eighths" in names:
+        arguments[f"{prefix}COL_UNIT"] = col_unit
     for i in range(SLOTS):
         term = terms[i] if i < len(terms) else terms[0]
         values = {
@@ -83,10 +88,21 @@ def slot_arguments(terms: Sequence[Term], names: Sequence[str], prefix: str = ""
             "row_scale": term.scale if term.row_scale is None else term.row_scale,
             "result": term.result,
             "source": term.source,
+            "eighths": term.cols // col_unit,
+            "source_eighths": term.source // col_unit,
             "stage": term.stage,
         }
         arguments |= {f"{prefix}{name}{i}": values[name] for name in names}
     return arguments
+
+
+def unspecialized(*names: str) -> list[str]:
+    """Arguments that kernels are not compiled anew for: ``tokens``, and those of all slots of ``names``.
+
+    Triton would for each combination of ones, multiples of 16 and other numbers, of which a model with ranks
+    by layer has dozens, and while it decodes.
+    """
+    return ["tokens", *(f"{name}{i}" for name in names for i in range(SLOTS + (name == "chunk")))]
 
 
 @triton.jit

@@ -181,7 +181,9 @@ def reductions(code: str) -> list[str]:
     found = []
     for part in re.split(r'(?="tt\.reduce")', code)[1:]:
         axis = int(re.search(r"axis = (\d)", part)[1])
-        shape, layout = re.search(r"\}\) : \(tensor<([\dx]+)x[if]\d+, .*?(#(?:blocked|linear)\d*)", part).groups()
+        shape, layout = re.search(
+            r"\}\) : \(tensor<([\dx]+)x[if]\d+, .*?(#(?:blocked|linear)\d*)", part
+        ).groups()
         numbers = re.findall(r"(\w+) = \[([\d, ]+)\]", layouts.get(layout, ""))
         own = [f"{name} {values.split(', ')[axis]}" for name, values in numbers if name != "order"]
         found.append(f"axis {axis} of {shape.split('x')[axis]}: {', '.join(own) or 'irregular'}")
