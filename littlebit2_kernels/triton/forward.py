@@ -45,11 +45,16 @@ class Layer:
         for p, leader in enumerate(distinct_first_stages(v, in_scale)):
             if leader == p:
                 terms[p] = Term(v[p], cols, in_scale[p], None, result=self.latents, stage=len(terms))
-                self.latents += terms[p].rows
+                self.latents += _room(terms[p].rows)
             own = terms[leader]
             last = Term(u[p], own.rows, latent_scale[p], out_scale[p], source=own.result, stage=own.stage)
             self.last.append(last)
         self.first = list(terms.values())
+
+
+def _room(latents: int) -> int:
+    """Columns for so many latents: offsets and rows at multiples of 64 bytes, of which kernels know then."""
+    return -(-latents // 16) * 16
 
 
 def stage_shape(terms: Sequence[Term], last: bool) -> StageShape:
@@ -132,7 +137,7 @@ def backward_x(grad: torch.Tensor, layer: Layer, out: torch.Tensor) -> None:
         own = layer.first[term.stage]
         first.append(Term(term.words, term.cols, term.scale, term.row_scale, result=latents))
         last.append(Term(own.words, own.cols, own.scale, None, source=latents))
-        latents += term.cols
+        latents += _room(term.cols)
     sums = grad.new_empty((grad.shape[0], latents), dtype=torch.float32)
     for group in _groups(first):
         transposed(grad, group, sums, last=False, exact=exact)

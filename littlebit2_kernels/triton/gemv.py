@@ -57,16 +57,21 @@ def row_sums(x, x_part, scale, cols, words, pitch, units, row, rows, begin, end,
     return tl.sum(sums, axis=1)
 
 
-@triton.jit(do_not_specialize=unspecialized("pitch", "units", "rows", "eighths", "result", "source_eighths"))
+@triton.jit(
+    do_not_specialize=[
+        *unspecialized("pitch", "units", "rows", "eighths", "result", "source_eighths"),
+        "most_rows",
+    ]
+)
 def gemv_kernel(
     x, x_row, out, out_row, base, bias, tokens, most_rows,
     words0, words1, words2, words3, pitch0, pitch1, pitch2, pitch3, units0, units1, units2, units3,
     rows0, rows1, rows2, rows3, eighths0, eighths1, eighths2, eighths3, scale0, scale1, scale2, scale3,
     row_scale0, row_scale1, row_scale2, row_scale3, result0, result1, result2, result3,
     source_eighths0, source_eighths1, source_eighths2, source_eighths3,
-    PATHS: tl.constexpr, UNIT: tl.constexpr, COL_UNIT: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr,
-    LAST: tl.constexpr, HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
+    PATHS: tl.constexpr, UNIT: tl.constexpr, COL_UNIT: tl.constexpr,
+    PARTS: tl.constexpr, SPLITS: tl.constexpr, LAST: tl.constexpr, HAS_BASE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
 ):  # fmt: skip
     """One stage; grid ``(row blocks * splits * tokens, paths of a first stage)``.
 

@@ -18,7 +18,6 @@ __all__ = [
     "ACTIVATIONS",
     "CHUNK_WORDS",
     "DEFAULT_GPU",
-    "FUSED_BYTES",
     "FUSED_SIGNS",
     "GEMV_TOKENS",
     "SLOTS",
@@ -55,15 +54,11 @@ SLOTS = 4
 #: measured.
 GEMV_TOKENS = 4
 
-#: Most sign-accumulates of first stages that every program of the fused kernel may do anew, which a GEMV of
-#: its own would spread over the GPU. At 3 instructions each on 128 lanes they take 1536 cycles, 0.8 us of a
-#: GPU at 1.98 GHz; the launch that they save takes 1 us in a graph, and its own start and end. Not yet
-#: measured.
+#: Most sign-accumulates of first stages that the fused kernel may do anew on each multiprocessor, where a
+#: launch of its own spreads them over all. At 3 instructions each on 128 lanes they take 1536 cycles, 0.8 us
+#: at 1.98 GHz; reading their 8 KiB of signs from the L2 cache, as all multiprocessors do at once, 0.2 us at
+#: 5.5 TB/s. The launch that they save costs 1 us in a graph, and its own start and end. Not yet measured.
 FUSED_SIGNS = 65536
-
-#: Most bytes of first stages' signs that all programs together may read: 1 us at 5.5 TB/s, the rate of an
-#: L2 cache. Not yet measured.
-FUSED_BYTES = 5_500_000
 
 #: Most tokens whose signs are compared by xor and population count: 512 sign-accumulates an SM and cycle,
 #: where the int8 tensor cores, of the same bits, do 4096 but for 16 tokens at least. Not yet measured.
@@ -270,15 +265,15 @@ def decode_config(
     """Whether one launch does both stages of the GEMV, by layer and GPU alone.
 
     It does where the work that its programs do anew costs less than a launch: :data:`FUSED_SIGNS` at most on
-    each multiprocessor, and :data:`FUSED_BYTES` from the L2 cache.
+    each multiprocessor.
     """
     shape = decode_shape(first, last)
     tuned = lookup("decode", shape, 1) if lookup is not None else None
     if tuned is not None:
         return DecodeConfig(**tuned)
-    signs, programs = shape.cols[0], shape.programs(_fused_blocks(first, last, gpu, lookup).block_rows)
-    on_each = -(-programs // gpu.multiprocessors) * signs
-    return DecodeConfig(1 if on_each <= FUSED_SIGNS and programs * signs <= 8 * FUSED_BYTES else 2)
+    programs = shape.programs(_fused_blocks(first, last, gpu, lookup).block_rows)
+    signs = -(-programs // gpu.multiprocessors) * shape.cols[0]
+    return DecodeConfig(1 if signs <= FUSED_SIGNS else 2)
 
 
 def fused_config(

@@ -29,7 +29,7 @@ class Term:
         cols: signs of a row.
         scale: float32 ``[cols]``, what the activations are multiplied by.
         row_scale: float32 ``[rows]``, what sums are multiplied by; ``None`` in a first stage.
-        result: where in the latents the result of a first stage begins.
+        result: where in the latents the result of a first stage begins, a multiple of 16.
         source: where in the latents the operand of a second stage begins; 0 where the operand is x.
         stage: number of the first stage whose result is the operand of this term, in a second stage.
     """
@@ -64,14 +64,16 @@ def slot_arguments(terms: Sequence[Term], names: Sequence[str], prefix: str = ""
     Args:
         terms: one for each path of the launch.
         names: of ``words``, ``pitch``, ``units`` (words of a row), ``rows``, ``cols``, ``scale``,
-            ``row_scale``, ``result``, ``source`` and ``stage``, those that the kernel has. ``pitch`` and
-            ``units`` count units of the terms' common ``UNIT``, which is among the results, as is ``PATHS``;
-            ``eighths`` and ``source_eighths`` count units of their common ``COL_UNIT`` in ``cols`` and
-            ``source``. So kernels know what sizes are multiples of, without being compiled anew for others.
+            ``row_scale``, ``result`` and ``stage``, those that the kernel has. ``pitch`` and ``units`` count
+            units of the terms' common ``UNIT``; ``eighths`` and ``source_eighths`` are ``cols`` and
+            ``source`` in units of their common ``COL_UNIT``: so kernels know what sizes are multiples of,
+            without being compiled anew for others. ``PATHS``, and the units needed, are among the results.
         prefix: of all their names, in a kernel that takes two stages.
     """
     unit = min(term.unit for term in terms)
-    arguments: dict[str, Any] = {f"{prefix}PATHS": len(terms), f"{prefix}UNIT": unit}
+    arguments: dict[str, Any] = {f"{prefix}PATHS": len(terms)}
+    if "words" in names:
+        arguments[f"{prefix}UNIT"] = unit
     col_unit = 8 if all(term.cols % 8 == 0 and term.source % 8 == 0 for term in terms) else 1
     if "eighths" in names:
         arguments[f"{prefix}COL_UNIT"] = col_unit
@@ -87,7 +89,6 @@ def slot_arguments(terms: Sequence[Term], names: Sequence[str], prefix: str = ""
             # Not read where there is none.
             "row_scale": term.scale if term.row_scale is None else term.row_scale,
             "result": term.result,
-            "source": term.source,
             "eighths": term.cols // col_unit,
             "source_eighths": term.source // col_unit,
             "stage": term.stage,

@@ -154,7 +154,7 @@ def machine_code(kernel: Any) -> str:
 
 
 def summary(label: str, kernel: Any) -> dict[str, Any]:
-    """What the tests look at: instructions by their first word, wide loads, local memory, shared memory, sums."""
+    """What the tests look at: instructions by their first word, wide loads, local and shared memory, sums."""
     code = machine_code(kernel)
     if "amdgcn" in kernel.asm:
         names = re.findall(r"^\s+([a-z]\w+)", code, re.MULTILINE)
@@ -176,7 +176,7 @@ def summary(label: str, kernel: Any) -> dict[str, Any]:
 
 
 def reductions(code: str) -> list[str]:
-    """The sums over an axis of a kernel: the axis, and how threads share it, from which their order follows."""
+    """The sums of a kernel over an axis, and how threads share it: from that follows their order."""
     layouts = dict(re.findall(r"^(#\w+) = #ttg\.blocked<\{(.*)\}>$", code, re.MULTILINE))
     found = []
     for part in re.split(r'(?="tt\.reduce")', code)[1:]:

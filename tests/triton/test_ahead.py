@@ -100,7 +100,7 @@ def test_counts_of_bits_are_single_instructions(compiled: tuple[str, list[dict[s
 def test_signs_are_loaded_by_16_bytes(compiled: tuple[str, list[dict[str, Any]]]) -> None:
     target, kernels = compiled
     for kernel in kernels:
-        # The GEMM takes its signs 4 or 8 bytes at a time on AMD's GPUs; a tile of few rows and 4 words anywhere.
+        # The GEMM takes its signs 4 or 8 bytes at a time on AMD's GPUs, and so does a small tile anywhere.
         amd = target.startswith("gfx")
         names = ("gemv", "fused", "xnor") if amd else ("gemv", "fused", "xnor", "gemm", "transposed")
         if kernel["label"].startswith(names) and not kernel["label"].startswith("gemv last exact 1 rank"):
