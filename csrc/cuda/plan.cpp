@@ -8,6 +8,7 @@
 #include "core/check.h"
 #include "core/status.h"
 #include "cuda/check.h"
+#include "cuda/gemm_plan.h"
 #include "cuda/instances.h"
 
 namespace lb2::cuda {
@@ -155,9 +156,10 @@ lb2_status resolve_activation(const lb2_linear_args& args, const lb2_cuda_device
                 "_FLOAT16 (5), got %" PRId32,
                 *activation);
   if (*activation != LB2_ACTIVATION_AUTO) return LB2_OK;
-  *activation = args.dtype == LB2_FLOAT32                    ? LB2_ACTIVATION_EXACT
-                : device.capability <= kLastOneBitCapability ? LB2_ACTIVATION_INT16
-                                                             : LB2_ACTIVATION_FLOAT16;
+  const bool one_bit = device.capability <= kLastOneBitCapability;
+  *activation = args.dtype == LB2_FLOAT32            ? LB2_ACTIVATION_EXACT
+                : one_bit && args.m <= kMaxTokenTile ? LB2_ACTIVATION_INT16
+                                                     : LB2_ACTIVATION_FLOAT16;
   return LB2_OK;
 }
 
@@ -172,7 +174,7 @@ lb2_status make_plan(const lb2_linear_args& args, lb2_activation activation, con
   LB2_RETURN_IF_ERROR(resolve_activation(args, device, &activation));
   const bool single_stage = args.paths[0].u == nullptr;
   const lb2_cuda_tuning tuning = given != nullptr ? *given : lb2_cuda_tuning{};
-  LB2_RETURN_IF_ERROR(check_tuning(tuning, single_stage ? 1 : slices_of(args.k)));
+  LB2_RETURN_IF_ERROR(check_tuning(tuning, activation, single_stage ? 1 : slices_of(args.k)));
   plan->struct_size = sizeof(lb2_cuda_plan);
   plan->device = device;
   plan->activation = activation;
@@ -180,6 +182,11 @@ lb2_status make_plan(const lb2_linear_args& args, lb2_activation activation, con
   plan->first = find_first_stages(args);
   plan->first_stages = plan->first.num_groups;
   plan->macs = count_macs(args, plan->first);
+  if (uses_gemm(activation, args.m, device.shared_bytes)) {
+    add_gemm_launches(args, tuning, plan);
+    plan->workspace_bytes += kWorkspaceAlignment;
+    return LB2_OK;
+  }
   plan->token_block = std::min(args.m, kTokenBlock);
 
   Work first = {}, last = {};
@@ -206,6 +213,7 @@ lb2_status resume_plan(const lb2_linear_args& args, const lb2_cuda_plan* made, P
   // Its choices, to plan with them again: a plan that comes out the same is one that was made for args.
   lb2_cuda_tuning tuning = {};
   tuning.unchained = !made->launches[0].chained;
+  read_gemm_tuning(*made, &tuning);
   for (const lb2_cuda_launch& launch : made->launches) {
     if (launch.kind != LB2_CUDA_DECODE) continue;
     const bool two_stages = args.paths[0].u != nullptr;

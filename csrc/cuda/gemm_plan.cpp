@@ -1,0 +1,261 @@
+#include "cuda/gemm_plan.h"
+
+#include <algorithm>
+
+namespace lb2::cuda {
+namespace {
+
+constexpr int64_t kMostTokens = 4096;  // of a round of launches
+constexpr int64_t kLeastTokens = 256;
+constexpr int64_t kTokenStep = 128;                // the widest tile
+constexpr int64_t kRoundBytes = 96 * 1024 * 1024;  // of workspace, about, that a round may take
+constexpr int64_t kSplitBytes = 64 * 1024 * 1024;  // of latents in parts
+constexpr int64_t kMostParts = 65535;              // blocks of a grid in y
+
+int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+int64_t align(int64_t bytes) { return divide_up(bytes, kWorkspaceAlignment) * kWorkspaceAlignment; }
+
+// One stage as planning sees it.
+struct Work {
+  int64_t rows[LB2_MAX_PATHS];
+  int64_t slices[LB2_MAX_PATHS];
+  int num_terms;
+  bool alone;  // each term has its own rows; else all add into the same
+  bool last;
+
+  int64_t all_slices() const {
+    int64_t sum = 0;
+    for (int i = 0; i < num_terms; ++i) sum += slices[i];
+    return sum;
+  }
+  // Of one block that is not split.
+  int64_t block_slices() const { return alone ? slices[0] : all_slices(); }
+  int64_t row_tiles(int64_t tile) const {
+    if (!alone) return divide_up(rows[0], tile);
+    int64_t tiles = 0;
+    for (int i = 0; i < num_terms; ++i) tiles += divide_up(rows[i], tile);
+    return tiles;
+  }
+  int64_t all_rows() const {
+    int64_t sum = 0;
+    for (int i = 0; i < (alone ? num_terms : 1); ++i) sum += rows[i];
+    return sum;
+  }
+};
+
+struct Choice {
+  GemmTile tile;
+  int64_t parts;
+};
+
+// Estimated cycles of a stage for all tokens of a round. Leads from instruction counts, to be replaced by
+// measurements; only their order matters here.
+int64_t estimated_cycles(const Work& work, const Choice& choice, int64_t tokens, const Plan& plan) {
+  constexpr int64_t kMma = 8;          // of a quarter of an SM
+  constexpr int64_t kLatency = 70;     // of the two dependent MMAs of a step, and loading what they take
+  constexpr int64_t kStage = 150;      // a barrier, and copies that are asked for
+  constexpr int64_t kBlock = 2500;     // until the first stage is there; sums stored
+  constexpr int64_t kL2Bytes = 2500;   // of all SMs in a cycle
+  constexpr int64_t kReadParts = 600;  // by the next stage, four parts at once
+  const lb2_activation mode = plan.activation;
+  const int64_t terms = gemm_terms(mode), steps = gemm_steps(mode);
+  const int64_t slices = choice.parts > 1 ? 1 : work.block_slices();
+  const int64_t shared = gemm_shared_bytes(mode, choice.tile.rows, choice.tile.tokens, slices);
+  // As the kernel's launch bounds say, and where shared memory has room for it.
+  const bool few_sums = choice.tile.tokens == 32 && (mode != LB2_ACTIVATION_EXACT || choice.tile.rows == 64);
+  const int64_t at_once = few_sums && 2 * (shared + 1024) <= plan.device.shared_bytes + 1024 ? 2 : 1;
+  const int64_t blocks =
+      work.row_tiles(choice.tile.rows) * divide_up(tokens, choice.tile.tokens) * choice.parts;
+  const int64_t multiprocessors = plan.device.multiprocessors;
+  const int64_t waves = divide_up(blocks, at_once * multiprocessors);
+  const int64_t resident = std::min(at_once, divide_up(blocks, multiprocessors));
+  const int64_t mmas =
+      (choice.tile.rows / kTileRows) * (choice.tile.tokens / kGroupTokens) * steps * 2 * terms;
+  const int64_t latency = steps * terms * kLatency + gemm_slice_stages(mode, choice.tile.tokens) * kStage;
+  const int64_t compute = waves * (kBlock + slices * std::max(resident * mmas * kMma / 4, latency));
+  const int64_t tile_bytes = choice.tile.tokens / kGroupTokens * gemm_block_bytes(mode);
+  const int64_t copies = blocks * slices * tile_bytes / kL2Bytes;
+  const int64_t parts = choice.parts == 1 ? 0
+                                          : choice.parts * tokens * work.all_rows() * 4 * 2 / kL2Bytes +
+                                                divide_up(choice.parts, 4) * kReadParts;
+  return std::max(compute, copies) + parts;
+}
+
+// Neither tile nor split changes the order in which the products of a token are added.
+lb2_cuda_launch choose(const Work& work, int stage, int64_t tokens, const lb2_cuda_tuning& tuning,
+                       const Plan& plan) {
+  const int64_t slices = work.block_slices();
+  const int64_t wanted = work.last ? 1 : tuning.splits;
+  lb2_cuda_launch launch = {};
+  launch.kind = LB2_CUDA_GEMM;
+  launch.stage = stage;
+  launch.threads = kThreads;
+  int64_t best = INT64_MAX;
+  for (const GemmTile& tile : kGemmTiles) {
+    if (!has_gemm_tile(plan.activation, tile.rows, tile.tokens)) continue;
+    if (tuning.gemm_rows[stage] != 0 && tuning.gemm_rows[stage] != tile.rows) continue;
+    if (tuning.gemm_tokens[stage] != 0 && tuning.gemm_tokens[stage] != tile.tokens) continue;
+    for (const int64_t parts : {int64_t{1}, slices}) {
+      const bool split = parts > 1;
+      if (wanted != 0 && slices > 1 && (wanted > 1) != split) continue;
+      if (split && (work.last || parts > kMostParts)) continue;
+      if (split && wanted == 0 && parts * tokens * work.all_rows() * 4 > kSplitBytes) continue;
+      const int64_t shared = gemm_shared_bytes(plan.activation, tile.rows, tile.tokens, split ? 1 : slices);
+      const Choice choice = {tile, parts};
+      const int64_t cycles = estimated_cycles(work, choice, tokens, plan);
+      if (cycles >= best) continue;
+      best = cycles;
+      launch.estimated_cycles = static_cast<int32_t>(std::min<int64_t>(cycles, INT32_MAX));
+      launch.row_tile = tile.rows;
+      launch.token_tile = tile.tokens;
+      launch.shared_bytes = static_cast<int32_t>(shared);
+      launch.grid_x = static_cast<int32_t>(work.row_tiles(tile.rows));
+      launch.grid_y = static_cast<int32_t>(parts);
+      launch.grid_z = static_cast<int32_t>(divide_up(tokens, tile.tokens));
+    }
+  }
+  return launch;
+}
+
+int64_t slices_of(int64_t cols) { return divide_up(cols, kSliceCols); }
+
+bool is_single_stage(const lb2_linear_args& args) { return args.paths[0].u == nullptr; }
+
+}  // namespace
+
+void add_gemm_launches(const lb2_linear_args& args, const lb2_cuda_tuning& tuning, Plan* plan) noexcept {
+  const bool single_stage = is_single_stage(args);
+  Work stages[2] = {};
+  const int num_stages = single_stage ? 1 : 2;
+  Work& last = stages[num_stages - 1];
+  if (!single_stage) {
+    Work& first = stages[0];
+    first.alone = true;
+    first.num_terms = plan->first.num_groups;
+    for (int g = 0; g < first.num_terms; ++g) {
+      first.rows[g] = args.paths[plan->first.leader_of[g]].rank;
+      first.slices[g] = slices_of(args.k);
+    }
+  }
+  last.last = true;
+  last.num_terms = static_cast<int>(args.num_paths);
+  for (int p = 0; p < last.num_terms; ++p) {
+    last.rows[p] = args.n;
+    last.slices[p] = slices_of(single_stage ? args.k : args.paths[p].rank);
+  }
+
+  // Rounds of as many tokens as the workspace is to hold, all about the same.
+  const int64_t block = gemm_block_bytes(plan->activation);
+  int64_t token_bytes = 0;
+  for (int s = 0; s < num_stages; ++s)
+    token_bytes = std::max(token_bytes, stages[s].all_slices() * block / kGroupTokens);
+  if (!single_stage) token_bytes += stages[0].all_rows() * 4;
+  const int64_t most =
+      std::clamp(kRoundBytes / token_bytes / kTokenStep * kTokenStep, kLeastTokens, kMostTokens);
+  const int64_t rounds = divide_up(args.m, most);
+  plan->token_block = std::min(args.m, divide_up(divide_up(args.m, rounds), kTokenStep) * kTokenStep);
+  const int64_t groups = divide_up(plan->token_block, kGroupTokens);
+
+  // What was converted for the first stage is of no use once its sums are there: the second takes its place.
+  int64_t converted_bytes = 0;
+  const int32_t chained = plan->device.capability >= kLeastChained && !tuning.unchained;
+  for (int s = 0; s < num_stages; ++s) {
+    const Work& work = stages[s];
+    int64_t offset = 0;
+    for (int i = 0; i < work.num_terms; ++i) {
+      plan->converted_offset[s][i] = offset;
+      offset += align(groups * work.slices[i] * block);
+    }
+    converted_bytes = std::max(converted_bytes, offset);
+    lb2_cuda_launch convert = {};
+    convert.kind = LB2_CUDA_CONVERT;
+    convert.stage = s;
+    convert.grid_x = static_cast<int32_t>(work.all_slices());
+    convert.grid_y = 1;
+    convert.grid_z = static_cast<int32_t>(groups);
+    convert.threads = kThreads;
+    convert.token_tile = kGroupTokens;
+    convert.chained = chained;
+    lb2_cuda_launch multiply = choose(work, s, plan->token_block, tuning, *plan);
+    multiply.chained = chained;
+    plan->launches[plan->num_launches++] = convert;
+    plan->launches[plan->num_launches++] = multiply;
+  }
+  plan->workspace_bytes = converted_bytes;
+  if (!single_stage)
+    for (int g = 0; g < stages[0].num_terms; ++g) {
+      plan->sums_offset[g] = plan->workspace_bytes;
+      plan->workspace_bytes += align(plan->launches[1].grid_y * plan->token_block * stages[0].rows[g] * 4);
+    }
+}
+
+bool is_gemm(const lb2_cuda_plan& plan) noexcept {
+  return plan.num_launches > 1 && plan.launches[1].kind == LB2_CUDA_GEMM;
+}
+
+void read_gemm_tuning(const lb2_cuda_plan& made, lb2_cuda_tuning* tuning) noexcept {
+  for (const lb2_cuda_launch& launch : made.launches) {
+    if (launch.kind != LB2_CUDA_GEMM) continue;
+    const int stage = launch.stage == 1;
+    tuning->gemm_rows[stage] = launch.row_tile;
+    tuning->gemm_tokens[stage] = launch.token_tile;
+    if (stage == 0 && made.num_launches > 2) tuning->splits = launch.grid_y;
+  }
+}
+
+GemmParams gemm_params(const lb2_linear_args& args, const Plan& plan, int index, int64_t first,
+                       int64_t tokens, char* workspace) noexcept {
+  const lb2_cuda_launch& launch = plan.launches[index];
+  const bool last = launch.stage == 1 || is_single_stage(args), reads_input = launch.stage == 0;
+  const int64_t element_bytes = args.dtype == LB2_FLOAT32 ? 4 : 2;
+  const int64_t parts = plan.launches[1].grid_y;  // of the first stage
+  GemmParams params = {};
+  params.input_dtype = reads_input ? args.dtype : LB2_FLOAT32;
+  params.output_dtype = last ? args.dtype : LB2_FLOAT32;
+  params.num_parts = reads_input ? 1 : static_cast<int32_t>(parts);
+  params.m = static_cast<int32_t>(tokens);
+  params.alone = !last;
+  params.split = !last && parts > 1;
+  params.num_terms = static_cast<int32_t>(last ? args.num_paths : plan.first.num_groups);
+  if (last) {
+    params.output = static_cast<char*>(args.output) + first * args.output_stride * element_bytes;
+    params.output_stride = args.output_stride;
+    params.bias = args.bias;
+  }
+  const auto sums_of = [&](int group) {
+    return reinterpret_cast<float*>(workspace + plan.sums_offset[group]);
+  };
+  int64_t first_tile = 0;
+  for (int i = 0; i < params.num_terms; ++i) {
+    const lb2_path& path = args.paths[last ? i : plan.first.leader_of[i]];
+    GemmTerm& term = params.terms[i];
+    term.row_scale = last ? path.out_scale : nullptr;
+    term.converted = reinterpret_cast<unsigned char*>(workspace) + plan.converted_offset[launch.stage][i];
+    if (reads_input) {
+      term.input = static_cast<const char*>(args.input) + first * args.input_stride * element_bytes;
+      term.input_stride = args.input_stride;
+      term.scale = path.in_scale;
+      term.words = reinterpret_cast<const uint32_t*>(path.v);
+      term.word_stride = path.v_stride;
+      term.rows = static_cast<int32_t>(path.rank);
+      term.cols = static_cast<int32_t>(args.k);
+    } else {
+      term.input = sums_of(plan.first.group_of[i]);
+      term.input_stride = path.rank;
+      term.part_stride = tokens * path.rank;
+      term.scale = path.latent_scale;
+      term.words = reinterpret_cast<const uint32_t*>(path.u);
+      term.word_stride = path.u_stride;
+      term.rows = static_cast<int32_t>(args.n);
+      term.cols = static_cast<int32_t>(path.rank);
+    }
+    term.slices = static_cast<int32_t>(slices_of(term.cols));
+    if (last) continue;
+    term.sums = sums_of(i);
+    term.first_tile = static_cast<int32_t>(first_tile);
+    if (launch.row_tile > 0) first_tile += divide_up(term.rows, launch.row_tile);
+  }
+  return params;
+}
+
+}  // namespace lb2::cuda
