@@ -336,7 +336,7 @@ class LittleBitLinear(nn.Module):
         device_type = x.device.type
         if device_type != "meta" and torch.is_autocast_enabled(device_type):
             x = x.to(torch.get_autocast_dtype(device_type))
-        backend = choose_backend(self.backend, device_type, x.numel() // self.in_features, self.activation)
+        backend = choose_backend(self.backend, device_type)
         if backend == "reference" or (backend == "triton" and layer is not None):
             return littlebit_linear(x, self.packed, backend, self.activation)
         if layer is None and backend == "cpu" and self._may_prepack(x, buffers):

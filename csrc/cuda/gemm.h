@@ -37,8 +37,9 @@ LB2_DEVICE GemmItems gemm_items(const GemmParams& params) {
     while (items.term + 1 < params.num_terms && params.terms[items.term + 1].first_tile <= block_x())
       ++items.term;
     items.last_term = items.term + 1;
-    items.slice = params.split ? block_y() : 0;
-    items.count = params.split ? 1 : params.terms[items.term].slices;
+    const int64_t slices = params.terms[items.term].slices;
+    items.slice = static_cast<int>(slices * block_y() / params.splits);
+    items.count = static_cast<int>(slices * (block_y() + 1) / params.splits) - items.slice;
   } else {
     for (int i = 0; i < params.num_terms; ++i) items.count += params.terms[i].slices;
   }
@@ -46,16 +47,8 @@ LB2_DEVICE GemmItems gemm_items(const GemmParams& params) {
 }
 
 // A walk over the stages of a block: of activations, and at the first stage of a slice also of its signs.
-template <int kSliceStages>
 struct GemmCursor {
   int term, slice, stage;
-  LB2_DEVICE void advance(const GemmParams& params) {
-    if (++stage < kSliceStages) return;
-    stage = 0;
-    if (++slice < params.terms[term].slices) return;
-    slice = 0;
-    ++term;
-  }
 };
 
 template <typename Operand, typename Shape>
@@ -65,6 +58,7 @@ struct GemmBlock {
   static constexpr int kStepBytes = gemm_step_bytes(kActivation);
   static constexpr int kStageSteps = gemm_stage_steps(kActivation, Shape::kTokens);
   static constexpr int kSliceStages = gemm_slice_stages(kActivation, Shape::kTokens);
+  static constexpr int kLeastStages = gemm_least_stages(kActivation, Shape::kTokens);
   static constexpr int kSlots = gemm_slice_slots(kActivation, Shape::kTokens);
   static constexpr int kRunBytes = kStageSteps * kStepBytes;  // of a group in a stage
   static constexpr int kIndexWords = gemm_index_words(Shape::kRows);
@@ -73,7 +67,6 @@ struct GemmBlock {
   static constexpr int kAhead = kPipelineStages - 1;
   static constexpr int kBlockBytes = Operand::kBlockBytes;
   static constexpr int kRowTiles = Shape::kRowTiles, kColumnTiles = Shape::kColumnTiles;
-  using Cursor = GemmCursor<kSliceStages>;
   using Sum = typename Operand::Sum;
 
   const GemmParams& params;
@@ -81,24 +74,47 @@ struct GemmBlock {
   unsigned char* slots;   // [kSlots][kSlotBytes]
   int tile_row, groups;
 
-  // Words of the first stage of a slice, zero past the ends of rows and past the last row: index i of lane t
-  // is word 4 t + i of the slice.
-  LB2_DEVICE void copy_signs(const Cursor& at, int slot) const {
+  LB2_DEVICE static int slice_steps(const GemmTerm& term, int slice) {
+    return slice_indices(term, slice) * kQuarters;
+  }
+  LB2_DEVICE static int slice_stages(const GemmTerm& term, int slice) {
+    const int needed = (slice_steps(term, slice) + kStageSteps - 1) / kStageSteps;
+    return needed < kLeastStages ? kLeastStages : needed;
+  }
+
+  LB2_DEVICE void advance(GemmCursor& at) const {
+    const GemmTerm& term = params.terms[at.term];
+    if (++at.stage < slice_stages(term, at.slice)) return;
+    at.stage = 0;
+    if (++at.slice < term.slices) return;
+    at.slice = 0;
+    ++at.term;
+  }
+
+  // Words of a slice at its first stage, zero past the ends of rows and past the last row: index i of lane t
+  // is word 4 i + t.
+  LB2_DEVICE void copy_signs(const GemmCursor& at, int slot) const {
     if (at.stage != 0) return;
     const GemmTerm& term = params.terms[at.term];
     const int row_words = (term.cols + LB2_WORD_BITS - 1) / LB2_WORD_BITS;
-    uint32_t* target = reinterpret_cast<uint32_t*>(slots + slot * kSlotBytes);
+    // A thread has one word of every sixteenth row.
+    constexpr int kRowStep = kThreads / kSliceWords;
+    const int word = thread_id() % kSliceWords, row = thread_id() / kSliceWords;
+    uint32_t* target =
+        reinterpret_cast<uint32_t*>(slots + slot * kSlotBytes) + word / 4 * kIndexWords + row * 4 + word % 4;
+    const bool in_row = at.slice * kSliceWords + word < row_words;
+    const int rows_left = in_row ? term.rows - tile_row - row : 0;
+    const uint32_t* source = term.words;
+    if (rows_left > 0) source += (tile_row + row) * term.word_stride + at.slice * kSliceWords + word;
 #pragma unroll
-    for (int i = 0; i < Shape::kRows * kSliceWords / kThreads; ++i) {
-      const int item = thread_id() + i * kThreads, row = item / kSliceWords, word = item % kSliceWords;
-      const bool inside = tile_row + row < term.rows && at.slice * kSliceWords + word < row_words;
-      const int64_t offset = (tile_row + row) * term.word_stride + at.slice * kSliceWords + word;
-      const uint32_t* source = term.words + (inside ? offset : 0);
-      copy_word(target + word % 4 * kIndexWords + row * 4 + word / 4, source, inside);
+    for (int i = 0; i < Shape::kRows / kRowStep; ++i) {
+      const bool inside = i * kRowStep < rows_left;
+      copy_word(target + i * kRowStep * 4, source, inside);
+      if (i * kRowStep + kRowStep < rows_left) source += kRowStep * term.word_stride;
     }
   }
 
-  LB2_DEVICE void copy_activations(const Cursor& at, int ring, int slot, int first_group) const {
+  LB2_DEVICE void copy_activations(const GemmCursor& at, int ring, int slot, int first_group) const {
     const GemmTerm& term = params.terms[at.term];
     const int64_t group_stride = static_cast<int64_t>(term.slices) * kBlockBytes;
     const unsigned char* source = converted_block<Operand>(term, first_group, at.slice);
@@ -116,8 +132,8 @@ struct GemmBlock {
                 source + group * group_stride + kBlockBytes - kGemmTailBytes + byte);
   }
 
-  // Adds the products of one stage.
-  LB2_DEVICE void multiply(int stage, int ring, int slot, int row_warp, int token_warp, int lane,
+  // Adds the products of one stage, of as many steps as the slice has left.
+  LB2_DEVICE void multiply(int stage, int steps, int ring, int slot, int row_warp, int token_warp, int lane,
                            Sum (&sums)[kRowTiles][kColumnTiles][4]) const {
     const uint32_t* signs = reinterpret_cast<const uint32_t*>(slots + slot * kSlotBytes);
     const unsigned char* data =
@@ -125,7 +141,7 @@ struct GemmBlock {
     // As much as one word of a lane has of the stage: unrolled no further, for the sake of registers.
     constexpr int kWordSteps = kStageSteps < kQuarters ? kStageSteps : kQuarters;
 #pragma unroll 1
-    for (int first = 0; first < kStageSteps; first += kWordSteps) {
+    for (int first = 0; first < kStageSteps && first < steps; first += kWordSteps) {
       const int index = (stage * kStageSteps + first) / kQuarters;
       // Where a stage is less than a word: the bits that it begins with first.
       const int shift = kStageSteps < kQuarters ? stage * kStageSteps % kQuarters * 4 : 0;
@@ -220,7 +236,7 @@ LB2_DEVICE void store_tile(const GemmParams& params, const GemmTerm& term, const
   void* output = params.output;
   int64_t stride = params.output_stride;
   if (params.alone) {
-    output = term.sums + static_cast<int64_t>(block_y()) * params.m * term.rows;
+    output = term.sums;
     stride = term.rows;
   }
   const int element_bytes = params.output_dtype == LB2_FLOAT32 ? 4 : 2;
@@ -236,7 +252,6 @@ LB2_DEVICE void store_tile(const GemmParams& params, const GemmTerm& term, const
 template <typename Operand, typename Shape>
 LB2_DEVICE void gemm_block(const GemmParams& params) {
   using Block = GemmBlock<Operand, Shape>;
-  using Cursor = typename Block::Cursor;
   using Sum = typename Operand::Sum;
   constexpr int kRowTiles = Shape::kRowTiles, kColumnTiles = Shape::kColumnTiles;
   constexpr int kSliceStages = Block::kSliceStages, kAhead = Block::kAhead, kSlots = Block::kSlots;
@@ -248,20 +263,26 @@ LB2_DEVICE void gemm_block(const GemmParams& params) {
   const GemmItems items = gemm_items(params);
   const GemmTerm& first_term = params.terms[items.term];
   const int tile_row = (block_x() - (params.alone ? first_term.first_tile : 0)) * Shape::kRows;
-  const int num_stages = items.count * kSliceStages;
+  int num_stages = 0;
+  for (int i = items.term, slice = items.slice, rest = items.count; rest > 0; ++i, slice = 0) {
+    const GemmTerm& term = params.terms[i];
+    const int count = term.slices - slice < rest ? term.slices - slice : rest;
+    num_stages += (count - 1) * kSliceStages + Block::slice_stages(term, slice + count - 1);
+    rest -= count;
+  }
   const int ring_stages = num_stages < kPipelineStages ? num_stages : kPipelineStages;
   const int left = (params.m - first_token + kGroupTokens - 1) / kGroupTokens;
   const Block block = {params, shared, shared + ring_stages * kStageBytes, tile_row,
                        left < Shape::kGroups ? left : Shape::kGroups};
 
   // Signs are older than the kernel before this one, which is the conversion.
-  Cursor ahead = {items.term, items.slice, 0};
+  GemmCursor ahead = {items.term, items.slice, 0};
   int ahead_slot = 0;
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) {
     if (i >= num_stages) break;
     block.copy_signs(ahead, ahead_slot);
-    ahead.advance(params);
+    block.advance(ahead);
     if (ahead.stage == 0) ahead_slot = ahead_slot + 1 == kSlots ? 0 : ahead_slot + 1;
   }
   wait_for_previous_kernel();
@@ -272,7 +293,7 @@ LB2_DEVICE void gemm_block(const GemmParams& params) {
   for (int i = 0; i < kAhead; ++i) {
     if (i < num_stages) {
       block.copy_activations(ahead, i, ahead_slot, first_group);
-      ahead.advance(params);
+      block.advance(ahead);
       if (ahead.stage == 0) ahead_slot = ahead_slot + 1 == kSlots ? 0 : ahead_slot + 1;
     }
     commit_copies();
@@ -282,9 +303,22 @@ LB2_DEVICE void gemm_block(const GemmParams& params) {
 #pragma unroll
   for (int i = 0; i < kRowTiles * kColumnTiles * 4; ++i)
     total[i / 4 / kColumnTiles][i / 4 % kColumnTiles][i % 4] = 0.0f;
+  // Of the lane's first sum: rows 8 and 16 further follow, columns 1 and 8 further.
+  const int first_row = tile_row + row_warp * kRowTiles * kTileRows + lane / 4;
+  const int first_column = first_token + token_warp * kColumnTiles * kGroupTokens + lane % 4 * 2;
   int ring = 0, ahead_ring = kAhead, slot = 0, copied = kAhead;
-  Cursor at = {items.term, items.slice, 0};
+  GemmCursor at = {items.term, items.slice, 0};
   for (int item = 0; item < items.count; ++item) {
+    const GemmTerm& term = params.terms[at.term];
+    const int steps = Block::slice_steps(term, at.slice), stages = Block::slice_stages(term, at.slice);
+    float row_scale[kRowTiles][2];
+#pragma unroll
+    for (int row = 0; row < kRowTiles; ++row)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int at_row = first_row + row * kTileRows + 8 * half;
+        row_scale[row][half] = !params.alone && at_row < term.rows ? term.row_scale[at_row] : 1.0f;
+      }
     Sum sums[kRowTiles][kColumnTiles][4];
     float chains[kRowTiles][kColumnTiles][4];  // of a slice, where the tensor core's are shorter
 #pragma unroll
@@ -293,19 +327,19 @@ LB2_DEVICE void gemm_block(const GemmParams& params) {
       chains[i / 4 / kColumnTiles][i / 4 % kColumnTiles][i % 4] = 0.0f;
     }
 #pragma unroll 1
-    for (int stage = 0; stage < kSliceStages; ++stage) {
+    for (int stage = 0; stage < stages; ++stage) {
       wait_for_copy_groups<kAhead - 1>();
       sync_block();  // the stage is there for all, and the one before it has been used up
       if (copied < num_stages) {
         block.copy_signs(ahead, ahead_slot);
         block.copy_activations(ahead, ahead_ring, ahead_slot, first_group);
-        ahead.advance(params);
+        block.advance(ahead);
         if (ahead.stage == 0) ahead_slot = ahead_slot + 1 == kSlots ? 0 : ahead_slot + 1;
         ahead_ring = ahead_ring + 1 == kPipelineStages ? 0 : ahead_ring + 1;
         ++copied;
       }
       commit_copies();
-      block.multiply(stage, ring, slot, row_warp, token_warp, lane, sums);
+      block.multiply(stage, steps - stage * Block::kStageSteps, ring, slot, row_warp, token_warp, lane, sums);
       ring = ring + 1 == kPipelineStages ? 0 : ring + 1;
       if constexpr (Operand::kShortChains) {
         static_assert(Block::kStageSteps <= Block::kQuarters, "a stage holds the end of one chain at most");
@@ -320,19 +354,10 @@ LB2_DEVICE void gemm_block(const GemmParams& params) {
       }
     }
     // The slice's sum times its scales.
-    const GemmTerm& term = params.terms[at.term];
     const unsigned char* tails = block.slots + slot * Block::kSlotBytes + Block::kSignBytes +
                                  token_warp * kColumnTiles * kGemmTailBytes + lane % 4 * 8;
 #pragma unroll
-    for (int row = 0; row < kRowTiles; ++row) {
-      float row_scale[2] = {1.0f, 1.0f};
-      if (!params.alone) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int at_row = tile_row + (row_warp * kRowTiles + row) * kTileRows + lane / 4 + 8 * half;
-          row_scale[half] = at_row < term.rows ? term.row_scale[at_row] : 0.0f;
-        }
-      }
+    for (int row = 0; row < kRowTiles; ++row)
 #pragma unroll
       for (int tile = 0; tile < kColumnTiles; ++tile) {
         const float* scale = reinterpret_cast<const float*>(tails + tile * kGemmTailBytes);
@@ -341,17 +366,35 @@ LB2_DEVICE void gemm_block(const GemmParams& params) {
         for (int i = 0; i < 4; ++i) {
           const float sum =
               Operand::kShortChains ? chains[row][tile][i] : Operand::value(sums[row][tile][i], all[i % 2]);
-          // Rounded before it is added: a split rounds it there as well.
-          total[row][tile][i] += multiply_rounded(scale[i % 2] * row_scale[i / 2], sum);
+          // Rounded before it is added: where slices are parts of their own, it is stored.
+          total[row][tile][i] += multiply_rounded(scale[i % 2] * row_scale[row][i / 2], sum);
         }
       }
+    if (params.splits > 1) {
+      float* part = term.sums + static_cast<int64_t>(at.slice) * params.m * term.rows +
+                    static_cast<int64_t>(first_column) * term.rows + first_row;
+#pragma unroll
+      for (int tile = 0; tile < kColumnTiles; ++tile)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int token = tile * kGroupTokens + i;
+          float* sums_of_token = part + token * static_cast<int64_t>(term.rows);
+          const bool there = first_column + token < params.m;
+#pragma unroll
+          for (int row = 0; row < 2 * kRowTiles; ++row) {
+            float& sum = total[row / 2][tile][row % 2 * 2 + i];
+            if (there && first_row + 8 * row < term.rows) sums_of_token[8 * row] = sum;
+            sum = 0.0f;
+          }
+        }
     }
-    at.stage = kSliceStages - 1;
-    at.advance(params);
+    at.stage = stages - 1;
+    block.advance(at);
     slot = slot + 1 == kSlots ? 0 : slot + 1;
   }
 
   wait_for_copies();
+  if (params.splits > 1) return;
   sync_block();
   float* tile_sums = reinterpret_cast<float*>(shared);
 #pragma unroll

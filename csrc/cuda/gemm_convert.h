@@ -10,6 +10,12 @@ LB2_DEVICE unsigned char* converted_block(const GemmTerm& term, int group, int s
   return term.converted + (static_cast<int64_t>(group) * term.slices + slice) * Operand::kBlockBytes;
 }
 
+// Indices of a slice that hold columns: what is past them is neither converted nor multiplied.
+LB2_DEVICE int slice_indices(const GemmTerm& term, int slice) {
+  const int left = term.cols - slice * kSliceCols;
+  return left >= kSliceCols ? kSliceIndices : (left + kIndexCols - 1) / kIndexCols;
+}
+
 // Blocks are [slices of all terms, 1, groups of tokens], a warp for each token.
 template <typename Operand>
 LB2_KERNEL(kThreads, 2)
@@ -37,7 +43,8 @@ gemm_convert(const LB2_GRID_CONSTANT GemmParams params) {
   load_runs(source, cols, values);
   unsigned char* block = converted_block<Operand>(term, block_z(), slice);
   unsigned char* tail = block + Operand::kBlockBytes - kGemmTailBytes;
-  Operand::convert(values, lane, column, block, reinterpret_cast<float*>(tail) + column,
+  Operand::convert(values, lane, column, lane / 8 < slice_indices(term, slice), block,
+                   reinterpret_cast<float*>(tail) + column,
                    reinterpret_cast<int32_t*>(tail) + kGroupTokens + column);
 }
 

@@ -1,9 +1,10 @@
 // What the GEMM multiplies: activations as float16 (one term or two) or int8, and signs expanded to match.
 //
-// A lane of a warp that multiplies has words 4 t .. 4 t + 3 of its rows' slices (t = lane % 4). A step takes
-// four bits of one of them in each half (float16) or quarter (int8) of the word: two MMAs, whose registers of
-// A are a bit and those 16, or 8, 16 and 24, further. Activations are converted into the same order, 16 bytes
-// of every lane for both MMAs side by side, so that a B fragment is one load without bank conflicts.
+// A lane of a warp that multiplies has words t, 4 + t, 8 + t and 12 + t of its rows' slices (t = lane % 4),
+// by index. A step takes four bits of one of them in each half (float16) or quarter (int8) of the word: two
+// MMAs, whose registers of A are a bit and those 16, or 8, 16 and 24, further. Activations are converted into
+// the same order, 16 bytes of every lane for both MMAs side by side, so that a B fragment is one load without
+// bank conflicts.
 #pragma once
 
 #include "cuda/gemm_params.h"
@@ -12,15 +13,15 @@
 namespace lb2::cuda {
 
 // Columns of the lane of a warp that converts a slice of one token: bits 8 h .. 8 h + 7 of a word and those
-// 16 further, h = lane % 2. Eight lanes in a row have the words of one step.
-LB2_DEVICE int converted_word(int lane) { return lane / 2 % 4 * 4 + lane / 8; }
+// 16 further, h = lane % 2.
+LB2_DEVICE int converted_word(int lane) { return lane / 2; }
 LB2_DEVICE int converted_run(int lane) { return converted_word(lane) * LB2_WORD_BITS + lane % 2 * kRunCols; }
 
 // The 16 bytes of one step and term for the lane that multiplies that word for that token.
 LB2_DEVICE unsigned char* converted_unit(unsigned char* block, int word, int quarter, int quarters, int term,
                                          int terms, int token) {
-  const int step = word % 4 * quarters + quarter;
-  return block + (((step * terms + term) * kWarpLanes) + token * 4 + word / 4) * 16;
+  const int step = word / 4 * quarters + quarter;
+  return block + (((step * terms + term) * kWarpLanes) + token * 4 + word % 4) * 16;
 }
 
 // kTerms float16 numbers per activation, scaled by a power of two that brings the slice's largest magnitude
@@ -43,8 +44,8 @@ struct GemmHalves {
   }
   LB2_DEVICE static float value(Sum sum, int32_t) { return sum; }
 
-  LB2_DEVICE static void convert(const float (&values)[kLaneCols], int lane, int token, unsigned char* block,
-                                 float* scale, int32_t*) {
+  LB2_DEVICE static void convert(const float (&values)[kLaneCols], int lane, int token, bool inside,
+                                 unsigned char* block, float* scale, int32_t*) {
     const Magnitude most = slice_magnitude(values);
     const Shift up(kTopExponent - most.exponent()), down(most.exponent() - kTopExponent);
     const int word = converted_word(lane);
@@ -63,6 +64,7 @@ struct GemmHalves {
           high -= half_to_float(high_bits);
         }
       }
+      if (!inside) continue;
 #pragma unroll
       for (int term = 0; term < kTerms; ++term)
         *reinterpret_cast<Words4*>(
@@ -88,8 +90,8 @@ struct GemmInt8 {
   }
   LB2_DEVICE static float value(Sum sum, int32_t all) { return static_cast<float>(all - 2 * sum); }
 
-  LB2_DEVICE static void convert(const float (&values)[kLaneCols], int lane, int token, unsigned char* block,
-                                 float* scale, int32_t* sum) {
+  LB2_DEVICE static void convert(const float (&values)[kLaneCols], int lane, int token, bool inside,
+                                 unsigned char* block, float* scale, int32_t* sum) {
     constexpr float kLimit = 127.0f;
     // Adding 1.5 * 2^23 rounds to an integer and leaves it, as two's complement, in the low bits.
     constexpr float kRounder = 12582912.0f;
@@ -118,8 +120,9 @@ struct GemmInt8 {
       const uint32_t got = shuffle_xor(given, 1);
       unit.w[j] = half == 0 ? kept | got << 8 : kept << 8 | got;
     }
-    *reinterpret_cast<Words4*>(
-        converted_unit(block, converted_word(lane), half, kQuarters, 0, kTerms, token)) = unit;
+    if (inside)
+      *reinterpret_cast<Words4*>(
+          converted_unit(block, converted_word(lane), half, kQuarters, 0, kTerms, token)) = unit;
     const int32_t total = warp_sum(static_cast<int32_t>(sum_bits - kLaneCols * kRounderBits));
     if (lane != 0) return;
     *sum = total;

@@ -38,6 +38,10 @@ constexpr bool has_gemm_tile(lb2_activation activation, int rows, int tokens) {
 // of a scale and a sum per token.
 constexpr int kGroupTokens = 8;
 constexpr int kGemmTailBytes = kGroupTokens * 8;
+// Columns of the least part of a slice that can be left out where a term ends: a word of every lane of a
+// quad.
+constexpr int kIndexCols = 128;
+constexpr int kSliceIndices = kSliceCols / kIndexCols;
 constexpr int gemm_terms(lb2_activation activation) { return activation == LB2_ACTIVATION_EXACT ? 2 : 1; }
 constexpr int gemm_steps(lb2_activation activation) { return activation == LB2_ACTIVATION_INT8 ? 8 : 16; }
 constexpr int gemm_step_bytes(lb2_activation activation) { return kWarpLanes * 16 * gemm_terms(activation); }
@@ -55,9 +59,16 @@ constexpr int gemm_stage_steps(lb2_activation activation, int tokens) {
 constexpr int gemm_slice_stages(lb2_activation activation, int tokens) {
   return gemm_steps(activation) / gemm_stage_steps(activation, tokens);
 }
+// Stages of the shortest slice: of one index, but where the slots of as many slices as could then be under
+// way would not fit.
+constexpr int gemm_least_stages(lb2_activation activation, int tokens) {
+  const int index_steps = gemm_steps(activation) / kSliceIndices;
+  const int stages = index_steps / gemm_stage_steps(activation, tokens);
+  return stages < 2 && tokens == 128 ? 2 : stages < 1 ? 1 : stages;
+}
 // The slice that is multiplied, and those of the stages that are under way.
 constexpr int gemm_slice_slots(lb2_activation activation, int tokens) {
-  const int stages = gemm_slice_stages(activation, tokens);
+  const int stages = gemm_least_stages(activation, tokens);
   return 1 + (kPipelineStages - 1 + stages - 1) / stages;
 }
 // Words of one index of every lane's four lie together, a few apart from those of the next (bank conflicts).
@@ -84,7 +95,7 @@ struct GemmTerm {
   const float* scale;
   const uint32_t* words;
   const float* row_scale;    // [rows], when terms are added
-  float* sums;               // [part, m, rows], when terms stand alone
+  float* sums;               // [slice, m, rows] or, not split, [m, rows], when terms stand alone
   unsigned char* converted;  // [group of tokens, slice]
   int64_t word_stride;
   int64_t input_stride;  // elements between tokens
@@ -102,7 +113,7 @@ struct GemmParams {
   int32_t num_terms;
   int32_t alone;      // 1: each term to its own sums; 0: all terms scaled, added and stored
   int32_t num_parts;  // of the input
-  int32_t split;      // 1: every slice is a part of its own
+  int32_t splits;     // of the columns; from 2 on every slice is a part of the output
   int32_t m;
   lb2_dtype input_dtype, output_dtype;
 };

@@ -10,7 +10,7 @@ constexpr int64_t kLeastTokens = 256;
 constexpr int64_t kTokenStep = 128;                // the widest tile
 constexpr int64_t kRoundBytes = 96 * 1024 * 1024;  // of workspace, about, that a round may take
 constexpr int64_t kSplitBytes = 64 * 1024 * 1024;  // of latents in parts
-constexpr int64_t kMostParts = 65535;              // blocks of a grid in y
+constexpr int64_t kMostSplits = 32;
 
 int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 int64_t align(int64_t bytes) { return divide_up(bytes, kWorkspaceAlignment) * kWorkspaceAlignment; }
@@ -18,18 +18,24 @@ int64_t align(int64_t bytes) { return divide_up(bytes, kWorkspaceAlignment) * kW
 // One stage as planning sees it.
 struct Work {
   int64_t rows[LB2_MAX_PATHS];
-  int64_t slices[LB2_MAX_PATHS];
+  int64_t cols[LB2_MAX_PATHS];
   int num_terms;
   bool alone;  // each term has its own rows; else all add into the same
   bool last;
 
+  int64_t slices(int term) const { return divide_up(cols[term], kSliceCols); }
   int64_t all_slices() const {
     int64_t sum = 0;
-    for (int i = 0; i < num_terms; ++i) sum += slices[i];
+    for (int i = 0; i < num_terms; ++i) sum += slices(i);
     return sum;
   }
-  // Of one block that is not split.
-  int64_t block_slices() const { return alone ? slices[0] : all_slices(); }
+  // Of one block that is not split: slices, and indices, which are quarters of them.
+  int64_t block_slices() const { return alone ? slices(0) : all_slices(); }
+  int64_t block_indices() const {
+    int64_t sum = 0;
+    for (int i = 0; i < (alone ? 1 : num_terms); ++i) sum += divide_up(cols[i], kIndexCols);
+    return sum;
+  }
   int64_t row_tiles(int64_t tile) const {
     if (!alone) return divide_up(rows[0], tile);
     int64_t tiles = 0;
@@ -45,39 +51,50 @@ struct Work {
 
 struct Choice {
   GemmTile tile;
-  int64_t parts;
+  int64_t splits;
 };
+
+// Cycles of a quarter of an SM for one MMA. The rates of mma.sync: half of the tensor cores' for float16 sums
+// in fp32 on GeForce GPUs, about 0.65 of them on sm_90, whose full rate only wgmma has.
+int64_t mma_cycles(lb2_activation activation, int32_t capability) {
+  if (capability == 90) return 6;
+  const bool halved = capability == 86 || capability == 89 || capability >= 120;
+  return halved && activation != LB2_ACTIVATION_INT8 ? 16 : 8;
+}
 
 // Estimated cycles of a stage for all tokens of a round. Leads from instruction counts, to be replaced by
 // measurements; only their order matters here.
 int64_t estimated_cycles(const Work& work, const Choice& choice, int64_t tokens, const Plan& plan) {
-  constexpr int64_t kMma = 8;          // of a quarter of an SM
-  constexpr int64_t kLatency = 70;     // of the two dependent MMAs of a step, and loading what they take
+  constexpr int64_t kStep = 70;        // of the two dependent MMAs of a step, and loading what they take
   constexpr int64_t kStage = 150;      // a barrier, and copies that are asked for
   constexpr int64_t kBlock = 2500;     // until the first stage is there; sums stored
   constexpr int64_t kL2Bytes = 2500;   // of all SMs in a cycle
   constexpr int64_t kReadParts = 600;  // by the next stage, four parts at once
   const lb2_activation mode = plan.activation;
-  const int64_t terms = gemm_terms(mode), steps = gemm_steps(mode);
-  const int64_t slices = choice.parts > 1 ? 1 : work.block_slices();
+  const int64_t terms = gemm_terms(mode), steps = gemm_steps(mode) / kSliceIndices;
+  const int64_t slices = divide_up(work.block_slices(), choice.splits);
+  const int64_t indices = divide_up(work.block_indices(), choice.splits);
   const int64_t shared = gemm_shared_bytes(mode, choice.tile.rows, choice.tile.tokens, slices);
   // As the kernel's launch bounds say, and where shared memory has room for it.
   const bool few_sums = choice.tile.tokens == 32 && (mode != LB2_ACTIVATION_EXACT || choice.tile.rows == 64);
   const int64_t at_once = few_sums && 2 * (shared + 1024) <= plan.device.shared_bytes + 1024 ? 2 : 1;
   const int64_t blocks =
-      work.row_tiles(choice.tile.rows) * divide_up(tokens, choice.tile.tokens) * choice.parts;
+      work.row_tiles(choice.tile.rows) * divide_up(tokens, choice.tile.tokens) * choice.splits;
   const int64_t multiprocessors = plan.device.multiprocessors;
   const int64_t waves = divide_up(blocks, at_once * multiprocessors);
   const int64_t resident = std::min(at_once, divide_up(blocks, multiprocessors));
   const int64_t mmas =
       (choice.tile.rows / kTileRows) * (choice.tile.tokens / kGroupTokens) * steps * 2 * terms;
-  const int64_t latency = steps * terms * kLatency + gemm_slice_stages(mode, choice.tile.tokens) * kStage;
-  const int64_t compute = waves * (kBlock + slices * std::max(resident * mmas * kMma / 4, latency));
-  const int64_t tile_bytes = choice.tile.tokens / kGroupTokens * gemm_block_bytes(mode);
-  const int64_t copies = blocks * slices * tile_bytes / kL2Bytes;
-  const int64_t parts = choice.parts == 1 ? 0
-                                          : choice.parts * tokens * work.all_rows() * 4 * 2 / kL2Bytes +
-                                                divide_up(choice.parts, 4) * kReadParts;
+  const int64_t multiply = mmas * mma_cycles(mode, plan.device.capability) / 4;
+  const int64_t latency =
+      steps * terms * kStep + gemm_slice_stages(mode, choice.tile.tokens) * kStage / kSliceIndices;
+  const int64_t compute = waves * (kBlock + indices * std::max(resident * multiply, latency));
+  const int64_t index_bytes = choice.tile.tokens / kGroupTokens * gemm_step_bytes(mode) * steps;
+  const int64_t copies = blocks * indices * index_bytes / kL2Bytes;
+  const int64_t parts = choice.splits == 1
+                            ? 0
+                            : work.block_slices() * tokens * work.all_rows() * 4 * 2 / kL2Bytes +
+                                  divide_up(work.block_slices(), 4) * kReadParts;
   return std::max(compute, copies) + parts;
 }
 
@@ -85,7 +102,9 @@ int64_t estimated_cycles(const Work& work, const Choice& choice, int64_t tokens,
 lb2_cuda_launch choose(const Work& work, int stage, int64_t tokens, const lb2_cuda_tuning& tuning,
                        const Plan& plan) {
   const int64_t slices = work.block_slices();
+  const bool fits = slices * tokens * work.all_rows() * 4 <= kSplitBytes;
   const int64_t wanted = work.last ? 1 : tuning.splits;
+  const int64_t most = wanted != 0 ? wanted : fits ? std::min(slices, kMostSplits) : 1;
   lb2_cuda_launch launch = {};
   launch.kind = LB2_CUDA_GEMM;
   launch.stage = stage;
@@ -95,22 +114,17 @@ lb2_cuda_launch choose(const Work& work, int stage, int64_t tokens, const lb2_cu
     if (!has_gemm_tile(plan.activation, tile.rows, tile.tokens)) continue;
     if (tuning.gemm_rows[stage] != 0 && tuning.gemm_rows[stage] != tile.rows) continue;
     if (tuning.gemm_tokens[stage] != 0 && tuning.gemm_tokens[stage] != tile.tokens) continue;
-    for (const int64_t parts : {int64_t{1}, slices}) {
-      const bool split = parts > 1;
-      if (wanted != 0 && slices > 1 && (wanted > 1) != split) continue;
-      if (split && (work.last || parts > kMostParts)) continue;
-      if (split && wanted == 0 && parts * tokens * work.all_rows() * 4 > kSplitBytes) continue;
-      const int64_t shared = gemm_shared_bytes(plan.activation, tile.rows, tile.tokens, split ? 1 : slices);
-      const Choice choice = {tile, parts};
-      const int64_t cycles = estimated_cycles(work, choice, tokens, plan);
+    for (int64_t splits = wanted != 0 ? wanted : 1; splits <= most; ++splits) {
+      const int64_t cycles = estimated_cycles(work, {tile, splits}, tokens, plan);
       if (cycles >= best) continue;
       best = cycles;
       launch.estimated_cycles = static_cast<int32_t>(std::min<int64_t>(cycles, INT32_MAX));
       launch.row_tile = tile.rows;
       launch.token_tile = tile.tokens;
-      launch.shared_bytes = static_cast<int32_t>(shared);
+      launch.shared_bytes =
+          gemm_shared_bytes(plan.activation, tile.rows, tile.tokens, divide_up(slices, splits));
       launch.grid_x = static_cast<int32_t>(work.row_tiles(tile.rows));
-      launch.grid_y = static_cast<int32_t>(parts);
+      launch.grid_y = static_cast<int32_t>(splits);
       launch.grid_z = static_cast<int32_t>(divide_up(tokens, tile.tokens));
     }
   }
@@ -118,6 +132,11 @@ lb2_cuda_launch choose(const Work& work, int stage, int64_t tokens, const lb2_cu
 }
 
 int64_t slices_of(int64_t cols) { return divide_up(cols, kSliceCols); }
+
+// Of the first stage's sums: slices, where these are split.
+int64_t parts_of(const Plan& plan, const lb2_linear_args& args) {
+  return plan.launches[1].grid_y > 1 ? slices_of(args.k) : 1;
+}
 
 bool is_single_stage(const lb2_linear_args& args) { return args.paths[0].u == nullptr; }
 
@@ -134,14 +153,14 @@ void add_gemm_launches(const lb2_linear_args& args, const lb2_cuda_tuning& tunin
     first.num_terms = plan->first.num_groups;
     for (int g = 0; g < first.num_terms; ++g) {
       first.rows[g] = args.paths[plan->first.leader_of[g]].rank;
-      first.slices[g] = slices_of(args.k);
+      first.cols[g] = args.k;
     }
   }
   last.last = true;
   last.num_terms = static_cast<int>(args.num_paths);
   for (int p = 0; p < last.num_terms; ++p) {
     last.rows[p] = args.n;
-    last.slices[p] = slices_of(single_stage ? args.k : args.paths[p].rank);
+    last.cols[p] = single_stage ? args.k : args.paths[p].rank;
   }
 
   // Rounds of as many tokens as the workspace is to hold, all about the same.
@@ -164,7 +183,7 @@ void add_gemm_launches(const lb2_linear_args& args, const lb2_cuda_tuning& tunin
     int64_t offset = 0;
     for (int i = 0; i < work.num_terms; ++i) {
       plan->converted_offset[s][i] = offset;
-      offset += align(groups * work.slices[i] * block);
+      offset += align(groups * work.slices(i) * block);
     }
     converted_bytes = std::max(converted_bytes, offset);
     lb2_cuda_launch convert = {};
@@ -185,7 +204,7 @@ void add_gemm_launches(const lb2_linear_args& args, const lb2_cuda_tuning& tunin
   if (!single_stage)
     for (int g = 0; g < stages[0].num_terms; ++g) {
       plan->sums_offset[g] = plan->workspace_bytes;
-      plan->workspace_bytes += align(plan->launches[1].grid_y * plan->token_block * stages[0].rows[g] * 4);
+      plan->workspace_bytes += align(parts_of(*plan, args) * plan->token_block * stages[0].rows[g] * 4);
     }
 }
 
@@ -208,14 +227,13 @@ GemmParams gemm_params(const lb2_linear_args& args, const Plan& plan, int index,
   const lb2_cuda_launch& launch = plan.launches[index];
   const bool last = launch.stage == 1 || is_single_stage(args), reads_input = launch.stage == 0;
   const int64_t element_bytes = args.dtype == LB2_FLOAT32 ? 4 : 2;
-  const int64_t parts = plan.launches[1].grid_y;  // of the first stage
   GemmParams params = {};
   params.input_dtype = reads_input ? args.dtype : LB2_FLOAT32;
   params.output_dtype = last ? args.dtype : LB2_FLOAT32;
-  params.num_parts = reads_input ? 1 : static_cast<int32_t>(parts);
+  params.num_parts = reads_input ? 1 : static_cast<int32_t>(parts_of(plan, args));
   params.m = static_cast<int32_t>(tokens);
   params.alone = !last;
-  params.split = !last && parts > 1;
+  params.splits = std::max(launch.grid_y, 1);
   params.num_terms = static_cast<int32_t>(last ? args.num_paths : plan.first.num_groups);
   if (last) {
     params.output = static_cast<char*>(args.output) + first * args.output_stride * element_bytes;

@@ -163,7 +163,9 @@ py::dict plan_cuda(int64_t m, int64_t k, int64_t n, const std::vector<int64_t>& 
   for (int32_t i = 0; i < plan.num_launches; ++i) {
     const lb2_cuda_launch& planned = plan.launches[i];
     py::dict launch;
-    launch["kind"] = planned.kind == LB2_CUDA_CONVERT ? "convert" : "decode";
+    launch["kind"] = planned.kind == LB2_CUDA_CONVERT  ? "convert"
+                     : planned.kind == LB2_CUDA_DECODE ? "decode"
+                                                       : "gemm";
     launch["stage"] = planned.stage;
     launch["grid"] = py::make_tuple(planned.grid_x, planned.grid_y, planned.grid_z);
     launch["threads"] = planned.threads;
@@ -174,6 +176,7 @@ py::dict plan_cuda(int64_t m, int64_t k, int64_t n, const std::vector<int64_t>& 
     launch["shared_bytes"] = planned.shared_bytes;
     launch["chained"] = planned.chained != 0;
     launch["estimated_cycles"] = planned.estimated_cycles;
+    launch["row_tile"] = planned.row_tile;
     launches.append(launch);
   }
   py::dict result;

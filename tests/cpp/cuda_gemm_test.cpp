@@ -52,7 +52,7 @@ bool run_problem(int index) {
       tuning.gemm_rows[stage] = tile.rows;
       tuning.gemm_tokens[stage] = tile.tokens;
     }
-    tuning.splits = static_cast<int32_t>(std::min(slices, pick({0, 1, 2})));
+    tuning.splits = static_cast<int32_t>(std::min(slices, pick({0, 1, 2, 5})));
   }
   lb2_linear_args args = problem.layer_args();
   args.m = problem.m;
@@ -97,7 +97,7 @@ bool run_bits(lb2_activation activation) {
   Setup setup(m, k, n, rank);
   const std::vector<float> all = setup.run(activation, 0, m);
   for (uint64_t i = 0; i < 4; ++i)
-    for (const int32_t splits : {1, 3}) {
+    for (const int32_t splits : {1, 2, 3}) {
       const GemmTile first = tile_of(activation, i), last = tile_of(activation, i + 1);
       setup.tuning = {sizeof(lb2_cuda_tuning),    {0, 0}, splits, 0, 0, {first.rows, last.rows},
                       {first.tokens, last.tokens}};

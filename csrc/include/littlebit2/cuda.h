@@ -37,8 +37,8 @@ typedef struct lb2_cuda_launch {
   int32_t kind;
   int32_t stage;  /* 0, or 1 for U of a layer with two stages */
   int32_t grid_x; /* decode: tiles of 16 * row_warps rows, GEMM: of row_tile, of all first stages or of N */
-  int32_t grid_y; /* parts that the columns are split into (GEMM: none, or each slice its own); their sums are
-                     added in order by the next stage */
+  int32_t grid_y; /* parts that the columns are split into; their sums, GEMM: those of their slices of 512
+                     columns, are added in order by the next stage */
   int32_t grid_z; /* blocks of token_tile tokens */
   int32_t threads;
   int32_t token_tile;
@@ -76,7 +76,7 @@ typedef struct lb2_cuda_tuning {
   int32_t max_chunk;    /* upper bound of chunk_slices */
   int32_t unchained;    /* 1: every launch starts at the end of the kernel before it, as before sm_90 */
   /* Rows and tokens of a block of the GEMM, of each stage: 64 x 32, 128 x 32, 128 x 64 or, but in EXACT,
-   * 128 x 128. `splits` of more than 1 means all of its slices there; row_warps and max_chunk nothing. */
+   * 128 x 128. row_warps and max_chunk mean nothing there. */
   int32_t gemm_rows[2];
   int32_t gemm_tokens[2];
 } lb2_cuda_tuning;
