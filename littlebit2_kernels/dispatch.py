@@ -11,6 +11,7 @@ __all__ = [
     "ACTIVATIONS",
     "ACTIVATION_DTYPES",
     "BACKENDS",
+    "CUDA_TOKENS",
     "BackendUnavailableError",
     "check_activation",
     "check_activation_mode",
@@ -26,6 +27,12 @@ ACTIVATIONS = {"auto": 0, "exact": 1, "int16": 2, "int8": 3, "sign": 4, "float16
 
 #: Dtypes of x that every backend takes.
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+#: Most tokens of a call that ``auto`` gives to the CUDA kernels where Triton's can run too. Both expand signs
+#: once for up to 128 tokens, but the GEMM in CUDA uses ``mma.sync``, which on Hopper has about two thirds of
+#: the tensor cores' rate, and Triton's ``wgmma``, which has all of it; below, launches and latencies weigh
+#: more, and those of the CUDA kernels are chained. By counts of instructions, not yet measured.
+CUDA_TOKENS = 512
 
 
 class BackendUnavailableError(RuntimeError):
@@ -60,10 +67,13 @@ def _unsupported(backend: str, device_type: str) -> str | None:
     raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def choose_backend(backend: str, device_type: str) -> str:
+def choose_backend(backend: str, device_type: str, tokens: int = 1, activation: str = "auto") -> str:
     """Resolve ``backend`` for tensors on ``device_type``; never falls back to a slower one silently.
 
-    ``auto`` takes the native kernels of the device, and on a GPU where there are none, as on AMD's, Triton's.
+    ``auto`` takes the native kernels of the device. On a GPU where there are none, as on AMD's, it takes
+    Triton's; and where both can run, Triton's for more than :data:`CUDA_TOKENS` ``tokens``, unless
+    ``activation`` names a mode (which then is the same bits for every number of tokens) or the call is being
+    compiled (which would make one graph for few and one for many).
 
     Raises:
         ValueError: the name is unknown.
@@ -73,20 +83,26 @@ def choose_backend(backend: str, device_type: str) -> str:
         if device_type in ("cpu", "meta"):
             return "cpu"
         no_cuda = _unsupported("cuda", device_type)
-        if no_cuda is None:
+        if no_cuda is None and not _prefers_triton(tokens, activation):
             return "cuda"
         no_triton = _unsupported("triton", device_type)
         if no_triton is None:
             return "triton"
-        raise BackendUnavailableError(
-            f"no kernels for tensors on {device_type}: cuda: {no_cuda}; triton: {no_triton}. Move the "
-            "layer and x to the CPU, or ask for backend='reference' (plain PyTorch on unpacked signs: "
-            "right, but slow)."
-        )
+        if no_cuda is not None:
+            raise BackendUnavailableError(
+                f"no kernels for tensors on {device_type}: cuda: {no_cuda}; triton: {no_triton}. Move the "
+                "layer and x to the CPU, or ask for backend='reference' (plain PyTorch on unpacked signs: "
+                "right, but slow)."
+            )
+        return "cuda"
     reason = _unsupported(backend, device_type)
     if reason is not None:
         raise BackendUnavailableError(f"backend={backend!r} cannot run: {reason}")
     return backend
+
+
+def _prefers_triton(tokens: int, activation: str) -> bool:
+    return activation == "auto" and not torch.compiler.is_compiling() and tokens > CUDA_TOKENS
 
 
 def check_activation(x: torch.Tensor, in_features: int, device: torch.device) -> None:

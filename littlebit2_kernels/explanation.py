@@ -28,7 +28,7 @@ __all__ = ["Explanation", "Launch", "explain"]
 _REASONS = {
     "cpu": "native kernels for {} tensors",
     "cuda": "native kernels for {} tensors",
-    "triton": "Triton kernels: no native ones for these {} tensors",
+    "triton": "Triton kernels: no native ones for these {} tensors, or more tokens than those are made for",
     "reference": "",
 }
 
@@ -84,8 +84,8 @@ class Explanation:
         macs: sign-accumulate operations, all stages and paths.
         packed_bytes: bytes of the layer that one pass reads.
         kernels: on the CPU ``"lookup"`` on a prepacked layer and ``"portable"`` on the packed words; on CUDA
-            ``"bit planes"`` (1-bit tensor cores), ``"sign halves"`` (float16 ones) and ``"gemm"``; of Triton ``"gemv"``,
-            ``"gemm"`` or ``"xnor"``; else ``None``.
+            ``"bit planes"`` (1-bit tensor cores), ``"sign halves"`` (float16 ones) and ``"gemm"``; of Triton
+            ``"gemv"``, ``"gemm"`` or ``"xnor"``; else ``None``.
         activation: how activations enter the sums, ``"auto"`` resolved.
         isa: CPU instruction set, or ``None`` for other backends.
         threads: threads that get work of a prepacked layer, or that torch offers the call.
@@ -153,7 +153,7 @@ def explain(
     dtype_name = _dtype_name(x, dtype)
     device_type = packed.device.type
     if gpu is None:
-        chosen = choose_backend(backend, device_type)
+        chosen = choose_backend(backend, device_type, tokens, activation)
         reason = _REASONS[chosen].format(device_type)
     elif backend not in ("auto", "cuda", "triton"):
         raise ValueError(f"backend must be 'auto', 'cuda' or 'triton' where gpu is given, got {backend!r}")

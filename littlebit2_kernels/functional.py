@@ -32,12 +32,13 @@ def littlebit_linear(
             the CPU, as it is on CUDA.
         backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"`` (plain PyTorch in
             float32). ``auto`` takes the kernels that were compiled for the device, and Triton's on a GPU
-            where there are none. A backend asked for by name that cannot run raises.
+            where there are none or (:func:`littlebit2_kernels.dispatch.choose_backend`) for many tokens. A
+            backend asked for by name that cannot run raises.
         activation: how activations enter the sums (docs/kernels.md): ``"exact"`` in float32, ``"int16"``
             (error about 3e-4), ``"int8"`` (about 1e-2), ``"sign"`` (binarised), ``"float16"`` (CUDA only,
             about 2e-4), or ``"auto"``: exact for float32, and on the CPU for layers that are not
-            prepacked; else int16, or float16 on GPUs for more than 16 tokens, without 1-bit tensor cores and
-            with Triton, which has no int16. On the CPU, int16, int8 and sign need a prepacked layer. Gradients are those of exact sums;
+            prepacked; else int16, or float16 on GPUs for more than 16 tokens, on those without 1-bit tensor
+            cores, and with Triton, which has no int16. On the CPU, int16, int8 and sign need a prepacked layer. Gradients are those of exact sums;
             of x not yet by the CUDA kernels.
 
     Returns:
@@ -55,7 +56,7 @@ def littlebit_linear(
         raise TypeError(f"packed must be a PackedLinear or a PrepackedLinear, got {type(packed).__name__}")
     check_activation(x, packed.in_features, packed.device)
     prepacked = isinstance(packed, PrepackedLinear)
-    chosen = choose_backend(backend, x.device.type)
+    chosen = choose_backend(backend, x.device.type, x.numel() // packed.in_features, activation)
     check_activation_mode(activation, chosen, prepacked)
     if chosen == "reference":
         layer = packed.unpack() if isinstance(packed, PrepackedLinear) else packed

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from littlebit2_kernels import LittleBitLinear, PackedLinear, explain, littlebit_linear, warmup
-from littlebit2_kernels.dispatch import unavailable_reason
+from littlebit2_kernels.dispatch import CUDA_TOKENS, unavailable_reason
 from littlebit2_kernels.testing import make_problem
 from tests.kernels.problems import scaled_down
 from tests.triton import problems
@@ -118,7 +118,7 @@ def test_another_device(device: torch.device, packed: PackedLinear, rng: torch.G
 
 
 def test_auto_does_what_explain_says(packed: PackedLinear, rng: torch.Generator) -> None:
-    for tokens in (1, 16, 17, 129):
+    for tokens in (1, 16, 17, CUDA_TOKENS, CUDA_TOKENS + 1):
         x = fresh(tokens, packed.device, rng)
         plan = explain(x, packed)
         assert plan.activation is not None

@@ -166,6 +166,18 @@ def test_auto_takes_cuda_then_triton_then_says_what_is_missing(reasons: dict[str
         dispatch.choose_backend("triton", "cuda")
 
 
+def test_auto_gives_many_tokens_to_triton(reasons: dict[str, str | None]) -> None:
+    reasons.update(cuda=None, triton=None)
+    few, many = dispatch.CUDA_TOKENS, dispatch.CUDA_TOKENS + 1
+    assert dispatch.choose_backend("auto", "cuda", few) == "cuda"
+    assert dispatch.choose_backend("auto", "cuda", many) == "triton"
+    # A mode that is named is the same bits for any number of tokens; a backend that is named is that one.
+    assert dispatch.choose_backend("auto", "cuda", many, "int8") == "cuda"
+    assert dispatch.choose_backend("cuda", "cuda", many) == "cuda"
+    reasons["triton"] = "no triton"
+    assert dispatch.choose_backend("auto", "cuda", many) == "cuda"
+
+
 def test_reasons_say_what_would_help(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_backend, "_installed", lambda: False)
     reason = triton_backend.no_triton_reason("cuda")
