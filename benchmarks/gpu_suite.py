@@ -105,7 +105,8 @@ def _measure(
     return (*command, *more, "--json", f"{{out}}/{name}.json")
 
 
-_PIP = (PYTHON, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-build-isolation")
+_INDEXLESS = (PYTHON, "-m", "pip", "install", "-q", "--no-index")
+_PIP = (*_INDEXLESS, "--no-deps", "--no-build-isolation")
 _PYTEST = (PYTHON, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider")
 #: What a measurement needs: one wrong result in a thousand problems is no reason to measure nothing.
 _USABLE = ("build", "diagnostics")
@@ -137,6 +138,13 @@ def _program(name: str, seconds: int, *arguments: str, library: bool = True) -> 
 
 
 _TUNE = (PYTHON, "-m", "benchmarks.tune_triton", "--shapes", "llama2-7b-up")
+
+
+def _model(shape: str, seconds: int, *more: str) -> Step:
+    command = (PYTHON, "-m", "benchmarks.model_steps", "--shape", shape, "--repetitions", "3")
+    command += (*more, "--json", f"{{out}}/{shape}.json")
+    return Step(f"model-{shape}", "models", command, seconds, ("build", "diagnostics", "transformers"))
+
 
 STEPS = (
     Step("wheels", "setup", (*_PIP, "--find-links", "{wheels}", "pybind11", "gemlite"), 20, ()),
@@ -242,6 +250,13 @@ STEPS = (
         _USABLE,
     ),
     Step("triton-tune", "prompts", (*_TUNE, "--bpw", "0.1", "--tokens", "1", "64"), 170, _USABLE),
+    # Whole models of random weights beside dense ones: tokens per second and memory.
+    Step("transformers", "models", (*_INDEXLESS, "--find-links", "{wheels}", "transformers"), 40, ()),
+    _model(
+        "llama2-7b", 170, "--bpw", "0.1", "1.0", "--steps", "graph", "compile", "--unfused", "--prompt", "512"
+    ),
+    _model("llama2-13b", 90, "--bpw", "0.1", "--steps", "graph"),
+    _model("llama3-8b", 70, "--bpw", "0.1", "--steps", "graph"),
 )
 
 
@@ -315,7 +330,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=math.inf, help="for all steps together")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu_suite_out")))
     parser.add_argument(
-        "--wheels", type=Path, default=ROOT / "wheels", help="folder with pybind11 and gemlite"
+        "--wheels",
+        type=Path,
+        default=ROOT / "wheels",
+        help="folder with pybind11, gemlite, and transformers with what it needs",
     )
     parser.add_argument("--dry-run", action="store_true")
     return parser

@@ -24,24 +24,24 @@ struct GemmShape {
   static constexpr int kSumPitch = gemm_sum_pitch(kRows);
 };
 
-// The slices of a block, of all its terms one after another.
+// The group of a block, and its slices, of all terms one after another.
 struct GemmItems {
-  int term, last_term;  // the terms of the block
-  int slice;            // of the first term
-  int count;
+  int group;
+  int term, slice;  // the first ones
+  int count;        // of slices
 };
 
 LB2_DEVICE GemmItems gemm_items(const GemmParams& params) {
-  GemmItems items = {0, params.num_terms, 0, 0};
-  if (params.alone) {
-    while (items.term + 1 < params.num_terms && params.terms[items.term + 1].first_tile <= block_x())
-      ++items.term;
-    items.last_term = items.term + 1;
+  int index = 0;
+  while (index + 1 < params.num_groups && params.groups[index + 1].first_tile <= block_x()) ++index;
+  const Group& group = params.groups[index];
+  GemmItems items = {index, group.first_term, 0, 0};
+  if (params.splits > 1) {
     const int64_t slices = params.terms[items.term].slices;
     items.slice = static_cast<int>(slices * block_y() / params.splits);
     items.count = static_cast<int>(slices * (block_y() + 1) / params.splits) - items.slice;
   } else {
-    for (int i = 0; i < params.num_terms; ++i) items.count += params.terms[i].slices;
+    for (int i = group.first_term; i < group.last_term; ++i) items.count += params.terms[i].slices;
   }
   return items;
 }
@@ -72,7 +72,8 @@ struct GemmBlock {
   const GemmParams& params;
   unsigned char* stages;  // [kPipelineStages][kStageBytes], less where a block has fewer
   unsigned char* slots;   // [kSlots][kSlotBytes]
-  int tile_row, groups;
+  int rows, tile_row;     // rows of the group, and the block's first
+  int token_groups;
 
   LB2_DEVICE static int slice_steps(const GemmTerm& term, int slice) {
     return slice_indices(term, slice) * kQuarters;
@@ -103,7 +104,7 @@ struct GemmBlock {
     uint32_t* target =
         reinterpret_cast<uint32_t*>(slots + slot * kSlotBytes) + word / 4 * kIndexWords + row * 4 + word % 4;
     const bool in_row = at.slice * kSliceWords + word < row_words;
-    const int rows_left = in_row ? term.rows - tile_row - row : 0;
+    const int rows_left = in_row ? rows - tile_row - row : 0;
     const uint32_t* source = term.words;
     if (rows_left > 0) source += (tile_row + row) * term.word_stride + at.slice * kSliceWords + word;
 #pragma unroll
@@ -123,10 +124,10 @@ struct GemmBlock {
     for (int i = 0; i < kStageBytes / 16 / kThreads; ++i) {
       const int byte = (thread_id() + i * kThreads) * 16, group = byte / kRunBytes;
       // Groups past the last one are not there, and their sums not stored.
-      if (group < groups)
+      if (group < token_groups)
         copy_words4(target + byte, source + group * group_stride + at.stage * kRunBytes + byte % kRunBytes);
     }
-    if (at.stage != 0 || thread_id() >= groups * (kGemmTailBytes / 16)) return;
+    if (at.stage != 0 || thread_id() >= token_groups * (kGemmTailBytes / 16)) return;
     const int group = thread_id() / (kGemmTailBytes / 16), byte = thread_id() % (kGemmTailBytes / 16) * 16;
     copy_words4(slots + slot * kSlotBytes + kSignBytes + group * kGemmTailBytes + byte,
                 source + group * group_stride + kBlockBytes - kGemmTailBytes + byte);
@@ -186,18 +187,17 @@ struct GemmBlock {
 };
 
 // One output, bias included.
-LB2_DEVICE void store_sums(const GemmParams& params, void* output, int64_t at, int row, int rows,
-                           const Words4& sums, bool wide) {
-  const lb2_dtype dtype = params.output_dtype;
+LB2_DEVICE void store_sums(const Group& group, lb2_dtype dtype, int64_t at, int row, const Words4& sums,
+                           bool wide) {
   float values[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     values[i] = bits_float(sums.w[i]);
-    if (params.bias != nullptr && row + i < rows) values[i] += params.bias[row + i];
+    if (group.bias != nullptr && row + i < group.rows) values[i] += group.bias[row + i];
   }
   if (dtype == LB2_FLOAT32) {
-    float* target = static_cast<float*>(output) + at;
-    if (wide && row + 4 <= rows) {
+    float* target = static_cast<float*>(group.output) + at;
+    if (wide && row + 4 <= group.rows) {
       Words4 words;
 #pragma unroll
       for (int i = 0; i < 4; ++i) words.w[i] = float_bits(values[i]);
@@ -206,15 +206,15 @@ LB2_DEVICE void store_sums(const GemmParams& params, void* output, int64_t at, i
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (row + i < rows) target[i] = values[i];
+      if (row + i < group.rows) target[i] = values[i];
     return;
   }
   uint16_t halves[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i)
     halves[i] = dtype == LB2_FLOAT16 ? float_to_half(values[i]) : float_to_bfloat(values[i]);
-  uint16_t* target = static_cast<uint16_t*>(output) + at;
-  if (wide && row + 4 <= rows) {
+  uint16_t* target = static_cast<uint16_t*>(group.output) + at;
+  if (wide && row + 4 <= group.rows) {
     struct alignas(8) Words2 {
       uint32_t w[2];
     };
@@ -224,27 +224,23 @@ LB2_DEVICE void store_sums(const GemmParams& params, void* output, int64_t at, i
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    if (row + i < rows) target[i] = halves[i];
+    if (row + i < group.rows) target[i] = halves[i];
 }
 
 // The block's sums, [tokens][rows] in shared memory, to memory: rows lie side by side there.
 template <typename Shape>
-LB2_DEVICE void store_tile(const GemmParams& params, const GemmTerm& term, const float* sums, int tile_row,
+LB2_DEVICE void store_tile(const GemmParams& params, const Group& group, const float* sums, int tile_row,
                            int first_token) {
   constexpr int kQuads = Shape::kRows / 4, kPitch = Shape::kSumPitch;
   const int left = params.m - first_token, tokens = left < Shape::kTokens ? left : Shape::kTokens;
-  void* output = params.output;
-  int64_t stride = params.output_stride;
-  if (params.alone) {
-    output = term.sums;
-    stride = term.rows;
-  }
+  const int64_t stride = group.output_stride;
   const int element_bytes = params.output_dtype == LB2_FLOAT32 ? 4 : 2;
-  const bool wide = (reinterpret_cast<uintptr_t>(output) % (4 * element_bytes)) == 0 && (stride & 3) == 0;
+  const bool wide =
+      (reinterpret_cast<uintptr_t>(group.output) % (4 * element_bytes)) == 0 && (stride & 3) == 0;
   for (int item = thread_id(); item < tokens * kQuads; item += kThreads) {
     const int token = item / kQuads, quad = item % kQuads, row = tile_row + quad * 4;
-    if (row >= term.rows) continue;
-    store_sums(params, output, (first_token + token) * stride + row, row, term.rows,
+    if (row >= group.rows) continue;
+    store_sums(group, params.output_dtype, (first_token + token) * stride + row, row,
                load_words4(sums + token * kPitch + quad * 4), wide);
   }
 }
@@ -261,8 +257,8 @@ LB2_DEVICE void gemm_block(const GemmParams& params) {
   unsigned char* shared = shared_memory();
 
   const GemmItems items = gemm_items(params);
-  const GemmTerm& first_term = params.terms[items.term];
-  const int tile_row = (block_x() - (params.alone ? first_term.first_tile : 0)) * Shape::kRows;
+  const Group& group = params.groups[items.group];
+  const int tile_row = (block_x() - group.first_tile) * Shape::kRows;
   int num_stages = 0;
   for (int i = items.term, slice = items.slice, rest = items.count; rest > 0; ++i, slice = 0) {
     const GemmTerm& term = params.terms[i];
@@ -272,8 +268,8 @@ LB2_DEVICE void gemm_block(const GemmParams& params) {
   }
   const int ring_stages = num_stages < kPipelineStages ? num_stages : kPipelineStages;
   const int left = (params.m - first_token + kGroupTokens - 1) / kGroupTokens;
-  const Block block = {params, shared, shared + ring_stages * kStageBytes, tile_row,
-                       left < Shape::kGroups ? left : Shape::kGroups};
+  const Block block = {params,     shared,   shared + ring_stages * kStageBytes,
+                       group.rows, tile_row, left < Shape::kGroups ? left : Shape::kGroups};
 
   // Signs are older than the kernel before this one, which is the conversion.
   GemmCursor ahead = {items.term, items.slice, 0};
@@ -317,7 +313,8 @@ LB2_DEVICE void gemm_block(const GemmParams& params) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int at_row = first_row + row * kTileRows + 8 * half;
-        row_scale[row][half] = !params.alone && at_row < term.rows ? term.row_scale[at_row] : 1.0f;
+        row_scale[row][half] =
+            term.row_scale != nullptr && at_row < group.rows ? term.row_scale[at_row] : 1.0f;
       }
     Sum sums[kRowTiles][kColumnTiles][4];
     float chains[kRowTiles][kColumnTiles][4];  // of a slice, where the tensor core's are shorter
@@ -371,19 +368,20 @@ LB2_DEVICE void gemm_block(const GemmParams& params) {
         }
       }
     if (params.splits > 1) {
-      float* part = term.sums + static_cast<int64_t>(at.slice) * params.m * term.rows +
-                    static_cast<int64_t>(first_column) * term.rows + first_row;
+      float* part = static_cast<float*>(group.output) +
+                    static_cast<int64_t>(at.slice) * params.m * group.rows +
+                    static_cast<int64_t>(first_column) * group.rows + first_row;
 #pragma unroll
       for (int tile = 0; tile < kColumnTiles; ++tile)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int token = tile * kGroupTokens + i;
-          float* sums_of_token = part + token * static_cast<int64_t>(term.rows);
+          float* sums_of_token = part + token * static_cast<int64_t>(group.rows);
           const bool there = first_column + token < params.m;
 #pragma unroll
           for (int row = 0; row < 2 * kRowTiles; ++row) {
             float& sum = total[row / 2][tile][row % 2 * 2 + i];
-            if (there && first_row + 8 * row < term.rows) sums_of_token[8 * row] = sum;
+            if (there && first_row + 8 * row < group.rows) sums_of_token[8 * row] = sum;
             sum = 0.0f;
           }
         }
@@ -408,7 +406,7 @@ LB2_DEVICE void gemm_block(const GemmParams& params) {
         tile_sums[token * Shape::kSumPitch + at_row] = total[row][tile][i];
       }
   sync_block();
-  store_tile<Shape>(params, first_term, tile_sums, tile_row, first_token);
+  store_tile<Shape>(params, group, tile_sums, tile_row, first_token);
 }
 
 // Two blocks on an SM where sums leave the registers for it.

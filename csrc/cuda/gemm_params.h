@@ -89,31 +89,26 @@ constexpr int gemm_shared_bytes(lb2_activation activation, int rows, int tokens,
   return pipeline > sums ? pipeline : sums;
 }
 
-// Signs [rows, cols] applied to scale[cols] * (sum of the parts of input)[m, cols].
+// As Term.
 struct GemmTerm {
   const void* input;
   const float* scale;
   const uint32_t* words;
-  const float* row_scale;    // [rows], when terms are added
-  float* sums;               // [slice, m, rows] or, not split, [m, rows], when terms stand alone
+  const float* row_scale;    // [rows], or NULL for 1
   unsigned char* converted;  // [group of tokens, slice]
   int64_t word_stride;
   int64_t input_stride;  // elements between tokens
   int64_t part_stride;   // elements between the parts of input
-  int32_t rows, cols;
-  int32_t first_tile;  // when terms stand alone
+  int32_t cols;
   int32_t slices;
 };
 
 struct GemmParams {
   GemmTerm terms[LB2_MAX_PATHS];
-  int64_t output_stride;
-  void* output;       // [m, rows], when terms are added
-  const float* bias;  // [rows] or NULL
-  int32_t num_terms;
-  int32_t alone;      // 1: each term to its own sums; 0: all terms scaled, added and stored
-  int32_t num_parts;  // of the input
-  int32_t splits;     // of the columns; from 2 on every slice is a part of the output
+  Group groups[LB2_MAX_PATHS];
+  int32_t num_groups;
+  int32_t num_parts;  // of the inputs
+  int32_t splits;     // of the columns of groups of one term; from 2 on every slice is a part of the output
   int32_t m;
   lb2_dtype input_dtype, output_dtype;
 };

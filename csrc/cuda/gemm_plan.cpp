@@ -15,13 +15,23 @@ constexpr int64_t kMostSplits = 32;
 int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 int64_t align(int64_t bytes) { return divide_up(bytes, kWorkspaceAlignment) * kWorkspaceAlignment; }
 
-// One stage as planning sees it.
+// One stage as planning sees it: groups of rows, each the sum of some terms.
 struct Work {
-  int64_t rows[LB2_MAX_PATHS];
-  int64_t cols[LB2_MAX_PATHS];
-  int num_terms;
-  bool alone;  // each term has its own rows; else all add into the same
-  bool last;
+  bool last = false;
+  int num_groups = 0, num_terms = 0;
+  int64_t rows[LB2_MAX_PATHS];             // of a group
+  int first_term[LB2_MAX_PATHS + 1] = {};  // likewise, and the end
+  int64_t cols[LB2_MAX_PATHS];             // of a term
+
+  void add_group(int64_t group_rows) {
+    rows[num_groups++] = group_rows;
+    first_term[num_groups] = num_terms;
+  }
+  // To the last of the groups.
+  void add_term(int64_t term_cols) {
+    cols[num_terms++] = term_cols;
+    first_term[num_groups] = num_terms;
+  }
 
   int64_t slices(int term) const { return divide_up(cols[term], kSliceCols); }
   int64_t all_slices() const {
@@ -29,22 +39,26 @@ struct Work {
     for (int i = 0; i < num_terms; ++i) sum += slices(i);
     return sum;
   }
-  // Of one block that is not split: slices, and indices, which are quarters of them.
-  int64_t block_slices() const { return alone ? slices(0) : all_slices(); }
-  int64_t block_indices() const {
-    int64_t sum = 0;
-    for (int i = 0; i < (alone ? 1 : num_terms); ++i) sum += divide_up(cols[i], kIndexCols);
-    return sum;
+  // Of a block of the group that has most of them.
+  int64_t most(int64_t part_cols) const {
+    int64_t largest = 0;
+    for (int g = 0; g < num_groups; ++g) {
+      int64_t sum = 0;
+      for (int i = first_term[g]; i < first_term[g + 1]; ++i) sum += divide_up(cols[i], part_cols);
+      largest = std::max(largest, sum);
+    }
+    return largest;
   }
+  int64_t block_slices() const { return most(kSliceCols); }
+  int64_t block_indices() const { return most(kIndexCols); }
   int64_t row_tiles(int64_t tile) const {
-    if (!alone) return divide_up(rows[0], tile);
     int64_t tiles = 0;
-    for (int i = 0; i < num_terms; ++i) tiles += divide_up(rows[i], tile);
+    for (int g = 0; g < num_groups; ++g) tiles += divide_up(rows[g], tile);
     return tiles;
   }
   int64_t all_rows() const {
     int64_t sum = 0;
-    for (int i = 0; i < (alone ? num_terms : 1); ++i) sum += rows[i];
+    for (int g = 0; g < num_groups; ++g) sum += rows[g];
     return sum;
   }
 };
@@ -138,29 +152,23 @@ int64_t parts_of(const Plan& plan, const lb2_linear_args& args) {
   return plan.launches[1].grid_y > 1 ? slices_of(args.k) : 1;
 }
 
-bool is_single_stage(const lb2_linear_args& args) { return args.paths[0].u == nullptr; }
-
 }  // namespace
 
-void add_gemm_launches(const lb2_linear_args& args, const lb2_cuda_tuning& tuning, Plan* plan) noexcept {
-  const bool single_stage = is_single_stage(args);
+void add_gemm_launches(const Layers& layers, const lb2_cuda_tuning& tuning, Plan* plan) noexcept {
+  const lb2_linear_args& args = layers.front();
   Work stages[2] = {};
-  const int num_stages = single_stage ? 1 : 2;
-  Work& last = stages[num_stages - 1];
-  if (!single_stage) {
-    Work& first = stages[0];
-    first.alone = true;
-    first.num_terms = plan->first.num_groups;
-    for (int g = 0; g < first.num_terms; ++g) {
-      first.rows[g] = args.paths[plan->first.leader_of[g]].rank;
-      first.cols[g] = args.k;
+  const int num_stages = layers.single_stage ? 1 : 2;
+  if (!layers.single_stage)
+    for (int g = 0; g < plan->first.num_groups; ++g) {
+      stages[0].add_group(layers.paths[plan->first.leader_of[g]]->rank);
+      stages[0].add_term(args.k);
     }
-  }
+  Work& last = stages[num_stages - 1];
   last.last = true;
-  last.num_terms = static_cast<int>(args.num_paths);
-  for (int p = 0; p < last.num_terms; ++p) {
-    last.rows[p] = args.n;
-    last.cols[p] = single_stage ? args.k : args.paths[p].rank;
+  for (int32_t i = 0; i < layers.count; ++i) {
+    last.add_group(layers.args[i].n);
+    for (int32_t p = layers.first_path[i]; p < layers.first_path[i + 1]; ++p)
+      last.add_term(layers.single_stage ? args.k : layers.paths[p]->rank);
   }
 
   // Rounds of as many tokens as the workspace is to hold, all about the same.
@@ -168,7 +176,7 @@ void add_gemm_launches(const lb2_linear_args& args, const lb2_cuda_tuning& tunin
   int64_t token_bytes = 0;
   for (int s = 0; s < num_stages; ++s)
     token_bytes = std::max(token_bytes, stages[s].all_slices() * block / kGroupTokens);
-  if (!single_stage) token_bytes += stages[0].all_rows() * 4;
+  if (!layers.single_stage) token_bytes += stages[0].all_rows() * 4;
   const int64_t most =
       std::clamp(kRoundBytes / token_bytes / kTokenStep * kTokenStep, kLeastTokens, kMostTokens);
   const int64_t rounds = divide_up(args.m, most);
@@ -201,11 +209,11 @@ void add_gemm_launches(const lb2_linear_args& args, const lb2_cuda_tuning& tunin
     plan->launches[plan->num_launches++] = multiply;
   }
   plan->workspace_bytes = converted_bytes;
-  if (!single_stage)
-    for (int g = 0; g < stages[0].num_terms; ++g) {
-      plan->sums_offset[g] = plan->workspace_bytes;
-      plan->workspace_bytes += align(parts_of(*plan, args) * plan->token_block * stages[0].rows[g] * 4);
-    }
+  if (layers.single_stage) return;
+  for (int g = 0; g < stages[0].num_groups; ++g) {
+    plan->sums_offset[g] = plan->workspace_bytes;
+    plan->workspace_bytes += align(parts_of(*plan, args) * plan->token_block * stages[0].rows[g] * 4);
+  }
 }
 
 bool is_gemm(const lb2_cuda_plan& plan) noexcept {
@@ -222,56 +230,73 @@ void read_gemm_tuning(const lb2_cuda_plan& made, lb2_cuda_tuning* tuning) noexce
   }
 }
 
-GemmParams gemm_params(const lb2_linear_args& args, const Plan& plan, int index, int64_t first,
-                       int64_t tokens, char* workspace) noexcept {
+GemmParams gemm_params(const Layers& layers, const Plan& plan, int index, int64_t first, int64_t tokens,
+                       char* workspace) noexcept {
   const lb2_cuda_launch& launch = plan.launches[index];
-  const bool last = launch.stage == 1 || is_single_stage(args), reads_input = launch.stage == 0;
+  const lb2_linear_args& args = layers.front();
+  const bool reads_input = launch.stage == 0, last = launch.stage == 1 || layers.single_stage;
   const int64_t element_bytes = args.dtype == LB2_FLOAT32 ? 4 : 2;
   GemmParams params = {};
   params.input_dtype = reads_input ? args.dtype : LB2_FLOAT32;
   params.output_dtype = last ? args.dtype : LB2_FLOAT32;
   params.num_parts = reads_input ? 1 : static_cast<int32_t>(parts_of(plan, args));
   params.m = static_cast<int32_t>(tokens);
-  params.alone = !last;
-  params.splits = std::max(launch.grid_y, 1);
-  params.num_terms = static_cast<int32_t>(last ? args.num_paths : plan.first.num_groups);
-  if (last) {
-    params.output = static_cast<char*>(args.output) + first * args.output_stride * element_bytes;
-    params.output_stride = args.output_stride;
-    params.bias = args.bias;
-  }
-  const auto sums_of = [&](int group) {
-    return reinterpret_cast<float*>(workspace + plan.sums_offset[group]);
+  params.splits = launch.grid_y;
+  const auto sums_of = [&](int stage) {
+    return reinterpret_cast<float*>(workspace + plan.sums_offset[stage]);
   };
-  int64_t first_tile = 0;
-  for (int i = 0; i < params.num_terms; ++i) {
-    const lb2_path& path = args.paths[last ? i : plan.first.leader_of[i]];
-    GemmTerm& term = params.terms[i];
+  int32_t tiles = 0, terms = 0;
+  const auto add_group = [&](int64_t rows) -> Group& {
+    Group& group = params.groups[params.num_groups++];
+    group.rows = static_cast<int32_t>(rows);
+    group.first_tile = tiles;
+    group.first_term = group.last_term = terms;
+    // Launches that convert have no rows.
+    if (launch.row_tile > 0) tiles += static_cast<int32_t>(divide_up(rows, launch.row_tile));
+    return group;
+  };
+  // Path p, in the last of the groups.
+  const auto add_term = [&](int p) {
+    const lb2_path& path = *layers.paths[p];
+    GemmTerm& term = params.terms[terms];
     term.row_scale = last ? path.out_scale : nullptr;
-    term.converted = reinterpret_cast<unsigned char*>(workspace) + plan.converted_offset[launch.stage][i];
+    term.converted = reinterpret_cast<unsigned char*>(workspace) + plan.converted_offset[launch.stage][terms];
     if (reads_input) {
       term.input = static_cast<const char*>(args.input) + first * args.input_stride * element_bytes;
       term.input_stride = args.input_stride;
       term.scale = path.in_scale;
       term.words = reinterpret_cast<const uint32_t*>(path.v);
       term.word_stride = path.v_stride;
-      term.rows = static_cast<int32_t>(path.rank);
       term.cols = static_cast<int32_t>(args.k);
     } else {
-      term.input = sums_of(plan.first.group_of[i]);
+      term.input = sums_of(plan.first.group_of[p]);
       term.input_stride = path.rank;
       term.part_stride = tokens * path.rank;
       term.scale = path.latent_scale;
       term.words = reinterpret_cast<const uint32_t*>(path.u);
       term.word_stride = path.u_stride;
-      term.rows = static_cast<int32_t>(args.n);
       term.cols = static_cast<int32_t>(path.rank);
     }
     term.slices = static_cast<int32_t>(slices_of(term.cols));
-    if (last) continue;
-    term.sums = sums_of(i);
-    term.first_tile = static_cast<int32_t>(first_tile);
-    if (launch.row_tile > 0) first_tile += divide_up(term.rows, launch.row_tile);
+    params.groups[params.num_groups - 1].last_term = ++terms;
+  };
+  if (!last) {
+    for (int g = 0; g < plan.first.num_groups; ++g) {
+      const int leader = plan.first.leader_of[g];
+      Group& group = add_group(layers.paths[leader]->rank);
+      group.output = sums_of(g);
+      group.output_stride = group.rows;
+      add_term(leader);
+    }
+    return params;
+  }
+  for (int32_t i = 0; i < layers.count; ++i) {
+    const lb2_linear_args& layer = layers.args[i];
+    Group& group = add_group(layer.n);
+    group.output = static_cast<char*>(layer.output) + first * layer.output_stride * element_bytes;
+    group.output_stride = layer.output_stride;
+    group.bias = layer.bias;
+    for (int32_t p = layers.first_path[i]; p < layers.first_path[i + 1]; ++p) add_term(p);
   }
   return params;
 }

@@ -3,12 +3,12 @@
 
 #include <cinttypes>
 
-#include "core/check.h"
 #include "core/status.h"
 #include "cuda/check.h"
 #include "cuda/gemm_kernels.h"
 #include "cuda/gemm_plan.h"
 #include "cuda/kernels.h"
+#include "cuda/layers.h"
 #include "cuda/plan.h"
 
 namespace lb2::cuda {
@@ -167,20 +167,22 @@ lb2_status lb2_cuda_get_device(int32_t ordinal, lb2_cuda_device* device) {
   return lb2::cuda::check_device(&found);
 }
 
-lb2_status lb2_linear_forward_cuda(const lb2_linear_args* args, const lb2_cuda_plan* made, void* stream) {
+lb2_status lb2_grouped_forward_cuda(const lb2_linear_args* args, int64_t num_layers,
+                                    const lb2_cuda_plan* made, void* stream) {
   using namespace lb2::cuda;
-  LB2_RETURN_IF_ERROR(lb2::check_layer(args));
+  Layers layers;
+  LB2_RETURN_IF_ERROR(gather_layers(args, num_layers, &layers));
   Plan plan;
-  LB2_RETURN_IF_ERROR(resume_plan(*args, made, &plan));
+  LB2_RETURN_IF_ERROR(resume_plan(layers, made, &plan));
   int32_t ordinal;
   lb2_cuda_device device;
   LB2_RETURN_IF_ERROR(current_device(&ordinal, &device));
   LB2_RETURN_IF_ERROR(check_same_device(device, plan.device));
-  LB2_RETURN_IF_ERROR(lb2::check_buffers(*args, lb2::Direction::kForward, plan.workspace_bytes));
-  LB2_RETURN_IF_ERROR(check_addresses(*args));
-  char* workspace = align_workspace(args->workspace);
-  for (int64_t first = 0; first < args->m; first += plan.token_block) {
-    const int64_t left = args->m - first, tokens = left < plan.token_block ? left : plan.token_block;
+  LB2_RETURN_IF_ERROR(check_data(layers, plan.workspace_bytes));
+  char* workspace = align_workspace(layers.front().workspace);
+  const int64_t m = layers.front().m;
+  for (int64_t first = 0; first < m; first += plan.token_block) {
+    const int64_t left = m - first, tokens = left < plan.token_block ? left : plan.token_block;
     for (int i = 0; i < plan.num_launches; ++i) {
       const lb2_cuda_launch launch = launch_for(plan, i, tokens);
       KernelState state;
@@ -188,16 +190,20 @@ lb2_status lb2_linear_forward_cuda(const lb2_linear_args* args, const lb2_cuda_p
         GemmKernel multiply;
         LB2_RETURN_IF_ERROR(find_gemm_kernel(launch, ordinal, device, plan.activation, &multiply, &state));
         LB2_RETURN_IF_ERROR(queue(launch, multiply, launch.chained && state.waits,
-                                  gemm_params(*args, plan, i, first, tokens, workspace),
+                                  gemm_params(layers, plan, i, first, tokens, workspace),
                                   static_cast<cudaStream_t>(stream)));
         continue;
       }
       Kernel kernel;
       LB2_RETURN_IF_ERROR(find_kernel(launch, ordinal, device, plan.activation, &kernel, &state));
       LB2_RETURN_IF_ERROR(queue(launch, kernel, launch.chained && state.waits,
-                                launch_params(*args, plan, i, first, tokens, workspace),
+                                launch_params(layers, plan, i, first, tokens, workspace),
                                 static_cast<cudaStream_t>(stream)));
     }
   }
   return LB2_OK;
+}
+
+lb2_status lb2_linear_forward_cuda(const lb2_linear_args* args, const lb2_cuda_plan* plan, void* stream) {
+  return lb2_grouped_forward_cuda(args, 1, plan, stream);
 }

@@ -22,9 +22,9 @@ inline double mode_tolerance(lb2_activation activation, int64_t outputs) {
   return many * (1.0 + 3.0 / std::sqrt(static_cast<double>(std::max<int64_t>(outputs, 1))));
 }
 
-// Calls the layer on the host, on the GPU that the plan was made for; the workspace starts as NaN. Guarding
+// Calls the layers on the host, on the GPU that the plan was made for; the workspace starts as NaN. Guarding
 // what a kernel may not touch before it has waited takes time with the size of it.
-inline bool forward(lb2_linear_args args, const lb2_cuda_plan& plan, lb2::cuda::Order order,
+inline bool forward(std::vector<lb2_linear_args> layers, const lb2_cuda_plan& plan, lb2::cuda::Order order,
                     bool guarded = true) {
   lb2::cuda::host::Runtime& gpu = lb2::cuda::host::runtime();
   gpu.capability = static_cast<int>(plan.device.capability);
@@ -41,31 +41,36 @@ inline bool forward(lb2_linear_args args, const lb2_cuda_plan& plan, lb2::cuda::
   char* workspace = memory.data + kGuard;
   std::memset(workspace, 0xFF, static_cast<size_t>(plan.workspace_bytes));
   // A call that needs no workspace may pass none.
-  args.workspace = plan.workspace_bytes > 0 ? workspace : nullptr;
-  args.workspace_bytes = plan.workspace_bytes;
-  const size_t element = args.dtype == LB2_FLOAT32 ? 4 : 2;
+  layers[0].workspace = plan.workspace_bytes > 0 ? workspace : nullptr;
+  layers[0].workspace_bytes = plan.workspace_bytes;
   gpu.launches.clear();
   gpu.round = static_cast<size_t>(plan.num_launches);
   gpu.written = {{workspace, static_cast<size_t>(plan.workspace_bytes)}};
-  if (args.m > 0) {
+  gpu.layer.clear();
+  for (const lb2_linear_args& args : layers) {
+    const size_t element = args.dtype == LB2_FLOAT32 ? 4 : 2;
     const auto bytes = [&](int64_t stride, int64_t cols) {
       return static_cast<size_t>((args.m - 1) * stride + cols) * element;
     };
-    gpu.written.push_back({args.input, bytes(args.input_stride, args.k)});
-    gpu.written.push_back({args.output, bytes(args.output_stride, args.n)});
-  }
-  gpu.layer.clear();
-  for (int64_t p = 0; p < args.num_paths; ++p) {
-    const lb2_path& path = args.paths[p];
-    gpu.layer.push_back({path.v, static_cast<size_t>(lb2_words_per_row(args.k)) * 4});
-    gpu.layer.push_back({path.in_scale, static_cast<size_t>(args.k) * 4});
-    gpu.layer.push_back({path.out_scale, static_cast<size_t>(args.n) * 4});
+    if (args.m > 0 && &args == layers.data())
+      gpu.written.push_back({args.input, bytes(args.input_stride, args.k)});
+    if (args.m > 0) gpu.written.push_back({args.output, bytes(args.output_stride, args.n)});
+    for (int64_t p = 0; p < args.num_paths; ++p) {
+      const lb2_path& path = args.paths[p];
+      gpu.layer.push_back({path.v, static_cast<size_t>(lb2_words_per_row(args.k)) * 4});
+      gpu.layer.push_back({path.in_scale, static_cast<size_t>(args.k) * 4});
+      gpu.layer.push_back({path.out_scale, static_cast<size_t>(args.n) * 4});
+    }
   }
   if (!guarded) {
     gpu.written.clear();
     gpu.layer.clear();
   }
-  if (lb2_linear_forward_cuda(&args, &plan, nullptr) != LB2_OK) {
+  const lb2_status status =
+      layers.size() == 1
+          ? lb2_linear_forward_cuda(layers.data(), &plan, nullptr)
+          : lb2_grouped_forward_cuda(layers.data(), static_cast<int64_t>(layers.size()), &plan, nullptr);
+  if (status != LB2_OK) {
     std::fprintf(stderr, "%s\n", lb2_last_error());
     return false;
   }
@@ -77,11 +82,15 @@ inline bool forward(lb2_linear_args args, const lb2_cuda_plan& plan, lb2::cuda::
   return true;
 }
 
-inline lb2_cuda_plan make_plan(const lb2_linear_args& args, lb2_activation activation,
+inline lb2_cuda_plan make_plan(const std::vector<lb2_linear_args>& layers, lb2_activation activation,
                                const lb2_cuda_device& device, const lb2_cuda_tuning* tuning) {
   lb2_cuda_plan plan = {};
   plan.struct_size = sizeof plan;
-  if (lb2_linear_plan_cuda(&args, activation, &device, tuning, &plan) == LB2_OK) return plan;
+  const lb2_status status = layers.size() == 1
+                                ? lb2_linear_plan_cuda(layers.data(), activation, &device, tuning, &plan)
+                                : lb2_grouped_plan_cuda(layers.data(), static_cast<int64_t>(layers.size()),
+                                                        activation, &device, tuning, &plan);
+  if (status == LB2_OK) return plan;
   std::fprintf(stderr, "plan: %s\n", lb2_last_error());
   std::abort();
 }
@@ -133,8 +142,8 @@ struct Setup {
     args.input_stride = k;
     args.output = y.data();
     args.output_stride = n;
-    const lb2_cuda_plan plan = make_plan(args, activation, device, &tuning);
-    if (!forward(args, plan, lb2::cuda::Order::kForward, guarded)) std::abort();
+    const lb2_cuda_plan plan = make_plan({args}, activation, device, &tuning);
+    if (!forward({args}, plan, lb2::cuda::Order::kForward, guarded)) std::abort();
     return y;
   }
 };

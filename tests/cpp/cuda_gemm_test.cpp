@@ -37,15 +37,20 @@ bool is_gemm_of(const lb2_cuda_plan& plan, lb2_activation activation) {
          plan.launches[plan.num_launches - 1].kind == LB2_CUDA_GEMM;
 }
 
+// One layer, or every third time two on the input of the first.
 bool run_problem(int index) {
   const lb2_activation activation = kModes[index % 3];
-  Problem problem(false, 4, 600, 0, {17, 18, 31, 33, 40, 70});
+  std::vector<Problem> problems;
+  problems.reserve(2);
+  problems.emplace_back(false, 4, 600, 0, nullptr, std::initializer_list<int64_t>{17, 18, 31, 33, 40, 70});
+  if (problems[0].num_paths <= 3 && index / 3 % 3 == 2)
+    problems.emplace_back(false, 4, 96, 0, problems.data());
   lb2_cuda_device device = {sizeof(lb2_cuda_device), 0, 0, 0};
   device.capability = static_cast<int32_t>(pick({80, 86, 89, 90, 100, 120}));
   device.multiprocessors = static_cast<int32_t>(pick({1, 132}));
   device.shared_bytes = pick({99 * 1024, 227 * 1024});
   lb2_cuda_tuning tuning = {sizeof(lb2_cuda_tuning), {0, 0}, 0, 0, 0, {0, 0}, {0, 0}};
-  const int64_t slices = problem.single_stage ? 1 : (problem.k + 511) / 512;
+  const int64_t slices = problems[0].single_stage ? 1 : (problems[0].k + 511) / 512;
   if (index % 4 != 0) {
     for (int stage = 0; stage < 2; ++stage) {
       const GemmTile tile = tile_of(activation, static_cast<uint64_t>(index / 3 + stage));
@@ -54,37 +59,49 @@ bool run_problem(int index) {
     }
     tuning.splits = static_cast<int32_t>(std::min(slices, pick({0, 1, 2, 5})));
   }
-  lb2_linear_args args = problem.layer_args();
-  args.m = problem.m;
-  args.bias = problem.bias_data();
-  args.input = problem.input.data;
-  args.input_stride = problem.input_stride;
-  args.output_stride = problem.output_stride;
-  args.dtype = problem.dtype;
-  const lb2_cuda_plan plan = make_plan(args, activation, device, &tuning);
+  std::vector<lb2_linear_args> layers;
+  for (const Problem& problem : problems) {
+    lb2_linear_args args = problem.layer_args();
+    args.m = problem.m;
+    args.bias = problem.bias_data();
+    args.input = problems[0].input.data;
+    args.input_stride = problem.input_stride;
+    args.output_stride = problem.output_stride;
+    args.dtype = problem.dtype;
+    layers.push_back(args);
+  }
+  const lb2_cuda_plan plan = make_plan(layers, activation, device, &tuning);
   if (!is_gemm_of(plan, activation)) return failed("the plan is not that of a GEMM", activation);
-  const size_t output_bytes = static_cast<size_t>(problem.output_elements() * problem.element);
-  std::vector<char> first_result;
+  std::vector<std::vector<char>> first_results(problems.size());
   for (const auto order : {lb2::cuda::Order::kForward, lb2::cuda::Order::kShuffled}) {
-    const Buffer output = copy_out(std::vector<char>(output_bytes, 0x5A), 0);
-    args.output = output.data;
-    if (!forward(args, plan, order)) return false;
-    const double error = problem.error_of(output.data);
-    if (!(error <= tolerance(problem.dtype) + mode_tolerance(activation, problem.m * problem.n))) {
-      std::fprintf(stderr, "problem %d: activation %d, tiles %dx%d and %dx%d: relative error %.2e\n", index,
-                   static_cast<int>(activation), static_cast<int>(plan.launches[1].row_tile),
-                   static_cast<int>(plan.launches[1].token_tile),
-                   static_cast<int>(plan.launches[plan.num_launches - 1].row_tile),
-                   static_cast<int>(plan.launches[plan.num_launches - 1].token_tile), error);
-      problem.describe();
-      return false;
+    std::vector<Buffer> outputs;
+    for (size_t i = 0; i < problems.size(); ++i) {
+      const size_t bytes = static_cast<size_t>(problems[i].output_elements() * problems[i].element);
+      outputs.push_back(copy_out(std::vector<char>(bytes, 0x5A), 0));
+      layers[i].output = outputs[i].data;
     }
-    const std::vector<char> result(output.data, output.data + output_bytes);
-    if (first_result.empty()) first_result = result;
-    if (result != first_result) {
-      std::fprintf(stderr, "problem %d: the order of threads and blocks changes the result\n", index);
-      problem.describe();
-      return false;
+    if (!forward(layers, plan, order)) return false;
+    for (size_t i = 0; i < problems.size(); ++i) {
+      const Problem& problem = problems[i];
+      const double error = problem.error_of(outputs[i].data);
+      if (!(error <= tolerance(problem.dtype) + mode_tolerance(activation, problem.m * problem.n))) {
+        const lb2_cuda_launch &first = plan.launches[1], &last = plan.launches[plan.num_launches - 1];
+        std::fprintf(stderr,
+                     "problem %d: layer %zu, activation %d, tiles %dx%d and %dx%d: relative error %.2e\n",
+                     index, i, static_cast<int>(activation), static_cast<int>(first.row_tile),
+                     static_cast<int>(first.token_tile), static_cast<int>(last.row_tile),
+                     static_cast<int>(last.token_tile), error);
+        problem.describe();
+        return false;
+      }
+      const std::vector<char> result(outputs[i].data,
+                                     outputs[i].data + problem.output_elements() * problem.element);
+      if (first_results[i].empty()) first_results[i] = result;
+      if (result != first_results[i]) {
+        std::fprintf(stderr, "problem %d: the order of threads and blocks changes the result\n", index);
+        problem.describe();
+        return false;
+      }
     }
   }
   return true;

@@ -141,7 +141,7 @@ void test_errors() {
   args = call.args;
   args.m = 2;
   EXPECT(says(lb2_linear_forward_cuda(&args, &call.plan, nullptr), LB2_ERROR_INVALID_ARGUMENT,
-              "plan must be what lb2_linear_plan_cuda made"));
+              "plan must be what was made for"));
   EXPECT(says(lb2_linear_forward_cuda(&call.args, nullptr, nullptr), LB2_ERROR_INVALID_ARGUMENT,
               "plan must not be NULL"));
 

@@ -66,6 +66,13 @@ lb2_cuda_plan plan_of(const Layer& layer, lb2_activation activation, const lb2_c
   return plan;
 }
 
+// Whether a plan is taken for a call of the layer, and how it is resumed.
+lb2_status resume(const Layer& layer, const lb2_cuda_plan* plan, lb2::cuda::Plan* resumed,
+                  lb2::cuda::Layers* layers) {
+  expect(lb2::cuda::gather_layers(&layer.args, 1, layers) == LB2_OK, lb2_last_error());
+  return lb2::cuda::resume_plan(*layers, plan, resumed);
+}
+
 const lb2_cuda_launch& decode_of(const lb2_cuda_plan& plan, int stage) {
   for (const lb2_cuda_launch& launch : plan.launches)
     if (launch.kind == LB2_CUDA_DECODE && launch.stage == stage) return launch;
@@ -241,13 +248,14 @@ void test_gemm_tuning() {
                  "the tile asked for", tile.rows, tile.tokens);
           expect(splits == 0 || plan.launches[1].grid_y == splits, "the split asked for", splits,
                  plan.launches[1].grid_y);
+          lb2::cuda::Layers layers;
           lb2::cuda::Plan resumed;
-          expect(lb2::cuda::resume_plan(layer.args, &plan, &resumed) == LB2_OK, lb2_last_error());
+          expect(resume(layer, &plan, &resumed, &layers) == LB2_OK, lb2_last_error());
           for (size_t at = offsetof(lb2_cuda_plan, workspace_bytes); at < sizeof plan; ++at) {
             lb2_cuda_plan wrong = plan;
             reinterpret_cast<unsigned char*>(&wrong)[at] ^= 0x10;
-            expect(lb2::cuda::resume_plan(layer.args, &wrong, &resumed) != LB2_OK,
-                   "a changed plan is refused", static_cast<int64_t>(at));
+            expect(resume(layer, &wrong, &resumed, &layers) != LB2_OK, "a changed plan is refused",
+                   static_cast<int64_t>(at));
           }
         }
 }
@@ -325,7 +333,8 @@ void test_tuning() {
           expect(plan.num_launches == 4, "five tokens are converted ahead");
           expect(last.chained == !unchained, "chained unless asked not to be", unchained);
           lb2::cuda::Plan resumed;
-          expect(lb2::cuda::resume_plan(layer.args, &plan, &resumed) == LB2_OK, lb2_last_error());
+          lb2::cuda::Layers layers;
+          expect(resume(layer, &plan, &resumed, &layers) == LB2_OK, lb2_last_error());
         }
 }
 
@@ -333,20 +342,21 @@ void test_plans_are_checked() {
   const Layer layer(3, 4096, 1024, {80, 296}, LB2_FLOAT16), other(3, 4096, 1024, {80, 304}, LB2_FLOAT16);
   const lb2_cuda_plan plan = plan_of(layer, LB2_ACTIVATION_AUTO, kGpus[3]);
   lb2::cuda::Plan resumed;
-  expect(lb2::cuda::resume_plan(layer.args, &plan, &resumed) == LB2_OK, lb2_last_error());
-  expect_error(lb2::cuda::resume_plan(other.args, &plan, &resumed), LB2_ERROR_INVALID_ARGUMENT,
-               "plan must be what lb2_linear_plan_cuda made");
-  expect_error(lb2::cuda::resume_plan(layer.args, nullptr, &resumed), LB2_ERROR_INVALID_ARGUMENT, "plan");
+  lb2::cuda::Layers layers;
+  expect_error(resume(other, &plan, &resumed, &layers), LB2_ERROR_INVALID_ARGUMENT,
+               "plan must be what was made for the sizes and paths of this call");
+  expect_error(resume(layer, nullptr, &resumed, &layers), LB2_ERROR_INVALID_ARGUMENT, "plan");
+  expect(resume(layer, &plan, &resumed, &layers) == LB2_OK, lb2_last_error());
   // The first launch may follow a kernel that wrote the layer; the others follow one of ours.
   for (int i = 0; i < resumed.num_launches; ++i)
-    expect(lb2::cuda::launch_params(layer.args, resumed, i, 0, 3, nullptr).signs_early == (i > 0),
-           "signs early", i);
+    expect(lb2::cuda::launch_params(layers, resumed, i, 0, 3, nullptr).signs_early == (i > 0), "signs early",
+           i);
   // Any byte that is changed makes another plan; only the device is known where there is one.
   for (size_t at = 0; at < sizeof plan; ++at) {
     if (at >= offsetof(lb2_cuda_plan, device) && at < offsetof(lb2_cuda_plan, workspace_bytes)) continue;
     lb2_cuda_plan wrong = plan;
     reinterpret_cast<unsigned char*>(&wrong)[at] ^= 0x10;
-    expect(lb2::cuda::resume_plan(layer.args, &wrong, &resumed) != LB2_OK, "a changed plan is refused",
+    expect(resume(layer, &wrong, &resumed, &layers) != LB2_OK, "a changed plan is refused",
            static_cast<int64_t>(at));
   }
 }
@@ -390,6 +400,79 @@ void test_sizes_and_addresses() {
                "paths[1].u must be aligned to 4 bytes");
 }
 
+// q, k and v of a model with fewer key and value heads, as one call.
+void test_grouped() {
+  const Layer q(1, 4096, 4096, {144, 144}, LB2_BFLOAT16), k(1, 4096, 1024, {80, 80}, LB2_BFLOAT16),
+      v(1, 4096, 1024, {304}, LB2_BFLOAT16);
+  lb2_linear_args layers[3] = {q.args, k.args, v.args};
+  lb2_cuda_plan plan = {};
+  plan.struct_size = sizeof plan;
+  for (const lb2_cuda_device& device : kGpus)
+    for (const int64_t m : {0, 1, 4, 5, 16, 700}) {
+      for (lb2_linear_args& layer : layers) layer.m = m;
+      expect(lb2_grouped_plan_cuda(layers, 3, 0, &device, nullptr, &plan) == LB2_OK, lb2_last_error());
+      // As many launches as one layer has, and blocks for all rows.
+      expect(plan.num_launches == (m > 4 ? 4 : 2), "launches of one layer", plan.num_launches, m);
+      expect(plan.first_stages == 5, "first stages of all layers", plan.first_stages);
+      const int64_t rows[2] = {2 * 144 + 2 * 80 + 304, 4096 + 1024 + 1024};
+      for (int stage = 0; stage < 2; ++stage) {
+        if (lb2::cuda::is_gemm(plan)) {
+          const lb2_cuda_launch& gemm = plan.launches[2 * stage + 1];
+          expect(static_cast<int64_t>(gemm.grid_x) * gemm.row_tile >= rows[stage], "blocks for all rows",
+                 gemm.grid_x, stage);
+          continue;
+        }
+        const lb2_cuda_launch& decode = decode_of(plan, stage);
+        expect(static_cast<int64_t>(decode.grid_x) * 16 * decode.row_warps >= rows[stage],
+               "blocks for all rows", decode.grid_x, stage);
+      }
+      int64_t macs = 0;
+      for (int i = 0; i < 3; ++i) {
+        const lb2_cuda_plan one = plan_of(i == 0 ? q : i == 1 ? k : v, LB2_ACTIVATION_AUTO, device);
+        macs += one.macs * m;
+      }
+      expect(plan.macs == macs, "operations of all layers", plan.macs, macs);
+      lb2::cuda::Layers gathered;
+      lb2::cuda::Plan resumed;
+      expect(lb2::cuda::gather_layers(layers, 3, &gathered) == LB2_OK, lb2_last_error());
+      expect(lb2::cuda::resume_plan(gathered, &plan, &resumed) == LB2_OK, lb2_last_error());
+      expect(lb2::cuda::gather_layers(layers, 2, &gathered) == LB2_OK, lb2_last_error());
+      expect(lb2::cuda::resume_plan(gathered, &plan, &resumed) != LB2_OK,
+             "a plan of other layers is refused");
+    }
+}
+
+void test_grouped_errors() {
+  const Layer one(1, 64, 64, {8}, LB2_FLOAT16), wide(1, 96, 64, {8}, LB2_FLOAT16),
+      many(2, 64, 64, {8}, LB2_FLOAT16), single(1, 64, 64, {0}, LB2_FLOAT16),
+      exact(1, 64, 64, {8}, LB2_FLOAT32), nine(1, 64, 64, std::vector<int64_t>(9, 8), LB2_FLOAT16);
+  Layer apart(1, 64, 64, {8}, LB2_FLOAT16), nowhere(1, 64, 64, {8}, LB2_FLOAT16);
+  apart.args.input_stride = 7;
+  nowhere.paths[0].v = nullptr;
+  lb2_cuda_plan plan = {};
+  plan.struct_size = sizeof plan;
+  const auto error_of = [&](const Layer& first, const Layer& second, lb2_status status, const char* part) {
+    const lb2_linear_args layers[2] = {first.args, second.args};
+    expect_error(lb2_grouped_plan_cuda(layers, 2, 0, kGpus, nullptr, &plan), status, part);
+  };
+  const lb2_status invalid = LB2_ERROR_INVALID_ARGUMENT;
+  error_of(one, wide, invalid, "layers[1].k must equal that of layers[0], 64, got 96");
+  error_of(one, many, invalid, "layers[1].m must equal that of layers[0], 1, got 2");
+  error_of(one, exact, invalid, "layers[1].dtype must equal that of layers[0], 1, got 0");
+  error_of(one, apart, invalid, "layers[1].input_stride must equal that of layers[0], 0, got 7");
+  error_of(one, single, invalid, "layers[1] must have two stages like layers[0]");
+  error_of(one, nowhere, invalid, "layers[1]: paths[0].v must not be NULL");
+  error_of(nine, nine, LB2_ERROR_UNSUPPORTED, "at most 16 paths in all, got 18 by layers[1]");
+  apart.args.input_stride = 0;
+  apart.args.input = &plan;
+  error_of(one, apart, invalid, "layers[1].input must be that of layers[0]");
+  for (const int64_t count : {0, 17})
+    expect_error(lb2_grouped_plan_cuda(&one.args, count, 0, kGpus, nullptr, &plan), invalid,
+                 "num_layers must be between 1 and 16");
+  expect_error(lb2_grouped_plan_cuda(nullptr, 2, 0, kGpus, nullptr, &plan), invalid,
+               "layers must not be NULL");
+}
+
 }  // namespace
 
 int main() {
@@ -404,5 +487,7 @@ int main() {
   test_sizes_and_addresses();
   test_tuning_errors();
   test_plans_are_checked();
+  test_grouped();
+  test_grouped_errors();
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

@@ -90,6 +90,14 @@ LB2_API lb2_status lb2_linear_plan_cuda(const lb2_linear_args* args, lb2_activat
                                         const lb2_cuda_device* device, const lb2_cuda_tuning* tuning,
                                         lb2_cuda_plan* plan);
 
+/* Layers on one input, as the projections of an attention or of a gated MLP are, in the launches of one: fill
+ * *plan for [num_layers] of them. All have the same m, k, dtype, input and input_stride, all one stage or all
+ * two, and at most LB2_MAX_PATHS paths together; n, ranks, bias and output are each layer's own. The plan is
+ * that of the group: sums may be taken in another order than by a layer on its own. */
+LB2_API lb2_status lb2_grouped_plan_cuda(const lb2_linear_args* layers, int64_t num_layers,
+                                         lb2_activation activation, const lb2_cuda_device* device,
+                                         const lb2_cuda_tuning* tuning, lb2_cuda_plan* plan);
+
 /* ---- liblittlebit2_cuda ---- */
 
 /* Describe a GPU by its ordinal; fails with LB2_ERROR_UNSUPPORTED, and the reason, if it cannot run the
@@ -103,6 +111,10 @@ LB2_API lb2_status lb2_cuda_get_device(int32_t ordinal, lb2_cuda_device* device)
  * CUDA graph. The same bits from run to run and whatever the other tokens are (see lb2_linear_plan_cuda). */
 LB2_API lb2_status lb2_linear_forward_cuda(const lb2_linear_args* args, const lb2_cuda_plan* plan,
                                            void* stream);
+
+/* The same for the layers of a plan of lb2_grouped_plan_cuda. The workspace is that of layers[0]. */
+LB2_API lb2_status lb2_grouped_forward_cuda(const lb2_linear_args* layers, int64_t num_layers,
+                                            const lb2_cuda_plan* plan, void* stream);
 
 #ifdef __cplusplus
 } /* extern "C" */
