@@ -104,7 +104,15 @@ bool run_problem(int index) {
       }
     }
   }
-  return true;
+  if (problems.size() == 1) return true;
+  // What a layer gives in a group it gives alone.
+  const size_t bytes = first_results[1].size();
+  const Buffer output = copy_out(std::vector<char>(bytes, 0x5A), 0);
+  layers[1].output = output.data;
+  const lb2_cuda_plan alone = make_plan({layers[1]}, activation, device, nullptr);
+  if (!forward({layers[1]}, alone, lb2::cuda::Order::kForward)) return false;
+  if (std::memcmp(output.data, first_results[1].data(), bytes) == 0) return true;
+  return failed("a layer's result depends on its group", activation);
 }
 
 // A token's result is the same bits in every tile, split or not, and among other tokens, however many; and a
@@ -204,7 +212,7 @@ bool run_rounds() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const int count = argc > 1 ? std::atoi(argv[1]) : 48;
+  const int count = argc > 1 ? std::atoi(argv[1]) : 36;
   for (int i = 0; i < count; ++i)
     if (!run_problem(i)) return EXIT_FAILURE;
   for (const lb2_activation mode : kModes)
