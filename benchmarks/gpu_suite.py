@@ -43,6 +43,8 @@ MODEL_SHAPES = [
 ]
 
 
+PROMPT_SHAPES = ["llama2-70b-up", "llama2-7b-qo", "llama2-7b-up"]
+
 #: What makes a measurement a dry run: from end to end on the CPU, small, without taking times.
 SMALL = ["--device", "cpu", "--shapes", "256,128", "--tokens", "1", "--bpw", "1"]
 SMALL += ["--cold-mib", "0.05", "--unit-times"]
@@ -93,9 +95,12 @@ class Result:
     log: str
 
 
-def _measure(name: str, tokens: Sequence[int], candidates: Sequence[str], *more: str) -> tuple[str, ...]:
+def _measure(
+    name: str, tokens: Sequence[int], candidates: Sequence[str], *more: str, shapes: Sequence[str] = ()
+) -> tuple[str, ...]:
     command = (PYTHON, "-m", "benchmarks", "run", "--device", "cuda", "--dtypes", "float16", "--no-floors")
-    command += ("--candidates", *candidates, "--shapes", *MODEL_SHAPES, "--tokens", *map(str, tokens))
+    command += ("--candidates", *candidates, "--shapes", *(shapes or MODEL_SHAPES))
+    command += ("--tokens", *map(str, tokens))
     command += ("--repetitions", "5")
     return (*command, *more, "--json", f"{{out}}/{name}.json")
 
@@ -210,11 +215,48 @@ STEPS = (
         40,
         _USABLE,
     ),
-    # Where `auto` should give many tokens to Triton (CUDA_TOKENS in dispatch.py).
+    # The GEMM beside every other way to take a prompt: whether `auto` is right to keep it from Triton.
+    Step(
+        "prefill",
+        "prefill",
+        _measure(
+            "prefill",
+            [32, 128, 512, 2048, 8192],
+            [OURS[1], TRITON[1], *PEERS, "unpack", OURS[2], TRITON[2]],
+            *("--bpw", "0.1", "1.0", "--modes", "hot"),
+            shapes=PROMPT_SHAPES,
+        ),
+        230,
+        _USABLE,
+    ),
+    # Few tokens of many users; from 17 on they take the GEMM too.
+    Step(
+        "prefill-small",
+        "prefill",
+        _measure(
+            "prefill-small", [16, 17, 24, 48, 64], [*OURS[:2], *PEERS], "--bpw", "0.1", shapes=PROMPT_SHAPES
+        ),
+        60,
+        _USABLE,
+    ),
+    Step(
+        "prefill-gemlite",
+        "prefill",
+        _measure(
+            "prefill-gemlite",
+            [32, 512, 2048],
+            [OURS[1], "dense", "gemlite"],
+            *("--bpw", "0.1", "--modes", "hot"),
+            shapes=PROMPT_SHAPES[-1:],
+        ),
+        90,
+        _USABLE,
+    ),
+    # Triton's kernels at the sizes at which it has been tuned, and by how much they could be.
     Step(
         "prompts",
         "prompts",
-        _measure("prompts", [32, 128, 512, 2048], [*OURS[:2], *TRITON[1:3], *PEERS], "--bpw", "0.1"),
+        _measure("prompts", [32, 128, 512, 2048], [OURS[1], *TRITON[1:3], *PEERS], "--bpw", "0.1"),
         200,
         _USABLE,
     ),

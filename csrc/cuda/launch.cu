@@ -5,6 +5,8 @@
 
 #include "core/status.h"
 #include "cuda/check.h"
+#include "cuda/gemm_kernels.h"
+#include "cuda/gemm_plan.h"
 #include "cuda/kernels.h"
 #include "cuda/layers.h"
 #include "cuda/plan.h"
@@ -85,9 +87,8 @@ struct KernelState {
 };
 
 // Also allows the kernel the shared memory that it may ever be planned with.
-lb2_status prepare_kernel(Kernel kernel, const lb2_cuda_device& device, KernelState* state) {
+lb2_status prepare_kernel(const void* function, const lb2_cuda_device& device, KernelState* state) {
   const char* what = "preparing a kernel";
-  const void* function = reinterpret_cast<const void*>(kernel);
   cudaFuncAttributes attributes;
   LB2_RETURN_IF_CUDA_ERROR(what, cudaFuncGetAttributes(&attributes, function));
   LB2_RETURN_IF_CUDA_ERROR(what, cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -101,6 +102,15 @@ lb2_status prepare_kernel(Kernel kernel, const lb2_cuda_device& device, KernelSt
   return LB2_OK;
 }
 
+// The state of a kernel, `kept` for its thread and device, or NULL for a device that is not kept.
+lb2_status kernel_state(const void* function, const lb2_cuda_device& device, KernelState* kept,
+                        KernelState* state) {
+  if (kept == nullptr) return prepare_kernel(function, device, state);
+  if (!kept->ready) LB2_RETURN_IF_ERROR(prepare_kernel(function, device, kept));
+  *state = *kept;
+  return LB2_OK;
+}
+
 lb2_status find_kernel(const lb2_cuda_launch& launch, int32_t ordinal, const lb2_cuda_device& device,
                        lb2_activation activation, Kernel* kernel, KernelState* state) {
   thread_local KernelState known[kMaxDevices][2][LB2_ACTIVATION_FLOAT16 + 1][kMaxTokenTile + 1] = {};
@@ -109,14 +119,25 @@ lb2_status find_kernel(const lb2_cuda_launch& launch, int32_t ordinal, const lb2
   *kernel = converts ? kernels.convert : kernels.decode;
   KernelState* kept =
       ordinal < kMaxDevices ? &known[ordinal][converts][activation][launch.token_tile] : nullptr;
-  if (kept == nullptr) return prepare_kernel(*kernel, device, state);
-  if (!kept->ready) LB2_RETURN_IF_ERROR(prepare_kernel(*kernel, device, kept));
-  *state = *kept;
-  return LB2_OK;
+  return kernel_state(reinterpret_cast<const void*>(*kernel), device, kept, state);
 }
 
-lb2_status queue(const lb2_cuda_launch& launch, Kernel kernel, bool chained, const StageParams& params,
-                 cudaStream_t stream) {
+lb2_status find_gemm_kernel(const lb2_cuda_launch& launch, int32_t ordinal, const lb2_cuda_device& device,
+                            lb2_activation activation, GemmKernel* kernel, KernelState* state) {
+  constexpr int kTiles = sizeof kGemmTiles / sizeof *kGemmTiles;
+  thread_local KernelState known[kMaxDevices][LB2_ACTIVATION_FLOAT16 + 1][kTiles + 1] = {};
+  *kernel = gemm_kernel_of(activation, launch.row_tile, launch.token_tile);
+  int tile = 0;
+  while (tile < kTiles &&
+         (kGemmTiles[tile].rows != launch.row_tile || kGemmTiles[tile].tokens != launch.token_tile))
+    ++tile;
+  KernelState* kept = ordinal < kMaxDevices ? &known[ordinal][activation][tile] : nullptr;
+  return kernel_state(reinterpret_cast<const void*>(*kernel), device, kept, state);
+}
+
+template <typename Params>
+lb2_status queue(const lb2_cuda_launch& launch, void (*kernel)(const Params), bool chained,
+                 const Params& params, cudaStream_t stream) {
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -164,8 +185,16 @@ lb2_status lb2_grouped_forward_cuda(const lb2_linear_args* args, int64_t num_lay
     const int64_t left = m - first, tokens = left < plan.token_block ? left : plan.token_block;
     for (int i = 0; i < plan.num_launches; ++i) {
       const lb2_cuda_launch launch = launch_for(plan, i, tokens);
-      Kernel kernel;
       KernelState state;
+      if (is_gemm(plan)) {
+        GemmKernel multiply;
+        LB2_RETURN_IF_ERROR(find_gemm_kernel(launch, ordinal, device, plan.activation, &multiply, &state));
+        LB2_RETURN_IF_ERROR(queue(launch, multiply, launch.chained && state.waits,
+                                  gemm_params(layers, plan, i, first, tokens, workspace),
+                                  static_cast<cudaStream_t>(stream)));
+        continue;
+      }
+      Kernel kernel;
       LB2_RETURN_IF_ERROR(find_kernel(launch, ordinal, device, plan.activation, &kernel, &state));
       LB2_RETURN_IF_ERROR(queue(launch, kernel, launch.chained && state.waits,
                                 launch_params(layers, plan, i, first, tokens, workspace),

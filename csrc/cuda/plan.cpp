@@ -8,6 +8,7 @@
 #include "core/check.h"
 #include "core/status.h"
 #include "cuda/check.h"
+#include "cuda/gemm_plan.h"
 #include "cuda/instances.h"
 
 namespace lb2::cuda {
@@ -154,16 +155,18 @@ void add_stage(const Work& work, const lb2_cuda_tuning& tuning, Plan* plan) {
   }
 }
 
-lb2_status resolve_activation(lb2_dtype dtype, const lb2_cuda_device& device, lb2_activation* activation) {
+lb2_status resolve_activation(const lb2_linear_args& args, const lb2_cuda_device& device,
+                              lb2_activation* activation) {
   if (*activation < LB2_ACTIVATION_AUTO || *activation > LB2_ACTIVATION_FLOAT16)
     return fail(LB2_ERROR_INVALID_ARGUMENT,
                 "activation must be LB2_ACTIVATION_AUTO (0), _EXACT (1), _INT16 (2), _INT8 (3), _SIGN (4) or "
                 "_FLOAT16 (5), got %" PRId32,
                 *activation);
   if (*activation != LB2_ACTIVATION_AUTO) return LB2_OK;
-  *activation = dtype == LB2_FLOAT32                         ? LB2_ACTIVATION_EXACT
-                : device.capability <= kLastOneBitCapability ? LB2_ACTIVATION_INT16
-                                                             : LB2_ACTIVATION_FLOAT16;
+  const bool one_bit = device.capability <= kLastOneBitCapability;
+  *activation = args.dtype == LB2_FLOAT32            ? LB2_ACTIVATION_EXACT
+                : one_bit && args.m <= kMaxTokenTile ? LB2_ACTIVATION_INT16
+                                                     : LB2_ACTIVATION_FLOAT16;
   return LB2_OK;
 }
 
@@ -173,9 +176,10 @@ lb2_status make_plan(const Layers& layers, lb2_activation activation, const lb2_
                      const lb2_cuda_tuning* given, Plan* plan) noexcept {
   *plan = {};
   const lb2_linear_args& args = layers.front();
-  LB2_RETURN_IF_ERROR(resolve_activation(args.dtype, device, &activation));
+  LB2_RETURN_IF_ERROR(resolve_activation(args, device, &activation));
   const lb2_cuda_tuning tuning = given != nullptr ? *given : lb2_cuda_tuning{};
-  LB2_RETURN_IF_ERROR(check_tuning(tuning, layers.single_stage ? 1 : divide_up(args.k, kSliceCols)));
+  LB2_RETURN_IF_ERROR(
+      check_tuning(tuning, activation, layers.single_stage ? 1 : divide_up(args.k, kSliceCols)));
   plan->struct_size = sizeof(lb2_cuda_plan);
   plan->device = device;
   plan->activation = activation;
@@ -183,6 +187,11 @@ lb2_status make_plan(const Layers& layers, lb2_activation activation, const lb2_
   plan->first = find_first_stages(layers);
   plan->first_stages = plan->first.num_groups;
   plan->macs = count_macs(layers);
+  if (uses_gemm(activation, args.m, device.shared_bytes)) {
+    add_gemm_launches(layers, tuning, plan);
+    plan->workspace_bytes += kWorkspaceAlignment;
+    return LB2_OK;
+  }
   plan->token_block = std::min(args.m, kTokenBlock);
   if (!layers.single_stage) {
     Work first = {};
@@ -211,6 +220,7 @@ lb2_status resume_plan(const Layers& layers, const lb2_cuda_plan* made, Plan* pl
   // Its choices, to plan with them again: a plan that comes out the same is one that was made for the call.
   lb2_cuda_tuning tuning = {};
   tuning.unchained = !made->launches[0].chained;
+  read_gemm_tuning(*made, &tuning);
   for (const lb2_cuda_launch& launch : made->launches) {
     if (launch.kind != LB2_CUDA_DECODE) continue;
     tuning.row_warps[launch.stage == 1] = launch.row_warps;

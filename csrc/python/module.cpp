@@ -153,7 +153,9 @@ py::dict describe(const lb2_cuda_plan& plan) {
   for (int32_t i = 0; i < plan.num_launches; ++i) {
     const lb2_cuda_launch& planned = plan.launches[i];
     py::dict launch;
-    launch["kind"] = planned.kind == LB2_CUDA_CONVERT ? "convert" : "decode";
+    launch["kind"] = planned.kind == LB2_CUDA_CONVERT  ? "convert"
+                     : planned.kind == LB2_CUDA_DECODE ? "decode"
+                                                       : "gemm";
     launch["stage"] = planned.stage;
     launch["grid"] = py::make_tuple(planned.grid_x, planned.grid_y, planned.grid_z);
     launch["threads"] = planned.threads;
@@ -164,6 +166,7 @@ py::dict describe(const lb2_cuda_plan& plan) {
     launch["shared_bytes"] = planned.shared_bytes;
     launch["chained"] = planned.chained != 0;
     launch["estimated_cycles"] = planned.estimated_cycles;
+    launch["row_tile"] = planned.row_tile;
     launches.append(launch);
   }
   py::dict result;
