@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .integrations.loading import load
     from .integrations.synthesis import synthesize
     from .integrations.transformers import register
+    from .projections import fuse_projections
     from .quantize import QuantConfig, analyze_weight, quantize_linears, quantize_weight, rank_for_bpw
     from .stream import quantize_checkpoint
 
@@ -20,6 +21,7 @@ __all__ = [
     "QuantConfig",
     "__version__",
     "analyze_weight",
+    "fuse_projections",
     "generate",
     "load",
     "quantize_checkpoint",
@@ -35,6 +37,7 @@ _HOMES = {
     "QuantConfig": ".quantize",
     "__version__": "littlebit2_kernels.version",
     "analyze_weight": ".quantize",
+    "fuse_projections": ".projections",
     "generate": ".integrations.generation",
     "load": ".integrations.loading",
     "quantize_checkpoint": ".stream",
