@@ -11,6 +11,7 @@ from littlebit2_kernels.packing import pack_signs, unpack_signs
 
 __all__ = [
     "EXPANDED_ENTRIES",
+    "WHOLE_COLUMNS",
     "BinaryFactor",
     "BinaryPath",
     "chunk_columns",
@@ -22,9 +23,13 @@ __all__ = [
 #: cache.
 CHUNK = 16 * WORD_BITS
 
-#: Factors of up to this many entries keep their signs as numbers and are worked on in one piece: expanding
-#: the words would take most of the time, and the memory is small.
+#: Factors of up to this many entries keep their signs as numbers: expanding words would take most time there,
+#: and the memory is small.
 EXPANDED_ENTRIES = 2**20
+
+
+#: Columns up to which such a factor is worked on in one piece: a block of the target goes with every column.
+WHOLE_COLUMNS = 2048
 
 
 class BinaryFactor:
@@ -54,7 +59,8 @@ class BinaryFactor:
     def chunks(self) -> Iterator[slice]:
         """Yield slices of the ``n`` entries to work on at a time."""
         size = self.scale.shape[1]
-        step = size if self.is_small else chunk_columns(self._words.shape[1])
+        whole = self.is_small and size <= WHOLE_COLUMNS
+        step = size if whole else chunk_columns(self._words.shape[1])
         for start in range(0, size, step):
             yield slice(start, min(start + step, size))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .binary_path import EXPANDED_ENTRIES, chunk_columns
+from .binary_path import EXPANDED_ENTRIES, WHOLE_COLUMNS, chunk_columns
 from .partial_svd import is_partial
 
 if TYPE_CHECKING:
@@ -30,7 +30,9 @@ def working_bytes(in_features: int, out_features: int, config: QuantConfig) -> i
     steps = config.steps_for(k, n, config.ranks)
     weight, factors, system = size * k * n, size * rank * (k + n), size * rank**2
     expanded = rank * max(k, n) <= EXPANDED_ENTRIES
-    chunk = size * rank * (max(k, n) if expanded else min(chunk_columns(rank), max(k, n)))
+    longer = max(k, n)
+    whole = expanded and longer <= WHOLE_COLUMNS
+    chunk = size * rank * (longer if whole else min(chunk_columns(rank), longer))
     signs = factors if expanded else factors // (8 * size)
     peaks = [weight + 2 * k * n]  # a 16-bit source while it is copied; a float32 one is worked on in place
     if steps.method != "admm" or config.admm_start != "random":
