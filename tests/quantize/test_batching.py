@@ -113,6 +113,8 @@ def test_small_layers_go_together_on_a_cpu() -> None:
     assert batch_size(384, 384, low, "cpu") > 1
     assert batch_size(4096, 4096, high, "cpu") == 1
     assert batch_size(384, 384, QuantConfig(ranks=(40,), method="dual-svid"), "cpu") == 1
+    # Their products would round by where they lie in a batch.
+    assert batch_size(1, 384, low, "cpu") == batch_size(2049, 16, QuantConfig(ranks=(8,)), "cpu") == 1
     assert batch_size(384, 384, low, "cuda") > batch_size(4096, 4096, high, "cuda") >= 1
 
 

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from .binary_path import WHOLE_COLUMNS
 from .memory import working_bytes
 from .methods import iteration_operations
 
 if TYPE_CHECKING:
     from .config import QuantConfig
 
-__all__ = ["batch_key", "batch_size", "in_batches"]
+__all__ = ["batch_key", "batch_size", "in_batches", "keeps_bits"]
 
 T = TypeVar("T")
 
@@ -42,9 +43,20 @@ def batch_size(in_features: int, out_features: int, config: QuantConfig, device:
     if not steps.refine_rounds:
         return 1  # decompositions and rotations are done one by one
     if torch.device(device).type == "cpu":
+        if not keeps_bits((out_features, in_features)):
+            return 1
         work = iteration_operations((out_features, in_features), max(config.ranks))
         return _CPU_LAYERS if work <= _CPU_OPERATIONS else 1
     return max(1, min(_DEVICE_LAYERS, _DEVICE_BYTES // working_bytes(in_features, out_features, config)))
+
+
+def keeps_bits(shape: tuple[int, int]) -> bool:
+    """Whether a layer ``[N, K]`` has the same bits in a batch on a CPU as alone.
+
+    Products of a matrix and a single column, or row, round by where in memory they lie; a last chunk of a
+    long factor may be one.
+    """
+    return min(shape) > 1 and max(shape) <= WHOLE_COLUMNS
 
 
 def batch_key(in_features: int, out_features: int, config: QuantConfig) -> Hashable:

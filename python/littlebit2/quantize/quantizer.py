@@ -13,6 +13,7 @@ from littlebit2_kernels.format import PackedLinear
 
 from ._numeric import check_finite, squared_norm
 from .allocate import layer_spectrum, ranks_for_energy
+from .batching import keeps_bits
 from .budget import counted_bpw, stored_bpw
 from .dual_svid import scale_path
 from .importance import Importance
@@ -196,9 +197,19 @@ def quantize_together(layers: Sequence[DenseLayer]) -> list[QuantizedLayer]:
         ranks = _ranks(residuals[0], config)
         steps = config.steps_for(residuals[0].shape[1], residuals[0].shape[0], ranks)
         generators = [torch.Generator().manual_seed(layer.config.seed) for layer in layers]
+        alone = residuals[0].device.type == "cpu" and not keeps_bits(residuals[0].shape)
+        step = 1 if alone else len(layers)
         made: list[list[MadePath]] = []  # by paths, then layers
         for rank in ranks:
-            made.append(make_paths(residuals, rank, steps, generators, config))
+            made.append(
+                [
+                    one
+                    for at in range(0, len(layers), step)
+                    for one in make_paths(
+                        residuals[at : at + step], rank, steps, generators[at : at + step], config
+                    )
+                ]
+            )
             for residual, one in zip(residuals, made[-1], strict=True):
                 residual.subtract(one.path)
         finished = []
