@@ -44,10 +44,10 @@ class Corpus:
 class ModelSize:
     """Shape of the model, a Llama."""
 
-    hidden: int = 256
-    intermediate: int = 688
-    layers: int = 3
-    heads: int = 4
+    hidden: int = 192
+    intermediate: int = 512
+    layers: int = 2
+    heads: int = 3
     vocabulary: int = 1024
     context: int = 256
 

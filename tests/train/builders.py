@@ -9,7 +9,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = "the quick brown fox jumps over a lazy dog while rain falls on green hills and rivers".split()
+WORDS = tuple(
+    "the quick brown fox jumps over a lazy dog while rain falls on green hills and rivers".split()  # noqa: SIM905
+)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -37,7 +39,9 @@ def llama_config(**changes: object) -> LlamaConfig:
     return LlamaConfig(**{**settings, **changes})
 
 
-def write_teacher(path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> Path:
+def write_teacher(
+    path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object
+) -> Path:
     """Write a model whose logits are far from uniform, so that there is something to distil."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(llama_config(**changes))

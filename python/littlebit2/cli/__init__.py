@@ -1,4 +1,4 @@
-"""The command line: ``littlebit2 quantize | finetune | evaluate | convert | inspect | plan | generate | ...``.
+"""The command line: ``littlebit2 quantize | finetune | evaluate | convert | inspect | plan | ...``.
 
 Torch and transformers are imported by the subcommand that needs them, not for ``--help``.
 """

@@ -83,14 +83,18 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
         "--text-field", default="text", help="name of the text in JSON lines and tables (default text)"
     )
     parser.add_argument("--max-tokens", type=int, metavar="N", help="read at most N tokens of --data")
-    parser.add_argument("--block", type=int, default=2048, metavar="T", help="tokens in a sequence (default 2048)")
+    parser.add_argument(
+        "--block", type=int, default=2048, metavar="T", help="tokens in a sequence (default 2048)"
+    )
 
 
 def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training; defaults are the papers' where they name one")
     group.add_argument("--steps", type=int, help="optimiser steps (default: from --epochs)")
     group.add_argument("--epochs", type=float, default=1.0, help="passes over the data (default 1)")
-    group.add_argument("--batch-size", type=int, default=1, help="sequences at a time and process (default 1)")
+    group.add_argument(
+        "--batch-size", type=int, default=1, help="sequences at a time and process (default 1)"
+    )
     group.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches in a step (default 1)")
     group.add_argument("--lr", type=float, default=4e-5, help="peak learning rate of latents (default 4e-5)")
     group.add_argument("--scale-lr", type=float, help="of packed layers' scales (default --lr)")
@@ -111,7 +115,9 @@ def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
         default="norms",
         help="which dense parameters are trained too (default norms)",
     )
-    group.add_argument("--precision", choices=_PRECISIONS, default="float32", help="of products (default float32)")
+    group.add_argument(
+        "--precision", choices=_PRECISIONS, default="float32", help="of products (default float32)"
+    )
     group.add_argument("--teacher-precision", choices=_PRECISIONS, help="default: as stored")
     group.add_argument(
         "--teacher-top-k",
@@ -128,7 +134,9 @@ def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
     parser.add_argument("--log-steps", type=int, default=10, metavar="N", help="default 10")
-    parser.add_argument("--eval-steps", type=int, default=0, metavar="N", help="default: before and after alone")
+    parser.add_argument(
+        "--eval-steps", type=int, default=0, metavar="N", help="default: before and after alone"
+    )
     parser.add_argument("--save-steps", type=int, default=500, metavar="N", help="default 500")
     parser.add_argument("--eval-batch-size", type=int, default=8, metavar="N", help="default 8")
     parser.add_argument("--no-tensorboard", action="store_true", help="no metrics for TensorBoard")
@@ -144,7 +152,9 @@ def _run(args: argparse.Namespace) -> int:
 
     sized = args.bpw is not None or args.ranks is not None or args.paths is not None
     if args.start is not None and (sized or args.method != "auto"):
-        raise ValueError("--start must be given without --bpw, --ranks, --paths and --init: it has its layers")
+        raise ValueError(
+            "--start must be given without --bpw, --ranks, --paths and --init: it has its layers"
+        )
     config = None if args.start is not None else quant_config(args, seed=args.quant_seed)
     exclude: dict[str, Any] = {}
     if args.include_heads or args.exclude:
@@ -181,7 +191,8 @@ def _run(args: argparse.Namespace) -> int:
             }
         )
         return 0
-    emit(f"{report.out}: {report.bpw:.3f} counted bits per weight, {report.steps} steps, {report.seconds:.0f} s")
+    figures = f"{report.bpw:.3f} counted bits per weight, {report.steps} steps, {report.seconds:.0f} s"
+    emit(f"{report.out}: {figures}")
     if report.perplexity:
         emit(table(("model", "perplexity"), [(k, f"{v:.3f}") for k, v in report.perplexity.items()]))
     if report.agreement is not None:

@@ -2,8 +2,8 @@
 
 An adapter adds ``scaling * B A x`` beside a packed layer, whose signs stay as they are: gradients reach the
 adapter and the layer's input. The sum cannot be merged: a packed layer has no dense weight to add to, and
-quantising the sum again would throw away what was trained. Merging is refused; the adapter is saved and loaded
-by itself, as peft does. To train the packed signs instead, there is ``littlebit2 finetune``.
+quantising the sum again would throw away what was trained. Merging is refused; the adapter is saved and
+loaded by itself, as peft does. To train the packed signs instead, there is ``littlebit2 finetune``.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def with_packed_layers(config: LoraConfig) -> LoraConfig:
     return config
 
 
-class LoraLittleBitLinear(nn.Module, LoraLayer):  # type: ignore[misc]
+class LoraLittleBitLinear(nn.Module, LoraLayer):
     """A packed layer with adapters beside it; made by peft, see :func:`with_packed_layers`."""
 
     def __init__(
@@ -69,8 +69,8 @@ class LoraLittleBitLinear(nn.Module, LoraLayer):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         LoraLayer.__init__(self, base_layer, **kwargs)
-        # peft brings new adapters to the device of this attribute, or of a parameter, which packed layers have
-        # none of. Plain, so that it is no part of the layer's state.
+        # peft brings new adapters to the device of this attribute, or of a parameter, of which packed layers
+        # have none. Plain, so that it is no part of the layer's state.
         base_layer.__dict__["qweight"] = torch.empty(0, device=_device_of(base_layer))
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
@@ -88,7 +88,9 @@ class LoraLittleBitLinear(nn.Module, LoraLayer):  # type: ignore[misc]
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Map ``x`` ``[..., K]`` to ``[..., N]``: the packed layer and every active adapter."""
         if kwargs.pop("adapter_names", None) is not None:
-            raise ValueError("adapter_names must be None: packed layers take the same adapters for a whole batch")
+            raise ValueError(
+                "adapter_names must be None: packed layers take the same adapters for a whole batch"
+            )
         y: torch.Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return y
@@ -108,7 +110,10 @@ class LoraLittleBitLinear(nn.Module, LoraLayer):  # type: ignore[misc]
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """Return what an adapter adds to the weight, ``[N, K]``."""
-        return self.lora_B[adapter].weight @ self.lora_A[adapter].weight * self.scaling[adapter]
+        down: Any = self.lora_A[adapter]
+        up: Any = self.lora_B[adapter]
+        delta: torch.Tensor = up.weight @ down.weight * self.scaling[adapter]
+        return delta
 
     def __repr__(self) -> str:
         return "lora." + super().__repr__()

@@ -47,7 +47,7 @@ class FlipMeter:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what :meth:`load_state_dict` takes."""
-        return {"start": self._start, "last": self._last}
+        return {"start": dict(self._start), "last": dict(self._last)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state``.

@@ -71,7 +71,7 @@ class _BinaryPath(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, z, v, in_scale, u, latent_scale, out_scale = ctx.saved_tensors
         need_x, need_v, need_in, need_u, need_latent, need_out = ctx.needs_input_grad[:6]

@@ -1,12 +1,12 @@
 """Where training starts: real-valued latents whose signs are those of a packed layer.
 
-A packed layer says which sign, not how far from flipping it is. Where the dense weight ``W`` is known, that is
-read off the least-squares problem that the quantizer solves: with ``a = out_scale[n]``, the rows ``B`` of the
-dense right factor and the residual ``E = W - W_hat`` of all paths, flipping ``U[n, r]`` changes the squared
-error by ``4 a^2 |B_r|^2 (1 + sign(U[n, r]) (E B^T)[n, r] / (a |B_r|^2))``. The bracket is a confidence without
-a unit: 1 where the residual has no say, 0 where both signs are as good, negative where the other is better.
-The latent is the sign times the confidence times ``magnitude``. Signs stay as the quantizer left them: wrong
-ones start next to zero, where the first steps can turn them.
+A packed layer says which sign, not how far from flipping it is. Where the dense weight ``W`` is known, that
+is read off the least-squares problem that the quantizer solves: with ``a = out_scale[n]``, the rows ``B`` of
+the dense right factor and the residual ``E = W - W_hat`` of all paths, flipping ``U[n, r]`` changes the
+squared error by ``4 a^2 |B_r|^2 (1 + sign(U[n, r]) (E B^T)[n, r] / (a |B_r|^2))``. The bracket is a
+confidence without a unit: 1 where the residual has no say, 0 where both signs are as good, negative where the
+other is better. The latent is the sign times the confidence times ``magnitude``. Signs stay as the quantizer
+left them: wrong ones start next to zero, where the first steps can turn them.
 
 Without the weight, every latent starts at ``magnitude``.
 """
@@ -70,7 +70,9 @@ def _confidences(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     expected = [packed.out_features, packed.in_features]
     if list(weight.shape) != expected:
-        raise ValueError(f"weight must have shape {expected}, as the packed layer has, got {list(weight.shape)}")
+        raise ValueError(
+            f"weight must have shape {expected}, as the packed layer has, got {list(weight.shape)}"
+        )
     residual = weight.detach().to(packed.device, torch.float32, copy=True)
     for path, (v, u) in zip(packed.paths, signs, strict=True):
         residual -= _scaled_u(path, u) @ (v * path.in_scale)

@@ -41,12 +41,12 @@ class TrainablePath(nn.Module):
 
 
 class TrainableLittleBitLinear(nn.Module):
-    """A layer in training: ``y = sum_p out_scale * sign(U) (latent_scale * (sign(V) (in_scale * x))) + bias``.
+    """A layer in training: ``y = sum out_scale * sign(U) (latent_scale * (sign(V) (in_scale * x))) + bias``.
 
     Forward takes hard signs in training and evaluation alike, so that there is one function:
     :meth:`packed` is that function in the packed format. On float32 input without autocast it is, bit for
-    bit, ``littlebit_linear(x, layer.packed(), backend="reference")``; the kernels agree with both to their own
-    rounding (about 3e-7 with ``activation="exact"``).
+    bit, ``littlebit_linear(x, layer.packed(), backend="reference")``; the kernels agree with both to their
+    own rounding (about 3e-7 with ``activation="exact"``).
 
     Products are taken in the dtype of the input, or in autocast's. Parameters are float32 masters; after
     ``.to(torch.bfloat16)`` the layer works too, but small steps are then lost to rounding.
@@ -104,8 +104,9 @@ class TrainableLittleBitLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(device))
         rows = x.reshape(-1, self.in_features)
         y: torch.Tensor | None = None
-        for path, leader in zip(self.paths, self.shares, strict=True):
-            first: Any = self.paths[leader]
+        paths: Any = self.paths  # whose attributes are known to be tensors
+        for path, leader in zip(paths, self.shares, strict=True):
+            first = paths[leader]
             one = binary_path(
                 rows,
                 first.V,

@@ -54,7 +54,7 @@ class _Kl(torch.autograd.Function):
         return total / len(rows)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad.to(gradient.dtype), None

@@ -3,7 +3,7 @@
 The forward pass always takes the hard sign of the packed format, ``sign(0) = +1``. Backward:
 
 ``"smooth-sign"``
-    ``100 (1 - tanh^2(100 x))``, the derivative of ``tanh(100 x)``: SmoothSign of LittleBit (arXiv 2506.13771).
+    ``100 (1 - tanh^2(100 x))``, the derivative of ``tanh(100 x)``: LittleBit's SmoothSign (arXiv 2506.13771).
 ``"clipped"``
     1 where ``|x| <= 1``, else 0: the clipped straight-through estimator of binarised networks
     (arXiv 1602.02830).

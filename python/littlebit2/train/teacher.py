@@ -1,7 +1,7 @@
 """Teachers: a dense model beside the student, or its likeliest tokens from a file.
 
-A stored teacher gives the KL of its k likeliest tokens and no hidden states; it takes ``6 k`` bytes a token of
-training data, and the memory of the dense model is free while training.
+A stored teacher gives the KL of its k likeliest tokens and no hidden states; it takes ``6 k`` bytes for each
+token of training data, and the memory of the dense model is free while training.
 """
 
 from __future__ import annotations

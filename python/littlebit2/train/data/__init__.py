@@ -1,4 +1,4 @@
-"""Text into blocks of tokens: files are streamed once into a file of token ids, which is then memory-mapped."""
+"""Text into blocks of tokens: files are streamed once into a file of token ids, then memory-mapped."""
 
 from .blocks import TokenBlocks
 from .sources import SUFFIXES, find_files, read_texts

@@ -45,7 +45,9 @@ def find_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
         elif not path.exists():
             raise FileNotFoundError(f"data: no such file or directory: {path}")
         elif _kind(path) not in SUFFIXES:
-            raise ValueError(f"data: {path} must be of a known type ({_known()}), got {path.suffix or 'none'!r}")
+            raise ValueError(
+                f"data: {path} must be of a known type ({_known()}), got {path.suffix or 'none'!r}"
+            )
         else:
             found.append(path)
     return found
@@ -136,9 +138,7 @@ def _arrow(file: Path, field: str) -> Iterator[Piece]:
         source.seek(0)
         reader = ipc.open_file(source) if random_access else ipc.open_stream(source)
         _check_column(file, field, reader.schema)
-        batches = (
-            (reader.get_batch(i) for i in range(reader.num_record_batches)) if random_access else reader
-        )
+        batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if random_access else reader
         for batch in batches:
             yield from _rows(file, field, batch)
 

@@ -24,7 +24,7 @@ class TokenFile:
     """Token ids on disk.
 
     Attributes:
-        path: unsigned 16- or 32-bit integers, little-endian; beside it ``<path>.json``, which is written last.
+        path: unsigned 16- or 32-bit integers, little-endian; beside it ``<path>.json``, written last.
         tokens: how many.
         dtype: ``"uint16"`` or ``"uint32"``.
         documents: that were read.

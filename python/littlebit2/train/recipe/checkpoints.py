@@ -1,7 +1,7 @@
 """Which training checkpoints are whole.
 
-``Trainer`` writes a checkpoint file by file into its final folder. A process that is killed meanwhile leaves a
-folder that looks like a checkpoint. So the last thing written into one is a mark, once every file is on the
+``Trainer`` writes a checkpoint file by file into its final folder. A process that is killed meanwhile leaves
+a folder that looks like a checkpoint. So the last thing written into one is a mark, once every file is on the
 disk; folders without it are removed before training goes on.
 """
 

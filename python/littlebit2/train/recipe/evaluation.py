@@ -94,20 +94,22 @@ def evaluate_model(
     return Evaluation(found, length, characters, results)
 
 
-def load_tokenizer(directory: Path) -> Any:
-    """Return the tokenizer of a model's directory.
+def load_tokenizer(directory: Path, what: str = "model") -> Any:
+    """Return the tokenizer of a model's directory, which messages call ``what``.
 
     Raises:
         FileNotFoundError: there is no such directory.
         ValueError: it has none.
     """
     if not directory.is_dir():
-        raise FileNotFoundError(f"model must be a checkpoint directory, got {directory}, which is none")
+        raise FileNotFoundError(f"{what} must be a checkpoint directory, got {directory}, which is none")
     try:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"model must have a tokenizer in its directory, got {directory}: {reason}") from error
+        raise ValueError(
+            f"{what} must have a tokenizer in its directory, got {directory}: {reason}"
+        ) from error
 
 
 def context_length(model: Any) -> int | None:

@@ -30,7 +30,7 @@ from littlebit2.train.perplexity import perplexity
 from littlebit2.train.teacher import LiveTeacher, StoredTeacher, Teacher, check_logits, store_teacher
 
 from .checkpoints import latest_checkpoint, remove_incomplete
-from .evaluation import context_length, load_tokenizer
+from .evaluation import load_tokenizer
 from .progress import Progress
 from .settings import Recipe
 from .student import build_student, check_dense, check_export, export_student, round_dense
@@ -120,7 +120,9 @@ def finetune(
     began = time.perf_counter()
     recipe = recipe or Recipe()
     if (config is None) == (start is None):
-        raise ValueError("either config or start must be given, got " + ("none" if config is None else "both"))
+        raise ValueError(
+            "either config or start must be given, got " + ("none" if config is None else "both")
+        )
     if recipe.tensorboard and find_spec("tensorboard") is None:
         raise ImportError(
             "metrics need tensorboard, which is not installed: pip install 'littlebit2-kernels[train]', or "
@@ -147,8 +149,8 @@ def finetune(
     )
     run.check()
     with _processes(device, recipe) as group:
-        group.from_leader(lambda: run.work.open(run.settings(), resume=resume))
         try:
+            group.from_leader(lambda: run.work.open(run.settings(), resume=resume))
             return replace(run.go(group), seconds=time.perf_counter() - began)
         finally:
             run.work.close()
@@ -196,13 +198,18 @@ class _Run:
         most = stored.get("max_position_embeddings")
         if isinstance(most, int) and self.recipe.block > most:
             raise ValueError(
-                f"block must be at most {most}, the teacher's max_position_embeddings, got {self.recipe.block}"
+                f"block must be at most {most}, the teacher's max_position_embeddings, "
+                f"got {self.recipe.block}"
             )
-        load_tokenizer(self.teacher)
+        load_tokenizer(self.teacher, "teacher")
 
     def settings(self) -> dict[str, Any]:
         """Return what a continuation must share with this run."""
-        weights = [*self.teacher.glob("*.safetensors"), *self.teacher.glob("*.bin"), self.teacher / "config.json"]
+        weights = [
+            *self.teacher.glob("*.safetensors"),
+            *self.teacher.glob("*.bin"),
+            self.teacher / "config.json",
+        ]
         start = None if self.start is None else describe_files(sorted(self.start.glob("*.safetensors")))
         return {
             **self.recipe.fingerprint,
@@ -210,7 +217,9 @@ class _Run:
             "data": describe_files(self.files),
             "eval_data": None if self.eval_files is None else describe_files(self.eval_files),
             "text_field": self.text_field,
-            "quantisation": None if self.config is None else {k: str(v) for k, v in vars(self.config).items()},
+            "quantisation": None
+            if self.config is None
+            else {k: str(v) for k, v in vars(self.config).items()},
             "start": start,
             "patterns": [list([p] if isinstance(p, str) else p) for p in self.patterns],
             "device": self.device,
@@ -226,7 +235,9 @@ class _Run:
         bpw = _bits_per_weight(student)
         checkpoint = latest_checkpoint(self.work.checkpoints)
         group.together(lambda: remove_incomplete(self.work.checkpoints) if group.leads else None)
-        trainer = self.trainer(group, student, self.teacher_of(group, train), train, held_out, steps, checkpoint)
+        trainer = self.trainer(
+            group, student, self.teacher_of(group, train), train, held_out, steps, checkpoint
+        )
         found: dict[str, float] = {}
         if held_out is not None and isinstance(trainer.teacher, LiveTeacher):
             trainer._place_teacher()
@@ -279,8 +290,8 @@ class _Run:
             return everything, None
         if count >= everything.total:
             raise ValueError(
-                f"data must hold training blocks beside the {count} held out, got {everything.total} blocks of "
-                f"{length} tokens: give more text, shorter blocks, or hold_out=0"
+                f"data must hold training blocks beside the {count} held out, got {everything.total} blocks "
+                f"of {length} tokens: give more text, shorter blocks, or hold_out=0"
             )
         cut = everything.total - count
         return TokenBlocks(tokens, length, 0, cut), TokenBlocks(tokens, length, cut)
@@ -356,8 +367,8 @@ class _Run:
         )
         if recipe.fsdp and not trainer.is_fsdp_enabled:
             raise ValueError(
-                f"fsdp must be used on devices that accelerate shards over, got {self.device}: it would train "
-                "copies instead; leave --fsdp out"
+                f"fsdp must be used on devices that accelerate shards over, got {self.device}: it would "
+                "train copies instead; leave --fsdp out"
             )
         # They write to stdout.
         trainer.remove_callback(PrinterCallback)
@@ -411,7 +422,7 @@ class _Run:
     ) -> tuple[float | None, float | None]:
         """Write the packed checkpoint; return its perplexity and its agreement with the student."""
         dtype = _stored_dtype(self.teacher)
-        model = trainer.model
+        model: Any = trainer.model
         state = _whole_state(model) if self.recipe.fsdp else None
 
         def write() -> tuple[float | None, float | None]:
@@ -434,7 +445,9 @@ class _Run:
         """Write the report beside the weights and clear the folder of the run."""
         entry = {
             "recipe": vars(self.recipe),
-            "quantisation": None if self.config is None else {k: _plain(v) for k, v in vars(self.config).items()},
+            "quantisation": None
+            if self.config is None
+            else {k: _plain(v) for k, v in vars(self.config).items()},
             **{k: v for k, v in asdict(report).items() if k not in ("out", "seconds")},
         }
         temporary = self.out / f".{REPORT_NAME}.partial"
@@ -452,7 +465,9 @@ def _whole_state(model: Any) -> dict[str, torch.Tensor]:
         get_model_state_dict,
     )
 
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state: Any = get_model_state_dict(model, options=options)
+    return dict(state)
 
 
 def _plain(value: Any) -> Any:

@@ -118,6 +118,9 @@ class Recipe:
             _check_number(name, getattr(self, name), least=0)
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name} must be below 1, got {getattr(self, name)}")
+        self._check_choices()
+
+    def _check_choices(self) -> None:
         check_surrogate(self.surrogate)
         _check_choice("dense", self.dense, get_args(Dense))
         _check_choice("precision", self.precision, get_args(Precision))
@@ -178,7 +181,9 @@ def _check_integer(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
-def _check_number(name: str, value: object, *, above: float | None = None, least: float | None = None) -> None:
+def _check_number(
+    name: str, value: object, *, above: float | None = None, least: float | None = None
+) -> None:
     ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if ok and isinstance(value, (int, float)):
         ok = (above is None or value > above) and (least is None or value >= least)

@@ -72,7 +72,9 @@ def build_student(teacher: Path, start: Path, recipe: Recipe) -> Any:
                     parameter.copy_(checkpoint.load_tensor(name))
     select_dense(model, recipe.dense)
     if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Its name since transformers 5.22, where the old one warns.
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     return model
 
 

@@ -147,7 +147,8 @@ class DistillationTrainer(Trainer):
         """Make the optimiser, with a group for each kind of parameter."""
         if self.optimizer is None:
             groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-            for name, parameter in (self.model if model is None else model).named_parameters():
+            student: Any = self.model if model is None else model
+            for name, parameter in student.named_parameters():
                 if parameter.requires_grad:
                     kind = parameter_kind(name)
                     decays = kind == "dense" and parameter.dim() > 1
@@ -162,7 +163,7 @@ class DistillationTrainer(Trainer):
                 }
                 for kind, decays in order
             ]
-            make, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            make, options = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = make(described, **options)
         return self.optimizer
 
@@ -188,7 +189,8 @@ class DistillationTrainer(Trainer):
         return self._flips
 
     def _latents(self) -> dict[str, torch.Tensor]:
-        return {n: p for n, p in self.model.named_parameters() if parameter_kind(n) == "latent"}
+        model: Any = self.model
+        return {n: p for n, p in model.named_parameters() if parameter_kind(n) == "latent"}
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -281,7 +283,7 @@ class MetricsLog(TrainerCallback):
 
     Args:
         folder: of the event files.
-        resumed: step that the run goes on from; entries after it, from a process that was killed, are dropped.
+        resumed: step that the run goes on from; entries after it, from a process that was killed, go.
     """
 
     def __init__(self, folder: Path, resumed: int = 0) -> None:
@@ -298,7 +300,9 @@ class MetricsLog(TrainerCallback):
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  # optional
 
-            self._writer = SummaryWriter(str(self.folder), purge_step=self.resumed + 1 if self.resumed else None)
+            self._writer = SummaryWriter(
+                str(self.folder), purge_step=self.resumed + 1 if self.resumed else None
+            )
         for name, value in logs.items():
             if isinstance(value, (int, float)):
                 group = "eval" if name.startswith("eval_") else "train"

@@ -11,11 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .checkpoints import latest_checkpoint
 from .settings import FinetuneError
 
 __all__ = ["RunDirectory", "describe_files"]
 
 _SETTINGS = "settings.json"
+#: Settings that the files of tokens, and the checkpoint to start from, are made of.
+_OF_TOKENS = frozenset({"teacher", "data", "eval_data", "text_field", "max_tokens"})
+_OF_START = frozenset({"teacher", "quantisation", "patterns", "device"})
 
 
 class RunDirectory:
@@ -74,17 +78,35 @@ class RunDirectory:
             except json.JSONDecodeError as error:
                 raise FinetuneError(f"{file} must be JSON, got {error}: resume=False starts anew") from error
             differing = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
-            if differing:
-                listed = ", ".join(f"{k} ({found.get(k)!r:.200} before, now {wanted.get(k)!r:.200})" for k in differing)
+            if not differing:
+                return True
+            if latest_checkpoint(self.checkpoints) is not None:
+                listed = ", ".join(
+                    f"{key} ({found.get(key)!s:.200} before, now {wanted.get(key)!s:.200})"
+                    for key in differing
+                )
                 raise FinetuneError(
                     f"{self.path} must be of a run with the same settings, got other values of {listed}; "
                     "use those, another OUT, or resume=False (--restart), which discards that run"
                 )
-            return True
+            self._discard_stale(differing)
         temporary = self.path / f"{_SETTINGS}.partial"
         temporary.write_text(json.dumps(wanted, indent=1) + "\n", "utf-8")
         os.replace(temporary, file)
         return False
+
+    def _discard_stale(self, differing: Sequence[str]) -> None:
+        """Remove what a run that never came to a checkpoint made from other settings."""
+        stale = [self.teacher, self.checkpoints, self.logs]
+        if not _OF_TOKENS.isdisjoint(differing):
+            stale += [file for split in ("train", "eval") for file in self.path.glob(f"{split}.tokens*")]
+        if not _OF_START.isdisjoint(differing):
+            stale += list(self.path.glob("start*"))
+        for path in stale:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def clear(self, *, keep_logs: bool = False) -> None:
         """Remove what the run made, the folder itself excepted."""
