@@ -136,18 +136,31 @@ PYTHON_ROOMS = {
         never=NATIVE,
         public_only=True,
     ),
+    "littlebit2.train": PythonRoom(
+        may=("torch", "numpy", "littlebit2.train", _KERNELS),
+        never=NATIVE,
+        lazily=("pyarrow",),
+        public_only=True,
+    ),
+    "littlebit2.train.recipe": PythonRoom(
+        may=(*_USER_BASE, "accelerate", "transformers", "littlebit2", _KERNELS),
+        never=NATIVE,
+        lazily=("lm_eval",),
+        public_only=True,
+    ),
     # `--help` and usage errors do not wait for torch.
     "littlebit2.cli": PythonRoom(
         may=("littlebit2.cli",),
         lazily=(
             *(f"littlebit2.{name}" for name in ("checkpoint", "generate", "plan", "quantize", "stream")),
             "littlebit2.synthesize",
+            "littlebit2.train",
             f"{_KERNELS}.version",
         ),
         public_only=True,
     ),
     "littlebit2.integrations": PythonRoom(
-        may=(*_USER_BASE, "transformers", "vllm", "sglang", "littlebit2", _KERNELS), public_only=True
+        may=(*_USER_BASE, "peft", "transformers", "vllm", "sglang", "littlebit2", _KERNELS), public_only=True
     ),
     "littlebit2": PythonRoom(
         may=(*_USER_BASE, "littlebit2", _KERNELS),
