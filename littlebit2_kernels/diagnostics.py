@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import sys
-from dataclasses import astuple
 from importlib import metadata
 from typing import Any
 
@@ -121,7 +120,7 @@ def _device(index: int) -> str:
 
 def _cuda_self_test(device: torch.device) -> str:
     # Planning says why a GPU is not served.
-    core().plan_cuda(1, 512, 512, [8], False, [0], "float32", 0, *astuple(gpu_properties(device)))
+    core().plan_cuda(1, 512, 512, [8], False, [0], "float32", 0, *gpu_properties(device).for_cuda())
     return _gpu_self_test(device, "cuda")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -85,7 +85,7 @@ class Explanation:
         packed_bytes: bytes of the layer that one pass reads.
         kernels: on the CPU ``"lookup"`` on a prepacked layer and ``"portable"`` on the packed words; on CUDA
             ``"bit planes"`` (1-bit tensor cores), ``"sign halves"`` (float16 ones) and ``"gemm"``; of Triton
-            ``"gemv"``, ``"gemm"`` or ``"xnor"``; else ``None``.
+            ``"gemv"`` (in one launch ``"fused"``), ``"gemm"`` or ``"xnor"``; else ``None``.
         activation: how activations enter the sums, ``"auto"`` resolved.
         isa: CPU instruction set, or ``None`` for other backends.
         threads: threads that get work of a prepacked layer, or that torch offers the call.
@@ -197,7 +197,7 @@ def explain(
     if chosen == "cuda":
         properties = gpu_properties(packed.device if gpu is None else gpu)
         try:
-            plan = native.plan_cuda(*shapes, dtype_name, ACTIVATIONS[activation], *astuple(properties))
+            plan = native.plan_cuda(*shapes, dtype_name, ACTIVATIONS[activation], *properties.for_cuda())
         except RuntimeError as error:
             raise BackendUnavailableError(f"backend 'cuda' cannot run on {properties}: {error}") from error
         return Explanation(

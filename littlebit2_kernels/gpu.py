@@ -17,11 +17,17 @@ class GpuProperties:
         capability: ``10 * major + minor``, for example 90.
         multiprocessors: streaming multiprocessors.
         shared_bytes: shared memory that one block can have (opt-in).
+        warp_lanes: threads of a warp: 32, or the 64 of AMD's data-centre GPUs.
     """
 
     capability: int
     multiprocessors: int
     shared_bytes: int
+    warp_lanes: int = 32
+
+    def for_cuda(self) -> tuple[int, int, int]:
+        """The properties that the CUDA planner takes, in its order."""
+        return self.capability, self.multiprocessors, self.shared_bytes
 
 
 #: GPUs that calls can be planned for by name.
@@ -53,4 +59,5 @@ def gpu_properties(gpu: GpuProperties | torch.device | str) -> GpuProperties:
     found = torch.cuda.get_device_properties(gpu)
     # ROCm knows no larger size to opt in to.
     shared_bytes = getattr(found, "shared_memory_per_block_optin", 0) or found.shared_memory_per_block
-    return GpuProperties(10 * found.major + found.minor, found.multi_processor_count, shared_bytes)
+    capability = 10 * found.major + found.minor
+    return GpuProperties(capability, found.multi_processor_count, shared_bytes, found.warp_size)

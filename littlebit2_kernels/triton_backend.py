@@ -19,7 +19,8 @@ class TritonLaunch:
     """One launch of a Triton kernel.
 
     Attributes:
-        kernel: ``"gemv"``, ``"operand"`` (stages activations for the next one), ``"gemm"`` or ``"xnor"``.
+        kernel: ``"gemv"``, ``"fused"`` (both stages of a GEMV), ``"operand"`` (stages activations for the
+            next one), ``"gemm"`` or ``"xnor"``.
         config: its configuration by field name; empty where there is nothing to choose.
     """
 
@@ -124,7 +125,7 @@ def plan_triton(
     properties, lookup = configs.for_device(gpu)
     launches = plan.layer_launches(method, first, last, tokens, properties, lookup)
     return {
-        "kernels": method.kernel,
+        "kernels": launches[-1][0],
         "activation": method.activation,
         "gpu": properties,
         "first_stages": 1 if first is None else len(own),

@@ -17,8 +17,8 @@ __all__ = ["WARMUP_TOKENS", "warmup"]
 #: A call, the columns that it takes, and where.
 _Case = tuple[Callable[[torch.Tensor], Any], int, torch.device]
 
-#: Numbers of tokens that reach every kernel and block size of a layer.
-WARMUP_TOKENS = (1, 5, 16, 32, 64, 128, 129)
+#: Numbers of tokens that reach every kernel, and every configuration of it that is not tuned.
+WARMUP_TOKENS = (1, 5, 9, 17, 33, 65, 129, 513)
 
 
 def warmup(
@@ -38,12 +38,12 @@ def warmup(
     Args:
         layer: a packed layer, or a module.
         dtype: of the activations.
-        tokens: the M to run; the default reaches every kernel.
+        tokens: the M to run; the default reaches every kernel, and every configuration that is not tuned.
         backend: for a packed layer; modules have their own.
         activation: likewise.
 
     Returns:
-        Calls made: layers of the same shape are run once.
+        Calls made: layers of the same shape and layout are run once.
 
     Raises:
         TypeError: ``layer`` is neither.
@@ -72,10 +72,14 @@ def _distinct(layer: PackedLinear | nn.Module, backend: str, activation: str) ->
     seen = set()
     for module in layer.modules():
         if isinstance(module, LittleBitLinear):
-            device = next(buffer.device for buffer in module.buffers())
+            buffers = list(module.buffers())
+            device = buffers[0].device
+            native = device.type == "cpu" and module.backend != "triton"
             key = (
                 *(module.in_features, module.out_features, module.ranks, module.shares),
                 *(module.backend, module.activation, module.bias is None, device),
+                # Kernels are compiled for what addresses and pitches are multiples of.
+                *((buffer.stride(), buffer.data_ptr() % 16) for buffer in buffers if not native),
             )
             if key not in seen:
                 seen.add(key)

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from .configs import for_device
+from .fused import fused
 from .gemm import gemm
 from .gemv import gemv
 from .operand import Operand, Sums, stage_operand
-from .plan import SLOTS, Method, StageShape, distinct_first_stages, gemv_config, stage_config
+from .plan import SLOTS, Method, StageShape, distinct_first_stages, fused_config, stage_config
 from .slots import Term
 from .transposed import transposed
 from .xnor import xnor
@@ -44,11 +45,16 @@ class Layer:
         for p, leader in enumerate(distinct_first_stages(v, in_scale)):
             if leader == p:
                 terms[p] = Term(v[p], cols, in_scale[p], None, result=self.latents, stage=len(terms))
-                self.latents += terms[p].rows
+                self.latents += _room(terms[p].rows)
             own = terms[leader]
             last = Term(u[p], own.rows, latent_scale[p], out_scale[p], source=own.result, stage=own.stage)
             self.last.append(last)
         self.first = list(terms.values())
+
+
+def _room(latents: int) -> int:
+    """Columns for so many latents: offsets and rows at multiples of 64 bytes, of which kernels know then."""
+    return -(-latents // 16) * 16
 
 
 def stage_shape(terms: Sequence[Term], last: bool) -> StageShape:
@@ -61,20 +67,28 @@ def forward(
 ) -> None:
     """Compute ``layer`` of x ``[M, K]`` into out ``[M, N]``."""
     if method.kernel == "gemv":
-        _gemv_forward(x, layer, bias, out)
+        _gemv_forward(x, layer, bias, out, method)
     else:
         _staged_forward(x, layer, bias, out, method)
 
 
-def _gemv_forward(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+def _gemv_forward(
+    x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, out: torch.Tensor, method: Method
+) -> None:
     gpu, lookup = for_device(x.device)
+    last_shape = stage_shape(layer.last, last=True)
     source = x.unsqueeze(0)
     if layer.first:
-        config = gemv_config(stage_shape(layer.first, last=False), gpu, lookup)
+        first_shape = stage_shape(layer.first, last=False)
+        both = fused_config(first_shape, last_shape, gpu, lookup)
+        if both is not None:
+            fused(x, [layer.first[term.stage] for term in layer.last], layer.last, out, bias, both)
+            return
+        config = stage_config(method, first_shape, x.shape[0], gpu, lookup)
         source = x.new_empty((config.splits, x.shape[0], layer.latents), dtype=torch.float32)
         for group in _groups(layer.first):
             gemv(x.unsqueeze(0), group, source, config, last=False)
-    config = gemv_config(stage_shape(layer.last, last=True), gpu, lookup)
+    config = stage_config(method, last_shape, x.shape[0], gpu, lookup)
     for group, target, base, own_bias in _sums_of_paths(layer.last, out, bias):
         gemv(source, group, target, config, last=True, base=base, bias=own_bias)
 
@@ -123,7 +137,7 @@ def backward_x(grad: torch.Tensor, layer: Layer, out: torch.Tensor) -> None:
         own = layer.first[term.stage]
         first.append(Term(term.words, term.cols, term.scale, term.row_scale, result=latents))
         last.append(Term(own.words, own.cols, own.scale, None, source=latents))
-        latents += term.cols
+        latents += _room(term.cols)
     sums = grad.new_empty((grad.shape[0], latents), dtype=torch.float32)
     for group in _groups(first):
         transposed(grad, group, sums, last=False, exact=exact)

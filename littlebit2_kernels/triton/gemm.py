@@ -22,7 +22,7 @@ import triton.language as tl
 from .launch import wrap_triton
 from .operand import LAYOUTS, Operand
 from .plan import CHUNK_WORDS, SLOTS, GemmConfig
-from .slots import Term, pick, slot_arguments
+from .slots import Term, pick, slot_arguments, unspecialized
 from .unpack import load_words, sign_operand
 
 __all__ = ["gemm", "gemm_kernel"]
@@ -51,7 +51,7 @@ def _chunk_sums(values, values_term, present, words, pitch, units, row, rows, ch
     return high.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=unspecialized("pitch", "units", "rows", "chunk"))
 def gemm_kernel(
     values, values_row, values_term, scales, out, out_row, base, bias, tokens, most_rows,
     words0, words1, words2, words3, pitch0, pitch1, pitch2, pitch3, units0, units1, units2, units3,

@@ -19,12 +19,13 @@ import triton.language as tl
 
 from .launch import wrap_triton
 from .plan import GemvConfig
-from .slots import Term, pick, slot_arguments
+from .slots import Term, pick, slot_arguments, unspecialized
 from .unpack import load_words, with_signs
 
-__all__ = ["gemv", "gemv_kernel"]
+__all__ = ["gemv", "gemv_kernel", "row_sums"]
 
-_OPERANDS = ("words", "pitch", "units", "rows", "cols", "scale", "row_scale", "result", "source")
+_OPERANDS = ("words", "pitch", "units", "rows", "eighths", "scale", "row_scale", "result")
+_OPERANDS += ("source_eighths",)
 
 
 @triton.jit
@@ -38,7 +39,7 @@ def _activations(x, x_part, scale, col, cols, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _row_sums(x, x_part, scale, cols, words, pitch, units, row, rows, begin, end,
+def row_sums(x, x_part, scale, cols, words, pitch, units, row, rows, begin, end,
               PARTS: tl.constexpr, UNIT: tl.constexpr,
               BLOCK_ROWS: tl.constexpr, BLOCK_WORDS: tl.constexpr):  # fmt: skip
     """Sums ``[BLOCK_ROWS]`` of signs times activations over the word blocks from ``begin`` to ``end``."""
@@ -56,16 +57,21 @@ def _row_sums(x, x_part, scale, cols, words, pitch, units, row, rows, begin, end
     return tl.sum(sums, axis=1)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(
+    do_not_specialize=[
+        *unspecialized("pitch", "units", "rows", "eighths", "result", "source_eighths"),
+        "most_rows",
+    ]
+)
 def gemv_kernel(
     x, x_row, out, out_row, base, bias, tokens, most_rows,
     words0, words1, words2, words3, pitch0, pitch1, pitch2, pitch3, units0, units1, units2, units3,
-    rows0, rows1, rows2, rows3, cols0, cols1, cols2, cols3, scale0, scale1, scale2, scale3,
+    rows0, rows1, rows2, rows3, eighths0, eighths1, eighths2, eighths3, scale0, scale1, scale2, scale3,
     row_scale0, row_scale1, row_scale2, row_scale3, result0, result1, result2, result3,
-    source0, source1, source2, source3,
-    PATHS: tl.constexpr, UNIT: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr,
-    LAST: tl.constexpr, HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
+    source_eighths0, source_eighths1, source_eighths2, source_eighths3,
+    PATHS: tl.constexpr, UNIT: tl.constexpr, COL_UNIT: tl.constexpr,
+    PARTS: tl.constexpr, SPLITS: tl.constexpr, LAST: tl.constexpr, HAS_BASE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
 ):  # fmt: skip
     """One stage; grid ``(row blocks * splits * tokens, paths of a first stage)``.
 
@@ -82,9 +88,12 @@ def gemv_kernel(
         if HAS_BASE:
             total += tl.load(base + token * most_rows + row, mask=inside, other=0.0)
         for path in tl.static_range(PATHS):
-            cols = pick(path, cols0, cols1, cols2, cols3, PATHS)
-            sums = _row_sums(
-                token_x + pick(path, source0, source1, source2, source3, PATHS), tokens * x_row,
+            cols = pick(path, eighths0, eighths1, eighths2, eighths3, PATHS) * COL_UNIT
+            source = pick(
+                path, source_eighths0, source_eighths1, source_eighths2, source_eighths3, PATHS
+            )  # fmt: skip
+            sums = row_sums(
+                token_x + source * COL_UNIT, tokens * x_row,
                 pick(path, scale0, scale1, scale2, scale3, PATHS), cols,
                 pick(path, words0, words1, words2, words3, PATHS),
                 pick(path, pitch0, pitch1, pitch2, pitch3, PATHS),
@@ -99,9 +108,10 @@ def gemv_kernel(
     else:
         path = tl.program_id(1)
         rows = pick(path, rows0, rows1, rows2, rows3, PATHS)
-        blocks = tl.cdiv(cols0, 32 * BLOCK_WORDS)  # all paths have x's columns
-        sums = _row_sums(
-            token_x, tokens * x_row, pick(path, scale0, scale1, scale2, scale3, PATHS), cols0,
+        cols = eighths0 * COL_UNIT  # all paths have x's columns
+        blocks = tl.cdiv(cols, 32 * BLOCK_WORDS)
+        sums = row_sums(
+            token_x, tokens * x_row, pick(path, scale0, scale1, scale2, scale3, PATHS), cols,
             pick(path, words0, words1, words2, words3, PATHS),
             pick(path, pitch0, pitch1, pitch2, pitch3, PATHS),
             units0, row, rows, blocks * split // SPLITS, blocks * (split + 1) // SPLITS,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch._library.triton import is_wrap_triton_enabled, set_wrap_triton_enabled
 from triton.runtime.jit import JITFunction
 
-__all__ = ["direct_launches", "is_interpreted", "wrap_triton"]
+__all__ = ["direct_launches", "is_interpreted", "on_device", "wrap_triton"]
 
 
 def is_interpreted(kernel: Any) -> bool:
@@ -28,12 +27,13 @@ def wrap_triton(kernel: Any) -> Any:
     return kernel
 
 
-@contextmanager
-def direct_launches(device: torch.device) -> Iterator[None]:
-    """Launch without tracing, on ``device``."""
-    with set_wrap_triton_enabled(False):
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                yield
-        else:
-            yield
+def direct_launches() -> AbstractContextManager[None]:
+    """Launch without tracing."""
+    return set_wrap_triton_enabled(False)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Launches go to ``device``, whichever is the current one; what is traced is not launched."""
+    if device.type == "cuda" and not is_wrap_triton_enabled():
+        return torch.cuda.device(device)
+    return nullcontext()

@@ -28,12 +28,12 @@ import triton.language as tl
 
 from .launch import wrap_triton
 from .plan import CHUNK_WORDS, SLOTS
-from .slots import Term, pick, slot_arguments
+from .slots import Term, pick, slot_arguments, unspecialized
 
 __all__ = ["LAYOUTS", "Operand", "Sums", "operand_kernel", "stage_operand"]
 
 _BLOCK_TOKENS = 4
-_OPERANDS = ("cols", "scale", "source", "stage")
+_OPERANDS = ("eighths", "scale", "source_eighths", "stage")
 
 
 @dataclass(frozen=True)
@@ -115,17 +115,18 @@ def _load(x, x_part, scales, tokens, token, parts, inside, SCALED: tl.constexpr)
         return tl.load(x, mask=inside, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["tokens", "parts"])
+@triton.jit(do_not_specialize=[*unspecialized("eighths", "source_eighths", "stage", "chunk"), "parts"])
 def operand_kernel(
     x, x_row, sums_scales, parts, values, values_row, values_term, scales, tokens,
-    cols0, cols1, cols2, cols3, scale0, scale1, scale2, scale3, source0, source1, source2, source3,
+    eighths0, eighths1, eighths2, eighths3, scale0, scale1, scale2, scale3,
+    source_eighths0, source_eighths1, source_eighths2, source_eighths3,
     stage0, stage1, stage2, stage3, chunk0, chunk1, chunk2, chunk3,
-    PATHS: tl.constexpr, UNIT: tl.constexpr, KIND: tl.constexpr, SCALED: tl.constexpr,
+    PATHS: tl.constexpr, COL_UNIT: tl.constexpr, KIND: tl.constexpr, SCALED: tl.constexpr,
     WORDS: tl.constexpr, SIGNS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Stage one chunk of ``BLOCK_TOKENS`` tokens; grid ``(token blocks, terms, chunks of a term)``."""
     path = tl.program_id(1)
-    cols = pick(path, cols0, cols1, cols2, cols3, PATHS)
+    cols = pick(path, eighths0, eighths1, eighths2, eighths3, PATHS) * COL_UNIT
     first_col = tl.program_id(2) * 32 * WORDS
     if first_col >= cols:
         return
@@ -134,7 +135,8 @@ def operand_kernel(
     bit = tl.arange(0, 32)[None, None, :]
     col = first_col + tl.arange(0, WORDS)[None, :, None] * 32 + bit  # [1, words, bits]
     place = x + token.to(tl.int64)[:, None, None] * x_row
-    place += pick(path, source0, source1, source2, source3, PATHS) + col
+    source = pick(path, source_eighths0, source_eighths1, source_eighths2, source_eighths3, PATHS)
+    place += source * COL_UNIT + col
     z = _load(
         place, tl.cast(tokens, tl.int64) * x_row,
         sums_scales + pick(path, stage0, stage1, stage2, stage3, PATHS) * parts * tokens,

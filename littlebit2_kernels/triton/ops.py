@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from ..format import RANK_MULTIPLE, words_per_row
 from .forward import Layer, backward_x, forward
-from .launch import direct_launches
+from .launch import direct_launches, on_device
 from .plan import choose_method
 
 __all__ = ["linear", "triton_linear", "triton_linear_backward_x"]
@@ -47,7 +47,7 @@ def linear(x: torch.Tensor, operands: _Operands, bias: torch.Tensor | None, acti
     watched = type(x) is not torch.Tensor or x.is_meta or torch._C._len_torch_dispatch_stack() > 0
     if watched or (torch.is_grad_enabled() and _wants_gradient(x, operands, bias)):
         return triton_linear(x, *operands, bias, activation)
-    with torch._C._AutoDispatchBelowAutograd(), direct_launches(x.device):
+    with torch._C._AutoDispatchBelowAutograd(), direct_launches():
         return _linear(x, *operands, bias, activation)
 
 
@@ -66,7 +66,9 @@ def _linear(
     out = x.new_empty((flat.shape[0], int(out_scale[0].shape[-1])))
     method = choose_method(flat.shape[0], activation, x.dtype == torch.float32)
     if out.numel() > 0:
-        forward(flat, Layer(v, u, in_scale, latent_scale, out_scale), bias, out, method)
+        # Torch calls operators on whichever device is the current one.
+        with on_device(x.device):
+            forward(flat, Layer(v, u, in_scale, latent_scale, out_scale), bias, out, method)
     return out.reshape(*x.shape[:-1], out.shape[1])
 
 
@@ -82,7 +84,8 @@ def _linear_backward_x(
     flat = _flat(grad)
     out = grad.new_empty((flat.shape[0], int(in_scale[0].shape[-1])))
     if out.numel() > 0:
-        backward_x(flat, Layer(v, u, in_scale, latent_scale, out_scale), out)
+        with on_device(grad.device):
+            backward_x(flat, Layer(v, u, in_scale, latent_scale, out_scale), out)
     return out.reshape(*grad.shape[:-1], out.shape[1])
 
 

@@ -18,17 +18,24 @@ __all__ = [
     "ACTIVATIONS",
     "CHUNK_WORDS",
     "DEFAULT_GPU",
+    "FUSED_SIGNS",
     "GEMV_TOKENS",
     "SLOTS",
     "XNOR_TOKENS",
+    "Config",
+    "DecodeConfig",
+    "FusedConfig",
     "GemmConfig",
     "GemvConfig",
     "Method",
     "StageShape",
     "XnorConfig",
     "choose_method",
+    "decode_config",
+    "decode_shape",
     "distinct_first_stages",
     "fits_shared",
+    "fused_config",
     "gemm_config",
     "gemv_config",
     "layer_launches",
@@ -46,6 +53,12 @@ SLOTS = 4
 #: where the GEMM takes 1.5 for each sign whatever the tokens are (up to a block of them), in four. Not yet
 #: measured.
 GEMV_TOKENS = 4
+
+#: Most sign-accumulates of first stages that the fused kernel may do anew on each multiprocessor, where a
+#: launch of its own spreads them over all. At 3 instructions each on 128 lanes they take 1536 cycles, 0.8 us
+#: at 1.98 GHz; reading their 8 KiB of signs from the L2 cache, as all multiprocessors do at once, 0.2 us at
+#: 5.5 TB/s. The launch that they save costs 1 us in a graph, and its own start and end. Not yet measured.
+FUSED_SIGNS = 65536
 
 #: Most tokens whose signs are compared by xor and population count: 512 sign-accumulates an SM and cycle,
 #: where the int8 tensor cores, of the same bits, do 4096 but for 16 tokens at least. Not yet measured.
@@ -122,6 +135,32 @@ class GemvConfig:
 
 
 @dataclass(frozen=True)
+class DecodeConfig:
+    """How the GEMV does a layer of two stages: in 2 launches, or in 1, the fused kernel."""
+
+    launches: int
+
+
+@dataclass(frozen=True)
+class FusedConfig:
+    """Blocks of the fused kernel, which follow from those of the two launches that it stands for.
+
+    Attributes:
+        block_rows: rows of the output of a program.
+        col_words: words of a step along K.
+        rank_words: words of a step along R, formed 32 latents at a time.
+        splits: parts of the columns of the first stage, which a program adds up one after another.
+        num_warps: warps of a program.
+    """
+
+    block_rows: int
+    col_words: int
+    rank_words: int
+    splits: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class GemmConfig:
     """Blocks of the GEMM.
 
@@ -151,6 +190,8 @@ class XnorConfig:
     splits: int
     num_warps: int
 
+
+Config = FusedConfig | GemvConfig | GemmConfig | XnorConfig
 
 #: Looks up a tuned configuration: (kernel, stage, tokens) -> field values, or ``None``.
 Lookup = Callable[[str, StageShape, int], "dict[str, Any] | None"]
@@ -188,8 +229,9 @@ def _splits(programs: int, blocks: int, gpu: GpuProperties, most: int) -> int:
 def gemv_config(shape: StageShape, gpu: GpuProperties, lookup: Lookup | None = None) -> GemvConfig:
     """Blocks of the GEMV, by layer and GPU alone.
 
-    A thread gets 8 words (the activations of 4 in registers); the words of a step are those that waste least
-    of the last one, the more the better.
+    A thread gets 8 words (the activations of 4 in registers), fewer of them where rows are few, but one at
+    least: bits would lie across lanes else. The words of a step are those that waste least of the last one,
+    the more the better.
     """
     tuned = lookup("gemv", shape, 1) if lookup is not None else None
     if tuned is not None:
@@ -199,13 +241,61 @@ def gemv_config(shape: StageShape, gpu: GpuProperties, lookup: Lookup | None = N
         return -(-shape.words // step) * step
 
     block_words = min((32, 16, 8, 4), key=lambda step: (padded(step) > 1.1 * padded(4), -step))
-    block_rows = 1024 // block_words
-    while block_rows > 16 and shape.programs(block_rows) < gpu.multiprocessors:
+    block_rows, threads = 1024 // block_words, 128
+    while block_rows > max(16, threads // block_words) and shape.programs(block_rows) < gpu.multiprocessors:
         block_rows //= 2
-    if shape.last:
-        return GemvConfig(block_rows, block_words, 1, 4)
     blocks = -(-shape.words // block_words)
-    return GemvConfig(block_rows, block_words, _splits(shape.programs(block_rows), blocks, gpu, 8), 4)
+    splits = 1 if shape.last else _splits(shape.programs(block_rows), blocks, gpu, 8)
+    return GemvConfig(block_rows, block_words, splits, threads // gpu.warp_lanes)
+
+
+def decode_shape(first: StageShape, last: StageShape) -> StageShape:
+    """A layer of two stages, as the choice of its launches sees it.
+
+    Its rows are the layer's N, its columns the sign-accumulates of forming all latents once: what each
+    program of the fused kernel does, K times the ranks of all paths, in steps of 32 latents.
+    """
+    latents = sum(32 * words_per_row(rank) for rank in last.cols)
+    return StageShape((last.most_rows,), (first.cols[0] * latents,), last=True)
+
+
+def decode_config(
+    first: StageShape, last: StageShape, gpu: GpuProperties, lookup: Lookup | None = None
+) -> DecodeConfig:
+    """Whether one launch does both stages of the GEMV, by layer and GPU alone.
+
+    It does where the work that its programs do anew costs less than a launch: :data:`FUSED_SIGNS` at most on
+    each multiprocessor.
+    """
+    shape = decode_shape(first, last)
+    tuned = lookup("decode", shape, 1) if lookup is not None else None
+    if tuned is not None:
+        return DecodeConfig(**tuned)
+    programs = shape.programs(_fused_blocks(first, last, gpu, lookup).block_rows)
+    signs = -(-programs // gpu.multiprocessors) * shape.cols[0]
+    return DecodeConfig(1 if signs <= FUSED_SIGNS else 2)
+
+
+def fused_config(
+    first: StageShape, last: StageShape, gpu: GpuProperties, lookup: Lookup | None = None
+) -> FusedConfig | None:
+    """Blocks of the fused kernel, or ``None`` where a layer takes two launches, as one of 5 paths does."""
+    if len(last.rows) > SLOTS or decode_config(first, last, gpu, lookup).launches == 2:
+        return None
+    return _fused_blocks(first, last, gpu, lookup)
+
+
+def _fused_blocks(
+    first: StageShape, last: StageShape, gpu: GpuProperties, lookup: Lookup | None
+) -> FusedConfig:
+    """A thread has as many words of each stage as in the launch for that stage.
+
+    So the compiler distributes them alike, and lanes meet in the same order.
+    """
+    own, other = gemv_config(first, gpu, lookup), gemv_config(last, gpu, lookup)
+    warps = min(max(own.num_warps * 32 // own.block_rows, 1), 16)
+    rows = max(other.block_rows * warps // other.num_warps, 1)
+    return FusedConfig(rows, own.block_words, other.block_words, own.splits, warps)
 
 
 def fits_shared(kind: str, config: GemmConfig, gpu: GpuProperties) -> bool:
@@ -233,7 +323,11 @@ def gemm_config(
     """
     tuned = lookup(f"gemm {kind}", shape, tokens) if lookup is not None else None
     if tuned is not None:
-        return GemmConfig(**tuned)
+        config = GemmConfig(**tuned)
+        if tokens > SPLIT_TOKENS:  # of another number of tokens, for this many would take too much memory
+            config = replace(config, splits=1)
+        if fits_shared(kind, config, gpu):
+            return config
     generation = gpu.capability // 10
     unroll = 1 if generation == 10 and _element_bytes(kind) == 2 else 8 * _element_bytes(kind)
     most = (128 if generation == 9 or unroll == 1 else 64) // (2 if kind == "exact" else 1)
@@ -282,9 +376,13 @@ def layer_launches(
     tokens: int,
     gpu: GpuProperties,
     lookup: Lookup | None = None,
-) -> list[tuple[str, GemvConfig | GemmConfig | XnorConfig | None]]:
+) -> list[tuple[str, Config | None]]:
     """Kernel and configuration of a layer's launches, in order; a single-stage one has no ``first``."""
-    launches: list[tuple[str, GemvConfig | GemmConfig | XnorConfig | None]] = []
+    if first is not None and method.kernel == "gemv":
+        both = fused_config(first, last, gpu, lookup)
+        if both is not None:
+            return [("fused", both)]
+    launches: list[tuple[str, Config | None]] = []
     for shape in (first, last):
         if shape is None:
             continue

@@ -17,7 +17,7 @@ import triton.language as tl
 from ..format import words_per_row
 from .plan import SLOTS
 
-__all__ = ["Term", "pick", "slot_arguments"]
+__all__ = ["Term", "pick", "slot_arguments", "unspecialized"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Term:
         cols: signs of a row.
         scale: float32 ``[cols]``, what the activations are multiplied by.
         row_scale: float32 ``[rows]``, what sums are multiplied by; ``None`` in a first stage.
-        result: where in the latents the result of a first stage begins.
+        result: where in the latents the result of a first stage begins, a multiple of 16.
         source: where in the latents the operand of a second stage begins; 0 where the operand is x.
         stage: number of the first stage whose result is the operand of this term, in a second stage.
     """
@@ -58,17 +58,25 @@ class Term:
         return 4 if self.pitch % 4 == 0 and words_per_row(self.cols) % 4 == 0 else 1
 
 
-def slot_arguments(terms: Sequence[Term], names: Sequence[str]) -> dict[str, Any]:
+def slot_arguments(terms: Sequence[Term], names: Sequence[str], prefix: str = "") -> dict[str, Any]:
     """Kernel arguments ``words0, words1, ...`` of at most :data:`SLOTS` terms; unused slots repeat the first.
 
     Args:
         terms: one for each path of the launch.
         names: of ``words``, ``pitch``, ``units`` (words of a row), ``rows``, ``cols``, ``scale``,
-            ``row_scale``, ``result``, ``source`` and ``stage``, those that the kernel has. ``pitch`` and
-            ``units`` count units of the terms' common ``UNIT``, which is among the results, as is ``PATHS``.
+            ``row_scale``, ``result`` and ``stage``, those that the kernel has. ``pitch`` and ``units`` count
+            units of the terms' common ``UNIT``; ``eighths`` and ``source_eighths`` are ``cols`` and
+            ``source`` in units of their common ``COL_UNIT``: so kernels know what sizes are multiples of,
+            without being compiled anew for others. ``PATHS``, and the units needed, are among the results.
+        prefix: of all their names, in a kernel that takes two stages.
     """
     unit = min(term.unit for term in terms)
-    arguments: dict[str, Any] = {"PATHS": len(terms), "UNIT": unit}
+    arguments: dict[str, Any] = {f"{prefix}PATHS": len(terms)}
+    if "words" in names:
+        arguments[f"{prefix}UNIT"] = unit
+    col_unit = 8 if all(term.cols % 8 == 0 and term.source % 8 == 0 for term in terms) else 1
+    if "eighths" in names:
+        arguments[f"{prefix}COL_UNIT"] = col_unit
     for i in range(SLOTS):
         term = terms[i] if i < len(terms) else terms[0]
         values = {
@@ -81,11 +89,21 @@ def slot_arguments(terms: Sequence[Term], names: Sequence[str]) -> dict[str, Any
             # Not read where there is none.
             "row_scale": term.scale if term.row_scale is None else term.row_scale,
             "result": term.result,
-            "source": term.source,
+            "eighths": term.cols // col_unit,
+            "source_eighths": term.source // col_unit,
             "stage": term.stage,
         }
-        arguments |= {f"{name}{i}": values[name] for name in names}
+        arguments |= {f"{prefix}{name}{i}": values[name] for name in names}
     return arguments
+
+
+def unspecialized(*names: str) -> list[str]:
+    """Arguments that kernels are not compiled anew for: ``tokens``, and those of all slots of ``names``.
+
+    Triton would for each combination of ones, multiples of 16 and other numbers, of which a model with ranks
+    by layer has dozens, and while it decodes.
+    """
+    return ["tokens", *(f"{name}{i}" for name in names for i in range(SLOTS + (name == "chunk")))]
 
 
 @triton.jit

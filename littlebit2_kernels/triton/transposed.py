@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .launch import is_interpreted, wrap_triton
-from .slots import Term, pick, slot_arguments
+from .slots import Term, pick, slot_arguments, unspecialized
 from .unpack import load_words, sign_matrix
 
 __all__ = ["transposed", "transposed_kernel"]
@@ -54,7 +54,7 @@ def _column_sums(grad, grad_row, token, tokens, row_scale, words, pitch, units, 
     return sums
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=unspecialized("pitch", "units"))
 def transposed_kernel(
     grad, grad_row, out, out_row, base, tokens, most_cols,
     words0, words1, words2, words3, pitch0, pitch1, pitch2, pitch3, units0, units1, units2, units3,
@@ -65,13 +65,14 @@ def transposed_kernel(
     HAS_ROW_SCALE: tl.constexpr, LAST: tl.constexpr, HAS_BASE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
 ):  # fmt: skip
-    """One stage; grid ``(column blocks, token blocks, terms of a first stage)``.
+    """One stage; grid ``(column blocks * token blocks, terms of a first stage)``.
 
     First stage: ``out[token, result + column]`` in float32. Last: ``out[token, column]``, all paths.
     """
-    first_word = tl.program_id(0) * BLOCK_WORDS
+    tiles = tl.cdiv(most_cols, 32 * BLOCK_WORDS)
+    first_word = (tl.program_id(0) % tiles) * BLOCK_WORDS
     col = first_word * 32 + tl.arange(0, 32 * BLOCK_WORDS)
-    token = tl.program_id(1) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    token = (tl.program_id(0) // tiles) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     present = (token < tokens)[:, None]
     if LAST:
         place = token.to(tl.int64)[:, None] * most_cols + col[None, :]
@@ -94,7 +95,7 @@ def transposed_kernel(
             total = tl.fma(sums, tl.broadcast_to(scale[None, :], sums.shape), total)
         tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
     else:
-        path = tl.program_id(2)
+        path = tl.program_id(1)
         cols = pick(path, cols0, cols1, cols2, cols3, PATHS)
         sums = _column_sums(
             grad, grad_row, token, tokens, pick(path, row_scale0, row_scale1, row_scale2, row_scale3, PATHS),
@@ -133,12 +134,9 @@ def transposed(
     """
     tokens = grad.shape[0]
     most_cols = max(term.cols for term in terms)
-    grid = (
-        triton.cdiv(most_cols, 32 * _BLOCKS["BLOCK_WORDS"]),
-        triton.cdiv(tokens, _BLOCKS["BLOCK_TOKENS"]),
-        1 if last else len(terms),
-    )
-    wrap_triton(transposed_kernel)[grid](
+    blocks = triton.cdiv(most_cols, 32 * _BLOCKS["BLOCK_WORDS"])
+    blocks *= triton.cdiv(tokens, _BLOCKS["BLOCK_TOKENS"])
+    wrap_triton(transposed_kernel)[(blocks, 1 if last else len(terms))](
         grad, grad.stride(0), out, out.stride(0), out if base is None else base, tokens, most_cols,
         **slot_arguments(terms, _OPERANDS), TERMS=3 if exact else 2,
         WIDE=is_interpreted(transposed_kernel),  # the interpreter multiplies the bits of bfloat16 as integers

@@ -16,7 +16,7 @@ import triton.language as tl
 from .launch import wrap_triton
 from .operand import Operand
 from .plan import CHUNK_WORDS, SLOTS, XnorConfig
-from .slots import Term, pick, slot_arguments
+from .slots import Term, pick, slot_arguments, unspecialized
 from .unpack import count_ones, load_words
 
 __all__ = ["xnor", "xnor_kernel"]
@@ -35,7 +35,9 @@ def _chunk_sums(values, words, pitch, units, row, rows, cols, chunk, UNIT: tl.co
     return (tl.minimum(cols - chunk * 32 * WORDS, 32 * WORDS) - 2 * differ).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(
+    do_not_specialize=[*unspecialized("pitch", "units", "rows", "cols", "result", "chunk"), "most_rows"]
+)
 def xnor_kernel(
     values, values_row, scales, out, out_row, base, bias, tokens, most_rows,
     words0, words1, words2, words3, pitch0, pitch1, pitch2, pitch3, units0, units1, units2, units3,

@@ -24,17 +24,28 @@ from triton.backends.compiler import GPUTarget
 from littlebit2_kernels.gpu import GPUS, GpuProperties
 from littlebit2_kernels.testing import make_packed
 from littlebit2_kernels.triton import forward as calls
-from littlebit2_kernels.triton import gemm, gemv, operand, transposed, xnor
+from littlebit2_kernels.triton import fused, gemm, gemv, operand, plan, transposed, xnor
 from littlebit2_kernels.triton.forward import Layer, backward_x, forward
-from littlebit2_kernels.triton.plan import choose_method
+from littlebit2_kernels.triton.plan import DecodeConfig, choose_method
+from tests.cuda.problems import with_word_layout
 
 #: Target and what calls are planned for, by the name of the machine code.
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), GPUS["A100"]),
     "sm_90": (GPUTarget("cuda", 90, 32), GPUS["H200"]),
     "sm_100": (GPUTarget("cuda", 100, 32), GPUS["B200"]),
-    "gfx90a": (GPUTarget("hip", "gfx90a", 64), GpuProperties(90, 104, 65536)),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), GpuProperties(94, 304, 65536)),
+    "gfx90a": (GPUTarget("hip", "gfx90a", 64), GpuProperties(90, 104, 65536, 64)),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), GpuProperties(94, 304, 65536, 64)),
+}
+
+
+#: Layers for which one launch is planned, or nearly, and their ranks.
+SMALL_LAYERS: dict[tuple[int, int], tuple[int, ...]] = {
+    (384, 1536): (80, 80),
+    (768, 768): (24,),
+    (1000, 1000): (32, 16),
+    (2048, 2048): (8, 8, 8, 8),
+    (2048, 8192): (16,),
 }
 
 
@@ -88,25 +99,45 @@ def compile_calls(
     ranks: Sequence[int] | None,
     activations: Sequence[str],
     gradients: bool = False,
+    *,
+    shape: tuple[int, int] = (4096, 11008),
+    launches: int | None = None,
+    note: str = "",
 ) -> list[tuple[str, Any]]:
-    """Everything that calls launch on a shape of Llama-2-7B, and their gradients; ``(label, compiled)``."""
+    """Everything that calls launch on a shape, and their gradients; ``(label, compiled)``.
+
+    Args:
+        name: of the target.
+        tokens: the M of the calls.
+        ranks: of the paths; ``None`` is a single stage.
+        activations: modes of the calls.
+        gradients: whether to compile those of 512 tokens too.
+        shape: K and N; the default is one of Llama-2-7B.
+        launches: of the GEMV of two stages, where they are not what is planned.
+        note: end of the labels.
+    """
     target, gpu = TARGETS[name]
     triton.runtime.driver.set_active(StandInDriver(target))
     calls.for_device = lambda device: (gpu, None)
     compiler = Compiler()
-    for module in (gemv, gemm, operand, transposed, xnor):
+    planned = plan.decode_config
+    if launches is not None:
+        plan.decode_config = lambda *_: DecodeConfig(launches)
+    for module in (fused, gemv, gemm, operand, transposed, xnor):
         module.wrap_triton = compiler
-    packed = make_packed(4096, 11008, ranks, bias=True).to("meta")
+    # Rows at multiples of 16 bytes, as LittleBitLinear has them on a GPU.
+    packed = with_word_layout(make_packed(*shape, ranks, bias=True).to("meta"), "aligned")
     layer = Layer(*(tensors or [] for tensors in packed.operands))
     for activation, count in itertools.product(activations, tokens):
         method = choose_method(count, activation, float32=False)
-        compiler.label = f"{method.kind} {count}"
-        x = torch.empty(count, 4096, dtype=torch.float16, device="meta")
-        forward(x, layer, packed.bias, x.new_empty(count, 11008), method)
+        compiler.label = f"{method.kind} {count}{note}"
+        x = torch.empty(count, shape[0], dtype=torch.float16, device="meta")
+        forward(x, layer, packed.bias, x.new_empty(count, shape[1]), method)
     if gradients:
-        compiler.label = "512"
-        grad = torch.empty(512, 11008, dtype=torch.float16, device="meta")
-        backward_x(grad, layer, grad.new_empty(512, 4096))
+        compiler.label = f"512{note}"
+        grad = torch.empty(512, shape[1], dtype=torch.float16, device="meta")
+        backward_x(grad, layer, grad.new_empty(512, shape[0]))
+    plan.decode_config = planned
     return compiler.compiled
 
 
@@ -123,7 +154,7 @@ def machine_code(kernel: Any) -> str:
 
 
 def summary(label: str, kernel: Any) -> dict[str, Any]:
-    """What the tests look at: instructions by their first word, wide loads, local memory, shared memory."""
+    """What the tests look at: instructions by their first word, wide loads, local and shared memory, sums."""
     code = machine_code(kernel)
     if "amdgcn" in kernel.asm:
         names = re.findall(r"^\s+([a-z]\w+)", code, re.MULTILINE)
@@ -140,7 +171,23 @@ def summary(label: str, kernel: Any) -> dict[str, Any]:
         "spilled": spilled,
         "wide_loads": wide,
         "shared_bytes": kernel.metadata.shared,
+        "sums": reductions(kernel.asm["ttgir"]),
     }
+
+
+def reductions(code: str) -> list[str]:
+    """The sums of a kernel over an axis, and how threads share it: from that follows their order."""
+    layouts = dict(re.findall(r"^(#\w+) = #ttg\.blocked<\{(.*)\}>$", code, re.MULTILINE))
+    found = []
+    for part in re.split(r'(?="tt\.reduce")', code)[1:]:
+        axis = int(re.search(r"axis = (\d)", part)[1])
+        shape, layout = re.search(
+            r"\}\) : \(tensor<([\dx]+)x[if]\d+, .*?(#(?:blocked|linear)\d*)", part
+        ).groups()
+        numbers = re.findall(r"(\w+) = \[([\d, ]+)\]", layouts.get(layout, ""))
+        own = [f"{name} {values.split(', ')[axis]}" for name, values in numbers if name != "order"]
+        found.append(f"axis {axis} of {shape.split('x')[axis]}: {', '.join(own) or 'irregular'}")
+    return found
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -150,11 +197,21 @@ def main(arguments: Sequence[str]) -> None:
         compiled = compile_calls(
             name, (1, 16, 512), (512, 512), ("exact", "float16", "int8", "sign"), gradients=True
         )
+        for shape, ranks in SMALL_LAYERS.items():
+            for launches in (1, 2):
+                compiled += compile_calls(
+                    name, (1,), ranks, ("exact",), shape=shape, launches=launches, note=f" {shape}"
+                )
     else:
         compiled = compile_calls(name, (1,), (512,), ("exact",)) + compile_calls(
             name, (512,), (512,), ("float16",)
         )
         compiled += compile_calls(name, (1,), None, ("sign",))
+        compiled += compile_calls(name, (1,), (80, 80), ("exact",), shape=(4096, 4096), note=" rank 80")
+        compiled += compile_calls(name, (1,), (32, 32), ("exact",), shape=(1024, 1024), note=" rank 32")
+        compiled += compile_calls(
+            name, (1,), (32, 32), ("exact",), shape=(1024, 1024), launches=2, note=" rank 32"
+        )
         compiled += compile_calls(name, (512,), None, ("int8",), gradients=True)
     for label, kernel in compiled:
         print(json.dumps(summary(label, kernel)))

@@ -29,7 +29,7 @@ BOUND = {"exact": 2e-6, "float16": 5e-4, "int8": 2e-3, "sign": 1e-5}
 #: Around words (32), 16-byte loads (128), chunks (256 and 512) and word blocks (up to 1024).
 COLS = (1, 7, 31, 32, 33, 100, 127, 128, 129, 256, 257, 300, 511, 512, 513, 1030)
 #: Around the row blocks (16 to 64).
-ROWS = (1, 7, 15, 16, 17, 31, 33, 63, 64, 65, 100)
+ROWS = (1, 7, 15, 16, 17, 31, 33, 63, 64, 65, 100, 129)
 #: Around the token blocks (4, 16, 32), and the switches of kernels (4, 8).
 TOKENS = (0, 1, 1, 1, 2, 3, 4, 5, 5, 7, 8, 9, 17)
 
@@ -58,6 +58,28 @@ def random_problem(rng: torch.Generator) -> tuple[torch.Tensor, PackedLinear, st
     packed = with_word_layout(scaled_down(packed), draw.choice(("dense", "aligned", "pitched", "misaligned")))
     layout = draw.choice(("contiguous", "pitched", "transposed", "offset", "batched"))
     return with_input_layout(x, layout), packed, draw.choice(MODES)
+
+
+def random_decode_problem(rng: torch.Generator) -> tuple[torch.Tensor, PackedLinear]:
+    """Draw a problem of two stages and a few tokens, with ranks around words and blocks of them."""
+    draw = random.Random(int(torch.randint(2**31, (), generator=rng)))
+    count = draw.choice((1, 1, 2, 2, 3, 4))
+    share = draw.random() < 0.3
+    ranks = [8 * draw.choice((1, 3, 4, 5, 8, 9, 16, 17)) for _ in range(count)]
+    cols = draw.choice(COLS)
+    x, packed = make_problem(
+        draw.choice((1, 1, 2, 4)),
+        cols,
+        draw.choice(ROWS),
+        [ranks[0]] * count if share else ranks,
+        dtype=draw.choice(tuple(TOLERANCE)),
+        outliers=min(cols, draw.choice((0, 3))),
+        bias=draw.random() < 0.5,
+        share_v=share,
+        generator=rng,
+    )
+    packed = with_word_layout(scaled_down(packed), draw.choice(("dense", "aligned", "pitched", "misaligned")))
+    return with_input_layout(x, draw.choice(("contiguous", "pitched", "offset"))), packed
 
 
 def run(x: torch.Tensor, packed: PackedLinear, device: torch.device, mode: str = "auto") -> torch.Tensor:

@@ -31,8 +31,14 @@ DOT = {
     "gfx942": {"float16": "v_mfma_f32", "int8": "v_mfma_i32", "transposed": "v_mfma_f32"},
 }
 
-#: What ahead.py compiles: two stages by GEMV and GEMM, and single stages in the other modes, with a gradient.
+#: What ahead.py compiles: two stages by GEMV and GEMM, single stages in the other modes, with a gradient, and
+#: small ranks, a pair of which takes one launch.
 KERNELS = {
+    "fused exact 1 rank 32",
+    "gemv first exact 1 rank 32",
+    "gemv last exact 1 rank 32",
+    "gemv first exact 1 rank 80",
+    "gemv last exact 1 rank 80",
     "gemv first exact 1",
     "gemv last exact 1",
     "operand float16 512",
@@ -94,11 +100,38 @@ def test_counts_of_bits_are_single_instructions(compiled: tuple[str, list[dict[s
 def test_signs_are_loaded_by_16_bytes(compiled: tuple[str, list[dict[str, Any]]]) -> None:
     target, kernels = compiled
     for kernel in kernels:
-        # On AMD's GPUs, GEMM and the GEMV of the last stage take their signs 4 or 8 bytes at a time.
+        # The GEMM takes its signs 4 or 8 bytes at a time on AMD's GPUs, and so does a small tile anywhere.
         amd = target.startswith("gfx")
-        names = ("gemv first", "xnor") if amd else ("gemv", "xnor", "gemm", "transposed")
-        if kernel["label"].startswith(names):
+        names = ("gemv", "fused", "xnor") if amd else ("gemv", "fused", "xnor", "gemm", "transposed")
+        if kernel["label"].startswith(names) and not kernel["label"].startswith("gemv last exact 1 rank"):
             assert kernel["wide_loads"], f"{kernel['label']} on {target}"
+
+
+def test_bits_of_the_gemv_stay_within_a_thread(compiled: tuple[str, list[dict[str, Any]]]) -> None:
+    """Whatever the ranks are: Triton puts the bits of a word across lanes where threads outnumber words."""
+    target, kernels = compiled
+    looked_at = [kernel for kernel in kernels if kernel["label"].startswith(("gemv", "fused"))]
+    assert len(looked_at) == 7
+    for kernel in looked_at:
+        sums = [text for text in kernel["sums"] if text.startswith("axis 2 of 32")]
+        assert sums
+        for text in sums:
+            assert text.endswith("threadsPerWarp 1, warpsPerCTA 1"), f"{kernel['label']} on {target}: {text}"
+        assert count(kernel, "SHFL") <= 16, f"{kernel['label']} on {target}"
+
+
+def test_one_launch_adds_in_the_order_of_two(compiled: tuple[str, list[dict[str, Any]]]) -> None:
+    target, kernels = compiled
+    sums = {kernel["label"]: kernel["sums"] for kernel in kernels}
+    first, last = (sums[f"gemv {stage} exact 1 rank 32"] for stage in ("first", "last"))
+    assert len(first) == 2
+    assert len(set(last)) == 2
+
+    def without_warps(texts: list[str]) -> list[str]:
+        # Rows go to more warps, not the words of a row.
+        return list(dict.fromkeys(re.sub(r", warpsPerCTA 1$", "", text) for text in texts))
+
+    assert without_warps(sums["fused exact 1 rank 32"]) == without_warps([*first, *last]), target
 
 
 def test_a_sign_accumulate_of_the_gemv_takes_three_instructions(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,9 +12,18 @@ from littlebit2_kernels import BackendUnavailableError, dispatch, explain, trito
 from littlebit2_kernels.gpu import GPUS, GpuProperties
 from littlebit2_kernels.testing import make_packed
 from littlebit2_kernels.triton import plan
-from littlebit2_kernels.triton.plan import StageShape, choose_method, gemm_config, gemv_config, xnor_config
+from littlebit2_kernels.triton.plan import (
+    StageShape,
+    choose_method,
+    decode_config,
+    fused_config,
+    gemm_config,
+    gemv_config,
+    xnor_config,
+)
+from littlebit2_kernels.warming import WARMUP_TOKENS
 
-AMD = GpuProperties(94, 304, 65536)
+AMD = GpuProperties(94, 304, 65536, 64)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +70,8 @@ def test_configurations_are_valid_for_every_shape(gpu: GpuProperties) -> None:
         gemv = gemv_config(shape, gpu)
         assert gemv.block_rows * gemv.block_words <= 1024
         assert gemv.block_rows >= 16
+        # Else the bits of a word lie across lanes, which costs five shuffles for each.
+        assert gemv.block_rows * gemv.block_words >= gemv.num_warps * gpu.warp_lanes
         assert 1 <= gemv.splits <= max(1, -(-shape.words // gemv.block_words))
         assert not shape.last or gemv.splits == 1
         for kind in ("float16", "exact", "int8", "sign"):
@@ -111,6 +125,71 @@ def test_numbers_of_tokens_fall_into_few_classes() -> None:
             assert len(classes) <= 7
 
 
+@pytest.mark.parametrize("gpu", [*GPUS.values(), AMD], ids=str)
+def test_warm_up_reaches_every_configuration(gpu: GpuProperties) -> None:
+    for shape in stages():
+        for float32, activation in ((False, "auto"), (True, "auto"), (False, "int8"), (False, "sign")):
+
+            def found(counts: Iterable[int], *call: Any) -> set[Any]:
+                methods = [(tokens, choose_method(tokens, *call[1:])) for tokens in counts]
+                return {
+                    (method, plan.stage_config(method, call[0], tokens, gpu)) for tokens, method in methods
+                }
+
+            call = shape, activation, float32
+            missed = found([*range(1, 140), 512, 513, 4096], *call) - found(WARMUP_TOKENS, *call)
+            assert not missed
+
+
+def layer_stages(k: int, n: int, ranks: list[int]) -> tuple[StageShape, StageShape]:
+    count = len(ranks)
+    return StageShape(tuple(ranks), (k,) * count, last=False), StageShape(
+        (n,) * count, tuple(ranks), last=True
+    )
+
+
+def test_one_launch_is_planned_where_its_work_costs_less_than_a_launch() -> None:
+    gpu = GPUS["H200"]
+    for k, n, ranks, count in (
+        (1024, 1024, [8, 8], 1),
+        (1024, 1024, [32, 32], 1),
+        (1024, 1024, [40, 40], 2),  # two words for each latent vector
+        (2048, 2048, [32], 1),
+        (384, 1536, [80], 1),
+        (384, 100000, [80], 2),  # many programs, one after another
+        (4096, 4096, [80, 80], 2),
+        (4096, 1024, [24, 24], 2),
+        (8192, 28672, [296, 296], 2),
+    ):
+        stages = layer_stages(k, n, ranks)
+        assert decode_config(*stages, gpu).launches == count, (k, n, ranks)
+        assert (fused_config(*stages, gpu) is None) == (count == 2)
+
+
+def test_a_thread_has_as_many_words_in_one_launch_as_in_two() -> None:
+    for gpu in (*GPUS.values(), AMD):
+        for k, n, ranks in ((1024, 1024, [32, 32]), (384, 1536, [80]), (2048, 2048, [16]), (100, 64, [8])):
+            first, last = layer_stages(k, n, ranks)
+            both = fused_config(
+                first, last, gpu, lambda kernel, *_: {"launches": 1} if kernel == "decode" else None
+            )
+            assert both is not None
+            own, other = gemv_config(first, gpu), gemv_config(last, gpu)
+            assert (both.col_words, both.splits, both.rank_words) == (
+                own.block_words,
+                own.splits,
+                other.block_words,
+            )
+            assert 32 / both.num_warps == own.block_rows / own.num_warps
+            assert both.block_rows / both.num_warps == other.block_rows / other.num_warps
+            assert both.num_warps * gpu.warp_lanes <= 1024
+
+
+def test_more_paths_than_slots_take_two_launches_whatever_is_tuned() -> None:
+    stages = layer_stages(64, 64, [8] * 5)
+    assert fused_config(*stages, GPUS["H200"], lambda *_: {"launches": 1}) is None
+
+
 def test_blackwell_keeps_a_loop_of_steps_and_ampere_small_blocks() -> None:
     shape = StageShape((28672,), (592,), last=True)
     assert gemm_config("float16", shape, 512, GPUS["B200"]).unroll == 1
@@ -131,6 +210,9 @@ def test_launches_of_a_layer() -> None:
     ]
     names = [name for name, _ in plan.layer_launches(plan.Method("gemm", "int8"), first, last, 9, gpu)]
     assert names == ["operand", "gemm", "operand", "gemm"]
+    small = layer_stages(1024, 1024, [32, 32])
+    launches = plan.layer_launches(plan.Method("gemv", "exact"), *small, 1, gpu)
+    assert launches == [("fused", fused_config(*small, gpu))]
     many = StageShape((4096,) * 6, (80,) * 6, last=True)
     assert len(plan.layer_launches(plan.Method("gemv", "exact"), None, many, 1, gpu)) == 2
 
@@ -207,6 +289,9 @@ def test_explain_names_kernel_and_configuration() -> None:
     assert found.launches[0].config["splits"] > 1
     assert "launch 1" in str(found)
     assert "block_words" in str(found)
+    small = explain((1, 1024), make_packed(1024, 1024, [32]), "triton", dtype=torch.float16, gpu="H200")
+    assert (small.kernels, small.activation) == ("fused", "exact")
+    assert [launch.kernel for launch in small.launches] == ["fused"]
     prompt = explain((512, 4096), packed, "triton", "int8", gpu="H200")
     assert (prompt.kernels, prompt.activation) == ("gemm", "int8")
     assert [launch.kernel for launch in prompt.launches] == ["operand", "gemm"] * 2

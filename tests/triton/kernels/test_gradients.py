@@ -70,6 +70,10 @@ def test_gradient_at_odd_shapes(
     got = operators().triton_linear_backward_x(grad.to(device), *lists(packed.to(device)))
     truth = grad.double() @ dense_weight(packed)
     assert relative_error(got.cpu(), truth, typical_norm(grad, packed, backward=True)) <= 2e-6
+    blocks_of_tokens_are_independent = operators().triton_linear_backward_x(
+        grad[-1:].to(device), *lists(packed.to(device))
+    )
+    assert torch.equal(blocks_of_tokens_are_independent[0], got[-1])
     empty = operators().triton_linear_backward_x(grad[:0].to(device), *lists(packed.to(device)))
     assert empty.shape == (0, k)
 
@@ -120,6 +124,23 @@ def test_no_gradient_is_tracked_where_none_is_wanted(
     with torch.inference_mode():
         assert littlebit_linear(x, packed, backend="triton").is_inference()
     assert littlebit_linear(x.requires_grad_(), packed, backend="triton").requires_grad
+
+
+def test_operators_launch_on_the_device_of_their_tensors(
+    device: torch.device, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch calls them on whichever device is the current one, which may be another."""
+    ops = operators()
+    entered = []
+    on_device = ops.on_device
+    monkeypatch.setattr(ops, "on_device", lambda device: entered.append(device) or on_device(device))
+    x, packed = make_problem(2, 40, 30, [8], generator=rng)
+    x, packed = x.to(device), packed.to(device)
+    for count, tokens in ((1, x), (3, x.clone().requires_grad_())):
+        y = littlebit_linear(tokens, packed, backend="triton")
+        if tokens.requires_grad:
+            y.sum().backward()
+        assert entered == [device] * count
 
 
 def test_opcheck(device: torch.device, problem: tuple[torch.Tensor, PackedLinear]) -> None:

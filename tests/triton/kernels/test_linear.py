@@ -44,6 +44,74 @@ def test_random_problems(device: torch.device, rng: torch.Generator, batch: int)
         assert error <= problems.allowed(x, packed, mode), problems.describe(x, packed, mode)
 
 
+@pytest.mark.parametrize("batch", range(2))
+def test_one_launch_and_two_give_the_same_bits(
+    device: torch.device, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    for _ in range(5 if device.type == "cpu" else 60):
+        x, packed = problems.random_decode_problem(rng)
+        results = []
+        for count in (1, 2):
+            set_launches(monkeypatch, count)
+            results.append(run(x, packed, device, "exact"))
+        note = problems.describe(x, packed, "exact")
+        assert problems.error_of(results[0], x, packed, "exact") <= problems.allowed(x, packed, "exact"), note
+        assert torch.equal(*results), note
+
+
+def test_one_launch_follows_what_is_tuned_for_two(
+    device: torch.device, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from littlebit2_kernels.triton import plan
+
+    x, packed = make_problem(2, 1100, 70, [296, 40], bias=True, generator=rng)
+    tuned = {
+        False: plan.GemvConfig(16, 16, 2, 4),
+        True: plan.GemvConfig(32, 8, 1, 4),
+    }
+    monkeypatch.setattr(plan, "gemv_config", lambda shape, *_: tuned[shape.last])
+    results = []
+    for count in (1, 2):
+        set_launches(monkeypatch, count)
+        results.append(run(x, packed, device, "exact"))
+    assert problems.error_of(results[0], x, packed, "exact") <= problems.allowed(x, packed, "exact")
+    assert torch.equal(*results)
+
+
+def set_launches(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Let the GEMV take ``count`` launches for two stages."""
+    from littlebit2_kernels.triton import plan
+
+    monkeypatch.setattr(plan, "decode_config", lambda *_: plan.DecodeConfig(count))
+
+
+def test_small_layers_take_one_launch_and_keep_their_latents_on_chip(
+    device: torch.device, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from littlebit2_kernels.triton import forward, fused
+
+    x, packed = make_problem(4, 200, 40, [16, 8], bias=True, generator=rng)
+    x, packed = x.to(device), packed.to(device)
+    allocated: list[tuple[int, ...]] = []
+    new_empty = torch.Tensor.new_empty
+
+    def recorded(tensor: torch.Tensor, size: Any, **options: Any) -> torch.Tensor:
+        if isinstance(size, tuple):  # the interpreter makes some of its own
+            allocated.append(size)
+        return new_empty(tensor, size, **options)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", recorded)
+    monkeypatch.setattr(forward, "gemv", None)  # nothing else is launched
+    launched = []
+    wrapped = fused.wrap_triton
+    monkeypatch.setattr(fused, "wrap_triton", lambda kernel: launched.append(kernel) or wrapped(kernel))
+    littlebit_linear(x, packed, backend="triton", activation="exact")
+    assert allocated == [(4, 40)]
+    assert launched == [fused.fused_kernel]
+    assert warmup(packed, tokens=(1, 2), backend="triton") == 2
+    assert launched == [fused.fused_kernel] * 3
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_auto_is_as_good_as_torch(device: torch.device, rng: torch.Generator, dtype: torch.dtype) -> None:
     for tokens in (1, 5):
@@ -51,6 +119,22 @@ def test_auto_is_as_good_as_torch(device: torch.device, rng: torch.Generator, dt
         packed = scaled_down(packed)
         y = run(x, packed, device)
         assert problems.error_of(y, x, packed, "auto") <= problems.allowed(x, packed, "auto")
+
+
+def test_expanded_tokens_and_inputs_of_other_strides(device: torch.device, rng: torch.Generator) -> None:
+    x, packed = make_problem(1, 104, 9, [40], dtype=torch.float16, generator=rng)
+    x, packed = x.to(device), packed.to(device)
+    for mode, tokens in (("exact", 3), ("exact", 6), ("sign", 3), ("int8", 20)):
+        one = littlebit_linear(x.repeat(tokens, 1), packed, backend="triton", activation=mode)
+        y = littlebit_linear(x.expand(tokens, 104), packed, backend="triton", activation=mode)
+        assert torch.equal(y, one)
+        constant = x[:, :1].expand(tokens, 104)
+        y = littlebit_linear(constant, packed, backend="triton", activation=mode)
+        assert torch.equal(y, littlebit_linear(constant.clone(), packed, backend="triton", activation=mode))
+    _, narrow = make_problem(1, 1, 9, [8], generator=rng)
+    column = x[:, 3::7].T  # [15, 1], of strides 7 and 104
+    y = littlebit_linear(column, narrow.to(device), backend="triton")
+    assert torch.equal(y, littlebit_linear(column.clone(), narrow.to(device), backend="triton"))
 
 
 @pytest.mark.parametrize(("tokens", "mode"), [(1, "exact"), (5, "exact"), (5, "int8"), (1, "sign")])
