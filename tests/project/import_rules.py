@@ -152,7 +152,10 @@ PYTHON_ROOMS = {
     "littlebit2.cli": PythonRoom(
         may=("littlebit2.cli",),
         lazily=(
-            *(f"littlebit2.{name}" for name in ("checkpoint", "generate", "plan", "quantize", "stream")),
+            *(
+                f"littlebit2.{name}"
+                for name in ("calibrate", "checkpoint", "generate", "plan", "quantize", "stream")
+            ),
             "littlebit2.synthesize",
             "littlebit2.train",
             f"{_KERNELS}.version",

@@ -1,4 +1,4 @@
-"""The command line: ``littlebit2 quantize | finetune | evaluate | convert | inspect | plan | ...``.
+"""The command line: ``littlebit2 quantize | calibrate | finetune | evaluate | convert | inspect | plan | ...``.
 
 Torch and transformers are imported by the subcommand that needs them, not for ``--help``.
 """
@@ -11,12 +11,12 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from . import bench, convert, evaluate, finetune, generate, inspect, plan, quantize, synthesize
+from . import bench, calibrate, convert, evaluate, finetune, generate, inspect, plan, quantize, synthesize
 from .common import FAILED, INTERRUPTED, note, one_line
 
 __all__ = ["main"]
 
-_COMMANDS = (quantize, finetune, evaluate, convert, inspect, plan, generate, synthesize, bench)
+_COMMANDS = (quantize, calibrate, finetune, evaluate, convert, inspect, plan, generate, synthesize, bench)
 
 _EPILOG = """\
 examples:
