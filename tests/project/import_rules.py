@@ -90,12 +90,14 @@ PYTHON_ROOMS = {
     f"{_KERNELS}.triton": PythonRoom(
         may=("torch", "triton", f"{_KERNELS}.format", f"{_KERNELS}.gpu", f"{_KERNELS}.triton"), never=NATIVE
     ),
-    # What decides needs no Triton.
+    # What decides needs no Triton, but for the version that a stored configuration was tuned with.
     **{
         f"{_KERNELS}.triton.{name}": PythonRoom(
-            may=("torch", f"{_KERNELS}.format", f"{_KERNELS}.gpu", f"{_KERNELS}.triton.plan"), never=NATIVE
+            may=("torch", f"{_KERNELS}.format", f"{_KERNELS}.gpu", f"{_KERNELS}.triton.plan"),
+            lazily=lazily,
+            never=NATIVE,
         )
-        for name in ("configs", "plan")
+        for name, lazily in (("configs", ("triton",)), ("plan", ()))
     },
     _KERNELS: PythonRoom(may=("torch", "numpy", _KERNELS), lazily=("triton", f"{_KERNELS}.triton")),
     "littlebit2.quantize": PythonRoom(

@@ -1,4 +1,4 @@
-"""The command line: ``littlebit2 quantize | calibrate | finetune | evaluate | convert | inspect | plan | ...``.
+"""The command line: ``littlebit2 quantize | calibrate | finetune | evaluate | convert | inspect | ...``.
 
 Torch and transformers are imported by the subcommand that needs them, not for ``--help``.
 """
