@@ -69,7 +69,7 @@ def test_library_exports_the_c_abi_and_nothing_else_of_ours(build: tuple[Path, s
     library = next(build[0].glob("**/liblittlebit2_cuda.so"))
     defined = {line.split()[-1] for line in _run("nm", "-D", "--defined-only", str(library)).splitlines()}
     ours = {name for name in defined if "lb2" in name}
-    assert ours == {"lb2_cuda_get_device", "lb2_linear_forward_cuda"}
+    assert ours == {"lb2_cuda_get_device", "lb2_grouped_forward_cuda", "lb2_linear_forward_cuda"}
 
 
 def _disassembler() -> str | None:

@@ -147,8 +147,8 @@ class LittleBit2Quantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Whether the packed weights can be trained: no. Gradients do flow to their inputs."""
-        return False
+        """Whether adapters can be trained on top: yes. The packed weights themselves stay as they are."""
+        return True
 
     @property
     def is_compileable(self) -> bool:
