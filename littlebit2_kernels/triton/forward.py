@@ -84,7 +84,7 @@ def _gemv_forward(
         if both is not None:
             fused(x, [layer.first[term.stage] for term in layer.last], layer.last, out, bias, both)
             return
-        config = stage_config(method, first_shape, x.shape[0], gpu, lookup)
+        config: Any = stage_config(method, first_shape, x.shape[0], gpu, lookup)
         source = x.new_empty((config.splits, x.shape[0], layer.latents), dtype=torch.float32)
         for group in _groups(layer.first):
             gemv(x.unsqueeze(0), group, source, config, last=False)

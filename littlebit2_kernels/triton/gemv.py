@@ -24,8 +24,10 @@ from .unpack import load_words, with_signs
 
 __all__ = ["gemv", "gemv_kernel", "row_sums"]
 
-_OPERANDS = ("words", "pitch", "units", "rows", "eighths", "scale", "row_scale", "result")
-_OPERANDS += ("source_eighths",)
+_OPERANDS = (
+    *("words", "pitch", "units", "rows", "eighths", "scale", "row_scale"),
+    *("result", "source_eighths"),
+)
 
 
 @triton.jit
