@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         "--candidates",
         nargs="+",
         default=["littlebit2:cpu:auto", "littlebit2:portable", "dense", "low-rank", "gemlite"],
-        help="littlebit2:BACKEND:ACTIVATION, littlebit2:portable, dense, low-rank, gemlite",
+        help="littlebit2:BACKEND:ACTIVATION, littlebit2:portable, dense, low-rank, unpack, gemlite",
     )
     run.add_argument(
         "--shapes",
@@ -152,6 +152,12 @@ def _add_predict(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     prediction.add_argument("--shapes", nargs="+", default=["llama2-7b-qo", "llama2-7b-up", "llama2-70b-up"])
     prediction.add_argument("--bpw", nargs="+", type=_positive(float), default=[0.1, 0.3, 0.55, 1.0])
     prediction.add_argument("--activation", default="auto", help="auto, exact, float16, int16, int8 or sign")
+    prediction.add_argument(
+        "--tokens",
+        nargs="+",
+        type=_positive(int),
+        help="prompts of more than 16 tokens, in place of one token",
+    )
     prediction.set_defaults(function=predict.run)
 
 

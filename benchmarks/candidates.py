@@ -1,7 +1,7 @@
 """What is timed: our backends, and the peers that they are compared with.
 
-A candidate is named ``littlebit2:<backend>:<activation>``, ``littlebit2:portable``, ``dense``, ``low-rank``
-or ``gemlite``. It can be unavailable, with a reason; nothing stands in for it then.
+A candidate is named ``littlebit2:<backend>:<activation>``, ``littlebit2:portable``, ``dense``, ``low-rank``,
+``unpack`` or ``gemlite``. It can be unavailable, with a reason; nothing stands in for it then.
 """
 
 from __future__ import annotations
@@ -171,6 +171,23 @@ class LowRank(Candidate):
         return Built(factors, _two_products, sum(factor.nbytes for factor in factors))
 
 
+class Unpack(Candidate):
+    """Packed signs expanded to +-1 in every call, by a table of bytes, then two ``F.linear``; no scales."""
+
+    def planned_bytes(self, problem: Problem) -> int:
+        """See :class:`Candidate`."""
+        return problem.packed_macs // 8
+
+    def build(self, problem: Problem) -> Built:
+        """See :class:`Candidate`; bytes of the factors of all paths together, and the table ``[256, 8]``."""
+        paths = problem.packed.paths
+        v = torch.cat([_sign_bytes(path.v, path.in_features) for path in paths])
+        u = torch.cat([_sign_bytes(path.u, path.rank) for path in paths if path.u is not None], dim=1)
+        bits = torch.arange(256, device=v.device)[:, None] >> torch.arange(8, device=v.device) & 1
+        table = (1 - 2 * bits).to(self.dtype)
+        return Built([v, u, table], _expand_and_multiply, v.nbytes + u.nbytes)
+
+
 class GemLite(Candidate):
     """GemLite's weight-only kernels with 1-bit weights, one call per stage, scales left out.
 
@@ -215,6 +232,23 @@ def unpacked_factors(problem: Problem, dtype: torch.dtype) -> list[torch.Tensor]
     return [v, u]
 
 
+def _sign_bytes(words: torch.Tensor, cols: int) -> torch.Tensor:
+    """Bytes of eight signs each, the first in the lowest bit; words are little-endian on every platform."""
+    return words.contiguous().view(torch.uint8)[:, : -(-cols // 8)]
+
+
+def _expand_and_multiply(holder: list[torch.Tensor]) -> Forward:
+    v, u, table = holder
+
+    def expand(signs: torch.Tensor) -> torch.Tensor:
+        return functional.embedding(signs.int(), table).flatten(1)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(functional.linear(x, expand(v)[:, : x.shape[-1]]), expand(u))
+
+    return forward
+
+
 def _two_products(factors: list[torch.Tensor]) -> Forward:
     v, u = factors
     return lambda x: functional.linear(functional.linear(x, v), u)
@@ -251,7 +285,12 @@ def _failure(attempt: Callable[[], object]) -> str | None:
 
 
 #: Names of the peers.
-PEERS: dict[str, type[Candidate]] = {"dense": Dense, "low-rank": LowRank, "gemlite": GemLite}
+PEERS: dict[str, type[Candidate]] = {
+    "dense": Dense,
+    "low-rank": LowRank,
+    "unpack": Unpack,
+    "gemlite": GemLite,
+}
 
 
 def parse_candidate(name: str, dtype: torch.dtype) -> Candidate:

@@ -43,6 +43,8 @@ MODEL_SHAPES = [
 ]
 
 
+PROMPT_SHAPES = ["llama2-70b-up", "llama2-7b-qo", "llama2-7b-up"]
+
 #: What makes a measurement a dry run: from end to end on the CPU, small, without taking times.
 SMALL = ["--device", "cpu", "--shapes", "256,128", "--tokens", "1", "--bpw", "1"]
 SMALL += ["--cold-mib", "0.05", "--unit-times"]
@@ -93,14 +95,18 @@ class Result:
     log: str
 
 
-def _measure(name: str, tokens: Sequence[int], candidates: Sequence[str], *more: str) -> tuple[str, ...]:
+def _measure(
+    name: str, tokens: Sequence[int], candidates: Sequence[str], *more: str, shapes: Sequence[str] = ()
+) -> tuple[str, ...]:
     command = (PYTHON, "-m", "benchmarks", "run", "--device", "cuda", "--dtypes", "float16", "--no-floors")
-    command += ("--candidates", *candidates, "--shapes", *MODEL_SHAPES, "--tokens", *map(str, tokens))
+    command += ("--candidates", *candidates, "--shapes", *(shapes or MODEL_SHAPES))
+    command += ("--tokens", *map(str, tokens))
     command += ("--repetitions", "5")
     return (*command, *more, "--json", f"{{out}}/{name}.json")
 
 
-_PIP = (PYTHON, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-build-isolation")
+_INDEXLESS = (PYTHON, "-m", "pip", "install", "-q", "--no-index")
+_PIP = (*_INDEXLESS, "--no-deps", "--no-build-isolation")
 _PYTEST = (PYTHON, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider")
 #: What a measurement needs: one wrong result in a thousand problems is no reason to measure nothing.
 _USABLE = ("build", "diagnostics")
@@ -132,6 +138,13 @@ def _program(name: str, seconds: int, *arguments: str, library: bool = True) -> 
 
 
 _TUNE = (PYTHON, "-m", "benchmarks.tune_triton", "--bpw", "0.1")
+
+
+def _model(shape: str, seconds: int, *more: str) -> Step:
+    command = (PYTHON, "-m", "benchmarks.model_steps", "--shape", shape, "--repetitions", "3")
+    command += (*more, "--json", f"{{out}}/{shape}.json")
+    return Step(f"model-{shape}", "models", command, seconds, ("build", "diagnostics", "transformers"))
+
 
 STEPS = (
     Step("wheels", "setup", (*_PIP, "--find-links", "{wheels}", "pybind11", "gemlite"), 20, ()),
@@ -202,11 +215,48 @@ STEPS = (
         40,
         _USABLE,
     ),
-    # Where `auto` should give many tokens to Triton (CUDA_TOKENS in dispatch.py).
+    # The GEMM beside every other way to take a prompt: whether `auto` is right to keep it from Triton.
+    Step(
+        "prefill",
+        "prefill",
+        _measure(
+            "prefill",
+            [32, 128, 512, 2048, 8192],
+            [OURS[1], TRITON[1], *PEERS, "unpack", OURS[2], TRITON[2]],
+            *("--bpw", "0.1", "1.0", "--modes", "hot"),
+            shapes=PROMPT_SHAPES,
+        ),
+        230,
+        _USABLE,
+    ),
+    # Few tokens of many users; from 17 on they take the GEMM too.
+    Step(
+        "prefill-small",
+        "prefill",
+        _measure(
+            "prefill-small", [16, 17, 24, 48, 64], [*OURS[:2], *PEERS], "--bpw", "0.1", shapes=PROMPT_SHAPES
+        ),
+        60,
+        _USABLE,
+    ),
+    Step(
+        "prefill-gemlite",
+        "prefill",
+        _measure(
+            "prefill-gemlite",
+            [32, 512, 2048],
+            [OURS[1], "dense", "gemlite"],
+            *("--bpw", "0.1", "--modes", "hot"),
+            shapes=PROMPT_SHAPES[-1:],
+        ),
+        90,
+        _USABLE,
+    ),
+    # Triton's kernels at the sizes at which it has been tuned, and by how much they could be.
     Step(
         "prompts",
         "prompts",
-        _measure("prompts", [32, 128, 512, 2048], [*OURS[:2], *TRITON[1:3], *PEERS], "--bpw", "0.1"),
+        _measure("prompts", [32, 128, 512, 2048], [OURS[1], *TRITON[1:3], *PEERS], "--bpw", "0.1"),
         200,
         _USABLE,
     ),
@@ -217,6 +267,13 @@ STEPS = (
         170,
         _USABLE,
     ),
+    # Whole models of random weights beside dense ones: tokens per second and memory.
+    Step("transformers", "models", (*_INDEXLESS, "--find-links", "{wheels}", "transformers"), 40, ()),
+    _model(
+        "llama2-7b", 170, "--bpw", "0.1", "1.0", "--steps", "graph", "compile", "--unfused", "--prompt", "512"
+    ),
+    _model("llama2-13b", 90, "--bpw", "0.1", "--steps", "graph"),
+    _model("llama3-8b", 70, "--bpw", "0.1", "--steps", "graph"),
 )
 
 
@@ -290,7 +347,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=math.inf, help="for all steps together")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu_suite_out")))
     parser.add_argument(
-        "--wheels", type=Path, default=ROOT / "wheels", help="folder with pybind11 and gemlite"
+        "--wheels",
+        type=Path,
+        default=ROOT / "wheels",
+        help="folder with pybind11, gemlite, and transformers with what it needs",
     )
     parser.add_argument("--dry-run", action="store_true")
     return parser

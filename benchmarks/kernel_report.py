@@ -18,7 +18,16 @@ from pathlib import Path
 from benchmarks import PROCESSORS
 from benchmarks.markdown import markdown
 
-__all__ = ["POLICIES", "TOKEN_TILES", "Kernel", "main", "parse_ptxas"]
+__all__ = [
+    "GEMM_POLICIES",
+    "GEMM_TILES",
+    "POLICIES",
+    "TOKEN_TILES",
+    "Kernel",
+    "gemm_tiles",
+    "main",
+    "parse_ptxas",
+]
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Activation modes, and the template argument by which a kernel's mangled name tells its mode.
@@ -30,11 +39,17 @@ POLICIES = {
     "sign": "BitPlanesILi2E",
 }
 TOKEN_TILES = (1, 2, 4, 8, 16)
+#: The same of the GEMM, and its tiles of rows and tokens.
+GEMM_POLICIES = {"exact": "GemmHalvesILi2E", "float16": "GemmHalvesILi1E", "int8": "GemmInt8"}
+GEMM_TILES = ((64, 32), (128, 32), (128, 64), (128, 128))
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What ptxas said of one kernel: bytes of stack frame and spills together, and registers of a thread."""
+    """What ptxas said of one kernel: bytes of stack frame and spills together, and registers of a thread.
+
+    ``row_tile`` is 0 but for a GEMM, ``token_tile`` that of its conversion 0 as well.
+    """
 
     kind: str
     mode: str
@@ -42,6 +57,12 @@ class Kernel:
     capability: int
     local_bytes: int
     registers: int
+    row_tile: int = 0
+
+
+def gemm_tiles(mode: str) -> tuple[tuple[int, int], ...]:
+    """Tiles that are compiled for a mode."""
+    return tuple(tile for tile in GEMM_TILES if mode != "exact" or tile[1] < 128)
 
 
 def parse_ptxas(log: str) -> Iterator[Kernel]:
@@ -54,24 +75,32 @@ def parse_ptxas(log: str) -> Iterator[Kernel]:
     )
     for match in pattern.finditer(log):
         name = match[1]
-        mode = next((mode for mode, policy in POLICIES.items() if policy in name), None)
+        is_gemm = "4gemm" in name or "12gemm_convert" in name
+        policies = GEMM_POLICIES if is_gemm else POLICIES
+        mode = next((mode for mode, policy in policies.items() if policy in name), None)
+        shape = re.search(r"GemmShapeILi(\d+)ELi(\d+)E", name)
         tile = re.search(r"EELi(\d+)EE", name)
-        if mode is None or tile is None:
-            raise ValueError(f"kernel names must hold an activation mode and a token tile, got {name}")
-        kind = "convert" if "7convert" in name else "decode"
         local = sum(int(match[group]) for group in (3, 4, 5))
-        yield Kernel(kind, mode, int(tile[1]), int(match[2]), local, int(match[6]))
+        if mode is not None and shape is not None:
+            yield Kernel("gemm", mode, int(shape[2]), int(match[2]), local, int(match[6]), int(shape[1]))
+        elif mode is not None and is_gemm:
+            yield Kernel("gemm_convert", mode, 0, int(match[2]), local, int(match[6]))
+        elif mode is not None and tile is not None:
+            kind = "convert" if "7convert" in name else "decode"
+            yield Kernel(kind, mode, int(tile[1]), int(match[2]), local, int(match[6]))
+        else:
+            raise ValueError(f"kernel names must hold an activation mode and a tile, got {name}")
 
 
-def _compile(mode: str, capability: int, folder: Path) -> str:
+def _compile(file: str, capability: int, folder: Path) -> str:
     command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{capability}", "-Xptxas=-v", "-cubin"]
     command += [
         f"-I{ROOT / 'csrc'}",
         f"-I{ROOT / 'csrc' / 'include'}",
         "-o",
-        str(folder / f"{mode}{capability}"),
+        str(folder / f"{file}{capability}"),
     ]
-    command.append(str(ROOT / "csrc" / "cuda" / f"kernels_{mode}.cu"))
+    command.append(str(ROOT / "csrc" / "cuda" / f"kernels_{file}.cu"))
     return subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
     ).stdout
@@ -83,19 +112,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--archs", nargs="+", type=int, default=[80, 90, 120])
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(PROCESSORS)) as pool:
-        jobs = [(mode, capability, Path(folder)) for mode in POLICIES for capability in options.archs]
+        files = [*POLICIES, *(f"gemm_{mode}" for mode in GEMM_POLICIES)]
+        jobs = [(file, capability, Path(folder)) for file in files for capability in options.archs]
         logs = pool.map(lambda job: _compile(*job), jobs)
         kernels = [kernel for log in logs for kernel in parse_ptxas(log)]
-    found = {(k.kind, k.mode, k.token_tile, k.capability): k for k in kernels}
+    found = {(k.kind, k.mode, k.row_tile, k.token_tile, k.capability): k for k in kernels}
+
+    def cell(kind: str, mode: str, rows: int, tokens: int) -> str:
+        names = [(kind, mode, rows, tokens, arch) for arch in options.archs]
+        return "/".join(str(found[name].registers) if name in found else "" for name in names).strip("/")
+
     rows = []
     for kind, tiles in (("decode", TOKEN_TILES), ("convert", TOKEN_TILES[3:])):
         for mode in POLICIES:
-            cells = [
-                "/".join(str(found[kind, mode, tile, arch].registers) for arch in options.archs)
-                for tile in tiles
-            ]
+            cells = [cell(kind, mode, 0, tile) for tile in tiles]
             rows.append([kind, mode, *[""] * (len(TOKEN_TILES) - len(tiles)), *cells])
     print(markdown(["registers", "mode", *map(str, TOKEN_TILES)], rows))
+    rows = [
+        [mode, cell("gemm_convert", mode, 0, 0), *(cell("gemm", mode, *tile) for tile in GEMM_TILES)]
+        for mode in GEMM_POLICIES
+    ]
+    print()
+    print(markdown(["GEMM", "convert", *(f"{tile[0]} x {tile[1]}" for tile in GEMM_TILES)], rows))
     spilled = [kernel for kernel in kernels if kernel.local_bytes]
     print(f"\n{len(kernels)} kernels, {len(spilled)} with local memory")
     for kernel in spilled:

@@ -43,7 +43,7 @@ LayerMaker = Callable[[nn.Linear], nn.Module]
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """Sizes of a Llama model; as many heads for keys and values as for queries."""
+    """Sizes of a Llama model; ``kv_heads`` heads for keys and values, by default as many as for queries."""
 
     name: str
     hidden: int
@@ -51,12 +51,20 @@ class LlamaShape:
     layers: int
     heads: int
     vocabulary: int
+    kv_heads: int | None = None
+
+    @property
+    def kv_size(self) -> int:
+        """Outputs of the projection to keys, or values."""
+        return self.hidden // self.heads * (self.kv_heads or self.heads)
 
 
 LLAMA_SHAPES = {
     shape.name: shape
     for shape in (
         LlamaShape("llama2-7b", 4096, 11008, 32, 32, 32000),
+        LlamaShape("llama2-13b", 5120, 13824, 40, 40, 32000),
+        LlamaShape("llama3-8b", 4096, 14336, 32, 32, 128256, kv_heads=8),
         # For tests and trials: everything is there, nothing takes long.
         LlamaShape("tiny", 256, 704, 2, 4, 512),
     )
@@ -97,19 +105,25 @@ def random_packed(
         out_features: N.
         ranks: one per path, equal ones.
         std: of an element of the dense weight.
-        generator: source of randomness.
+        generator: source of randomness; the layer is made on its device.
     """
 
     def signs(rows: int, cols: int) -> torch.Tensor:
         words = torch.randint(
-            -(2**31), 2**31, (rows, words_per_row(cols)), dtype=torch.int32, generator=generator
+            -(2**31),
+            2**31,
+            (rows, words_per_row(cols)),
+            dtype=torch.int32,
+            generator=generator,
+            device=generator.device,
         )
         if cols % 32:
             words[:, -1] &= (1 << cols % 32) - 1
         return words
 
     def scale(size: int, magnitude: float = 1.0) -> torch.Tensor:
-        values = torch.exp(SCALE_SPREAD * torch.randn(size, generator=generator) - SCALE_SPREAD**2)
+        normal = torch.randn(size, generator=generator, device=generator.device)
+        values = torch.exp(SCALE_SPREAD * normal - SCALE_SPREAD**2)
         return magnitude * values
 
     # A sum of as many +-1 products as all ranks together, each scaled three times with root mean square 1.
@@ -138,6 +152,7 @@ def build_packed(
     paths: int = 2,
     backend: str = "auto",
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Any:
     """Make a ``LlamaForCausalLM`` whose linear layers are packed; lm_head, embedding and norms are dense.
 
@@ -149,8 +164,9 @@ def build_packed(
         paths: number of equal paths of a layer.
         backend: of the packed layers.
         seed: the same one makes the same model.
+        device: where it is made.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def make(linear: nn.Linear) -> nn.Module:
         n, k = linear.out_features, linear.in_features
@@ -158,14 +174,22 @@ def build_packed(
         packed = random_packed(k, n, [rank] * paths, std=WEIGHT_STD, generator=generator)
         layer = LittleBitLinear.from_packed(packed, backend=backend)
         # Now rather than at the first call: the portable tensors of all layers never exist together.
-        return layer.prepack_() if backend in ("auto", "cpu") else layer
+        prepacks = generator.device.type == "cpu" and backend in ("auto", "cpu")
+        return layer.prepack_() if prepacks else layer
 
     return _build(shape, layers, dtype, make, generator)
 
 
-def build_dense(shape: LlamaShape, layers: int, dtype: torch.dtype, *, seed: int = 0) -> Any:
+def build_dense(
+    shape: LlamaShape,
+    layers: int,
+    dtype: torch.dtype,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Any:
     """Make a dense ``LlamaForCausalLM``; arguments as of :func:`build_packed`."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def make(linear: nn.Linear) -> nn.Module:
         return _dense_linear(linear, dtype, generator)
@@ -181,7 +205,8 @@ def _dense_linear(linear: nn.Linear, dtype: torch.dtype, generator: torch.Genera
 def _frozen(
     like: torch.Tensor, dtype: torch.dtype, mean: float, std: float, generator: torch.Generator
 ) -> nn.Parameter:
-    values = torch.empty(like.shape, dtype=dtype).normal_(mean, std, generator=generator)
+    values = torch.empty(like.shape, dtype=dtype, device=generator.device)
+    values.normal_(mean, std, generator=generator)
     return nn.Parameter(values, requires_grad=False)
 
 
@@ -196,7 +221,7 @@ def _skeleton(shape: LlamaShape, layers: int, dtype: torch.dtype, attention: str
         intermediate_size=shape.intermediate,
         num_hidden_layers=layers,
         num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads or shape.heads,
         vocab_size=shape.vocabulary,
         max_position_embeddings=4096,
         tie_word_embeddings=False,
@@ -223,7 +248,7 @@ def _build(
             model.set_submodule(name, make(module))
         elif "inv_freq" in module._buffers:
             # Its buffers are computed by the constructor, to no avail on the meta device.
-            model.set_submodule(name, type(module)(model.config))
+            model.set_submodule(name, type(module)(model.config).to(generator.device))
         elif isinstance(getattr(module, "weight", None), nn.Parameter):
             norm = module.weight.dim() == 1
             module.weight = _frozen(module.weight, dtype, float(norm), WEIGHT_STD, generator)
@@ -264,4 +289,5 @@ def weight_bytes(model: nn.Module) -> int:
 
 def linear_macs(shape: LlamaShape, layers: int) -> int:
     """Weights of the dense linear layers without lm_head, that is multiply-accumulates of one token."""
-    return layers * (4 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate)
+    attention = 2 * shape.hidden * (shape.hidden + shape.kv_size)
+    return layers * (attention + 3 * shape.hidden * shape.intermediate)

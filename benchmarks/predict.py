@@ -20,7 +20,7 @@ from littlebit2_kernels import PackedLinear, explain
 from littlebit2_kernels.explanation import Explanation
 from littlebit2_kernels.testing import make_packed
 
-__all__ = ["RATES", "Prediction", "Rates", "predict", "run"]
+__all__ = ["CHAINED_LAUNCH", "LAUNCH", "RATES", "Prediction", "Rates", "predict", "run"]
 
 SLICE = 512
 TILE_ROWS = 16
@@ -31,10 +31,11 @@ SHARED_LOADS = {"int16": 2, "int8": 1, "sign": 1, "float16": 16, "exact": 16}
 
 @dataclass(frozen=True)
 class Rates:
-    """Clock in Hz and bytes per second from memory."""
+    """Clock in Hz, bytes per second from memory, and nominal float16 FLOP per second (dense, fp32 sums)."""
 
     clock: float
     memory: float
+    tensor: float
 
 
 #: Assumed seconds from the end of a kernel to the start of the next one in a graph, and to a chained one's.
@@ -42,10 +43,10 @@ LAUNCH, CHAINED_LAUNCH = 1.0e-6, 0.3e-6
 
 #: By the names of :data:`littlebit2_kernels.gpu.GPUS`.
 RATES = {
-    "A100": Rates(1.41e9, 0.9 * 2.04e12),
-    "4090": Rates(2.52e9, 0.9 * 1.01e12),
-    "H100": Rates(1.98e9, 0.9 * 3.35e12),
-    "H200": Rates(1.98e9, 0.9 * 4.8e12),
+    "A100": Rates(1.41e9, 0.9 * 2.04e12, 312e12),
+    "4090": Rates(2.52e9, 0.9 * 1.01e12, 165e12),
+    "H100": Rates(1.98e9, 0.9 * 3.35e12, 989e12),
+    "H200": Rates(1.98e9, 0.9 * 4.8e12, 989e12),
 }
 
 
@@ -125,6 +126,8 @@ def predict(packed: PackedLinear, gpu: str, activation: str = "auto") -> Predict
 
 def run(options: Namespace) -> int:
     """Print predictions as a markdown table."""
+    if options.tokens:
+        return _run_prompts(options)
     head = ["GPU", "shape", "bpw", "mode", "grid", "KiB", "MMAs", "LDG.128", "LDS.128", "staged slices"]
     head += ["us by stage", "us", "dense at least us", "ratio"]
     rows = []
@@ -135,6 +138,38 @@ def run(options: Namespace) -> int:
                 sizes = (problem.shape.in_features, problem.shape.out_features)
                 prediction = predict(make_packed(*sizes, problem.ranks), gpu, options.activation)
                 rows.append([gpu, problem.shape.label, f"{bpw:g}", *_cells(prediction)])
+    print(markdown(head, rows))
+    return 0
+
+
+def _run_prompts(options: Namespace) -> int:
+    from benchmarks.predict_prompts import predict_prompt
+
+    head = ["GPU", "shape", "bpw", "mode", "M", "tiles", "grids", "launches", "MMAs", "used", "converted MiB"]
+    head += ["copied MiB", "signs MiB", "us", "dense us", "low-rank us", "unpack us", "vs dense", "vs unpack"]
+    rows = []
+    for gpu in options.gpu:
+        for name in options.shapes:
+            for bpw in options.bpw:
+                problem = Problem(parse_shape(name), bpw)
+                packed = make_packed(problem.shape.in_features, problem.shape.out_features, problem.ranks)
+                for tokens in options.tokens:
+                    p = predict_prompt(packed, gpu, tokens, options.activation)
+                    gemms = [launch for launch in p.explanation.launches if launch.kind == "gemm"]
+                    mib = [f"{n / 2**20:.1f}" for n in (p.converted_bytes, p.copied_bytes, p.sign_bytes)]
+                    times = [p.seconds, p.dense_seconds, p.low_rank_seconds, p.unpack_seconds]
+                    rows.append(
+                        [
+                            *[gpu, problem.shape.label, f"{bpw:g}", str(p.explanation.activation)],
+                            str(tokens),
+                            " + ".join(f"{g.row_tile}x{g.token_tile}" for g in gemms),
+                            " + ".join("x".join(map(str, g.grid)) for g in gemms),
+                            *[str(p.launches), str(p.mmas), f"{p.used:.0%}", *mib],
+                            *(f"{seconds * 1e6:.1f}" for seconds in times),
+                            f"{p.dense_seconds / p.seconds:.1f}x",
+                            f"{p.unpack_seconds / p.seconds:.2f}x",
+                        ]
+                    )
     print(markdown(head, rows))
     return 0
 

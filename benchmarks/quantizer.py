@@ -27,15 +27,18 @@ from benchmarks.markdown import markdown
 from benchmarks.minilm import CALIBRATION, EVALUATION, embed, encoder, encoder_weights, load_model
 from littlebit2.quantize import (
     BinaryPath,
+    DenseLayer,
     Importance,
     LayerReport,
     QuantConfig,
+    QuantizedLayer,
     admm,
     collect_importance,
     dual_svid,
     energy_share,
     joint_itq,
     quantize_linears,
+    quantize_together,
     rank_for_bpw,
     refine,
     truncated_factors,
@@ -51,9 +54,11 @@ SYNTHETIC_SIZE = 512
 #: Joint-ITQ is timed where R is at least 1000: 2048 x 2048 at 1.0 bpw.
 ITQ_SIZE = 2048
 ITQ_ITERATIONS = (6, 8, 15)
+#: Layers quantised together.
+BATCH = 6
 #: Refined error relative to the SVD-based Joint-ITQ's.
 GOALS = {1.0: 0.65, 0.55: 0.85, 0.3: 0.93}
-PARTS = ("errors", "itq", "model")
+PARTS = ("errors", "itq", "batches", "model")
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--layers", type=int, help="only the first layers of MiniLM, for a quick look")
-    parser.add_argument("--iterations", type=int, default=100, help="of ADMM (default 100)")
+    parser.add_argument("--iterations", type=int, default=300, help="of ADMM (default 300)")
     parser.add_argument("--bpw", type=float, nargs="+", default=list(BPWS), help="bits per weight")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("build/quantizer"))
@@ -102,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     print(f"torch {torch.__version__}, {platform.machine()}, {args.threads} thread(s)\n")
     for part in args.parts or PARTS:
-        rows = {"errors": errors, "itq": itq, "model": model}[part](args)
+        rows = {"errors": errors, "itq": itq, "batches": batches, "model": model}[part](args)
         (args.out / f"{part}.json").write_text(json.dumps(rows, indent=1))
     return 0
 
@@ -155,15 +160,16 @@ def methods(name: str, group: str, weight: torch.Tensor, bpw: float, iterations:
         return dual_svid(latent.a, latent.b)
 
     def refined() -> PackedPath:
-        path = BinaryPath.from_packed(rotated(15), weight.dtype)
+        path = BinaryPath.from_packed([rotated(15)], weight.dtype)
         refine(weight, path, 12)
-        return path.packed()
+        return path.packed()[0]
 
     def factorised() -> PackedPath:
-        path = BinaryPath.random(weight, rank, float(weight.square().mean().sqrt()), seeded())
+        n, k = weight.shape
+        path = BinaryPath.random((n, k), rank, [float(weight.square().mean().sqrt())], [seeded()])
         admm(weight, path, iterations)
         refine(weight, path, 12)
-        return path.packed()
+        return path.packed()[0]
 
     def outcome(method: str, make: Callable[[], PackedPath]) -> Outcome:
         start = time.perf_counter()
@@ -292,6 +298,48 @@ def itq(args: argparse.Namespace) -> list[dict[str, Any]]:
         for row in rows
     ]
     print(markdown(["spectrum", "R", "iterations", "alignment", "error", "s", "faster"], cells))
+    print()
+    return rows
+
+
+# --- several layers at once -------------------------------------------------------------------------------
+
+
+def batches(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Layers of one shape alone and together: seconds of processor time, in turns, the least of two."""
+    chosen = [w for w in encoder_weights().values() if w.shape == (384, 384)][:BATCH]
+    rows: list[dict[str, Any]] = []
+    for bpw in args.bpw:
+        rank = rank_for_bpw(384, 384, bpw, paths=1)
+        layers = [
+            DenseLayer(weight.clone, QuantConfig(ranks=(rank,), admm_iterations=args.iterations, seed=seed))
+            for seed, weight in enumerate(chosen)
+        ]
+        ways: dict[str, Callable[[], list[QuantizedLayer]]] = {
+            "alone": lambda layers=layers: [quantize_together([layer])[0] for layer in layers],
+            "together": lambda layers=layers: quantize_together(layers),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        made: dict[str, list[QuantizedLayer]] = {}
+        for _ in range(2):
+            for name, run in ways.items():
+                start = time.process_time()
+                made[name] = run()
+                seconds[name].append(time.process_time() - start)
+        same = all(
+            torch.equal(mine, other)
+            for one, two in zip(*made.values(), strict=True)
+            for mine, other in zip(one.packed.unique_tensors(), two.packed.unique_tensors(), strict=True)
+        )
+        alone, together = (min(times) for times in seconds.values())
+        rows.append({"bpw": bpw, "rank": rank, "alone": alone, "together": together, "same_bits": same})
+        note(f"batches at {bpw:g} bpw")
+    cells = [
+        [f"{r['bpw']:g}", str(r["rank"]), f"{r['alone']:.2f}", f"{r['together']:.2f}", f"{r['same_bits']}"]
+        for r in rows
+    ]
+    head = ["bpw", "R", f"{len(chosen)} layers alone, s", "together, s", "same bits"]
+    print(markdown(head, cells))
     print()
     return rows
 

@@ -8,6 +8,7 @@ from .dispatch import BackendUnavailableError
 from .explanation import Explanation, explain
 from .format import FORMAT_VERSION, PackedLinear, PackedPath
 from .functional import littlebit_linear
+from .fusion import LinearGroup, fuse_linears, grouped_linear, unfuse_linears
 from .gpu import GpuProperties
 from .linear import LittleBitLinear
 from .ops import load
@@ -22,6 +23,7 @@ __all__ = [
     "BackendUnavailableError",
     "Explanation",
     "GpuProperties",
+    "LinearGroup",
     "LittleBitLinear",
     "NativeLibraryError",
     "PackedLinear",
@@ -29,14 +31,17 @@ __all__ = [
     "PrepackedLinear",
     "__version__",
     "explain",
+    "fuse_linears",
     "get_include",
     "get_library_dir",
+    "grouped_linear",
     "littlebit_linear",
     "load",
     "pack_signs",
     "packed_from_state",
     "packed_to_state",
     "prepack",
+    "unfuse_linears",
     "unpack_signs",
     "warmup",
 ]

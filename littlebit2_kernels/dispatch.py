@@ -28,11 +28,11 @@ ACTIVATIONS = {"auto": 0, "exact": 1, "int16": 2, "int8": 3, "sign": 4, "float16
 #: Dtypes of x that every backend takes.
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-#: Most tokens of a call that ``auto`` gives to the CUDA kernels where Triton's can run too. Those are made
-#: for a few tokens: 128 are one round of 8 blocks that each expand (or stage) every sign anew, and more are
-#: further rounds, while Triton's GEMM expands signs once for 128 tokens. By counts of instructions, not yet
-#: measured.
-CUDA_TOKENS = 128
+#: Most tokens of a call that ``auto`` gives to the CUDA kernels where Triton's can run too. Both expand signs
+#: once for up to 128 tokens, but the GEMM in CUDA uses ``mma.sync``, which on Hopper has about two thirds of
+#: the tensor cores' rate, and Triton's ``wgmma``, which has all of it; below, launches and latencies weigh
+#: more, and those of the CUDA kernels are chained. By counts of instructions, not yet measured.
+CUDA_TOKENS = 512
 
 
 class BackendUnavailableError(RuntimeError):

@@ -39,18 +39,20 @@ class Launch:
 
     Attributes:
         kind: ``"convert"`` turns the activations of many tokens into what the tensor cores take, once for all
-            blocks; ``"decode"`` multiplies signs by activations.
+            blocks; ``"decode"`` multiplies signs by activations, ``"gemm"`` does so for more than 16 tokens.
         stage: 0, or 1 for U of a layer with two stages.
-        grid: tiles of ``16 * row_warps`` rows; parts that the columns are split into; blocks of
-            ``token_tile`` tokens.
+        grid: tiles of ``16 * row_warps`` rows, of a GEMM of ``row_tile``; parts that the columns are split
+            into; blocks of ``token_tile`` tokens.
         threads: of a block.
         token_tile: tokens of a block.
-        row_warps: warps of a block with rows of their own; 0, as what follows, where nothing is multiplied.
+        row_warps: warps of a decode block with rows of their own; 0, as the two that follow, of others.
         split_warps: warps that share rows and split their columns.
         chunk_slices: slices of 512 columns whose activations are in shared memory at once.
         shared_bytes: shared memory of a block.
         chained: whether it may start before the kernel before it has ended; it waits.
-        estimated_cycles: clock cycles of one token by the planner's estimate, not a measurement.
+        estimated_cycles: clock cycles by the planner's estimate, of one token, or of a GEMM's whole round;
+            not a measurement.
+        row_tile: rows of a GEMM block; 0 of others.
     """
 
     kind: str
@@ -64,6 +66,7 @@ class Launch:
     shared_bytes: int
     chained: bool
     estimated_cycles: int
+    row_tile: int
 
     def __str__(self) -> str:
         fields = {**vars(self), "grid": " x ".join(map(str, self.grid))}
@@ -81,8 +84,8 @@ class Explanation:
         macs: sign-accumulate operations, all stages and paths.
         packed_bytes: bytes of the layer that one pass reads.
         kernels: on the CPU ``"lookup"`` on a prepacked layer and ``"portable"`` on the packed words; on CUDA
-            ``"bit planes"`` (1-bit tensor cores) and ``"sign halves"`` (float16 ones); of Triton ``"gemv"``
-            (in one launch ``"fused"``), ``"gemm"`` or ``"xnor"``; else ``None``.
+            ``"bit planes"`` (1-bit tensor cores), ``"sign halves"`` (float16 ones) and ``"gemm"``; of Triton
+            ``"gemv"`` (in one launch ``"fused"``), ``"gemm"`` or ``"xnor"``; else ``None``.
         activation: how activations enter the sums, ``"auto"`` resolved.
         isa: CPU instruction set, or ``None`` for other backends.
         threads: threads that get work of a prepacked layer, or that torch offers the call.
@@ -199,7 +202,7 @@ def explain(
             raise BackendUnavailableError(f"backend 'cuda' cannot run on {properties}: {error}") from error
         return Explanation(
             **common,
-            kernels="bit planes" if plan["one_bit_mma"] else "sign halves",
+            kernels=_cuda_kernels(plan),
             activation=_activation_name(plan),
             token_block=plan["token_block"],
             workspace_bytes=plan["workspace_bytes"],
@@ -232,6 +235,12 @@ def explain(
         workspace_bytes=plan["forward_workspace_bytes"],
         first_stages=plan["first_stages"],
     )
+
+
+def _cuda_kernels(plan: dict[str, Any]) -> str:
+    if plan["launches"][-1]["kind"] == "gemm":
+        return "gemm"
+    return "bit planes" if plan["one_bit_mma"] else "sign halves"
 
 
 def _activation_name(plan: dict[str, Any]) -> str:

@@ -37,9 +37,9 @@ def littlebit_linear(
         activation: how activations enter the sums (docs/kernels.md): ``"exact"`` in float32, ``"int16"``
             (error about 3e-4), ``"int8"`` (about 1e-2), ``"sign"`` (binarised), ``"float16"`` (CUDA only,
             about 2e-4), or ``"auto"``: exact for float32, and on the CPU for layers that are not
-            prepacked; else int16, or float16 on GPUs without 1-bit tensor cores and with Triton, which has no
-            int16. On the CPU, int16, int8 and sign need a prepacked layer. Gradients are those of exact sums;
-            of x not yet by the CUDA kernels.
+            prepacked; else int16, or float16 on GPUs for more than 16 tokens, on those without 1-bit tensor
+            cores, and with Triton, which has no int16. On the CPU, int16, int8 and sign need a prepacked
+            layer. Gradients are those of exact sums; of x not yet by the CUDA kernels.
 
     Returns:
         ``[..., N]`` in the dtype of ``x``; accumulation is in float32 or exact.

@@ -53,6 +53,15 @@ class WeightPacker(Protocol):
         ...
 
 
+class _Group(Protocol):
+    """Layers that are computed together: ``littlebit2_kernels.LinearGroup``, which knows this module."""
+
+    members: tuple[LittleBitLinear, ...]
+    on_cpu: bool
+
+    def take(self, member: LittleBitLinear, x: torch.Tensor) -> torch.Tensor | None: ...
+
+
 class LittleBitLinear(nn.Module):
     """A linear layer held as packed signs and float32 scales.
 
@@ -92,6 +101,8 @@ class LittleBitLinear(nn.Module):
     """
 
     auto_prepack: bool
+    #: Layers that are computed together with this one (:func:`littlebit2_kernels.fuse_linears`).
+    _group: _Group | None = None
 
     def __init__(
         self,
@@ -241,6 +252,7 @@ class LittleBitLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # Pickles hold the portable tensors: the prepacked layout is no file format.
         state = self.__dict__.copy()
+        state.pop("_group", None)  # the other layers may stay behind
         if "prepacked" in self._buffers:
             others = {name: buffer for name, buffer in self._buffers.items() if name != "prepacked"}
             state["_buffers"] = {**_portable_buffers(self.packed), **others}
@@ -260,7 +272,8 @@ class LittleBitLinear(nn.Module):
         # Unlike a pickle, a copy keeps the layout.
         module = self.__class__.__new__(self.__class__)
         memo[id(self)] = module
-        module.__setstate__(copy.deepcopy(self.__dict__, memo))
+        own = {name: value for name, value in self.__dict__.items() if name != "_group"}
+        module.__setstate__(copy.deepcopy(own, memo))
         return module
 
     def _operands(self, buffers: dict[str, Any]) -> Operands:
@@ -315,6 +328,11 @@ class LittleBitLinear(nn.Module):
         """
         buffers: dict[str, Any] = self._buffers
         layer = buffers.get("prepacked")
+        group = self._group
+        if group is not None and (layer is None or group.on_cpu):
+            y = group.take(self, x)
+            if y is not None:
+                return y
         if layer is None or self.backend not in ("auto", "cpu"):
             return self._general_forward(x)
         # The way of every call on the CPU: the operator checks what is checked elsewhere up front.

@@ -65,6 +65,9 @@ def _register() -> None:
     for name, fake, setup, backward in operators:
         torch.library.register_fake(f"littlebit2::{name}", fake)
         torch.library.register_autograd(f"littlebit2::{name}", backward, setup_context=setup)
+    from . import grouped_ops  # noqa: PLC0415  # imports this module
+
+    grouped_ops.register()
 
 
 def _load_while_tracing() -> bool:
@@ -83,6 +86,16 @@ _load_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _load_cuda_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def load_for(x: torch.Tensor) -> None:
+    """:func:`load` what the device of ``x`` needs, also while tracing."""
+    if not torch.compiler.is_compiling():
+        load("cuda" if x.is_cuda else "cpu")
+    elif x.is_cuda:
+        _load_cuda_while_tracing()
+    else:
+        _load_while_tracing()
+
+
 def linear_from_operands(
     x: torch.Tensor, operands: Operands, bias: torch.Tensor | None, activation: int = 0
 ) -> torch.Tensor:
@@ -97,13 +110,9 @@ def linear_from_operands(
     Returns:
         ``[..., N]`` in the dtype of ``x``.
     """
+    load_for(x)
     if torch.compiler.is_compiling():
-        if x.is_cuda:
-            _load_cuda_while_tracing()
-        else:
-            _load_while_tracing()
         return torch.ops.littlebit2.linear(x, *operands, bias, activation)
-    load("cuda" if x.is_cuda else "cpu")
     if forward_ad._current_level >= 0:
         primal, tangent = forward_ad.unpack_dual(x)
         if tangent is not None:
@@ -111,7 +120,7 @@ def linear_from_operands(
             # Derivatives are those of exact sums.
             y = linear_from_operands(primal, operands, bias, activation)
             return forward_ad.make_dual(y, linear_from_operands(tangent, operands, None, 1))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in _flatten((x, *operands, bias))):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in flatten((x, *operands, bias))):
         return torch.ops.littlebit2.linear(x, *operands, bias, activation)
     # Nothing to differentiate: step over the Python autograd kernel, which costs more than the dispatch.
     with torch._C._AutoDispatchBelowAutograd():
@@ -150,7 +159,8 @@ def linear_from_prepacked(
         return torch.ops.littlebit2.linear_prepacked(x, layer, bias, out_features, activation)
 
 
-def _flatten(arguments: Iterable[torch.Tensor | Operand | None]) -> Iterator[torch.Tensor]:
+def flatten(arguments: Iterable[torch.Tensor | Operand | None]) -> Iterator[torch.Tensor]:
+    """Yield the tensors of arguments that are tensors, lists of them or ``None``."""
     for argument in arguments:
         if isinstance(argument, torch.Tensor):
             yield argument
@@ -158,9 +168,10 @@ def _flatten(arguments: Iterable[torch.Tensor | Operand | None]) -> Iterator[tor
             yield from argument
 
 
-def _check_fake_x(name: str, x: torch.Tensor, layer: Iterable[torch.Tensor | Operand | None]) -> None:
+def check_fake_x(name: str, x: torch.Tensor, layer: Iterable[torch.Tensor | Operand | None]) -> None:
+    """Raise ``RuntimeError`` unless a fake call has one device and a supported dtype."""
     # One operand on the meta device is enough to get here with the others elsewhere.
-    for tensor in _flatten(layer):
+    for tensor in flatten(layer):
         if tensor.device != x.device:
             raise RuntimeError(
                 f"littlebit2: {name} and the layer must be on one device, got {x.device} and {tensor.device}"
@@ -169,8 +180,9 @@ def _check_fake_x(name: str, x: torch.Tensor, layer: Iterable[torch.Tensor | Ope
         raise RuntimeError(f"littlebit2: {name} must be float32, float16 or bfloat16, got {x.dtype}")
 
 
-def _check_fake(name: str, x: torch.Tensor, cols: int, operands: Operands, bias: torch.Tensor | None) -> None:
-    _check_fake_x(name, x, (*operands, bias))
+def check_fake(name: str, x: torch.Tensor, cols: int, operands: Operands, bias: torch.Tensor | None) -> None:
+    """The same, and the lists and last dimension agree."""
+    check_fake_x(name, x, (*operands, bias))
     v, u, in_scale, latent_scale, out_scale = operands
     for list_name, tensors in (
         ("u", u),
@@ -198,7 +210,7 @@ def _linear_fake(
     bias: torch.Tensor | None = None,
     activation: int = 0,
 ) -> torch.Tensor:
-    _check_fake("x", x, in_scale[0].shape[-1], (v, u, in_scale, latent_scale, out_scale), bias)
+    check_fake("x", x, in_scale[0].shape[-1], (v, u, in_scale, latent_scale, out_scale), bias)
     return x.new_empty((*x.shape[:-1], out_scale[0].shape[-1]))
 
 
@@ -210,13 +222,12 @@ def _linear_backward_x_fake(
     latent_scale: Operand | None,
     out_scale: Operand,
 ) -> torch.Tensor:
-    _check_fake("grad", grad, out_scale[0].shape[-1], (v, u, in_scale, latent_scale, out_scale), None)
+    check_fake("grad", grad, out_scale[0].shape[-1], (v, u, in_scale, latent_scale, out_scale), None)
     return grad.new_empty((*grad.shape[:-1], in_scale[0].shape[-1]))
 
 
-def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    # Inputs of both operators start with x or grad and the five operands; the forward has more.
-    operands = inputs[1:6]
+def refuse_gradients_of_scales(operands: tuple[Any, ...]) -> None:
+    """Raise ``RuntimeError`` if a scale requires a gradient."""
     for name, tensors in zip(("in_scale", "latent_scale", "out_scale"), operands[2:], strict=True):
         for index, tensor in enumerate(tensors or ()):
             if tensor.requires_grad:
@@ -224,19 +235,27 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> No
                     f"{name}[{index}] requires a gradient, but packed layers are frozen: "
                     "littlebit2::linear is differentiable in x and bias only"
                 )
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    # Inputs of both operators start with x or grad and the five operands; the forward has more.
+    operands = inputs[1:6]
+    refuse_gradients_of_scales(operands)
     # Saved, not kept: autograd then notices when they are changed in place before the backward call.
-    ctx.save_for_backward(*_flatten(operands))
+    ctx.save_for_backward(*flatten(operands))
     ctx.lengths = [None if tensors is None else len(tensors) for tensors in operands]
     bias = inputs[6] if len(inputs) > 6 else None
     ctx.bias_like = None if bias is None else (bias.shape, bias.dtype)
 
 
-def _saved_operands(ctx: Any) -> list[Operand | None]:
+def saved_operands(ctx: Any) -> list[Operand | None]:
+    """Return the operands that a set-up saved, list by list."""
     saved = iter(ctx.saved_tensors)
     return [None if length is None else list(itertools.islice(saved, length)) for length in ctx.lengths]
 
 
-def _no_gradients(ctx: Any) -> list[list[None] | None]:
+def no_gradients(ctx: Any) -> list[list[None] | None]:
+    """Return what stands for the gradients of the operands."""
     # Autograd wants a gradient, here none, for every element of every list.
     return [None if length is None else [None] * length for length in ctx.lengths]
 
@@ -244,21 +263,21 @@ def _no_gradients(ctx: Any) -> list[list[None] | None]:
 def _linear_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     grad_x = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.littlebit2.linear_backward_x(grad, *_saved_operands(ctx))
+        grad_x = torch.ops.littlebit2.linear_backward_x(grad, *saved_operands(ctx))
     grad_bias = None
     if len(ctx.needs_input_grad) > 6 and ctx.needs_input_grad[6]:
         shape, dtype = ctx.bias_like
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=dtype).reshape(shape)
     # The dispatcher drops a bias and an activation left at their defaults.
-    return (grad_x, *_no_gradients(ctx), grad_bias, None)[: len(ctx.needs_input_grad)]
+    return (grad_x, *no_gradients(ctx), grad_bias, None)[: len(ctx.needs_input_grad)]
 
 
 def _linear_backward_x_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     # The transpose of the transpose: the layer without its bias, with exact sums as the gradient assumes.
     grad_grad = None
     if ctx.needs_input_grad[0]:
-        grad_grad = torch.ops.littlebit2.linear(grad, *_saved_operands(ctx), None, 1)
-    return grad_grad, *_no_gradients(ctx)
+        grad_grad = torch.ops.littlebit2.linear(grad, *saved_operands(ctx), None, 1)
+    return grad_grad, *no_gradients(ctx)
 
 
 def _prepacked_fake(
@@ -268,12 +287,12 @@ def _prepacked_fake(
     out_features: int,
     activation: int = 0,
 ) -> torch.Tensor:
-    _check_fake_x("x", x, (layer, bias))
+    check_fake_x("x", x, (layer, bias))
     return x.new_empty((*x.shape[:-1], out_features))
 
 
 def _prepacked_backward_x_fake(grad: torch.Tensor, layer: torch.Tensor, in_features: int) -> torch.Tensor:
-    _check_fake_x("grad", grad, (layer,))
+    check_fake_x("grad", grad, (layer,))
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 

@@ -2,13 +2,13 @@
 
 namespace lb2 {
 
-FirstStages find_first_stages(const lb2_linear_args& args) noexcept {
+FirstStages find_first_stages(const lb2_path* const* paths, int num_paths) noexcept {
   FirstStages stages = {};
-  for (int p = 0; p < static_cast<int>(args.num_paths); ++p) {
-    const lb2_path& path = args.paths[p];
+  for (int p = 0; p < num_paths; ++p) {
+    const lb2_path& path = *paths[p];
     int group = 0;
     for (; group < stages.num_groups; ++group) {
-      const lb2_path& leader = args.paths[stages.leader_of[group]];
+      const lb2_path& leader = *paths[stages.leader_of[group]];
       if (leader.v == path.v && leader.v_stride == path.v_stride && leader.rank == path.rank &&
           leader.in_scale == path.in_scale)
         break;
@@ -17,6 +17,13 @@ FirstStages find_first_stages(const lb2_linear_args& args) noexcept {
     stages.group_of[p] = group;
   }
   return stages;
+}
+
+FirstStages find_first_stages(const lb2_linear_args& args) noexcept {
+  const lb2_path* paths[LB2_MAX_PATHS];
+  const int num_paths = static_cast<int>(args.num_paths);
+  for (int p = 0; p < num_paths; ++p) paths[p] = args.paths + p;
+  return find_first_stages(paths, num_paths);
 }
 
 int64_t count_macs(const lb2_linear_args& args, const FirstStages& stages) noexcept {

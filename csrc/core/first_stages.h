@@ -11,6 +11,7 @@ struct FirstStages {
   int group_of[LB2_MAX_PATHS];   // path -> its group
 };
 
+FirstStages find_first_stages(const lb2_path* const* paths, int num_paths) noexcept;
 FirstStages find_first_stages(const lb2_linear_args& args) noexcept;
 
 // Sign-accumulate operations of the forward call; INT64_MAX when there are more.

@@ -4,6 +4,7 @@
 #include <cinttypes>
 
 #include "core/status.h"
+#include "cuda/gemm_params.h"
 #include "cuda/instances.h"
 
 namespace lb2::cuda {
@@ -47,7 +48,8 @@ lb2_status check_device(const lb2_cuda_device* device) noexcept {
   return LB2_OK;
 }
 
-lb2_status check_tuning(const lb2_cuda_tuning& tuning, int64_t most_splits) noexcept {
+lb2_status check_tuning(const lb2_cuda_tuning& tuning, lb2_activation activation,
+                        int64_t most_splits) noexcept {
   for (const int32_t warps : tuning.row_warps)
     if (warps < 0 || warps > kWarps || (warps & (warps - 1)) != 0)
       return fail(LB2_ERROR_INVALID_ARGUMENT, "tuning->row_warps must be 0, 1, 2, 4 or 8, got %" PRId32,
@@ -57,6 +59,18 @@ lb2_status check_tuning(const lb2_cuda_tuning& tuning, int64_t most_splits) noex
                 std::min(most_splits, kMostParts), tuning.splits);
   if (tuning.max_chunk < 0)
     return fail(LB2_ERROR_INVALID_ARGUMENT, "tuning->max_chunk must be >= 0, got %" PRId32, tuning.max_chunk);
+  for (int stage = 0; stage < 2; ++stage) {
+    const int32_t rows = tuning.gemm_rows[stage], tokens = tuning.gemm_tokens[stage];
+    bool known = false;
+    for (const GemmTile& tile : kGemmTiles)
+      known = known || ((rows == 0 || rows == tile.rows) && (tokens == 0 || tokens == tile.tokens) &&
+                        (!has_gemm(activation) || has_gemm_tile(activation, tile.rows, tile.tokens)));
+    if (!known)
+      return fail(LB2_ERROR_INVALID_ARGUMENT,
+                  "tuning->gemm_rows and gemm_tokens must be 64 and 32, 128 and 32, 128 and 64 or, but in "
+                  "exact, 128 and 128, each 0 for any, got %" PRId32 " and %" PRId32,
+                  rows, tokens);
+  }
   return LB2_OK;
 }
 

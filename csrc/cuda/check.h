@@ -9,7 +9,8 @@ namespace lb2::cuda {
 LB2_API lb2_status check_device(const lb2_cuda_device* device) noexcept;
 
 // `most_splits`: of the first of two stages.
-lb2_status check_tuning(const lb2_cuda_tuning& tuning, int64_t most_splits) noexcept;
+lb2_status check_tuning(const lb2_cuda_tuning& tuning, lb2_activation activation,
+                        int64_t most_splits) noexcept;
 
 lb2_status check_plan_struct(const lb2_cuda_plan* plan) noexcept;
 

@@ -1,21 +1,22 @@
 // The decode kernel: signs [rows, cols] times the activations of up to 16 tokens.
 //
-// A block owns 16 * row_warps rows, one part of the columns and one tile of tokens. The slices of its
-// columns, of all its terms one after another, are its items. It brings their activations into shared memory
-// chunk by chunk (convert.h), then multiplies: warp (row, split) takes 16 rows and every split_warps-th item,
-// with the words of its next two items in flight. At the end, the partial sums of a row's warps meet in
-// shared memory and are added in order. Which items a warp adds, and in which order, depends on the layer
-// alone: results do not depend on the number of tokens, and no atomics are used.
+// A block owns 16 * row_warps rows of one group, one part of its columns and one tile of tokens. The slices
+// of its columns, of all terms of the group one after another, are its items. It brings their activations
+// into shared memory chunk by chunk (convert.h), then multiplies: warp (row, split) takes 16 rows and every
+// split_warps-th item, with the words of its next two items in flight. At the end, the partial sums of a
+// row's warps meet in shared memory and are added in order. Which items a warp adds, and in which order,
+// depends on the layer alone: results do not depend on the number of tokens, and no atomics are used.
 #pragma once
 
 #include "cuda/convert.h"
 
 namespace lb2::cuda {
 
-// The terms and columns of a block: of one term a part of the slices, or all slices of all terms.
+// What a block adds up: a part of the slices of its group's terms.
 struct Items {
-  int first_term, last_term;
-  int begin;  // first slice of the first term
+  const StageParams* params;
+  const Group* group;
+  int begin;  // first slice, counted from the group's first term on
   int count;
 
   struct Place {
@@ -23,31 +24,23 @@ struct Items {
   };
   // For 0 <= item < count.
   LB2_DEVICE Place operator[](int item) const {
-    int term = first_term, slice = begin + item;
-    while (term + 1 < last_term && slice >= slices_of(params->terms[term])) {
+    int term = group->first_term, slice = begin + item;
+    while (term + 1 < group->last_term && slice >= slices_of(params->terms[term])) {
       slice -= slices_of(params->terms[term]);
       ++term;
     }
     return {term, slice};
   }
-
-  const StageParams* params;
 };
 
 LB2_DEVICE Items block_items(const StageParams& params) {
-  Items items = {0, params.num_terms, 0, 0, &params};
-  if (params.alone) {
-    while (items.first_term + 1 < params.num_terms &&
-           params.terms[items.first_term + 1].first_tile <= block_x())
-      ++items.first_term;
-    items.last_term = items.first_term + 1;
-    const int64_t slices = slices_of(params.terms[items.first_term]);
-    items.begin = static_cast<int>(slices * block_y() / params.splits);
-    items.count = static_cast<int>(slices * (block_y() + 1) / params.splits) - items.begin;
-  } else {
-    for (int i = 0; i < params.num_terms; ++i) items.count += slices_of(params.terms[i]);
-  }
-  return items;
+  int index = 0;
+  while (index + 1 < params.num_groups && params.groups[index + 1].first_tile <= block_x()) ++index;
+  const Group& group = params.groups[index];
+  int64_t slices = 0;
+  for (int term = group.first_term; term < group.last_term; ++term) slices += slices_of(params.terms[term]);
+  const int begin = static_cast<int>(slices * block_y() / params.splits);
+  return {&params, &group, begin, static_cast<int>(slices * (block_y() + 1) / params.splits) - begin};
 }
 
 // What a lane needs of one item: the words of rows g and g + 8, and what their sums are multiplied by.
@@ -69,6 +62,7 @@ LB2_DEVICE ItemSigns load_item(const Items& items, int item, int first_row, int 
   if (item >= items.count) return signs;
   const Items::Place place = items[item];
   const Term& term = items.params->terms[place.term];
+  const int rows = items.group->rows;
   const int row_words = (term.cols + LB2_WORD_BITS - 1) / LB2_WORD_BITS;
   const int word = place.slice * kSliceWords + lane % 4 * 4;
   const bool aligned = aligned16(term.words) && (term.word_stride & 3) == 0;
@@ -76,9 +70,9 @@ LB2_DEVICE ItemSigns load_item(const Items& items, int item, int first_row, int 
   for (int half = 0; half < 2; ++half) {
     // Rows past the last one repeat it; their sums are not stored.
     int row = first_row + lane / 4 + 8 * half;
-    row = row < term.rows ? row : term.rows - 1;
+    row = row < rows ? row : rows - 1;
     // What lies between two rows can be read as well: its columns are zero. Nothing lies past the last row.
-    const int readable = row + 1 < term.rows ? static_cast<int>(term.word_stride) : row_words;
+    const int readable = row + 1 < rows ? static_cast<int>(term.word_stride) : row_words;
     (half == 0 ? signs.low : signs.high) =
         load_signs(term.words + row * term.word_stride, word, row_words, aligned && word + 4 <= readable);
     signs.row_scale[half] = term.row_scale != nullptr ? term.row_scale[row] : 1.0f;
@@ -96,7 +90,7 @@ LB2_DEVICE void prefetch_items(const Items& items, int item, int step, int first
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = first_row + lane / 4 + 8 * half;
-    if (row < term.rows) prefetch(term.words + row * term.word_stride + place.slice * kSliceWords);
+    if (row < items.group->rows) prefetch(term.words + row * term.word_stride + place.slice * kSliceWords);
   }
 }
 
@@ -147,21 +141,18 @@ LB2_DEVICE void store_element(void* output, int64_t index, lb2_dtype dtype, floa
 // Adds up the sums of the warps that share rows, partial[split_warp][token][row of the block], and stores
 // them.
 template <int kTokens>
-LB2_DEVICE void store_rows(const StageParams& params, const Term& term, const float* partial, int first_token,
-                           int tokens, int tile_row) {
+LB2_DEVICE void store_rows(const StageParams& params, const Group& group, const float* partial,
+                           int first_token, int tokens, int tile_row) {
   const int block_rows = 1 << params.block_rows_log2, split_warps = kWarps / params.row_warps;
+  const int64_t first_row = static_cast<int64_t>(block_y()) * params.m + first_token;
   for (int item = thread_id(); item < tokens << params.block_rows_log2; item += kThreads) {
     const int token = item >> params.block_rows_log2, row = tile_row + (item & (block_rows - 1));
-    if (row >= term.rows) continue;
-    float sum = params.bias != nullptr ? params.bias[row] : 0.0f;
+    if (row >= group.rows) continue;
+    float sum = group.bias != nullptr ? group.bias[row] : 0.0f;
     float parts = 0.0f;
     for (int split = 0; split < split_warps; ++split) parts += partial[split * kTokens * block_rows + item];
     sum += parts;
-    const int64_t at = first_token + token;
-    if (params.alone)
-      term.sums[(static_cast<int64_t>(block_y()) * params.m + at) * term.rows + row] = sum;
-    else
-      store_element(params.output, at * params.output_stride + row, params.output_dtype, sum);
+    store_element(group.output, (first_row + token) * group.output_stride + row, params.output_dtype, sum);
   }
 }
 
@@ -179,18 +170,17 @@ LB2_DEVICE void decode_block(const StageParams& params) {
   // The kernel before this one may have written anything, unless it is known to have left the layer alone.
   if (!params.signs_early) wait_for_previous_kernel();
   const Items items = block_items(params);
-  const Term& term = params.terms[items.first_term];
-  const int tile = block_x() - (params.alone ? term.first_tile : 0);
-  const int tile_row = tile << params.block_rows_log2;
+  const Group& group = *items.group;
+  const int tile_row = (block_x() - group.first_tile) << params.block_rows_log2;
   const int first_row = tile_row + row_warp * kTileRows;
   int item = split_warp;
   ItemSigns current = load_item(items, item, first_row, lane);
   ItemSigns next = load_item(items, item + split_warps, first_row, lane);
   prefetch_items(items, item, split_warps, first_row, lane);
   if constexpr (!Layout::kConvertedAhead) prefetch_scales<Mma>(items);
-  if (params.bias != nullptr && tile_row + thread_id() < term.rows &&
+  if (group.bias != nullptr && tile_row + thread_id() < group.rows &&
       thread_id() < 1 << params.block_rows_log2)
-    prefetch(params.bias + tile_row + thread_id());
+    prefetch(group.bias + tile_row + thread_id());
   if (params.signs_early) wait_for_previous_kernel();
   let_next_kernel_start();
 
@@ -219,7 +209,7 @@ LB2_DEVICE void decode_block(const StageParams& params) {
     partial[(split_warp * kTokens + token) * block_rows + row_warp * kTileRows + lane / 4 + 8 * half] = sum;
   });
   sync_block();
-  store_rows<kTokens>(params, term, partial, first_token, tokens, tile_row);
+  store_rows<kTokens>(params, group, partial, first_token, tokens, tile_row);
 }
 
 // Two blocks on an SM, but where the sums of many tokens need the registers.

@@ -1,11 +1,11 @@
 // The one header with CUDA intrinsics and PTX. With LB2_CUDA_ON_HOST the same functions come from a shim that
 // executes kernels on the host (tests/cpp/cuda_host), so everything that includes this is plain C++ besides.
 //
-// Fragments of the MMAs are as in the PTX ISA, "Matrix Fragments for mma.m16n8k256" (.b1) and "Matrix
-// Fragments for mma.m16n8k16 with floating point type" (.f16); g = lane / 4, t = lane % 4:
+// Fragments of the MMAs are as in the PTX ISA, "Matrix Fragments for mma.m16n8k256" (.b1), "... for
+// mma.m16n8k16 with floating point type" (.f16) and "... for mma.m16n8k32" (.s8); g = lane / 4, t = lane % 4:
 //   A, 4 registers: rows g, g + 8, g, g + 8; .b1: bits k = 32 t .. 32 t + 31, the last two 128 further; .f16:
-//      k = 2 t, 2 t + 1, the last two 8 further.
-//   B, 2 registers: column g, the same k, the second 128 or 8 further.
+//      k = 2 t, 2 t + 1, the last two 8 further; .s8: k = 4 t .. 4 t + 3, the last two 16 further.
+//   B, 2 registers: column g, the same k, the second 128, 8 or 16 further.
 //   C, 4 numbers: row g, columns 2 t and 2 t + 1; row g + 8, the same columns.
 #pragma once
 
@@ -52,6 +52,9 @@ LB2_DEVICE void sync_block() { __syncthreads(); }
 
 // All 32 lanes take part.
 LB2_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
+LB2_DEVICE uint32_t shuffle_xor(uint32_t value, int mask) {
+  return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
+}
 
 // Over the lanes of a warp, to all of them.
 LB2_DEVICE uint32_t warp_max(uint32_t value) { return __reduce_max_sync(0xFFFFFFFFu, value); }
@@ -63,6 +66,8 @@ LB2_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
 // a / b to 2 ulp, for b between 2^-126 and 2^126.
 LB2_DEVICE float fast_divide(float a, float b) { return __fdividef(a, b); }
 LB2_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+// a * b, never part of a fused operation.
+LB2_DEVICE float multiply_rounded(float a, float b) { return __fmul_rn(a, b); }
 
 LB2_DEVICE float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 LB2_DEVICE float bfloat_to_float(uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
@@ -98,6 +103,20 @@ LB2_DEVICE void copy_words4(void* shared, const void* global) {
                "l"(global)
                : "memory");
 }
+// 4 bytes likewise, at multiples of 4; zero, and nothing read, if not `inside`.
+LB2_DEVICE void copy_word(void* shared, const void* global, bool inside) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global), "r"(inside ? 4 : 0)
+               : "memory");
+}
+// The thread's copies since the last commit become a group; wait until at most `kGroups` of its groups are
+// under way.
+LB2_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kGroups>
+LB2_DEVICE void wait_for_copy_groups() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
 LB2_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // c += popcount(a & b), m16n8k256.
@@ -116,6 +135,15 @@ LB2_DEVICE void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// c += a b, m16n8k32, int8 into int32.
+LB2_DEVICE void mma_s8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 

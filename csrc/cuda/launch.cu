@@ -3,10 +3,12 @@
 
 #include <cinttypes>
 
-#include "core/check.h"
 #include "core/status.h"
 #include "cuda/check.h"
+#include "cuda/gemm_kernels.h"
+#include "cuda/gemm_plan.h"
 #include "cuda/kernels.h"
+#include "cuda/layers.h"
 #include "cuda/plan.h"
 
 namespace lb2::cuda {
@@ -85,9 +87,8 @@ struct KernelState {
 };
 
 // Also allows the kernel the shared memory that it may ever be planned with.
-lb2_status prepare_kernel(Kernel kernel, const lb2_cuda_device& device, KernelState* state) {
+lb2_status prepare_kernel(const void* function, const lb2_cuda_device& device, KernelState* state) {
   const char* what = "preparing a kernel";
-  const void* function = reinterpret_cast<const void*>(kernel);
   cudaFuncAttributes attributes;
   LB2_RETURN_IF_CUDA_ERROR(what, cudaFuncGetAttributes(&attributes, function));
   LB2_RETURN_IF_CUDA_ERROR(what, cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -101,6 +102,15 @@ lb2_status prepare_kernel(Kernel kernel, const lb2_cuda_device& device, KernelSt
   return LB2_OK;
 }
 
+// The state of a kernel, `kept` for its thread and device, or NULL for a device that is not kept.
+lb2_status kernel_state(const void* function, const lb2_cuda_device& device, KernelState* kept,
+                        KernelState* state) {
+  if (kept == nullptr) return prepare_kernel(function, device, state);
+  if (!kept->ready) LB2_RETURN_IF_ERROR(prepare_kernel(function, device, kept));
+  *state = *kept;
+  return LB2_OK;
+}
+
 lb2_status find_kernel(const lb2_cuda_launch& launch, int32_t ordinal, const lb2_cuda_device& device,
                        lb2_activation activation, Kernel* kernel, KernelState* state) {
   thread_local KernelState known[kMaxDevices][2][LB2_ACTIVATION_FLOAT16 + 1][kMaxTokenTile + 1] = {};
@@ -109,14 +119,25 @@ lb2_status find_kernel(const lb2_cuda_launch& launch, int32_t ordinal, const lb2
   *kernel = converts ? kernels.convert : kernels.decode;
   KernelState* kept =
       ordinal < kMaxDevices ? &known[ordinal][converts][activation][launch.token_tile] : nullptr;
-  if (kept == nullptr) return prepare_kernel(*kernel, device, state);
-  if (!kept->ready) LB2_RETURN_IF_ERROR(prepare_kernel(*kernel, device, kept));
-  *state = *kept;
-  return LB2_OK;
+  return kernel_state(reinterpret_cast<const void*>(*kernel), device, kept, state);
 }
 
-lb2_status queue(const lb2_cuda_launch& launch, Kernel kernel, bool chained, const StageParams& params,
-                 cudaStream_t stream) {
+lb2_status find_gemm_kernel(const lb2_cuda_launch& launch, int32_t ordinal, const lb2_cuda_device& device,
+                            lb2_activation activation, GemmKernel* kernel, KernelState* state) {
+  constexpr int kTiles = sizeof kGemmTiles / sizeof *kGemmTiles;
+  thread_local KernelState known[kMaxDevices][LB2_ACTIVATION_FLOAT16 + 1][kTiles + 1] = {};
+  *kernel = gemm_kernel_of(activation, launch.row_tile, launch.token_tile);
+  int tile = 0;
+  while (tile < kTiles &&
+         (kGemmTiles[tile].rows != launch.row_tile || kGemmTiles[tile].tokens != launch.token_tile))
+    ++tile;
+  KernelState* kept = ordinal < kMaxDevices ? &known[ordinal][activation][tile] : nullptr;
+  return kernel_state(reinterpret_cast<const void*>(*kernel), device, kept, state);
+}
+
+template <typename Params>
+lb2_status queue(const lb2_cuda_launch& launch, void (*kernel)(const Params), bool chained,
+                 const Params& params, cudaStream_t stream) {
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -146,29 +167,43 @@ lb2_status lb2_cuda_get_device(int32_t ordinal, lb2_cuda_device* device) {
   return lb2::cuda::check_device(&found);
 }
 
-lb2_status lb2_linear_forward_cuda(const lb2_linear_args* args, const lb2_cuda_plan* made, void* stream) {
+lb2_status lb2_grouped_forward_cuda(const lb2_linear_args* args, int64_t num_layers,
+                                    const lb2_cuda_plan* made, void* stream) {
   using namespace lb2::cuda;
-  LB2_RETURN_IF_ERROR(lb2::check_layer(args));
+  Layers layers;
+  LB2_RETURN_IF_ERROR(gather_layers(args, num_layers, &layers));
   Plan plan;
-  LB2_RETURN_IF_ERROR(resume_plan(*args, made, &plan));
+  LB2_RETURN_IF_ERROR(resume_plan(layers, made, &plan));
   int32_t ordinal;
   lb2_cuda_device device;
   LB2_RETURN_IF_ERROR(current_device(&ordinal, &device));
   LB2_RETURN_IF_ERROR(check_same_device(device, plan.device));
-  LB2_RETURN_IF_ERROR(lb2::check_buffers(*args, lb2::Direction::kForward, plan.workspace_bytes));
-  LB2_RETURN_IF_ERROR(check_addresses(*args));
-  char* workspace = align_workspace(args->workspace);
-  for (int64_t first = 0; first < args->m; first += plan.token_block) {
-    const int64_t left = args->m - first, tokens = left < plan.token_block ? left : plan.token_block;
+  LB2_RETURN_IF_ERROR(check_data(layers, plan.workspace_bytes));
+  char* workspace = align_workspace(layers.front().workspace);
+  const int64_t m = layers.front().m;
+  for (int64_t first = 0; first < m; first += plan.token_block) {
+    const int64_t left = m - first, tokens = left < plan.token_block ? left : plan.token_block;
     for (int i = 0; i < plan.num_launches; ++i) {
       const lb2_cuda_launch launch = launch_for(plan, i, tokens);
-      Kernel kernel;
       KernelState state;
+      if (is_gemm(plan)) {
+        GemmKernel multiply;
+        LB2_RETURN_IF_ERROR(find_gemm_kernel(launch, ordinal, device, plan.activation, &multiply, &state));
+        LB2_RETURN_IF_ERROR(queue(launch, multiply, launch.chained && state.waits,
+                                  gemm_params(layers, plan, i, first, tokens, workspace),
+                                  static_cast<cudaStream_t>(stream)));
+        continue;
+      }
+      Kernel kernel;
       LB2_RETURN_IF_ERROR(find_kernel(launch, ordinal, device, plan.activation, &kernel, &state));
       LB2_RETURN_IF_ERROR(queue(launch, kernel, launch.chained && state.waits,
-                                launch_params(*args, plan, i, first, tokens, workspace),
+                                launch_params(layers, plan, i, first, tokens, workspace),
                                 static_cast<cudaStream_t>(stream)));
     }
   }
   return LB2_OK;
+}
+
+lb2_status lb2_linear_forward_cuda(const lb2_linear_args* args, const lb2_cuda_plan* plan, void* stream) {
+  return lb2_grouped_forward_cuda(args, 1, plan, stream);
 }

@@ -16,31 +16,38 @@ constexpr int kSliceCols =
 constexpr int kSliceWords = kSliceCols / LB2_WORD_BITS;
 constexpr int kMaxTokenTile = 16;
 
-// Signs [rows, cols] applied to scale[cols] * (sum of the parts of input)[m, cols].
+// Signs [rows of its group, cols] applied to scale[cols] * (sum of the parts of input)[m, cols].
 struct Term {
   const void* input;
   const float* scale;
   const uint32_t* words;
-  const float* row_scale;    // [rows], when terms are added
-  float* sums;               // [grid_y, m, rows], when terms stand alone
+  const float* row_scale;    // [rows], or NULL for 1
   unsigned char* converted;  // [token tile, slice], where a launch of its own makes what blocks stage
   int64_t word_stride;
   int64_t input_stride;  // elements between tokens
   int64_t part_stride;   // elements between the parts of input
-  int32_t rows, cols;
-  int32_t first_tile;  // when terms stand alone
+  int32_t cols;
+};
+
+// Rows that a launch computes: the sum of its terms, each times its row_scale, and a bias. In a first stage,
+// one distinct V; in a last one, the outputs of one layer.
+struct Group {
+  void* output;       // [parts, m, rows]
+  const float* bias;  // [rows] or NULL
+  int64_t output_stride;
+  int32_t rows;
+  int32_t first_tile;  // of blocks in x
+  int32_t first_term, last_term;
 };
 
 struct StageParams {
   Term terms[LB2_MAX_PATHS];
-  int64_t output_stride;
-  void* output;       // [m, rows], when terms are added
-  const float* bias;  // [rows] or NULL
+  Group groups[LB2_MAX_PATHS];
   int32_t num_terms;
-  int32_t alone;  // 1: each term to its own sums; 0: all terms scaled, added and stored
-  int32_t num_parts;
+  int32_t num_groups;
+  int32_t num_parts;  // of the inputs
   int32_t m;
-  int32_t splits;
+  int32_t splits;  // parts of the output: each sums a part of the columns
   int32_t row_warps;
   int32_t block_rows_log2;  // of kTileRows * row_warps
   int32_t chunk_slices;

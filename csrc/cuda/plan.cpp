@@ -8,6 +8,7 @@
 #include "core/check.h"
 #include "core/status.h"
 #include "cuda/check.h"
+#include "cuda/gemm_plan.h"
 #include "cuda/instances.h"
 
 namespace lb2::cuda {
@@ -24,27 +25,34 @@ constexpr int64_t kChunkBytes = 96 * 1024;  // of staged activations: room for t
 int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 int64_t align(int64_t bytes) { return divide_up(bytes, kWorkspaceAlignment) * kWorkspaceAlignment; }
 
-// One stage as planning sees it.
+// One stage as planning sees it: groups of rows, each the sum of terms.
 struct Work {
-  int64_t term_rows[LB2_MAX_PATHS];
+  int64_t group_rows[LB2_MAX_PATHS];
+  int64_t group_slices[LB2_MAX_PATHS];  // of all its terms
+  int num_groups;
   int64_t term_slices[LB2_MAX_PATHS];
   int num_terms;
-  bool alone;  // each term has its own rows; else all add into the same
+  int stage;
+  bool last;  // the output of the call: nobody could add up parts of it
 
+  void add_term(int64_t cols) {
+    const int64_t slices = divide_up(cols, kSliceCols);
+    term_slices[num_terms++] = slices;
+    group_slices[num_groups - 1] += slices;
+  }
+  void add_group(int64_t rows) { group_rows[num_groups++] = rows; }
   int64_t all_slices() const {
     int64_t sum = 0;
     for (int i = 0; i < num_terms; ++i) sum += term_slices[i];
     return sum;
   }
-  // Slices of one block whose columns are not split.
-  int64_t block_slices() const { return alone ? term_slices[0] : all_slices(); }
+  // The most slices of one block whose columns are not split.
+  int64_t block_slices() const { return *std::max_element(group_slices, group_slices + num_groups); }
 };
 
 int64_t row_tiles(const Work& work, int row_warps) {
-  const int64_t tile = kTileRows * row_warps;
-  if (!work.alone) return divide_up(work.term_rows[0], tile);
   int64_t tiles = 0;
-  for (int i = 0; i < work.num_terms; ++i) tiles += divide_up(work.term_rows[i], tile);
+  for (int i = 0; i < work.num_groups; ++i) tiles += divide_up(work.group_rows[i], kTileRows * row_warps);
   return tiles;
 }
 
@@ -76,7 +84,7 @@ struct Range {
 void choose_shape(const Work& work, int32_t multiprocessors, int32_t wanted_row_warps, int32_t wanted_splits,
                   lb2_cuda_launch* stage) {
   const Range warps(wanted_row_warps, kWarps);
-  const Range parts(wanted_splits, work.alone ? std::min(work.block_slices(), kMostSplits) : 1);
+  const Range parts(wanted_splits, work.last ? 1 : std::min(work.block_slices(), kMostSplits));
   int64_t best = INT64_MAX;
   for (int64_t row_warps = warps.least; row_warps <= warps.most; row_warps *= 2)
     for (int64_t splits = parts.least; splits <= parts.most; splits *= 2) {
@@ -111,21 +119,21 @@ void fit_tokens(lb2_activation activation, int64_t tokens, int64_t slices, int64
 }
 
 // Adds the launches of one stage, and what they need of the workspace.
-void add_stage(const Work& work, int stage, const lb2_cuda_tuning& tuning, Plan* plan) {
+void add_stage(const Work& work, const lb2_cuda_tuning& tuning, Plan* plan) {
   const int32_t chained = plan->device.capability >= kLeastChained && !tuning.unchained;
   lb2_cuda_launch decode = {};
   decode.kind = LB2_CUDA_DECODE;
-  decode.stage = stage;
+  decode.stage = work.stage;
   decode.threads = kThreads;
   decode.chained = chained;
-  choose_shape(work, plan->device.multiprocessors, tuning.row_warps[stage], work.alone ? tuning.splits : 0,
-               &decode);
+  choose_shape(work, plan->device.multiprocessors, tuning.row_warps[work.stage],
+               work.last ? 0 : tuning.splits, &decode);
   fit_tokens(plan->activation, plan->token_block, work.block_slices(), plan->device.shared_bytes,
              tuning.max_chunk, &decode);
   if (converts_ahead(decode.token_tile)) {
     lb2_cuda_launch convert = {};
     convert.kind = LB2_CUDA_CONVERT;
-    convert.stage = stage;
+    convert.stage = work.stage;
     convert.grid_x = static_cast<int32_t>(divide_up(work.all_slices() * decode.token_tile, kWarps));
     convert.grid_y = 1;
     convert.grid_z = decode.grid_z;
@@ -135,15 +143,15 @@ void add_stage(const Work& work, int stage, const lb2_cuda_tuning& tuning, Plan*
     plan->launches[plan->num_launches++] = convert;
     const int64_t slice = slice_bytes(plan->activation, decode.token_tile);
     for (int i = 0; i < work.num_terms; ++i) {
-      plan->converted_offset[stage][i] = plan->workspace_bytes;
+      plan->converted_offset[work.stage][i] = plan->workspace_bytes;
       plan->workspace_bytes += align(decode.grid_z * work.term_slices[i] * slice);
     }
   }
   plan->launches[plan->num_launches++] = decode;
-  if (!work.alone) return;
-  for (int i = 0; i < work.num_terms; ++i) {
+  if (work.last) return;
+  for (int i = 0; i < work.num_groups; ++i) {
     plan->sums_offset[i] = plan->workspace_bytes;
-    plan->workspace_bytes += align(decode.grid_y * plan->token_block * work.term_rows[i] * 4);
+    plan->workspace_bytes += align(decode.grid_y * plan->token_block * work.group_rows[i] * 4);
   }
 }
 
@@ -155,72 +163,79 @@ lb2_status resolve_activation(const lb2_linear_args& args, const lb2_cuda_device
                 "_FLOAT16 (5), got %" PRId32,
                 *activation);
   if (*activation != LB2_ACTIVATION_AUTO) return LB2_OK;
-  *activation = args.dtype == LB2_FLOAT32                    ? LB2_ACTIVATION_EXACT
-                : device.capability <= kLastOneBitCapability ? LB2_ACTIVATION_INT16
-                                                             : LB2_ACTIVATION_FLOAT16;
+  const bool one_bit = device.capability <= kLastOneBitCapability;
+  *activation = args.dtype == LB2_FLOAT32            ? LB2_ACTIVATION_EXACT
+                : one_bit && args.m <= kMaxTokenTile ? LB2_ACTIVATION_INT16
+                                                     : LB2_ACTIVATION_FLOAT16;
   return LB2_OK;
 }
 
-int64_t slices_of(int64_t cols) { return divide_up(cols, kSliceCols); }
-
 }  // namespace
 
-lb2_status make_plan(const lb2_linear_args& args, lb2_activation activation, const lb2_cuda_device& device,
+lb2_status make_plan(const Layers& layers, lb2_activation activation, const lb2_cuda_device& device,
                      const lb2_cuda_tuning* given, Plan* plan) noexcept {
   *plan = {};
-  LB2_RETURN_IF_ERROR(check_sizes(args));
+  const lb2_linear_args& args = layers.front();
   LB2_RETURN_IF_ERROR(resolve_activation(args, device, &activation));
-  const bool single_stage = args.paths[0].u == nullptr;
   const lb2_cuda_tuning tuning = given != nullptr ? *given : lb2_cuda_tuning{};
-  LB2_RETURN_IF_ERROR(check_tuning(tuning, single_stage ? 1 : slices_of(args.k)));
+  LB2_RETURN_IF_ERROR(
+      check_tuning(tuning, activation, layers.single_stage ? 1 : divide_up(args.k, kSliceCols)));
   plan->struct_size = sizeof(lb2_cuda_plan);
   plan->device = device;
   plan->activation = activation;
   plan->one_bit_mma = is_one_bit(activation);
-  plan->first = find_first_stages(args);
+  plan->first = find_first_stages(layers);
   plan->first_stages = plan->first.num_groups;
-  plan->macs = count_macs(args, plan->first);
+  plan->macs = count_macs(layers);
+  if (uses_gemm(activation, args.m, device.shared_bytes)) {
+    add_gemm_launches(layers, tuning, plan);
+    plan->workspace_bytes += kWorkspaceAlignment;
+    return LB2_OK;
+  }
   plan->token_block = std::min(args.m, kTokenBlock);
-
-  Work first = {}, last = {};
-  first.alone = true;
-  first.num_terms = plan->first.num_groups;
-  for (int g = 0; g < first.num_terms; ++g) {
-    first.term_rows[g] = args.paths[plan->first.leader_of[g]].rank;
-    first.term_slices[g] = slices_of(args.k);
+  if (!layers.single_stage) {
+    Work first = {};
+    for (int g = 0; g < plan->first.num_groups; ++g) {
+      first.add_group(layers.paths[plan->first.leader_of[g]]->rank);
+      first.add_term(args.k);
+    }
+    add_stage(first, tuning, plan);
   }
-  last.num_terms = static_cast<int>(args.num_paths);
-  for (int p = 0; p < last.num_terms; ++p) {
-    last.term_rows[p] = args.n;
-    last.term_slices[p] = slices_of(single_stage ? args.k : args.paths[p].rank);
+  Work last = {};
+  last.stage = layers.single_stage ? 0 : 1;
+  last.last = true;
+  for (int32_t i = 0; i < layers.count; ++i) {
+    last.add_group(layers.args[i].n);
+    for (int32_t p = layers.first_path[i]; p < layers.first_path[i + 1]; ++p)
+      last.add_term(layers.single_stage ? args.k : layers.paths[p]->rank);
   }
-  if (!single_stage) add_stage(first, 0, tuning, plan);
-  add_stage(last, single_stage ? 0 : 1, tuning, plan);
+  add_stage(last, tuning, plan);
   if (plan->workspace_bytes > 0) plan->workspace_bytes += kWorkspaceAlignment;
   return LB2_OK;
 }
 
-lb2_status resume_plan(const lb2_linear_args& args, const lb2_cuda_plan* made, Plan* plan) noexcept {
+lb2_status resume_plan(const Layers& layers, const lb2_cuda_plan* made, Plan* plan) noexcept {
   LB2_RETURN_IF_ERROR(check_plan_struct(made));
   LB2_RETURN_IF_ERROR(check_device(&made->device));
-  // Its choices, to plan with them again: a plan that comes out the same is one that was made for args.
+  // Its choices, to plan with them again: a plan that comes out the same is one that was made for the call.
   lb2_cuda_tuning tuning = {};
   tuning.unchained = !made->launches[0].chained;
+  read_gemm_tuning(*made, &tuning);
   for (const lb2_cuda_launch& launch : made->launches) {
     if (launch.kind != LB2_CUDA_DECODE) continue;
-    const bool two_stages = args.paths[0].u != nullptr;
     tuning.row_warps[launch.stage == 1] = launch.row_warps;
-    if (two_stages && launch.stage == 0) tuning.splits = launch.grid_y;
+    if (!layers.single_stage && launch.stage == 0) tuning.splits = launch.grid_y;
     tuning.max_chunk = std::max(tuning.max_chunk, launch.chunk_slices);
   }
-  const bool planned = make_plan(args, made->activation, made->device, &tuning, plan) == LB2_OK;
+  const bool planned = make_plan(layers, made->activation, made->device, &tuning, plan) == LB2_OK;
   // Every member is an integer, and there is no padding: equal plans are equal bytes.
   static_assert(std::has_unique_object_representations_v<lb2_cuda_plan>);
   if (planned && std::memcmp(static_cast<const lb2_cuda_plan*>(plan), made, sizeof *made) == 0) return LB2_OK;
+  const lb2_linear_args& args = layers.front();
   return fail(LB2_ERROR_INVALID_ARGUMENT,
-              "plan must be what lb2_linear_plan_cuda made for the sizes and paths of args (m=%" PRId64
-              ", k=%" PRId64 ", n=%" PRId64 ", num_paths=%" PRId64 "), got one that differs",
-              args.m, args.k, args.n, args.num_paths);
+              "plan must be what was made for the sizes and paths of this call (layers=%" PRId32
+              ", m=%" PRId64 ", k=%" PRId64 ", n=%" PRId64 ", num_paths=%" PRId32 "), got one that differs",
+              layers.count, args.m, args.k, args.n, layers.num_paths);
 }
 
 lb2_cuda_launch launch_for(const Plan& plan, int index, int64_t tokens) noexcept {
@@ -229,14 +244,15 @@ lb2_cuda_launch launch_for(const Plan& plan, int index, int64_t tokens) noexcept
   return launch;
 }
 
-StageParams launch_params(const lb2_linear_args& args, const Plan& plan, int index, int64_t first,
-                          int64_t tokens, char* workspace) noexcept {
+StageParams launch_params(const Layers& layers, const Plan& plan, int index, int64_t first, int64_t tokens,
+                          char* workspace) noexcept {
   const lb2_cuda_launch& launch = plan.launches[index];
-  const bool single_stage = args.paths[0].u == nullptr;
-  const bool last = launch.stage == 1 || single_stage, reads_input = launch.stage == 0;
+  const lb2_linear_args& args = layers.front();
+  const bool reads_input = launch.stage == 0, last = launch.stage == 1 || layers.single_stage;
   const int64_t element_bytes = args.dtype == LB2_FLOAT32 ? 4 : 2;
   StageParams params = {};
   params.input_dtype = reads_input ? args.dtype : LB2_FLOAT32;
+  params.output_dtype = last ? args.dtype : LB2_FLOAT32;
   params.num_parts = 1;
   if (!reads_input)
     for (const lb2_cuda_launch& before : plan.launches)
@@ -247,45 +263,61 @@ StageParams launch_params(const lb2_linear_args& args, const Plan& plan, int ind
   while (kTileRows * launch.row_warps > 1 << params.block_rows_log2) ++params.block_rows_log2;
   params.chunk_slices = launch.chunk_slices;
   params.signs_early = index > 0;
-  params.alone = !last;
-  params.num_terms = static_cast<int32_t>(last ? args.num_paths : plan.first.num_groups);
-  if (last) {
-    params.output = static_cast<char*>(args.output) + first * args.output_stride * element_bytes;
-    params.output_stride = args.output_stride;
-    params.output_dtype = args.dtype;
-    params.bias = args.bias;
-  }
-  const auto sums_of = [&](int group) {
-    return reinterpret_cast<float*>(workspace + plan.sums_offset[group]);
+  const auto sums_of = [&](int stage) {
+    return reinterpret_cast<float*>(workspace + plan.sums_offset[stage]);
   };
-  int64_t first_tile = 0;
-  for (int i = 0; i < params.num_terms; ++i) {
-    const lb2_path& path = args.paths[last ? i : plan.first.leader_of[i]];
-    Term& term = params.terms[i];
+  int32_t tiles = 0;
+  const auto add_group = [&](int64_t rows) -> Group& {
+    Group& group = params.groups[params.num_groups++];
+    group.rows = static_cast<int32_t>(rows);
+    group.first_tile = tiles;
+    group.first_term = group.last_term = params.num_terms;
+    // Launches that convert have no rows.
+    if (launch.row_warps > 0) tiles += static_cast<int32_t>(divide_up(rows, kTileRows * launch.row_warps));
+    return group;
+  };
+  // Path p, in the last of the groups.
+  const auto add_term = [&](int p) {
+    const lb2_path& path = *layers.paths[p];
+    Term& term = params.terms[params.num_terms];
     term.row_scale = last ? path.out_scale : nullptr;
-    term.converted = reinterpret_cast<unsigned char*>(workspace) + plan.converted_offset[launch.stage][i];
+    term.converted =
+        reinterpret_cast<unsigned char*>(workspace) + plan.converted_offset[launch.stage][params.num_terms];
     if (reads_input) {
       term.input = static_cast<const char*>(args.input) + first * args.input_stride * element_bytes;
       term.input_stride = args.input_stride;
       term.scale = path.in_scale;
       term.words = reinterpret_cast<const uint32_t*>(path.v);
       term.word_stride = path.v_stride;
-      term.rows = static_cast<int32_t>(path.rank);
       term.cols = static_cast<int32_t>(args.k);
     } else {
-      term.input = sums_of(plan.first.group_of[i]);
+      term.input = sums_of(plan.first.group_of[p]);
       term.input_stride = path.rank;
       term.part_stride = tokens * path.rank;
       term.scale = path.latent_scale;
       term.words = reinterpret_cast<const uint32_t*>(path.u);
       term.word_stride = path.u_stride;
-      term.rows = static_cast<int32_t>(args.n);
       term.cols = static_cast<int32_t>(path.rank);
     }
-    if (last) continue;
-    term.sums = sums_of(i);
-    term.first_tile = static_cast<int32_t>(first_tile);
-    if (launch.row_warps > 0) first_tile += divide_up(term.rows, kTileRows * launch.row_warps);
+    params.groups[params.num_groups - 1].last_term = ++params.num_terms;
+  };
+  if (!last) {
+    for (int g = 0; g < plan.first.num_groups; ++g) {
+      const int leader = plan.first.leader_of[g];
+      Group& group = add_group(layers.paths[leader]->rank);
+      group.output = sums_of(g);
+      group.output_stride = group.rows;
+      add_term(leader);
+    }
+    return params;
+  }
+  for (int32_t i = 0; i < layers.count; ++i) {
+    const lb2_linear_args& layer = layers.args[i];
+    Group& group = add_group(layer.n);
+    group.output = static_cast<char*>(layer.output) + first * layer.output_stride * element_bytes;
+    group.output_stride = layer.output_stride;
+    group.bias = layer.bias;
+    for (int32_t p = layers.first_path[i]; p < layers.first_path[i + 1]; ++p) add_term(p);
   }
   return params;
 }
@@ -298,10 +330,11 @@ char* align_workspace(void* workspace) noexcept {
 
 }  // namespace lb2::cuda
 
-lb2_status lb2_linear_plan_cuda(const lb2_linear_args* args, lb2_activation activation,
-                                const lb2_cuda_device* device, const lb2_cuda_tuning* tuning,
-                                lb2_cuda_plan* out) {
-  LB2_RETURN_IF_ERROR(lb2::check_layer(args));
+lb2_status lb2_grouped_plan_cuda(const lb2_linear_args* layers, int64_t num_layers, lb2_activation activation,
+                                 const lb2_cuda_device* device, const lb2_cuda_tuning* tuning,
+                                 lb2_cuda_plan* out) {
+  lb2::cuda::Layers gathered;
+  LB2_RETURN_IF_ERROR(lb2::cuda::gather_layers(layers, num_layers, &gathered));
   LB2_RETURN_IF_ERROR(lb2::cuda::check_device(device));
   LB2_RETURN_IF_ERROR(lb2::cuda::check_plan_struct(out));
   if (tuning != nullptr && tuning->struct_size != sizeof(lb2_cuda_tuning))
@@ -309,7 +342,13 @@ lb2_status lb2_linear_plan_cuda(const lb2_linear_args* args, lb2_activation acti
                      "tuning->struct_size must equal sizeof(lb2_cuda_tuning) = %zu, got %" PRIu64,
                      sizeof(lb2_cuda_tuning), tuning->struct_size);
   lb2::cuda::Plan plan;
-  LB2_RETURN_IF_ERROR(lb2::cuda::make_plan(*args, activation, *device, tuning, &plan));
+  LB2_RETURN_IF_ERROR(lb2::cuda::make_plan(gathered, activation, *device, tuning, &plan));
   *out = plan;
   return LB2_OK;
+}
+
+lb2_status lb2_linear_plan_cuda(const lb2_linear_args* args, lb2_activation activation,
+                                const lb2_cuda_device* device, const lb2_cuda_tuning* tuning,
+                                lb2_cuda_plan* out) {
+  return lb2_grouped_plan_cuda(args, 1, activation, device, tuning, out);
 }

@@ -1,7 +1,7 @@
 // How a CUDA call is cut up: pure functions of the layer and the GPU's properties, tested without a GPU.
 #pragma once
 
-#include "core/first_stages.h"
+#include "cuda/layers.h"
 #include "cuda/params.h"
 #include "littlebit2/cuda.h"
 
@@ -10,26 +10,24 @@ namespace lb2::cuda {
 constexpr int32_t kLeastChained = 90;  // capability with programmatic dependent launch
 
 struct Plan : lb2_cuda_plan {  // launches for token_block tokens, or fewer where there are fewer
-  FirstStages first;
-  // Bytes into the workspace: [grid_y, tokens, rank] fp32 partial latents of each group, and the converted
-  // slices of each term of a stage.
+  FirstStages first;           // of the paths of all layers
+  // Bytes into the workspace: [grid_y, tokens, rank] fp32 partial latents of each first stage, and the
+  // converted slices of each term of a stage.
   int64_t sums_offset[LB2_MAX_PATHS];
   int64_t converted_offset[2][LB2_MAX_PATHS];
 };
 
-// The arguments must have passed check_layer, and the device check_device; tuning may be NULL.
-LB2_API lb2_status make_plan(const lb2_linear_args& args, lb2_activation activation,
-                             const lb2_cuda_device& device, const lb2_cuda_tuning* tuning,
-                             Plan* plan) noexcept;
+// The device must have passed check_device; tuning may be NULL.
+LB2_API lb2_status make_plan(const Layers& layers, lb2_activation activation, const lb2_cuda_device& device,
+                             const lb2_cuda_tuning* tuning, Plan* plan) noexcept;
 
-// The whole plan of a call from what lb2_linear_plan_cuda gave for it, of which nothing is trusted. The
-// arguments must have passed check_layer.
-LB2_API lb2_status resume_plan(const lb2_linear_args& args, const lb2_cuda_plan* made, Plan* plan) noexcept;
+// The whole plan of a call from what lb2_grouped_plan_cuda gave for it, of which nothing is trusted.
+LB2_API lb2_status resume_plan(const Layers& layers, const lb2_cuda_plan* made, Plan* plan) noexcept;
 
 // Geometry and parameters of one launch for the tokens [first, first + tokens) of the call; `workspace` is
 // aligned.
 LB2_API lb2_cuda_launch launch_for(const Plan& plan, int launch, int64_t tokens) noexcept;
-LB2_API StageParams launch_params(const lb2_linear_args& args, const Plan& plan, int launch, int64_t first,
+LB2_API StageParams launch_params(const Layers& layers, const Plan& plan, int launch, int64_t first,
                                   int64_t tokens, char* workspace) noexcept;
 
 constexpr int64_t kWorkspaceAlignment = 256;

@@ -3,9 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "littlebit2/cuda.h"
@@ -145,25 +147,15 @@ py::dict plan_cpu(int64_t m, int64_t k, int64_t n, const std::vector<int64_t>& r
   return result;
 }
 
-// Plans a forward call of M tokens on a GPU of the given properties.
-py::dict plan_cuda(int64_t m, int64_t k, int64_t n, const std::vector<int64_t>& ranks, bool single_stage,
-                   const std::vector<int64_t>& shares, const std::string& dtype, int32_t activation,
-                   int32_t capability, int32_t multiprocessors, int64_t shared_bytes) {
-  Shapes shapes(m, k, n, ranks, single_stage, shares);
-  shapes.args.dtype = dtype_from_name(dtype);
-  lb2_cuda_device device = {};
-  device.struct_size = sizeof device;
-  device.capability = capability;
-  device.multiprocessors = multiprocessors;
-  device.shared_bytes = shared_bytes;
-  lb2_cuda_plan plan = {};
-  plan.struct_size = sizeof plan;
-  throw_on_error(lb2_linear_plan_cuda(&shapes.args, activation, &device, nullptr, &plan));
+// A plan as Python sees it.
+py::dict describe(const lb2_cuda_plan& plan) {
   py::list launches;
   for (int32_t i = 0; i < plan.num_launches; ++i) {
     const lb2_cuda_launch& planned = plan.launches[i];
     py::dict launch;
-    launch["kind"] = planned.kind == LB2_CUDA_CONVERT ? "convert" : "decode";
+    launch["kind"] = planned.kind == LB2_CUDA_CONVERT  ? "convert"
+                     : planned.kind == LB2_CUDA_DECODE ? "decode"
+                                                       : "gemm";
     launch["stage"] = planned.stage;
     launch["grid"] = py::make_tuple(planned.grid_x, planned.grid_y, planned.grid_z);
     launch["threads"] = planned.threads;
@@ -174,6 +166,7 @@ py::dict plan_cuda(int64_t m, int64_t k, int64_t n, const std::vector<int64_t>& 
     launch["shared_bytes"] = planned.shared_bytes;
     launch["chained"] = planned.chained != 0;
     launch["estimated_cycles"] = planned.estimated_cycles;
+    launch["row_tile"] = planned.row_tile;
     launches.append(launch);
   }
   py::dict result;
@@ -185,6 +178,45 @@ py::dict plan_cuda(int64_t m, int64_t k, int64_t n, const std::vector<int64_t>& 
   result["first_stages"] = plan.first_stages;
   result["launches"] = launches;
   return result;
+}
+
+lb2_cuda_device device_of(int32_t capability, int32_t multiprocessors, int64_t shared_bytes) {
+  lb2_cuda_device device = {};
+  device.struct_size = sizeof device;
+  device.capability = capability;
+  device.multiprocessors = multiprocessors;
+  device.shared_bytes = shared_bytes;
+  return device;
+}
+
+// N, ranks, whether there is a single stage, and shares of a layer.
+using LayerShape = std::tuple<int64_t, std::vector<int64_t>, bool, std::vector<int64_t>>;
+
+// Plans a forward call of M tokens of layers on one input, on a GPU of the given properties.
+py::dict plan_grouped_cuda(int64_t m, int64_t k, const std::vector<LayerShape>& layers,
+                           const std::string& dtype, int32_t activation, int32_t capability,
+                           int32_t multiprocessors, int64_t shared_bytes) {
+  std::vector<std::unique_ptr<Shapes>> shapes;
+  std::vector<lb2_linear_args> args;
+  for (const auto& [n, ranks, single_stage, shares] : layers) {
+    shapes.push_back(std::make_unique<Shapes>(m, k, n, ranks, single_stage, shares));
+    args.push_back(shapes.back()->args);
+    args.back().dtype = dtype_from_name(dtype);
+  }
+  const lb2_cuda_device device = device_of(capability, multiprocessors, shared_bytes);
+  lb2_cuda_plan plan = {};
+  plan.struct_size = sizeof plan;
+  throw_on_error(lb2_grouped_plan_cuda(args.data(), static_cast<int64_t>(args.size()), activation, &device,
+                                       nullptr, &plan));
+  return describe(plan);
+}
+
+// Plans a forward call of M tokens on a GPU of the given properties.
+py::dict plan_cuda(int64_t m, int64_t k, int64_t n, const std::vector<int64_t>& ranks, bool single_stage,
+                   const std::vector<int64_t>& shares, const std::string& dtype, int32_t activation,
+                   int32_t capability, int32_t multiprocessors, int64_t shared_bytes) {
+  return plan_grouped_cuda(m, k, {{n, ranks, single_stage, shares}}, dtype, activation, capability,
+                           multiprocessors, shared_bytes);
 }
 
 // Plans a forward call of M tokens of a prepacked layer.
@@ -245,6 +277,10 @@ PYBIND11_MODULE(_core, m) {
         py::arg("single_stage"), py::arg("shares"), py::arg("dtype"), py::arg("activation"),
         py::arg("capability"), py::arg("multiprocessors"), py::arg("shared_bytes"),
         "Plan a forward call on a GPU of these properties; needs no GPU.");
+  m.def("plan_grouped_cuda", &plan_grouped_cuda, py::arg("m"), py::arg("k"), py::arg("layers"),
+        py::arg("dtype"), py::arg("activation"), py::arg("capability"), py::arg("multiprocessors"),
+        py::arg("shared_bytes"),
+        "Plan a forward call of layers (n, ranks, single_stage, shares) on one input; needs no GPU.");
   m.def("plan_prepacked_cpu", &plan_prepacked_cpu, py::arg("layer").noconvert(), py::arg("m"),
         py::arg("dtype"), py::arg("activation"), py::arg("threads"),
         "Plan a forward call of a prepacked layer: isa, activation, token_block, workers, workspace_bytes.");

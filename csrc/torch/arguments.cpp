@@ -84,48 +84,56 @@ const float* scale_data(const Name& name, const Tensor& scale, int64_t size, con
   return static_cast<const float*>(scale.const_data_ptr());
 }
 
-void set_layer(lb2_linear_args& args, Paths& paths, const std::vector<Tensor>& v, const OptionalTensors& u,
-               const std::vector<Tensor>& in_scale, const OptionalTensors& latent_scale,
-               const std::vector<Tensor>& out_scale, const Place& place) {
-  const size_t count = v.size();
-  const bool single_stage = !u.has_value();
-  LB2_CHECK(count >= 1 && count <= LB2_MAX_PATHS, "v must hold between 1 and ", LB2_MAX_PATHS,
-            " tensors, got ", count);
-  check_length("in_scale", in_scale, count);
-  check_length("out_scale", out_scale, count);
-  LB2_CHECK(latent_scale.has_value() == !single_stage, "latent_scale must be given exactly when u is");
-  if (!single_stage) {
-    check_length("u", *u, count);
-    check_length("latent_scale", *latent_scale, count);
+LayerTensors all_paths(const std::vector<Tensor>& v, const OptionalTensors& u,
+                       const std::vector<Tensor>& in_scale, const OptionalTensors& latent_scale,
+                       const std::vector<Tensor>& out_scale) {
+  LB2_CHECK(!v.empty(), "v must hold between 1 and ", LB2_MAX_PATHS, " tensors, got 0");
+  check_length("in_scale", in_scale, v.size());
+  check_length("out_scale", out_scale, v.size());
+  LB2_CHECK(latent_scale.has_value() == u.has_value(), "latent_scale must be given exactly when u is");
+  if (u) {
+    check_length("u", *u, v.size());
+    check_length("latent_scale", *latent_scale, v.size());
   }
-  LB2_CHECK(is_vector(in_scale[0]), "in_scale[0] must have shape [K] or [1, K], got ", shape_of(in_scale[0]));
-  LB2_CHECK(is_vector(out_scale[0]), "out_scale[0] must have shape [N] or [1, N], got ",
-            shape_of(out_scale[0]));
-  args.k = in_scale[0].numel();
-  args.n = out_scale[0].numel();
-  LB2_CHECK(args.k >= 1, "in_scale[0] must not be empty");
-  LB2_CHECK(args.n >= 1, "out_scale[0] must not be empty");
-  for (size_t p = 0; p < count; ++p) {
+  return {v, u, in_scale, latent_scale, out_scale, 0, v.size()};
+}
+
+void set_layer(lb2_linear_args& args, lb2_path* paths, const LayerTensors& tensors, const Place& place) {
+  const bool single_stage = !tensors.u.has_value();
+  LB2_CHECK(tensors.count >= 1 && tensors.count <= LB2_MAX_PATHS, "v must hold between 1 and ", LB2_MAX_PATHS,
+            " tensors, got ", tensors.count);
+  const auto named = [&](const char* text, size_t p) {
+    return Name{text, static_cast<int64_t>(tensors.first + p)};
+  };
+  const auto size_of = [&](const char* text, const Tensor& scale, const char* dim) {
+    LB2_CHECK(is_vector(scale), named(text, 0), " must have shape [", dim, "] or [1, ", dim, "], got ",
+              shape_of(scale));
+    LB2_CHECK(scale.numel() >= 1, named(text, 0), " must not be empty");
+    return scale.numel();
+  };
+  args.k = size_of("in_scale", tensors.in_scale[tensors.first], "K");
+  args.n = size_of("out_scale", tensors.out_scale[tensors.first], "N");
+  for (size_t p = 0; p < tensors.count; ++p) {
+    const size_t at = tensors.first + p;
     lb2_path& path = paths[p];
     path = {};
-    path.in_scale = scale_data(Name{"in_scale", static_cast<int64_t>(p)}, in_scale[p], args.k, place);
-    path.out_scale = scale_data(Name{"out_scale", static_cast<int64_t>(p)}, out_scale[p], args.n, place);
-    LB2_CHECK(v[p].dim() == 2, Name{"v", static_cast<int64_t>(p)}, " must be two-dimensional, got ",
-              shape_of(v[p]));
-    path.rank = single_stage ? args.n : v[p].size(0);
-    const Words v_words = words_data(Name{"v", static_cast<int64_t>(p)}, v[p], path.rank, args.k, place);
+    path.in_scale = scale_data(named("in_scale", p), tensors.in_scale[at], args.k, place);
+    path.out_scale = scale_data(named("out_scale", p), tensors.out_scale[at], args.n, place);
+    const Tensor& v = tensors.v[at];
+    LB2_CHECK(v.dim() == 2, named("v", p), " must be two-dimensional, got ", shape_of(v));
+    path.rank = single_stage ? args.n : v.size(0);
+    const Words v_words = words_data(named("v", p), v, path.rank, args.k, place);
     path.v = v_words.data;
     path.v_stride = v_words.stride;
     if (single_stage) continue;
-    const Words u_words = words_data(Name{"u", static_cast<int64_t>(p)}, (*u)[p], args.n, path.rank, place);
+    const Words u_words = words_data(named("u", p), (*tensors.u)[at], args.n, path.rank, place);
     path.u = u_words.data;
     path.u_stride = u_words.stride;
-    path.latent_scale =
-        scale_data(Name{"latent_scale", static_cast<int64_t>(p)}, (*latent_scale)[p], path.rank, place);
+    path.latent_scale = scale_data(named("latent_scale", p), (*tensors.latent_scale)[at], path.rank, place);
   }
   args.struct_size = sizeof args;
-  args.paths = paths.data();
-  args.num_paths = static_cast<int64_t>(count);
+  args.paths = paths;
+  args.num_paths = static_cast<int64_t>(tensors.count);
 }
 
 void throw_on_error(lb2_status status) { LB2_CHECK(status == LB2_OK, lb2_last_error()); }

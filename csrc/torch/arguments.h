@@ -62,10 +62,23 @@ constexpr Place kCpu = {true, 0};
 // Data of a scale: [size], or [1, size] as checkpoints store them.
 const float* scale_data(const Name& name, const Tensor& scale, int64_t size, const Place& place);
 
-// Fills the layer's part of `args`: sizes and paths, which point into the tensors.
-void set_layer(lb2_linear_args& args, Paths& paths, const std::vector<Tensor>& v, const OptionalTensors& u,
-               const std::vector<Tensor>& in_scale, const OptionalTensors& latent_scale,
-               const std::vector<Tensor>& out_scale, const Place& place);
+// The tensors of a layer: `count` of each list, from index `first` on.
+struct LayerTensors {
+  const std::vector<Tensor>& v;
+  const OptionalTensors& u;
+  const std::vector<Tensor>& in_scale;
+  const OptionalTensors& latent_scale;
+  const std::vector<Tensor>& out_scale;
+  size_t first, count;
+};
+
+// All of the lists, once their lengths are known to agree.
+LayerTensors all_paths(const std::vector<Tensor>& v, const OptionalTensors& u,
+                       const std::vector<Tensor>& in_scale, const OptionalTensors& latent_scale,
+                       const std::vector<Tensor>& out_scale);
+
+// Fills the layer's part of `args`: sizes and paths, which point into the tensors. `paths` has room for them.
+void set_layer(lb2_linear_args& args, lb2_path* paths, const LayerTensors& tensors, const Place& place);
 
 // An lb2_activation from an operator's argument; the modes that a kernel does not serve are its to refuse.
 lb2_activation activation_mode(int64_t activation);

@@ -7,6 +7,7 @@
 
 #include "littlebit2/cuda.h"
 #include "torch/arguments.h"
+#include "torch/layers.h"
 
 namespace lb2::torch_ops {
 namespace {
@@ -44,38 +45,82 @@ lb2_cuda_device describe_gpu(int32_t gpu) {
   return device;
 }
 
+// Layers of one call, whose `args` say all but m and what lies in memory, on rows of x: one output each.
+std::vector<Tensor> forward_cuda(std::vector<lb2_linear_args>& layers, const Tensor& x, const Place& place,
+                                 lb2_activation mode) {
+  const torch::stable::accelerator::DeviceGuard guard(place.gpu);
+  const Rows rows = rows_of("x", x, layers[0].k, place);
+  for (lb2_linear_args& args : layers) {
+    args.dtype = rows.dtype;
+    args.m = rows.count;
+    args.input = rows.tensor.const_data_ptr();
+    args.input_stride = rows.stride;
+  }
+  const int64_t count = static_cast<int64_t>(layers.size());
+  const lb2_cuda_device device = describe_gpu(place.gpu);
+  lb2_cuda_plan plan = {};
+  plan.struct_size = sizeof plan;
+  throw_on_error(lb2_grouped_plan_cuda(layers.data(), count, mode, &device, nullptr, &plan));
+  std::vector<Tensor> outputs;
+  outputs.reserve(layers.size());
+  for (lb2_linear_args& args : layers) {
+    outputs.push_back(new_output(x, args.n));
+    args.output = outputs.back().mutable_data_ptr();
+    args.output_stride = args.n;
+  }
+  // Given back on return: the allocator hands it out again in the order of this stream.
+  Tensor workspace = new_bytes(x, plan.workspace_bytes);
+  layers[0].workspace = workspace.mutable_data_ptr();
+  layers[0].workspace_bytes = plan.workspace_bytes;
+  throw_on_error(lb2_grouped_forward_cuda(layers.data(), count, &plan, current_stream(place.gpu)));
+  return outputs;
+}
+
+Place gpu_of(const Tensor& x) {
+  // One CUDA tensor is enough to get here with the others elsewhere.
+  LB2_CHECK(x.is_cuda(), "x must be on the GPU that holds the layer, got a tensor elsewhere");
+  return {false, x.get_device_index()};
+}
+
 Tensor linear_cuda(const Tensor& x, const std::vector<Tensor>& v, const OptionalTensors& u,
                    const std::vector<Tensor>& in_scale, const OptionalTensors& latent_scale,
                    const std::vector<Tensor>& out_scale, const std::optional<Tensor>& bias,
                    int64_t activation) {
   const lb2_activation mode = activation_mode(activation);
-  // One CUDA tensor is enough to get here with the others elsewhere.
-  LB2_CHECK(x.is_cuda(), "x must be on the GPU that holds the layer, got a tensor elsewhere");
-  const Place place = {false, x.get_device_index()};
-  lb2_linear_args args = {};
+  const Place place = gpu_of(x);
+  std::vector<lb2_linear_args> layers(1);
   Paths paths;
-  set_layer(args, paths, v, u, in_scale, latent_scale, out_scale, place);
-  if (bias) args.bias = scale_data(Name{"bias"}, *bias, args.n, place);
-  const torch::stable::accelerator::DeviceGuard guard(place.gpu);
-  const Rows rows = rows_of("x", x, args.k, place);
-  args.dtype = rows.dtype;
-  args.m = rows.count;
-  args.input = rows.tensor.const_data_ptr();
-  args.input_stride = rows.stride;
+  set_layer(layers[0], paths.data(), all_paths(v, u, in_scale, latent_scale, out_scale), place);
+  if (bias) layers[0].bias = scale_data(Name{"bias"}, *bias, layers[0].n, place);
+  return forward_cuda(layers, x, place, mode)[0];
+}
 
-  const lb2_cuda_device device = describe_gpu(place.gpu);
-  lb2_cuda_plan plan = {};
-  plan.struct_size = sizeof plan;
-  throw_on_error(lb2_linear_plan_cuda(&args, mode, &device, nullptr, &plan));
-  Tensor output = new_output(x, args.n);
-  args.output = output.mutable_data_ptr();
-  args.output_stride = args.n;
-  // Given back on return: the allocator hands it out again in the order of this stream.
-  Tensor workspace = new_bytes(x, plan.workspace_bytes);
-  args.workspace = workspace.mutable_data_ptr();
-  args.workspace_bytes = plan.workspace_bytes;
-  throw_on_error(lb2_linear_forward_cuda(&args, &plan, current_stream(place.gpu)));
-  return output;
+// Of so many tokens, launches are what a call takes; of more, the kernels made for many serve layer by layer.
+constexpr int64_t kMostGroupedTokens = 16;
+
+std::vector<Tensor> grouped_linear_cuda(const Tensor& x, const std::vector<Tensor>& v,
+                                        const OptionalTensors& u, const std::vector<Tensor>& in_scale,
+                                        const OptionalTensors& latent_scale,
+                                        const std::vector<Tensor>& out_scale, const Biases& bias,
+                                        const std::vector<int64_t>& paths, int64_t activation) {
+  const lb2_activation mode = activation_mode(activation);
+  const Place place = gpu_of(x);
+  const std::vector<LayerTensors> tensors =
+      split_layers(v, u, in_scale, latent_scale, out_scale, bias, paths);
+  std::vector<lb2_linear_args> layers(tensors.size());
+  std::vector<lb2_path> storage(v.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    set_layer(layers[i], storage.data() + tensors[i].first, tensors[i], place);
+    layers[i].bias = bias_data(bias, i, layers[i].n, place);
+  }
+  if (v.size() <= LB2_MAX_PATHS && x.numel() <= kMostGroupedTokens * layers[0].k)
+    return forward_cuda(layers, x, place, mode);
+  std::vector<Tensor> outputs;
+  for (const lb2_linear_args& args : layers) {
+    std::vector<lb2_linear_args> one = {args};
+    outputs.push_back(forward_cuda(one, x, place, mode)[0]);
+  }
+  return outputs;
 }
 
 Tensor linear_backward_x_cuda(const Tensor&, const std::vector<Tensor>&, const OptionalTensors&,
@@ -91,6 +136,7 @@ Tensor linear_backward_x_cuda(const Tensor&, const std::vector<Tensor>&, const O
 
 STABLE_TORCH_LIBRARY_IMPL(littlebit2, CUDA, m) {
   m.impl("linear", TORCH_BOX(&linear_cuda));
+  m.impl("grouped_linear", TORCH_BOX(&grouped_linear_cuda));
   m.impl("linear_backward_x", TORCH_BOX(&linear_backward_x_cuda));
 }
 

@@ -2,6 +2,7 @@
 // Fakes and autograd are registered from Python (littlebit2_kernels/ops.py), CUDA in cuda_linear.cpp.
 #include <torch/csrc/stable/library.h>
 
+#include "torch/grouped.h"
 #include "torch/linear.h"
 #include "torch/prepacked.h"
 
@@ -17,6 +18,11 @@ STABLE_TORCH_LIBRARY(littlebit2, m) {
   m.def(
       "linear_backward_x(Tensor grad, Tensor[] v, Tensor[]? u, Tensor[] in_scale, Tensor[]? latent_scale, "
       "Tensor[] out_scale) -> Tensor");
+  // Layers on one x: the lists of all, one after another, paths[i] tensors of layer i; one bias or None, and
+  // one output, for each. On CUDA they share their launches.
+  m.def(
+      "grouped_linear(Tensor x, Tensor[] v, Tensor[]? u, Tensor[] in_scale, Tensor[]? latent_scale, Tensor[] "
+      "out_scale, Tensor?[] bias, int[] paths, int activation=0) -> Tensor[]");
   // The CPU's own layout, one uint8 tensor per layer. activation: 0 auto, 1 exact, 2 int16, 3 int8, 4 sign.
   m.def(
       "prepack(Tensor[] v, Tensor[]? u, Tensor[] in_scale, Tensor[]? latent_scale, Tensor[] out_scale) -> "
@@ -24,12 +30,17 @@ STABLE_TORCH_LIBRARY(littlebit2, m) {
   m.def("unprepack(Tensor layer) -> Tensor[]");
   m.def(
       "linear_prepacked(Tensor x, Tensor layer, Tensor? bias, int out_features, int activation=0) -> Tensor");
+  m.def(
+      "grouped_linear_prepacked(Tensor x, Tensor[] layers, Tensor?[] bias, int[] out_features, int "
+      "activation=0) -> Tensor[]");
   m.def("linear_prepacked_backward_x(Tensor grad, Tensor layer, int in_features) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(littlebit2, CPU, m) {
   m.impl("linear", TORCH_BOX(&lb2::torch_ops::linear_cpu));
   m.impl("linear_backward_x", TORCH_BOX(&lb2::torch_ops::linear_backward_x_cpu));
+  m.impl("grouped_linear", TORCH_BOX(&lb2::torch_ops::grouped_linear_cpu));
+  m.impl("grouped_linear_prepacked", TORCH_BOX(&lb2::torch_ops::grouped_linear_prepacked_cpu));
   m.impl("prepack", TORCH_BOX(&lb2::torch_ops::prepack_cpu));
   m.impl("unprepack", TORCH_BOX(&lb2::torch_ops::unprepack_cpu));
   m.impl("linear_prepacked", TORCH_BOX(&lb2::torch_ops::linear_prepacked_cpu));

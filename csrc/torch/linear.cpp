@@ -30,19 +30,27 @@ Tensor run(lb2_linear_args& args, const char* name, const Tensor& input, int64_t
 
 }  // namespace
 
-Tensor linear_cpu(const Tensor& x, const std::vector<Tensor>& v, const OptionalTensors& u,
-                  const std::vector<Tensor>& in_scale, const OptionalTensors& latent_scale,
-                  const std::vector<Tensor>& out_scale, const std::optional<Tensor>& bias,
-                  int64_t activation) {
+void check_portable_activation(int64_t activation) {
   const lb2_activation mode = activation_mode(activation);
   LB2_CHECK(mode <= LB2_ACTIVATION_EXACT, "activation must be ", LB2_ACTIVATION_AUTO, " (auto) or ",
             LB2_ACTIVATION_EXACT, " (exact) for packed words on the CPU, got ", activation,
             mode == LB2_ACTIVATION_FLOAT16 ? ", which CUDA alone serves" : ", which needs a prepacked layer");
+}
+
+Tensor forward_cpu(lb2_linear_args& args, const Tensor& x) {
+  return run(args, "x", x, args.k, args.n, lb2_linear_forward_cpu, &lb2_cpu_plan::forward_workspace_bytes);
+}
+
+Tensor linear_cpu(const Tensor& x, const std::vector<Tensor>& v, const OptionalTensors& u,
+                  const std::vector<Tensor>& in_scale, const OptionalTensors& latent_scale,
+                  const std::vector<Tensor>& out_scale, const std::optional<Tensor>& bias,
+                  int64_t activation) {
+  check_portable_activation(activation);
   lb2_linear_args args = {};
   Paths paths;
-  set_layer(args, paths, v, u, in_scale, latent_scale, out_scale, kCpu);
+  set_layer(args, paths.data(), all_paths(v, u, in_scale, latent_scale, out_scale), kCpu);
   if (bias) args.bias = scale_data(Name{"bias"}, *bias, args.n, kCpu);
-  return run(args, "x", x, args.k, args.n, lb2_linear_forward_cpu, &lb2_cpu_plan::forward_workspace_bytes);
+  return forward_cpu(args, x);
 }
 
 Tensor linear_backward_x_cpu(const Tensor& grad, const std::vector<Tensor>& v, const OptionalTensors& u,
@@ -50,7 +58,7 @@ Tensor linear_backward_x_cpu(const Tensor& grad, const std::vector<Tensor>& v, c
                              const std::vector<Tensor>& out_scale) {
   lb2_linear_args args = {};
   Paths paths;
-  set_layer(args, paths, v, u, in_scale, latent_scale, out_scale, kCpu);
+  set_layer(args, paths.data(), all_paths(v, u, in_scale, latent_scale, out_scale), kCpu);
   return run(args, "grad", grad, args.n, args.k, lb2_linear_backward_x_cpu,
              &lb2_cpu_plan::backward_workspace_bytes);
 }

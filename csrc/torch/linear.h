@@ -16,4 +16,9 @@ Tensor linear_backward_x_cpu(const Tensor& grad, const std::vector<Tensor>& v, c
                              const std::vector<Tensor>& in_scale, const OptionalTensors& latent_scale,
                              const std::vector<Tensor>& out_scale);
 
+// The parts of linear_cpu: raises unless packed words on the CPU serve the mode; and the call of a layer that
+// `args` describe.
+void check_portable_activation(int64_t activation);
+Tensor forward_cpu(lb2_linear_args& args, const Tensor& x);
+
 }  // namespace lb2::torch_ops

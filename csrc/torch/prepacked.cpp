@@ -93,7 +93,7 @@ Tensor prepack_cpu(const std::vector<Tensor>& v, const OptionalTensors& u,
                    const std::vector<Tensor>& out_scale) {
   lb2_linear_args args = {};
   Paths paths;
-  set_layer(args, paths, v, u, in_scale, latent_scale, out_scale, kCpu);
+  set_layer(args, paths.data(), all_paths(v, u, in_scale, latent_scale, out_scale), kCpu);
   std::array<int64_t, 1> bytes = {0};
   throw_on_error(lb2_prepacked_bytes_cpu(&args, bytes.data()));
   Tensor layer = torch::stable::new_empty(out_scale[0], bytes, ScalarType::Byte);

@@ -12,7 +12,15 @@ from .fused import fused
 from .gemm import gemm
 from .gemv import gemv
 from .operand import Operand, Sums, stage_operand
-from .plan import SLOTS, Method, StageShape, distinct_first_stages, fused_config, stage_config
+from .plan import (
+    SLOTS,
+    GemvConfig,
+    Method,
+    StageShape,
+    distinct_first_stages,
+    fused_config,
+    stage_config,
+)
 from .slots import Term
 from .transposed import transposed
 from .xnor import xnor
@@ -84,11 +92,13 @@ def _gemv_forward(
         if both is not None:
             fused(x, [layer.first[term.stage] for term in layer.last], layer.last, out, bias, both)
             return
-        config: Any = stage_config(method, first_shape, x.shape[0], gpu, lookup)
+        config = stage_config(method, first_shape, x.shape[0], gpu, lookup)
+        assert isinstance(config, GemvConfig)
         source = x.new_empty((config.splits, x.shape[0], layer.latents), dtype=torch.float32)
         for group in _groups(layer.first):
             gemv(x.unsqueeze(0), group, source, config, last=False)
     config = stage_config(method, last_shape, x.shape[0], gpu, lookup)
+    assert isinstance(config, GemvConfig)
     for group, target, base, own_bias in _sums_of_paths(layer.last, out, bias):
         gemv(source, group, target, config, last=True, base=base, bias=own_bias)
 

@@ -25,8 +25,8 @@ from .unpack import load_words, with_signs
 __all__ = ["gemv", "gemv_kernel", "row_sums"]
 
 _OPERANDS = (
-    *("words", "pitch", "units", "rows", "eighths", "scale", "row_scale"),
-    *("result", "source_eighths"),
+    *("words", "pitch", "units", "rows", "eighths", "scale", "row_scale", "result"),
+    "source_eighths",
 )
 
 

@@ -13,13 +13,19 @@ if TYPE_CHECKING:
     from .integrations.loading import load
     from .integrations.synthesis import synthesize
     from .integrations.transformers import register
+    from .projections import fuse_projections
     from .quantize import QuantConfig, analyze_weight, quantize_linears, quantize_weight, rank_for_bpw
     from .stream import quantize_checkpoint
+    from .train.recipe import Recipe, evaluate_model, finetune
 
 __all__ = [
     "QuantConfig",
+    "Recipe",
     "__version__",
     "analyze_weight",
+    "evaluate_model",
+    "finetune",
+    "fuse_projections",
     "generate",
     "load",
     "quantize_checkpoint",
@@ -33,8 +39,12 @@ __all__ = [
 #: The module that defines each public name.
 _HOMES = {
     "QuantConfig": ".quantize",
+    "Recipe": ".train.recipe",
     "__version__": "littlebit2_kernels.version",
     "analyze_weight": ".quantize",
+    "evaluate_model": ".train.recipe",
+    "finetune": ".train.recipe",
+    "fuse_projections": ".projections",
     "generate": ".integrations.generation",
     "load": ".integrations.loading",
     "quantize_checkpoint": ".stream",

@@ -1,7 +1,7 @@
 """What a model will weigh at a number of bits per weight, from its ``config.json`` alone.
 
-Nothing is built and no weight is read: shapes come from :mod:`.shapes`, ranks from
-:mod:`.quantize.budget`. Sizes are in bytes, GB are 1e9 bytes.
+Nothing is built: shapes come from :mod:`.shapes`, ranks from :mod:`.quantize.budget`. Weights are read only
+where the ranks depend on their spectra. Sizes are in bytes, GB are 1e9 bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ from typing import Any
 
 from littlebit2_kernels.format import words_per_row
 
-from .quantize import DEFAULT_EXCLUDE, QuantConfig, check_patterns, counted_bpw, is_selected, layer_config
+from .quantize import (
+    DEFAULT_EXCLUDE,
+    QuantConfig,
+    RankAllocation,
+    check_patterns,
+    counted_bpw,
+    is_selected,
+    layer_config,
+)
 from .shapes import DenseShape, LinearShape, ModelShapes, model_shapes
 
 __all__ = ["LayerPlan", "ModelPlan", "load_config", "plan_model", "shipped_configs"]
@@ -44,6 +52,7 @@ class LayerPlan:
         word_bytes: sign words, rows padded to 32 bits.
         scale_entries: entries of in, out and latent scales.
         bias: entries of the bias.
+        predicted_error: squared relative error to expect, where the ranks come from the spectra.
     """
 
     name: str
@@ -55,6 +64,7 @@ class LayerPlan:
     word_bytes: int
     scale_entries: int
     bias: int
+    predicted_error: float | None = None
 
     def stored_bytes(self, scales: str = "fp32") -> int:
         """Bytes of words and scales, bias excluded; ``scales`` is ``"fp32"`` (as loaded) or ``"fp16"``."""
@@ -146,6 +156,7 @@ def plan_model(
     *,
     include: str | Sequence[str] = "*",
     exclude: str | Sequence[str] = DEFAULT_EXCLUDE,
+    allocation: Mapping[str, RankAllocation] | None = None,
 ) -> ModelPlan:
     """Plan the quantisation of a model.
 
@@ -155,6 +166,8 @@ def plan_model(
         include: shell-style pattern or patterns of linear layers to pack.
         exclude: likewise, of layers that stay dense; wins. Heads of other names than ``lm_head``
             stay dense too.
+        allocation: ranks by layer where they depend on the weights (``budget="spectral"``, ``energy``), from
+            :func:`littlebit2.stream.measure_ranks`.
 
     Raises:
         FileNotFoundError: there is no such file or shipped configuration.
@@ -167,7 +180,7 @@ def plan_model(
     for shape in shapes.linears:
         a_dense_head = shape.is_head and shape.name != "lm_head"
         if is_selected(shape.name, includes, excludes) and not a_dense_head:
-            packed.append(_plan_layer(shape, config))
+            packed.append(_plan_layer(shape, config, (allocation or {}).get(shape.name)))
         else:
             dense.append(shape)
     if not packed:
@@ -178,9 +191,9 @@ def plan_model(
     return ModelPlan(shapes, tuple(packed), tuple(dense))
 
 
-def _plan_layer(shape: LinearShape, config: QuantConfig) -> LayerPlan:
+def _plan_layer(shape: LinearShape, config: QuantConfig, allocation: RankAllocation | None) -> LayerPlan:
     k, n = shape.in_features, shape.out_features
-    ranks = layer_config(shape.name, k, n, config).ranks
+    ranks = layer_config(shape.name, k, n, config, allocation).ranks
     assert ranks is not None  # layer_config settles them
     bpw = counted_bpw(k, n, ranks)
     return LayerPlan(
@@ -193,6 +206,7 @@ def _plan_layer(shape: LinearShape, config: QuantConfig) -> LayerPlan:
         word_bytes=_WORD_BYTES * sum(r * words_per_row(k) + n * words_per_row(r) for r in ranks),
         scale_entries=sum(k + n + r for r in ranks),
         bias=n if shape.bias else 0,
+        predicted_error=None if allocation is None else allocation.predicted_error,
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from benchmarks import floors as floors_module
 from benchmarks import sweep as sweep_module
 from benchmarks.caches import last_level_cache
-from benchmarks.candidates import Built, Candidate, Dense, LowRank, Module, Portable, parse_candidate
+from benchmarks.candidates import Built, Candidate, Dense, LowRank, Module, Portable, Unpack, parse_candidate
 from benchmarks.floors import Floor, floor_fraction, floors_table, measure_floors
 from benchmarks.problems import LARGE_SHAPES, SHAPES, Problem, Shape, parse_dtype, parse_shape
 from benchmarks.refcheck import INT16_BOUND, error_bound, precision_of, torch_error
@@ -59,6 +59,16 @@ def test_problems_repeat_and_keep_their_budget() -> None:
     assert SMALL.packed_macs == sum(rank * (256 + 192) for rank in SMALL.ranks)
     large = SMALL.activations(64, outliers=4).abs().amax(0) > 40
     assert int(large.sum()) == 4
+
+
+@pytest.mark.parametrize("features", [(256, 192), (100, 60)])
+def test_unpack_is_the_low_rank_product(features: tuple[int, int]) -> None:
+    problem = Problem(Shape("odd", *features), 1.0)
+    x = problem.activations(3)
+    low_rank = LowRank("low-rank", x.dtype).build(problem)
+    unpack = Unpack("unpack", x.dtype).build(problem)
+    assert torch.equal(unpack.bind(unpack.holder)(x), low_rank.bind(low_rank.holder)(x))
+    assert unpack.nbytes < low_rank.nbytes / 16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

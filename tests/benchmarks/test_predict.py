@@ -4,6 +4,7 @@ import pytest
 
 from benchmarks.__main__ import main
 from benchmarks.predict import RATES, predict
+from benchmarks.predict_prompts import predict_prompt
 from littlebit2_kernels.testing import make_packed
 
 
@@ -33,8 +34,43 @@ def test_shared_and_single_stages() -> None:
         predict(make_packed(512, 512, [8]), "B200")
 
 
+def test_counts_of_a_prompt() -> None:
+    # V: 296 x 1100 and 40 x 1100, 9 indices of 128 columns; U: 700 x 296 and 700 x 40, 3 and 1.
+    packed = make_packed(1100, 700, [296, 40])
+    prediction = predict_prompt(packed, "A100", 200)
+    first, last = prediction.explanation.launches[1], prediction.explanation.launches[3]
+    rows = sum(-(-rank // first.row_tile) * first.row_tile for rank in (296, 40))
+    tokens = [-(-200 // launch.token_tile) * launch.token_tile for launch in (first, last)]
+    outputs = -(-700 // last.row_tile) * last.row_tile
+    mmas = rows // 16 * tokens[0] // 8 * 9 * 8 + outputs // 16 * tokens[1] // 8 * (3 + 1) * 8
+    assert prediction.mmas == mmas
+    assert prediction.used == prediction.explanation.macs / (mmas * 16 * 8 * 16)
+    assert 0 < prediction.used < 1
+    parts = 3 if first.grid[1] > 1 else 1
+    assert prediction.converted_bytes == 200 * (2 * 1100 * 4 + (296 + 40) * (4 * parts + 2))
+    assert prediction.launches == 4
+    assert prediction.dense_seconds < predict_prompt(packed, "A100", 20000).dense_seconds
+    assert prediction.unpack_seconds > prediction.low_rank_seconds
+    many = predict_prompt(packed, "A100", 20000, "int8")
+    assert many.launches == 4 * -(-20000 // many.explanation.token_block)
+
+
+def test_what_is_no_prompt() -> None:
+    packed = make_packed(512, 512, [64])
+    for tokens, activation in ((16, "auto"), (64, "int16")):
+        with pytest.raises(ValueError, match="must be of a call that takes the GEMM, got"):
+            predict_prompt(packed, "H200", tokens, activation)
+    with pytest.raises(ValueError, match="gpu must be one of A100, 4090, H100, H200, got 'B200'"):
+        predict_prompt(packed, "B200", 64)
+    single = predict_prompt(make_packed(512, 512, None), "H200", 64)
+    assert (single.launches, single.used) == (2, 1.0)
+
+
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", "--gpu", "H200", "4090", "--shapes", "512,256", "--bpw", "1.0"]) == 0
     printed = capsys.readouterr().out
     assert "| H200 | 512->256" in printed
     assert "| 4090 | 512->256" in printed
+    command = ["predict", "--gpu", "H200", "--shapes", "512,256", "--bpw", "1.0", "--tokens", "32", "128"]
+    assert main(command) == 0
+    assert "| float16 | 128" in capsys.readouterr().out

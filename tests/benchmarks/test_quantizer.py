@@ -43,4 +43,4 @@ def test_goals_are_relative_to_the_baseline_of_the_same_weight() -> None:
 def test_an_unknown_part_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         quantizer.main(["everything"])
-    assert "PART must be one of errors, itq, model, got everything" in capsys.readouterr().err
+    assert "PART must be one of errors, itq, batches, model, got everything" in capsys.readouterr().err

@@ -357,7 +357,7 @@ def test_an_option_that_fails_leaves_the_others(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--shape", "llama9"], "shape must be one of llama2-7b, tiny, got 'llama9'"),
+        (["--shape", "llama9"], "shape must be one of llama2-7b, llama2-13b, llama3-8b, tiny, got 'llama9'"),
         (["--dtype", "int8"], "dtype must be one of .* got 'int8'"),
         (["--dense", "int4"], "dtype must be one of .* got 'int4'"),
         (["--options", "fast"], "option must be one of .* got 'fast'"),

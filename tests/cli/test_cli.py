@@ -23,7 +23,7 @@ from littlebit2.quantize import Importance, save_importance
 from littlebit2.quantize.methods import Method
 from tests.stream.builders import contents, llama_tensors, write_model
 
-COMMANDS = ("quantize", "convert", "inspect", "plan", "generate", "synthesize", "bench")
+COMMANDS = ("quantize", "calibrate", "convert", "inspect", "plan", "generate", "synthesize", "bench")
 QUICK = (
     *("--ranks", "16", "8", "--method", "joint-itq", "--itq-iterations", "3"),
     *("--workers", "1", "--quiet"),
@@ -105,6 +105,14 @@ def test_wrong_usage_is_2(arguments: list[str], capsys: pytest.CaptureFixture[st
         (["inspect", "nowhere"], "nowhere"),
         (["convert", "nowhere", "out", "--to", "littlebit"], "nowhere"),
         (["plan", "nowhere"], "nowhere: expected a config.json"),
+        (
+            ["plan", "llama-2-7b", "--budget", "spectral"],
+            "--budget spectral and --energy need the directory of a model, with weights, got llama-2-7b",
+        ),
+        (
+            ["plan", "llama-2-7b", "--importance", "x"],
+            "--importance changes a plan only with --budget spectral",
+        ),
         (
             ["plan", "llama-2-7b", "--bpw", "0.001"],
             "layer 'model.layers.0.self_attn.q_proj': bpw must be above",

@@ -1,4 +1,5 @@
 // Planning of CUDA calls: pure functions, so everything about them is checked without a GPU.
+#include <algorithm>
 #include <cinttypes>
 #include <cstddef>
 #include <cstdio>
@@ -7,6 +8,7 @@
 #include <vector>
 
 #include "cuda/check.h"
+#include "cuda/gemm_plan.h"
 #include "cuda/instances.h"
 #include "cuda/plan.h"
 
@@ -64,10 +66,72 @@ lb2_cuda_plan plan_of(const Layer& layer, lb2_activation activation, const lb2_c
   return plan;
 }
 
+// Whether a plan is taken for a call of the layer, and how it is resumed.
+lb2_status resume(const Layer& layer, const lb2_cuda_plan* plan, lb2::cuda::Plan* resumed,
+                  lb2::cuda::Layers* layers) {
+  expect(lb2::cuda::gather_layers(&layer.args, 1, layers) == LB2_OK, lb2_last_error());
+  return lb2::cuda::resume_plan(*layers, plan, resumed);
+}
+
 const lb2_cuda_launch& decode_of(const lb2_cuda_plan& plan, int stage) {
   for (const lb2_cuda_launch& launch : plan.launches)
     if (launch.kind == LB2_CUDA_DECODE && launch.stage == stage) return launch;
   std::abort();
+}
+
+// What must hold of a plan with the GEMM.
+void check_gemm(const Layer& layer, const lb2_cuda_plan& plan) {
+  const lb2_linear_args& args = layer.args;
+  const int stages = layer.paths[0].u == nullptr ? 1 : 2;
+  expect(plan.num_launches == 2 * stages, "number of launches", plan.num_launches);
+  expect(plan.token_block <= args.m && plan.token_block >= std::min<int64_t>(args.m, 128),
+         "tokens of a round", plan.token_block);
+  const int64_t block = lb2::cuda::gemm_block_bytes(plan.activation);
+  const int64_t groups = (plan.token_block + 7) / 8;
+  int64_t least_bytes = 0;
+  for (int i = 0; i < plan.num_launches; ++i) {
+    const lb2_cuda_launch& s = plan.launches[i];
+    expect(s.stage == i / 2 && s.threads == 256 && s.row_warps == 0, "stages in order", s.stage);
+    expect(s.chained == (plan.device.capability >= 90), "chained from sm_90 on", plan.device.capability);
+    expect(static_cast<int64_t>(s.grid_z) * s.token_tile >= plan.token_block &&
+               static_cast<int64_t>(s.grid_z - 1) * s.token_tile < plan.token_block,
+           "all tokens", s.grid_z);
+    expect(s.grid_z <= 65535 && s.grid_y <= 65535, "grid", s.grid_z);
+    const bool first = stages == 2 && s.stage == 0;
+    if (i % 2 == 0) {
+      expect(s.kind == LB2_CUDA_CONVERT && s.token_tile == 8 && s.row_tile == 0, "conversion first", s.kind);
+      const int64_t slices = s.grid_x;
+      expect(slices * groups * block <= plan.workspace_bytes, "what is converted fits", slices);
+      least_bytes = std::max(least_bytes, slices * groups * block);
+      continue;
+    }
+    expect(s.kind == LB2_CUDA_GEMM && lb2::cuda::has_gemm_tile(plan.activation, s.row_tile, s.token_tile),
+           "a tile that there is", s.row_tile, s.token_tile);
+    const int64_t cols = stages == 1 || first ? args.k : 0;
+    int64_t slices = (cols + 511) / 512, rows = 0, sums = 0;
+    if (!first) {
+      slices = 0;
+      for (const lb2_path& path : layer.paths) slices += ((stages == 1 ? args.k : path.rank) + 511) / 512;
+      rows = (args.n + s.row_tile - 1) / s.row_tile;
+      expect(s.grid_y == 1, "the last stage adds no parts");
+    } else {
+      for (const lb2_path& path : layer.paths) {
+        rows += (path.rank + s.row_tile - 1) / s.row_tile;
+        sums += path.rank;
+      }
+      expect(s.grid_y <= slices, "no part without a slice", s.grid_y);
+      least_bytes += (s.grid_y > 1 ? slices : 1) * plan.token_block * sums * 4;
+      slices = (slices + s.grid_y - 1) / s.grid_y;
+    }
+    expect(s.grid_x == rows, "row tiles", s.grid_x, rows);
+    expect(s.shared_bytes == lb2::cuda::gemm_shared_bytes(plan.activation, s.row_tile, s.token_tile, slices),
+           "shared memory is what the kernel lays out", s.shared_bytes);
+    expect(s.shared_bytes <= plan.device.shared_bytes, "shared memory fits", s.shared_bytes);
+  }
+  expect(plan.workspace_bytes >= least_bytes, "the workspace holds latents and conversions",
+         plan.workspace_bytes);
+  // Not even of the widest layers does a round take much more than its bound.
+  expect(plan.workspace_bytes <= (int64_t{448} << 20), "the workspace is bounded", plan.workspace_bytes);
 }
 
 void test_every_plan_fits() {
@@ -81,6 +145,10 @@ void test_every_plan_fits() {
             for (lb2_activation mode = LB2_ACTIVATION_AUTO; mode <= LB2_ACTIVATION_FLOAT16; ++mode) {
               const Layer layer(m, k, n, rank, LB2_FLOAT16);
               const lb2_cuda_plan plan = plan_of(layer, mode, device);
+              if (lb2::cuda::is_gemm(plan)) {
+                check_gemm(layer, plan);
+                continue;
+              }
               const int stages = rank[0] == 0 ? 1 : 2;
               expect(plan.num_launches == (m > 4 ? 2 * stages : stages), "number of launches",
                      plan.num_launches);
@@ -122,8 +190,10 @@ void test_shape_does_not_depend_on_tokens() {
       const lb2_cuda_plan one =
           plan_of(Layer(1, k, 4096, {80, 296}, LB2_BFLOAT16), LB2_ACTIVATION_AUTO, device);
       for (const int64_t m : {2, 7, 16, 300, 8192}) {
-        const lb2_cuda_plan many =
-            plan_of(Layer(m, k, 4096, {80, 296}, LB2_BFLOAT16), LB2_ACTIVATION_AUTO, device);
+        const lb2_activation mode = m <= 16 ? LB2_ACTIVATION_AUTO : one.activation;
+        if (lb2::cuda::uses_gemm(mode, m, device.shared_bytes))
+          continue;  // no order of its depends on a shape
+        const lb2_cuda_plan many = plan_of(Layer(m, k, 4096, {80, 296}, LB2_BFLOAT16), mode, device);
         for (int stage = 0; stage < 2; ++stage)
           expect(decode_of(one, stage).grid_y == decode_of(many, stage).grid_y &&
                      decode_of(one, stage).row_warps == decode_of(many, stage).row_warps,
@@ -141,6 +211,65 @@ void test_auto() {
     expect(resolved(LB2_FLOAT16, device) == halves, "auto for float16", device.capability);
     expect(resolved(LB2_BFLOAT16, device) == halves, "auto for bfloat16", device.capability);
     expect(resolved(LB2_FLOAT32, device) == LB2_ACTIVATION_EXACT, "auto for float32", device.capability);
+    for (const int64_t m : {16, 17, 5000}) {
+      const lb2_cuda_plan plan = plan_of(Layer(m, 64, 64, {8}, LB2_BFLOAT16), LB2_ACTIVATION_AUTO, device);
+      expect(plan.activation == (m > 16 ? LB2_ACTIVATION_FLOAT16 : halves), "auto of many tokens", m);
+      expect(lb2::cuda::is_gemm(plan) == (m > 16), "many tokens take the GEMM", m);
+    }
+  }
+  for (const lb2_activation mode : {LB2_ACTIVATION_INT16, LB2_ACTIVATION_SIGN})
+    expect(!lb2::cuda::is_gemm(plan_of(Layer(512, 64, 64, {8}, LB2_FLOAT16), mode, kGpus[3])),
+           "1-bit modes have no GEMM", mode);
+  const lb2_cuda_device small = gpu(80, 108, 64 * 1024);
+  expect(!lb2::cuda::is_gemm(plan_of(Layer(512, 64, 64, {8}, LB2_FLOAT16), LB2_ACTIVATION_FLOAT16, small)),
+         "the GEMM has no room");
+}
+
+// Every tile is planned as asked for, and a call accepts it.
+void test_gemm_tuning() {
+  for (const lb2_cuda_device& device : kGpus)
+    for (const lb2_activation mode : {LB2_ACTIVATION_EXACT, LB2_ACTIVATION_FLOAT16, LB2_ACTIVATION_INT8})
+      for (const lb2::cuda::GemmTile& tile : lb2::cuda::kGemmTiles)
+        for (const int32_t splits : {0, 1, 3, 8}) {
+          const Layer layer(700, 4096, 1024, {80, 296}, LB2_FLOAT16);
+          const lb2_cuda_tuning tuning = {sizeof(lb2_cuda_tuning),   {0, 0}, splits, 0, 0, {tile.rows, 0},
+                                          {tile.tokens, tile.tokens}};
+          lb2_cuda_plan plan = {};
+          plan.struct_size = sizeof plan;
+          const lb2_status got = lb2_linear_plan_cuda(&layer.args, mode, &device, &tuning, &plan);
+          if (!lb2::cuda::has_gemm_tile(mode, tile.rows, tile.tokens)) {
+            expect(got == LB2_ERROR_INVALID_ARGUMENT, "no such tile in this mode", tile.rows, tile.tokens);
+            continue;
+          }
+          expect(got == LB2_OK, lb2_last_error());
+          check_gemm(layer, plan);
+          expect(plan.launches[1].row_tile == tile.rows && plan.launches[1].token_tile == tile.tokens &&
+                     plan.launches[3].token_tile == tile.tokens,
+                 "the tile asked for", tile.rows, tile.tokens);
+          expect(splits == 0 || plan.launches[1].grid_y == splits, "the split asked for", splits,
+                 plan.launches[1].grid_y);
+          lb2::cuda::Layers layers;
+          lb2::cuda::Plan resumed;
+          expect(resume(layer, &plan, &resumed, &layers) == LB2_OK, lb2_last_error());
+          for (size_t at = offsetof(lb2_cuda_plan, workspace_bytes); at < sizeof plan; ++at) {
+            lb2_cuda_plan wrong = plan;
+            reinterpret_cast<unsigned char*>(&wrong)[at] ^= 0x10;
+            expect(resume(layer, &wrong, &resumed, &layers) != LB2_OK, "a changed plan is refused",
+                   static_cast<int64_t>(at));
+          }
+        }
+}
+
+// A prompt of Llama-2-70B's widest layer fills an H200 in both stages, and M = 64 too.
+void test_gemm_fills_the_gpu() {
+  for (const int64_t m : {64, 512, 2048}) {
+    const lb2_cuda_plan plan =
+        plan_of(Layer(m, 8192, 28672, {296, 296}, LB2_FLOAT16), LB2_ACTIVATION_AUTO, kGpus[3]);
+    for (const int i : {1, 3}) {
+      const int64_t blocks =
+          int64_t{plan.launches[i].grid_x} * plan.launches[i].grid_y * plan.launches[i].grid_z;
+      expect(blocks >= 80, "most SMs have a block", m, blocks);
+    }
   }
 }
 
@@ -192,7 +321,7 @@ void test_tuning() {
       for (const int32_t max_chunk : {0, 1, 2})
         for (const int32_t unchained : {0, 1}) {
           const lb2_cuda_tuning tuning = {
-              sizeof(lb2_cuda_tuning), {row_warps, row_warps}, splits, max_chunk, unchained};
+              sizeof(lb2_cuda_tuning), {row_warps, row_warps}, splits, max_chunk, unchained, {0, 0}, {0, 0}};
           lb2_cuda_plan plan = {};
           plan.struct_size = sizeof plan;
           expect(lb2_linear_plan_cuda(&layer.args, 0, &device, &tuning, &plan) == LB2_OK, lb2_last_error());
@@ -204,7 +333,8 @@ void test_tuning() {
           expect(plan.num_launches == 4, "five tokens are converted ahead");
           expect(last.chained == !unchained, "chained unless asked not to be", unchained);
           lb2::cuda::Plan resumed;
-          expect(lb2::cuda::resume_plan(layer.args, &plan, &resumed) == LB2_OK, lb2_last_error());
+          lb2::cuda::Layers layers;
+          expect(resume(layer, &plan, &resumed, &layers) == LB2_OK, lb2_last_error());
         }
 }
 
@@ -212,20 +342,21 @@ void test_plans_are_checked() {
   const Layer layer(3, 4096, 1024, {80, 296}, LB2_FLOAT16), other(3, 4096, 1024, {80, 304}, LB2_FLOAT16);
   const lb2_cuda_plan plan = plan_of(layer, LB2_ACTIVATION_AUTO, kGpus[3]);
   lb2::cuda::Plan resumed;
-  expect(lb2::cuda::resume_plan(layer.args, &plan, &resumed) == LB2_OK, lb2_last_error());
-  expect_error(lb2::cuda::resume_plan(other.args, &plan, &resumed), LB2_ERROR_INVALID_ARGUMENT,
-               "plan must be what lb2_linear_plan_cuda made");
-  expect_error(lb2::cuda::resume_plan(layer.args, nullptr, &resumed), LB2_ERROR_INVALID_ARGUMENT, "plan");
+  lb2::cuda::Layers layers;
+  expect_error(resume(other, &plan, &resumed, &layers), LB2_ERROR_INVALID_ARGUMENT,
+               "plan must be what was made for the sizes and paths of this call");
+  expect_error(resume(layer, nullptr, &resumed, &layers), LB2_ERROR_INVALID_ARGUMENT, "plan");
+  expect(resume(layer, &plan, &resumed, &layers) == LB2_OK, lb2_last_error());
   // The first launch may follow a kernel that wrote the layer; the others follow one of ours.
   for (int i = 0; i < resumed.num_launches; ++i)
-    expect(lb2::cuda::launch_params(layer.args, resumed, i, 0, 3, nullptr).signs_early == (i > 0),
-           "signs early", i);
+    expect(lb2::cuda::launch_params(layers, resumed, i, 0, 3, nullptr).signs_early == (i > 0), "signs early",
+           i);
   // Any byte that is changed makes another plan; only the device is known where there is one.
   for (size_t at = 0; at < sizeof plan; ++at) {
     if (at >= offsetof(lb2_cuda_plan, device) && at < offsetof(lb2_cuda_plan, workspace_bytes)) continue;
     lb2_cuda_plan wrong = plan;
     reinterpret_cast<unsigned char*>(&wrong)[at] ^= 0x10;
-    expect(lb2::cuda::resume_plan(layer.args, &wrong, &resumed) != LB2_OK, "a changed plan is refused",
+    expect(resume(layer, &wrong, &resumed, &layers) != LB2_OK, "a changed plan is refused",
            static_cast<int64_t>(at));
   }
 }
@@ -238,11 +369,17 @@ void test_tuning_errors() {
     expect_error(lb2_linear_plan_cuda(&layer.args, 0, kGpus, &tuning, &plan), LB2_ERROR_INVALID_ARGUMENT,
                  part);
   };
-  error_of({1, {0, 0}, 0, 0, 0}, "tuning->struct_size");
-  error_of({sizeof(lb2_cuda_tuning), {0, 3}, 0, 0, 0}, "tuning->row_warps must be 0, 1, 2, 4 or 8, got 3");
-  error_of({sizeof(lb2_cuda_tuning), {16, 0}, 0, 0, 0}, "tuning->row_warps");
-  error_of({sizeof(lb2_cuda_tuning), {0, 0}, 3, 0, 0}, "tuning->splits must be between 0 and 2, got 3");
-  error_of({sizeof(lb2_cuda_tuning), {0, 0}, 0, -1, 0}, "tuning->max_chunk must be >= 0, got -1");
+  error_of({1, {0, 0}, 0, 0, 0, {0, 0}, {0, 0}}, "tuning->struct_size");
+  error_of({sizeof(lb2_cuda_tuning), {0, 3}, 0, 0, 0, {0, 0}, {0, 0}},
+           "tuning->row_warps must be 0, 1, 2, 4 or 8, got 3");
+  error_of({sizeof(lb2_cuda_tuning), {16, 0}, 0, 0, 0, {0, 0}, {0, 0}}, "tuning->row_warps");
+  error_of({sizeof(lb2_cuda_tuning), {0, 0}, 3, 0, 0, {0, 0}, {0, 0}},
+           "tuning->splits must be between 0 and 2, got 3");
+  error_of({sizeof(lb2_cuda_tuning), {0, 0}, 0, -1, 0, {0, 0}, {0, 0}},
+           "tuning->max_chunk must be >= 0, got -1");
+  error_of({sizeof(lb2_cuda_tuning), {0, 0}, 0, 0, 0, {0, 64}, {0, 64}},
+           "tuning->gemm_rows and gemm_tokens must");
+  error_of({sizeof(lb2_cuda_tuning), {0, 0}, 0, 0, 0, {0, 0}, {16, 0}}, "got 0 and 16");
 }
 
 void test_sizes_and_addresses() {
@@ -263,17 +400,94 @@ void test_sizes_and_addresses() {
                "paths[1].u must be aligned to 4 bytes");
 }
 
+// q, k and v of a model with fewer key and value heads, as one call.
+void test_grouped() {
+  const Layer q(1, 4096, 4096, {144, 144}, LB2_BFLOAT16), k(1, 4096, 1024, {80, 80}, LB2_BFLOAT16),
+      v(1, 4096, 1024, {304}, LB2_BFLOAT16);
+  lb2_linear_args layers[3] = {q.args, k.args, v.args};
+  lb2_cuda_plan plan = {};
+  plan.struct_size = sizeof plan;
+  for (const lb2_cuda_device& device : kGpus)
+    for (const int64_t m : {0, 1, 4, 5, 16, 700}) {
+      for (lb2_linear_args& layer : layers) layer.m = m;
+      expect(lb2_grouped_plan_cuda(layers, 3, 0, &device, nullptr, &plan) == LB2_OK, lb2_last_error());
+      // As many launches as one layer has, and blocks for all rows.
+      expect(plan.num_launches == (m > 4 ? 4 : 2), "launches of one layer", plan.num_launches, m);
+      expect(plan.first_stages == 5, "first stages of all layers", plan.first_stages);
+      const int64_t rows[2] = {2 * 144 + 2 * 80 + 304, 4096 + 1024 + 1024};
+      for (int stage = 0; stage < 2; ++stage) {
+        if (lb2::cuda::is_gemm(plan)) {
+          const lb2_cuda_launch& gemm = plan.launches[2 * stage + 1];
+          expect(static_cast<int64_t>(gemm.grid_x) * gemm.row_tile >= rows[stage], "blocks for all rows",
+                 gemm.grid_x, stage);
+          continue;
+        }
+        const lb2_cuda_launch& decode = decode_of(plan, stage);
+        expect(static_cast<int64_t>(decode.grid_x) * 16 * decode.row_warps >= rows[stage],
+               "blocks for all rows", decode.grid_x, stage);
+      }
+      int64_t macs = 0;
+      for (int i = 0; i < 3; ++i) {
+        const lb2_cuda_plan one = plan_of(i == 0 ? q : i == 1 ? k : v, LB2_ACTIVATION_AUTO, device);
+        macs += one.macs * m;
+      }
+      expect(plan.macs == macs, "operations of all layers", plan.macs, macs);
+      lb2::cuda::Layers gathered;
+      lb2::cuda::Plan resumed;
+      expect(lb2::cuda::gather_layers(layers, 3, &gathered) == LB2_OK, lb2_last_error());
+      expect(lb2::cuda::resume_plan(gathered, &plan, &resumed) == LB2_OK, lb2_last_error());
+      expect(lb2::cuda::gather_layers(layers, 2, &gathered) == LB2_OK, lb2_last_error());
+      expect(lb2::cuda::resume_plan(gathered, &plan, &resumed) != LB2_OK,
+             "a plan of other layers is refused");
+    }
+}
+
+void test_grouped_errors() {
+  const Layer one(1, 64, 64, {8}, LB2_FLOAT16), wide(1, 96, 64, {8}, LB2_FLOAT16),
+      many(2, 64, 64, {8}, LB2_FLOAT16), single(1, 64, 64, {0}, LB2_FLOAT16),
+      exact(1, 64, 64, {8}, LB2_FLOAT32), nine(1, 64, 64, std::vector<int64_t>(9, 8), LB2_FLOAT16);
+  Layer apart(1, 64, 64, {8}, LB2_FLOAT16), nowhere(1, 64, 64, {8}, LB2_FLOAT16);
+  apart.args.input_stride = 7;
+  nowhere.paths[0].v = nullptr;
+  lb2_cuda_plan plan = {};
+  plan.struct_size = sizeof plan;
+  const auto error_of = [&](const Layer& first, const Layer& second, lb2_status status, const char* part) {
+    const lb2_linear_args layers[2] = {first.args, second.args};
+    expect_error(lb2_grouped_plan_cuda(layers, 2, 0, kGpus, nullptr, &plan), status, part);
+  };
+  const lb2_status invalid = LB2_ERROR_INVALID_ARGUMENT;
+  error_of(one, wide, invalid, "layers[1].k must equal that of layers[0], 64, got 96");
+  error_of(one, many, invalid, "layers[1].m must equal that of layers[0], 1, got 2");
+  error_of(one, exact, invalid, "layers[1].dtype must equal that of layers[0], 1, got 0");
+  error_of(one, apart, invalid, "layers[1].input_stride must equal that of layers[0], 0, got 7");
+  error_of(one, single, invalid, "layers[1] must have two stages like layers[0]");
+  error_of(one, nowhere, invalid, "layers[1]: paths[0].v must not be NULL");
+  error_of(nine, nine, LB2_ERROR_UNSUPPORTED, "at most 16 paths in all, got 18 by layers[1]");
+  apart.args.input_stride = 0;
+  apart.args.input = &plan;
+  error_of(one, apart, invalid, "layers[1].input must be that of layers[0]");
+  for (const int64_t count : {0, 17})
+    expect_error(lb2_grouped_plan_cuda(&one.args, count, 0, kGpus, nullptr, &plan), invalid,
+                 "num_layers must be between 1 and 16");
+  expect_error(lb2_grouped_plan_cuda(nullptr, 2, 0, kGpus, nullptr, &plan), invalid,
+               "layers must not be NULL");
+}
+
 }  // namespace
 
 int main() {
   test_every_plan_fits();
   test_shape_does_not_depend_on_tokens();
   test_auto();
+  test_gemm_tuning();
+  test_gemm_fills_the_gpu();
   test_large_layer_fills_the_gpu();
   test_errors();
   test_tuning();
   test_sizes_and_addresses();
   test_tuning_errors();
   test_plans_are_checked();
+  test_grouped();
+  test_grouped_errors();
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

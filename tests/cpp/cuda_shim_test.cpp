@@ -1,7 +1,8 @@
 // Tests of what executes CUDA kernels on the host (cuda_host): a kernel test proves as much as this emulation
 // is worth. MMAs are compared with matrix products written down from the element formulas of the PTX ISA,
-// sections "Matrix Fragments for mma.m16n8k256" and "for mma.m16n8k16 with floating point type"; what a GPU
-// would hang on or leave undefined must end the process, which a forked child shows.
+// sections "Matrix Fragments for mma.m16n8k256", "for mma.m16n8k16 with floating point type" and "for
+// mma.m16n8k32"; what a GPU would hang on or leave undefined must end the process, which a forked child
+// shows.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -116,6 +117,45 @@ void test_mma_f16() {
   }
 }
 
+void test_mma_s8() {
+  for (const Order order : kOrders) {
+    std::vector<int> a(16 * 32), b(32 * 8), c(16 * 8), out(16 * 8, 0);
+    for (auto* matrix : {&a, &b})
+      for (int& value : *matrix) value = static_cast<int>(engine() % 256) - 128;
+    for (int& value : c) value = static_cast<int>(engine() % 2001) - 1000;
+    run_grid(
+        {1, 1, 1}, 32, 0,
+        [&] {
+          const int group = thread_id() >> 2, in_group = thread_id() % 4;
+          uint32_t ra[4] = {}, rb[2] = {};
+          int32_t rc[4];
+          for (int i = 0; i < 16; ++i) {
+            const int row = i < 4 || (i >= 8 && i < 12) ? group : group + 8;
+            const int col = in_group * 4 + (i & 3) + (i < 8 ? 0 : 16);
+            ra[i / 4] |= (static_cast<uint32_t>(a[static_cast<size_t>(row * 32 + col)]) & 0xFFu)
+                         << (8 * (i % 4));
+          }
+          for (int i = 0; i < 8; ++i) {
+            const int row = in_group * 4 + (i & 3) + (i < 4 ? 0 : 16);
+            rb[i / 4] |= (static_cast<uint32_t>(b[static_cast<size_t>(row * 8 + group)]) & 0xFFu)
+                         << (8 * (i % 4));
+          }
+          for (int i = 0; i < 4; ++i)
+            rc[i] = c[static_cast<size_t>((i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1))];
+          mma_s8(rc, ra, rb);
+          for (int i = 0; i < 4; ++i)
+            out[static_cast<size_t>((i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1))] = rc[i];
+        },
+        order);
+    for (size_t m = 0; m < 16; ++m)
+      for (size_t n = 0; n < 8; ++n) {
+        int sum = c[m * 8 + n];
+        for (size_t k = 0; k < 32; ++k) sum += a[m * 32 + k] * b[k * 8 + n];
+        EXPECT(out[m * 8 + n] == sum);
+      }
+  }
+}
+
 // ---- Warps and blocks
 // ----------------------------------------------------------------------------------------------
 
@@ -128,6 +168,8 @@ void test_shuffle() {
           for (int mask = 0; mask < 32; ++mask) {
             EXPECT(shuffle_xor(0.5f * static_cast<float>(thread), mask) ==
                    0.5f * static_cast<float>(thread ^ mask));
+            EXPECT(shuffle_xor(~static_cast<uint32_t>(thread), mask) ==
+                   ~static_cast<uint32_t>(thread ^ mask));
           }
         },
         order);
@@ -161,6 +203,39 @@ void test_copies() {
           EXPECT(load_words4(shared_memory() + thread * 16).w[1] == static_cast<uint32_t>(thread * 4 + 1));
           sync_block();
           EXPECT(load_words4(shared_memory() + other * 16).w[3] == static_cast<uint32_t>(other * 4 + 3));
+        },
+        order);
+}
+
+// Groups arrive in the order of their commits, and no sooner than they must; what is not inside is zero.
+void test_copy_groups() {
+  alignas(16) static uint32_t words[32 * 4];
+  for (uint32_t i = 0; i < 128; ++i) words[i] = i;
+  for (const Order order : kOrders)
+    run_grid(
+        {1, 1, 1}, 32, 32 * 32,
+        [&] {
+          constexpr uint32_t kNothing = 0xFFFFFFFFu;
+          const uint32_t thread = static_cast<uint32_t>(thread_id());
+          uint32_t* shared = reinterpret_cast<uint32_t*>(shared_memory()) + thread * 8;
+          copy_words4(shared, words + thread * 4);
+          commit_copies();
+          commit_copies();  // of nothing
+          copy_word(shared + 4, words + thread, true);
+          copy_word(shared + 5, nullptr, false);  // not read
+          commit_copies();
+          wait_for_copy_groups<3>();
+          EXPECT(shared[1] == kNothing);
+          wait_for_copy_groups<2>();
+          EXPECT(shared[1] == thread * 4 + 1 && shared[4] == kNothing);
+          copy_word(shared + 6, words + 2, true);
+          wait_for_copy_groups<1>();
+          EXPECT(shared[4] == kNothing);
+          wait_for_copy_groups<0>();
+          EXPECT(shared[4] == thread && shared[5] == 0 && shared[6] == kNothing);
+          commit_copies();
+          wait_for_copy_groups<0>();
+          EXPECT(shared[6] == 2 && shared[7] == kNothing);
         },
         order);
 }
@@ -271,10 +346,17 @@ void test_divergence() {
     alignas(16) static uint32_t copied[4] = {};
     if (thread_id() == 0) copy_words4(copied, copied);
   });
+  EXPECT_ABORT("without waiting for its copies", 32, {
+    alignas(16) static uint32_t copied[4] = {};
+    copy_word(copied, copied, false);
+    commit_copies();
+    wait_for_copy_groups<1>();
+  });
   EXPECT_ABORT("multiple of 32", 33, {});
   alignas(16) static const uint32_t words[8] = {};
   EXPECT_ABORT("misaligned", 32, load_stream(words + 1));
   EXPECT_ABORT("misaligned", 32, load_words4(words + 2));
+  EXPECT_ABORT("misaligned", 32, copy_word(shared_memory() + 2, words, true));
 }
 
 // ---- Numbers
@@ -374,6 +456,7 @@ void test_integers() {
     }
   }
   EXPECT(fast_divide(1.0f, 4.0f) == 0.25f);
+  EXPECT(multiply_rounded(1.0f + 0x1p-23f, 1.0f - 0x1p-23f) - 1.0f == 0.0f);
   // Where rounding twice loses the whole result.
   EXPECT(fused_multiply_add(1.0f + 0x1p-23f, 1.0f - 0x1p-23f, -1.0f) == -0x1p-46f);
 }
@@ -383,9 +466,11 @@ void test_integers() {
 int main() {
   test_mma_b1();
   test_mma_f16();
+  test_mma_s8();
   test_shuffle();
   test_reductions();
   test_copies();
+  test_copy_groups();
   test_barriers();
   test_missing_barrier_shows();
   test_divergence();

@@ -173,8 +173,10 @@ struct Problem {
   double typical = 0.0;
 
   // Ranks are at most 96, of some layers with one path or two up to `most_rank`; some layers have `wide`
-  // columns.
-  explicit Problem(bool may_be_backward, int64_t misalignment = 1, int64_t most_rank = 96, int64_t wide = 0);
+  // columns. With `other`, a forward problem for the activations and stages of that one, with few paths.
+  explicit Problem(bool may_be_backward, int64_t misalignment = 1, int64_t most_rank = 96, int64_t wide = 0,
+                   const Problem* other = nullptr,
+                   std::initializer_list<int64_t> tokens = {0, 1, 1, 2, 3, 6, 7, 12, 25, 110});
   const float* bias_data() const { return with_bias ? reinterpret_cast<const float*>(bias.data) : nullptr; }
   int64_t output_elements() const { return m == 0 ? 0 : (m - 1) * output_stride + out_cols; }
   lb2_linear_args layer_args() const {
@@ -214,20 +216,28 @@ struct Problem {
   }
 };
 
-inline Problem::Problem(bool may_be_backward, int64_t misalignment, int64_t most_rank, int64_t wide) {
+inline Problem::Problem(bool may_be_backward, int64_t misalignment, int64_t most_rank, int64_t wide,
+                        const Problem* other, std::initializer_list<int64_t> tokens) {
   single_stage = engine() % 4 == 0;
   misaligned = engine() % 2 ? misalignment : 0;
   backward = may_be_backward && engine() % 2;
   const bool shared = engine() % 3 == 0, same_scale = engine() % 4 == 0;
   with_bias = engine() % 2;
   dtype = static_cast<lb2_dtype>(pick({LB2_FLOAT32, LB2_FLOAT16, LB2_BFLOAT16}));
-  m = pick({0, 1, 1, 2, 3, 6, 7, 12, 25, 110});
+  m = pick(tokens);
   k = pick({1, 5, 15, 31, 32, 33, 64, 100, 511, 721, 1025, 2100});
   n = pick({1, 2, 15, 16, 17, 63, 65, 130, 300});
   num_paths = pick({1, 1, 2, 2, 3, 5, LB2_MAX_PATHS});
   if (wide > 0 && num_paths <= 2 && engine() % 6 == 0) {
     k = wide;
     m = std::min<int64_t>(m, 12);
+  }
+  if (other != nullptr) {
+    single_stage = other->single_stage;
+    dtype = other->dtype;
+    m = other->m;
+    k = other->k;
+    num_paths = std::min<int64_t>(num_paths, 2);
   }
   in_cols = backward ? n : k;
   out_cols = backward ? k : n;
@@ -273,10 +283,13 @@ inline Problem::Problem(bool may_be_backward, int64_t misalignment, int64_t most
   element = element_bytes(dtype);
   // Stride 0 is one token, m times.
   input_stride = engine() % 8 == 0 ? 0 : in_cols + static_cast<int64_t>(engine() % 5);
+  if (other != nullptr) input_stride = other->input_stride;
   output_stride = out_cols + static_cast<int64_t>(engine() % 5);
   const int64_t input_elements = m == 0 ? 0 : (m - 1) * input_stride + in_cols;
   input = Buffer(input_elements * element, misaligned);
   for (int64_t i = 0; i < input_elements; ++i) random_element(dtype, input.data + i * element);
+  if (other != nullptr)
+    std::memcpy(input.data, other->input.data, static_cast<size_t>(input_elements * element));
   const std::vector<float> bias_values = random_floats(n);
   bias = copy_out(bias_values, misaligned);
 

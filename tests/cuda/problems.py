@@ -23,8 +23,11 @@ BOUND = {"exact": 2e-6, "float16": 5e-4, "int16": 5e-4, "int8": 2e-2, "sign": 1e
 #: Around MMA rows (16), words (32), 16-byte loads (128), and slices (512).
 COLS = (1, 7, 31, 32, 33, 100, 127, 128, 129, 257, 511, 512, 513, 1024, 1100, 2049)
 ROWS = (1, 7, 15, 16, 17, 31, 33, 64, 100, 127, 128, 130, 257, 513)
-#: Around the token tiles (1, 2, 4, 8, 16), and past them.
-TOKENS = (*range(18), 24, 31, 32, 33, 40)
+#: Around the token tiles of the decode kernels (1, 2, 4, 8, 16) and of the GEMM (32, 64, 128).
+TOKENS = (*range(18), 24, 31, 32, 33, 40, 65, 129, 200)
+#: Most tokens of the decode kernels in the modes that have a GEMM for more; bits change above.
+SWITCH = 16
+GEMM_MODES = ("exact", "float16", "int8")
 
 Problem = tuple[torch.Tensor, PackedLinear]
 

@@ -64,22 +64,43 @@ def test_every_number_of_tokens(
     on_device, layer = x.to(device), packed.to(device)
     whole = littlebit_linear(on_device, layer, activation=mode)
     assert problems.error_of(whole, x, packed, mode) <= problems.allowed(dtype, mode, whole.numel())
+    few = littlebit_linear(on_device[: problems.SWITCH], layer, activation=mode)
     for tokens in range(41):
         y = littlebit_linear(on_device[:tokens], layer, activation=mode)
-        assert torch.equal(y, whole[:tokens]), f"{tokens} tokens differ from the first {tokens} of 40"
+        same = few if tokens <= problems.SWITCH else whole
+        assert torch.equal(y, same[:tokens]), f"{tokens} tokens differ from the first {tokens} of more"
+    if mode not in problems.GEMM_MODES:
+        assert torch.equal(few, whole[: problems.SWITCH])
+
+
+@pytest.mark.parametrize("mode", problems.GEMM_MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_prompts(device: torch.device, rng: torch.Generator, dtype: torch.dtype, mode: str) -> None:
+    """Enough tokens and rows for every tile, with both ends ragged."""
+    x, packed = make_problem(531, 2100, 1033, [264, 72], dtype=dtype, bias=True, generator=rng)
+    packed = problems.scaled_down(packed)
+    on_device, layer = x.to(device), packed.to(device)
+    y = littlebit_linear(on_device, layer, activation=mode)
+    assert problems.error_of(y, x, packed, mode) <= problems.allowed(dtype, mode, y.numel())
+    # Other numbers of tokens have other tiles and splits, and the same bits.
+    for tokens in (17, 33, 64, 100, 128, 129, 300):
+        assert torch.equal(littlebit_linear(on_device[:tokens], layer, activation=mode), y[:tokens])
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_more_tokens_than_one_round_serves(device: torch.device, rng: torch.Generator, mode: str) -> None:
     x, packed = make_problem(1, 256, 100, [64], dtype=torch.float16, generator=rng)
-    block = explain(torch.ones(10**5, 256, dtype=x.dtype, device="cpu"), packed, gpu="H200").token_block
+    many = explain((10**5, 256), packed, activation=mode, dtype=x.dtype, gpu="H200")
+    block = many.token_block
+    assert block is not None
     x = torch.randn(2 * block + 3, 256, generator=rng).half()
     packed = problems.scaled_down(packed)
     y = littlebit_linear(x.to(device), packed.to(device), activation=mode)
     assert problems.error_of(y, x, packed, mode) <= problems.allowed(x.dtype, mode, y.numel())
-    for token in (0, block - 1, block, 2 * block, 2 * block + 2):
-        own = littlebit_linear(x[token : token + 1].to(device), packed.to(device), activation=mode)
-        assert torch.equal(own[0], y[token])
+    count = problems.SWITCH + 1 if mode in problems.GEMM_MODES else 1
+    for token in (0, block - 1, block, 2 * block + 3 - count):
+        own = littlebit_linear(x[token : token + count].to(device), packed.to(device), activation=mode)
+        assert torch.equal(own, y[token : token + count])
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -108,8 +129,8 @@ def test_auto_is_the_mode_that_explain_names(
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("layout", ["aligned", "pitched", "misaligned"])
 def test_layouts_of_words(device: torch.device, rng: torch.Generator, layout: str, mode: str) -> None:
-    for k in (33, 512, 1100):
-        x, packed = make_problem(3, k, 70, [136, 40], generator=rng)
+    for tokens, k in itertools.product((3, 20), (33, 512, 1100)):
+        x, packed = make_problem(tokens, k, 70, [136, 40], generator=rng)
         x, packed = x.to(device), packed.to(device)
         moved = problems.with_word_layout(packed, layout)
         expected = littlebit_linear(x, packed, activation=mode)
@@ -196,7 +217,12 @@ def test_results_do_not_depend_on_the_batch(
     whole = littlebit_linear(x, packed, activation=mode)
     order = torch.randperm(37, generator=rng).to(packed.device)
     assert torch.equal(littlebit_linear(x[order], packed, activation=mode), whole[order])
-    for token in range(37):
+    if mode in problems.GEMM_MODES:
+        for first in range(37 - problems.SWITCH):
+            part = slice(first, first + problems.SWITCH + 1)
+            assert torch.equal(littlebit_linear(x[part], packed, activation=mode), whole[part])
+        whole = littlebit_linear(x[: problems.SWITCH], packed, activation=mode)
+    for token in range(whole.shape[0]):
         assert torch.equal(littlebit_linear(x[token], packed, activation=mode), whole[token])
 
 

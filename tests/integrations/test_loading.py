@@ -169,7 +169,7 @@ def test_layers_are_prepacked_and_frozen(path: Path) -> None:
     quantizer = model.hf_quantizer
     assert (quantizer.is_serializable(), quantizer.is_trainable, quantizer.is_compileable) == (
         True,
-        False,
+        True,
         True,
     )
 

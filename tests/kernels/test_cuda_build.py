@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kernel_report import POLICIES, TOKEN_TILES, parse_ptxas
+from benchmarks.kernel_report import GEMM_POLICIES, POLICIES, TOKEN_TILES, gemm_tiles, parse_ptxas
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -53,10 +53,14 @@ def test_every_instance_compiles_for_every_architecture_without_spills(build: tu
     kinds = [("decode", tile) for tile in TOKEN_TILES] + [
         ("convert", tile) for tile in TOKEN_TILES if tile > 4
     ]
-    wanted = sorted(
-        (*kind, mode, arch) for kind, mode, arch in itertools.product(kinds, POLICIES, ARCHITECTURES)
-    )
-    assert sorted((k.kind, k.token_tile, k.mode, k.capability) for k in kernels) == wanted
+    wanted = [
+        (kind, 0, tile, mode, arch)
+        for (kind, tile), mode, arch in itertools.product(kinds, POLICIES, ARCHITECTURES)
+    ]
+    for mode, arch in itertools.product(GEMM_POLICIES, ARCHITECTURES):
+        wanted.append(("gemm_convert", 0, 0, mode, arch))
+        wanted += [("gemm", *tile, mode, arch) for tile in gemm_tiles(mode)]
+    assert sorted((k.kind, k.row_tile, k.token_tile, k.mode, k.capability) for k in kernels) == sorted(wanted)
 
 
 def test_library_exports_the_c_abi_and_nothing_else_of_ours(build: tuple[Path, str]) -> None:
@@ -65,7 +69,7 @@ def test_library_exports_the_c_abi_and_nothing_else_of_ours(build: tuple[Path, s
     library = next(build[0].glob("**/liblittlebit2_cuda.so"))
     defined = {line.split()[-1] for line in _run("nm", "-D", "--defined-only", str(library)).splitlines()}
     ours = {name for name in defined if "lb2" in name}
-    assert ours == {"lb2_cuda_get_device", "lb2_linear_forward_cuda"}
+    assert ours == {"lb2_cuda_get_device", "lb2_grouped_forward_cuda", "lb2_linear_forward_cuda"}
 
 
 def _disassembler() -> str | None:
@@ -97,6 +101,30 @@ def test_machine_code_holds_the_intended_instructions(build: tuple[Path, str], a
         assert re.search(r"LDG\.E\.(\w+\.)*128", function), f"{name}: no 16-byte loads of global memory"
         assert "LDS.128" in function, f"{name}: no 16-byte loads of shared memory"
         assert not re.search(r"\b(LDL|STL)\b", function), f"{name}: uses local memory"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_machine_code_of_the_gemm(build: tuple[Path, str], arch: int) -> None:
+    """MMAs, copies past the registers, and no more 16-byte loads beside the MMAs than there must be."""
+    disassembler = _disassembler()
+    if disassembler is None:
+        pytest.skip("needs cuobjdump (CUDA toolkit or Triton's package)")
+    library = next(build[0].glob("**/liblittlebit2_cuda.so"))
+    code = _run(disassembler, "--dump-sass", "--gpu-architecture", f"sm_{arch}", str(library))
+    functions = [part for part in re.split(r"\n\s*Function : ", code)[1:] if "4gemmI" in part.split()[0]]
+    assert len(functions) == sum(len(gemm_tiles(mode)) for mode in GEMM_POLICIES)
+    for function in functions:
+        name = function.split()[0]
+        mma = "IMMA.16832.S8.S8" if "GemmInt8" in name else "HMMA.16816.F32"
+        mmas = function.count(mma)
+        assert mmas > 0, f"{name}: no {mma}"
+        assert "LDGSTS" in function, f"{name}: no copies to shared memory"
+        assert "LDS.128" in function, f"{name}: no 16-byte loads of shared memory"
+        assert not re.search(r"\b(LDL|STL)\b", function), f"{name}: uses local memory"
+        # One load serves two MMAs of each of the warp's row tiles, in `exact` for each of its terms.
+        rows, tokens = map(int, re.findall(r"GemmShapeILi(\d+)ELi(\d+)E", name)[0])
+        row_tiles = rows // (2 if tokens == 128 else 4) // 16
+        assert mmas / (2 * row_tiles) <= function.count("LDS.128"), name
 
 
 @pytest.mark.parametrize("program", sorted(path.stem for path in (ROOT / "benchmarks" / "cuda").glob("*.cu")))

@@ -10,7 +10,8 @@ import torch
 from littlebit2_kernels import PackedLinear, PackedPath, littlebit_linear, prepack
 from littlebit2_kernels._native import core
 from littlebit2_kernels.dispatch import ACTIVATIONS
-from littlebit2_kernels.testing import make_problem
+from littlebit2_kernels.format import pack_signs_reference
+from littlebit2_kernels.testing import make_problem, relative_error
 from tests.kernels.problems import describe, random_lookup_problem, with_equal_in_scales
 
 MODES = ("exact", "int16", "int8", "sign")
@@ -36,6 +37,25 @@ def test_instruction_sets_agree_to_the_bit(
         results.append(littlebit_linear(x, prepacked, activation=mode))
     for name, result in zip(every_isa, results, strict=True):
         assert torch.equal(result, results[0]), f"{name} and {every_isa[0]}: {describe(x, packed)}"
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-6, 1e-4, 0.3])
+def test_windows_at_the_limit_of_16_bits(spread: float, every_isa: list[str], rng: torch.Generator) -> None:
+    """Rows whose signs are those of x, or their opposites, make sums as large as int16 entries allow."""
+    cols = 720
+    x = torch.exp(spread * torch.randn(4, cols, generator=rng)) * torch.randn(4, cols, generator=rng).sign()
+    x[1] = -x[0].abs()
+    signs = torch.cat([x, -x, torch.randn(40, cols, generator=rng)])
+    path = PackedPath(pack_signs_reference(signs), torch.ones(cols), torch.ones(len(signs)))
+    packed = PackedLinear((path,))
+    results = []
+    for name in every_isa:
+        core().set_cpu_isa(name)
+        results.append(littlebit_linear(x, prepack(packed), activation="int16"))
+    expected = x.double() @ torch.where(signs < 0, -1.0, 1.0).double().T
+    assert relative_error(results[0], expected) < 5e-4
+    for name, result in zip(every_isa, results, strict=True):
+        assert torch.equal(result, results[0]), f"{name} and {every_isa[0]} differ"
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -90,12 +90,14 @@ PYTHON_ROOMS = {
     f"{_KERNELS}.triton": PythonRoom(
         may=("torch", "triton", f"{_KERNELS}.format", f"{_KERNELS}.gpu", f"{_KERNELS}.triton"), never=NATIVE
     ),
-    # What decides needs no Triton.
+    # What decides needs no Triton, but for the version that a stored configuration was tuned with.
     **{
         f"{_KERNELS}.triton.{name}": PythonRoom(
-            may=("torch", f"{_KERNELS}.format", f"{_KERNELS}.gpu", f"{_KERNELS}.triton.plan"), never=NATIVE
+            may=("torch", f"{_KERNELS}.format", f"{_KERNELS}.gpu", f"{_KERNELS}.triton.plan"),
+            lazily=lazily,
+            never=NATIVE,
         )
-        for name in ("configs", "plan")
+        for name, lazily in (("configs", ("triton",)), ("plan", ()))
     },
     _KERNELS: PythonRoom(may=("torch", "numpy", _KERNELS), lazily=("triton", f"{_KERNELS}.triton")),
     "littlebit2.quantize": PythonRoom(
@@ -136,18 +138,34 @@ PYTHON_ROOMS = {
         never=NATIVE,
         public_only=True,
     ),
+    "littlebit2.train": PythonRoom(
+        may=("torch", "numpy", "littlebit2.train", _KERNELS),
+        never=NATIVE,
+        lazily=("pyarrow",),
+        public_only=True,
+    ),
+    "littlebit2.train.recipe": PythonRoom(
+        may=(*_USER_BASE, "accelerate", "transformers", "littlebit2", _KERNELS),
+        never=NATIVE,
+        lazily=("lm_eval",),
+        public_only=True,
+    ),
     # `--help` and usage errors do not wait for torch.
     "littlebit2.cli": PythonRoom(
         may=("littlebit2.cli",),
         lazily=(
-            *(f"littlebit2.{name}" for name in ("checkpoint", "generate", "plan", "quantize", "stream")),
+            *(
+                f"littlebit2.{name}"
+                for name in ("calibrate", "checkpoint", "generate", "plan", "quantize", "stream")
+            ),
             "littlebit2.synthesize",
+            "littlebit2.train",
             f"{_KERNELS}.version",
         ),
         public_only=True,
     ),
     "littlebit2.integrations": PythonRoom(
-        may=(*_USER_BASE, "transformers", "vllm", "sglang", "littlebit2", _KERNELS), public_only=True
+        may=(*_USER_BASE, "peft", "transformers", "vllm", "sglang", "littlebit2", _KERNELS), public_only=True
     ),
     "littlebit2": PythonRoom(
         may=(*_USER_BASE, "littlebit2", _KERNELS),

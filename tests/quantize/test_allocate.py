@@ -49,6 +49,17 @@ def test_the_spectrum_is_that_of_the_weight(shape: tuple[int, int], rng: torch.G
         layer_spectrum("x", torch.zeros(4), 8)
 
 
+def test_the_prediction_is_a_model_and_no_bound(
+    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Orthogonal directions are fewer numbers than the model counts: with all bits well spent it is undercut.
+    monkeypatch.setattr("littlebit2.quantize.allocate.EFFICIENCY", 1.0)
+    weight = torch.linalg.qr(torch.randn(128, 128, generator=rng)).Q
+    (predicted,) = predicted_error(torch.full((128,), 1 / 128, dtype=torch.float64), [120])
+    config = QuantConfig(ranks=(120,), admm_iterations=100)
+    assert quantize_weight(weight, config=config).report.error < 0.9 * predicted
+
+
 def test_prediction_is_reverse_water_filling() -> None:
     energies = spectrum("x", 200, 200, 0.6).energies
     for rank, error in zip((8, 40, 160), predicted_error(energies, [8, 40, 160]), strict=True):

@@ -146,6 +146,8 @@ def test_nothing_to_measure_is_an_error(net: Net) -> None:
         collect_importance(net, [])
     with pytest.raises(ValueError, match=r"model must call at least one nn\.Linear, got none"):
         collect_importance(nn.ReLU(), [torch.ones(2)])
+    with pytest.raises(ValueError, match="model must have parameters that require gradients where loss"):
+        collect_importance(net.requires_grad_(False), [torch.ones(2, 24)], loss=torch.sum)
 
 
 class Frozen(nn.Module):
@@ -181,6 +183,9 @@ def test_files_hold_importance(tmp_path: Path, rng: torch.Generator) -> None:
         ValueError, match=r"tensors must be named NAME\.inputs or NAME\.outputs, got 'a\.weight'"
     ):
         load_importance(path)
+    with pytest.raises(FileNotFoundError):
+        save_importance(tmp_path / "missing" / "x", given)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
     path.write_bytes(b"nothing")
     with pytest.raises(ValueError, match="is not a readable safetensors file"):
         load_importance(path)

@@ -18,11 +18,13 @@ DTYPES = [torch.float32, torch.float64]
 
 
 def random_path(target: torch.Tensor, rank: int, rng: torch.Generator) -> BinaryPath:
-    return BinaryPath.random(target, rank, 1.0, rng)
+    n, k = target.shape
+    return BinaryPath.random((n, k), rank, [1.0], [rng], dtype=target.dtype)
 
 
 def dense(path: BinaryPath) -> torch.Tensor:
-    return dense_weight(PackedLinear((path.packed(),)))
+    (packed,) = path.packed()
+    return dense_weight(PackedLinear((packed,)))
 
 
 def squared_error(target: torch.Tensor, path: BinaryPath) -> float:
@@ -43,7 +45,7 @@ def test_descent_gives_every_sign_its_best_value_in_turn(rank: int, rng: torch.G
         s = expected[:, column]
         rest = wanted[r, column] - gram[r] @ s + gram[r, r] * s[r]
         s[r] = -1 if rest < 0 else 1
-    descend(signs, wanted, gram)
+    descend(signs[None], wanted[None], gram[None])
     assert torch.equal(signs, expected)
 
 
@@ -58,7 +60,7 @@ def test_the_error_never_rises_and_is_the_one_reported(
     errors = [squared_error(target, path)]
     for _ in range(6):
         before = errors[-1]
-        first, second = refine(target, path, 1)
+        ((first, second),) = refine(target, path, 1)
         errors.append(squared_error(target, path))
         assert first <= before + 1e-5 * total
         assert second <= first + 1e-5 * total
@@ -69,7 +71,7 @@ def test_the_error_never_rises_and_is_the_one_reported(
 def test_rounds_end_where_they_gain_nothing(rng: torch.Generator) -> None:
     target = gaussian(24, 24, rng)
     path = random_path(target, 8, rng)
-    errors = refine(target, path, 500)
+    (errors,) = refine(target, path, 500)
     assert len(errors) < 1000
     at_rest = squared_error(target, path)
     refine(target, path, 3)
@@ -82,11 +84,11 @@ def test_scales_are_least_squares_at_a_fixed_point(rng: torch.Generator) -> None
     refine(target, path, 400, tolerance=0)
     residual = target - dense(path)
     # Orthogonal to what each scale multiplies: no scale has a better value.
-    left = path.left.dense(slice(0, 40), torch.ones(8, dtype=torch.float64))
-    right = path.right.dense(slice(0, 30), path.latent)
+    left = path.left.dense(slice(0, 40), torch.ones(1, 8, dtype=torch.float64))[0]
+    right, latent = path.right.dense(slice(0, 30), path.latent)[0], path.latent[0]
     assert float(((left / path.left.scale).T @ right * residual).sum(1).abs().max()) < 1e-4
     for r in range(8):
-        direction = torch.outer(left[r], right[r] / path.latent[r])
+        direction = torch.outer(left[r], right[r] / latent[r])
         assert abs(float((residual * direction).sum())) < 1e-4 * float(direction.norm())
 
 
@@ -114,7 +116,7 @@ def test_zero_targets_and_dead_parts_stay_finite(rng: torch.Generator) -> None:
     partly = gaussian(20, 33, rng)
     partly[3], partly[:, 7] = 0, 0
     path = random_path(partly, 8, rng)
-    path.latent[2] = 0  # a latent that died must not bring NaN
+    path.latent[0, 2] = 0  # a latent that died must not bring NaN
     refine(partly, path, 4)
     weight = dense(path)
     assert torch.isfinite(weight).all()

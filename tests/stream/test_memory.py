@@ -25,9 +25,11 @@ def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
-config = QuantConfig(ranks=(8,), method="dual-svid")
+rank, method = int(sys.argv[5]), sys.argv[6]
+few = {"method": method, "admm_iterations": 1, "refine_rounds": 1}
+config = QuantConfig(ranks=(rank,), **few)
 # What torch and LAPACK take once, whatever they work on.
-quantize_checkpoint(sys.argv[1], sys.argv[4], config, workers=1, progress=False)
+quantize_checkpoint(sys.argv[1], sys.argv[4], QuantConfig(ranks=(8,), **few), workers=1, progress=False)
 Path("/proc/self/clear_refs").write_text("5")
 before = peak()
 quantize_checkpoint(sys.argv[2], sys.argv[3], config, workers=1, progress=False)
@@ -52,7 +54,15 @@ def write_layers(
     return path
 
 
-def growth(tmp_path: Path, layers: int, rng: torch.Generator, dtype: torch.dtype = torch.bfloat16) -> float:
+def growth(
+    tmp_path: Path,
+    layers: int,
+    rng: torch.Generator,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    rank: int = 8,
+    method: str = "dual-svid",
+) -> float:
     """Peak above what the process had before, in layers' worth of float32, in which a layer is computed."""
     warm_up = write_layers(tmp_path / f"small-{layers}", 1, 256, rng)
     model = write_layers(tmp_path / f"model-{layers}", layers, COLUMNS, rng, dtype)
@@ -61,7 +71,9 @@ def growth(tmp_path: Path, layers: int, rng: torch.Generator, dtype: torch.dtype
             sys.executable,
             "-c",
             MEASURE,
-            *map(str, (warm_up, model, tmp_path / f"out-{layers}", tmp_path / f"warm-{layers}")),
+            *map(
+                str, (warm_up, model, tmp_path / f"out-{layers}", tmp_path / f"warm-{layers}", rank, method)
+            ),
         ],
         capture_output=True,
         text=True,
@@ -85,3 +97,10 @@ def test_a_float32_source_is_not_held_twice(tmp_path: Path, rng: torch.Generator
     peak = growth(tmp_path, 1, rng, torch.float32)
     print(f"peak: {peak:.2f} layers' worth for a float32 source")
     assert peak < 1.95
+
+
+def test_the_duals_of_admm_are_no_layer_of_their_own(tmp_path: Path, rng: torch.Generator) -> None:
+    # Rank 1000 is 1.0 bpw: in float32 the duals would take 0.98 of a layer.
+    peak = growth(tmp_path, 1, rng, rank=1000, method="admm")
+    print(f"peak: {peak:.2f} layers' worth for admm at 1.0 bpw")
+    assert peak < 2.6  # it was 2.95 with them in float32, and with systems factorised in copies

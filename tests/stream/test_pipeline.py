@@ -114,7 +114,7 @@ def test_a_finished_run_is_not_repeated(
     first = run(model_dir, tmp_path / "out")
     (tmp_path / "out.partial").mkdir()  # as if killed before it was removed
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "quantize_loaded", None)
+        patch.setattr(pipeline, "quantize_together", None)
         again = run(model_dir, tmp_path / "out")
     assert again.as_dict() == first.as_dict()
     assert not (tmp_path / "out.partial").exists()
@@ -185,9 +185,9 @@ def interrupted(model_dir: Path, out: Path, monkeypatch: pytest.MonkeyPatch, aft
         done.append(1)
         return original(*args, **options)  # type: ignore[arg-type]
 
-    original = pipeline.quantize_loaded
+    original = pipeline.quantize_together
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "quantize_loaded", stop)
+        patch.setattr(pipeline, "quantize_together", stop)
         with pytest.raises(Stop):
             run(model_dir, out)
     assert not out.exists()

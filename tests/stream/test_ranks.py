@@ -54,7 +54,7 @@ def test_a_run_that_goes_on_does_not_measure_again(
         raise RuntimeError("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "quantize_loaded", fail)
+        patch.setattr(pipeline, "quantize_together", fail)
         with pytest.raises(RuntimeError, match="stopped"):
             run(model_dir, tmp_path / "out")
     with monkeypatch.context() as patch:
@@ -77,7 +77,7 @@ def test_importance_reaches_its_layers_and_is_part_of_the_settings(
         raise RuntimeError("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "quantize_loaded", fail)
+        patch.setattr(pipeline, "quantize_together", fail)
         with pytest.raises(RuntimeError, match="stopped"):
             run(model_dir, tmp_path / "other", config, importance=importance)
     with pytest.raises(StreamError, match="holds a run with other settings: importance = "):

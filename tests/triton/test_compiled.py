@@ -118,7 +118,7 @@ def test_another_device(device: torch.device, packed: PackedLinear, rng: torch.G
 
 
 def test_auto_does_what_explain_says(packed: PackedLinear, rng: torch.Generator) -> None:
-    for tokens in (1, CUDA_TOKENS, CUDA_TOKENS + 1):
+    for tokens in (1, 16, 17, CUDA_TOKENS, CUDA_TOKENS + 1):
         x = fresh(tokens, packed.device, rng)
         plan = explain(x, packed)
         assert plan.activation is not None

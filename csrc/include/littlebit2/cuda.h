@@ -11,9 +11,9 @@ extern "C" {
 #endif
 
 /* Activations as one float16 each, scaled by a power of two per slice of 512 channels; error about 2e-4. CUDA
- * only; what AUTO means for 16-bit activations where the GPU has no 1-bit tensor cores. The other modes are
- * those of littlebit2.h, with slices of 512 channels in place of its chunks; SIGN scales by the mean
- * magnitude of a slice. */
+ * only; what AUTO means for 16-bit activations of more than 16 tokens, and of fewer where the GPU has no
+ * 1-bit tensor cores. The other modes are those of littlebit2.h, with slices of 512 channels in place of its
+ * chunks; SIGN scales by the mean magnitude of a slice. */
 #define LB2_ACTIVATION_FLOAT16 5
 
 /* What planning needs to know of a GPU. */
@@ -29,12 +29,16 @@ typedef struct lb2_cuda_device {
  * such launch before. */
 #define LB2_CUDA_CONVERT 1
 #define LB2_CUDA_DECODE 2
+/* The same for more than 16 tokens in the modes EXACT, FLOAT16 and INT8: signs are expanded once for up to
+ * 128 tokens. */
+#define LB2_CUDA_GEMM 3
 
 typedef struct lb2_cuda_launch {
   int32_t kind;
   int32_t stage;  /* 0, or 1 for U of a layer with two stages */
-  int32_t grid_x; /* decode: tiles of 16 * row_warps rows, of all first stages or of N */
-  int32_t grid_y; /* parts that the columns are split into; their sums are added in order by the next stage */
+  int32_t grid_x; /* decode: tiles of 16 * row_warps rows, GEMM: of row_tile, of all first stages or of N */
+  int32_t grid_y; /* parts that the columns are split into; their sums, GEMM: those of their slices of 512
+                     columns, are added in order by the next stage */
   int32_t grid_z; /* blocks of token_tile tokens */
   int32_t threads;
   int32_t token_tile;
@@ -44,7 +48,9 @@ typedef struct lb2_cuda_launch {
   int32_t chunk_slices; /* slices of 512 columns whose activations are in shared memory at once */
   int32_t shared_bytes;
   int32_t chained; /* 1 if it may start before the kernel before it has ended (sm_90 and newer); it waits */
-  int32_t estimated_cycles; /* decode of one token: what the shape was chosen by, no measurement */
+  int32_t estimated_cycles; /* decode of one token, GEMM of token_block: what the shape was chosen by, no
+                               measurement */
+  int32_t row_tile;         /* of GEMM launches; 0 for others: rows of a block */
 } lb2_cuda_launch;
 
 /* What a call will do. Set struct_size = sizeof(lb2_cuda_plan) before. */
@@ -69,14 +75,28 @@ typedef struct lb2_cuda_tuning {
   int32_t splits;       /* grid_y of the first of two stages: at most 65535, and its slices of 512 columns */
   int32_t max_chunk;    /* upper bound of chunk_slices */
   int32_t unchained;    /* 1: every launch starts at the end of the kernel before it, as before sm_90 */
+  /* Rows and tokens of a block of the GEMM, of each stage: 64 x 32, 128 x 32, 128 x 64 or, but in EXACT,
+   * 128 x 128. row_warps and max_chunk mean nothing there. */
+  int32_t gemm_rows[2];
+  int32_t gemm_tokens[2];
 } lb2_cuda_tuning;
 
 /* Fill *plan for args on `device`: a pure function of its arguments. isa, parallel_for and the data pointers
- * of args are not looked at, but for which are equal. tuning may be NULL. The launch of M tokens differs from
- * that of one in token tiles and chunks alone, so that a token's result does not depend on the others. */
+ * of args are not looked at, but for which are equal. tuning may be NULL. What else there is in a batch
+ * changes no bit of a token's result, nor does M, but that sums are taken in another order, and AUTO may mean
+ * another mode, above 16 tokens: EXACT, FLOAT16 and INT8 are then a GEMM. INT16 and SIGN are the same at any
+ * M. */
 LB2_API lb2_status lb2_linear_plan_cuda(const lb2_linear_args* args, lb2_activation activation,
                                         const lb2_cuda_device* device, const lb2_cuda_tuning* tuning,
                                         lb2_cuda_plan* plan);
+
+/* Layers on one input, as the projections of an attention or of a gated MLP are, in the launches of one: fill
+ * *plan for [num_layers] of them. All have the same m, k, dtype, input and input_stride, all one stage or all
+ * two, and at most LB2_MAX_PATHS paths together; n, ranks, bias and output are each layer's own. The plan is
+ * that of the group: sums may be taken in another order than by a layer on its own. */
+LB2_API lb2_status lb2_grouped_plan_cuda(const lb2_linear_args* layers, int64_t num_layers,
+                                         lb2_activation activation, const lb2_cuda_device* device,
+                                         const lb2_cuda_tuning* tuning, lb2_cuda_plan* plan);
 
 /* ---- liblittlebit2_cuda ---- */
 
@@ -88,9 +108,13 @@ LB2_API lb2_status lb2_cuda_get_device(int32_t ordinal, lb2_cuda_device* device)
  * planned for the sizes of args; the plan of a layer serves every call of as many tokens. All
  * pointers of args but `paths` and `args` are device pointers; words and floats must be aligned to 4 bytes,
  * input and output to their elements. Allocates nothing, synchronises nothing, and can be captured into a
- * CUDA graph. The same bits from run to run and whatever the other tokens are. */
+ * CUDA graph. The same bits from run to run and whatever the other tokens are (see lb2_linear_plan_cuda). */
 LB2_API lb2_status lb2_linear_forward_cuda(const lb2_linear_args* args, const lb2_cuda_plan* plan,
                                            void* stream);
+
+/* The same for the layers of a plan of lb2_grouped_plan_cuda. The workspace is that of layers[0]. */
+LB2_API lb2_status lb2_grouped_forward_cuda(const lb2_linear_args* layers, int64_t num_layers,
+                                            const lb2_cuda_plan* plan, void* stream);
 
 #ifdef __cplusplus
 } /* extern "C" */

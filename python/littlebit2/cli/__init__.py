@@ -1,4 +1,4 @@
-"""The command line: ``littlebit2 quantize | convert | inspect | plan | generate | synthesize | bench``.
+"""The command line: ``littlebit2 quantize | calibrate | finetune | evaluate | convert | inspect | ...``.
 
 Torch and transformers are imported by the subcommand that needs them, not for ``--help``.
 """
@@ -11,17 +11,18 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from . import bench, convert, generate, inspect, plan, quantize, synthesize
+from . import bench, calibrate, convert, evaluate, finetune, generate, inspect, plan, quantize, synthesize
 from .common import FAILED, INTERRUPTED, note, one_line
 
 __all__ = ["main"]
 
-_COMMANDS = (quantize, convert, inspect, plan, generate, synthesize, bench)
+_COMMANDS = (quantize, calibrate, finetune, evaluate, convert, inspect, plan, generate, synthesize, bench)
 
 _EPILOG = """\
 examples:
   littlebit2 plan llama-2-13b --bpw 0.1          what it would weigh
   littlebit2 quantize MODEL_DIR OUT --bpw 0.55   dense model to packed checkpoint
+  littlebit2 finetune MODEL_DIR OUT --data corpus/ --bpw 0.55      the same, then trained on text
   littlebit2 inspect OUT                         layers, ranks, bits, sizes, problems
   littlebit2 generate OUT "Once upon a time"
 

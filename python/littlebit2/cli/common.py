@@ -20,6 +20,7 @@ __all__ = [
     "add_command",
     "add_pattern_options",
     "add_size_options",
+    "add_spectral_options",
     "emit",
     "emit_json",
     "excluded",
@@ -125,6 +126,27 @@ def add_size_options(parser: argparse.ArgumentParser) -> Any:
         "--kv-factor", type=float, default=1.0, help="factor on the rank of k_proj and v_proj (default 1)"
     )
     return size
+
+
+def add_spectral_options(parser: argparse.ArgumentParser, size: Any) -> None:
+    """Add the options of ranks that depend on the weights; ``size`` is what :func:`add_size_options` gave."""
+    size.add_argument(
+        "--energy",
+        type=float,
+        metavar="SHARE",
+        help="instead: ranks that keep this share of every layer's squared singular values, such as 0.95",
+    )
+    parser.add_argument(
+        "--budget",
+        choices=("uniform", "spectral"),
+        default="uniform",
+        help="share the bits of --bpw out evenly (default), or where the layers' spectra need them",
+    )
+    parser.add_argument(
+        "--importance",
+        metavar="FILE",
+        help="weigh errors by the activations in FILE, which littlebit2 calibrate writes",
+    )
 
 
 def add_pattern_options(parser: argparse.ArgumentParser) -> None:

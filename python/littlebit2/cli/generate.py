@@ -37,6 +37,12 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--seed", type=int, help="of drawing")
     parser.add_argument("--cache", choices=("dynamic", "static"), default="dynamic", help="key/value cache")
     parser.add_argument(
+        "--step",
+        choices=("eager", "compile", "graph"),
+        help="run steps with a static cache and without the model library's loop: as they are, compiled, or "
+        "as one CUDA graph (GPU only)",
+    )
+    parser.add_argument(
         "--ignore-eos", action="store_true", help="go on to --max-new-tokens, for speed tests"
     )
     parser.add_argument("--device", default="cpu", help="default cpu")
@@ -60,6 +66,7 @@ def _run(args: argparse.Namespace) -> int:
         top_p=args.top_p,
         seed=args.seed,
         cache=args.cache,
+        step=args.step,
         ignore_eos=args.ignore_eos,
         device=args.device,
         backend=args.backend,

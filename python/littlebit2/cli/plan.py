@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,7 @@ from .common import (
     add_command,
     add_pattern_options,
     add_size_options,
+    add_spectral_options,
     emit,
     emit_json,
     excluded,
@@ -22,15 +25,18 @@ from .common import (
 
 if TYPE_CHECKING:
     from littlebit2.plan import LayerPlan, ModelPlan
+    from littlebit2.quantize import QuantConfig, RankAllocation
 
 _DESCRIPTION = """\
-Ranks and sizes of a model at a number of bits per weight, from its config.json alone: no weights, nothing
-downloaded. Shipped configurations: llama-2-7b, llama-2-13b, llama-2-70b, llama-3-8b, qwen3-8b.
+Ranks and sizes of a model at a number of bits per weight, from its config.json alone: nothing is downloaded,
+and weights are read only for --budget spectral and --energy, which need the directory of the model.
+Shipped configurations: llama-2-7b, llama-2-13b, llama-2-70b, llama-3-8b, qwen3-8b.
 """
 
 _EXAMPLES = """\
   littlebit2 plan llama-2-13b --bpw 0.1
   littlebit2 plan MODEL_DIR --bpw 0.55 --kv-factor 2 --json
+  littlebit2 plan MODEL_DIR --bpw 0.55 --budget spectral    ranks by the weights' spectra, errors to expect
 """
 
 
@@ -47,7 +53,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "config", metavar="CONFIG_OR_NAME", help="a config.json, a directory with one, or a shipped name"
     )
-    add_size_options(parser)
+    add_spectral_options(parser, add_size_options(parser))
     add_pattern_options(parser)
     parser.add_argument("--json", action="store_true", help="print every layer and all sizes as JSON")
 
@@ -56,8 +62,14 @@ def _run(args: argparse.Namespace) -> int:
     from littlebit2.plan import plan_model  # noqa: PLC0415  # imports torch
     from littlebit2.stream import DEFAULT_EXCLUDE  # noqa: PLC0415  # imports torch
 
+    config = quant_config(args, energy=args.energy, budget=args.budget)
+    exclude = excluded(args, DEFAULT_EXCLUDE)
     plan = plan_model(
-        args.config, quant_config(args), include=args.include, exclude=excluded(args, DEFAULT_EXCLUDE)
+        args.config,
+        config,
+        include=args.include,
+        exclude=exclude,
+        allocation=_allocation(args, config, exclude),
     )
     if args.json:
         layers = [{**asdict(layer), "stored_bpw": layer.stored_bpw} for layer in plan.layers]
@@ -79,20 +91,49 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _allocation(
+    args: argparse.Namespace, config: QuantConfig, exclude: list[str]
+) -> dict[str, RankAllocation] | None:
+    from littlebit2.quantize import load_importance, needs_spectra  # noqa: PLC0415  # imports torch
+    from littlebit2.stream import measure_ranks  # noqa: PLC0415  # imports torch
+
+    if not needs_spectra(config):
+        if args.importance is not None:
+            raise ValueError("--importance changes a plan only with --budget spectral or --energy")
+        return None
+    if not os.path.isdir(args.config):
+        raise ValueError(
+            f"--budget spectral and --energy need the directory of a model, with weights, got {args.config}"
+        )
+    importance = None if args.importance is None else load_importance(args.importance)
+    return measure_ranks(
+        args.config,
+        config,
+        include=args.include,
+        exclude=exclude,
+        importance=importance,
+        progress=sys.stderr.isatty(),
+    )
+
+
 def _layer_table(layers: tuple[LayerPlan, ...]) -> str:
     """One row for all layers that differ only in numbers of their names."""
     groups: dict[tuple[str, int, int, tuple[int, ...]], list[LayerPlan]] = {}
     for layer in layers:
         pattern = re.sub(r"\.\d+(?=\.|$)", ".*", layer.name)
-        groups.setdefault((pattern, layer.out_features, layer.in_features, layer.ranks), []).append(layer)
+        # Ranks by spectra differ from layer to layer: there every layer has its own row.
+        name = pattern if layer.predicted_error is None else layer.name
+        groups.setdefault((name, layer.out_features, layer.in_features, layer.ranks), []).append(layer)
+    by_spectra = any(layer.predicted_error is not None for layer in layers)
     rows = []
     for (pattern, n, k, _), members in groups.items():
         one = members[0]
         ranks = "+".join(map(str, one.ranks))
-        rows.append(
-            (pattern, len(members), f"{n} x {k}", ranks, f"{one.counted_bpw:.4f}", f"{one.stored_bpw:.4f}")
-        )
-    return table(("layers", "count", "N x K", "ranks", "counted bpw", "stored bpw"), rows)
+        error = [f"{one.predicted_error:.4f}"] if one.predicted_error is not None else []
+        bits = (f"{one.counted_bpw:.4f}", f"{one.stored_bpw:.4f}")
+        rows.append((pattern, len(members), f"{n} x {k}", ranks, *bits, *error))
+    head = ("layers", "count", "N x K", "ranks", "counted bpw", "stored bpw")
+    return table((*head, "predicted error") if by_spectra else head, rows)
 
 
 def _size_table(plan: ModelPlan) -> str:

@@ -10,6 +10,7 @@ from .common import (
     add_command,
     add_pattern_options,
     add_size_options,
+    add_spectral_options,
     emit,
     emit_json,
     excluded,
@@ -45,23 +46,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("model_dir", metavar="MODEL_DIR", help="directory of the dense checkpoint")
     parser.add_argument("out", metavar="OUT", help="directory to make")
     size = add_size_options(parser)
-    size.add_argument(
-        "--energy",
-        type=float,
-        metavar="SHARE",
-        help="instead: ranks that keep this share of every layer's squared singular values, such as 0.95",
-    )
-    parser.add_argument(
-        "--budget",
-        choices=("uniform", "spectral"),
-        default="uniform",
-        help="share the bits of --bpw out evenly (default), or where the layers' spectra need them",
-    )
-    parser.add_argument(
-        "--importance",
-        metavar="FILE",
-        help="weigh errors by the activations in FILE, written by littlebit2.quantize.save_importance",
-    )
+    add_spectral_options(parser, size)
     parser.add_argument(
         "--time-budget",
         type=float,
@@ -75,7 +60,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--refine-rounds", type=int, default=12, metavar="N", help="most rounds of refinement (default 12)"
     )
-    parser.add_argument("--admm-iterations", type=int, default=100, metavar="N", help="of admm (default 100)")
+    parser.add_argument("--admm-iterations", type=int, default=300, metavar="N", help="of admm (default 300)")
     parser.add_argument(
         "--admm-start",
         choices=("random", "joint-itq"),

@@ -31,6 +31,8 @@ class LittleBit2Config(QuantizationConfigMixin):
         backend: of every layer, see :func:`littlebit2_kernels.littlebit_linear`; not stored.
         activation: likewise.
         prepack: whether layers on the CPU are brought to the kernels' layout while loading; not stored.
+        fuse: whether projections that share their input are computed together on CUDA
+            (:func:`littlebit2.fuse_projections`); not stored.
         stream: whether packed layers are read one by one after everything else, which is how layouts other
             than ours are always read; not stored.
 
@@ -53,6 +55,7 @@ class LittleBit2Config(QuantizationConfigMixin):
         backend: str = "auto",
         activation: str = "auto",
         prepack: bool = True,
+        fuse: bool = True,
         stream: bool = False,
         **unknown: Any,
     ) -> None:
@@ -80,6 +83,7 @@ class LittleBit2Config(QuantizationConfigMixin):
         self.backend = backend
         self.activation = activation
         self.prepack = prepack
+        self.fuse = fuse
         self.stream = stream
 
     @classmethod

@@ -10,8 +10,14 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
+from .decoding import STEPS, StaticDecoder
 from .loading import load
 
 __all__ = ["Generation", "generate", "resident_memory"]
@@ -66,6 +72,7 @@ def generate(
     top_p: float | None = None,
     seed: int | None = None,
     cache: str = "dynamic",
+    step: str | None = None,
     ignore_eos: bool = False,
     **load_options: Any,
 ) -> Generation:
@@ -83,6 +90,9 @@ def generate(
         top_p: of sampling.
         seed: of sampling; sets and restores the global random state.
         cache: ``"dynamic"``, or ``"static"`` for a key/value cache of fixed size.
+        step: how a step runs, one of :data:`.decoding.STEPS`, with the static cache and without the model
+            library's own loop: on a GPU, ``"graph"`` replays one CUDA graph per token. By default the
+            library's loop.
         ignore_eos: go on to ``max_new_tokens`` whatever the model says, for speed tests.
         **load_options: of :func:`.loading.load`, with a directory.
 
@@ -91,7 +101,7 @@ def generate(
         ValueError: an argument is out of range, or ``prompt`` is text and there is no tokenizer.
         CheckpointError, FileNotFoundError: as :func:`.loading.load`.
     """
-    _check_settings(max_new_tokens, cache, temperature, top_p)
+    _check_settings(max_new_tokens, cache, step, temperature, top_p)
     started = time.perf_counter()
     given = isinstance(model, PreTrainedModel)
     if isinstance(model, PreTrainedModel):
@@ -110,25 +120,29 @@ def generate(
     _check_prompt(prompt, tokenizer, directory)
     loaded = time.perf_counter()
     prompt_ids = _encode(prompt, tokenizer, model).to(model.device)
-    settings: dict[str, Any] = {"do_sample": do_sample, "max_new_tokens": max_new_tokens}
-    if do_sample:
-        drawn = {"temperature": temperature, "top_p": top_p}
-        settings |= {key: value for key, value in drawn.items() if value is not None}
-    if ignore_eos:
-        settings["min_new_tokens"] = max_new_tokens
-    if cache == "static":
-        settings["cache_implementation"] = "static"
-    if model.generation_config.pad_token_id is None:
-        # One prompt is never padded; a value keeps the library from warning that it chose one.
-        settings["pad_token_id"] = 0
     clock = _Clock(stream, tokenizer)
     begun = time.perf_counter()
     with torch.random.fork_rng(enabled=seed is not None), torch.inference_mode():
         if seed is not None:
             torch.manual_seed(seed)
-        run: Any = model.generate  # typed as if it might be a tensor
-        output = run(prompt_ids, attention_mask=torch.ones_like(prompt_ids), streamer=clock, **settings)
-    new = output[0, prompt_ids.shape[1] :].tolist()
+        if step is not None:
+            warpers = _warpers(temperature, top_p) if do_sample else None
+            new = _by_steps(model, prompt_ids, max_new_tokens, step, warpers, ignore_eos, clock)
+        else:
+            settings: dict[str, Any] = {"do_sample": do_sample, "max_new_tokens": max_new_tokens}
+            if do_sample:
+                drawn = {"temperature": temperature, "top_p": top_p}
+                settings |= {key: value for key, value in drawn.items() if value is not None}
+            if ignore_eos:
+                settings["min_new_tokens"] = max_new_tokens
+            if cache == "static":
+                settings["cache_implementation"] = "static"
+            if model.generation_config.pad_token_id is None:
+                # One prompt is never padded; a value keeps the library from warning that it chose one.
+                settings["pad_token_id"] = 0
+            run: Any = model.generate  # typed as if it might be a tensor
+            output = run(prompt_ids, attention_mask=torch.ones_like(prompt_ids), streamer=clock, **settings)
+            new = output[0, prompt_ids.shape[1] :].tolist()
     now, peak = resident_memory()
     return Generation(
         text=None if tokenizer is None else tokenizer.decode(new, skip_special_tokens=True),
@@ -140,6 +154,49 @@ def generate(
         resident_bytes=now,
         peak_resident_bytes=peak,
     )
+
+
+def _by_steps(
+    model: PreTrainedModel,
+    prompt_ids: torch.Tensor,
+    max_new_tokens: int,
+    step: str,
+    warpers: LogitsProcessorList | None,
+    ignore_eos: bool,
+    clock: _Clock,
+) -> list[int]:
+    """Decode with a :class:`StaticDecoder`, likeliest tokens unless there are ``warpers`` to draw by."""
+    decoder = StaticDecoder(model, prompt_ids.shape[1] + max_new_tokens - 1, step=step)
+    ends = model.generation_config.eos_token_id
+    stops = set() if ends is None or ignore_eos else {ends} if isinstance(ends, int) else set(ends)
+    banned = [] if not ignore_eos or ends is None else [ends] if isinstance(ends, int) else list(ends)
+    clock.put(prompt_ids)
+    logits = decoder.prefill(prompt_ids)
+    new: list[int] = []
+    while True:
+        scores = logits.float()
+        if banned:
+            scores[:, banned] = -torch.inf
+        if warpers is None:
+            token = scores.argmax(-1)
+        else:
+            warp: Any = warpers  # typed as if there were other tensors
+            token = torch.multinomial(warp(prompt_ids, scores).softmax(-1), 1)[:, 0]
+        new.append(int(token))
+        clock.put(token)
+        if len(new) == max_new_tokens or new[-1] in stops:
+            clock.end()
+            return new
+        logits = decoder.step(token)
+
+
+def _warpers(temperature: float | None, top_p: float | None) -> LogitsProcessorList:
+    warpers = LogitsProcessorList()
+    if temperature is not None:
+        warpers.append(TemperatureLogitsWarper(float(temperature)))
+    if top_p is not None:
+        warpers.append(TopPLogitsWarper(top_p))
+    return warpers
 
 
 def resident_memory() -> tuple[int | None, int | None]:
@@ -195,11 +252,15 @@ def _tokenizer(directory: Path) -> Any:
     return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
 
 
-def _check_settings(max_new_tokens: int, cache: str, temperature: float | None, top_p: float | None) -> None:
+def _check_settings(
+    max_new_tokens: int, cache: str, step: str | None, temperature: float | None, top_p: float | None
+) -> None:
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if cache not in _CACHES:
         raise ValueError(f"cache must be one of {', '.join(_CACHES)}, got {cache!r}")
+    if step is not None and step not in STEPS:
+        raise ValueError(f"step must be one of {', '.join(STEPS)}, got {step!r}")
     if temperature is not None and temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     if top_p is not None and not 0 < top_p <= 1:

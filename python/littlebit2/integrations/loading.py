@@ -33,6 +33,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     activation: str = "auto",
     backend: str = "auto",
+    fuse: bool = True,
 ) -> PreTrainedModel:
     """Load a checkpoint directory and make sure that nothing of it is missing.
 
@@ -48,6 +49,8 @@ def load(
             Scales are float32 whatever it is.
         activation: how activations enter the sums, see :func:`littlebit2_kernels.littlebit_linear`.
         backend: of every packed layer, see there too.
+        fuse: whether projections that share their input are computed together on CUDA, see
+            :func:`littlebit2.fuse_projections`.
 
     Returns:
         The model of the class that config.json names, in evaluation mode.
@@ -67,6 +70,7 @@ def load(
         "backend": backend,
         "activation": activation,
         "prepack": wanted.type == "cpu",
+        "fuse": fuse,
         "stream": True,
     }
     LittleBit2Config(**how)  # checks the two that are the caller's before anything is read

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
 from littlebit2.checkpoint import Checkpoint, CheckpointError, LayerSpec, open_checkpoint, quantization_config
+from littlebit2.projections import fuse_projections
 from littlebit2_kernels import LittleBitLinear, packed_from_state
 
 from .configuration import METHOD, LittleBit2Config
@@ -93,6 +94,8 @@ class LittleBit2Quantizer(HfQuantizer):
                 _check_loaded(place.module, layer)
                 self._prepack(layer)
         self._update_config(model)
+        if self.quantization_config.fuse:
+            fuse_projections(model)
         return model
 
     def _read_layers(self, model: PreTrainedModel, checkpoint: Checkpoint, places: list[Placement]) -> None:
@@ -144,8 +147,8 @@ class LittleBit2Quantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Whether the packed weights can be trained: no. Gradients do flow to their inputs."""
-        return False
+        """Whether adapters can be trained on top: yes. The packed weights themselves stay as they are."""
+        return True
 
     @property
     def is_compileable(self) -> bool:

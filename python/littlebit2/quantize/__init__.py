@@ -9,6 +9,7 @@ from .allocate import (
     predicted_error,
     ranks_for_energy,
 )
+from .batching import batch_key, batch_size, in_batches
 from .binary_path import BinaryPath
 from .budget import counted_bpw, planned_stored_bpw, rank_for_bpw, smallest_bpw, stored_bpw
 from .config import QuantConfig
@@ -35,7 +36,14 @@ from .model import (
 )
 from .partial_svd import is_partial
 from .polar import polar_factor
-from .quantizer import LayerReport, PathReport, QuantizedLayer, quantize_loaded, quantize_weight
+from .quantizer import (
+    DenseLayer,
+    LayerReport,
+    PathReport,
+    QuantizedLayer,
+    quantize_together,
+    quantize_weight,
+)
 from .refine import refine
 from .spectrum import Coherence, SpectralReport, StageReport, analyze_weight, energy_share, latent_coherence
 from .svd import TruncatedFactors, truncated_factors
@@ -44,6 +52,7 @@ __all__ = [
     "DEFAULT_EXCLUDE",
     "BinaryPath",
     "Coherence",
+    "DenseLayer",
     "Importance",
     "LatentRotation",
     "LayerReport",
@@ -59,12 +68,15 @@ __all__ = [
     "admm",
     "allocate_ranks",
     "analyze_weight",
+    "batch_key",
+    "batch_size",
     "check_patterns",
     "collect_importance",
     "counted_bpw",
     "dual_svid",
     "energy_share",
     "importance_tensors",
+    "in_batches",
     "is_partial",
     "is_selected",
     "joint_itq",
@@ -77,7 +89,7 @@ __all__ = [
     "polar_factor",
     "predicted_error",
     "quantize_linears",
-    "quantize_loaded",
+    "quantize_together",
     "quantize_weight",
     "rank_for_bpw",
     "ranks_for_energy",

@@ -10,6 +10,7 @@ __all__ = [
     "binary_exponent",
     "check_finite",
     "check_matrix",
+    "cholesky_in_place",
     "normalised",
     "squared_norm",
     "times_power_of_two",
@@ -84,6 +85,17 @@ def normalised(
     for block, part in zip(_blocks(copy), _blocks(weight), strict=True):
         block.copy_(times_power_of_two(part.to(between), -exponent))
     return copy
+
+
+def cholesky_in_place(systems: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return Cholesky factors of symmetric ``[B, R, R]`` matrices, in place, and LAPACK's status ``[B]``.
+
+    LAPACK wants columns one after the other: of a symmetric matrix those are its rows.
+    """
+    lower = systems.mT
+    info = torch.empty(systems.shape[0], dtype=torch.int32, device=systems.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, info))
+    return lower, info
 
 
 def squared_norm(tensor: torch.Tensor) -> float:

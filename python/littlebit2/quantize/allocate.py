@@ -1,11 +1,12 @@
 """Ranks for a whole model: bits go where the spectra say that they save most error.
 
-What a rank buys is predicted by rate and distortion. A matrix of singular values ``s`` with ``K + N``
-numbers to a direction, coded at best, spends ``(K + N) / 2 log2(s_i^2 / theta)`` bits on each direction
-above the water level ``theta`` and leaves ``min(s_i^2, theta)`` of it (reverse water-filling; Cover and
-Thomas, Elements of Information Theory, 10.3.3). Binary paths of rank ``R`` have ``R (K + N)`` sign bits and
-come close to what the share :data:`EFFICIENCY` of them could do at best, so ``theta`` solves ``sum_i max(0,
-log2(s_i^2 / theta)) / 2 = EFFICIENCY R``.
+What a rank buys is predicted by a model, fitted once: Gaussian singular vectors, ``K + N`` independent
+numbers to a direction of singular value ``s_i``, would at best spend ``(K + N) / 2 log2(s_i^2 / theta)`` bits
+on each direction above the water level ``theta`` and leave ``min(s_i^2, theta)`` of it (reverse
+water-filling; Cover and Thomas, Elements of Information Theory, 10.3.3). Binary paths of rank ``R`` have ``R
+(K + N)`` sign bits and end about where the share :data:`EFFICIENCY` of them would do this, so ``theta``
+solves ``sum_i max(0, log2(s_i^2 / theta)) / 2 = EFFICIENCY R``. It is no bound: singular vectors are
+orthogonal, which leaves fewer independent numbers.
 """
 
 from __future__ import annotations
@@ -83,8 +84,7 @@ def layer_spectrum(name: str, weight: torch.Tensor, uniform_rank: int, stake: fl
     """Measure the spectrum of a weight ``[N, K]`` by the eigenvalues of its smaller Gram matrix.
 
     The Gram matrix is summed in float64 and rounded to float32, in which its eigenvalues are found: good to
-        about
-    1e-6 of the largest, below which no rank of ours reaches.
+    about 1e-6 of the largest, below which no rank of ours reaches.
 
     Raises:
         TypeError: ``weight`` is not a real floating-point tensor.

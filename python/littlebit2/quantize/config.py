@@ -40,11 +40,10 @@ class QuantConfig:
             path and one that quantises its residual.
         budget: ``"spectral"`` shares the bits of ``bpw`` out over the layers of a model by their spectra
             (:func:`.allocate_ranks`); ``"uniform"`` gives every layer the same. One layer alone has nothing
-            to
-            share: there it changes nothing.
+            to share: there it changes nothing.
         method: ``"dual-svid"`` (LittleBit, arXiv 2506.13771); ``"joint-itq"``, which rotates the latent space
             before binarising (LittleBit-2, arXiv 2603.00042); ``"refine"``, which improves that by
-            :func:`.refine`; ``"admm"``, a binary factorisation (:func:`.admm`), refined; ``"auto"``, by
+            :func:`.refine`; ``"admm"``, a binary factorisation (:func:`.admm`), refined; ``"auto"``, that in
             ``budget_seconds`` (:func:`.resolve_steps`).
         budget_seconds: for ``"auto"``: work allowed per layer, counted at 50e9 operations a second.
         itq_iterations: most Joint-ITQ iterations; 0 leaves the random rotation it starts from.
@@ -71,7 +70,7 @@ class QuantConfig:
     budget_seconds: float = 60.0
     itq_iterations: int = 15
     refine_rounds: int = 12
-    admm_iterations: int = 100
+    admm_iterations: int = 300
     admm_start: Start = "random"
     polar: PolarMethod = "auto"
     kv_factor: float = 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from littlebit2_kernels.format import PackedPath
+from littlebit2_kernels.format import WORD_BITS, PackedPath
 from littlebit2_kernels.packing import pack_signs, unpack_signs
 
 from ._numeric import binary_exponent, check_matrix, times_power_of_two
@@ -14,7 +14,7 @@ __all__ = ["add_path", "dual_svid", "path_factors", "rank_one", "scale_path"]
 #: Latent scales stay within 2**+-this; only a layer beyond it spills magnitude into the other scales.
 _LATENT_EXPONENT_LIMIT = 64
 _POWER_STEPS = 500
-#: Rows reconstructed at a time.
+#: Rows, and columns, reconstructed at a time; a multiple of the word size.
 _BLOCK_ROWS = 512
 
 
@@ -122,21 +122,26 @@ def path_factors(path: PackedPath, dtype: torch.dtype) -> tuple[torch.Tensor, to
 
 
 def add_path(target: torch.Tensor, path: PackedPath, factor: float = 1) -> None:
-    """Add ``factor`` times the weight of ``path`` to ``target`` ``[N, K]`` in place, by blocks of rows.
+    """Add ``factor`` times the weight of ``path`` to ``target`` ``[N, K]`` in place, by blocks.
 
     Raises:
         ValueError: the path has a single stage.
     """
     if path.u is None or path.latent_scale is None:
         raise ValueError("path must have two stages, got a single-stage path")
-    right = unpack_signs(path.v, path.in_features, target.dtype)  # [R, K]
-    right.mul_(path.in_scale.to(target.dtype))
     latent = path.latent_scale.to(target.dtype)
-    for start in range(0, target.shape[0], _BLOCK_ROWS):
-        block = slice(start, start + _BLOCK_ROWS)
-        left = unpack_signs(path.u[block], path.rank, target.dtype)
-        left.mul_(path.out_scale[block].to(target.dtype).unsqueeze(1)).mul_(latent)
-        target[block].addmm_(left, right, alpha=factor)
+    for first in range(0, target.shape[1], _BLOCK_ROWS):
+        columns = slice(first, min(first + _BLOCK_ROWS, target.shape[1]))
+        words = slice(first // WORD_BITS, -(-columns.stop // WORD_BITS))
+        right = unpack_signs(path.v[:, words].contiguous(), columns.stop - first, target.dtype)  # [R, c]
+        right.mul_(path.in_scale[columns].to(target.dtype))
+        for start in range(0, target.shape[0], _BLOCK_ROWS):
+            rows = slice(start, start + _BLOCK_ROWS)
+            left = unpack_signs(path.u[rows], path.rank, target.dtype)
+            left.mul_(path.out_scale[rows].to(target.dtype).unsqueeze(1)).mul_(latent)
+            target[rows, columns].addmm_(left, right, alpha=factor)
+            del left  # before the next one is made
+        del right
 
 
 def _rms(vector: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ weight ``diag(o) W diag(i)``, whose scales are divided by ``o`` and ``i`` afterw
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from ._numeric import check_finite, squared_norm
@@ -44,15 +45,18 @@ class Importance:
     inputs: torch.Tensor | None = None
     outputs: torch.Tensor | None = None
 
-    def factors(self, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def factors(
+        self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the factors ``o`` ``[N]`` of rows and ``i`` ``[K]`` of columns, root mean square about 1.
 
         Raises:
             TypeError: a weight is not a floating-point tensor.
             ValueError: a weight has another shape, is negative, NaN or infinite, or all of them are zero.
         """
-        n, k = target.shape
-        return _factor("outputs", self.outputs, n, target), _factor("inputs", self.inputs, k, target)
+        like = torch.empty(0, dtype=dtype, device=device)
+        rows, columns = shape
+        return _factor("outputs", self.outputs, rows, like), _factor("inputs", self.inputs, columns, like)
 
     def stake(self, weighted: torch.Tensor) -> float:
         """Return what losing the whole of a layer would cost: with both sides known, in units of the loss.
@@ -110,9 +114,14 @@ def collect_importance(
         By module name, for every linear module that was called with at least one token.
 
     Raises:
-        ValueError: ``batches`` is empty, or no ``nn.Linear`` was called.
+        ValueError: ``batches`` is empty, no ``nn.Linear`` was called, or there is a ``loss`` and no parameter
+        that
+            requires a gradient.
     """
     call = run or _call
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if loss is not None and not wanted:
+        raise ValueError("model must have parameters that require gradients where loss is given, got none")
     inputs: dict[str, _MeanSquare] = {}
     outputs: dict[str, _MeanSquare] = {}
     count = 0
@@ -122,7 +131,6 @@ def collect_importance(
             with torch.set_grad_enabled(loss is not None):
                 result = call(model, batch)
                 if loss is not None:
-                    wanted = [p for p in model.parameters() if p.requires_grad]
                     torch.autograd.grad(loss(result), wanted, allow_unused=True)
     if not count:
         raise ValueError("batches must hold at least one batch, got none")
@@ -148,12 +156,18 @@ def importance_tensors(importance: Mapping[str, Importance]) -> dict[str, torch.
 
 
 def save_importance(path: str | Path, importance: Mapping[str, Importance]) -> None:
-    """Write importances to a safetensors file.
+    """Write importances to a safetensors file, which appears whole, replacing an earlier one.
 
     Raises:
         OSError: it cannot be written.
     """
-    save_file(importance_tensors(importance), path)
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(save(importance_tensors(importance)))
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_importance(path: str | Path) -> dict[str, Importance]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .binary_path import CHUNK
+from .binary_path import EXPANDED_ENTRIES, WHOLE_COLUMNS, chunk_columns
 from .partial_svd import is_partial
 
 if TYPE_CHECKING:
@@ -16,8 +16,8 @@ __all__ = ["working_bytes"]
 def working_bytes(in_features: int, out_features: int, config: QuantConfig) -> int:
     """Return about how many bytes a layer takes while it is quantised, its source included.
 
-    docs/quantization.md compares this with measured peaks. The greatest of the steps counts, beside the
-    working copy of the weight.
+    docs/checkpoints.md has measured peaks. The greatest of the steps counts. A source of 16 bits takes less
+    where it can stay as it is; that is not counted on.
 
     Args:
         in_features: K.
@@ -28,17 +28,23 @@ def working_bytes(in_features: int, out_features: int, config: QuantConfig) -> i
     k, n, rank = in_features, out_features, max(config.ranks)
     size = config.compute_dtype.itemsize
     steps = config.steps_for(k, n, config.ranks)
-    factors, system, chunks = size * rank * (k + n), size * rank**2, 5 * size * rank * CHUNK
-    peaks = [2 * k * n]  # a 16-bit source while it is copied; a float32 one is worked on in place
+    weight, factors, system = size * k * n, size * rank * (k + n), size * rank**2
+    expanded = rank * max(k, n) <= EXPANDED_ENTRIES
+    longer = max(k, n)
+    whole = expanded and longer <= WHOLE_COLUMNS
+    chunk = size * rank * (longer if whole else min(chunk_columns(rank), longer))
+    signs = factors if expanded else factors // (8 * size)
+    peaks = [weight + 2 * k * n]  # a 16-bit source while it is copied; a float32 one is worked on in place
     if steps.method != "admm" or config.admm_start != "random":
         if is_partial(n, k, rank, config.compute_dtype):
-            peaks.append(max(2 * size * rank * min(k, n) + 4 * system, factors + 2 * system))
+            peaks.append(weight + max(2 * size * rank * min(k, n) + 4 * system, factors + 2 * system))
         else:
-            peaks.append(24 * min(k, n) ** 2 + 3 * factors)
+            peaks.append(weight + 24 * min(k, n) ** 2 + 3 * factors)
         if steps.method != "dual-svid":
-            peaks.append(factors + 7 * system - size * k * n)  # the weight is let go meanwhile
+            peaks.append(factors + 7 * system)  # the weight is let go meanwhile
     if steps.refine_rounds:
-        peaks.append(4 * system + chunks)
+        peaks.append(weight + signs + 2 * system + 5 * chunk)
     if steps.admm_iterations:
-        peaks.append(factors + 3 * system + chunks)
-    return size * k * n + max(peaks)
+        duals = factors if expanded or size > 4 else factors // 2
+        peaks.append(weight + signs + duals + system + 6 * chunk)
+    return max(peaks)

@@ -1,4 +1,4 @@
-"""The methods by name, what they cost, and which one ``"auto"`` takes.
+"""The methods by name, what they cost, and what ``"auto"`` does.
 
 Costs are counted from shapes, never measured: the choice, and with it every bit of the result, is the same on
 every machine.
@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Method", "Start", "Steps", "resolve_steps", "uses_one_path"]
+__all__ = ["Method", "Start", "Steps", "iteration_operations", "resolve_steps", "uses_one_path"]
 
 #: ``"dual-svid"``: LittleBit. ``"joint-itq"``: LittleBit-2. ``"refine"``: Joint-ITQ, then closed-form scales
-#: and sign descent. ``"admm"``: binary factorisation by ADMM, then the same. ``"auto"``: the best of these in
-#: budget.
+#: and sign descent. ``"admm"``: binary factorisation by ADMM, then the same. ``"auto"``: admm, in budget.
 Method = Literal["auto", "admm", "refine", "joint-itq", "dual-svid"]
 
 #: Where ADMM starts: from Joint-ITQ, or from random signs, which needs no SVD.
@@ -22,9 +21,11 @@ Start = Literal["joint-itq", "random"]
 
 #: Operations a second that ``budget_seconds`` stands for: about what one core does in large float32 products.
 NOMINAL_RATE = 50e9
-#: With fewer iterations than this, refining Joint-ITQ is as good and cheaper.
-_LEAST_ADMM_ITERATIONS = 20
+#: What ``"auto"`` does at least (docs/quantization.md has the errors), and the share of its budget that
+#: rounds of refinement may take.
+_LEAST_ADMM_ITERATIONS = 5
 _LEAST_ROUNDS = 2
+_REFINED_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,9 @@ def resolve_steps(
 ) -> Steps:
     """Return the steps of ``method`` for a layer.
 
-    ``"auto"`` takes ADMM with as many iterations as ``budget_seconds`` of counted work allow, at most
-    ``admm_iterations``; where it allows under 20, refinement; where not even two rounds of that, Joint-ITQ.
+    ``"auto"`` is ADMM with as many iterations as ``budget_seconds`` of counted work allow, after at most a
+    quarter of it for rounds of refinement. At least 5 iterations and 2 rounds are done, whatever the budget:
+    they end below Joint-ITQ, whose SVD and rotations are more work.
 
     Args:
         method: by name.
@@ -73,13 +75,14 @@ def resolve_steps(
         budget_seconds: for the layer, at 50e9 operations a second; counts for ``"auto"`` only.
     """
     if method == "auto":
+        method = "admm"
         budget = budget_seconds * NOMINAL_RATE
-        iterations = int(budget / sum(_admm_operations(shape, rank) for rank in ranks))
-        if min(iterations, admm_iterations) >= min(_LEAST_ADMM_ITERATIONS, admm_iterations) > 0:
-            method, admm_iterations = "admm", min(iterations, admm_iterations)
-        else:
-            rounds = min(int(budget / sum(_round_operations(shape, rank) for rank in ranks)), refine_rounds)
-            method, refine_rounds = ("refine", rounds) if rounds >= _LEAST_ROUNDS else ("joint-itq", 0)
+        round_work = sum(_round_operations(shape, rank) for rank in ranks)
+        rounds = max(int(_REFINED_SHARE * budget / round_work), _LEAST_ROUNDS)
+        refine_rounds = min(rounds, refine_rounds)
+        work = sum(iteration_operations(shape, rank) for rank in ranks)
+        iterations = max(int((budget - refine_rounds * round_work) / work), _LEAST_ADMM_ITERATIONS)
+        admm_iterations = min(iterations, admm_iterations)
     return Steps(
         method=method,
         admm_iterations=admm_iterations if method == "admm" else 0,
@@ -87,10 +90,13 @@ def resolve_steps(
     )
 
 
-def _admm_operations(shape: tuple[int, int], rank: int) -> float:
-    """Two projections of the target, two Gram matrices, and two solves with their Cholesky factors."""
+def iteration_operations(shape: tuple[int, int], rank: int) -> float:
+    """Count the operations of one iteration of ADMM on a path.
+
+    Two projections of the target, two Gram matrices, their inverses, and two products with those.
+    """
     n, k = shape
-    return 4.0 * rank * n * k + 4.0 * rank**2 * (n + k) + 2 / 3 * rank**3
+    return 4.0 * rank * n * k + 4.0 * rank**2 * (n + k) + 2.0 * rank**3
 
 
 def _round_operations(shape: tuple[int, int], rank: int) -> float:

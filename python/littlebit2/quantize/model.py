@@ -14,9 +14,10 @@ from tqdm import tqdm
 from littlebit2_kernels.format import PackedLinear
 
 from .allocate import LayerSpectrum, RankAllocation, allocate_ranks, layer_spectrum, ranks_for_energy
+from .batching import batch_key, batch_size, in_batches
 from .config import QuantConfig
 from .importance import Importance
-from .quantizer import LayerReport, quantize_weight
+from .quantizer import DenseLayer, LayerReport, QuantizedLayer, quantize_together
 
 __all__ = [
     "DEFAULT_EXCLUDE",
@@ -65,8 +66,9 @@ def quantize_linears(
     else) with a name that matches a pattern of ``include`` and none of ``exclude``. Ranks of all
     layers are settled before the first one is touched, so that a budget that does not fit leaves the
     model as it was. Each layer's seed comes from ``config.seed`` and its name: the result depends
-    neither on the order nor on the selection. A module registered under several names is quantised
-    once and replaced under all of them; each dense weight can be freed as soon as it is replaced.
+    neither on the order nor on the selection, nor on which small layers of one shape are worked on together
+    (:mod:`.batching`). A module registered under several names is quantised once and replaced under all of
+    them; each dense weight can be freed as soon as it is replaced.
 
     Args:
         model: any module that holds linear modules below its root.
@@ -87,23 +89,38 @@ def quantize_linears(
     Raises:
         TypeError: a pattern is not a string.
         ValueError: no module is selected, ``model`` itself is the linear module, or a layer cannot be
-            quantised (the message names it; layers before it stay replaced).
+            quantised (the message names it; batches before its own stay replaced).
         RuntimeError: the decomposition of a layer did not converge (the message names it).
     """
     weights = importance or {}
     jobs = _plan(
         model, config, check_patterns("include", include), check_patterns("exclude", exclude), weights
     )
-    reports = []
-    for job in tqdm(jobs, desc="quantize", unit="layer", disable=not progress):
-        linear = model.get_submodule(job.names[0])
-        assert isinstance(linear, nn.Linear)
-        report, packed = _quantize(linear, job, weights.get(job.names[0]), device)
-        substitute = replace_module(linear, packed)
-        for name in job.names:
-            model.set_submodule(name, substitute)
-        reports.append(report)
-    return reports
+    reports: dict[str, LayerReport] = {}
+
+    def shape_of(job: _Job) -> tuple[int, int]:
+        linear = _linear(model, job)
+        return linear.in_features, linear.out_features
+
+    def where(job: _Job) -> torch.device:
+        return torch.device(device or _linear(model, job).weight.device)
+
+    batches = in_batches(
+        jobs,
+        lambda job: (batch_key(*shape_of(job), job.config), where(job), _linear(model, job).weight.dtype),
+        lambda job: batch_size(*shape_of(job), job.config, where(job)),
+    )
+    with tqdm(total=len(jobs), desc="quantize", unit="layer", disable=not progress) as bar:
+        for batch in batches:
+            for job, quantized in zip(batch, _quantize(model, batch, weights, device), strict=True):
+                linear = _linear(model, job)
+                substitute = replace_module(linear, quantized.packed.to(linear.weight.device))
+                del linear
+                for name in job.names:
+                    model.set_submodule(name, substitute)
+                reports[job.names[0]] = replace(quantized.report, predicted_error=job.predicted_error)
+                bar.update()
+    return [reports[job.names[0]] for job in jobs]
 
 
 def check_patterns(name: str, patterns: str | Sequence[str]) -> tuple[str, ...]:
@@ -178,7 +195,7 @@ def spectrum_of(
         if importance is None:
             return layer_spectrum(name, weight, rank)
         weighted = weight.detach().float()
-        rows, columns = importance.factors(weighted)
+        rows, columns = importance.factors((n, k), weighted.dtype, weighted.device)
         weighted = weighted * rows.unsqueeze(1) * columns
         return layer_spectrum(name, weighted, rank, importance.stake(weighted))
     except (TypeError, ValueError, RuntimeError) as error:
@@ -240,18 +257,39 @@ def _values(name: str, linear: nn.Linear) -> torch.Tensor:
     return linear.weight.detach()
 
 
+def _linear(model: nn.Module, job: _Job) -> nn.Linear:
+    linear = model.get_submodule(job.names[0])
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
 def _quantize(
-    linear: nn.Linear, job: _Job, importance: Importance | None, device: torch.device | str | None
-) -> tuple[LayerReport, PackedLinear]:
-    name = job.names[0]
-    home = linear.weight.device
-    weight = _values(name, linear).to(device or home)
-    try:
-        quantized = quantize_weight(weight, linear.bias, config=job.config, importance=importance)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise type(error)(f"layer {name!r}: {error}") from error
-    report = replace(quantized.report, name=name, predicted_error=job.predicted_error)
-    return report, quantized.packed.to(home)
+    model: nn.Module,
+    batch: Sequence[_Job],
+    importance: Mapping[str, Importance],
+    device: torch.device | str | None,
+) -> list[QuantizedLayer]:
+    def loader(job: _Job) -> Callable[[], torch.Tensor]:
+        def load() -> torch.Tensor:
+            weight = _linear(model, job).weight
+            if weight.is_meta:
+                raise ValueError("weight must hold values, got a tensor on the meta device")
+            return weight.detach().to(device or weight.device, copy=True)
+
+        return load
+
+    return quantize_together(
+        [
+            DenseLayer(
+                loader(job),
+                job.config,
+                _linear(model, job).bias,
+                importance.get(job.names[0]),
+                name=job.names[0],
+            )
+            for job in batch
+        ]
+    )
 
 
 def is_selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:

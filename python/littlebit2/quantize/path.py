@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,11 +19,12 @@ from .methods import Steps
 from .refine import refine
 from .residual import Residual
 from .svd import truncated_factors
+from .target import Target
 
 if TYPE_CHECKING:
     from .config import QuantConfig
 
-__all__ = ["MadePath", "improve_paths", "make_path"]
+__all__ = ["MadePath", "improve_paths", "make_paths"]
 
 #: Refinement of one path against what all others leave, time and again: rounds for each, most turns, and the
 #: relative gain of a turn at which they end.
@@ -48,23 +50,46 @@ class MadePath:
     itq_converged: bool = False
 
 
-def make_path(
-    residual: Residual, rank: int, steps: Steps, generator: torch.Generator, config: QuantConfig
-) -> MadePath:
-    """Approximate what is left of a weight by one more path; it is not subtracted yet."""
+def make_paths(
+    residuals: Sequence[Residual],
+    rank: int,
+    steps: Steps,
+    generators: Sequence[torch.Generator],
+    config: QuantConfig,
+) -> list[MadePath]:
+    """Approximate what is left of weights of one shape by one more path each; none is subtracted yet.
+
+    Args:
+        residuals: of each layer.
+        rank: of the path, the same for all.
+        steps: likewise.
+        generators: of each layer.
+        config: of the batch, but for the seed.
+    """
     if steps.method == "admm" and config.admm_start == "random":
-        target = residual.matrix()
-        magnitude = (squared_norm(target) / target.numel()) ** 0.5
-        state = BinaryPath.random(target, rank, magnitude, generator)
-        return MadePath(_improved(target, state, steps))
-    start = _from_svd(residual, rank, steps, generator, config)
+        target = _stacked(residuals)
+        n, k = target.shape
+        magnitudes = [(total / (n * k)) ** 0.5 for total in target.totals()]
+        state = BinaryPath.random(
+            target.shape, rank, magnitudes, generators, dtype=target.dtype, device=target.device
+        )
+        return [MadePath(path) for path in _improved(target, state, steps)]
+    starts = [
+        _from_svd(residual, rank, steps, generator, config)
+        for residual, generator in zip(residuals, generators, strict=True)
+    ]
     if not steps.refine_rounds:
-        return start
-    target = residual.matrix()
-    state = BinaryPath.from_packed(start.path, target.dtype)
-    return MadePath(
-        _improved(target, state, steps), start.tail_energy, start.itq_objective, start.itq_converged
-    )
+        return starts
+    target = _stacked(residuals)
+    state = BinaryPath.from_packed([start.path for start in starts], target.dtype)
+    improved = _improved(target, state, steps)
+    return [replace(start, path=path) for start, path in zip(starts, improved, strict=True)]
+
+
+def _stacked(residuals: Sequence[Residual]) -> Target:
+    if len(residuals) == 1:
+        return residuals[0].target()
+    return Target(torch.stack([residual.matrix() for residual in residuals]))
 
 
 def _from_svd(
@@ -82,7 +107,7 @@ def _from_svd(
     return MadePath(dual_svid(a, b), tail_energy, objective, converged)
 
 
-def _improved(target: torch.Tensor, state: BinaryPath, steps: Steps) -> PackedPath:
+def _improved(target: Target, state: BinaryPath, steps: Steps) -> list[PackedPath]:
     if steps.admm_iterations:
         admm(target, state, steps.admm_iterations)
     refine(target, state, steps.refine_rounds)
@@ -100,9 +125,9 @@ def improve_paths(residual: torch.Tensor, paths: list[PackedPath]) -> None:
     for _ in range(_TURNS):
         for i, path in enumerate(paths):
             add_path(residual, path)
-            state = BinaryPath.from_packed(path, residual.dtype)
+            state = BinaryPath.from_packed([path], residual.dtype)
             refine(residual, state, _TURN_ROUNDS)
-            paths[i] = state.packed()
+            (paths[i],) = state.packed()
             add_path(residual, paths[i], -1)
         before, error = error, squared_norm(residual)
         if before - error <= _ENOUGH * before:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,16 +13,25 @@ from littlebit2_kernels.format import PackedLinear
 
 from ._numeric import check_finite, squared_norm
 from .allocate import layer_spectrum, ranks_for_energy
+from .batching import keeps_bits
 from .budget import counted_bpw, stored_bpw
 from .dual_svid import scale_path
 from .importance import Importance
-from .path import MadePath, improve_paths, make_path
+from .methods import Steps
+from .path import MadePath, improve_paths, make_paths
 from .residual import Residual
 
 if TYPE_CHECKING:
     from .config import QuantConfig
 
-__all__ = ["LayerReport", "PathReport", "QuantizedLayer", "quantize_loaded", "quantize_weight"]
+__all__ = [
+    "DenseLayer",
+    "LayerReport",
+    "PathReport",
+    "QuantizedLayer",
+    "quantize_together",
+    "quantize_weight",
+]
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,25 @@ class QuantizedLayer:
     report: LayerReport
 
 
+@dataclass(frozen=True, eq=False)
+class DenseLayer:
+    """A layer to quantise.
+
+    Attributes:
+        load: returns the ``[N, K]`` weight, the same each time; what it returns may be overwritten.
+        config: as for :func:`quantize_weight`.
+        bias: likewise.
+        importance: likewise.
+        name: of the module, for reports and errors.
+    """
+
+    load: Callable[[], torch.Tensor]
+    config: QuantConfig
+    bias: torch.Tensor | None = None
+    importance: Importance | None = None
+    name: str = ""
+
+
 def quantize_weight(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -124,49 +153,90 @@ def quantize_weight(
             ``importance`` does not match it, or the budget is too small for its shape.
     """
     _check_config(config)
-    return quantize_loaded(lambda: _private(weight, config), bias, config=config, importance=importance)
+    (layer,) = quantize_together([DenseLayer(lambda: _private(weight, config), config, bias, importance)])
+    return layer
 
 
-def quantize_loaded(
-    load: Callable[[], torch.Tensor],
-    bias: torch.Tensor | None = None,
-    *,
-    config: QuantConfig,
-    importance: Importance | None = None,
-) -> QuantizedLayer:
-    """Quantise a weight that is loaded for it alone, and again where keeping it would take more memory.
+def quantize_together(layers: Sequence[DenseLayer]) -> list[QuantizedLayer]:
+    """Quantise layers of one shape and configuration in a batch; each comes out as it would alone.
+
+    A weight is loaded for its layer alone, and again where keeping it would take more memory. Steps of ADMM
+    and of refinement are done for all layers at once; decompositions, rotations and turns between several
+    paths one layer after the other.
 
     Args:
-        load: returns the ``[N, K]`` weight, the same each time; what it returns may be overwritten.
-        bias: as for :func:`quantize_weight`.
-        config: likewise.
-        importance: likewise.
+        layers: at least one; with several, shapes, devices and configurations are equal but for seeds, and
+        ranks
+            are settled (:func:`.layer_config`).
 
-    Returns, raises: as :func:`quantize_weight`, and what ``load`` raises.
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`quantize_weight`, and what a ``load`` raises; the
+        message
+            names the layer where it has a name.
     """
-    _check_config(config)
-    residual = Residual(load, config.compute_dtype, importance)
-    out_features, in_features = residual.shape
-    packed_bias = _packed_bias(bias, residual)
-    ranks = _ranks(residual, config)
-    steps = config.steps_for(in_features, out_features, ranks)
-    generator = torch.Generator().manual_seed(config.seed)
-    made: list[MadePath] = []
-    for rank in ranks:
-        made.append(make_path(residual, rank, steps, generator, config))
-        residual.subtract(made[-1].path)
-    if steps.refine_rounds and len(ranks) > 1:
-        improve_paths(residual.matrix(), residual.paths)
+    if not layers:
+        raise ValueError("layers must hold at least one layer, got none")
+    for layer in layers:
+        _check_config(layer.config)
+        if replace(layer.config, seed=0) != replace(layers[0].config, seed=0):
+            raise ValueError("layers of a batch must have equal configurations but for seeds")
+    if len(layers) > 1 and layers[0].config.ranks is None:
+        raise ValueError("layers of a batch must have settled ranks, got a configuration with none")
+    config = layers[0].config
+    residuals, biases = [], []
+    for layer in layers:
+        with _named(layer.name):
+            residuals.append(Residual(layer.load, config.compute_dtype, layer.importance))
+            biases.append(_packed_bias(layer.bias, residuals[-1]))
+            if residuals[-1].shape != residuals[0].shape:
+                raise ValueError(
+                    f"weight must have the shape {list(residuals[0].shape)} of the batch, got "
+                    f"{list(residuals[-1].shape)}"
+                )
+    with _named(layers[0].name if len(layers) == 1 else ""):
+        ranks = _ranks(residuals[0], config)
+        steps = config.steps_for(residuals[0].shape[1], residuals[0].shape[0], ranks)
+        generators = [torch.Generator().manual_seed(layer.config.seed) for layer in layers]
+        alone = residuals[0].device.type == "cpu" and not keeps_bits(residuals[0].shape)
+        step = 1 if alone else len(layers)
+        made: list[list[MadePath]] = []  # by paths, then layers
+        for rank in ranks:
+            made.append(
+                [
+                    one
+                    for at in range(0, len(layers), step)
+                    for one in make_paths(
+                        residuals[at : at + step], rank, steps, generators[at : at + step], config
+                    )
+                ]
+            )
+            for residual, one in zip(residuals, made[-1], strict=True):
+                residual.subtract(one.path)
+        finished = []
+        for i, layer in enumerate(layers):
+            if steps.refine_rounds and len(ranks) > 1:
+                improve_paths(residuals[i].matrix(), residuals[i].paths)
+            finished.append(_finished(layer, residuals[i], biases[i], [path[i] for path in made], steps))
+    return finished
+
+
+def _finished(
+    layer: DenseLayer,
+    residual: Residual,
+    bias: torch.Tensor | None,
+    made: Sequence[MadePath],
+    steps: Steps,
+) -> QuantizedLayer:
     total, weighted_total = residual.total or 1.0, residual.weighted_total or 1.0
     weighted_error = squared_norm(residual.matrix()) / weighted_total
     errors = [error / total for error in residual.errors()]
-    packed = PackedLinear(
-        tuple(scale_path(path, residual.exponent) for path in residual.plain_paths()), packed_bias
-    )
+    paths = tuple(scale_path(path, residual.exponent) for path in residual.plain_paths())
+    packed = PackedLinear(paths, bias)
+    n, k = residual.shape
     report = LayerReport(
-        name="",
-        in_features=in_features,
-        out_features=out_features,
+        name=layer.name,
+        in_features=k,
+        out_features=n,
         paths=tuple(
             PathReport(
                 rank=one.path.rank,
@@ -177,12 +247,23 @@ def quantize_loaded(
             )
             for one, error in zip(made, errors, strict=True)
         ),
-        counted_bpw=counted_bpw(in_features, out_features, packed.ranks),
+        counted_bpw=counted_bpw(k, n, packed.ranks),
         stored_bpw=stored_bpw(packed),
         method=steps.method,
-        weighted_error=None if importance is None else weighted_error,
+        weighted_error=None if layer.importance is None else weighted_error,
     )
     return QuantizedLayer(packed, report)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Say in an error which layer it was."""
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError) as error:
+        if not name:
+            raise
+        raise type(error)(f"layer {name!r}: {error}") from error
 
 
 def _check_config(config: QuantConfig) -> None:

@@ -12,15 +12,20 @@ from littlebit2_kernels.format import PackedPath
 from ._numeric import binary_exponent, check_matrix, normalised, squared_norm
 from .dual_svid import add_path
 from .importance import Importance
+from .target import NarrowTarget, Target
 
 __all__ = ["Residual"]
+
+#: Weights of fewer entries are copied to the computing dtype at once: what that takes is small.
+_LARGE = 2**21
 
 
 class Residual:
     """The weight at a magnitude of about 1, times its importance, less the paths made so far.
 
     It can be let go while a step does not need it, and is then loaded and worked out again: beside the
-    factors of an SVD it would be what takes most memory.
+    factors of an SVD it would be what takes most memory. As long as nothing was subtracted, a large weight of
+    16 bits stays as it is and is read by blocks.
 
     Args:
         load: returns the ``[N, K]`` weight, which may be overwritten.
@@ -50,27 +55,50 @@ class Residual:
         self._load = load
         self._dtype = dtype
         self._weighted = importance is not None
-        target = normalised(weight.detach(), self.exponent, dtype, in_place=True)
-        del weight
-        self.shape = (target.shape[0], target.shape[1])
-        self.device = target.device
-        self.total = squared_norm(target)
-        self.rows, self.columns = (importance or Importance()).factors(target)
-        self._matrix: torch.Tensor | None = self._times_importance(target)
-        self.weighted_total = squared_norm(target)
+        self.shape = (weight.shape[0], weight.shape[1])
+        self.device = weight.device
+        self.rows, self.columns = (importance or Importance()).factors(self.shape, dtype, self.device)
+        self._matrix: torch.Tensor | None = None
+        self._source: torch.Tensor | None = weight.detach()
+        if weight.dtype.itemsize < dtype.itemsize and weight.numel() >= _LARGE:
+            (self.total,) = NarrowTarget(weight.detach(), self.exponent, dtype).totals()
+            (self.weighted_total,) = self.target().totals()
+        else:
+            del weight
+            matrix = normalised(self._taken(), self.exponent, dtype, in_place=True)
+            self.total = squared_norm(matrix)
+            self._matrix = self._times_importance(matrix)
+            self.weighted_total = squared_norm(self._matrix)
+
+    def target(self) -> Target:
+        """Return the residual as what a path is to approximate."""
+        if self._source is None or self.paths:
+            return Target(self.matrix().unsqueeze(0))
+        factors = (self.rows, self.columns) if self._weighted else (None, None)
+        return NarrowTarget(self._source, self.exponent, self._dtype, *factors)
 
     def matrix(self) -> torch.Tensor:
         """Return the residual ``[N, K]``, worked out again if need be."""
         if self._matrix is None:
-            target = normalised(self._load().detach(), self.exponent, self._dtype, in_place=True)
-            self._matrix = self._times_importance(target)
+            matrix = normalised(self._taken(), self.exponent, self._dtype, in_place=True)
+            matrix = self._times_importance(matrix)
             for path in self.paths:
-                add_path(self._matrix, path, -1)
+                add_path(matrix, path, -1)
+            self._matrix = matrix
         return self._matrix
+
+    def _taken(self) -> torch.Tensor:
+        """Return the weight, loaded again if need be; it may be overwritten."""
+        source = self._load().detach() if self._source is None else self._source
+        self._source = None
+        return source
+
+    def _times_importance(self, matrix: torch.Tensor) -> torch.Tensor:
+        return matrix.mul_(self.rows.unsqueeze(1)).mul_(self.columns) if self._weighted else matrix
 
     def release(self) -> None:
         """Let the matrix go until it is asked for again."""
-        self._matrix = None
+        self._matrix = self._source = None
 
     def subtract(self, path: PackedPath) -> None:
         """Take a path away."""
@@ -99,9 +127,6 @@ class Residual:
         if not self._weighted:
             return self.paths
         return [unweighted(path, self.rows, self.columns) for path in self.paths]
-
-    def _times_importance(self, target: torch.Tensor) -> torch.Tensor:
-        return target.mul_(self.rows.unsqueeze(1)).mul_(self.columns) if self._weighted else target
 
 
 def unweighted(path: PackedPath, rows: torch.Tensor, columns: torch.Tensor) -> PackedPath:

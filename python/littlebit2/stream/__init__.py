@@ -5,6 +5,7 @@ See :func:`.pipeline.quantize_checkpoint`. Transformers is not needed: names and
 
 from .errors import StreamError
 from .pipeline import REPORT_NAME, quantize_checkpoint
+from .ranks import measure_ranks
 from .report import RunReport
 from .select import DEFAULT_EXCLUDE, LayerSource, select_layers
 
@@ -14,6 +15,7 @@ __all__ = [
     "LayerSource",
     "RunReport",
     "StreamError",
+    "measure_ranks",
     "quantize_checkpoint",
     "select_layers",
 ]

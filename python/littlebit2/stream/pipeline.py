@@ -17,7 +17,14 @@ import torch
 from tqdm import tqdm
 
 from littlebit2.checkpoint import check_replaceable, open_checkpoint
-from littlebit2.quantize import Importance, QuantConfig, check_patterns, needs_spectra, quantize_loaded
+from littlebit2.quantize import (
+    DenseLayer,
+    Importance,
+    QuantConfig,
+    check_patterns,
+    needs_spectra,
+    quantize_together,
+)
 
 from .assemble import REPORT_NAME, assemble
 from .errors import StreamError
@@ -27,7 +34,7 @@ from .ranks import allocation_of
 from .report import RunReport, layer_entry
 from .select import DEFAULT_EXCLUDE
 from .work import WorkDirectory
-from .workers import choose_workers, run_jobs
+from .workers import choose_workers, make_batches, run_jobs
 
 __all__ = ["REPORT_NAME", "quantize_checkpoint"]
 
@@ -49,10 +56,10 @@ def quantize_checkpoint(
 ) -> RunReport:
     """Quantise the linear layers of a dense checkpoint and write a littlebit2 checkpoint.
 
-    Weights are read tensor by tensor; one layer per worker is in memory. Every finished layer is kept in
-    the work directory ``<out>.partial``: after a kill at any moment the same call goes on where it was and
-    ``out`` comes out byte for byte the same. ``out`` appears at the end, whole, with
-    ``quantization_report.json`` in it, and the work directory is removed. Called again after that, it
+    Weights are read tensor by tensor; one layer per worker, or a few small ones of one shape, is in memory.
+    Every finished layer is kept in the work directory ``<out>.partial``: after a kill at any moment the same
+    call goes on where it was and ``out`` comes out byte for byte the same. ``out`` appears at the end, whole,
+    with ``quantization_report.json`` in it, and the work directory is removed. Called again after that, it
     returns the report.
 
     Where ranks depend on the weights (``budget="spectral"`` or ``energy``), a first pass measures the
@@ -60,8 +67,8 @@ def quantize_checkpoint(
 
     The bytes depend on the source, on ``config``, ``include``, ``exclude``, ``importance``, ``threads`` and
     ``device``, on the kind of machine and the versions of torch and of this package; not on ``workers``, on
-    the number of processes or on the order of the work. Each layer's seed comes from ``config.seed`` and its
-    name, as in :func:`.quantize_linears`.
+    the number of processes, on the order of the work or on which small layers are worked on together. Each
+    layer's seed comes from ``config.seed`` and its name, as in :func:`.quantize_linears`.
 
     Started by ``torchrun``, the processes share the layers out and rank 0 assembles; ``out`` must be on a
     file system that all of them see.
@@ -134,8 +141,9 @@ def quantize_checkpoint(
             pending = group.from_leader(lambda: [job.index for job in jobs if work.finished(job) is None])
             group.together(partial(_check_space, work, [jobs[i] for i in pending], jobs, dense_bytes))
             mine = share_out([jobs[i] for i in pending], group.size)[group.rank]
-            do = partial(_quantize_layer, source, work, weights, place)
-            group.together(partial(run, "quantize", mine, do))
+            batches = make_batches(mine, workers, threads, device)
+            do = partial(_quantize_batch, source, work, weights, place)
+            group.together(partial(run, "quantize", batches, do))
             return group.from_leader(
                 partial(assemble, source, target, work, jobs, settings, overwrite=overwrite)
             )
@@ -222,8 +230,8 @@ def _check_space(work: WorkDirectory, pending: Sequence[Job], jobs: Sequence[Job
 def _run_all(
     group: Group,
     label: str,
-    mine: list[Job],
-    do: Callable[[Job], None],
+    mine: Sequence[tuple[Job, ...]],
+    do: Callable[[Sequence[Job]], None],
     *,
     workers: int | None,
     threads: int,
@@ -231,8 +239,9 @@ def _run_all(
 ) -> None:
     """Do something to every layer of this process, under a progress bar."""
     size = choose_workers(mine, workers, threads)
+    jobs = [job for batch in mine for job in batch]
     with tqdm(
-        total=sum(job.weights for job in mine),
+        total=sum(job.weights for job in jobs),
         desc=label if group.size == 1 else f"{label}, rank {group.rank} of {group.size}",
         unit=" weights",
         unit_scale=True,
@@ -242,11 +251,11 @@ def _run_all(
     ) as bar:
         count = 0
 
-        def done(job: Job) -> None:
+        def done(batch: Sequence[Job]) -> None:
             nonlocal count
-            count += 1
-            bar.set_postfix_str(f"layer {count}/{len(mine)}", refresh=False)
-            bar.update(job.weights)
+            count += len(batch)
+            bar.set_postfix_str(f"layer {count}/{len(jobs)}", refresh=False)
+            bar.update(sum(job.weights for job in batch))
 
         run_jobs(mine, do, done, workers=size, threads=threads)
 
@@ -257,25 +266,33 @@ def _load(source: Path, device: torch.device, job: Job) -> torch.Tensor:
         return checkpoint.read_tensor(job.source.weight).to(device)
 
 
-def _quantize_layer(
+def _quantize_batch(
     source: Path,
     work: WorkDirectory,
     importance: Mapping[str, Importance],
     device: torch.device,
-    job: Job,
+    batch: Sequence[Job],
 ) -> None:
     start = time.perf_counter()
-    name = job.source.name
-    bias = None
-    if job.source.bias is not None:
-        with open_checkpoint(source) as checkpoint:
-            bias = checkpoint.load_tensor(job.source.bias).to(device, copy=True)
-    try:
-        quantized = quantize_loaded(
-            partial(_load, source, device, job), bias, config=job.config, importance=importance.get(name)
+    layers = [
+        DenseLayer(
+            partial(_load, source, device, job),
+            job.config,
+            _bias(source, device, job),
+            importance.get(job.source.name),
+            name=job.source.name,
         )
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise type(error)(f"layer {name!r}: {error}") from error
-    report = replace(quantized.report, name=name, predicted_error=job.predicted_error)
-    entry = layer_entry(report, bias=bias is not None)
-    work.write_layer(job, quantized.packed, entry, time.perf_counter() - start)
+        for job in batch
+    ]
+    quantized = quantize_together(layers)
+    seconds = (time.perf_counter() - start) / len(batch)
+    for job, layer, one in zip(batch, layers, quantized, strict=True):
+        report = replace(one.report, predicted_error=job.predicted_error)
+        work.write_layer(job, one.packed, layer_entry(report, bias=layer.bias is not None), seconds)
+
+
+def _bias(source: Path, device: torch.device, job: Job) -> torch.Tensor | None:
+    if job.source.bias is None:
+        return None
+    with open_checkpoint(source) as checkpoint:
+        return checkpoint.load_tensor(job.source.bias).to(device, copy=True)

@@ -5,23 +5,29 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
+from littlebit2.checkpoint import open_checkpoint
 from littlebit2.quantize import (
     Importance,
     LayerSpectrum,
     QuantConfig,
     RankAllocation,
+    check_patterns,
+    needs_spectra,
     settle_ranks,
     spectrum_of,
 )
 
 from .group import Group, share_out
 from .jobs import Job
+from .select import DEFAULT_EXCLUDE, select_layers
 from .work import WorkDirectory, write_atomically
 
-__all__ = ["allocation_of"]
+__all__ = ["allocation_of", "measure_ranks"]
 
 #: The settled ranks inside the work directory, so that a run that goes on need not measure again.
 _FILE = "ranks.json"
@@ -34,7 +40,7 @@ def allocation_of(
     config: QuantConfig,
     importance: Mapping[str, Importance],
     load: Callable[[Job], torch.Tensor],
-    run: Callable[[list[Job], Callable[[Job], None]], None],
+    run: Callable[[Sequence[tuple[Job, ...]], Callable[[Sequence[Job]], None]], None],
 ) -> dict[str, RankAllocation]:
     """Return the ranks of every layer, by name, in every process.
 
@@ -45,7 +51,7 @@ def allocation_of(
         config: of the model.
         importance: by layer name.
         load: returns the weight of a layer.
-        run: runs a function on this process's layers, as ``run_jobs`` does.
+        run: runs a function on this process's layers, in batches, as ``run_jobs`` does.
 
     Raises:
         TypeError, ValueError: a weight cannot be measured; the message names the layer.
@@ -56,12 +62,13 @@ def allocation_of(
     if known is None:
         mine: dict[str, LayerSpectrum] = {}
 
-        def measure(job: Job) -> None:
-            name = job.source.name
-            mine[name] = spectrum_of(name, load(job), config, importance.get(name))
+        def measure(batch: Sequence[Job]) -> None:
+            for job in batch:
+                name = job.source.name
+                mine[name] = spectrum_of(name, load(job), config, importance.get(name))
 
         def measure_share() -> dict[str, LayerSpectrum]:
-            run(share_out(jobs, group.size)[group.rank], measure)
+            run([(job,) for job in share_out(jobs, group.size)[group.rank]], measure)
             return mine
 
         spectra = {name: found for part in group.collect(measure_share) for name, found in part.items()}
@@ -69,3 +76,43 @@ def allocation_of(
         known = json.dumps([asdict(one) for one in settled.values()])
         group.from_leader(lambda: write_atomically(path, known.encode()))
     return {one["name"]: RankAllocation(**{**one, "ranks": tuple(one["ranks"])}) for one in json.loads(known)}
+
+
+def measure_ranks(
+    model_dir: str | Path,
+    config: QuantConfig,
+    *,
+    include: str | Sequence[str] = "*",
+    exclude: str | Sequence[str] = DEFAULT_EXCLUDE,
+    importance: Mapping[str, Importance] | None = None,
+    progress: bool = True,
+) -> dict[str, RankAllocation]:
+    """Settle the ranks of a dense checkpoint's layers by the spectra of their weights, and quantise nothing.
+
+    One weight at a time is in memory, with its smaller Gram matrix in float64.
+
+    Args:
+        model_dir: directory of the checkpoint.
+        config: with ``budget="spectral"`` or ``energy``.
+        include: as for :func:`.quantize_checkpoint`.
+        exclude: likewise.
+        importance: likewise.
+        progress: whether to show a progress bar.
+
+    Raises:
+        FileNotFoundError: there is no ``model_dir``.
+        ValueError: the checkpoint is malformed or not dense, no layer is selected, the budget does not fit a
+            layer, or ``config`` needs no weights.
+    """
+    if not needs_spectra(config):
+        raise ValueError("config must have budget='spectral' or energy for ranks to depend on weights")
+    includes, excludes = check_patterns("include", include), check_patterns("exclude", exclude)
+    spectra = []
+    with open_checkpoint(model_dir) as checkpoint:
+        if checkpoint.format != "dense" or "quantization_config" in checkpoint.config:
+            raise ValueError(f"{model_dir}: must be a dense checkpoint, got one that is quantised already")
+        sources = select_layers(checkpoint.dense, checkpoint.config, include=includes, exclude=excludes)
+        for one in tqdm(sources, desc="measure", unit="layer", disable=not progress):
+            weight = checkpoint.load_tensor(one.weight)
+            spectra.append(spectrum_of(one.name, weight, config, (importance or {}).get(one.name)))
+    return settle_ranks(spectra, config)

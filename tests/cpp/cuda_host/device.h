@@ -27,12 +27,12 @@ inline int block_z() { return host::position().z; }
 inline unsigned char* shared_memory() { return host::shared(); }
 inline void sync_block() { host::sync_block(); }
 struct ShuffleSlot {
-  float value, result;
+  uint32_t value, result;
   int mask;
 };
 
-inline float shuffle_xor(float value, int mask) {
-  ShuffleSlot slot = {value, 0.0f, mask};
+inline uint32_t shuffle_xor(uint32_t value, int mask) {
+  ShuffleSlot slot = {value, 0, mask};
   host::warp_operation("shuffle_xor", &slot, [](void** slots) {
     for (int lane = 0; lane < 32; ++lane) {
       auto* own = static_cast<ShuffleSlot*>(slots[lane]);
@@ -84,6 +84,9 @@ inline float bits_float(uint32_t bits) {
   return value;
 }
 
+inline float shuffle_xor(float value, int mask) { return bits_float(shuffle_xor(float_bits(value), mask)); }
+
+inline float multiply_rounded(float a, float b) { return a * b; }
 inline float fast_divide(float a, float b) { return a / b; }
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 
@@ -143,12 +146,37 @@ inline void copy_words4(void* shared, const void* global) {
   const Words4 value = *check_alignment<Words4>("copy_words4", global, 16);
   check_alignment<Words4>("copy_words4", shared, 16);
   std::memset(shared, 0xFF, sizeof value);
-  host::pending_copies().push_back({shared, value});
+  host::pending_copies().copies.push_back({shared, value, sizeof value});
+}
+inline void copy_word(void* shared, const void* global, bool inside) {
+  check_alignment<uint32_t>("copy_word", global, 4);
+  check_alignment<uint32_t>("copy_word", shared, 4);
+  const Words4 value = {{inside ? *static_cast<const uint32_t*>(global) : 0u, 0, 0, 0}};
+  std::memset(shared, 0xFF, sizeof(uint32_t));
+  host::pending_copies().copies.push_back({shared, value, sizeof(uint32_t)});
+}
+// The oldest `count` copies arrive.
+inline void finish_copies(size_t count) {
+  std::vector<host::PendingCopy>& copies = host::pending_copies().copies;
+  for (size_t i = 0; i < count; ++i) std::memcpy(copies[i].to, &copies[i].value, copies[i].bytes);
+  copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(count));
 }
 inline void wait_for_copies() {
-  for (const host::PendingCopy& copy : host::pending_copies())
-    std::memcpy(copy.to, &copy.value, sizeof copy.value);
-  host::pending_copies().clear();
+  finish_copies(host::pending_copies().copies.size());
+  host::pending_copies().group_ends.clear();
+}
+inline void commit_copies() {
+  host::pending_copies().group_ends.push_back(host::pending_copies().copies.size());
+}
+template <int kGroups>
+void wait_for_copy_groups() {
+  std::vector<size_t>& ends = host::pending_copies().group_ends;
+  if (ends.size() <= kGroups) return;
+  const auto kept = ends.end() - kGroups;
+  const size_t count = *(kept - 1);
+  finish_copies(count);
+  ends.erase(ends.begin(), kept);
+  for (size_t& end : ends) end -= count;
 }
 
 // One lane's registers of an MMA.
@@ -234,6 +262,30 @@ inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
           sum += static_cast<double>(rows[lane / 4 + 8 * (i / 2)][k]) * columns[2 * (lane % 4) + i % 2][k];
         out[i] = static_cast<float>(sum);
       }
+    }
+  });
+}
+
+inline void mma_s8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  MmaSlot<int32_t> slot = {c, a, b};
+  host::warp_operation("mma_s8", &slot, [](void** slots) {
+    int32_t rows[16][32], columns[8][32];
+    for (int lane = 0; lane < 32; ++lane) {
+      const auto* own = static_cast<MmaSlot<int32_t>*>(slots[lane]);
+      for (int byte = 0; byte < 4; ++byte) {
+        const int k = 4 * (lane % 4) + byte;
+        const auto element = [byte](uint32_t word) {
+          return static_cast<int8_t>(word >> (8 * byte) & 0xFFu);
+        };
+        for (int i = 0; i < 4; ++i) rows[fragment_row(lane, i)][k + 16 * (i / 2)] = element(own->a[i]);
+        for (int i = 0; i < 2; ++i) columns[lane / 4][k + 16 * i] = element(own->b[i]);
+      }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      int32_t* out = static_cast<MmaSlot<int32_t>*>(slots[lane])->c;
+      for (int i = 0; i < 4; ++i)
+        for (int k = 0; k < 32; ++k)
+          out[i] += rows[lane / 4 + 8 * (i / 2)][k] * columns[2 * (lane % 4) + i % 2][k];
     }
   });
 }

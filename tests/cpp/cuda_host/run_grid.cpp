@@ -82,7 +82,7 @@ struct Fiber {
   const char* waits_for = nullptr;
   const uint64_t* generation = nullptr;  // runnable once it is no longer `seen`
   uint64_t seen = 0;
-  std::vector<host::PendingCopy> copies;
+  host::PendingCopies copies;
   bool waited = false;  // for the kernel before this one
   bool runnable() const { return !done && (generation == nullptr || *generation != seen); }
 };
@@ -160,7 +160,7 @@ void fiber_main() {
 #endif
   Fiber& self = block.fibers[static_cast<size_t>(block.current)];
   (*block.kernel)();
-  if (!self.copies.empty()) stop("returned without waiting for its copies to shared memory");
+  if (!self.copies.copies.empty()) stop("returned without waiting for its copies to shared memory");
   if (block.must_wait && !self.waited) stop("returned without waiting for the kernel before");
   self.done = true;
   ++block.finished;
@@ -176,6 +176,7 @@ void start(Fiber& fiber) {
   ASAN_UNPOISON_MEMORY_REGION(fiber.stack.get(), kStackBytes);
 #endif
   fiber.done = false;
+  fiber.copies.group_ends.clear();
   fiber.waits_for = nullptr;
   fiber.waited = false;
   fiber.generation = nullptr;
@@ -247,7 +248,7 @@ Runtime& runtime() {
   return runtime;
 }
 
-std::vector<PendingCopy>& pending_copies() { return block.fibers[static_cast<size_t>(block.current)].copies; }
+PendingCopies& pending_copies() { return block.fibers[static_cast<size_t>(block.current)].copies; }
 
 void sync_block() {
   if (block.finished > 0) stop("at a barrier after others returned");

@@ -48,12 +48,18 @@ void sync_block();
 void wait_for_previous_kernel();
 void let_next_kernel_start();
 
-// Copies to shared memory that the current thread has not waited for.
+// Copies to shared memory that the current thread has not waited for, oldest first, and where each of its
+// groups ends among them; the last ones may be of none yet.
 struct PendingCopy {
   void* to;
   Words4 value;
+  size_t bytes;
 };
-std::vector<PendingCopy>& pending_copies();
+struct PendingCopies {
+  std::vector<PendingCopy> copies;
+  std::vector<size_t> group_ends;
+};
+PendingCopies& pending_copies();
 
 // Waits until all lanes of the warp have arrived at the same operation; the last one to arrive calls
 // `complete` with the slots of all lanes.

@@ -1,0 +1,137 @@
+"""What a prompt should cost on a GPU, counted, not measured: MMAs, bytes, launches, and a time from them.
+
+As :mod:`benchmarks.predict`, for calls that take the GEMM. A launch of the GEMM is expected to take the
+planner's estimate of its cycles at boost clock, or what it reads from memory if that is longer; a conversion
+what it reads and writes at the rate of the memory. Peers get 0.7 of the tensor cores' nominal rate, or their
+bytes from memory; scales, which the low-rank peers leave out, cost them nothing here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.predict import CHAINED_LAUNCH, LAUNCH, RATES
+from littlebit2_kernels import PackedLinear, explain
+from littlebit2_kernels.explanation import Explanation
+
+__all__ = ["PromptPrediction", "predict_prompt"]
+
+#: Of the nominal rate, that cuBLAS reaches.
+PEER_RATE = 0.7
+#: Columns of the least part of a slice that is left out where a term ends, of a slice; rows and tokens of an
+#: MMA (csrc/cuda/gemm_params.h).
+INDEX, SLICE, TILE_ROWS, GROUP = 128, 512, 16, 8
+#: MMAs of 16 rows, 8 tokens and an index, and bytes that an activation is converted to.
+INDEX_MMAS = {"float16": 8, "exact": 16, "int8": 4}
+CONVERTED = {"float16": 2, "exact": 4, "int8": 1}
+
+
+@dataclass(frozen=True)
+class PromptPrediction:
+    """One call.
+
+    Attributes:
+        explanation: what is launched, for each round of ``token_block`` tokens.
+        launches: of all rounds.
+        mmas: MMAs, of warps: m16n8k16 or, in int8, m16n8k32.
+        used: part of the MMAs' multiply-adds that are the layer's; the others are padding.
+        converted_bytes: read and written by conversions.
+        copied_bytes: activations that blocks of the GEMM copy to shared memory, from the L2 cache.
+        sign_bytes: signs that they copy, likewise.
+        seconds: of the call.
+        dense_seconds, low_rank_seconds, unpack_seconds: of the peers.
+    """
+
+    explanation: Explanation
+    launches: int
+    mmas: int
+    used: float
+    converted_bytes: int
+    copied_bytes: int
+    sign_bytes: int
+    seconds: float
+    dense_seconds: float
+    low_rank_seconds: float
+    unpack_seconds: float
+
+
+def predict_prompt(packed: PackedLinear, gpu: str, tokens: int, activation: str = "auto") -> PromptPrediction:
+    """Count ``tokens`` float16 tokens through ``packed`` on a GPU of :data:`benchmarks.predict.RATES`.
+
+    Raises:
+        ValueError: the GPU or the activation is unknown, or such a call does not take the GEMM.
+    """
+    if gpu not in RATES:
+        raise ValueError(f"gpu must be one of {', '.join(RATES)}, got {gpu!r}")
+    rates = RATES[gpu]
+    explanation = explain(
+        (tokens, packed.in_features), packed, activation=activation, dtype=torch.float16, gpu=gpu
+    )
+    mode = str(explanation.activation)
+    block = explanation.token_block
+    if explanation.kernels != "gemm" or block is None:
+        raise ValueError(f"tokens and activation must be of a call that takes the GEMM, got {tokens}, {mode}")
+    leaders = sorted(set(packed.leaders))
+    # (rows, columns) of the signs of each launch.
+    first = [(packed.ranks[p], packed.in_features) for p in leaders]
+    last = [(packed.out_features, rank) for rank in packed.ranks]
+    stages = [first] if packed.single_stage else [first, last]
+    gemms = [launch for launch in explanation.launches if launch.kind == "gemm"]
+    rounds = [min(block, tokens - start) for start in range(0, tokens, block)]
+    mmas = converted = copied = signs = 0
+    seconds = 0.0
+    for index, (launch, stage) in enumerate(zip(gemms, stages, strict=True)):
+        start = CHAINED_LAUNCH if launch.chained else LAUNCH
+        slices = max(-(-cols // SLICE) for _, cols in stage)
+        for count in rounds:
+            tiles = -(-count // launch.token_tile)
+            padded = tiles * launch.token_tile
+            stage_copied = stage_signs = stage_converted = 0
+            for rows, cols in stage:
+                row_tiles = -(-rows // launch.row_tile)
+                indices = -(-cols // INDEX)
+                mmas += (
+                    row_tiles * launch.row_tile // TILE_ROWS * (padded // GROUP) * indices * INDEX_MMAS[mode]
+                )
+                stage_copied += row_tiles * count * indices * INDEX * CONVERTED[mode]
+                stage_signs += tiles * rows * -(-cols // 32) * 4
+                # The first stage reads x, the second the sums of the first one's slices.
+                parts = 1
+                if index == 1 and gemms[0].grid[1] > 1:
+                    parts = -(-packed.in_features // SLICE)
+                read = 2 if index == 0 else 4 * parts
+                stage_converted += count * cols * (read + CONVERTED[mode])
+            written = 2 * count * packed.out_features if stage is stages[-1] else 0
+            if stage is not stages[-1]:
+                parts = slices if launch.grid[1] > 1 else 1
+                written = 4 * count * parts * sum(rows for rows, _ in stage)
+            seconds += start + stage_converted / rates.memory
+            cycles = launch.estimated_cycles * count / block
+            from_memory = sum(rows * -(-cols // 32) * 4 for rows, cols in stage) + written
+            seconds += start + max(cycles / rates.clock, from_memory / rates.memory)
+            converted += stage_converted
+            copied += stage_copied
+            signs += stage_signs
+    macs = explanation.macs
+    peer = PEER_RATE * rates.tensor / 2
+    factors = 2 * sum(packed.ranks) * (packed.in_features + packed.out_features)
+    size = packed.in_features * packed.out_features
+    moved = 2 * tokens * (packed.in_features + packed.out_features)
+    low_rank = 2 * LAUNCH + max(macs / peer, (factors + moved) / rates.memory)
+    mma_macs = TILE_ROWS * GROUP * (32 if mode == "int8" else 16) // (2 if mode == "exact" else 1)
+    return PromptPrediction(
+        explanation=explanation,
+        launches=len(rounds) * len(explanation.launches),
+        mmas=mmas,
+        used=macs / (mmas * mma_macs),
+        converted_bytes=converted,
+        copied_bytes=copied,
+        sign_bytes=signs,
+        seconds=seconds,
+        dense_seconds=LAUNCH + max(tokens * size / peer, (2 * size + moved) / rates.memory),
+        low_rank_seconds=low_rank,
+        # Factors are written and read again.
+        unpack_seconds=low_rank + 2 * LAUNCH + factors / rates.memory,
+    )

@@ -1,0 +1,51 @@
+// The conversion before a GEMM: activations of all slices as the tensor cores take them, once for all blocks.
+#pragma once
+
+#include "cuda/gemm_operand.h"
+
+namespace lb2::cuda {
+
+template <typename Operand>
+LB2_DEVICE unsigned char* converted_block(const GemmTerm& term, int group, int slice) {
+  return term.converted + (static_cast<int64_t>(group) * term.slices + slice) * Operand::kBlockBytes;
+}
+
+// Indices of a slice that hold columns: what is past them is neither converted nor multiplied.
+LB2_DEVICE int slice_indices(const GemmTerm& term, int slice) {
+  const int left = term.cols - slice * kSliceCols;
+  return left >= kSliceCols ? kSliceIndices : (left + kIndexCols - 1) / kIndexCols;
+}
+
+// Blocks are [slices of all terms, 1, groups of tokens], a warp for each token.
+template <typename Operand>
+LB2_KERNEL(kThreads, 2)
+gemm_convert(const LB2_GRID_CONSTANT GemmParams params) {
+  static_assert(kWarps == kGroupTokens, "a warp converts one token of a group");
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const int lane = thread_id() % kWarpLanes, column = thread_id() / kWarpLanes;
+  const int token = block_z() * kGroupTokens + column;
+  if (token >= params.m) return;  // its column of the MMAs keeps whatever is in it: columns do not mix
+  int term_index = 0, slice = block_x();
+  while (slice >= params.terms[term_index].slices) slice -= params.terms[term_index++].slices;
+  const GemmTerm& term = params.terms[term_index];
+  const int element_bytes = params.input_dtype == LB2_FLOAT32 ? 4 : 2;
+  const SliceSource source = {
+      static_cast<const char*>(term.input) + token * term.input_stride * element_bytes,
+      term.scale,
+      term.part_stride * element_bytes,
+      params.num_parts,
+      term.cols,
+      params.input_dtype};
+  const int first = slice * kSliceCols + converted_run(lane);
+  const int cols[2] = {first, first + 16};
+  float values[kLaneCols];
+  load_runs(source, cols, values);
+  unsigned char* block = converted_block<Operand>(term, block_z(), slice);
+  unsigned char* tail = block + Operand::kBlockBytes - kGemmTailBytes;
+  Operand::convert(values, lane, column, lane / 8 < slice_indices(term, slice), block,
+                   reinterpret_cast<float*>(tail) + column,
+                   reinterpret_cast<int32_t*>(tail) + kGroupTokens + column);
+}
+
+}  // namespace lb2::cuda

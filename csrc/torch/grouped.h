@@ -1,0 +1,18 @@
+// Several layers on one input in one operator call, on the CPU: one after another.
+#pragma once
+
+#include "torch/layers.h"
+
+namespace lb2::torch_ops {
+
+std::vector<Tensor> grouped_linear_cpu(const Tensor& x, const std::vector<Tensor>& v,
+                                       const OptionalTensors& u, const std::vector<Tensor>& in_scale,
+                                       const OptionalTensors& latent_scale,
+                                       const std::vector<Tensor>& out_scale, const Biases& bias,
+                                       const std::vector<int64_t>& paths, int64_t activation);
+
+std::vector<Tensor> grouped_linear_prepacked_cpu(const Tensor& x, const std::vector<Tensor>& layers,
+                                                 const Biases& bias, const std::vector<int64_t>& out_features,
+                                                 int64_t activation);
+
+}  // namespace lb2::torch_ops

@@ -1,0 +1,276 @@
+"""Activations of a model on local text: the file by which ``littlebit2 quantize --importance`` weighs errors.
+
+Text is read, tokenised and cut into blocks as it is needed; memory holds the model, one block of text and one
+vector for each side of each linear layer.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .checkpoint import open_checkpoint
+from .quantize import Importance, collect_importance, save_importance
+from .stream import DEFAULT_EXCLUDE, select_layers
+
+__all__ = ["Calibration", "calibrate", "read_texts"]
+
+_PLAIN = (".txt", ".md", ".rst")
+_LINES = (".jsonl", ".jsonl.gz")
+#: Characters of plain text that are tokenised at a time.
+_PIECE = 2**16
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What :func:`calibrate` did.
+
+    Attributes:
+        layers: names of the linear layers that were measured, as in the checkpoint.
+        missing: linear layers of the checkpoint that no token reached.
+        tokens: that were run.
+        seconds: that it took, loading included.
+    """
+
+    layers: tuple[str, ...]
+    missing: tuple[str, ...]
+    tokens: int
+    seconds: float
+
+
+def calibrate(
+    model_dir: str | Path,
+    data: Sequence[str | Path],
+    out: str | Path,
+    *,
+    tokens: int = 65536,
+    block: int | None = None,
+    gradients: bool = False,
+    text_field: str = "text",
+    device: str = "cpu",
+    dtype: str | None = None,
+    progress: bool = True,
+) -> Calibration:
+    """Run a dense transformers model on text and write the importance of its linear layers' inputs.
+
+    Args:
+        model_dir: directory of the dense checkpoint, with a tokenizer. Nothing is downloaded, no code of the
+            checkpoint is run.
+        data: files or directories of text, see :func:`read_texts`.
+        out: safetensors file to write; it appears whole, replacing an earlier one.
+        tokens: most tokens to run.
+        block: tokens in a sequence; by default 512, or what the model takes if that is less.
+        gradients: also measure the gradient of the language-modelling loss at each layer's outputs, by which
+            ``budget="spectral"`` knows what a layer is worth. Takes about as much memory again as the model.
+        text_field: name of the text in JSON lines.
+        device: to run on.
+        dtype: of the model, such as ``"float32"``; by default as stored.
+        progress: whether to show a progress bar.
+
+    Raises:
+        FileNotFoundError: there is no such model or text.
+        ImportError: transformers is not installed.
+        OSError: a file cannot be read or written.
+        ValueError: the checkpoint is not dense or does not name its architecture, there is no tokenizer, the
+        text
+            is malformed or too short, ``gradients`` with a model that has no language-modelling loss, or a
+            number out of its range.
+        RuntimeError: an activation is NaN or infinite; the message names the layer.
+    """
+    start = time.perf_counter()
+    for name, value in (("tokens", tokens), ("block", _BLOCK if block is None else block)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 2:
+            raise ValueError(f"{name} must be an integer of at least 2, got {value!r}")
+    target = Path(out)
+    if not target.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{target.absolute().parent}: is no directory to write {target.name} to")
+    texts = read_texts(data, text_field)
+    names, architecture = _linear_names(Path(model_dir))
+    model, tokenizer = _load(Path(model_dir), architecture, device, dtype)
+    if gradients and not architecture.endswith("ForCausalLM"):
+        raise ValueError(f"gradients needs a causal language model, got {architecture}")
+    size = _block_size(block, getattr(model.config, "max_position_embeddings", None))
+    count = 0
+
+    def batches() -> Iterator[dict[str, torch.Tensor]]:
+        nonlocal count
+        with tqdm(total=tokens, desc="calibrate", unit=" tokens", disable=not progress) as bar:
+            for ids in _blocks(texts, tokenizer, size, tokens):
+                batch = {"input_ids": torch.tensor([ids], device=device)}
+                batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+                yield {**batch, "labels": batch["input_ids"]} if gradients else batch
+                count += len(ids)
+                bar.update(len(ids))
+
+    loss: Callable[[Any], torch.Tensor] | None = (lambda output: output.loss) if gradients else None
+    stream = batches()
+    first = next(stream, None)
+    if first is None:
+        raise ValueError(f"data must hold at least 2 tokens of text, got none in {_listed(data)}")
+    found = collect_importance(model, chain([first], stream), loss=loss)
+    matched = _matched(found, names, getattr(model, "base_model_prefix", ""))
+    for name, one in matched.items():
+        for side in (one.inputs, one.outputs):
+            if side is not None and not bool(torch.isfinite(side).all()):
+                raise RuntimeError(f"layer {name!r}: activations must be finite; dtype='float32' may help")
+    save_importance(target, matched)
+    missing = tuple(name for name in names if name not in matched)
+    return Calibration(tuple(matched), missing, count, time.perf_counter() - start)
+
+
+def read_texts(data: Sequence[str | Path], text_field: str = "text") -> Iterator[str]:
+    """Return the texts of files, read as they are asked for; that they are there is checked at once.
+
+    Args:
+        data: files, or directories whose files are taken in order of name: ``.txt``, ``.md`` and ``.rst``
+        hold
+            plain text in UTF-8, ``.jsonl`` and ``.jsonl.gz`` one JSON object a line.
+        text_field: name of the text in these objects.
+
+    Raises:
+        FileNotFoundError: there is no such file or directory.
+        ValueError: a file is of another kind, a directory holds none of these, or (while reading) a line is
+        not
+            as said; the message names file and line.
+    """
+    files: list[Path] = []
+    for given in data:
+        path = Path(given)
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.is_file() and p.name.endswith((*_PLAIN, *_LINES)))
+            if not inside:
+                raise ValueError(f"{path}: holds no {', '.join((*_PLAIN, *_LINES))} file")
+            files += inside
+        elif not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file or directory")
+        elif not path.name.endswith((*_PLAIN, *_LINES)):
+            raise ValueError(f"{path}: must be a {', '.join((*_PLAIN, *_LINES))} file, got {path.suffix!r}")
+        else:
+            files.append(path)
+    if not files:
+        raise ValueError("data must name at least one file, got none")
+    return (text for path in files for text in _read(path, text_field))
+
+
+def _read(path: Path, text_field: str) -> Iterator[str]:
+    open_text = gzip.open if path.suffix == ".gz" else open
+    with open_text(path, "rt", encoding="utf-8") as file:
+        try:
+            if path.name.endswith(_PLAIN):
+                while piece := file.read(_PIECE):
+                    yield piece + file.readline()  # so that no word is cut
+                return
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _field(line, text_field, f"{path}, line {number}")
+        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+            raise ValueError(f"{path}: is not readable as UTF-8 text: {error}") from error
+
+
+def _field(line: str, text_field: str, where: str) -> str:
+    try:
+        content = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: is not JSON: {error}") from error
+    text = content.get(text_field) if isinstance(content, dict) else None
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: must be an object with text under {text_field!r}")
+    return text
+
+
+def _blocks(texts: Iterable[str], tokenizer: Any, block: int, tokens: int) -> Iterator[list[int]]:
+    """Yield blocks of token ids, the texts one after the other; the last block may be shorter."""
+    left = tokens
+    waiting: list[int] = []
+    for text in texts:
+        waiting += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        at = 0
+        while len(waiting) - at >= block and left >= 2:
+            ids = waiting[at : at + min(block, left)]
+            yield ids
+            at, left = at + len(ids), left - len(ids)
+        del waiting[:at]
+        if left < 2:
+            return
+    ids = waiting[: min(block, left)]
+    if len(ids) >= 2:  # a single token predicts nothing
+        yield ids
+
+
+def _linear_names(model_dir: Path) -> tuple[list[str], str]:
+    """Return the names of the layers that would be quantised, and the class of the model."""
+    with open_checkpoint(model_dir) as checkpoint:
+        if checkpoint.format != "dense" or "quantization_config" in checkpoint.config:
+            raise ValueError(f"{model_dir}: must be a dense checkpoint, got one that is quantised already")
+        layers = select_layers(checkpoint.dense, checkpoint.config, exclude=DEFAULT_EXCLUDE)
+        architectures = checkpoint.config.get("architectures")
+    if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
+        raise ValueError(f"{model_dir}: config.json must name the model's class under architectures")
+    return [layer.name for layer in layers], architectures[0]
+
+
+def _load(model_dir: Path, architecture: str, device: str, dtype: str | None) -> tuple[Any, Any]:
+    try:
+        import transformers  # noqa: PLC0415  # optional, and slow to import
+    except ImportError as error:
+        raise ImportError("calibrate needs transformers: pip install 'littlebit2-kernels[models]'") from error
+    built = getattr(transformers, architecture, None)
+    if built is None:
+        raise ValueError(f"{model_dir}: transformers {transformers.__version__} has no class {architecture}")
+    precision = "auto" if dtype is None else getattr(torch, dtype, None)
+    if precision != "auto" and not (isinstance(precision, torch.dtype) and precision.is_floating_point):
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    if not any((model_dir / name).is_file() for name in _TOKENIZERS):
+        # Without one of these, transformers may make a tokenizer that knows no word.
+        raise ValueError(f"{model_dir}: must hold a tokenizer, one of {', '.join(_TOKENIZERS)}")
+    bars = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        model = built.from_pretrained(model_dir, local_files_only=True, dtype=precision)
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+    return model.to(device).eval(), tokenizer
+
+
+def _matched(found: Mapping[str, Importance], names: Sequence[str], prefix: str) -> dict[str, Importance]:
+    """Return the importances by the names of the checkpoint, with or without the model's prefix."""
+    wanted = set(names)
+    matched = {}
+    for name, one in found.items():
+        for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
+            if candidate in wanted:
+                matched[candidate] = one
+                break
+    if not matched:
+        raise ValueError(
+            f"the model must call a linear layer of the checkpoint, such as {names[0]!r}, got "
+            f"{list(islice(found, 3))}"
+        )
+    return {name: matched[name] for name in names if name in matched}
+
+
+def _block_size(block: int | None, longest: object) -> int:
+    most = longest if isinstance(longest, int) and longest > 0 else None
+    if block is None:
+        return _BLOCK if most is None else min(_BLOCK, most)
+    if most is not None and block > most:
+        raise ValueError(f"block must be at most the model's max_position_embeddings = {most}, got {block}")
+    return block
+
+
+def _listed(data: Sequence[str | Path]) -> str:
+    return ", ".join(map(str, data))

@@ -1,0 +1,94 @@
+"""``littlebit2 evaluate``: perplexity and tasks of a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .common import Commands, add_command, emit, emit_json, table
+
+_DESCRIPTION = """\
+Measure a checkpoint, packed or dense: its perplexity on text, in blocks that do not overlap, and, where
+lm-evaluation-harness is installed, its tasks. Packed layers run on the packed kernels.
+"""
+
+_EXAMPLES = """\
+  littlebit2 evaluate CKPT --data held_out.txt
+  littlebit2 evaluate CKPT --data wiki.parquet --block 2048 --json
+  littlebit2 evaluate CKPT --tasks arc_easy hellaswag --limit 200
+"""
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the subcommand."""
+    parser = add_command(
+        commands,
+        "evaluate",
+        _run,
+        summary="perplexity on text, tasks of lm-evaluation-harness",
+        description=_DESCRIPTION,
+        examples=_EXAMPLES,
+    )
+    parser.add_argument("model", metavar="MODEL", help="directory of the checkpoint, with a tokenizer")
+    parser.add_argument(
+        "--data", nargs="+", metavar="PATH", help="text: .txt, .jsonl, .parquet, ..., or directories"
+    )
+    parser.add_argument("--text-field", default="text", help="in JSON lines and tables (default text)")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="read at most N tokens")
+    parser.add_argument(
+        "--block", type=int, metavar="T", help="tokens of context (default 2048, or what the model takes)"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="blocks at a time (default 8)")
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="of lm-evaluation-harness")
+    parser.add_argument("--limit", type=int, metavar="N", help="examples of each task")
+    parser.add_argument("--device", default="cpu", help="default cpu")
+    parser.add_argument("--dtype", help="of activations and dense tensors: float32, bfloat16, float16")
+    parser.add_argument("--backend", default="auto", help="of the packed layers (default auto)")
+    parser.add_argument("--activation", default="auto", help="how activations enter the sums (default auto)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _run(args: argparse.Namespace) -> int:
+    from littlebit2.train.recipe import evaluate_model  # noqa: PLC0415  # imports torch and transformers
+
+    settings: dict[str, Any] = {} if args.dtype is None else {"dtype": args.dtype}
+    found = evaluate_model(
+        args.model,
+        args.data,
+        block=args.block,
+        text_field=args.text_field,
+        max_tokens=args.max_tokens,
+        batch_size=args.batch_size,
+        tasks=args.tasks,
+        limit=args.limit,
+        device=args.device,
+        backend=args.backend,
+        activation=args.activation,
+        **settings,
+    )
+    measured = found.perplexity
+    if args.json:
+        text = None
+        if measured is not None:
+            text = {
+                "perplexity": measured.value,
+                "nll": measured.nll,
+                "tokens": measured.tokens,
+                "block": found.block,
+            }
+        emit_json({"text": text, "tasks": found.tasks})
+        return 0
+    if measured is not None:
+        emit(
+            f"perplexity {measured.value:.4f} ({measured.nll:.4f} nats a token, {measured.tokens} tokens in "
+            f"blocks of {found.block})"
+        )
+    rows = [
+        (task, metric, f"{value:.4f}")
+        for task, values in found.tasks.items()
+        for metric, value in values.items()
+        if isinstance(value, float)
+    ]
+    if rows:
+        emit(table(("task", "metric", "value"), rows))
+    return 0

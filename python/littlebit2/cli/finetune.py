@@ -1,0 +1,246 @@
+"""``littlebit2 finetune``: a dense checkpoint and text to a trained, packed checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .common import (
+    Commands,
+    add_command,
+    add_pattern_options,
+    add_size_options,
+    emit,
+    emit_json,
+    excluded,
+    quant_config,
+    table,
+)
+
+_DESCRIPTION = """\
+Quantise the dense checkpoint TEACHER, train the packed model against it on text (KL of the logits plus
+hidden-state MSE), and write it packed. Killed at any moment, the same command goes on from the last whole
+training checkpoint in OUT.finetune. Perplexities are printed: of the teacher, after quantisation, after
+training, and of the packed checkpoint as it was written.
+"""
+
+_EXAMPLES = """\
+  littlebit2 finetune MODEL_DIR OUT --data corpus/ --bpw 0.55
+  littlebit2 finetune MODEL_DIR OUT --data c4.jsonl wiki.parquet --bpw 0.55 --init admm --block 2048 \\
+      --batch-size 4 --accumulate 8 --lr 4e-5 --precision bfloat16 --gradient-checkpointing --device cuda
+  littlebit2 finetune MODEL_DIR OUT --data corpus/ --start PACKED_DIR    from a packed checkpoint
+  torchrun --nproc-per-node 8 -m littlebit2 finetune MODEL_DIR OUT --data corpus/ --bpw 0.55 --fsdp \\
+      --device cuda
+"""
+
+_PRECISIONS = ("float32", "bfloat16", "float16")
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the subcommand."""
+    parser = add_command(
+        commands,
+        "finetune",
+        _run,
+        summary="dense checkpoint and text to a trained, packed checkpoint",
+        description=_DESCRIPTION,
+        examples=_EXAMPLES,
+        after_interrupt="; the same command goes on from the last checkpoint",
+    )
+    parser.add_argument("teacher", metavar="TEACHER", help="directory of the dense checkpoint")
+    parser.add_argument("out", metavar="OUT", help="directory to make")
+    _add_data_options(parser)
+    start = parser.add_argument_group("quantisation before training")
+    start.add_argument(
+        "--start", metavar="PACKED", help="begin with this packed checkpoint instead of quantising TEACHER"
+    )
+    add_size_options(parser)
+    parser.add_argument("--quant-seed", type=int, default=0, help="of rotations and random signs (default 0)")
+    add_pattern_options(parser)
+    _add_recipe_options(parser)
+    _add_run_options(parser)
+
+
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="text: .txt, .md, .rst, .py, .jsonl (also .gz), .parquet, .arrow, or directories of these",
+    )
+    parser.add_argument(
+        "--eval-data", nargs="+", metavar="PATH", help="held-out text (default: the end of --data)"
+    )
+    parser.add_argument(
+        "--hold-out",
+        type=float,
+        default=0.02,
+        metavar="SHARE",
+        help="share of --data held out without --eval-data (default 0.02; 0: none)",
+    )
+    parser.add_argument(
+        "--text-field", default="text", help="name of the text in JSON lines and tables (default text)"
+    )
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="read at most N tokens of --data")
+    parser.add_argument(
+        "--block", type=int, default=2048, metavar="T", help="tokens in a sequence (default 2048)"
+    )
+
+
+def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("training; defaults are the papers' where they name one")
+    group.add_argument("--steps", type=int, help="optimiser steps (default: from --epochs)")
+    group.add_argument("--epochs", type=float, default=1.0, help="passes over the data (default 1)")
+    group.add_argument(
+        "--batch-size", type=int, default=1, help="sequences at a time and process (default 1)"
+    )
+    group.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches in a step (default 1)")
+    group.add_argument("--lr", type=float, default=4e-5, help="peak learning rate of latents (default 4e-5)")
+    group.add_argument("--scale-lr", type=float, help="of packed layers' scales (default --lr)")
+    group.add_argument("--dense-lr", type=float, help="of what stays dense (default --lr)")
+    group.add_argument("--warmup", type=float, default=0.02, help="share of the steps (default 0.02)")
+    group.add_argument("--weight-decay", type=float, default=0.0, help="of dense matrices (default 0)")
+    group.add_argument("--max-grad-norm", type=float, default=1.0, help="default 1; 0: do not clip")
+    group.add_argument(
+        "--hidden-weight",
+        type=float,
+        metavar="LAMBDA",
+        help="weight of the hidden-state MSE (default 10; 0 with --teacher-top-k)",
+    )
+    group.add_argument("--surrogate", choices=("smooth-sign", "clipped"), default="smooth-sign")
+    group.add_argument(
+        "--dense",
+        choices=("norms", "all", "none"),
+        default="norms",
+        help="which dense parameters are trained too (default norms)",
+    )
+    group.add_argument(
+        "--precision", choices=_PRECISIONS, default="float32", help="of products (default float32)"
+    )
+    group.add_argument("--teacher-precision", choices=_PRECISIONS, help="default: as stored")
+    group.add_argument(
+        "--teacher-top-k",
+        type=int,
+        metavar="K",
+        help="run the teacher once and keep its K likeliest tokens: not in memory while training",
+    )
+    group.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations")
+    group.add_argument("--fsdp", action="store_true", help="shard over the processes of torchrun")
+    group.add_argument("--seed", type=int, default=0, help="of the order of the data (default 0)")
+    group.add_argument("--deterministic", action="store_true", help="deterministic algorithms on GPUs too")
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
+    parser.add_argument("--log-steps", type=int, default=10, metavar="N", help="default 10")
+    parser.add_argument(
+        "--eval-steps", type=int, default=0, metavar="N", help="default: before and after alone"
+    )
+    parser.add_argument("--save-steps", type=int, default=500, metavar="N", help="default 500")
+    parser.add_argument("--eval-batch-size", type=int, default=8, metavar="N", help="default 8")
+    parser.add_argument("--no-tensorboard", action="store_true", help="no metrics for TensorBoard")
+    parser.add_argument("--keep-work", action="store_true", help="keep training checkpoints and token files")
+    parser.add_argument("--restart", action="store_true", help="discard what an interrupted run left")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT at the end if it exists")
+    parser.add_argument("--json", action="store_true", help="print the report, with every entry, as JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _run(args: argparse.Namespace) -> int:
+    from littlebit2.train.recipe import finetune  # noqa: PLC0415  # imports torch and transformers
+
+    sized = args.bpw is not None or args.ranks is not None or args.paths is not None
+    if args.start is not None and (sized or args.method != "auto"):
+        raise ValueError(
+            "--start must be given without --bpw, --ranks, --paths and --init: it has its layers"
+        )
+    config = None if args.start is not None else quant_config(args, seed=args.quant_seed)
+    exclude: dict[str, Any] = {}
+    if args.include_heads or args.exclude:
+        from littlebit2.stream import DEFAULT_EXCLUDE  # noqa: PLC0415  # imports torch
+
+        exclude = {"exclude": excluded(args, DEFAULT_EXCLUDE)}
+    report = finetune(
+        args.teacher,
+        args.out,
+        args.data,
+        config,
+        start=args.start,
+        recipe=_recipe(args),
+        eval_data=args.eval_data,
+        text_field=args.text_field,
+        include=args.include,
+        device=args.device,
+        resume=not args.restart,
+        overwrite=args.overwrite,
+        **exclude,
+    )
+    if not _leads():
+        return 0
+    if args.json:
+        emit_json(
+            {
+                "out": str(report.out),
+                "steps": report.steps,
+                "bpw": report.bpw,
+                "perplexity": report.perplexity,
+                "agreement": report.agreement,
+                "seconds": report.seconds,
+                "history": report.history,
+            }
+        )
+        return 0
+    figures = f"{report.bpw:.3f} counted bits per weight, {report.steps} steps, {report.seconds:.0f} s"
+    emit(f"{report.out}: {figures}")
+    if report.perplexity:
+        emit(table(("model", "perplexity"), [(k, f"{v:.3f}") for k, v in report.perplexity.items()]))
+    if report.agreement is not None:
+        emit(f"packed against trained: logits differ by {report.agreement:.1e} of the largest")
+    return 0
+
+
+def _leads() -> bool:
+    import os  # noqa: PLC0415
+
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _recipe(args: argparse.Namespace) -> Any:
+    from littlebit2.train.recipe import Recipe  # noqa: PLC0415  # imports torch and transformers
+
+    hidden = args.hidden_weight
+    if hidden is None:
+        hidden = 0.0 if args.teacher_top_k is not None else 10.0
+    return Recipe(
+        block=args.block,
+        steps=args.steps,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        accumulation=args.accumulate,
+        lr=args.lr,
+        scale_lr=args.scale_lr,
+        dense_lr=args.dense_lr,
+        warmup=args.warmup,
+        weight_decay=args.weight_decay,
+        max_grad_norm=args.max_grad_norm,
+        hidden_weight=hidden,
+        surrogate=args.surrogate,
+        dense=args.dense,
+        precision=args.precision,
+        teacher_precision=args.teacher_precision,
+        teacher_top_k=args.teacher_top_k,
+        gradient_checkpointing=args.gradient_checkpointing,
+        fsdp=args.fsdp,
+        max_tokens=args.max_tokens,
+        hold_out=args.hold_out,
+        log_steps=args.log_steps,
+        eval_steps=args.eval_steps,
+        save_steps=args.save_steps,
+        eval_batch_size=args.eval_batch_size,
+        seed=args.seed,
+        deterministic=args.deterministic,
+        tensorboard=not args.no_tensorboard,
+        keep_work=args.keep_work,
+        quiet=args.quiet,
+    )

@@ -1,0 +1,123 @@
+"""LoRA adapters of peft on frozen packed layers.
+
+An adapter adds ``scaling * B A x`` beside a packed layer, whose signs stay as they are: gradients reach the
+adapter and the layer's input. The sum cannot be merged: a packed layer has no dense weight to add to, and
+quantising the sum again would throw away what was trained. Merging is refused; the adapter is saved and
+loaded by itself, as peft does. To train the packed signs instead, there is ``littlebit2 finetune``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from littlebit2_kernels import LittleBitLinear
+
+__all__ = ["LoraLittleBitLinear", "with_packed_layers"]
+
+#: Options of a ``LoraConfig`` that need the dense weight of the layer, by the values that do not.
+_PLAIN = {"use_dora": (False, None), "init_lora_weights": (True, False, "gaussian", "orthogonal")}
+
+_REFUSED = (
+    "a LoRA adapter cannot be merged into a packed layer, which has no dense weight to add it to: keep the "
+    "adapter beside it (save_pretrained), or merge it into the dense model and quantise that"
+)
+
+
+def with_packed_layers(config: LoraConfig) -> LoraConfig:
+    """Let ``config`` take packed layers as targets; returns it.
+
+    The same is needed for loading an adapter: ``PeftModel.from_pretrained(model, folder,
+    config=with_packed_layers(PeftConfig.from_pretrained(folder)))``.
+
+    Args:
+        config: for ``get_peft_model``; of plain LoRA.
+
+    Raises:
+        TypeError: it is no ``LoraConfig``.
+        ValueError: it asks for something that needs the dense weight (DoRA, PiSSA, OLoRA, LoftQ, ...).
+    """
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"config must be a peft.LoraConfig, got {type(config).__name__}")
+    for name, allowed in _PLAIN.items():
+        value = getattr(config, name, None)
+        if value not in allowed:
+            raise ValueError(
+                f"{name} must be one of {', '.join(map(str, allowed))} on packed layers, which have no dense "
+                f"weight, got {value!r}"
+            )
+    # peft's own door for layers that it does not know.
+    config._register_custom_module({LittleBitLinear: LoraLittleBitLinear})
+    return config
+
+
+class LoraLittleBitLinear(nn.Module, LoraLayer):
+    """A packed layer with adapters beside it; made by peft, see :func:`with_packed_layers`."""
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: LoraConfig,
+        r: int = 0,
+        lora_alpha: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        LoraLayer.__init__(self, base_layer, **kwargs)
+        # peft brings new adapters to the device of this attribute, or of a parameter, of which packed layers
+        # have none. Plain, so that it is no part of the layer's state.
+        base_layer.__dict__["qweight"] = torch.empty(0, device=_device_of(base_layer))
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        assert isinstance(module, LittleBitLinear)
+        return module.in_features, module.out_features
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter, on the device of the packed layer."""
+        super().update_layer(adapter_name, *args, **kwargs)
+        for adapters in (self.lora_A, self.lora_B):
+            adapters[adapter_name].to(_device_of(self.get_base_layer()))
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Map ``x`` ``[..., K]`` to ``[..., N]``: the packed layer and every active adapter."""
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ValueError(
+                "adapter_names must be None: packed layers take the same adapters for a whole batch"
+            )
+        y: torch.Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return y
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                down, up = self.lora_A[name], self.lora_B[name]
+                inner = self.lora_dropout[name](x).to(down.weight.dtype)
+                y = y + (up(down(inner)) * self.scaling[name]).to(y.dtype)
+        return y
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raise ``ValueError``: there is nothing to merge into."""
+        raise ValueError(_REFUSED)
+
+    def unmerge(self) -> None:
+        """Do nothing: nothing is ever merged."""
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """Return what an adapter adds to the weight, ``[N, K]``."""
+        down: Any = self.lora_A[adapter]
+        up: Any = self.lora_B[adapter]
+        delta: torch.Tensor = up.weight @ down.weight * self.scaling[adapter]
+        return delta
+
+    def __repr__(self) -> str:
+        return "lora." + super().__repr__()
+
+
+def _device_of(layer: nn.Module) -> torch.device:
+    return next(buffer.device for buffer in layer.buffers())

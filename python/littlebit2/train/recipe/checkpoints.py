@@ -1,0 +1,55 @@
+"""Which training checkpoints are whole.
+
+``Trainer`` writes a checkpoint file by file into its final folder. A process that is killed meanwhile leaves
+a folder that looks like a checkpoint. So the last thing written into one is a mark, once every file is on the
+disk; folders without it are removed before training goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+__all__ = ["latest_checkpoint", "mark_complete", "remove_incomplete"]
+
+_MARK = "complete"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Bring all files of a checkpoint to the disk, then say that it is whole."""
+    for file in checkpoint.rglob("*"):
+        _sync(file)
+    _sync(checkpoint)
+    (checkpoint / _MARK).touch()
+    _sync(checkpoint)
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """Return the whole checkpoint of the most steps, or ``None``."""
+    whole = [(step, path) for step, path in _checkpoints(folder) if (path / _MARK).is_file()]
+    return max(whole)[1] if whole else None
+
+
+def remove_incomplete(folder: Path) -> None:
+    """Remove what killed processes left half-written."""
+    for _, path in _checkpoints(folder):
+        if not (path / _MARK).is_file():
+            shutil.rmtree(path)
+
+
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    if not folder.is_dir():
+        return []
+    named = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir()]
+    return [(int(match[1]), path) for match, path in named if match]
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,136 @@
+"""``littlebit2 evaluate``: perplexity of any checkpoint, and tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from littlebit2.integrations.loading import load
+from littlebit2.train.data import TokenBlocks, find_files, read_texts, write_tokens
+from littlebit2.train.perplexity import Perplexity, perplexity
+from littlebit2.train.teacher import check_logits
+
+__all__ = ["Evaluation", "context_length", "evaluate_model", "load_tokenizer"]
+
+_DEFAULT_BLOCK = 2048
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        perplexity: of the text, or ``None`` where none was given.
+        block: T.
+        characters: of the text that the tokens come from.
+        tasks: results of lm-evaluation-harness by task: metric to value.
+    """
+
+    perplexity: Perplexity | None
+    block: int
+    characters: int = 0
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def evaluate_model(
+    model_dir: str | Path,
+    data: str | Path | Sequence[str | Path] | None = None,
+    *,
+    block: int | None = None,
+    text_field: str = "text",
+    max_tokens: int | None = None,
+    batch_size: int = 8,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    **load_options: Any,
+) -> Evaluation:
+    """Measure a checkpoint, packed or dense.
+
+    Args:
+        model_dir: its directory, with a tokenizer.
+        data: files or directories of text, see :func:`.find_files`.
+        block: T; by default 2048 or what the model can take, whichever is less.
+        text_field: name of the text in JSON lines and tables.
+        max_tokens: read at most so many tokens.
+        batch_size: sequences at a time.
+        tasks: names of tasks of lm-evaluation-harness, which must be installed and may download data.
+        limit: examples of each task.
+        **load_options: of :func:`littlebit2.load`: device, dtype, activation, backend.
+
+    Raises:
+        FileNotFoundError: a directory or file is not there.
+        ImportError: ``tasks`` are given and lm_eval is not installed.
+        ValueError: there is nothing to measure, the data is malformed or shorter than a block, or the model
+            has no tokenizer or gives no logits.
+    """
+    if data is None and not tasks:
+        raise ValueError("data or tasks must be given: there is nothing to measure")
+    harness = _harness() if tasks else None
+    # Before the model, which takes longer to fail.
+    files = find_files(data) if data is not None else []
+    tokenizer = load_tokenizer(Path(model_dir))
+    model = load(model_dir, **load_options)
+    check_logits(model, "model")
+    length = _block(model, block)
+    found, characters = None, 0
+    if files:
+        with tempfile.TemporaryDirectory() as folder:
+            texts = read_texts(files, text_field)
+            tokens = write_tokens(Path(folder) / "tokens", texts, tokenizer, max_tokens=max_tokens)
+            found = perplexity(model, TokenBlocks(tokens, length), batch_size=batch_size)
+            characters = tokens.characters
+    results: dict[str, dict[str, Any]] = {}
+    if harness is not None:
+        wrapped = harness.models.huggingface.HFLM(
+            pretrained=model, tokenizer=tokenizer, batch_size=batch_size
+        )
+        out = harness.simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit)
+        results = {task: dict(values) for task, values in out["results"].items()}
+    return Evaluation(found, length, characters, results)
+
+
+def load_tokenizer(directory: Path, what: str = "model") -> Any:
+    """Return the tokenizer of a model's directory, which messages call ``what``.
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+        ValueError: it has none.
+    """
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{what} must be a checkpoint directory, got {directory}, which is none")
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"{what} must have a tokenizer in its directory, got {directory}: {reason}"
+        ) from error
+
+
+def context_length(model: Any) -> int | None:
+    """Return the longest sequence that a model's configuration names, or ``None``."""
+    length = getattr(model.config, "max_position_embeddings", None)
+    return length if isinstance(length, int) else None
+
+
+def _block(model: Any, block: int | None) -> int:
+    most = context_length(model)
+    if block is None:
+        return _DEFAULT_BLOCK if most is None else min(_DEFAULT_BLOCK, most)
+    if most is not None and block > most:
+        raise ValueError(f"block must be at most {most}, the model's max_position_embeddings, got {block}")
+    return block
+
+
+def _harness() -> Any:
+    try:
+        import lm_eval  # noqa: PLC0415  # optional
+        import lm_eval.models.huggingface  # noqa: PLC0415
+    except ImportError as error:
+        raise ImportError("tasks need lm-evaluation-harness: pip install lm_eval") from error
+    return lm_eval

@@ -1,0 +1,192 @@
+"""The choices of the recipe, validated once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from littlebit2.train.latents import MAGNITUDE
+from littlebit2.train.model import Dense
+from littlebit2.train.surrogate import Surrogate, check_surrogate
+
+__all__ = ["FinetuneError", "Precision", "Recipe"]
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+#: Settings that may differ between a run and its continuation: they change no result.
+_WITHOUT_EFFECT = ("eval_batch_size", "keep_work", "quiet", "tensorboard", "save_steps", "stop_after")
+
+
+class FinetuneError(RuntimeError):
+    """Training cannot go on; the message says why and what would help."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained. Defaults are the papers' (LittleBit, arXiv 2506.13771) where they name one.
+
+    Attributes:
+        block: T, tokens in a sequence.
+        steps: optimiser steps; ``None`` takes them from ``epochs``.
+        epochs: passes over the training data, where ``steps`` is not given.
+        batch_size: sequences at a time, in each process.
+        accumulation: batches whose gradients make one step.
+        lr: peak learning rate of the latents.
+        scale_lr: of the scales and biases of packed layers; ``None`` takes ``lr``.
+        dense_lr: of parameters outside packed layers; ``None`` takes ``lr``.
+        warmup: share of the steps in which the rate rises from 0, before it falls to 0 as a cosine.
+        weight_decay: of dense matrices; latents, scales and vectors have none.
+        max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
+        hidden_weight: lambda of the loss ``KL + lambda * sum of hidden-state MSE``; 0 without.
+        surrogate: of the sign's derivative, ``"smooth-sign"`` or ``"clipped"``.
+        magnitude: of a latent of confidence 1, see :mod:`littlebit2.train.latents`.
+        dense: which parameters outside the packed layers are trained: ``"all"``, ``"norms"``, ``"none"``.
+        precision: of the products; parameters and optimiser are float32.
+        teacher_precision: dtype of the teacher; ``None`` is what its checkpoint says.
+        teacher_top_k: run the teacher once before training and keep its k likeliest tokens; no
+            hidden-state loss then, and no teacher in memory while training.
+        gradient_checkpointing: recompute activations in backward.
+        fsdp: shard parameters, gradients and optimiser over the processes of ``torchrun``.
+        max_tokens: read at most so many tokens of training text.
+        hold_out: share of the blocks, taken from the end, that is held out where no evaluation text is given.
+        log_steps: steps between two entries of the metrics.
+        eval_steps: steps between two perplexities on held-out text; 0: before and after training alone.
+        save_steps: steps between two checkpoints, a multiple of ``log_steps``.
+        eval_batch_size: sequences at a time in evaluation.
+        seed: of the order of the data (and of whatever the model draws).
+        deterministic: ask torch for deterministic algorithms on GPUs too, which is slower.
+        tensorboard: write metrics for TensorBoard.
+        keep_work: keep checkpoints and token files when the run has ended well.
+        quiet: no progress bars.
+        stop_after: end the call after this step with a checkpoint; a later call goes on.
+
+    Raises:
+        ValueError: a value out of its range, or two that contradict each other.
+    """
+
+    block: int = 2048
+    steps: int | None = None
+    epochs: float = 1.0
+    batch_size: int = 1
+    accumulation: int = 1
+    lr: float = 4e-5
+    scale_lr: float | None = None
+    dense_lr: float | None = None
+    warmup: float = 0.02
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    hidden_weight: float = 10.0
+    surrogate: Surrogate = "smooth-sign"
+    magnitude: float = MAGNITUDE
+    dense: Dense = "norms"
+    precision: Precision = "float32"
+    teacher_precision: Precision | None = None
+    teacher_top_k: int | None = None
+    gradient_checkpointing: bool = False
+    fsdp: bool = False
+    max_tokens: int | None = None
+    hold_out: float = 0.02
+    log_steps: int = 10
+    eval_steps: int = 0
+    save_steps: int = 500
+    eval_batch_size: int = 8
+    seed: int = 0
+    deterministic: bool = False
+    tensorboard: bool = True
+    keep_work: bool = False
+    quiet: bool = False
+    stop_after: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulation", "log_steps", "save_steps", "eval_batch_size"):
+            _check_integer(name, getattr(self, name), 1)
+        _check_integer("block", self.block, 2)
+        _check_integer("eval_steps", self.eval_steps, 0)
+        _check_integer("seed", self.seed, 0)
+        for name in ("steps", "teacher_top_k", "max_tokens", "stop_after"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), 1)
+        for name in ("epochs", "lr", "magnitude"):
+            _check_number(name, getattr(self, name), above=0)
+        for name in ("scale_lr", "dense_lr"):
+            if getattr(self, name) is not None:
+                _check_number(name, getattr(self, name), above=0)
+        for name in ("weight_decay", "max_grad_norm", "hidden_weight"):
+            _check_number(name, getattr(self, name), least=0)
+        for name in ("warmup", "hold_out"):
+            _check_number(name, getattr(self, name), least=0)
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name} must be below 1, got {getattr(self, name)}")
+        self._check_choices()
+
+    def _check_choices(self) -> None:
+        check_surrogate(self.surrogate)
+        _check_choice("dense", self.dense, get_args(Dense))
+        _check_choice("precision", self.precision, get_args(Precision))
+        _check_choice("teacher_precision", self.teacher_precision, (None, *get_args(Precision)))
+        for name in ("save_steps", "eval_steps"):
+            if getattr(self, name) % self.log_steps:
+                raise ValueError(
+                    f"{name} must be a multiple of log_steps={self.log_steps}, so that a run that is resumed "
+                    f"logs what it would have logged, got {getattr(self, name)}"
+                )
+        if self.stop_after is not None and self.stop_after % self.log_steps:
+            raise ValueError(
+                f"stop_after must be a multiple of log_steps={self.log_steps}, got {self.stop_after}"
+            )
+        if self.teacher_top_k is not None and self.hidden_weight:
+            raise ValueError(
+                "hidden_weight must be 0 with teacher_top_k, which keeps no hidden states, "
+                f"got {self.hidden_weight}"
+            )
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """The settings that a continuation must share."""
+        return {name: value for name, value in vars(self).items() if name not in _WITHOUT_EFFECT}
+
+    def rate(self, kind: str) -> float:
+        """Return the peak learning rate of a kind of parameter (:func:`.parameter_kind`)."""
+        own = {"latent": self.lr, "scale": self.scale_lr, "dense": self.dense_lr}[kind]
+        return self.lr if own is None else own
+
+    def total_steps(self, blocks: int, processes: int) -> int:
+        """Return the optimiser steps of the run.
+
+        Args:
+            blocks: of training data.
+            processes: that share each step.
+
+        Raises:
+            ValueError: the data does not fill one step.
+        """
+        per_step = self.batch_size * self.accumulation * processes
+        in_epoch = blocks // self.batch_size // processes // self.accumulation
+        if in_epoch == 0:
+            raise ValueError(
+                f"data must fill one step of {per_step} blocks of {self.block} tokens, got {blocks} blocks: "
+                "give more text, shorter blocks or a smaller batch"
+            )
+        return self.steps if self.steps is not None else max(1, math.floor(self.epochs * in_epoch))
+
+
+def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+
+
+def _check_integer(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def _check_number(
+    name: str, value: object, *, above: float | None = None, least: float | None = None
+) -> None:
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if ok and isinstance(value, (int, float)):
+        ok = (above is None or value > above) and (least is None or value >= least)
+    if not ok:
+        wanted = f"above {above}" if above is not None else f"at least {least}"
+        raise ValueError(f"{name} must be a finite number {wanted}, got {value!r}")

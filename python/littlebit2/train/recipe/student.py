@@ -1,0 +1,151 @@
+"""The student of a run: the dense model with trainable layers, and the checkpoint it becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from littlebit2.checkpoint import CheckpointWriter, open_checkpoint
+from littlebit2.integrations.loading import load
+from littlebit2.train.model import make_trainable, packed_layers, select_dense, trainable_layers
+
+from .settings import FinetuneError, Recipe
+
+__all__ = ["build_student", "check_dense", "check_export", "export_student", "round_dense"]
+
+#: Most that packed and trained logits may differ, relative to the largest: far above float32's rounding,
+#: far below one wrong sign.
+_AGREEMENT = 1e-3
+_CHECKED_TOKENS = 128
+
+
+def check_dense(teacher: Path) -> dict[str, Any]:
+    """Return the configuration of a dense checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+        ValueError: it is packed, or has no config.json.
+    """
+    if not teacher.is_dir():
+        raise FileNotFoundError(f"teacher must be a checkpoint directory, got {teacher}, which is none")
+    with open_checkpoint(teacher) as checkpoint:
+        if checkpoint.layers:
+            raise ValueError(
+                f"teacher must be a dense checkpoint, got {teacher} with {len(checkpoint.layers)} packed "
+                "layers: give the dense model, and the packed one as the start (--start)"
+            )
+        if "quantization_config" in checkpoint.config:
+            raise ValueError(f"teacher must be a dense checkpoint, got {teacher}, which is quantised")
+        if not checkpoint.config:
+            raise ValueError(f"teacher must have a config.json, got {teacher} without")
+        return dict(checkpoint.config)
+
+
+def build_student(teacher: Path, start: Path, recipe: Recipe) -> Any:
+    """Return the dense model of ``teacher`` in float32, its linears replaced by those of ``start``.
+
+    Raises:
+        ValueError: ``start`` has no packed layers, or they do not fit the model; the message names them.
+    """
+    model = load(teacher, dtype=torch.float32)
+    with open_checkpoint(start) as checkpoint:
+        if not checkpoint.layers:
+            raise ValueError(f"start must be a packed checkpoint, got {start}, which is dense")
+        make_trainable(
+            model,
+            checkpoint.load_layer,
+            checkpoint.layers,
+            surrogate=recipe.surrogate,
+            magnitude=recipe.magnitude,
+        )
+        stored = set(checkpoint.dense)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                # Loaded tensors may be views of the file, which must not be written to.
+                parameter.data = parameter.data.clone()
+                if name in stored:
+                    # A packed checkpoint may have trained its dense tensors too.
+                    parameter.copy_(checkpoint.load_tensor(name))
+    select_dense(model, recipe.dense)
+    if recipe.gradient_checkpointing:
+        # Its name since transformers 5.22, where the old one warns.
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    return model
+
+
+def round_dense(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round what stays dense to ``dtype``, in which it is to be stored; parameters keep theirs."""
+    own = {id(p) for layer in trainable_layers(model).values() for p in layer.parameters()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if id(parameter) not in own:
+                parameter.copy_(parameter.to(dtype))
+
+
+def export_student(
+    model: Any,
+    out: Path,
+    teacher: Path,
+    dtype: torch.dtype,
+    *,
+    state: Mapping[str, torch.Tensor] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write the packed checkpoint; tokenizer and generation files come from ``teacher``.
+
+    Args:
+        model: the student.
+        out: directory to make.
+        teacher: the dense checkpoint.
+        dtype: of the dense tensors.
+        state: the whole state where the model's own is sharded.
+        overwrite: replace a checkpoint at ``out``.
+    """
+    tensors = model.state_dict() if state is None else dict(state)
+    layers = tuple(f"{name}." for name in trainable_layers(model))
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    model.config.dtype = dtype
+    model.config.architectures = [type(model).__name__]
+    config = model.config.to_diff_dict()
+    config["use_cache"] = True  # turned off while training
+    with CheckpointWriter(out, config, overwrite=overwrite) as writer:
+        for name, packed in packed_layers(model, tensors):
+            writer.add_layer(name, packed)
+        for name, tensor in tensors.items():
+            if not name.startswith(layers) and name not in tied:
+                value = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
+                writer.add_tensor(name, value.cpu().contiguous())
+        writer.copy_extra_files(teacher)
+        writer.finish()
+
+
+def check_export(model: Any, packed: Any, ids: torch.Tensor) -> float:
+    """Return how far the packed model's logits are from the student's, relative to the largest.
+
+    Args:
+        model: the student; evaluated without autocast.
+        packed: the exported model, in float32 with exact sums.
+        ids: a few tokens ``[B, T]``.
+
+    Raises:
+        FinetuneError: it is more than rounding explains.
+    """
+    ids = ids[:, :_CHECKED_TOKENS]
+    training = model.training
+    model.eval()
+    with torch.inference_mode():
+        trained = model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
+        exported = packed(input_ids=ids.to(packed.device), use_cache=False).logits.float().cpu()
+    model.train(training)
+    difference = float((trained - exported).abs().max() / trained.abs().max().clamp_min(1e-30))
+    if not difference <= _AGREEMENT:
+        raise FinetuneError(
+            f"the exported model must give the trained model's logits within {_AGREEMENT}, got a relative "
+            f"difference of {difference:g}: the checkpoint was written, but is not what was trained"
+        )
+    return difference

@@ -1,0 +1,121 @@
+"""``littlebit2 finetune`` and ``littlebit2 evaluate``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from littlebit2.cli import main
+from tests.train.builders import write_teacher, write_text
+
+QUICK = [
+    *("--block", "32", "--steps", "2", "--batch-size", "4", "--log-steps", "1", "--save-steps", "1"),
+    *("--no-tensorboard", "--quiet", "--hold-out", "0.1"),
+]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("cli")
+    return write_teacher(folder / "teacher"), write_text(folder / "text.txt", 4000)
+
+
+def test_finetune_then_evaluate(
+    inputs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher, data = map(str, inputs)
+    out = str(tmp_path / "out")
+    arguments = [
+        "finetune",
+        teacher,
+        out,
+        "--data",
+        data,
+        "--bpw",
+        "3",
+        "--paths",
+        "1",
+        "--init",
+        "joint-itq",
+    ]
+    assert main([*arguments, *QUICK, "--exclude", "*.q_proj", "--eval-data", data]) == 0
+    printed = capsys.readouterr().out
+    assert f"{out}: 2.365 counted" in printed
+    assert "bits per weight, 2 steps" in printed
+    figures = {line.split()[0]: float(line.split()[1]) for line in printed.splitlines()[2:6]}
+    assert set(figures) == {"teacher", "start", "trained", "packed"}
+    assert main(["evaluate", out, "--data", data, "--block", "32", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["text"]
+    assert found["perplexity"] == pytest.approx(figures["packed"], rel=1e-3)
+    assert found["block"] == 32
+    assert main(["evaluate", teacher, "--data", data, "--block", "32"]) == 0
+    assert float(capsys.readouterr().out.split()[1]) == pytest.approx(figures["teacher"], rel=1e-3)
+    assert main(["inspect", out, "--json"]) == 0
+    layers = capsys.readouterr().out
+    assert "q_proj.V_packed" not in layers
+    assert main(["finetune", teacher, out, "--data", data, "--start", out, *QUICK, "--overwrite"]) == 0
+
+
+def test_tasks_go_to_the_harness(
+    inputs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher, _ = inputs
+    seen: dict[str, Any] = {}
+
+    class HFLM:
+        def __init__(self, **options: Any) -> None:
+            seen.update(options)
+
+    def simple_evaluate(**options: Any) -> dict[str, Any]:
+        seen.update(options)
+        return {"results": {"arc_easy": {"acc,none": 0.25, "alias": "arc_easy"}}}
+
+    harness: Any = types.ModuleType("lm_eval")
+    harness.models = types.ModuleType("lm_eval.models")
+    harness.models.huggingface = types.ModuleType("lm_eval.models.huggingface")
+    harness.models.huggingface.HFLM = HFLM
+    harness.simple_evaluate = simple_evaluate
+    for module in (harness, harness.models, harness.models.huggingface):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert main(["evaluate", str(teacher), "--tasks", "arc_easy", "--limit", "5"]) == 0
+    assert capsys.readouterr().out.split() == ["task", "metric", "value", "arc_easy", "acc,none", "0.2500"]
+    assert (seen["tasks"], seen["limit"], seen["batch_size"]) == (["arc_easy"], 5, 8)
+    assert type(seen["pretrained"]).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "{teacher}"], "data or tasks must be given"),
+        (["evaluate", "{teacher}", "--tasks", "x"], "tasks need lm-evaluation-harness: pip install lm_eval"),
+        (["evaluate", "absent", "--data", "{data}"], "model must be a checkpoint directory"),
+        (["evaluate", "{teacher}", "--data", "{data}", "--block", "65"], "block must be at most 64"),
+        (["evaluate", "{teacher}", "--data", "absent.txt"], "no such file or directory: absent.txt"),
+        (
+            ["finetune", "{teacher}", "{out}", "--data", "{data}", "--start", "x", "--bpw", "1"],
+            "--start must be",
+        ),
+        (["finetune", "{teacher}", "{out}", "--data", "{data}", "--bpw", "0.01"], "layer 'model.layers"),
+        (["finetune", "{teacher}", "{out}", "--data", "{data}", "--lr", "0"], "lr must be a finite number"),
+    ],
+)
+def test_errors_are_one_line(
+    inputs: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
+    names = {"teacher": inputs[0], "data": inputs[1], "out": tmp_path / "out"}
+    extra = ["--no-tensorboard", "--quiet", "--block", "32"] if arguments[0] == "finetune" else []
+    assert main([*(a.format(**names) for a in arguments), *extra]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(f"littlebit2 {arguments[0]}: error: ")
+    assert message in last
