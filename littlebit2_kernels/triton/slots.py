@@ -64,10 +64,11 @@ def slot_arguments(terms: Sequence[Term], names: Sequence[str], prefix: str = ""
     Args:
         terms: one for each path of the launch.
         names: of ``words``, ``pitch``, ``units`` (words of a row), ``rows``, ``cols``, ``scale``,
-            ``row_scale``, ``result`` and ``stage``, those that the kernel has. ``pitch`` and ``units`` count
-            units of the terms' common ``UNIT``; ``eighths`` and ``source_eighths`` are ``cols`` and
-            ``source`` in units of their common ``COL_UNIT``: so kernels know what sizes are multiples of,
-            without being compiled anew for others. ``PATHS``, and the units needed, are among the results.
+            ``row_scale``, ``result``, ``source`` and ``stage``, those that the kernel has. ``pitch`` and
+            ``units`` count units of the terms' common ``UNIT``; ``eighths`` and ``source_eighths`` are
+            ``cols`` and ``source`` in units of their common ``COL_UNIT``: so kernels know what sizes are
+            multiples of, without being compiled anew for others. ``PATHS``, and the units needed, are among
+            the results.
         prefix: of all their names, in a kernel that takes two stages.
     """
     unit = min(term.unit for term in terms)
@@ -89,6 +90,7 @@ def slot_arguments(terms: Sequence[Term], names: Sequence[str], prefix: str = ""
             # Not read where there is none.
             "row_scale": term.scale if term.row_scale is None else term.row_scale,
             "result": term.result,
+            "source": term.source,
             "eighths": term.cols // col_unit,
             "source_eighths": term.source // col_unit,
             "stage": term.stage,

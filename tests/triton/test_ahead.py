@@ -144,7 +144,7 @@ def test_a_sign_accumulate_of_the_gemv_takes_three_instructions(
     # 64 rows of 16 words by 128 threads: 256 signs each, and overhead. Blackwell adds two at a time.
     for names in ("FADD", "LOP3", "SHF|IMAD"):
         least = 128 if (target, names) == ("sm_100", "FADD") else 256
-        assert least <= count(kernel, names) <= 340, names
+        assert least <= count(kernel, names) <= 360, names
     assert count(kernel, "SHFL") <= 16, "bits lie across lanes: the compiler chose another layout"
 
 
