@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 from benchmarks.llama import LLAMA_SHAPES, LlamaShape, linear_macs, parse_llama_shape
 from benchmarks.markdown import markdown
@@ -62,7 +62,7 @@ def predict_group(k: int, layers: Sequence[tuple[int, list[int]]], gpu: str) -> 
         raise ValueError(f"gpu must be one of {', '.join(RATES)}, got {gpu!r}")
     shapes = [(n, ranks, False, list(range(len(ranks)))) for n, ranks in layers]
     plan = core().plan_grouped_cuda(
-        1, k, shapes, "float16", ACTIVATIONS["auto"], *astuple(gpu_properties(gpu))
+        1, k, shapes, "float16", ACTIVATIONS["auto"], *gpu_properties(gpu).for_cuda()
     )
     first = sum(4 * (rank * -(-k // 32) + k) for _, ranks in layers for rank in ranks)
     last = sum(4 * (n * -(-rank // 32) + rank + n) for n, ranks in layers for rank in ranks)

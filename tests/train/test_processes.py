@@ -80,7 +80,7 @@ def test_two_processes_train_as_one(inputs: tuple[Path, Path, Path], alone: dict
                 compared += 1
         if "flip_rate" in one:
             assert two["flip_rate"] == pytest.approx(one["flip_rate"], abs=1e-4)
-    assert compared == 3 * 4 + 2
+    assert compared == 3 * 4 + 3  # evaluated before, once between, and after
     assert together["perplexity"]["packed"] == pytest.approx(alone["perplexity"]["packed"], rel=1e-3)
     ours, theirs = (load_file(folder / name / "model.safetensors") for name in (how, "alone"))
     assert ours.keys() == theirs.keys()
