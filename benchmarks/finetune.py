@@ -102,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         "processor_seconds": time.process_time(),
         "train_files": len(corpus.train),
         "held_out_files": len(corpus.held_out),
+        "evaluated_files": [file.name for file in held_out(corpus)],
         "model": asdict(size),
     }
     print(
@@ -127,7 +128,8 @@ def dense_model(args: argparse.Namespace, corpus: Corpus) -> tuple[Path, ModelSi
     tokens = write_tokens(args.out / "dense.tokens", read_texts(corpus.train), tokenizer)
     print(
         f"{len(corpus.train)} files of the standard library, {tokens.characters / 1e6:.1f}M characters, "
-        f"{tokens.tokens / 1e6:.1f}M tokens; {len(corpus.held_out)} files held out"
+        f"{tokens.tokens / 1e6:.1f}M tokens; {len(corpus.held_out)} files held out, "
+        f"{len(held_out(corpus))} of them evaluated"
     )
 
     def progress(step: int, loss: float, seconds: float) -> None:
