@@ -20,13 +20,17 @@ from littlebit2_kernels import PackedLinear, explain
 from littlebit2_kernels.explanation import Explanation
 from littlebit2_kernels.testing import make_packed
 
-__all__ = ["CHAINED_LAUNCH", "LAUNCH", "RATES", "Prediction", "Rates", "predict", "run"]
+__all__ = ["LAUNCH", "RATES", "Prediction", "Rates", "predict", "run"]
 
 SLICE = 512
 TILE_ROWS = 16
 #: MMAs of 16 rows and one slice, and 16-byte loads of shared memory beside them, for one token.
 MMAS = {"int16": 4, "int8": 2, "sign": 2, "float16": 32, "exact": 32}
 SHARED_LOADS = {"int16": 2, "int8": 1, "sign": 1, "float16": 16, "exact": 16}
+
+
+#: Assumed seconds from the end of a kernel to the start of the next one in a graph, and to a chained one's.
+LAUNCH, CHAINED_LAUNCH = 1.0e-6, 0.3e-6
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,11 @@ class Rates:
     memory: float
     tensor: float
 
+    def seconds(self, *, chained: bool, nbytes: float, cycles: float = 0.0) -> float:
+        """What a launch takes: its start, and the longer of its cycles and of its bytes from memory."""
+        start = CHAINED_LAUNCH if chained else LAUNCH
+        return start + max(cycles / self.clock, nbytes / self.memory)
 
-#: Assumed seconds from the end of a kernel to the start of the next one in a graph, and to a chained one's.
-LAUNCH, CHAINED_LAUNCH = 1.0e-6, 0.3e-6
 
 #: By the names of :data:`littlebit2_kernels.gpu.GPUS`.
 RATES = {
@@ -116,8 +122,7 @@ def predict(packed: PackedLinear, gpu: str, activation: str = "auto") -> Predict
         mmas=MMAS[mode] * sum(tiles),
         staged=staged,
         seconds=tuple(
-            (CHAINED_LAUNCH if launch.chained else LAUNCH)
-            + max(launch.estimated_cycles / rates.clock, read / rates.memory)
+            rates.seconds(chained=launch.chained, nbytes=read, cycles=launch.estimated_cycles)
             for launch, read in zip(decodes, nbytes, strict=True)
         ),
         dense_seconds=2 * packed.in_features * packed.out_features / rates.memory,

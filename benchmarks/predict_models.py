@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from benchmarks.llama import LLAMA_SHAPES, LlamaShape, linear_macs, parse_llama_shape
 from benchmarks.markdown import markdown
-from benchmarks.predict import CHAINED_LAUNCH, LAUNCH, RATES
+from benchmarks.predict import RATES
 from littlebit2.quantize import rank_for_bpw
 from littlebit2_kernels._native import core
 from littlebit2_kernels.dispatch import ACTIVATIONS
@@ -68,8 +68,7 @@ def predict_group(k: int, layers: Sequence[tuple[int, list[int]]], gpu: str) -> 
     last = sum(4 * (n * -(-rank // 32) + rank + n) for n, ranks in layers for rank in ranks)
     rates = RATES[gpu]
     seconds = sum(
-        (CHAINED_LAUNCH if launch["chained"] else LAUNCH)
-        + max(launch["estimated_cycles"] / rates.clock, nbytes / rates.memory)
+        rates.seconds(chained=launch["chained"], nbytes=nbytes, cycles=launch["estimated_cycles"])
         for launch, nbytes in zip(plan["launches"], (first, last), strict=True)
     )
     return GroupPrediction(len(plan["launches"]), first + last, seconds)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.predict import CHAINED_LAUNCH, LAUNCH, RATES
+from benchmarks.predict import LAUNCH, RATES
 from littlebit2_kernels import PackedLinear, explain
 from littlebit2_kernels.explanation import Explanation
 
@@ -21,7 +21,7 @@ __all__ = ["PromptPrediction", "predict_prompt"]
 #: Of the nominal rate, that cuBLAS reaches.
 PEER_RATE = 0.7
 #: Columns of the least part of a slice that is left out where a term ends, of a slice; rows and tokens of an
-#: MMA (csrc/cuda/gemm_params.h).
+#: MMA (csrc/cuda/gemm_sizes.h).
 INDEX, SLICE, TILE_ROWS, GROUP = 128, 512, 16, 8
 #: MMAs of 16 rows, 8 tokens and an index, and bytes that an activation is converted to.
 INDEX_MMAS = {"float16": 8, "exact": 16, "int8": 4}
@@ -83,7 +83,6 @@ def predict_prompt(packed: PackedLinear, gpu: str, tokens: int, activation: str 
     mmas = converted = copied = signs = 0
     seconds = 0.0
     for index, (launch, stage) in enumerate(zip(gemms, stages, strict=True)):
-        start = CHAINED_LAUNCH if launch.chained else LAUNCH
         slices = max(-(-cols // SLICE) for _, cols in stage)
         for count in rounds:
             tiles = -(-count // launch.token_tile)
@@ -107,10 +106,10 @@ def predict_prompt(packed: PackedLinear, gpu: str, tokens: int, activation: str 
             if stage is not stages[-1]:
                 parts = slices if launch.grid[1] > 1 else 1
                 written = 4 * count * parts * sum(rows for rows, _ in stage)
-            seconds += start + stage_converted / rates.memory
+            seconds += rates.seconds(chained=launch.chained, nbytes=stage_converted)
             cycles = launch.estimated_cycles * count / block
             from_memory = sum(rows * -(-cols // 32) * 4 for rows, cols in stage) + written
-            seconds += start + max(cycles / rates.clock, from_memory / rates.memory)
+            seconds += rates.seconds(chained=launch.chained, nbytes=from_memory, cycles=cycles)
             converted += stage_converted
             copied += stage_copied
             signs += stage_signs

@@ -4,7 +4,7 @@
 #include <cinttypes>
 
 #include "core/status.h"
-#include "cuda/gemm_params.h"
+#include "cuda/gemm_sizes.h"
 #include "cuda/instances.h"
 
 namespace lb2::cuda {

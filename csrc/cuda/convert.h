@@ -24,8 +24,6 @@ struct SliceLayout {
   }
 };
 
-LB2_DEVICE int slices_of(const Term& term) { return (term.cols + kSliceCols - 1) / kSliceCols; }
-
 // One warp: one slice of token `first_token + token` into that token's columns of `slice_data`. Columns of
 // tokens past the last one keep whatever is in them: columns of an MMA do not mix.
 template <typename Mma, int kTokens>
@@ -33,18 +31,10 @@ LB2_DEVICE void convert_slice(const StageParams& params, const Term& term, int s
                               int token, unsigned char* slice_data) {
   using Layout = SliceLayout<Mma, kTokens>;
   const int lane = thread_id() % kWarpLanes;
-  const int element_bytes = params.input_dtype == LB2_FLOAT32 ? 4 : 2;
-  const SliceSource source = {
-      static_cast<const char*>(term.input) + (first_token + token) * term.input_stride * element_bytes,
-      term.scale,
-      term.part_stride * element_bytes,
-      params.num_parts,
-      term.cols,
-      params.input_dtype};
   const int first = slice * kSliceCols, left = term.cols - first;
   const int cols[2] = {first + Mma::first_run(lane), first + Mma::second_run(lane)};
   float values[kLaneCols];
-  load_runs(source, cols, values);
+  load_runs(slice_source(params, term, first_token + token), cols, values);
   float* scales = Layout::scales(slice_data);
   Mma::stage(values, lane, left < kSliceCols ? left : kSliceCols, token, slice_data, scales + token,
              reinterpret_cast<int32_t*>(scales + Layout::kScales) + token);
@@ -54,7 +44,7 @@ LB2_DEVICE void convert_slice(const StageParams& params, const Term& term, int s
 template <typename Mma, int kTokens>
 LB2_DEVICE unsigned char* converted_slice(const Term& term, int token_tile, int slice) {
   return term.converted +
-         (static_cast<int64_t>(token_tile) * slices_of(term) + slice) * SliceLayout<Mma, kTokens>::kBytes;
+         (static_cast<int64_t>(token_tile) * term.slices + slice) * SliceLayout<Mma, kTokens>::kBytes;
 }
 
 // All slices of all terms; blocks are [warps of slices and tokens, 1, tiles of tokens].
@@ -69,12 +59,12 @@ convert(const LB2_GRID_CONSTANT StageParams params) {
   int slice = item / kTokens;
   for (int i = 0; i < params.num_terms; ++i) {
     const Term& term = params.terms[i];
-    if (slice < slices_of(term)) {
+    if (slice < term.slices) {
       convert_slice<Mma, kTokens>(params, term, slice, first_token, token,
                                   converted_slice<Mma, kTokens>(term, block_z(), slice));
       return;
     }
-    slice -= slices_of(term);
+    slice -= term.slices;
   }
 }
 

@@ -25,8 +25,8 @@ struct Items {
   // For 0 <= item < count.
   LB2_DEVICE Place operator[](int item) const {
     int term = group->first_term, slice = begin + item;
-    while (term + 1 < group->last_term && slice >= slices_of(params->terms[term])) {
-      slice -= slices_of(params->terms[term]);
+    while (term + 1 < group->last_term && slice >= params->terms[term].slices) {
+      slice -= params->terms[term].slices;
       ++term;
     }
     return {term, slice};
@@ -38,7 +38,7 @@ LB2_DEVICE Items block_items(const StageParams& params) {
   while (index + 1 < params.num_groups && params.groups[index + 1].first_tile <= block_x()) ++index;
   const Group& group = params.groups[index];
   int64_t slices = 0;
-  for (int term = group.first_term; term < group.last_term; ++term) slices += slices_of(params.terms[term]);
+  for (int term = group.first_term; term < group.last_term; ++term) slices += params.terms[term].slices;
   const int begin = static_cast<int>(slices * block_y() / params.splits);
   return {&params, &group, begin, static_cast<int>(slices * (block_y() + 1) / params.splits) - begin};
 }

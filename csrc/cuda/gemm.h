@@ -31,7 +31,7 @@ struct GemmItems {
   int count;        // of slices
 };
 
-LB2_DEVICE GemmItems gemm_items(const GemmParams& params) {
+LB2_DEVICE GemmItems gemm_items(const LaunchParams& params) {
   int index = 0;
   while (index + 1 < params.num_groups && params.groups[index + 1].first_tile <= block_x()) ++index;
   const Group& group = params.groups[index];
@@ -69,22 +69,22 @@ struct GemmBlock {
   static constexpr int kRowTiles = Shape::kRowTiles, kColumnTiles = Shape::kColumnTiles;
   using Sum = typename Operand::Sum;
 
-  const GemmParams& params;
+  const LaunchParams& params;
   unsigned char* stages;  // [kPipelineStages][kStageBytes], less where a block has fewer
   unsigned char* slots;   // [kSlots][kSlotBytes]
   int rows, tile_row;     // rows of the group, and the block's first
   int token_groups;
 
-  LB2_DEVICE static int slice_steps(const GemmTerm& term, int slice) {
+  LB2_DEVICE static int slice_steps(const Term& term, int slice) {
     return slice_indices(term, slice) * kQuarters;
   }
-  LB2_DEVICE static int slice_stages(const GemmTerm& term, int slice) {
+  LB2_DEVICE static int slice_stages(const Term& term, int slice) {
     const int needed = (slice_steps(term, slice) + kStageSteps - 1) / kStageSteps;
     return needed < kLeastStages ? kLeastStages : needed;
   }
 
   LB2_DEVICE void advance(GemmCursor& at) const {
-    const GemmTerm& term = params.terms[at.term];
+    const Term& term = params.terms[at.term];
     if (++at.stage < slice_stages(term, at.slice)) return;
     at.stage = 0;
     if (++at.slice < term.slices) return;
@@ -96,7 +96,7 @@ struct GemmBlock {
   // is word 4 i + t.
   LB2_DEVICE void copy_signs(const GemmCursor& at, int slot) const {
     if (at.stage != 0) return;
-    const GemmTerm& term = params.terms[at.term];
+    const Term& term = params.terms[at.term];
     const int row_words = (term.cols + LB2_WORD_BITS - 1) / LB2_WORD_BITS;
     // A thread has one word of every sixteenth row.
     constexpr int kRowStep = kThreads / kSliceWords;
@@ -116,7 +116,7 @@ struct GemmBlock {
   }
 
   LB2_DEVICE void copy_activations(const GemmCursor& at, int ring, int slot, int first_group) const {
-    const GemmTerm& term = params.terms[at.term];
+    const Term& term = params.terms[at.term];
     const int64_t group_stride = static_cast<int64_t>(term.slices) * kBlockBytes;
     const unsigned char* source = converted_block<Operand>(term, first_group, at.slice);
     unsigned char* target = stages + ring * kStageBytes;
@@ -229,7 +229,7 @@ LB2_DEVICE void store_sums(const Group& group, lb2_dtype dtype, int64_t at, int 
 
 // The block's sums, [tokens][rows] in shared memory, to memory: rows lie side by side there.
 template <typename Shape>
-LB2_DEVICE void store_tile(const GemmParams& params, const Group& group, const float* sums, int tile_row,
+LB2_DEVICE void store_tile(const LaunchParams& params, const Group& group, const float* sums, int tile_row,
                            int first_token) {
   constexpr int kQuads = Shape::kRows / 4, kPitch = Shape::kSumPitch;
   const int left = params.m - first_token, tokens = left < Shape::kTokens ? left : Shape::kTokens;
@@ -246,7 +246,7 @@ LB2_DEVICE void store_tile(const GemmParams& params, const Group& group, const f
 }
 
 template <typename Operand, typename Shape>
-LB2_DEVICE void gemm_block(const GemmParams& params) {
+LB2_DEVICE void gemm_block(const LaunchParams& params) {
   using Block = GemmBlock<Operand, Shape>;
   using Sum = typename Operand::Sum;
   constexpr int kRowTiles = Shape::kRowTiles, kColumnTiles = Shape::kColumnTiles;
@@ -261,7 +261,7 @@ LB2_DEVICE void gemm_block(const GemmParams& params) {
   const int tile_row = (block_x() - group.first_tile) * Shape::kRows;
   int num_stages = 0;
   for (int i = items.term, slice = items.slice, rest = items.count; rest > 0; ++i, slice = 0) {
-    const GemmTerm& term = params.terms[i];
+    const Term& term = params.terms[i];
     const int count = term.slices - slice < rest ? term.slices - slice : rest;
     num_stages += (count - 1) * kSliceStages + Block::slice_stages(term, slice + count - 1);
     rest -= count;
@@ -305,7 +305,7 @@ LB2_DEVICE void gemm_block(const GemmParams& params) {
   int ring = 0, ahead_ring = kAhead, slot = 0, copied = kAhead;
   GemmCursor at = {items.term, items.slice, 0};
   for (int item = 0; item < items.count; ++item) {
-    const GemmTerm& term = params.terms[at.term];
+    const Term& term = params.terms[at.term];
     const int steps = Block::slice_steps(term, at.slice), stages = Block::slice_stages(term, at.slice);
     float row_scale[kRowTiles][2];
 #pragma unroll
@@ -412,7 +412,7 @@ LB2_DEVICE void gemm_block(const GemmParams& params) {
 // Two blocks on an SM where sums leave the registers for it.
 template <typename Operand, typename Shape>
 LB2_KERNEL(kThreads, Shape::kRowTiles* Shape::kColumnTiles * 4 * (Operand::kShortChains ? 3 : 2) < 48 ? 2 : 1)
-gemm(const LB2_GRID_CONSTANT GemmParams params) {
+gemm(const LB2_GRID_CONSTANT LaunchParams params) {
   gemm_block<Operand, Shape>(params);
 }
 

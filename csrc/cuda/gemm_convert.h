@@ -6,12 +6,12 @@
 namespace lb2::cuda {
 
 template <typename Operand>
-LB2_DEVICE unsigned char* converted_block(const GemmTerm& term, int group, int slice) {
+LB2_DEVICE unsigned char* converted_block(const Term& term, int group, int slice) {
   return term.converted + (static_cast<int64_t>(group) * term.slices + slice) * Operand::kBlockBytes;
 }
 
 // Indices of a slice that hold columns: what is past them is neither converted nor multiplied.
-LB2_DEVICE int slice_indices(const GemmTerm& term, int slice) {
+LB2_DEVICE int slice_indices(const Term& term, int slice) {
   const int left = term.cols - slice * kSliceCols;
   return left >= kSliceCols ? kSliceIndices : (left + kIndexCols - 1) / kIndexCols;
 }
@@ -19,7 +19,7 @@ LB2_DEVICE int slice_indices(const GemmTerm& term, int slice) {
 // Blocks are [slices of all terms, 1, groups of tokens], a warp for each token.
 template <typename Operand>
 LB2_KERNEL(kThreads, 2)
-gemm_convert(const LB2_GRID_CONSTANT GemmParams params) {
+gemm_convert(const LB2_GRID_CONSTANT LaunchParams params) {
   static_assert(kWarps == kGroupTokens, "a warp converts one token of a group");
   wait_for_previous_kernel();
   let_next_kernel_start();
@@ -28,19 +28,11 @@ gemm_convert(const LB2_GRID_CONSTANT GemmParams params) {
   if (token >= params.m) return;  // its column of the MMAs keeps whatever is in it: columns do not mix
   int term_index = 0, slice = block_x();
   while (slice >= params.terms[term_index].slices) slice -= params.terms[term_index++].slices;
-  const GemmTerm& term = params.terms[term_index];
-  const int element_bytes = params.input_dtype == LB2_FLOAT32 ? 4 : 2;
-  const SliceSource source = {
-      static_cast<const char*>(term.input) + token * term.input_stride * element_bytes,
-      term.scale,
-      term.part_stride * element_bytes,
-      params.num_parts,
-      term.cols,
-      params.input_dtype};
+  const Term& term = params.terms[term_index];
   const int first = slice * kSliceCols + converted_run(lane);
   const int cols[2] = {first, first + 16};
   float values[kLaneCols];
-  load_runs(source, cols, values);
+  load_runs(slice_source(params, term, token), cols, values);
   unsigned char* block = converted_block<Operand>(term, block_z(), slice);
   unsigned char* tail = block + Operand::kBlockBytes - kGemmTailBytes;
   Operand::convert(values, lane, column, lane / 8 < slice_indices(term, slice), block,

@@ -1,11 +1,11 @@
 // The compiled instances of the GEMM, by activation mode and tile.
 #pragma once
 
-#include "cuda/gemm_params.h"
+#include "cuda/gemm_sizes.h"
 
 namespace lb2::cuda {
 
-using GemmKernel = void (*)(const GemmParams);
+using GemmKernel = void (*)(const LaunchParams);
 
 // Each defined in its own file, so that they compile side by side. A tile of no rows is the conversion before
 // the GEMM; NULL for a tile that has_gemm_tile does not know.

@@ -7,7 +7,7 @@
 // bank conflicts.
 #pragma once
 
-#include "cuda/gemm_params.h"
+#include "cuda/gemm_sizes.h"
 #include "cuda/staging.h"
 
 namespace lb2::cuda {

@@ -12,57 +12,6 @@ constexpr int64_t kRoundBytes = 96 * 1024 * 1024;  // of workspace, about, that 
 constexpr int64_t kSplitBytes = 64 * 1024 * 1024;  // of latents in parts
 constexpr int64_t kMostSplits = 32;
 
-int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-int64_t align(int64_t bytes) { return divide_up(bytes, kWorkspaceAlignment) * kWorkspaceAlignment; }
-
-// One stage as planning sees it: groups of rows, each the sum of some terms.
-struct Work {
-  bool last = false;
-  int num_groups = 0, num_terms = 0;
-  int64_t rows[LB2_MAX_PATHS];             // of a group
-  int first_term[LB2_MAX_PATHS + 1] = {};  // likewise, and the end
-  int64_t cols[LB2_MAX_PATHS];             // of a term
-
-  void add_group(int64_t group_rows) {
-    rows[num_groups++] = group_rows;
-    first_term[num_groups] = num_terms;
-  }
-  // To the last of the groups.
-  void add_term(int64_t term_cols) {
-    cols[num_terms++] = term_cols;
-    first_term[num_groups] = num_terms;
-  }
-
-  int64_t slices(int term) const { return divide_up(cols[term], kSliceCols); }
-  int64_t all_slices() const {
-    int64_t sum = 0;
-    for (int i = 0; i < num_terms; ++i) sum += slices(i);
-    return sum;
-  }
-  // Of a block of the group that has most of them.
-  int64_t most(int64_t part_cols) const {
-    int64_t largest = 0;
-    for (int g = 0; g < num_groups; ++g) {
-      int64_t sum = 0;
-      for (int i = first_term[g]; i < first_term[g + 1]; ++i) sum += divide_up(cols[i], part_cols);
-      largest = std::max(largest, sum);
-    }
-    return largest;
-  }
-  int64_t block_slices() const { return most(kSliceCols); }
-  int64_t block_indices() const { return most(kIndexCols); }
-  int64_t row_tiles(int64_t tile) const {
-    int64_t tiles = 0;
-    for (int g = 0; g < num_groups; ++g) tiles += divide_up(rows[g], tile);
-    return tiles;
-  }
-  int64_t all_rows() const {
-    int64_t sum = 0;
-    for (int g = 0; g < num_groups; ++g) sum += rows[g];
-    return sum;
-  }
-};
-
 struct Choice {
   GemmTile tile;
   int64_t splits;
@@ -87,7 +36,7 @@ int64_t estimated_cycles(const Work& work, const Choice& choice, int64_t tokens,
   const lb2_activation mode = plan.activation;
   const int64_t terms = gemm_terms(mode), steps = gemm_steps(mode) / kSliceIndices;
   const int64_t slices = divide_up(work.block_slices(), choice.splits);
-  const int64_t indices = divide_up(work.block_indices(), choice.splits);
+  const int64_t indices = divide_up(work.most_parts(kIndexCols), choice.splits);
   const int64_t shared = gemm_shared_bytes(mode, choice.tile.rows, choice.tile.tokens, slices);
   // As the kernel's launch bounds say, and where shared memory has room for it.
   const bool few_sums = choice.tile.tokens == 32 && (mode != LB2_ACTIVATION_EXACT || choice.tile.rows == 64);
@@ -113,8 +62,8 @@ int64_t estimated_cycles(const Work& work, const Choice& choice, int64_t tokens,
 }
 
 // Neither tile nor split changes the order in which the products of a token are added.
-lb2_cuda_launch choose(const Work& work, int stage, int64_t tokens, const lb2_cuda_tuning& tuning,
-                       const Plan& plan) {
+lb2_cuda_launch choose(const Work& work, int64_t tokens, const lb2_cuda_tuning& tuning, const Plan& plan) {
+  const int stage = work.stage;
   const int64_t slices = work.block_slices();
   const bool fits = slices * tokens * work.all_rows() * 4 <= kSplitBytes;
   const int64_t wanted = work.last ? 1 : tuning.splits;
@@ -145,53 +94,33 @@ lb2_cuda_launch choose(const Work& work, int stage, int64_t tokens, const lb2_cu
   return launch;
 }
 
-int64_t slices_of(int64_t cols) { return divide_up(cols, kSliceCols); }
-
-// Of the first stage's sums: slices, where these are split.
-int64_t parts_of(const Plan& plan, const lb2_linear_args& args) {
-  return plan.launches[1].grid_y > 1 ? slices_of(args.k) : 1;
-}
-
 }  // namespace
 
-void add_gemm_launches(const Layers& layers, const lb2_cuda_tuning& tuning, Plan* plan) noexcept {
-  const lb2_linear_args& args = layers.front();
-  Work stages[2] = {};
-  const int num_stages = layers.single_stage ? 1 : 2;
-  if (!layers.single_stage)
-    for (int g = 0; g < plan->first.num_groups; ++g) {
-      stages[0].add_group(layers.paths[plan->first.leader_of[g]]->rank);
-      stages[0].add_term(args.k);
-    }
-  Work& last = stages[num_stages - 1];
-  last.last = true;
-  for (int32_t i = 0; i < layers.count; ++i) {
-    last.add_group(layers.args[i].n);
-    for (int32_t p = layers.first_path[i]; p < layers.first_path[i + 1]; ++p)
-      last.add_term(layers.single_stage ? args.k : layers.paths[p]->rank);
-  }
-
+void add_gemm_launches(const Stages& stages, int64_t tokens, const lb2_cuda_tuning& tuning,
+                       Plan* plan) noexcept {
+  const bool two_stages = stages.count == 2;
+  const Work& first = stages.work[0];
   // Rounds of as many tokens as the workspace is to hold, all about the same.
   const int64_t block = gemm_block_bytes(plan->activation);
   int64_t token_bytes = 0;
-  for (int s = 0; s < num_stages; ++s)
-    token_bytes = std::max(token_bytes, stages[s].all_slices() * block / kGroupTokens);
-  if (!layers.single_stage) token_bytes += stages[0].all_rows() * 4;
+  for (int s = 0; s < stages.count; ++s)
+    token_bytes = std::max(token_bytes, stages.work[s].all_slices() * block / kGroupTokens);
+  if (two_stages) token_bytes += first.all_rows() * 4;
   const int64_t most =
       std::clamp(kRoundBytes / token_bytes / kTokenStep * kTokenStep, kLeastTokens, kMostTokens);
-  const int64_t rounds = divide_up(args.m, most);
-  plan->token_block = std::min(args.m, divide_up(divide_up(args.m, rounds), kTokenStep) * kTokenStep);
+  const int64_t rounds = divide_up(tokens, most);
+  plan->token_block = std::min(tokens, divide_up(divide_up(tokens, rounds), kTokenStep) * kTokenStep);
   const int64_t groups = divide_up(plan->token_block, kGroupTokens);
 
   // What was converted for the first stage is of no use once its sums are there: the second takes its place.
   int64_t converted_bytes = 0;
   const int32_t chained = plan->device.capability >= kLeastChained && !tuning.unchained;
-  for (int s = 0; s < num_stages; ++s) {
-    const Work& work = stages[s];
+  for (int s = 0; s < stages.count; ++s) {
+    const Work& work = stages.work[s];
     int64_t offset = 0;
     for (int i = 0; i < work.num_terms; ++i) {
       plan->converted_offset[s][i] = offset;
-      offset += align(groups * work.slices(i) * block);
+      offset += align_bytes(groups * work.slices(i) * block);
     }
     converted_bytes = std::max(converted_bytes, offset);
     lb2_cuda_launch convert = {};
@@ -203,16 +132,18 @@ void add_gemm_launches(const Layers& layers, const lb2_cuda_tuning& tuning, Plan
     convert.threads = kThreads;
     convert.token_tile = kGroupTokens;
     convert.chained = chained;
-    lb2_cuda_launch multiply = choose(work, s, plan->token_block, tuning, *plan);
+    lb2_cuda_launch multiply = choose(work, plan->token_block, tuning, *plan);
     multiply.chained = chained;
     plan->launches[plan->num_launches++] = convert;
     plan->launches[plan->num_launches++] = multiply;
   }
   plan->workspace_bytes = converted_bytes;
-  if (layers.single_stage) return;
-  for (int g = 0; g < stages[0].num_groups; ++g) {
+  if (!two_stages) return;
+  // Slices, where these are split.
+  plan->sum_parts = plan->launches[1].grid_y > 1 ? first.slices(0) : 1;
+  for (int g = 0; g < first.num_groups; ++g) {
     plan->sums_offset[g] = plan->workspace_bytes;
-    plan->workspace_bytes += align(parts_of(*plan, args) * plan->token_block * stages[0].rows[g] * 4);
+    plan->workspace_bytes += align_bytes(plan->sum_parts * plan->token_block * first.rows[g] * 4);
   }
 }
 
@@ -228,77 +159,6 @@ void read_gemm_tuning(const lb2_cuda_plan& made, lb2_cuda_tuning* tuning) noexce
     tuning->gemm_tokens[stage] = launch.token_tile;
     if (stage == 0 && made.num_launches > 2) tuning->splits = launch.grid_y;
   }
-}
-
-GemmParams gemm_params(const Layers& layers, const Plan& plan, int index, int64_t first, int64_t tokens,
-                       char* workspace) noexcept {
-  const lb2_cuda_launch& launch = plan.launches[index];
-  const lb2_linear_args& args = layers.front();
-  const bool reads_input = launch.stage == 0, last = launch.stage == 1 || layers.single_stage;
-  const int64_t element_bytes = args.dtype == LB2_FLOAT32 ? 4 : 2;
-  GemmParams params = {};
-  params.input_dtype = reads_input ? args.dtype : LB2_FLOAT32;
-  params.output_dtype = last ? args.dtype : LB2_FLOAT32;
-  params.num_parts = reads_input ? 1 : static_cast<int32_t>(parts_of(plan, args));
-  params.m = static_cast<int32_t>(tokens);
-  params.splits = launch.grid_y;
-  const auto sums_of = [&](int stage) {
-    return reinterpret_cast<float*>(workspace + plan.sums_offset[stage]);
-  };
-  int32_t tiles = 0, terms = 0;
-  const auto add_group = [&](int64_t rows) -> Group& {
-    Group& group = params.groups[params.num_groups++];
-    group.rows = static_cast<int32_t>(rows);
-    group.first_tile = tiles;
-    group.first_term = group.last_term = terms;
-    // Launches that convert have no rows.
-    if (launch.row_tile > 0) tiles += static_cast<int32_t>(divide_up(rows, launch.row_tile));
-    return group;
-  };
-  // Path p, in the last of the groups.
-  const auto add_term = [&](int p) {
-    const lb2_path& path = *layers.paths[p];
-    GemmTerm& term = params.terms[terms];
-    term.row_scale = last ? path.out_scale : nullptr;
-    term.converted = reinterpret_cast<unsigned char*>(workspace) + plan.converted_offset[launch.stage][terms];
-    if (reads_input) {
-      term.input = static_cast<const char*>(args.input) + first * args.input_stride * element_bytes;
-      term.input_stride = args.input_stride;
-      term.scale = path.in_scale;
-      term.words = reinterpret_cast<const uint32_t*>(path.v);
-      term.word_stride = path.v_stride;
-      term.cols = static_cast<int32_t>(args.k);
-    } else {
-      term.input = sums_of(plan.first.group_of[p]);
-      term.input_stride = path.rank;
-      term.part_stride = tokens * path.rank;
-      term.scale = path.latent_scale;
-      term.words = reinterpret_cast<const uint32_t*>(path.u);
-      term.word_stride = path.u_stride;
-      term.cols = static_cast<int32_t>(path.rank);
-    }
-    term.slices = static_cast<int32_t>(slices_of(term.cols));
-    params.groups[params.num_groups - 1].last_term = ++terms;
-  };
-  if (!last) {
-    for (int g = 0; g < plan.first.num_groups; ++g) {
-      const int leader = plan.first.leader_of[g];
-      Group& group = add_group(layers.paths[leader]->rank);
-      group.output = sums_of(g);
-      group.output_stride = group.rows;
-      add_term(leader);
-    }
-    return params;
-  }
-  for (int32_t i = 0; i < layers.count; ++i) {
-    const lb2_linear_args& layer = layers.args[i];
-    Group& group = add_group(layer.n);
-    group.output = static_cast<char*>(layer.output) + first * layer.output_stride * element_bytes;
-    group.output_stride = layer.output_stride;
-    group.bias = layer.bias;
-    for (int32_t p = layers.first_path[i]; p < layers.first_path[i + 1]; ++p) add_term(p);
-  }
-  return params;
 }
 
 }  // namespace lb2::cuda

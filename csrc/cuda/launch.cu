@@ -197,7 +197,7 @@ lb2_status lb2_grouped_forward_cuda(const lb2_linear_args* args, int64_t num_lay
       Kernel kernel;
       LB2_RETURN_IF_ERROR(find_kernel(launch, ordinal, device, plan.activation, &kernel, &state));
       LB2_RETURN_IF_ERROR(queue(launch, kernel, launch.chained && state.waits,
-                                launch_params(layers, plan, i, first, tokens, workspace),
+                                decode_params(layers, plan, i, first, tokens, workspace),
                                 static_cast<cudaStream_t>(stream)));
     }
   }

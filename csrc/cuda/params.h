@@ -16,17 +16,19 @@ constexpr int kSliceCols =
 constexpr int kSliceWords = kSliceCols / LB2_WORD_BITS;
 constexpr int kMaxTokenTile = 16;
 
+constexpr int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
 // Signs [rows of its group, cols] applied to scale[cols] * (sum of the parts of input)[m, cols].
 struct Term {
   const void* input;
   const float* scale;
   const uint32_t* words;
   const float* row_scale;    // [rows], or NULL for 1
-  unsigned char* converted;  // [token tile, slice], where a launch of its own makes what blocks stage
+  unsigned char* converted;  // [tile of tokens, slice], where a launch of its own makes what blocks stage
   int64_t word_stride;
   int64_t input_stride;  // elements between tokens
   int64_t part_stride;   // elements between the parts of input
-  int32_t cols;
+  int32_t cols, slices;
 };
 
 // Rows that a launch computes: the sum of its terms, each times its row_scale, and a bias. In a first stage,
@@ -40,19 +42,24 @@ struct Group {
   int32_t first_term, last_term;
 };
 
-struct StageParams {
+// What every kernel gets, and all that those of the GEMM get.
+struct LaunchParams {
   Term terms[LB2_MAX_PATHS];
   Group groups[LB2_MAX_PATHS];
   int32_t num_terms;
   int32_t num_groups;
   int32_t num_parts;  // of the inputs
   int32_t m;
-  int32_t splits;  // parts of the output: each sums a part of the columns
+  int32_t splits;  // blocks that share columns; their sums, GEMM: those of single slices, are output parts
+  lb2_dtype input_dtype, output_dtype;
+};
+
+// Of the decode kernels, and those that convert for them.
+struct StageParams : LaunchParams {
   int32_t row_warps;
   int32_t block_rows_log2;  // of kTileRows * row_warps
   int32_t chunk_slices;
   int32_t signs_early;  // 1: signs and scales are older than the kernel before this one
-  lb2_dtype input_dtype, output_dtype;
 };
 
 }  // namespace lb2::cuda

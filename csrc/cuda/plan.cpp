@@ -22,40 +22,6 @@ constexpr int64_t kTokenBlock = 128;  // bounds the workspace
 constexpr int64_t kMostSplits = 32;
 constexpr int64_t kChunkBytes = 96 * 1024;  // of staged activations: room for two blocks on an sm_90
 
-int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-int64_t align(int64_t bytes) { return divide_up(bytes, kWorkspaceAlignment) * kWorkspaceAlignment; }
-
-// One stage as planning sees it: groups of rows, each the sum of terms.
-struct Work {
-  int64_t group_rows[LB2_MAX_PATHS];
-  int64_t group_slices[LB2_MAX_PATHS];  // of all its terms
-  int num_groups;
-  int64_t term_slices[LB2_MAX_PATHS];
-  int num_terms;
-  int stage;
-  bool last;  // the output of the call: nobody could add up parts of it
-
-  void add_term(int64_t cols) {
-    const int64_t slices = divide_up(cols, kSliceCols);
-    term_slices[num_terms++] = slices;
-    group_slices[num_groups - 1] += slices;
-  }
-  void add_group(int64_t rows) { group_rows[num_groups++] = rows; }
-  int64_t all_slices() const {
-    int64_t sum = 0;
-    for (int i = 0; i < num_terms; ++i) sum += term_slices[i];
-    return sum;
-  }
-  // The most slices of one block whose columns are not split.
-  int64_t block_slices() const { return *std::max_element(group_slices, group_slices + num_groups); }
-};
-
-int64_t row_tiles(const Work& work, int row_warps) {
-  int64_t tiles = 0;
-  for (int i = 0; i < work.num_groups; ++i) tiles += divide_up(work.group_rows[i], kTileRows * row_warps);
-  return tiles;
-}
-
 // Estimated cycles of a stage for one token. Leads from instruction counts, to be replaced by measurements;
 // only their order matters here.
 int64_t estimated_cycles(const Work& work, int row_warps, int64_t splits, int32_t multiprocessors) {
@@ -65,7 +31,7 @@ int64_t estimated_cycles(const Work& work, int row_warps, int64_t splits, int32_
   constexpr int64_t kFinish = 400;      // sums of the warps together, stored
   constexpr int64_t kReadParts = 270;   // by the next stage, four parts at once
   constexpr int64_t kBlocksAtOnce = 2;  // of an SM
-  const int64_t blocks = row_tiles(work, row_warps) * splits;
+  const int64_t blocks = work.row_tiles(kTileRows * row_warps) * splits;
   const int64_t waves = divide_up(blocks, kBlocksAtOnce * multiprocessors);
   const int64_t slices = divide_up(work.block_slices(), splits);
   return waves * (kRead + divide_up(slices, kWarps) * kStageSlice +
@@ -95,7 +61,7 @@ void choose_shape(const Work& work, int32_t multiprocessors, int32_t wanted_row_
       stage->row_warps = static_cast<int32_t>(row_warps);
       stage->split_warps = kWarps / stage->row_warps;
       stage->grid_y = static_cast<int32_t>(splits);
-      stage->grid_x = static_cast<int32_t>(row_tiles(work, stage->row_warps));
+      stage->grid_x = static_cast<int32_t>(work.row_tiles(kTileRows * row_warps));
     }
 }
 
@@ -144,14 +110,15 @@ void add_stage(const Work& work, const lb2_cuda_tuning& tuning, Plan* plan) {
     const int64_t slice = slice_bytes(plan->activation, decode.token_tile);
     for (int i = 0; i < work.num_terms; ++i) {
       plan->converted_offset[work.stage][i] = plan->workspace_bytes;
-      plan->workspace_bytes += align(decode.grid_z * work.term_slices[i] * slice);
+      plan->workspace_bytes += align_bytes(decode.grid_z * work.slices(i) * slice);
     }
   }
   plan->launches[plan->num_launches++] = decode;
   if (work.last) return;
+  plan->sum_parts = decode.grid_y;
   for (int i = 0; i < work.num_groups; ++i) {
     plan->sums_offset[i] = plan->workspace_bytes;
-    plan->workspace_bytes += align(decode.grid_y * plan->token_block * work.group_rows[i] * 4);
+    plan->workspace_bytes += align_bytes(decode.grid_y * plan->token_block * work.rows[i] * 4);
   }
 }
 
@@ -187,29 +154,14 @@ lb2_status make_plan(const Layers& layers, lb2_activation activation, const lb2_
   plan->first = find_first_stages(layers);
   plan->first_stages = plan->first.num_groups;
   plan->macs = count_macs(layers);
+  const Stages stages = find_stages(layers, plan->first);
   if (uses_gemm(activation, args.m, device.shared_bytes)) {
-    add_gemm_launches(layers, tuning, plan);
+    add_gemm_launches(stages, args.m, tuning, plan);
     plan->workspace_bytes += kWorkspaceAlignment;
     return LB2_OK;
   }
   plan->token_block = std::min(args.m, kTokenBlock);
-  if (!layers.single_stage) {
-    Work first = {};
-    for (int g = 0; g < plan->first.num_groups; ++g) {
-      first.add_group(layers.paths[plan->first.leader_of[g]]->rank);
-      first.add_term(args.k);
-    }
-    add_stage(first, tuning, plan);
-  }
-  Work last = {};
-  last.stage = layers.single_stage ? 0 : 1;
-  last.last = true;
-  for (int32_t i = 0; i < layers.count; ++i) {
-    last.add_group(layers.args[i].n);
-    for (int32_t p = layers.first_path[i]; p < layers.first_path[i + 1]; ++p)
-      last.add_term(layers.single_stage ? args.k : layers.paths[p]->rank);
-  }
-  add_stage(last, tuning, plan);
+  for (int i = 0; i < stages.count; ++i) add_stage(stages.work[i], tuning, plan);
   if (plan->workspace_bytes > 0) plan->workspace_bytes += kWorkspaceAlignment;
   return LB2_OK;
 }
@@ -244,45 +196,41 @@ lb2_cuda_launch launch_for(const Plan& plan, int index, int64_t tokens) noexcept
   return launch;
 }
 
-StageParams launch_params(const Layers& layers, const Plan& plan, int index, int64_t first, int64_t tokens,
-                          char* workspace) noexcept {
+namespace {
+
+// What decode and GEMM launches have in common.
+void fill_params(const Layers& layers, const Plan& plan, int index, int64_t first, int64_t tokens,
+                 char* workspace, LaunchParams* params) noexcept {
   const lb2_cuda_launch& launch = plan.launches[index];
   const lb2_linear_args& args = layers.front();
   const bool reads_input = launch.stage == 0, last = launch.stage == 1 || layers.single_stage;
   const int64_t element_bytes = args.dtype == LB2_FLOAT32 ? 4 : 2;
-  StageParams params = {};
-  params.input_dtype = reads_input ? args.dtype : LB2_FLOAT32;
-  params.output_dtype = last ? args.dtype : LB2_FLOAT32;
-  params.num_parts = 1;
-  if (!reads_input)
-    for (const lb2_cuda_launch& before : plan.launches)
-      if (before.kind == LB2_CUDA_DECODE && before.stage == 0) params.num_parts = before.grid_y;
-  params.m = static_cast<int32_t>(tokens);
-  params.splits = launch.grid_y;
-  params.row_warps = launch.row_warps;
-  while (kTileRows * launch.row_warps > 1 << params.block_rows_log2) ++params.block_rows_log2;
-  params.chunk_slices = launch.chunk_slices;
-  params.signs_early = index > 0;
+  // Of blocks; launches that convert have no rows.
+  const int64_t tile_rows = launch.row_tile > 0 ? launch.row_tile : kTileRows * launch.row_warps;
+  params->input_dtype = reads_input ? args.dtype : LB2_FLOAT32;
+  params->output_dtype = last ? args.dtype : LB2_FLOAT32;
+  params->num_parts = reads_input ? 1 : static_cast<int32_t>(plan.sum_parts);
+  params->m = static_cast<int32_t>(tokens);
+  params->splits = launch.grid_y;
   const auto sums_of = [&](int stage) {
     return reinterpret_cast<float*>(workspace + plan.sums_offset[stage]);
   };
   int32_t tiles = 0;
   const auto add_group = [&](int64_t rows) -> Group& {
-    Group& group = params.groups[params.num_groups++];
+    Group& group = params->groups[params->num_groups++];
     group.rows = static_cast<int32_t>(rows);
     group.first_tile = tiles;
-    group.first_term = group.last_term = params.num_terms;
-    // Launches that convert have no rows.
-    if (launch.row_warps > 0) tiles += static_cast<int32_t>(divide_up(rows, kTileRows * launch.row_warps));
+    group.first_term = group.last_term = params->num_terms;
+    if (tile_rows > 0) tiles += static_cast<int32_t>(divide_up(rows, tile_rows));
     return group;
   };
   // Path p, in the last of the groups.
   const auto add_term = [&](int p) {
     const lb2_path& path = *layers.paths[p];
-    Term& term = params.terms[params.num_terms];
+    Term& term = params->terms[params->num_terms];
     term.row_scale = last ? path.out_scale : nullptr;
     term.converted =
-        reinterpret_cast<unsigned char*>(workspace) + plan.converted_offset[launch.stage][params.num_terms];
+        reinterpret_cast<unsigned char*>(workspace) + plan.converted_offset[launch.stage][params->num_terms];
     if (reads_input) {
       term.input = static_cast<const char*>(args.input) + first * args.input_stride * element_bytes;
       term.input_stride = args.input_stride;
@@ -299,7 +247,8 @@ StageParams launch_params(const Layers& layers, const Plan& plan, int index, int
       term.word_stride = path.u_stride;
       term.cols = static_cast<int32_t>(path.rank);
     }
-    params.groups[params.num_groups - 1].last_term = ++params.num_terms;
+    term.slices = static_cast<int32_t>(divide_up(term.cols, kSliceCols));
+    params->groups[params->num_groups - 1].last_term = ++params->num_terms;
   };
   if (!last) {
     for (int g = 0; g < plan.first.num_groups; ++g) {
@@ -309,7 +258,7 @@ StageParams launch_params(const Layers& layers, const Plan& plan, int index, int
       group.output_stride = group.rows;
       add_term(leader);
     }
-    return params;
+    return;
   }
   for (int32_t i = 0; i < layers.count; ++i) {
     const lb2_linear_args& layer = layers.args[i];
@@ -319,6 +268,26 @@ StageParams launch_params(const Layers& layers, const Plan& plan, int index, int
     group.bias = layer.bias;
     for (int32_t p = layers.first_path[i]; p < layers.first_path[i + 1]; ++p) add_term(p);
   }
+}
+
+}  // namespace
+
+StageParams decode_params(const Layers& layers, const Plan& plan, int index, int64_t first, int64_t tokens,
+                          char* workspace) noexcept {
+  const lb2_cuda_launch& launch = plan.launches[index];
+  StageParams params = {};
+  fill_params(layers, plan, index, first, tokens, workspace, &params);
+  params.row_warps = launch.row_warps;
+  while (kTileRows * launch.row_warps > 1 << params.block_rows_log2) ++params.block_rows_log2;
+  params.chunk_slices = launch.chunk_slices;
+  params.signs_early = index > 0;
+  return params;
+}
+
+LaunchParams gemm_params(const Layers& layers, const Plan& plan, int index, int64_t first, int64_t tokens,
+                         char* workspace) noexcept {
+  LaunchParams params = {};
+  fill_params(layers, plan, index, first, tokens, workspace, &params);
   return params;
 }
 

@@ -22,6 +22,16 @@ struct SliceSource {
   lb2_dtype dtype;
 };
 
+LB2_DEVICE SliceSource slice_source(const LaunchParams& params, const Term& term, int token) {
+  const int element_bytes = params.input_dtype == LB2_FLOAT32 ? 4 : 2;
+  return {static_cast<const char*>(term.input) + token * term.input_stride * element_bytes,
+          term.scale,
+          term.part_stride * element_bytes,
+          params.num_parts,
+          term.cols,
+          params.input_dtype};
+}
+
 LB2_DEVICE bool aligned16(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
 
 LB2_DEVICE float half_value(uint32_t bits, lb2_dtype dtype) {

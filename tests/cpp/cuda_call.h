@@ -95,6 +95,67 @@ inline lb2_cuda_plan make_plan(const std::vector<lb2_linear_args>& layers, lb2_a
   std::abort();
 }
 
+// Layers of a call on the input of the first problem, outputs apart.
+inline std::vector<lb2_linear_args> layers_of(const std::vector<Problem>& problems) {
+  std::vector<lb2_linear_args> layers;
+  for (const Problem& problem : problems) {
+    lb2_linear_args args = problem.layer_args();
+    args.m = problem.m;
+    args.bias = problem.bias_data();
+    args.input = problems[0].input.data;
+    args.input_stride = problem.input_stride;
+    args.output_stride = problem.output_stride;
+    args.dtype = problem.dtype;
+    layers.push_back(args);
+  }
+  return layers;
+}
+
+// Calls the layers in each of the orders; every one must give what is expected, and all the same bits, which
+// are left in `results`, by layer.
+inline bool gives_expected(const std::vector<Problem>& problems, std::vector<lb2_linear_args> layers,
+                           const lb2_cuda_plan& plan, std::initializer_list<lb2::cuda::Order> orders,
+                           int index, std::vector<std::vector<char>>* results) {
+  results->assign(problems.size(), {});
+  for (const lb2::cuda::Order order : orders) {
+    std::vector<Buffer> outputs;
+    for (size_t i = 0; i < problems.size(); ++i) {
+      const size_t bytes = static_cast<size_t>(problems[i].output_elements() * problems[i].element);
+      outputs.push_back(copy_out(std::vector<char>(bytes, 0x5A), 0));
+      layers[i].output = outputs[i].data;
+    }
+    if (!forward(layers, plan, order)) return false;
+    for (size_t i = 0; i < problems.size(); ++i) {
+      const Problem& problem = problems[i];
+      const double error = problem.error_of(outputs[i].data);
+      if (!(error <= tolerance(problem.dtype) + mode_tolerance(plan.activation, problem.m * problem.n))) {
+        const lb2_cuda_launch &first = plan.launches[0], &last = plan.launches[plan.num_launches - 1];
+        std::fprintf(
+            stderr,
+            "problem %d: layer %zu of %zu, activation %d on sm_%d with %d SMs, %d launches, first of "
+            "%d x %d, last of %d x %d blocks, tile %d x %d: relative error %.2e\n",
+            index, i, problems.size(), static_cast<int>(plan.activation),
+            static_cast<int>(plan.device.capability), static_cast<int>(plan.device.multiprocessors),
+            static_cast<int>(plan.num_launches), static_cast<int>(first.grid_x),
+            static_cast<int>(first.grid_y), static_cast<int>(last.grid_x), static_cast<int>(last.grid_y),
+            static_cast<int>(last.row_tile), static_cast<int>(last.token_tile), error);
+        problem.describe();
+        return false;
+      }
+      std::vector<char> result(outputs[i].data,
+                               outputs[i].data + problem.output_elements() * problem.element);
+      std::vector<char>& known = (*results)[i];
+      if (known.empty()) known = result;
+      if (result != known) {
+        std::fprintf(stderr, "problem %d: the order of threads and blocks changes the result\n", index);
+        problem.describe();
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
 // One layer and activations of a shape, everything contiguous, for the properties below.
 struct Setup {
   int64_t m, k, n, rank;
@@ -150,4 +211,38 @@ struct Setup {
 
 inline bool same_bits(const float* a, const float* b, int64_t count) {
   return std::memcmp(a, b, static_cast<size_t>(count) * 4) == 0;
+}
+
+inline bool failed(const char* what, lb2_activation activation) {
+  std::fprintf(stderr, "activation %d: %s\n", static_cast<int>(activation), what);
+  return false;
+}
+
+// The last `count` of the tokens alone have the bits that they have among `all`.
+inline bool same_alone(Setup& setup, lb2_activation activation, std::initializer_list<int64_t> counts,
+                       const std::vector<float>& all) {
+  for (const int64_t count : counts) {
+    const int64_t first = setup.m - count;
+    const std::vector<float> some = setup.run(activation, first, count);
+    if (!same_bits(some.data(), all.data() + first * setup.n, count * setup.n))
+      return failed("a token's result depends on the others", activation);
+  }
+  return true;
+}
+
+// A token that is not finite has no finite result, and changes no other's, which are `all`.
+inline bool spoils_its_own(Setup& setup, lb2_activation activation, const std::vector<float>& all) {
+  for (const float value : {NAN, INFINITY}) {
+    setup.x[static_cast<size_t>(5 * setup.k + 700)] = value;
+    const std::vector<float> spoilt = setup.run(activation, 0, setup.m);
+    for (int64_t t = 0; t < setup.m; ++t)
+      for (int64_t i = 0; i < setup.n; ++i) {
+        const size_t at = static_cast<size_t>(t * setup.n + i);
+        if (t == 5 && std::isfinite(spoilt[at]))
+          return failed("a token that is not finite has a finite result", activation);
+        if (t != 5 && !same_bits(&spoilt[at], &all[at], 1))
+          return failed("a token that is not finite changes another", activation);
+      }
+  }
+  return true;
 }

@@ -95,60 +95,18 @@ bool run_problem(int index, int only_mode) {
   while (problems.size() < count) problems.emplace_back(false, 4, 96, 0, problems.data());
   Case chosen = random_case();
   if (only_mode > 0) chosen.activation = only_mode;
-  std::vector<lb2_linear_args> layers;
-  for (Problem& problem : problems) {
-    lb2_linear_args args = problem.layer_args();
-    args.m = problem.m;
-    args.bias = problem.bias_data();
-    args.input = problems[0].input.data;
-    args.input_stride = problem.input_stride;
-    args.output_stride = problem.output_stride;
-    args.dtype = problem.dtype;
-    layers.push_back(args);
-    if (chosen.activation == LB2_ACTIVATION_SIGN) expect_signs(problem);
-  }
+  if (chosen.activation == LB2_ACTIVATION_SIGN)
+    for (Problem& problem : problems) expect_signs(problem);
+  const std::vector<lb2_linear_args> layers = layers_of(problems);
   const Problem& first = problems[0];
   const int64_t slices =
       first.single_stage ? 1 : (first.k + lb2::cuda::kSliceCols - 1) / lb2::cuda::kSliceCols;
   chosen.tuning.splits = static_cast<int32_t>(std::min<int64_t>(chosen.tuning.splits, slices));
   const lb2_cuda_plan plan = make_plan(layers, chosen.activation, chosen.device, &chosen.tuning);
-  std::vector<std::vector<char>> first_results(count);
-  for (const auto order :
-       {lb2::cuda::Order::kForward, lb2::cuda::Order::kReverse, lb2::cuda::Order::kShuffled}) {
-    std::vector<Buffer> outputs;
-    for (size_t i = 0; i < count; ++i) {
-      const size_t bytes = static_cast<size_t>(problems[i].output_elements() * problems[i].element);
-      outputs.push_back(copy_out(std::vector<char>(bytes, 0x5A), false));
-      layers[i].output = outputs[i].data;
-    }
-    if (!forward(layers, plan, order)) return false;
-    for (size_t i = 0; i < count; ++i) {
-      const Problem& problem = problems[i];
-      const double error = problem.error_of(outputs[i].data);
-      if (!(error <= tolerance(problem.dtype) + mode_tolerance(chosen.activation, problem.m * problem.n))) {
-        std::fprintf(
-            stderr, "problem %d: layer %zu of %zu, activation %d on sm_%d with %d SMs: relative error %.2e\n",
-            index, i, count, static_cast<int>(chosen.activation), static_cast<int>(chosen.device.capability),
-            static_cast<int>(chosen.device.multiprocessors), error);
-        problem.describe();
-        return false;
-      }
-      const std::vector<char> result(outputs[i].data,
-                                     outputs[i].data + problem.output_elements() * problem.element);
-      if (first_results[i].empty()) first_results[i] = result;
-      if (result != first_results[i]) {
-        std::fprintf(stderr, "problem %d: the order of threads and blocks changes the result\n", index);
-        problem.describe();
-        return false;
-      }
-    }
-  }
-  return true;
-}
-
-bool failed(const char* what, lb2_activation activation) {
-  std::fprintf(stderr, "activation %d: %s\n", static_cast<int>(activation), what);
-  return false;
+  std::vector<std::vector<char>> results;
+  return gives_expected(problems, layers, plan,
+                        {lb2::cuda::Order::kForward, lb2::cuda::Order::kReverse, lb2::cuda::Order::kShuffled},
+                        index, &results);
 }
 
 // A token's result is the same bits alone and among others, also past a round of launches, and a token that
@@ -158,25 +116,7 @@ bool run_batch(lb2_activation activation) {
   Setup setup(m, k, n, 24);
   setup.device.shared_bytes = 48 * 1024;
   const std::vector<float> all = setup.run(activation, 0, m);
-  for (const int64_t count : {1, 3, 11, 16, 21}) {
-    const int64_t first = m - count;
-    const std::vector<float> some = setup.run(activation, first, count);
-    if (!same_bits(some.data(), all.data() + first * n, count * n))
-      return failed("a token's result depends on the others", activation);
-  }
-  for (const float value : {NAN, INFINITY}) {
-    setup.x[static_cast<size_t>(5 * k + 700)] = value;
-    const std::vector<float> spoilt = setup.run(activation, 0, m);
-    for (int64_t t = 0; t < m; ++t)
-      for (int64_t i = 0; i < n; ++i) {
-        const float got = spoilt[static_cast<size_t>(t * n + i)];
-        if (t == 5 && std::isfinite(got))
-          return failed("a token that is not finite has a finite result", activation);
-        if (t != 5 && !same_bits(&got, &all[static_cast<size_t>(t * n + i)], 1))
-          return failed("a token that is not finite changes another", activation);
-      }
-  }
-  return true;
+  return same_alone(setup, activation, {1, 3, 11, 16, 21}, all) && spoils_its_own(setup, activation, all);
 }
 
 // Powers of two come out as they go in, however large or small, and zero gives zero.

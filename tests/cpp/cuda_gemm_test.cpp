@@ -9,7 +9,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cuda/gemm_params.h"
+#include "cuda/gemm_sizes.h"
 #include "cuda_call.h"
 
 namespace {
@@ -18,11 +18,6 @@ using lb2::cuda::GemmTile;
 using lb2::cuda::kGemmTiles;
 
 constexpr lb2_activation kModes[] = {LB2_ACTIVATION_EXACT, LB2_ACTIVATION_FLOAT16, LB2_ACTIVATION_INT8};
-
-bool failed(const char* what, lb2_activation activation) {
-  std::fprintf(stderr, "activation %d: %s\n", static_cast<int>(activation), what);
-  return false;
-}
 
 // A tile of the mode, `skip` after the first.
 GemmTile tile_of(lb2_activation activation, uint64_t skip) {
@@ -59,59 +54,21 @@ bool run_problem(int index) {
     }
     tuning.splits = static_cast<int32_t>(std::min(slices, pick({0, 1, 2, 5})));
   }
-  std::vector<lb2_linear_args> layers;
-  for (const Problem& problem : problems) {
-    lb2_linear_args args = problem.layer_args();
-    args.m = problem.m;
-    args.bias = problem.bias_data();
-    args.input = problems[0].input.data;
-    args.input_stride = problem.input_stride;
-    args.output_stride = problem.output_stride;
-    args.dtype = problem.dtype;
-    layers.push_back(args);
-  }
+  std::vector<lb2_linear_args> layers = layers_of(problems);
   const lb2_cuda_plan plan = make_plan(layers, activation, device, &tuning);
   if (!is_gemm_of(plan, activation)) return failed("the plan is not that of a GEMM", activation);
-  std::vector<std::vector<char>> first_results(problems.size());
-  for (const auto order : {lb2::cuda::Order::kForward, lb2::cuda::Order::kShuffled}) {
-    std::vector<Buffer> outputs;
-    for (size_t i = 0; i < problems.size(); ++i) {
-      const size_t bytes = static_cast<size_t>(problems[i].output_elements() * problems[i].element);
-      outputs.push_back(copy_out(std::vector<char>(bytes, 0x5A), 0));
-      layers[i].output = outputs[i].data;
-    }
-    if (!forward(layers, plan, order)) return false;
-    for (size_t i = 0; i < problems.size(); ++i) {
-      const Problem& problem = problems[i];
-      const double error = problem.error_of(outputs[i].data);
-      if (!(error <= tolerance(problem.dtype) + mode_tolerance(activation, problem.m * problem.n))) {
-        const lb2_cuda_launch &first = plan.launches[1], &last = plan.launches[plan.num_launches - 1];
-        std::fprintf(stderr,
-                     "problem %d: layer %zu, activation %d, tiles %dx%d and %dx%d: relative error %.2e\n",
-                     index, i, static_cast<int>(activation), static_cast<int>(first.row_tile),
-                     static_cast<int>(first.token_tile), static_cast<int>(last.row_tile),
-                     static_cast<int>(last.token_tile), error);
-        problem.describe();
-        return false;
-      }
-      const std::vector<char> result(outputs[i].data,
-                                     outputs[i].data + problem.output_elements() * problem.element);
-      if (first_results[i].empty()) first_results[i] = result;
-      if (result != first_results[i]) {
-        std::fprintf(stderr, "problem %d: the order of threads and blocks changes the result\n", index);
-        problem.describe();
-        return false;
-      }
-    }
-  }
+  std::vector<std::vector<char>> results;
+  if (!gives_expected(problems, layers, plan, {lb2::cuda::Order::kForward, lb2::cuda::Order::kShuffled},
+                      index, &results))
+    return false;
   if (problems.size() == 1) return true;
   // What a layer gives in a group it gives alone.
-  const size_t bytes = first_results[1].size();
+  const size_t bytes = results[1].size();
   const Buffer output = copy_out(std::vector<char>(bytes, 0x5A), 0);
   layers[1].output = output.data;
   const lb2_cuda_plan alone = make_plan({layers[1]}, activation, device, nullptr);
   if (!forward({layers[1]}, alone, lb2::cuda::Order::kForward)) return false;
-  if (std::memcmp(output.data, first_results[1].data(), bytes) == 0) return true;
+  if (std::memcmp(output.data, results[1].data(), bytes) == 0) return true;
   return failed("a layer's result depends on its group", activation);
 }
 
@@ -131,25 +88,7 @@ bool run_bits(lb2_activation activation) {
         return failed("tiles or splits change the result", activation);
     }
   setup.tuning = {sizeof(lb2_cuda_tuning), {0, 0}, 0, 0, 0, {0, 0}, {0, 0}};
-  for (const int64_t count : {17, 24, 33}) {
-    const int64_t first = m - count;
-    const std::vector<float> some = setup.run(activation, first, count);
-    if (!same_bits(some.data(), all.data() + first * n, count * n))
-      return failed("a token's result depends on the others", activation);
-  }
-  for (const float value : {NAN, INFINITY}) {
-    setup.x[static_cast<size_t>(5 * k + 700)] = value;
-    const std::vector<float> spoilt = setup.run(activation, 0, m);
-    for (int64_t t = 0; t < m; ++t)
-      for (int64_t i = 0; i < n; ++i) {
-        const float got = spoilt[static_cast<size_t>(t * n + i)];
-        if (t == 5 && std::isfinite(got))
-          return failed("a token that is not finite has a finite result", activation);
-        if (t != 5 && !same_bits(&got, &all[static_cast<size_t>(t * n + i)], 1))
-          return failed("a token that is not finite changes another", activation);
-      }
-  }
-  return true;
+  return same_alone(setup, activation, {17, 24, 33}, all) && spoils_its_own(setup, activation, all);
 }
 
 // In int8 the conversion is that of the decode kernels and sums are exact: up to the order in which slices

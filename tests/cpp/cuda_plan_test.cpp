@@ -349,7 +349,7 @@ void test_plans_are_checked() {
   expect(resume(layer, &plan, &resumed, &layers) == LB2_OK, lb2_last_error());
   // The first launch may follow a kernel that wrote the layer; the others follow one of ours.
   for (int i = 0; i < resumed.num_launches; ++i)
-    expect(lb2::cuda::launch_params(layers, resumed, i, 0, 3, nullptr).signs_early == (i > 0), "signs early",
+    expect(lb2::cuda::decode_params(layers, resumed, i, 0, 3, nullptr).signs_early == (i > 0), "signs early",
            i);
   // Any byte that is changed makes another plan; only the device is known where there is one.
   for (size_t at = 0; at < sizeof plan; ++at) {

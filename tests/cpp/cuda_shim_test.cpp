@@ -40,19 +40,45 @@ constexpr Order kOrders[] = {Order::kForward, Order::kReverse, Order::kShuffled}
 // ---- MMAs: elements are numbered as in the documentation, low to high through the registers
 // -----------------------
 
+// One warp's MMA of a [16, depth], b [depth, 8] and c [16, 8] against the sum over its columns: load(group,
+// in_group, ra, rb) fills the fragments of a and b as the PTX ISA says of the instruction; those of c are the
+// same for all.
+template <typename Value, typename Sum, typename Load, typename Mma, typename Product>
+void check_mma(Order order, size_t depth, const std::vector<Value>& a, const std::vector<Value>& b,
+               const std::vector<Sum>& c, const Load& load, const Mma& mma, const Product& product) {
+  std::vector<Sum> out(16 * 8, Sum{0});
+  run_grid(
+      {1, 1, 1}, 32, 0,
+      [&] {
+        const int group = thread_id() >> 2, in_group = thread_id() % 4;
+        const auto at = [&](int i) {
+          return static_cast<size_t>((i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1));
+        };
+        uint32_t ra[4] = {}, rb[2] = {};
+        Sum rc[4];
+        load(group, in_group, ra, rb);
+        for (int i = 0; i < 4; ++i) rc[i] = c[at(i)];
+        mma(rc, ra, rb);
+        for (int i = 0; i < 4; ++i) out[at(i)] = rc[i];
+      },
+      order);
+  for (size_t m = 0; m < 16; ++m)
+    for (size_t n = 0; n < 8; ++n) {
+      Sum sum = c[m * 8 + n];
+      for (size_t k = 0; k < depth; ++k) sum += product(a[m * depth + k], b[k * 8 + n]);
+      EXPECT(out[m * 8 + n] == sum);
+    }
+}
+
 void test_mma_b1() {
   for (const Order order : kOrders) {
     std::vector<int> a(16 * 256), b(256 * 8), c(16 * 8);
     for (int& bit : a) bit = static_cast<int>(engine() & 1);
     for (int& bit : b) bit = static_cast<int>(engine() & 1);
     for (int& value : c) value = static_cast<int>(engine() % 2001) - 1000;
-    std::vector<int> out(16 * 8, 0);
-    run_grid(
-        {1, 1, 1}, 32, 0,
-        [&] {
-          const int group = thread_id() >> 2, in_group = thread_id() % 4;
-          uint32_t ra[4] = {}, rb[2] = {};
-          int32_t rc[4];
+    check_mma(
+        order, 256, a, b, c,
+        [&](int group, int in_group, uint32_t (&ra)[4], uint32_t (&rb)[2]) {
           for (int i = 0; i < 128; ++i) {
             const int row = i < 32 || (i >= 64 && i < 96) ? group : group + 8;
             const int col = in_group * 32 + (i & 31) + (i < 64 ? 0 : 128);
@@ -62,34 +88,21 @@ void test_mma_b1() {
             const int row = in_group * 32 + (i & 31) + (i < 32 ? 0 : 128);
             rb[i / 32] |= static_cast<uint32_t>(b[static_cast<size_t>(row * 8 + group)]) << (i % 32);
           }
-          for (int i = 0; i < 4; ++i)
-            rc[i] = c[static_cast<size_t>((i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1))];
-          mma_b1_and(rc, ra, rb);
-          for (int i = 0; i < 4; ++i)
-            out[static_cast<size_t>((i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1))] = rc[i];
         },
-        order);
-    for (size_t m = 0; m < 16; ++m)
-      for (size_t n = 0; n < 8; ++n) {
-        int sum = c[m * 8 + n];
-        for (size_t k = 0; k < 256; ++k) sum += a[m * 256 + k] & b[k * 8 + n];
-        EXPECT(out[m * 8 + n] == sum);
-      }
+        [](auto& rc, const auto& ra, const auto& rb) { mma_b1_and(rc, ra, rb); },
+        [](int x, int y) { return x & y; });
   }
 }
 
 void test_mma_f16() {
   for (const Order order : kOrders) {
     // Integers up to 64: sums are exact in any order.
-    std::vector<float> a(16 * 16), b(16 * 8), c(16 * 8), out(16 * 8, 0.0f);
+    std::vector<float> a(16 * 16), b(16 * 8), c(16 * 8);
     for (auto* matrix : {&a, &b, &c})
       for (float& value : *matrix) value = static_cast<float>(static_cast<int>(engine() % 129) - 64);
-    run_grid(
-        {1, 1, 1}, 32, 0,
-        [&] {
-          const int group = thread_id() >> 2, in_group = thread_id() % 4;
-          uint32_t ra[4] = {}, rb[2] = {};
-          float rc[4];
+    check_mma(
+        order, 16, a, b, c,
+        [&](int group, int in_group, uint32_t (&ra)[4], uint32_t (&rb)[2]) {
           for (int i = 0; i < 8; ++i) {
             const int row = i < 2 || (i >= 4 && i < 6) ? group : group + 8;
             const int col = in_group * 2 + (i & 1) + (i < 4 ? 0 : 8);
@@ -101,34 +114,21 @@ void test_mma_f16() {
             rb[i / 2] |= static_cast<uint32_t>(float_to_half(b[static_cast<size_t>(row * 8 + group)]))
                          << (16 * (i % 2));
           }
-          for (int i = 0; i < 4; ++i)
-            rc[i] = c[static_cast<size_t>((i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1))];
-          mma_f16(rc, ra, rb);
-          for (int i = 0; i < 4; ++i)
-            out[static_cast<size_t>((i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1))] = rc[i];
         },
-        order);
-    for (size_t m = 0; m < 16; ++m)
-      for (size_t n = 0; n < 8; ++n) {
-        float sum = c[m * 8 + n];
-        for (size_t k = 0; k < 16; ++k) sum += a[m * 16 + k] * b[k * 8 + n];
-        EXPECT(out[m * 8 + n] == sum);
-      }
+        [](auto& rc, const auto& ra, const auto& rb) { mma_f16(rc, ra, rb); },
+        [](float x, float y) { return x * y; });
   }
 }
 
 void test_mma_s8() {
   for (const Order order : kOrders) {
-    std::vector<int> a(16 * 32), b(32 * 8), c(16 * 8), out(16 * 8, 0);
+    std::vector<int> a(16 * 32), b(32 * 8), c(16 * 8);
     for (auto* matrix : {&a, &b})
       for (int& value : *matrix) value = static_cast<int>(engine() % 256) - 128;
     for (int& value : c) value = static_cast<int>(engine() % 2001) - 1000;
-    run_grid(
-        {1, 1, 1}, 32, 0,
-        [&] {
-          const int group = thread_id() >> 2, in_group = thread_id() % 4;
-          uint32_t ra[4] = {}, rb[2] = {};
-          int32_t rc[4];
+    check_mma(
+        order, 32, a, b, c,
+        [&](int group, int in_group, uint32_t (&ra)[4], uint32_t (&rb)[2]) {
           for (int i = 0; i < 16; ++i) {
             const int row = i < 4 || (i >= 8 && i < 12) ? group : group + 8;
             const int col = in_group * 4 + (i & 3) + (i < 8 ? 0 : 16);
@@ -140,19 +140,9 @@ void test_mma_s8() {
             rb[i / 4] |= (static_cast<uint32_t>(b[static_cast<size_t>(row * 8 + group)]) & 0xFFu)
                          << (8 * (i % 4));
           }
-          for (int i = 0; i < 4; ++i)
-            rc[i] = c[static_cast<size_t>((i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1))];
-          mma_s8(rc, ra, rb);
-          for (int i = 0; i < 4; ++i)
-            out[static_cast<size_t>((i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1))] = rc[i];
         },
-        order);
-    for (size_t m = 0; m < 16; ++m)
-      for (size_t n = 0; n < 8; ++n) {
-        int sum = c[m * 8 + n];
-        for (size_t k = 0; k < 32; ++k) sum += a[m * 32 + k] * b[k * 8 + n];
-        EXPECT(out[m * 8 + n] == sum);
-      }
+        [](auto& rc, const auto& ra, const auto& rb) { mma_s8(rc, ra, rb); },
+        [](int x, int y) { return x * y; });
   }
 }
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-import littlebit2_kernels
 from littlebit2_kernels import LittleBitLinear, PackedLinear, fuse_linears, grouped_linear, littlebit_linear
-from littlebit2_kernels.dispatch import unavailable_reason
 from littlebit2_kernels.testing import TOLERANCE, make_packed
 from tests.cuda import problems
 from tests.cuda.problems import MODES
@@ -18,14 +16,6 @@ GROUPS = {
     "single-stage": [(70, None, True), (33, None, False)],
     "more-paths-than-one-launch-has": [(40, [8] * 9, False), (40, [16] * 9, True)],
 }
-
-
-@pytest.fixture
-def device(requires_cuda: torch.device) -> torch.device:
-    """A GPU that the kernels run on. Where the package has none for it, that is a failure, not a skip."""
-    assert unavailable_reason("cuda", "cuda") is None
-    littlebit2_kernels.load("cuda")
-    return requires_cuda
 
 
 @pytest.fixture(params=GROUPS, ids=str)

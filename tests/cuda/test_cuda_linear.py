@@ -9,7 +9,7 @@ import torch
 
 import littlebit2_kernels
 from littlebit2_kernels import LittleBitLinear, PackedLinear, PackedPath, explain, littlebit_linear, prepack
-from littlebit2_kernels.dispatch import ACTIVATIONS, unavailable_reason
+from littlebit2_kernels.dispatch import ACTIVATIONS
 from littlebit2_kernels.reference import dense_weight, linear_reference
 from littlebit2_kernels.testing import TOLERANCE, make_problem, relative_error
 from tests.cuda import problems
@@ -22,14 +22,6 @@ LAYERS = {
     "shared-v": {"ranks": [24, 24], "share_v": True},
     "single-stage": {"ranks": None, "bias": True},
 }
-
-
-@pytest.fixture
-def device(requires_cuda: torch.device) -> torch.device:
-    """A GPU that the kernels run on. Where the package has none for it, that is a failure, not a skip."""
-    assert unavailable_reason("cuda", "cuda") is None
-    littlebit2_kernels.load("cuda")
-    return requires_cuda
 
 
 @pytest.fixture(params=LAYERS, ids=str)

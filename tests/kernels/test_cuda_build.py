@@ -83,16 +83,20 @@ def _disassembler() -> str | None:
     return str(bundled) if os.access(bundled, os.X_OK) else None
 
 
-@pytest.mark.parametrize("arch", [80, 86, 89, 90])
-def test_machine_code_holds_the_intended_instructions(build: tuple[Path, str], arch: int) -> None:
+def _machine_code(build: tuple[Path, str], arch: int, kernel: str) -> list[str]:
+    """Functions whose mangled names hold ``kernel``, as disassembled; skips where nothing disassembles."""
     disassembler = _disassembler()
     if disassembler is None:
         pytest.skip("needs cuobjdump (CUDA toolkit or Triton's package)")
     library = next(build[0].glob("**/liblittlebit2_cuda.so"))
     code = _run(disassembler, "--dump-sass", "--gpu-architecture", f"sm_{arch}", str(library))
-    functions = re.split(r"\n\s*Function : ", code)[1:]
+    return [part for part in re.split(r"\n\s*Function : ", code)[1:] if kernel in part.split()[0]]
+
+
+@pytest.mark.parametrize("arch", [80, 86, 89, 90])
+def test_machine_code_holds_the_intended_instructions(build: tuple[Path, str], arch: int) -> None:
     # Converting activations needs no tensor cores.
-    functions = [function for function in functions if "6decode" in function.split()[0]]
+    functions = _machine_code(build, arch, "6decode")
     assert len(functions) == len(POLICIES) * len(TOKEN_TILES)
     for function in functions:
         name = function.split()[0]
@@ -106,12 +110,7 @@ def test_machine_code_holds_the_intended_instructions(build: tuple[Path, str], a
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_machine_code_of_the_gemm(build: tuple[Path, str], arch: int) -> None:
     """MMAs, copies past the registers, and no more 16-byte loads beside the MMAs than there must be."""
-    disassembler = _disassembler()
-    if disassembler is None:
-        pytest.skip("needs cuobjdump (CUDA toolkit or Triton's package)")
-    library = next(build[0].glob("**/liblittlebit2_cuda.so"))
-    code = _run(disassembler, "--dump-sass", "--gpu-architecture", f"sm_{arch}", str(library))
-    functions = [part for part in re.split(r"\n\s*Function : ", code)[1:] if "4gemmI" in part.split()[0]]
+    functions = _machine_code(build, arch, "4gemmI")
     assert len(functions) == sum(len(gemm_tiles(mode)) for mode in GEMM_POLICIES)
     for function in functions:
         name = function.split()[0]

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from littlebit2.cli import main
 from tests.train.builders import write_teacher, write_text
@@ -34,6 +36,16 @@ def entries(report: dict[str, Any]) -> list[dict[str, Any]]:
     return [entry for entry in report["history"] if "train_runtime" not in entry]
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums depend on the number of threads: runs that are to agree to the bit must have the same."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_killed_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = write_teacher(tmp_path / "teacher")
     data = write_text(tmp_path / "text.txt", 6000)

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from types import TracebackType
 
-__all__ = ["StagedDirectory", "check_replaceable"]
+__all__ = ["StagedDirectory", "check_replaceable", "sync_path"]
 
 
 class StagedDirectory:
@@ -56,8 +56,8 @@ class StagedDirectory:
         """
         self.check_open()
         for file in self.path.rglob("*"):
-            _sync(file)
-        _sync(self.path)
+            sync_path(file)
+        sync_path(self.path)
         self._check_out()
         old: Path | None = None
         if self.out.exists() and any(self.out.iterdir()):
@@ -71,7 +71,7 @@ class StagedDirectory:
                 old.parent.rmdir()
             raise
         self._release()
-        _sync(self.out.parent)
+        sync_path(self.out.parent)
         if old is not None:
             shutil.rmtree(old.parent, ignore_errors=True)
 
@@ -148,7 +148,8 @@ def _escaped(stem: str) -> str:
     return "".join(f"[{mark}]" if mark in "*?[" else mark for mark in stem)
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Put a file, or the names in a directory, on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

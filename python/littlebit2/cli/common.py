@@ -18,6 +18,7 @@ __all__ = [
     "METHODS",
     "Commands",
     "add_command",
+    "add_load_options",
     "add_pattern_options",
     "add_size_options",
     "add_spectral_options",
@@ -25,6 +26,7 @@ __all__ = [
     "emit_json",
     "excluded",
     "gigabytes",
+    "load_options",
     "note",
     "one_line",
     "quant_config",
@@ -102,6 +104,20 @@ def add_command(
     )
     parser.set_defaults(run=run, after_interrupt=after_interrupt)
     return parser
+
+
+def add_load_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of loading a checkpoint to run it."""
+    parser.add_argument("--device", default="cpu", help="default cpu")
+    parser.add_argument("--dtype", help="of activations and dense tensors: float32, bfloat16, float16")
+    parser.add_argument("--backend", default="auto", help="of the packed layers (default auto)")
+    parser.add_argument("--activation", default="auto", help="how activations enter the sums (default auto)")
+
+
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what :func:`add_load_options` made as arguments of ``littlebit2.load``."""
+    options = {"device": args.device, "backend": args.backend, "activation": args.activation}
+    return options if args.dtype is None else {**options, "dtype": args.dtype}
 
 
 def add_size_options(parser: argparse.ArgumentParser) -> Any:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from .common import Commands, add_command, emit, emit_json, table
+from .common import Commands, add_command, add_load_options, emit, emit_json, load_options, table
 
 _DESCRIPTION = """\
 Measure a checkpoint, packed or dense: its perplexity on text, in blocks that do not overlap, and, where
@@ -41,17 +40,13 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="blocks at a time (default 8)")
     parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="of lm-evaluation-harness")
     parser.add_argument("--limit", type=int, metavar="N", help="examples of each task")
-    parser.add_argument("--device", default="cpu", help="default cpu")
-    parser.add_argument("--dtype", help="of activations and dense tensors: float32, bfloat16, float16")
-    parser.add_argument("--backend", default="auto", help="of the packed layers (default auto)")
-    parser.add_argument("--activation", default="auto", help="how activations enter the sums (default auto)")
+    add_load_options(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def _run(args: argparse.Namespace) -> int:
     from littlebit2.train.recipe import evaluate_model  # noqa: PLC0415  # imports torch and transformers
 
-    settings: dict[str, Any] = {} if args.dtype is None else {"dtype": args.dtype}
     found = evaluate_model(
         args.model,
         args.data,
@@ -61,10 +56,7 @@ def _run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         tasks=args.tasks,
         limit=args.limit,
-        device=args.device,
-        backend=args.backend,
-        activation=args.activation,
-        **settings,
+        **load_options(args),
     )
     measured = found.perplexity
     if args.json:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import asdict
-from typing import Any
 
-from .common import Commands, add_command, emit_json, gigabytes, note
+from .common import Commands, add_command, add_load_options, emit_json, gigabytes, load_options, note
 
 
 def add_parser(commands: Commands) -> None:
@@ -45,17 +44,13 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--ignore-eos", action="store_true", help="go on to --max-new-tokens, for speed tests"
     )
-    parser.add_argument("--device", default="cpu", help="default cpu")
-    parser.add_argument("--dtype", help="of activations and dense tensors: float32, bfloat16, float16")
-    parser.add_argument("--backend", default="auto", help="of the packed layers (default auto)")
-    parser.add_argument("--activation", default="auto", help="how activations enter the sums (default auto)")
+    add_load_options(parser)
     parser.add_argument("--json", action="store_true", help="print text, tokens and figures as JSON")
 
 
 def _run(args: argparse.Namespace) -> int:
     from littlebit2 import generate  # noqa: PLC0415  # imports transformers
 
-    settings: dict[str, Any] = {} if args.dtype is None else {"dtype": args.dtype}
     result = generate(
         args.checkpoint,
         args.token_ids if args.prompt is None else args.prompt,
@@ -68,10 +63,7 @@ def _run(args: argparse.Namespace) -> int:
         cache=args.cache,
         step=args.step,
         ignore_eos=args.ignore_eos,
-        device=args.device,
-        backend=args.backend,
-        activation=args.activation,
-        **settings,
+        **load_options(args),
     )
     speed = result.tokens_per_second
     if args.json:

@@ -167,16 +167,15 @@ def _by_steps(
 ) -> list[int]:
     """Decode with a :class:`StaticDecoder`, likeliest tokens unless there are ``warpers`` to draw by."""
     decoder = StaticDecoder(model, prompt_ids.shape[1] + max_new_tokens - 1, step=step)
-    ends = model.generation_config.eos_token_id
-    stops = set() if ends is None or ignore_eos else {ends} if isinstance(ends, int) else set(ends)
-    banned = [] if not ignore_eos or ends is None else [ends] if isinstance(ends, int) else list(ends)
+    given = model.generation_config.eos_token_id
+    ends = [] if given is None else [given] if isinstance(given, int) else list(given)
     clock.put(prompt_ids)
     logits = decoder.prefill(prompt_ids)
     new: list[int] = []
     while True:
         scores = logits.float()
-        if banned:
-            scores[:, banned] = -torch.inf
+        if ignore_eos:
+            scores[:, ends] = -torch.inf
         if warpers is None:
             token = scores.argmax(-1)
         else:
@@ -184,7 +183,7 @@ def _by_steps(
             token = torch.multinomial(warp(prompt_ids, scores).softmax(-1), 1)[:, 0]
         new.append(int(token))
         clock.put(token)
-        if len(new) == max_new_tokens or new[-1] in stops:
+        if len(new) == max_new_tokens or (new[-1] in ends and not ignore_eos):
             clock.end()
             return new
         logits = decoder.step(token)

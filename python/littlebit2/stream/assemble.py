@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from littlebit2.checkpoint import CheckpointWriter, check_replaceable, open_checkpoint
+from littlebit2.checkpoint.atomic import sync_path
 
 from .errors import StreamError
 from .jobs import Job
 from .report import RunReport
-from .work import WorkDirectory, explain_full_disk, sync_directory, write_atomically
+from .work import WorkDirectory, explain_full_disk, write_atomically
 
 __all__ = ["REPORT_NAME", "assemble"]
 
@@ -42,7 +43,7 @@ def assemble(
     if overwrite and out.exists():
         out.rename(work.path / "replaced")
     work.assembled.rename(out)
-    sync_directory(out.parent)
+    sync_path(out.parent)
     work.remove()
     return report
 

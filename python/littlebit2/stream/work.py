@@ -19,13 +19,14 @@ from typing import IO, Any, TypeVar
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from littlebit2.checkpoint.atomic import sync_path
 from littlebit2_kernels.format import PackedLinear
 from littlebit2_kernels.state import packed_from_state, packed_to_state
 
 from .errors import StreamError
 from .jobs import Job
 
-__all__ = ["WorkDirectory", "explain_full_disk", "reason_of", "sync_directory", "write_atomically"]
+__all__ = ["WorkDirectory", "explain_full_disk", "reason_of", "write_atomically"]
 
 T = TypeVar("T")
 
@@ -184,7 +185,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        sync_directory(path.parent)
+        sync_path(path.parent)
 
     try:
         explain_full_disk(path, write)
@@ -204,15 +205,6 @@ def explain_full_disk(path: Path, action: Callable[[], T]) -> T:
             f"no space left to write {path} ({error.strerror}); free some and run the same command again: "
             "finished layers are kept"
         ) from error
-
-
-def sync_directory(path: Path) -> None:
-    """Put the names in a directory on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def reason_of(error: BaseException) -> str:

@@ -7,10 +7,11 @@ disk; folders without it are removed before training goes on.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from pathlib import Path
+
+from littlebit2.checkpoint.atomic import sync_path
 
 __all__ = ["latest_checkpoint", "mark_complete", "remove_incomplete"]
 
@@ -21,10 +22,10 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 def mark_complete(checkpoint: Path) -> None:
     """Bring all files of a checkpoint to the disk, then say that it is whole."""
     for file in checkpoint.rglob("*"):
-        _sync(file)
-    _sync(checkpoint)
+        sync_path(file)
+    sync_path(checkpoint)
     (checkpoint / _MARK).touch()
-    _sync(checkpoint)
+    sync_path(checkpoint)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -45,11 +46,3 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
         return []
     named = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir()]
     return [(int(match[1]), path) for match, path in named if match]
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -89,28 +89,4 @@ constexpr int gemm_shared_bytes(lb2_activation activation, int rows, int tokens,
   return pipeline > sums ? pipeline : sums;
 }
 
-// As Term.
-struct GemmTerm {
-  const void* input;
-  const float* scale;
-  const uint32_t* words;
-  const float* row_scale;    // [rows], or NULL for 1
-  unsigned char* converted;  // [group of tokens, slice]
-  int64_t word_stride;
-  int64_t input_stride;  // elements between tokens
-  int64_t part_stride;   // elements between the parts of input
-  int32_t cols;
-  int32_t slices;
-};
-
-struct GemmParams {
-  GemmTerm terms[LB2_MAX_PATHS];
-  Group groups[LB2_MAX_PATHS];
-  int32_t num_groups;
-  int32_t num_parts;  // of the inputs
-  int32_t splits;     // of the columns of groups of one term; from 2 on every slice is a part of the output
-  int32_t m;
-  lb2_dtype input_dtype, output_dtype;
-};
-
 }  // namespace lb2::cuda
