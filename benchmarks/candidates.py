@@ -121,7 +121,9 @@ class Module(Candidate):
 
     def _module(self, packed: Any) -> LittleBitLinear:
         module = LittleBitLinear.from_packed(packed, backend=self.backend, activation=self.activation)
-        return module.prepack_() if packed.device.type == "cpu" and self.backend != "triton" else module
+        return (
+            module.prepack_() if packed.device.type == "cpu" and self.backend in ("auto", "cpu") else module
+        )
 
     def unavailable(self, device: torch.device) -> str | None:
         """See :class:`Candidate`."""

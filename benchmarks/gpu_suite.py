@@ -215,15 +215,15 @@ STEPS = (
         40,
         _USABLE,
     ),
-    # The GEMM beside every other way to take a prompt: whether `auto` is right to keep it from Triton.
+    # The GEMM beside every other way to take a prompt: whether `auto` is right to take it, Triton's or BLAS.
     Step(
         "prefill",
         "prefill",
         _measure(
             "prefill",
             [32, 128, 512, 2048, 8192],
-            [OURS[1], TRITON[1], *PEERS, "unpack", OURS[2], TRITON[2]],
-            *("--bpw", "0.1", "1.0", "--modes", "hot"),
+            [OURS[1], TRITON[1], "littlebit2:blas:auto", *PEERS, "unpack", OURS[2], TRITON[2]],
+            *("--bpw", "0.1", "1.0", "--modes", "hot", "--dtypes", "bfloat16"),
             shapes=PROMPT_SHAPES,
         ),
         230,

@@ -48,7 +48,7 @@ GEMM_TILES = ((64, 32), (128, 32), (128, 64), (128, 128))
 class Kernel:
     """What ptxas said of one kernel: bytes of stack frame and spills together, and registers of a thread.
 
-    ``row_tile`` is 0 but for a GEMM, ``token_tile`` that of its conversion 0 as well.
+    ``row_tile`` is 0 but for a GEMM, ``token_tile`` that of its conversion 0 as well; ``unpack`` has no mode.
     """
 
     kind: str
@@ -88,6 +88,8 @@ def parse_ptxas(log: str) -> Iterator[Kernel]:
         elif mode is not None and tile is not None:
             kind = "convert" if "7convert" in name else "decode"
             yield Kernel(kind, mode, int(tile[1]), int(match[2]), local, int(match[6]))
+        elif "6unpackE" in name:
+            yield Kernel("unpack", "", 0, int(match[2]), local, int(match[6]))
         else:
             raise ValueError(f"kernel names must hold an activation mode and a tile, got {name}")
 
@@ -100,7 +102,7 @@ def _compile(file: str, capability: int, folder: Path) -> str:
         "-o",
         str(folder / f"{file}{capability}"),
     ]
-    command.append(str(ROOT / "csrc" / "cuda" / f"kernels_{file}.cu"))
+    command.append(str(ROOT / "csrc" / "cuda" / f"{file}.cu"))
     return subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
     ).stdout
@@ -112,7 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--archs", nargs="+", type=int, default=[80, 90, 120])
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(PROCESSORS)) as pool:
-        files = [*POLICIES, *(f"gemm_{mode}" for mode in GEMM_POLICIES)]
+        files = [f"kernels_{mode}" for mode in [*POLICIES, *(f"gemm_{mode}" for mode in GEMM_POLICIES)]]
+        files.append("unpack")
         jobs = [(file, capability, Path(folder)) for file in files for capability in options.archs]
         logs = pool.map(lambda job: _compile(*job), jobs)
         kernels = [kernel for log in logs for kernel in parse_ptxas(log)]
@@ -134,6 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     print()
     print(markdown(["GEMM", "convert", *(f"{tile[0]} x {tile[1]}" for tile in GEMM_TILES)], rows))
+    print(f"\nunpack: {cell('unpack', '', 0, 0)} registers")
     spilled = [kernel for kernel in kernels if kernel.local_bytes]
     print(f"\n{len(kernels)} kernels, {len(spilled)} with local memory")
     for kernel in spilled:

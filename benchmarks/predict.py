@@ -152,6 +152,7 @@ def _run_prompts(options: Namespace) -> int:
 
     head = ["GPU", "shape", "bpw", "mode", "M", "tiles", "grids", "launches", "MMAs", "used", "converted MiB"]
     head += ["copied MiB", "signs MiB", "us", "dense us", "low-rank us", "unpack us", "vs dense", "vs unpack"]
+    head.append("bfloat16")
     rows = []
     for gpu in options.gpu:
         for name in options.shapes:
@@ -173,6 +174,7 @@ def _run_prompts(options: Namespace) -> int:
                             *(f"{seconds * 1e6:.1f}" for seconds in times),
                             f"{p.dense_seconds / p.seconds:.1f}x",
                             f"{p.unpack_seconds / p.seconds:.2f}x",
+                            "blas" if p.unpacks else "cuda",
                         ]
                     )
     print(markdown(head, rows))

@@ -15,6 +15,8 @@ import torch
 from benchmarks.predict import LAUNCH, RATES
 from littlebit2_kernels import PackedLinear, explain
 from littlebit2_kernels.explanation import Explanation
+from littlebit2_kernels.functional import shape_of
+from littlebit2_kernels.prompts import unpacking_pays
 
 __all__ = ["PromptPrediction", "predict_prompt"]
 
@@ -42,6 +44,7 @@ class PromptPrediction:
         sign_bytes: signs that they copy, likewise.
         seconds: of the call.
         dense_seconds, low_rank_seconds, unpack_seconds: of the peers.
+        unpacks: whether ``auto`` would take the backend ``blas`` if the tokens were bfloat16.
     """
 
     explanation: Explanation
@@ -55,6 +58,7 @@ class PromptPrediction:
     dense_seconds: float
     low_rank_seconds: float
     unpack_seconds: float
+    unpacks: bool
 
 
 def predict_prompt(packed: PackedLinear, gpu: str, tokens: int, activation: str = "auto") -> PromptPrediction:
@@ -131,6 +135,7 @@ def predict_prompt(packed: PackedLinear, gpu: str, tokens: int, activation: str 
         seconds=seconds,
         dense_seconds=LAUNCH + max(tokens * size / peer, (2 * size + moved) / rates.memory),
         low_rank_seconds=low_rank,
-        # Factors are written and read again.
-        unpack_seconds=low_rank + 2 * LAUNCH + factors / rates.memory,
+        # Factors are written, by one launch, and read again.
+        unpack_seconds=low_rank + LAUNCH + factors / rates.memory,
+        unpacks=unpacking_pays(tokens, torch.bfloat16, *shape_of(packed), gpu),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ._native import NativeLibraryError, core, no_cuda_reason
@@ -12,21 +14,26 @@ __all__ = [
     "ACTIVATION_DTYPES",
     "BACKENDS",
     "CUDA_TOKENS",
+    "FEW_TOKENS",
     "BackendUnavailableError",
     "check_activation",
     "check_activation_mode",
     "choose_backend",
+    "has_many_tokens",
     "unavailable_reason",
 ]
 
 #: Names that ``backend=`` accepts.
-BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
+BACKENDS = ("auto", "cpu", "cuda", "triton", "blas", "reference")
 
 #: Names that ``activation=`` accepts, and the lb2_activation (littlebit2.h, cuda.h) of each.
 ACTIVATIONS = {"auto": 0, "exact": 1, "int16": 2, "int8": 3, "sign": 4, "float16": 5}
 
 #: Dtypes of x that every backend takes.
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+#: Most tokens of a call that ``auto`` always gives to the CUDA kernels where these can run.
+FEW_TOKENS = 16
 
 #: Most tokens of a call that ``auto`` gives to the CUDA kernels where Triton's can run too. Both expand signs
 #: once for up to 128 tokens, but the GEMM in CUDA uses ``mma.sync``, which on Hopper has about two thirds of
@@ -64,45 +71,64 @@ def _unsupported(backend: str, device_type: str) -> str | None:
         return no_cuda_reason() if device_type == "cuda" else f"it runs on CUDA tensors, not on {device_type}"
     if backend == "triton":
         return no_triton_reason(device_type)
+    if backend == "blas":
+        return no_cuda_reason() if device_type == "cuda" else None
     raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def choose_backend(backend: str, device_type: str, tokens: int = 1, activation: str = "auto") -> str:
+def has_many_tokens(tokens: int) -> bool:
+    """Whether a call may be served otherwise than one of few tokens; never while it is being compiled."""
+    return not torch.compiler.is_compiling() and tokens > FEW_TOKENS
+
+
+def choose_backend(
+    backend: str,
+    device_type: str,
+    tokens: int = 1,
+    activation: str = "auto",
+    unpacking_pays: Callable[[], bool] = lambda: False,
+) -> str:
     """Resolve ``backend`` for tensors on ``device_type``; never falls back to a slower one silently.
 
     ``auto`` takes the native kernels of the device. On a GPU where there are none, as on AMD's, it takes
-    Triton's; and where both can run, Triton's for more than :data:`CUDA_TOKENS` ``tokens``, unless
-    ``activation`` names a mode (which then is the same bits for every number of tokens) or the call is being
-    compiled (which would make one graph for few and one for many).
+    Triton's. Where there are, and for more than :data:`FEW_TOKENS` ``tokens``, it takes ``blas`` if
+    ``unpacking_pays``, else Triton's for more than :data:`CUDA_TOKENS`; but not if ``activation`` names a
+    mode (which then is the same bits for every number of tokens) or the call is being compiled (which would
+    make one graph for few and one for many).
+
+    Args:
+        backend: a name of :data:`BACKENDS`.
+        device_type: ``"cpu"``, ``"cuda"``, ...
+        tokens: M of the call.
+        activation: a name of :data:`ACTIVATIONS`.
+        unpacking_pays: :func:`littlebit2_kernels.prompts.unpacking_pays` of the call; asked where it matters.
 
     Raises:
         ValueError: the name is unknown.
         BackendUnavailableError: the backend cannot run there, with the reason and what would help.
     """
-    if backend == "auto":
-        if device_type in ("cpu", "meta"):
-            return "cpu"
-        no_cuda = _unsupported("cuda", device_type)
-        if no_cuda is None and not _prefers_triton(tokens, activation):
-            return "cuda"
-        no_triton = _unsupported("triton", device_type)
-        if no_triton is None:
-            return "triton"
-        if no_cuda is not None:
-            raise BackendUnavailableError(
-                f"no kernels for tensors on {device_type}: cuda: {no_cuda}; triton: {no_triton}. Move the "
-                "layer and x to the CPU, or ask for backend='reference' (plain PyTorch on unpacked signs: "
-                "right, but slow)."
-            )
-        return "cuda"
-    reason = _unsupported(backend, device_type)
-    if reason is not None:
-        raise BackendUnavailableError(f"backend={backend!r} cannot run: {reason}")
-    return backend
-
-
-def _prefers_triton(tokens: int, activation: str) -> bool:
-    return activation == "auto" and not torch.compiler.is_compiling() and tokens > CUDA_TOKENS
+    if backend != "auto":
+        reason = _unsupported(backend, device_type)
+        if reason is not None:
+            raise BackendUnavailableError(f"backend={backend!r} cannot run: {reason}")
+        return backend
+    if device_type in ("cpu", "meta"):
+        return "cpu"
+    no_cuda = _unsupported("cuda", device_type)
+    free = activation == "auto" and has_many_tokens(tokens)
+    if no_cuda is None:
+        if free and unpacking_pays():
+            return "blas"
+        wants_triton = free and tokens > CUDA_TOKENS
+        return "triton" if wants_triton and _unsupported("triton", device_type) is None else "cuda"
+    no_triton = _unsupported("triton", device_type)
+    if no_triton is None:
+        return "triton"
+    raise BackendUnavailableError(
+        f"no kernels for tensors on {device_type}: cuda: {no_cuda}; triton: {no_triton}. Move the "
+        "layer and x to the CPU, or ask for backend='reference' (plain PyTorch on unpacked signs: "
+        "right, but slow)."
+    )
 
 
 def check_activation(x: torch.Tensor, in_features: int, device: torch.device) -> None:
@@ -123,7 +149,7 @@ def check_activation_mode(activation: str, backend: str, prepacked: bool) -> Non
     """Raise ValueError unless ``activation`` is a name that ``backend`` serves for such a layer."""
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if activation in ("auto", "exact") or backend == "cuda":
+    if activation == "auto" or (activation == "exact" and backend != "blas") or backend == "cuda":
         return
     if backend == "triton":
         if activation == "int16":
@@ -131,8 +157,9 @@ def check_activation_mode(activation: str, backend: str, prepacked: bool) -> Non
                 "activation='int16' is not served by backend='triton'; 'float16' is as accurate there"
             )
         return
-    if backend == "reference":
-        raise ValueError(f"backend='reference' computes exact sums only, got activation={activation!r}")
+    if backend in ("blas", "reference"):
+        sums = "in the dtype of x" if backend == "blas" else "exact sums"
+        raise ValueError(f"backend={backend!r} computes {sums} only, got activation={activation!r}")
     if backend == "cpu" and activation == "float16":
         raise ValueError("activation='float16' is served on CUDA only; on the CPU, 'int16' is as accurate")
     if not prepacked:

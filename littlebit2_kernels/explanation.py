@@ -18,8 +18,10 @@ from .dispatch import (
     choose_backend,
 )
 from .format import MAX_DIM, PackedLinear
+from .functional import shape_of
 from .gpu import GpuProperties, gpu_properties
 from .prepacked import PrepackedLinear
+from .prompts import unpacking_pays
 from .triton_backend import TritonLaunch, plan_triton
 
 __all__ = ["Explanation", "Launch", "explain"]
@@ -29,6 +31,7 @@ _REASONS = {
     "cpu": "native kernels for {} tensors",
     "cuda": "native kernels for {} tensors",
     "triton": "Triton kernels: no native ones for these {} tensors, or more tokens than those are made for",
+    "blas": "more tokens than pay the CUDA kernels, by the planner's estimates",
     "reference": "",
 }
 
@@ -85,13 +88,16 @@ class Explanation:
         packed_bytes: bytes of the layer that one pass reads.
         kernels: on the CPU ``"lookup"`` on a prepacked layer and ``"portable"`` on the packed words; on CUDA
             ``"bit planes"`` (1-bit tensor cores), ``"sign halves"`` (float16 ones) and ``"gemm"``; of Triton
-            ``"gemv"`` (in one launch ``"fused"``), ``"gemm"`` or ``"xnor"``; else ``None``.
+            ``"gemv"`` (in one launch ``"fused"``), ``"gemm"`` or ``"xnor"``; of ``blas``
+            ``"matrix products"``; else ``None``.
         activation: how activations enter the sums, ``"auto"`` resolved.
         isa: CPU instruction set, or ``None`` for other backends.
         threads: threads that get work of a prepacked layer, or that torch offers the call.
         token_block: tokens that one pass over the packed words serves.
         workspace_bytes: scratch memory of the forward call.
         first_stages: first stages computed (paths that share one count once).
+        estimated_cycles: of a GEMM call on CUDA, clock cycles by the planner's estimate; no measurement.
+        unpack_cycles: the same of ``backend="blas"`` in half precision.
         gpu: the GPU that the call is planned for, or ``None``.
         launches: what is launched, in order (on CUDA, for the first ``token_block`` tokens); empty for other
             backends than CUDA and Triton.
@@ -109,6 +115,8 @@ class Explanation:
     token_block: int | None = None
     workspace_bytes: int | None = None
     first_stages: int | None = None
+    estimated_cycles: int | None = None
+    unpack_cycles: int | None = None
     gpu: GpuProperties | None = None
     launches: tuple[Launch | TritonLaunch, ...] = ()
 
@@ -153,7 +161,14 @@ def explain(
     dtype_name = _dtype_name(x, dtype)
     device_type = packed.device.type
     if gpu is None:
-        chosen = choose_backend(backend, device_type, tokens, activation)
+        call_dtype = getattr(torch, dtype_name)
+        chosen = choose_backend(
+            backend,
+            device_type,
+            tokens,
+            activation,
+            lambda: unpacking_pays(tokens, call_dtype, *shape_of(packed), packed.device),
+        )
         reason = _REASONS[chosen].format(device_type)
     elif backend not in ("auto", "cuda", "triton"):
         raise ValueError(f"backend must be 'auto', 'cuda' or 'triton' where gpu is given, got {backend!r}")
@@ -188,8 +203,8 @@ def explain(
         target = packed.device if gpu is None else gpu_properties(gpu)
         plan = plan_triton(*shapes, dtype_name, activation, target)
         return Explanation(**common, **{**plan, "launches": tuple(plan["launches"])})
-    if chosen == "reference":
-        return Explanation(**common)
+    if chosen in ("blas", "reference"):
+        return Explanation(**common, kernels="matrix products" if chosen == "blas" else None)
     try:
         native = core()
     except NativeLibraryError as error:
@@ -207,6 +222,8 @@ def explain(
             token_block=plan["token_block"],
             workspace_bytes=plan["workspace_bytes"],
             first_stages=plan["first_stages"],
+            estimated_cycles=plan["estimated_cycles"] or None,
+            unpack_cycles=plan["unpack_cycles"] or None,
             gpu=properties,
             launches=tuple(Launch(**launch) for launch in plan["launches"]),
         )

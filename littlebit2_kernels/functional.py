@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from .blas import blas_linear
 from .dispatch import ACTIVATIONS, check_activation, check_activation_mode, choose_backend
 from .format import PackedLinear
 from .ops import Operands, linear_from_operands, linear_from_prepacked
 from .prepacked import PrepackedLinear
+from .prompts import unpacking_pays
 from .reference import linear_reference
 from .triton_backend import triton_linear
 
@@ -30,16 +32,19 @@ def littlebit_linear(
         x: ``[..., K]`` float32, float16 or bfloat16; any strides, any number of tokens (also none).
         packed: the layer, on the device of ``x``; prepacked (:func:`littlebit2_kernels.prepack`) for speed on
             the CPU, as it is on CUDA.
-        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"`` (plain PyTorch in
-            float32). ``auto`` takes the kernels that were compiled for the device, and Triton's on a GPU
-            where there are none or (:func:`littlebit2_kernels.dispatch.choose_backend`) for many tokens. A
-            backend asked for by name that cannot run raises.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"``, ``"blas"`` (signs unpacked for each call,
+            then torch's matrix products; float32 and bfloat16) or ``"reference"`` (plain PyTorch in float32).
+            ``auto`` takes the kernels that were compiled for the device, Triton's on a GPU where there are
+            none, and either Triton's or ``blas`` on a GPU for many tokens
+            (:func:`littlebit2_kernels.dispatch.choose_backend`). A backend asked for by name that cannot run
+            raises.
         activation: how activations enter the sums (docs/kernels.md): ``"exact"`` in float32, ``"int16"``
             (error about 3e-4), ``"int8"`` (about 1e-2), ``"sign"`` (binarised), ``"float16"`` (CUDA only,
             about 2e-4), or ``"auto"``: exact for float32, and on the CPU for layers that are not
             prepacked; else int16, or float16 on GPUs for more than 16 tokens, on those without 1-bit tensor
             cores, and with Triton, which has no int16. On the CPU, int16, int8 and sign need a prepacked
-            layer. Gradients are those of exact sums; of x not yet by the CUDA kernels.
+            layer. ``blas`` rounds in the dtype of x. Gradients are those of exact sums, but on CUDA in
+            bfloat16 for bfloat16.
 
     Returns:
         ``[..., N]`` in the dtype of ``x``; accumulation is in float32 or exact.
@@ -47,27 +52,44 @@ def littlebit_linear(
     Raises:
         TypeError: ``x`` is not a tensor of a supported dtype, or ``packed`` not a layer.
         ValueError: the last dimension of ``x`` is not K, devices differ, ``backend`` or ``activation`` is
-            unknown, or this layer or backend cannot serve ``activation``.
+            unknown, or this layer or backend cannot serve ``activation`` or the dtype of ``x``.
         BackendUnavailableError: the backend cannot run here.
         NativeLibraryError: the compiled library is missing.
-        RuntimeError: in the backward call, a gradient of x is wanted of the CUDA kernels.
     """
     if not isinstance(packed, PackedLinear | PrepackedLinear):
         raise TypeError(f"packed must be a PackedLinear or a PrepackedLinear, got {type(packed).__name__}")
     check_activation(x, packed.in_features, packed.device)
     prepacked = isinstance(packed, PrepackedLinear)
-    chosen = choose_backend(backend, x.device.type, x.numel() // packed.in_features, activation)
+    tokens = x.numel() // packed.in_features
+    chosen = choose_backend(
+        backend,
+        x.device.type,
+        tokens,
+        activation,
+        lambda: unpacking_pays(tokens, x.dtype, *shape_of(packed), x.device),
+    )
     check_activation_mode(activation, chosen, prepacked)
     if chosen == "reference":
         layer = packed.unpack() if isinstance(packed, PrepackedLinear) else packed
         return linear_reference(x, layer, torch.float32).to(x.dtype)
     if chosen == "triton" and isinstance(packed, PrepackedLinear):
         raise ValueError("packed must be a PackedLinear for backend='triton': prepacked layers are the CPU's")
+    if chosen == "blas" and isinstance(packed, PrepackedLinear):
+        return blas_linear(x, packed.unpack().operands, packed.bias)
     if isinstance(packed, PrepackedLinear):
         return linear_from_prepacked(
             x, packed.layer, packed.bias, packed.out_features, ACTIVATIONS[activation]
         )
     return apply_operands(x, packed.operands, packed.bias, chosen, activation)
+
+
+def shape_of(
+    packed: PackedLinear | PrepackedLinear,
+) -> tuple[int, int, tuple[int, ...] | None, tuple[int, ...]]:
+    """K, N, the ranks (``None`` of a single stage), and for each path whose first stage it uses."""
+    shares = packed.shares if isinstance(packed, PrepackedLinear) else packed.leaders
+    ranks = None if packed.single_stage else packed.ranks
+    return packed.in_features, packed.out_features, ranks, shares
 
 
 def apply_operands(
@@ -76,4 +98,6 @@ def apply_operands(
     """Run a layer that is not prepacked by the chosen ``backend``, in a mode that this has."""
     if backend == "triton":
         return triton_linear(x, operands, bias, activation)
+    if backend == "blas":
+        return blas_linear(x, operands, bias)
     return linear_from_operands(x, operands, bias, ACTIVATIONS[activation])

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from .dispatch import ACTIVATION_DTYPES, ACTIVATIONS, check_activation, check_activation_mode, choose_backend
+from .dispatch import (
+    ACTIVATION_DTYPES,
+    ACTIVATIONS,
+    check_activation,
+    check_activation_mode,
+    choose_backend,
+    has_many_tokens,
+)
 from .format import PackedLinear
 from .functional import littlebit_linear
 from .grouped_ops import grouped_from_operands, grouped_from_prepacked
@@ -52,14 +59,15 @@ def grouped_linear(
         raise TypeError(f"layers must be all PackedLinear or all PrepackedLinear, got {names}")
     for layer in layers:
         check_activation(x, layer.in_features, layer.device)
-    tokens = x.numel() // layers[0].in_features
-    chosen = choose_backend(backend, x.device.type, tokens, activation)
+    chosen = choose_backend(backend, x.device.type, activation=activation)
     prepacked = [layer for layer in layers if isinstance(layer, PrepackedLinear)]
     packed = [layer for layer in layers if isinstance(layer, PackedLinear)]
     check_activation_mode(activation, chosen, bool(prepacked))
     one_kind = len({layer.single_stage for layer in layers}) == 1
-    if chosen in ("reference", "triton") or (packed and not one_kind):
-        return [littlebit_linear(x, layer, chosen, activation) for layer in layers]
+    # With many tokens launches do not matter, and each layer has a choice of its own.
+    many = chosen == "cuda" and has_many_tokens(x.numel() // layers[0].in_features)
+    if many or chosen in ("blas", "reference", "triton") or (packed and not one_kind):
+        return [littlebit_linear(x, layer, backend, activation) for layer in layers]
     if packed:
         operands = [layer.operands for layer in packed]
         return grouped_from_operands(x, operands, [layer.bias for layer in packed], ACTIVATIONS[activation])
@@ -163,8 +171,9 @@ class LinearGroup:
             return grouped_from_prepacked(x, layers, bias, sizes, activation)  # type: ignore[arg-type]
         if x.device.type != "cuda" or any(layer is not None for layer in layers):
             return None
-        tokens = x.numel() // first.in_features
-        if choose_backend(first.backend, "cuda", tokens, first.activation) != "cuda":
+        if has_many_tokens(x.numel() // first.in_features):
+            return None  # each has a choice of its own
+        if choose_backend(first.backend, "cuda", activation=first.activation) != "cuda":
             return None
         operands = [member._operands(state) for member, state in zip(self.members, states, strict=True)]
         return grouped_from_operands(x, operands, bias, activation)

@@ -16,6 +16,7 @@ from .format import RANK_MULTIPLE, PackedLinear, PackedPath, check_dim, pitched_
 from .functional import apply_operands, littlebit_linear
 from .ops import Operands, linear_from_prepacked
 from .prepacked import PrepackedLinear, prepack
+from .prompts import unpacking_pays
 from .reference import dense_weight
 from .state import (
     UPSTREAM_EXTRAS,
@@ -354,15 +355,23 @@ class LittleBitLinear(nn.Module):
         device_type = x.device.type
         if device_type != "meta" and torch.is_autocast_enabled(device_type):
             x = x.to(torch.get_autocast_dtype(device_type))
-        backend = choose_backend(self.backend, device_type, x.numel() // self.in_features, self.activation)
-        if backend == "reference" or (backend == "triton" and layer is not None):
+        tokens = x.numel() // self.in_features
+        shape = (self.in_features, self.out_features, self.ranks, self.shares)
+        backend = choose_backend(
+            self.backend,
+            device_type,
+            tokens,
+            self.activation,
+            lambda: unpacking_pays(tokens, x.dtype, *shape, x.device),
+        )
+        if backend == "reference" or (backend in ("blas", "triton") and layer is not None):
             return littlebit_linear(x, self.packed, backend, self.activation)
         if layer is None and backend == "cpu" and self._may_prepack(x, buffers):
             with _prepacking:  # so that nobody unpacks it again in between
                 buffers = self.prepack_()._buffers
         if "prepacked" in buffers:
             return littlebit_linear(x, self._as_prepacked(buffers), backend, self.activation)
-        if backend in ("cuda", "triton"):
+        if backend in ("blas", "cuda", "triton"):
             check_activation_mode(self.activation, backend, prepacked=False)
             return apply_operands(x, self._operands(buffers), buffers["bias"], backend, self.activation)
         if device_type != "meta" and self.activation not in ("auto", "exact"):

@@ -65,8 +65,9 @@ def _register() -> None:
     for name, fake, setup, backward in operators:
         torch.library.register_fake(f"littlebit2::{name}", fake)
         torch.library.register_autograd(f"littlebit2::{name}", backward, setup_context=setup)
-    from . import grouped_ops  # noqa: PLC0415  # imports this module
+    from . import blas, grouped_ops  # noqa: PLC0415  # import this module
 
+    blas.register()
     grouped_ops.register()
 
 

@@ -1,10 +1,9 @@
 // The CUDA entry points of the C ABI: arguments checked, plan made, kernels queued. Nothing here waits.
-#include <cuda_runtime.h>
-
 #include <cinttypes>
 
 #include "core/status.h"
 #include "cuda/check.h"
+#include "cuda/failure.h"
 #include "cuda/gemm_kernels.h"
 #include "cuda/gemm_plan.h"
 #include "cuda/kernels.h"
@@ -12,15 +11,8 @@
 #include "cuda/plan.h"
 
 namespace lb2::cuda {
-namespace {
 
-#define LB2_RETURN_IF_CUDA_ERROR(what, call)                              \
-  do {                                                                    \
-    const cudaError_t lb2_error_ = (call);                                \
-    if (lb2_error_ != cudaSuccess) return cuda_failure(what, lb2_error_); \
-  } while (false)
-
-lb2_status cuda_failure(const char* what, cudaError_t error) {
+lb2_status cuda_failure(const char* what, cudaError_t error) noexcept {
   switch (error) {
     case cudaErrorNoKernelImageForDevice:
     case cudaErrorInvalidDeviceFunction:
@@ -36,6 +28,8 @@ lb2_status cuda_failure(const char* what, cudaError_t error) {
                   cudaGetErrorName(error));
   }
 }
+
+namespace {
 
 // Properties of one device do not change: they are asked for once.
 constexpr int kMaxDevices = 64;

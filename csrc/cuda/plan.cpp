@@ -8,6 +8,7 @@
 #include "core/check.h"
 #include "core/status.h"
 #include "cuda/check.h"
+#include "cuda/estimate.h"
 #include "cuda/gemm_plan.h"
 #include "cuda/instances.h"
 
@@ -157,6 +158,7 @@ lb2_status make_plan(const Layers& layers, lb2_activation activation, const lb2_
   const Stages stages = find_stages(layers, plan->first);
   if (uses_gemm(activation, args.m, device.shared_bytes)) {
     add_gemm_launches(stages, args.m, tuning, plan);
+    estimate_call(stages, args.m, args.dtype, plan);
     plan->workspace_bytes += kWorkspaceAlignment;
     return LB2_OK;
   }

@@ -177,6 +177,8 @@ py::dict describe(const lb2_cuda_plan& plan) {
   result["one_bit_mma"] = plan.one_bit_mma != 0;
   result["first_stages"] = plan.first_stages;
   result["launches"] = launches;
+  result["estimated_cycles"] = plan.estimated_cycles;
+  result["unpack_cycles"] = plan.unpack_cycles;
   return result;
 }
 

@@ -1,6 +1,6 @@
-// The operators on CUDA tensors: arguments of the C ABI, device guard, stream. A library of its own, loaded
-// only where torch has CUDA; it is compiled without torch's CUDA headers or libraries, against any build of
-// torch.
+// The operators on CUDA tensors, but the gradient of x, which is made of unpack (littlebit2_kernels/blas.py):
+// arguments of the C ABI, device guard, stream. A library of its own, loaded only where torch has CUDA; it is
+// compiled without torch's CUDA headers or libraries, against any build of torch.
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -8,6 +8,7 @@
 #include "littlebit2/cuda.h"
 #include "torch/arguments.h"
 #include "torch/layers.h"
+#include "torch/unpack.h"
 
 namespace lb2::torch_ops {
 namespace {
@@ -76,10 +77,10 @@ std::vector<Tensor> forward_cuda(std::vector<lb2_linear_args>& layers, const Ten
   return outputs;
 }
 
-Place gpu_of(const Tensor& x) {
+Place gpu_of(const char* name, const Tensor& tensor) {
   // One CUDA tensor is enough to get here with the others elsewhere.
-  LB2_CHECK(x.is_cuda(), "x must be on the GPU that holds the layer, got a tensor elsewhere");
-  return {false, x.get_device_index()};
+  LB2_CHECK(tensor.is_cuda(), name, " must be on the GPU that holds the layer, got a tensor elsewhere");
+  return {false, tensor.get_device_index()};
 }
 
 Tensor linear_cuda(const Tensor& x, const std::vector<Tensor>& v, const OptionalTensors& u,
@@ -87,7 +88,7 @@ Tensor linear_cuda(const Tensor& x, const std::vector<Tensor>& v, const Optional
                    const std::vector<Tensor>& out_scale, const std::optional<Tensor>& bias,
                    int64_t activation) {
   const lb2_activation mode = activation_mode(activation);
-  const Place place = gpu_of(x);
+  const Place place = gpu_of("x", x);
   std::vector<lb2_linear_args> layers(1);
   Paths paths;
   set_layer(layers[0], paths.data(), all_paths(v, u, in_scale, latent_scale, out_scale), place);
@@ -104,7 +105,7 @@ std::vector<Tensor> grouped_linear_cuda(const Tensor& x, const std::vector<Tenso
                                         const std::vector<Tensor>& out_scale, const Biases& bias,
                                         const std::vector<int64_t>& paths, int64_t activation) {
   const lb2_activation mode = activation_mode(activation);
-  const Place place = gpu_of(x);
+  const Place place = gpu_of("x", x);
   const std::vector<LayerTensors> tensors =
       split_layers(v, u, in_scale, latent_scale, out_scale, bias, paths);
   std::vector<lb2_linear_args> layers(tensors.size());
@@ -123,13 +124,19 @@ std::vector<Tensor> grouped_linear_cuda(const Tensor& x, const std::vector<Tenso
   return outputs;
 }
 
-Tensor linear_backward_x_cuda(const Tensor&, const std::vector<Tensor>&, const OptionalTensors&,
-                              const std::vector<Tensor>&, const OptionalTensors&,
-                              const std::vector<Tensor>&) {
-  raise(
-      "gradients of x are not available from the CUDA kernels; ask for backend='triton', move x and the "
-      "layer to "
-      "the CPU, or ask for backend='reference' (plain PyTorch on unpacked signs)");
+std::vector<Tensor> unpack_cuda(const std::vector<Tensor>& v, const OptionalTensors& u,
+                                const std::vector<Tensor>& in_scale, const OptionalTensors& latent_scale,
+                                const std::vector<Tensor>& out_scale, int64_t dtype) {
+  const LayerTensors tensors = all_paths(v, u, in_scale, latent_scale, out_scale);
+  const Place place = gpu_of("v[0]", v[0]);
+  lb2_linear_args args = {};
+  Paths paths;
+  set_layer(args, paths.data(), tensors, place);
+  const torch::stable::accelerator::DeviceGuard guard(place.gpu);
+  std::vector<Tensor> factors = new_factors(args, v[0], dtype);
+  throw_on_error(lb2_linear_unpack_cuda(&args, factors.size() == 1 ? nullptr : factors[0].mutable_data_ptr(),
+                                        factors.back().mutable_data_ptr(), current_stream(place.gpu)));
+  return factors;
 }
 
 }  // namespace
@@ -137,7 +144,7 @@ Tensor linear_backward_x_cuda(const Tensor&, const std::vector<Tensor>&, const O
 STABLE_TORCH_LIBRARY_IMPL(littlebit2, CUDA, m) {
   m.impl("linear", TORCH_BOX(&linear_cuda));
   m.impl("grouped_linear", TORCH_BOX(&grouped_linear_cuda));
-  m.impl("linear_backward_x", TORCH_BOX(&linear_backward_x_cuda));
+  m.impl("unpack", TORCH_BOX(&unpack_cuda));
 }
 
 }  // namespace lb2::torch_ops

@@ -5,6 +5,7 @@
 #include "torch/grouped.h"
 #include "torch/linear.h"
 #include "torch/prepacked.h"
+#include "torch/unpack.h"
 
 // Per path p: v[p] int32 [R, ceil(K/32)], u[p] int32 [N, ceil(R/32)], in_scale[p] [K], latent_scale[p] [R],
 // out_scale[p] [N] (float32). A single-stage layer passes no u and latent_scale, and v[p] [N, ceil(K/32)].
@@ -18,6 +19,11 @@ STABLE_TORCH_LIBRARY(littlebit2, m) {
   m.def(
       "linear_backward_x(Tensor grad, Tensor[] v, Tensor[]? u, Tensor[] in_scale, Tensor[]? latent_scale, "
       "Tensor[] out_scale) -> Tensor");
+  // The layer as dense matrices of an lb2_dtype, scales included: y = (x first^T) last^T for [first, last],
+  // or of a single stage y = x last^T for [last]; see lb2_linear_unpack_cuda in cuda.h.
+  m.def(
+      "unpack(Tensor[] v, Tensor[]? u, Tensor[] in_scale, Tensor[]? latent_scale, Tensor[] out_scale, int "
+      "dtype) -> Tensor[]");
   // Layers on one x: the lists of all, one after another, paths[i] tensors of layer i; one bias or None, and
   // one output, for each. On CUDA they share their launches.
   m.def(
@@ -39,6 +45,7 @@ STABLE_TORCH_LIBRARY(littlebit2, m) {
 STABLE_TORCH_LIBRARY_IMPL(littlebit2, CPU, m) {
   m.impl("linear", TORCH_BOX(&lb2::torch_ops::linear_cpu));
   m.impl("linear_backward_x", TORCH_BOX(&lb2::torch_ops::linear_backward_x_cpu));
+  m.impl("unpack", TORCH_BOX(&lb2::torch_ops::unpack_cpu));
   m.impl("grouped_linear", TORCH_BOX(&lb2::torch_ops::grouped_linear_cpu));
   m.impl("grouped_linear_prepacked", TORCH_BOX(&lb2::torch_ops::grouped_linear_prepacked_cpu));
   m.impl("prepack", TORCH_BOX(&lb2::torch_ops::prepack_cpu));

@@ -84,6 +84,11 @@ void check_gemm(const Layer& layer, const lb2_cuda_plan& plan) {
   const lb2_linear_args& args = layer.args;
   const int stages = layer.paths[0].u == nullptr ? 1 : 2;
   expect(plan.num_launches == 2 * stages, "number of launches", plan.num_launches);
+  int64_t multiplying = 0;
+  for (const lb2_cuda_launch& launch : plan.launches) multiplying += launch.estimated_cycles;
+  expect(plan.estimated_cycles > multiplying, "launches and conversions are estimated too",
+         plan.estimated_cycles, multiplying);
+  expect(plan.unpack_cycles > 0, "unpacking is estimated", plan.unpack_cycles);
   expect(plan.token_block <= args.m && plan.token_block >= std::min<int64_t>(args.m, 128),
          "tokens of a round", plan.token_block);
   const int64_t block = lb2::cuda::gemm_block_bytes(plan.activation);
@@ -215,6 +220,8 @@ void test_auto() {
       const lb2_cuda_plan plan = plan_of(Layer(m, 64, 64, {8}, LB2_BFLOAT16), LB2_ACTIVATION_AUTO, device);
       expect(plan.activation == (m > 16 ? LB2_ACTIVATION_FLOAT16 : halves), "auto of many tokens", m);
       expect(lb2::cuda::is_gemm(plan) == (m > 16), "many tokens take the GEMM", m);
+      expect((plan.unpack_cycles > 0) == (m > 16) && (plan.estimated_cycles > 0) == (m > 16),
+             "estimates of calls with a GEMM alone", m);
     }
   }
   for (const lb2_activation mode : {LB2_ACTIVATION_INT16, LB2_ACTIVATION_SIGN})
@@ -223,6 +230,29 @@ void test_auto() {
   const lb2_cuda_device small = gpu(80, 108, 64 * 1024);
   expect(!lb2::cuda::is_gemm(plan_of(Layer(512, 64, 64, {8}, LB2_FLOAT16), LB2_ACTIVATION_FLOAT16, small)),
          "the GEMM has no room");
+}
+
+// Unpacking costs what it costs for one token, and its products what they do: more tokens take longer, and
+// where ours take longer per token, unpacking wins in the end.
+void test_unpacking_is_for_many_tokens() {
+  for (const lb2_cuda_device& device : kGpus) {
+    int64_t before = 0;
+    for (const int64_t m : {17, 128, 1024, 8192, 65536}) {
+      const lb2_cuda_plan plan =
+          plan_of(Layer(m, 8192, 28672, {632, 632}, LB2_BFLOAT16), LB2_ACTIVATION_AUTO, device);
+      expect(plan.unpack_cycles > before, "more tokens take longer", m, plan.unpack_cycles);
+      before = plan.unpack_cycles;
+      if (m == 17)
+        expect(plan.unpack_cycles > plan.estimated_cycles, "few tokens do not pay", device.capability);
+      if (m == 65536 && device.capability >= 90 && device.capability <= 100)
+        expect(plan.unpack_cycles < plan.estimated_cycles, "many do where libraries have the faster MMAs",
+               device.capability);
+    }
+  }
+  // Sizes at which counts of bytes are far beyond 64 bits.
+  const lb2_cuda_plan most = plan_of(Layer(INT32_MAX, 1 << 24, 1 << 24, {1 << 20, 1 << 20}, LB2_BFLOAT16),
+                                     LB2_ACTIVATION_AUTO, kGpus[3]);
+  expect(most.unpack_cycles > 0 && most.estimated_cycles > 0, "no overflow", most.unpack_cycles);
 }
 
 // Every tile is planned as asked for, and a call accepts it.
@@ -479,6 +509,7 @@ int main() {
   test_every_plan_fits();
   test_shape_does_not_depend_on_tokens();
   test_auto();
+  test_unpacking_is_for_many_tokens();
   test_gemm_tuning();
   test_gemm_fills_the_gpu();
   test_large_layer_fills_the_gpu();

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 import littlebit2_kernels
-from littlebit2_kernels import LittleBitLinear, PackedLinear, PackedPath, explain, littlebit_linear, prepack
+from littlebit2_kernels import (
+    LittleBitLinear,
+    PackedLinear,
+    PackedPath,
+    blas,
+    explain,
+    littlebit_linear,
+    prepack,
+)
 from littlebit2_kernels.dispatch import ACTIVATIONS
 from littlebit2_kernels.reference import dense_weight, linear_reference
 from littlebit2_kernels.testing import TOLERANCE, make_problem, relative_error
@@ -399,15 +407,45 @@ def test_gradients(problem: tuple[torch.Tensor, PackedLinear]) -> None:
     bias = torch.zeros(70, device=x.device, requires_grad=True)
     torch.ops.littlebit2.linear(x, *packed.operands, bias, 2).sum().backward()
     assert torch.equal(bias.grad, torch.full_like(bias, 5.0))
-    leaf = x.clone().requires_grad_()
-    y = littlebit_linear(leaf, packed)
-    assert y.requires_grad
-    with pytest.raises(RuntimeError, match="gradients of x are not available from the CUDA kernels"):
-        y.sum().backward()
-    littlebit_linear(leaf, packed, backend="reference").sum().backward()
-    assert leaf.grad is not None
     expected = torch.ones(5, 70, dtype=torch.float64) @ dense_weight(packed.to("cpu"))
-    assert relative_error(leaf.grad.cpu(), expected) <= 1e-5
+    for backend in ("cuda", "blas", "reference"):
+        leaf = x.clone().requires_grad_()
+        littlebit_linear(leaf, packed, backend=backend).sum().backward()
+        assert leaf.grad is not None
+        assert relative_error(leaf.grad.cpu(), expected) <= 1e-5, backend
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_unpacked(problem: tuple[torch.Tensor, PackedLinear], dtype: torch.dtype) -> None:
+    """The bits of the CPU's kernel, into fresh and into odd places."""
+    _, packed = problem
+    expected = blas.unpack(packed.to("cpu").operands, dtype)
+    for layout in ("dense", "aligned", "misaligned"):
+        layer = problems.with_word_layout(packed, layout)
+        for actual, factor in zip(blas.unpack(layer.operands, dtype), expected, strict=True):
+            assert actual.is_cuda
+            assert torch.equal(actual.cpu(), factor)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 17, 700])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_blas(device: torch.device, rng: torch.Generator, dtype: torch.dtype, tokens: int) -> None:
+    x, packed = make_problem(tokens, 1100, 333, [136, 72], dtype=dtype, bias=True, generator=rng)
+    packed = problems.scaled_down(packed)
+    y = littlebit_linear(x.to(device), packed.to(device), backend="blas")
+    # Three roundings of bfloat16 beside that of the output.
+    allowed = 3e-6 if dtype == torch.float32 else 2.5 * TOLERANCE[dtype]
+    assert problems.error_of(y, x, packed, "exact") <= allowed
+
+
+def test_auto_unpacks(device: torch.device, rng: torch.Generator) -> None:
+    """Whichever way ``auto`` goes, the result is right, and it is the one that explain() says."""
+    x, packed = make_problem(2048, 1024, 4096, [80, 80], dtype=torch.bfloat16, generator=rng)
+    on_device, layer = x.to(device), packed.to(device)
+    chosen = explain(on_device, layer).backend
+    y = littlebit_linear(on_device, layer)
+    assert torch.equal(y, littlebit_linear(on_device, layer, backend=chosen))
+    assert problems.error_of(y, x, packed, "exact") <= 2.5 * TOLERANCE[torch.bfloat16]
 
 
 def test_modules_move(problem: tuple[torch.Tensor, PackedLinear]) -> None:

@@ -57,6 +57,7 @@ def test_every_instance_compiles_for_every_architecture_without_spills(build: tu
         (kind, 0, tile, mode, arch)
         for (kind, tile), mode, arch in itertools.product(kinds, POLICIES, ARCHITECTURES)
     ]
+    wanted += [("unpack", 0, 0, "", arch) for arch in ARCHITECTURES]
     for mode, arch in itertools.product(GEMM_POLICIES, ARCHITECTURES):
         wanted.append(("gemm_convert", 0, 0, mode, arch))
         wanted += [("gemm", *tile, mode, arch) for tile in gemm_tiles(mode)]
@@ -69,7 +70,12 @@ def test_library_exports_the_c_abi_and_nothing_else_of_ours(build: tuple[Path, s
     library = next(build[0].glob("**/liblittlebit2_cuda.so"))
     defined = {line.split()[-1] for line in _run("nm", "-D", "--defined-only", str(library)).splitlines()}
     ours = {name for name in defined if "lb2" in name}
-    assert ours == {"lb2_cuda_get_device", "lb2_grouped_forward_cuda", "lb2_linear_forward_cuda"}
+    assert ours == {
+        "lb2_cuda_get_device",
+        "lb2_grouped_forward_cuda",
+        "lb2_linear_forward_cuda",
+        "lb2_linear_unpack_cuda",
+    }
 
 
 def _disassembler() -> str | None:

@@ -338,7 +338,7 @@ def test_structures_must_agree(rng: torch.Generator) -> None:
         ),
         ({"in_features": 2**31}, "in_features must be between 1 and 2147483647, got 2147483648"),
         ({"ranks": [8] * 17}, "paths must hold between 1 and 16 PackedPath, got 17"),
-        ({"backend": "gpu"}, "backend must be one of auto, cpu, cuda, triton, reference, got 'gpu'"),
+        ({"backend": "gpu"}, "backend must be one of auto, cpu, cuda, triton, blas, reference, got 'gpu'"),
         ({"ranks": [8], "shares": (0, 0)}, r"shares must name one path per rank \(1\), got 2"),
         ({"ranks": [8, 8], "shares": (1, 1)}, r"shares\[0\] must name path 0"),
         ({"ranks": [8, 8], "shares": (0, -1)}, r"shares\[1\] must name path 1 itself"),

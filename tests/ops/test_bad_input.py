@@ -42,7 +42,7 @@ def test_bad_layer_and_backend() -> None:
     with pytest.raises(TypeError, match="packed must be a PackedLinear or a PrepackedLinear, got Tensor"):
         littlebit_linear(x, x)  # type: ignore[arg-type]
     with pytest.raises(
-        ValueError, match="backend must be one of auto, cpu, cuda, triton, reference, got 'tpu'"
+        ValueError, match="backend must be one of auto, cpu, cuda, triton, blas, reference, got 'tpu'"
     ):
         littlebit_linear(x, packed, backend="tpu")
     with pytest.raises(

@@ -21,6 +21,7 @@ from littlebit2_kernels import (
 )
 from littlebit2_kernels.dispatch import ACTIVATIONS, check_activation_mode, choose_backend, unavailable_reason
 from littlebit2_kernels.gpu import GPUS, gpu_properties
+from littlebit2_kernels.prompts import unpacking_pays
 from littlebit2_kernels.testing import make_packed, make_problem
 
 
@@ -223,6 +224,33 @@ def test_plan_of_a_prompt() -> None:
 def test_no_tokens() -> None:
     plan = explain((0, 512), make_packed(512, 512, [64]), gpu="H200")
     assert (plan.tokens, plan.macs) == (0, 0)
+
+
+def test_when_unpacking_pays() -> None:
+    def pays(
+        gpu: str, tokens: int, ranks: tuple[int, ...] | None, dtype: torch.dtype = torch.bfloat16
+    ) -> bool:
+        shares = (0,) if ranks is None else tuple(range(len(ranks)))
+        return unpacking_pays(tokens, dtype, 8192, 28672, ranks, shares, gpu)
+
+    for gpu in GPUS:
+        assert not pays(gpu, 17, (632, 632))
+        for dtype in (torch.float16, torch.float32):
+            assert not pays(gpu, 8192, (632, 632), dtype)
+    # Where a library's MMAs are faster than mma.sync; and where they are not.
+    assert pays("H200", 8192, (632, 632))
+    assert pays("B200", 8192, (632, 632))
+    assert not pays("4090", 8192, (632, 632))
+    assert pays("H200", 100_000, None)
+
+
+def test_estimates_are_explained() -> None:
+    packed = make_packed(4096, 4096, [80, 80])
+    few, many = (explain((tokens, 4096), packed, dtype=torch.bfloat16, gpu="H200") for tokens in (16, 17))
+    assert (few.estimated_cycles, few.unpack_cycles) == (None, None)
+    assert many.estimated_cycles is not None
+    assert many.unpack_cycles is not None
+    assert "unpack_cycles" in str(many)
 
 
 def test_plans_refuse() -> None:

@@ -66,7 +66,7 @@ class PythonRoom:
 _KERNELS = "littlebit2_kernels"
 _USER_BASE = ("torch", "numpy", "safetensors", "tqdm")
 
-_BELOW_LINEAR = ("dispatch", "format", "functional", "ops", "prepacked", "reference", "state")
+_BELOW_LINEAR = ("dispatch", "format", "functional", "ops", "prepacked", "prompts", "reference", "state")
 
 #: The row with the longest matching prefix applies.
 PYTHON_ROOMS = {

@@ -260,6 +260,24 @@ def test_auto_gives_many_tokens_to_triton(reasons: dict[str, str | None]) -> Non
     assert dispatch.choose_backend("auto", "cuda", many) == "cuda"
 
 
+def test_auto_unpacks_where_that_pays(reasons: dict[str, str | None]) -> None:
+    reasons.update(cuda=None, triton=None)
+    few, many = dispatch.FEW_TOKENS, dispatch.CUDA_TOKENS + 1
+
+    def choose(tokens: int, backend: str = "auto", activation: str = "auto", pays: bool = True) -> str:
+        return dispatch.choose_backend(backend, "cuda", tokens, activation, lambda: pays)
+
+    assert (choose(few), choose(few + 1), choose(many)) == ("cuda", "blas", "blas")
+    assert (choose(few + 1, pays=False), choose(many, pays=False)) == ("cuda", "triton")
+    assert (choose(many, activation="exact"), choose(many, "triton")) == ("cuda", "triton")
+    assert dispatch.choose_backend("auto", "cpu", many, "auto", lambda: True) == "cpu"
+    # It unpacks by a CUDA kernel.
+    reasons["cuda"] = "no nvcc"
+    assert choose(many) == "triton"
+    with pytest.raises(BackendUnavailableError, match="backend='blas' cannot run: no nvcc"):
+        choose(many, "blas")
+
+
 def test_reasons_say_what_would_help(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_backend, "_installed", lambda: False)
     reason = triton_backend.no_triton_reason("cuda")

@@ -65,6 +65,9 @@ typedef struct lb2_cuda_plan {
   int32_t first_stages;      /* computed (paths that share one count once) */
   int32_t num_launches;
   lb2_cuda_launch launches[4];
+  /* Of a call with a GEMM, else 0, and no measurement: clock cycles that it should take, and those of
+   * lb2_linear_unpack_cuda and a library's products of half precision with what that gives. */
+  int64_t estimated_cycles, unpack_cycles;
 } lb2_cuda_plan;
 
 /* What to plan with in place of the planner's choice, to measure other choices; each 0 leaves it the choice.
@@ -115,6 +118,14 @@ LB2_API lb2_status lb2_linear_forward_cuda(const lb2_linear_args* args, const lb
 /* The same for the layers of a plan of lb2_grouped_plan_cuda. The workspace is that of layers[0]. */
 LB2_API lb2_status lb2_grouped_forward_cuda(const lb2_linear_args* layers, int64_t num_layers,
                                             const lb2_cuda_plan* plan, void* stream);
+
+/* The layer as dense matrices, queued on `stream`, for matrix products of the caller's own where there are
+ * many tokens (plan.unpack_cycles): y = (x first^T) last^T + bias, with first [R of all paths, K] = sign(V)
+ * in_scale and last [N, R of all paths] = out_scale sign(U) latent_scale; or, of a layer of a single stage, y
+ * = x last^T
+ * + bias with last [N, K], the sum of its paths, and `first` NULL. Both without room between rows, in
+ * args->dtype; float16 does not hold all that float32 scales can say. Of args only the layer is looked at. */
+LB2_API lb2_status lb2_linear_unpack_cuda(const lb2_linear_args* args, void* first, void* last, void* stream);
 
 #ifdef __cplusplus
 } /* extern "C" */

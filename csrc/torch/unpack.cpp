@@ -1,0 +1,124 @@
+#include "torch/unpack.h"
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstring>
+
+namespace lb2::torch_ops {
+namespace {
+
+ScalarType scalar_type(int64_t dtype) {
+  switch (dtype) {
+    case LB2_FLOAT32:
+      return ScalarType::Float;
+    case LB2_FLOAT16:
+      return ScalarType::Half;
+    case LB2_BFLOAT16:
+      return ScalarType::BFloat16;
+    default:
+      raise("dtype must be ", LB2_FLOAT32, " (float32), ", LB2_FLOAT16, " (float16) or ", LB2_BFLOAT16,
+            " (bfloat16), got ", dtype);
+  }
+}
+
+// row_scale * signs * col_scale of one row, added to `sums`.
+void add_row(const int32_t* words, int64_t cols, float row_scale, const float* col_scale, float* sums) {
+  for (int64_t begin = 0; begin < cols; begin += LB2_WORD_BITS) {
+    const uint32_t word = static_cast<uint32_t>(words[begin / LB2_WORD_BITS]);
+    const int64_t end = std::min<int64_t>(begin + LB2_WORD_BITS, cols);
+    for (int64_t col = begin; col < end; ++col) {
+      const float product = row_scale * col_scale[col];
+      sums[col] += word >> (col - begin) & 1u ? -product : product;
+    }
+  }
+}
+
+template <typename T>
+void store_row(const float* sums, int64_t cols, char* row) {
+  for (int64_t col = 0; col < cols; ++col) {
+    const T value = static_cast<T>(sums[col]);
+    std::memcpy(row + col * static_cast<int64_t>(sizeof value), &value, sizeof value);
+  }
+}
+
+void store_row(const float* sums, int64_t cols, lb2_dtype dtype, char* row) {
+  if (dtype == LB2_FLOAT32) return store_row<float>(sums, cols, row);
+  if (dtype == LB2_FLOAT16) return store_row<torch::headeronly::Half>(sums, cols, row);
+  store_row<torch::headeronly::BFloat16>(sums, cols, row);
+}
+
+// Rows of `output`, `stride` elements apart, each the sum that add(row, sums) makes.
+template <typename Add>
+void fill(char* output, int64_t stride, int64_t rows, int64_t cols, lb2_dtype dtype, const Add& add) {
+  struct Task {
+    char* output;
+    int64_t row_bytes, cols;
+    lb2_dtype dtype;
+    const Add* add;
+  } task = {output, stride * (dtype == LB2_FLOAT32 ? 4 : 2), cols, dtype, &add};
+  const auto run = [](int64_t begin, int64_t end, void* context) {
+    const Task& own = *static_cast<const Task*>(context);
+    std::vector<float> sums(static_cast<size_t>(own.cols));
+    for (int64_t row = begin; row < end; ++row) {
+      std::fill(sums.begin(), sums.end(), 0.0f);
+      (*own.add)(row, sums.data());
+      store_row(sums.data(), own.cols, own.dtype, own.output + row * own.row_bytes);
+    }
+  };
+  const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(cols, 1));
+  torch_parallel(nullptr, rows, grain, run, &task);
+}
+
+}  // namespace
+
+std::vector<Tensor> new_factors(lb2_linear_args& args, const Tensor& like, int64_t dtype) {
+  const ScalarType type = scalar_type(dtype);
+  args.dtype = static_cast<lb2_dtype>(dtype);
+  const auto matrix = [&](int64_t rows, int64_t cols) {
+    const std::array<int64_t, 2> shape = {rows, cols};
+    return torch::stable::new_empty(like, shape, type);
+  };
+  if (args.paths[0].u == nullptr) return {matrix(args.n, args.k)};
+  int64_t latents = 0;
+  for (int64_t p = 0; p < args.num_paths; ++p) latents += args.paths[p].rank;
+  return {matrix(latents, args.k), matrix(args.n, latents)};
+}
+
+std::vector<Tensor> unpack_cpu(const std::vector<Tensor>& v, const OptionalTensors& u,
+                               const std::vector<Tensor>& in_scale, const OptionalTensors& latent_scale,
+                               const std::vector<Tensor>& out_scale, int64_t dtype) {
+  lb2_linear_args args = {};
+  Paths paths;
+  set_layer(args, paths.data(), all_paths(v, u, in_scale, latent_scale, out_scale), kCpu);
+  std::vector<Tensor> factors = new_factors(args, in_scale[0], dtype);
+  char* const last = static_cast<char*>(factors.back().mutable_data_ptr());
+  if (args.paths[0].u == nullptr) {
+    fill(last, args.k, args.n, args.k, args.dtype, [&](int64_t row, float* sums) {
+      for (int64_t p = 0; p < args.num_paths; ++p) {
+        const lb2_path& path = args.paths[p];
+        add_row(path.v + row * path.v_stride, args.k, path.out_scale[row], path.in_scale, sums);
+      }
+    });
+    return factors;
+  }
+  char* first = static_cast<char*>(factors[0].mutable_data_ptr());
+  const int64_t element_bytes = args.dtype == LB2_FLOAT32 ? 4 : 2, latents = factors[0].size(0);
+  int64_t before = 0;
+  for (int64_t p = 0; p < args.num_paths; ++p) {
+    const lb2_path& path = args.paths[p];
+    fill(first + before * args.k * element_bytes, args.k, path.rank, args.k, args.dtype,
+         [&](int64_t row, float* sums) {
+           add_row(path.v + row * path.v_stride, args.k, 1.0f, path.in_scale, sums);
+         });
+    fill(last + before * element_bytes, latents, args.n, path.rank, args.dtype,
+         [&](int64_t row, float* sums) {
+           add_row(path.u + row * path.u_stride, path.rank, path.out_scale[row], path.latent_scale, sums);
+         });
+    before += path.rank;
+  }
+  return factors;
+}
+
+}  // namespace lb2::torch_ops
