@@ -92,7 +92,7 @@ ctest: $(STAMPS)/base ## run the C and C++ tests of the torch-free core
 	@echo "== ctest"
 	@$(call quietly,build/cpp/configure.log,cmake -S . -B build/cpp $(CORE_ONLY) -DCMAKE_BUILD_TYPE=Release)
 	@$(call quietly,build/cpp/build.log,cmake --build build/cpp)
-	@ctest --test-dir build/cpp --output-on-failure --no-tests=error
+	@ctest --test-dir build/cpp --output-on-failure --no-tests=error --parallel $$(nproc)
 
 sanitize: $(addprefix sanitize-,$(SANITIZERS)) ## run the C and C++ tests under sanitizers
 
@@ -100,7 +100,7 @@ sanitize-%: $(STAMPS)/base
 	@echo "== ctest, sanitizer: $*"
 	@$(call quietly,build/sanitize-$*/configure.log,cmake -S . -B build/sanitize-$* $(CORE_ONLY) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DLB2_SANITIZE=$(subst +,$(comma),$*))
 	@$(call quietly,build/sanitize-$*/build.log,cmake --build build/sanitize-$*)
-	@ctest --test-dir build/sanitize-$* --output-on-failure --no-tests=error
+	@ctest --test-dir build/sanitize-$* --output-on-failure --no-tests=error --parallel $$(nproc)
 
 lint: $(STAMPS)/dev ## check style, formatting and types
 	@ruff check .

@@ -8,6 +8,7 @@ does not hold all products of scales.
 from __future__ import annotations
 
 import itertools
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -72,19 +73,20 @@ def register() -> None:
 
 def _product(x: torch.Tensor, operands: Operands, bias: torch.Tensor | None) -> torch.Tensor:
     *first, last = unpack(operands, x.dtype)
-    bias = None if bias is None else bias.to(x.dtype)
-    if not torch.is_autocast_enabled(x.device.type):
-        return F.linear(F.linear(x, first[0]) if first else x, last, bias)
-    # As with the other backends, autocast is the module's to follow.
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x):
+        bias = None if bias is None else bias.to(x.dtype)
         return F.linear(F.linear(x, first[0]) if first else x, last, bias)
 
 
 def _transposed_product(grad: torch.Tensor, operands: Operands) -> torch.Tensor:
     *first, last = unpack(operands, grad.dtype)
-    with torch.autocast(grad.device.type, enabled=False):
-        grad = grad @ last
-        return grad @ first[0] if first else grad
+    with _without_autocast(grad):
+        return grad @ last @ first[0] if first else grad @ last
+
+
+def _without_autocast(x: torch.Tensor) -> AbstractContextManager[object]:
+    # As with the other backends, autocast is the module's to follow. Meta tensors know none.
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def _linear_backward_x(grad: torch.Tensor, *operands: Any) -> torch.Tensor:

@@ -72,7 +72,11 @@ def _unsupported(backend: str, device_type: str) -> str | None:
     if backend == "triton":
         return no_triton_reason(device_type)
     if backend == "blas":
-        return no_cuda_reason() if device_type == "cuda" else None
+        if device_type in ("cpu", "meta"):
+            return None
+        if device_type == "cuda":
+            return no_cuda_reason()
+        return f"it runs on CPU and CUDA tensors, not on {device_type}"
     raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
 

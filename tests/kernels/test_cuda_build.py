@@ -5,6 +5,7 @@ What they compute is proven elsewhere by executing them on the host (tests/cpp/c
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import re
@@ -95,8 +96,13 @@ def _machine_code(build: tuple[Path, str], arch: int, kernel: str) -> list[str]:
     if disassembler is None:
         pytest.skip("needs cuobjdump (CUDA toolkit or Triton's package)")
     library = next(build[0].glob("**/liblittlebit2_cuda.so"))
-    code = _run(disassembler, "--dump-sass", "--gpu-architecture", f"sm_{arch}", str(library))
+    code = _disassembled(disassembler, library, arch)
     return [part for part in re.split(r"\n\s*Function : ", code)[1:] if kernel in part.split()[0]]
+
+
+@functools.lru_cache(maxsize=len(ARCHITECTURES))
+def _disassembled(disassembler: str, library: Path, arch: int) -> str:
+    return _run(disassembler, "--dump-sass", "--gpu-architecture", f"sm_{arch}", str(library))
 
 
 @pytest.mark.parametrize("arch", [80, 86, 89, 90])

@@ -16,6 +16,7 @@ from littlebit2_kernels import (
     load,
     prepack,
 )
+from littlebit2_kernels.dispatch import unavailable_reason
 from littlebit2_kernels.format import unpack_signs_reference
 from littlebit2_kernels.reference import dense_weight, linear_reference
 from littlebit2_kernels.testing import TOLERANCE, make_packed, make_problem, relative_error, typical_norm
@@ -168,6 +169,15 @@ def test_refusals(problem: tuple[torch.Tensor, PackedLinear]) -> None:
             LittleBitLinear.from_packed(packed, backend="blas", activation=activation)
     with pytest.raises(ValueError, match=r"x.size\(-1\) must equal K=100"):
         littlebit_linear(x[:, :99], packed, backend="blas")
+
+
+def test_meta_tensors_and_other_devices() -> None:
+    module = LittleBitLinear(100, 70, [8, 16], backend="blas", device="meta")
+    x = torch.empty(3, 100, device="meta", requires_grad=True)
+    module(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == (3, 100)
+    assert unavailable_reason("blas", "mps") == "it runs on CPU and CUDA tensors, not on mps"
 
 
 def test_explained(problem: tuple[torch.Tensor, PackedLinear]) -> None:
