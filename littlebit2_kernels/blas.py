@@ -1,20 +1,22 @@
 """The backend ``blas``: signs and scales unpacked for each call, then torch's own matrix products.
 
 Where there are many tokens, a vendor's library on dense factors can be faster than kernels that expand signs
-as they go: unpacking costs the same for one token as for thousands. In float32 and bfloat16 only, as float16
-does not hold all products of scales.
+as they go: unpacking costs the same for one token as for thousands. In float32 and bfloat16 only: float16
+does not hold all that products of scales can be.
 """
 
 from __future__ import annotations
 
-import itertools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
-from .ops import Operands, flatten, load_for, refuse_gradients_of_scales
+from . import ops
+from .dispatch import check_blas_dtype
+from .ops import Operands
 
 __all__ = ["blas_linear", "register", "unpack"]
 
@@ -25,8 +27,9 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 def blas_linear(x: torch.Tensor, operands: Operands, bias: torch.Tensor | None) -> torch.Tensor:
     """Apply a layer to ``x`` ``[..., K]`` by one or two of torch's matrix products, in the dtype of ``x``.
 
-    Scales are part of the unpacked factors, so that every rounding is that of ``x``'s dtype: of a factor, of
-    the latents, of the bias. In float32, torch's settings of TF32 hold.
+    Scales are part of the unpacked factors: factors, latents and bias are rounded to the dtype of ``x``, and
+    products of ``latent_scale`` and ``out_scale`` must fit into it. Sums are torch's, whose settings of TF32
+    and of reduced precision in bfloat16 hold.
 
     Args:
         x: float32 or bfloat16.
@@ -34,20 +37,26 @@ def blas_linear(x: torch.Tensor, operands: Operands, bias: torch.Tensor | None) 
         bias: float32 ``[N]`` or ``None``.
 
     Returns:
-        ``[..., N]`` in the dtype of ``x``. Differentiable in ``x`` and ``bias``; factors are unpacked anew in
-        the backward call.
+        ``[..., N]`` in the dtype of ``x``. Differentiable in ``x`` and ``bias``, with the same roundings;
+        factors are unpacked anew in the backward call.
 
     Raises:
         ValueError: ``x`` is float16.
     """
-    if x.dtype == torch.float16:
-        raise ValueError(
-            "x must be float32 or bfloat16 for backend='blas', as float16 does not hold all products of the "
-            "scales; got torch.float16, which the other backends serve"
-        )
-    if torch.is_grad_enabled() and any(t.requires_grad for t in flatten((x, *operands, bias))):
-        return _Linear.apply(x, bias, [None if o is None else len(o) for o in operands], *flatten(operands))
-    return _product(x, operands, bias)
+    check_blas_dtype(x.dtype)  # also where the kernel below is not reached: of meta tensors
+    ops.load_for(x)
+    if torch.compiler.is_compiling():
+        return torch.ops.littlebit2.blas_linear(x, *operands, bias)
+    if forward_ad._current_level >= 0:
+        primal, tangent = forward_ad.unpack_dual(x)
+        if tangent is not None:
+            y = blas_linear(primal, operands, bias)
+            return forward_ad.make_dual(y, blas_linear(tangent, operands, None))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in ops.flatten((x, *operands, bias))):
+        return torch.ops.littlebit2.blas_linear(x, *operands, bias)
+    # Nothing to differentiate: the kernel itself, which autograd must not see the products of.
+    with torch._C._AutoDispatchBelowAutograd():
+        return _linear(x, *operands, bias)
 
 
 def unpack(operands: Operands, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -61,72 +70,73 @@ def unpack(operands: Operands, dtype: torch.dtype) -> list[torch.Tensor]:
     Raises:
         RuntimeError: an operand does not fit.
     """
-    load_for(operands[0][0])
+    ops.load_for(operands[0][0])
     return torch.ops.littlebit2.unpack(*operands, _DTYPES[dtype])
 
 
 def register() -> None:
-    """Register what ``littlebit2::unpack`` and gradients on CUDA need; the operators must be loaded."""
+    """Register the operators' kernels, fakes and gradients; the library that defines them must be loaded."""
     torch.library.register_fake("littlebit2::unpack", _unpack_fake)
-    torch.library.impl("littlebit2::linear_backward_x", "cuda", _linear_backward_x)
+    for name, kernel, fake, backward in (
+        ("blas_linear", _linear, ops.linear_fake, _linear_backward),
+        ("blas_linear_backward_x", _backward_x, ops.linear_backward_x_fake, _backward_x_backward),
+    ):
+        qualified = f"littlebit2::{name}"
+        torch.library.impl(qualified, ("cpu", "cuda"), kernel)
+        torch.library.register_fake(qualified, fake)
+        torch.library.register_autograd(qualified, backward, setup_context=ops.linear_setup)
+    torch.library.impl("littlebit2::linear_backward_x", "cuda", _cuda_linear_backward_x)
 
 
-def _product(x: torch.Tensor, operands: Operands, bias: torch.Tensor | None) -> torch.Tensor:
+def _linear(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    check_blas_dtype(x.dtype)
+    operands, bias = arguments[:5], arguments[5] if len(arguments) > 5 else None
+    ops.check_fake("x", x, operands[2][0].shape[-1], operands, bias)
     *first, last = unpack(operands, x.dtype)
     with _without_autocast(x):
-        bias = None if bias is None else bias.to(x.dtype)
+        bias = None if bias is None else bias.flatten().to(x.dtype)
         return F.linear(F.linear(x, first[0]) if first else x, last, bias)
 
 
-def _transposed_product(grad: torch.Tensor, operands: Operands) -> torch.Tensor:
+def _backward_x(grad: torch.Tensor, *operands: Any) -> torch.Tensor:
+    ops.check_fake("grad", grad, operands[4][0].shape[-1], operands, None)
     *first, last = unpack(operands, grad.dtype)
     with _without_autocast(grad):
         return grad @ last @ first[0] if first else grad @ last
 
 
-def _without_autocast(x: torch.Tensor) -> AbstractContextManager[object]:
-    # As with the other backends, autocast is the module's to follow. Meta tensors know none.
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
-
-
-def _linear_backward_x(grad: torch.Tensor, *operands: Any) -> torch.Tensor:
-    """The CUDA kernel of ``littlebit2::linear_backward_x``: in bfloat16 or float32."""
+def _cuda_linear_backward_x(grad: torch.Tensor, *operands: Any) -> torch.Tensor:
+    """The CUDA kernel of ``littlebit2::linear_backward_x``: in bfloat16 for bfloat16, else in float32."""
+    ops.check_fake("grad", grad, operands[4][0].shape[-1], operands, None)
     dtype = torch.bfloat16 if grad.dtype == torch.bfloat16 else torch.float32
-    return _transposed_product(grad.to(dtype), operands).to(grad.dtype)
+    return _backward_x(grad.to(dtype), *operands).to(grad.dtype)
 
 
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        x: torch.Tensor, bias: torch.Tensor | None, lengths: list[int | None], *operands: torch.Tensor
-    ) -> torch.Tensor:
-        return _product(x, _as_lists(lengths, operands), bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        _, bias, lengths, *operands = inputs
-        refuse_gradients_of_scales(_as_lists(lengths, operands))
-        # Saved, not kept: autograd then notices when they are changed in place before the backward call.
-        ctx.save_for_backward(*operands)
-        ctx.lengths = lengths
-        ctx.bias_like = None if bias is None else (bias.shape, bias.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _transposed_product(grad, _as_lists(ctx.lengths, ctx.saved_tensors))
-        if ctx.needs_input_grad[1]:
-            shape, dtype = ctx.bias_like
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=dtype).reshape(shape)
-        return (grad_x, grad_bias, None, *[None] * (len(ctx.needs_input_grad) - 3))
+def _without_autocast(x: torch.Tensor) -> AbstractContextManager[object]:
+    # As with the other backends, autocast is the module's to follow.
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def _as_lists(lengths: list[int | None], tensors: Any) -> Operands:
-    left = iter(tensors)
-    return tuple(  # type: ignore[return-value]
-        None if length is None else list(itertools.islice(left, length)) for length in lengths
-    )
+# The products are within one operator each way: a compiler that saw them would keep a layer's factors from
+# the forward to the backward call.
+def _linear_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.littlebit2.blas_linear_backward_x(grad, *ops.saved_operands(ctx))
+    grad_bias = None
+    if len(ctx.needs_input_grad) > 6 and ctx.needs_input_grad[6]:
+        grad_bias = ops.bias_gradient(ctx, grad)
+    # The dispatcher drops a bias left at its default.
+    return (grad_x, *ops.no_gradients(ctx), grad_bias)[: len(ctx.needs_input_grad)]
+
+
+def _backward_x_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    # The transpose of the transpose: the layer without its bias.
+    grad_grad = None
+    if ctx.needs_input_grad[0]:
+        grad_grad = torch.ops.littlebit2.blas_linear(grad, *ops.saved_operands(ctx), None)
+    return grad_grad, *ops.no_gradients(ctx)
 
 
 def _unpack_fake(

@@ -18,6 +18,7 @@ __all__ = [
     "BackendUnavailableError",
     "check_activation",
     "check_activation_mode",
+    "check_blas_dtype",
     "choose_backend",
     "has_many_tokens",
     "unavailable_reason",
@@ -53,7 +54,7 @@ def unavailable_reason(backend: str, device_type: str) -> str | None:
         ValueError: ``backend`` is ``"auto"`` or no name in :data:`BACKENDS`.
     """
     reason = _unsupported(backend, device_type)
-    if reason is None and backend == "cpu":
+    if reason is None and backend in ("blas", "cpu"):
         try:
             core()
         except NativeLibraryError as error:
@@ -96,9 +97,9 @@ def choose_backend(
 
     ``auto`` takes the native kernels of the device. On a GPU where there are none, as on AMD's, it takes
     Triton's. Where there are, and for more than :data:`FEW_TOKENS` ``tokens``, it takes ``blas`` if
-    ``unpacking_pays``, else Triton's for more than :data:`CUDA_TOKENS`; but not if ``activation`` names a
-    mode (which then is the same bits for every number of tokens) or the call is being compiled (which would
-    make one graph for few and one for many).
+    ``unpacking_pays`` beside the CUDA kernels, else Triton's for more than :data:`CUDA_TOKENS`; but not if
+    ``activation`` names a mode (which then is the same bits for every number of tokens) or the call is being
+    compiled (which would make one graph for few and one for many).
 
     Args:
         backend: a name of :data:`BACKENDS`.
@@ -147,6 +148,15 @@ def check_activation(x: torch.Tensor, in_features: int, device: torch.device) ->
         raise ValueError(f"x.size(-1) must equal K={in_features}, got shape {list(x.shape)}")
     if x.device != device:
         raise ValueError(f"x must be on {device} like the packed layer, got {x.device}")
+
+
+def check_blas_dtype(dtype: torch.dtype) -> None:
+    """Raise ValueError unless ``backend="blas"`` serves activations of ``dtype``."""
+    if dtype == torch.float16:
+        raise ValueError(
+            "x must be float32 or bfloat16 for backend='blas', as float16 does not hold all that products of "
+            "the scales can be; got torch.float16, which the other backends serve"
+        )
 
 
 def check_activation_mode(activation: str, backend: str, prepacked: bool) -> None:

@@ -15,6 +15,7 @@ from .dispatch import (
     BackendUnavailableError,
     check_activation,
     check_activation_mode,
+    check_blas_dtype,
     choose_backend,
 )
 from .format import MAX_DIM, PackedLinear
@@ -31,7 +32,7 @@ _REASONS = {
     "cpu": "native kernels for {} tensors",
     "cuda": "native kernels for {} tensors",
     "triton": "Triton kernels: no native ones for these {} tensors, or more tokens than those are made for",
-    "blas": "more tokens than pay the CUDA kernels, by the planner's estimates",
+    "blas": "unpacking is estimated to be faster for so many tokens than kernels for {} tensors",
     "reference": "",
 }
 
@@ -94,10 +95,10 @@ class Explanation:
         isa: CPU instruction set, or ``None`` for other backends.
         threads: threads that get work of a prepacked layer, or that torch offers the call.
         token_block: tokens that one pass over the packed words serves.
-        workspace_bytes: scratch memory of the forward call.
+        workspace_bytes: scratch memory of the forward call; of ``blas`` its factors.
         first_stages: first stages computed (paths that share one count once).
         estimated_cycles: of a GEMM call on CUDA, clock cycles by the planner's estimate; no measurement.
-        unpack_cycles: the same of ``backend="blas"`` in half precision.
+        unpack_cycles: the same of ``backend="blas"``; not of float32.
         gpu: the GPU that the call is planned for, or ``None``.
         launches: what is launched, in order (on CUDA, for the first ``token_block`` tokens); empty for other
             backends than CUDA and Triton.
@@ -147,7 +148,7 @@ def explain(
         dtype: of ``x`` where only its shape is given; float32 by default.
         gpu: plan for this GPU wherever the layer is, be there one or not: its properties, or a name of
             :data:`littlebit2_kernels.gpu.GPUS` such as ``"H200"``. ``backend`` must be ``"auto"``, which is
-            then ``"cuda"``, ``"cuda"`` or ``"triton"``.
+            then ``"cuda"``, ``"cuda"``, ``"triton"`` or ``"blas"``.
 
     Raises:
         TypeError: ``x`` is a tensor of an unsupported dtype, or ``packed`` not a layer.
@@ -170,8 +171,10 @@ def explain(
             lambda: unpacking_pays(tokens, call_dtype, *shape_of(packed), packed.device),
         )
         reason = _REASONS[chosen].format(device_type)
-    elif backend not in ("auto", "cuda", "triton"):
-        raise ValueError(f"backend must be 'auto', 'cuda' or 'triton' where gpu is given, got {backend!r}")
+    elif backend not in ("auto", "blas", "cuda", "triton"):
+        raise ValueError(
+            f"backend must be 'auto', 'blas', 'cuda' or 'triton' where gpu is given, got {backend!r}"
+        )
     elif isinstance(packed, PrepackedLinear):
         raise ValueError("packed must be a PackedLinear where gpu is given: prepacked layers are the CPU's")
     else:
@@ -204,7 +207,7 @@ def explain(
         plan = plan_triton(*shapes, dtype_name, activation, target)
         return Explanation(**common, **{**plan, "launches": tuple(plan["launches"])})
     if chosen in ("blas", "reference"):
-        return Explanation(**common, kernels="matrix products" if chosen == "blas" else None)
+        return _of_torch(common, packed, getattr(torch, dtype_name))
     try:
         native = core()
     except NativeLibraryError as error:
@@ -251,6 +254,24 @@ def explain(
         token_block=plan["token_block"],
         workspace_bytes=plan["forward_workspace_bytes"],
         first_stages=plan["first_stages"],
+    )
+
+
+def _of_torch(
+    common: dict[str, Any], packed: PackedLinear | PrepackedLinear, dtype: torch.dtype
+) -> Explanation:
+    """Of a backend made of torch's products: ``reference``, or ``blas``, which shares no first stages."""
+    if common["backend"] == "reference":
+        return Explanation(**common)
+    check_blas_dtype(dtype)
+    elements = packed.in_features * packed.out_features
+    if not packed.single_stage:
+        elements = sum(packed.ranks) * (packed.in_features + packed.out_features)
+    return Explanation(
+        **common,
+        kernels="matrix products",
+        workspace_bytes=elements * dtype.itemsize,
+        first_stages=len(packed.ranks),
     )
 
 

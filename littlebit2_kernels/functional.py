@@ -43,11 +43,13 @@ def littlebit_linear(
             about 2e-4), or ``"auto"``: exact for float32, and on the CPU for layers that are not
             prepacked; else int16, or float16 on GPUs for more than 16 tokens, on those without 1-bit tensor
             cores, and with Triton, which has no int16. On the CPU, int16, int8 and sign need a prepacked
-            layer. ``blas`` rounds in the dtype of x. Gradients are those of exact sums, but on CUDA in
-            bfloat16 for bfloat16.
+            layer. ``blas``, which ``auto`` may take on GPUs for many bfloat16 tokens, computes in the dtype
+            of x (:func:`littlebit2_kernels.blas.blas_linear`). Gradients are those of exact sums, but those
+            of ``blas``, and on CUDA all, by torch's products: in bfloat16 for bfloat16, else in float32 with
+            torch's setting of TF32.
 
     Returns:
-        ``[..., N]`` in the dtype of ``x``; accumulation is in float32 or exact.
+        ``[..., N]`` in the dtype of ``x``; accumulation is in float32 or exact, of ``blas`` torch's.
 
     Raises:
         TypeError: ``x`` is not a tensor of a supported dtype, or ``packed`` not a layer.

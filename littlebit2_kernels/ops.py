@@ -52,8 +52,8 @@ def load(device_type: str = "cpu") -> None:
 
 def _register() -> None:
     operators: tuple[tuple[str, Any, Any, Any], ...] = (
-        ("linear", _linear_fake, _linear_setup, _linear_backward),
-        ("linear_backward_x", _linear_backward_x_fake, _linear_setup, _linear_backward_x_backward),
+        ("linear", linear_fake, linear_setup, _linear_backward),
+        ("linear_backward_x", linear_backward_x_fake, linear_setup, _linear_backward_x_backward),
         ("linear_prepacked", _prepacked_fake, _prepacked_setup, _prepacked_backward),
         (
             "linear_prepacked_backward_x",
@@ -201,7 +201,7 @@ def check_fake(name: str, x: torch.Tensor, cols: int, operands: Operands, bias: 
     )
 
 
-def _linear_fake(
+def linear_fake(
     x: torch.Tensor,
     v: Operand,
     u: Operand | None,
@@ -215,7 +215,7 @@ def _linear_fake(
     return x.new_empty((*x.shape[:-1], out_scale[0].shape[-1]))
 
 
-def _linear_backward_x_fake(
+def linear_backward_x_fake(
     grad: torch.Tensor,
     v: Operand,
     u: Operand | None,
@@ -234,11 +234,11 @@ def refuse_gradients_of_scales(operands: tuple[Any, ...]) -> None:
             if tensor.requires_grad:
                 raise RuntimeError(
                     f"{name}[{index}] requires a gradient, but packed layers are frozen: "
-                    "littlebit2::linear is differentiable in x and bias only"
+                    "they are differentiable in x and bias only"
                 )
 
 
-def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def linear_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     # Inputs of both operators start with x or grad and the five operands; the forward has more.
     operands = inputs[1:6]
     refuse_gradients_of_scales(operands)
@@ -261,14 +261,19 @@ def no_gradients(ctx: Any) -> list[list[None] | None]:
     return [None if length is None else [None] * length for length in ctx.lengths]
 
 
+def bias_gradient(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+    """The gradient of a bias whose shape and dtype a set-up kept as ``bias_like``."""
+    shape, dtype = ctx.bias_like
+    return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=dtype).reshape(shape)
+
+
 def _linear_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     grad_x = None
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.littlebit2.linear_backward_x(grad, *saved_operands(ctx))
     grad_bias = None
     if len(ctx.needs_input_grad) > 6 and ctx.needs_input_grad[6]:
-        shape, dtype = ctx.bias_like
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=dtype).reshape(shape)
+        grad_bias = bias_gradient(ctx, grad)
     # The dispatcher drops a bias and an activation left at their defaults.
     return (grad_x, *no_gradients(ctx), grad_bias, None)[: len(ctx.needs_input_grad)]
 
@@ -311,8 +316,7 @@ def _prepacked_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         (layer,) = ctx.saved_tensors
         grad_x = torch.ops.littlebit2.linear_prepacked_backward_x(grad, layer, ctx.in_features)
     if ctx.needs_input_grad[2]:
-        shape, dtype = ctx.bias_like
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=dtype).reshape(shape)
+        grad_bias = bias_gradient(ctx, grad)
     # The dispatcher drops an activation left at its default.
     return (grad_x, None, grad_bias, None, None)[: len(ctx.needs_input_grad)]
 

@@ -10,7 +10,17 @@ import torch
 from ._native import core
 from .gpu import GpuProperties, gpu_properties
 
-__all__ = ["unpacking_pays"]
+__all__ = ["FACTOR_BYTES", "LEAST_TOKENS", "MARGIN", "unpacking_pays"]
+
+#: Of a GPU that can be planned for (csrc/cuda/check.cpp).
+_LEAST_CAPABILITY = 80
+
+#: Fewest tokens that are unpacked for: of fewer, what a call takes the host is the larger part.
+LEAST_TOKENS = 128
+#: How many times the other's estimate the CUDA kernels' must be, so that noise does not decide.
+MARGIN = 1.1
+#: Most bytes of unpacked factors that ``auto`` makes; about as much as the kernels' workspace.
+FACTOR_BYTES = 128 * 2**20
 
 
 def unpacking_pays(
@@ -24,10 +34,11 @@ def unpacking_pays(
 ) -> bool:
     """Whether unpacking a layer and torch's matrix products should take less time than the CUDA kernels.
 
-    By the planner's estimates of both (docs/cuda.md), which are counts, not measurements.
+    By the planner's estimates of both (docs/cuda.md), which are counts, not measurements, with a margin. Of
+    the Triton kernels, which could also run, there is no estimate.
 
     Args:
-        tokens: M, more than the 16 that have no estimates.
+        tokens: M.
         dtype: of the activations.
         in_features: K.
         out_features: N.
@@ -36,13 +47,20 @@ def unpacking_pays(
         gpu: as for :func:`littlebit2_kernels.gpu.gpu_properties`.
 
     Returns:
-        False for any dtype but bfloat16: float16 does not hold all products of scales, and float32 is for
-        exact sums.
+        False for fewer than :data:`LEAST_TOKENS`, more than :data:`FACTOR_BYTES` of factors, GPUs that the
+        kernels are not made for, and any dtype but bfloat16: float16 does not hold all that products of
+        scales can be, and float32 is for exact sums.
     """
-    if dtype != torch.bfloat16:
+    if dtype != torch.bfloat16 or tokens < LEAST_TOKENS:
         return False
     own = None if ranks is None else tuple(ranks)
-    return _pays(tokens, in_features, out_features, own, tuple(shares), gpu_properties(gpu))
+    properties = _properties(gpu) if isinstance(gpu, torch.device) else gpu_properties(gpu)
+    return _pays(tokens, in_features, out_features, own, tuple(shares), properties)
+
+
+@functools.cache
+def _properties(device: torch.device) -> GpuProperties:
+    return gpu_properties(device)
 
 
 # Models have few shapes, and prompts as many lengths as there are requests.
@@ -55,8 +73,12 @@ def _pays(
     shares: tuple[int, ...],
     gpu: GpuProperties,
 ) -> bool:
+    elements = in_features * out_features if ranks is None else sum(ranks) * (in_features + out_features)
+    if gpu.capability < _LEAST_CAPABILITY or elements * torch.bfloat16.itemsize > FACTOR_BYTES:
+        return False
     rows = [out_features] * len(shares) if ranks is None else list(ranks)
     plan = core().plan_cuda(
         tokens, in_features, out_features, rows, ranks is None, list(shares), "bfloat16", 0, *gpu.for_cuda()
     )
-    return bool(plan["unpack_cycles"] < plan["estimated_cycles"])
+    # A call without a GEMM (no shared memory for it) has no estimates.
+    return bool(MARGIN * plan["unpack_cycles"] < plan["estimated_cycles"])

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from ._native import no_cuda_reason
 from .format import PackedLinear
 from .functional import littlebit_linear
 from .linear import LittleBitLinear
 
 __all__ = ["WARMUP_TOKENS", "warmup"]
 
-#: A call, the columns that it takes, and where.
-_Case = tuple[Callable[[torch.Tensor], Any], int, torch.device]
+#: A call, the columns that it takes, where, and the same call by ``blas`` if it may come to that.
+_Call = Callable[[torch.Tensor], Any]
+_Case = tuple[_Call, int, torch.device, _Call | None]
 
 #: Numbers of tokens that reach every kernel, and every configuration of it that is not tuned.
 WARMUP_TOKENS = (1, 5, 9, 17, 33, 65, 129, 513)
@@ -51,10 +54,14 @@ def warmup(
     """
     calls = 0
     devices = set()
-    for run, in_features, device in _distinct(layer, backend, activation):
-        for count in tokens:
+    for run, in_features, device, by_blas in _distinct(layer, backend, activation):
+        # Which numbers of tokens `auto` gives to blas depends on the layer and the GPU.
+        cases = [(run, count) for count in tokens]
+        if by_blas is not None and device.type == "cuda" and dtype == torch.bfloat16 and tokens:
+            cases += [(by_blas, max(tokens))] if no_cuda_reason() is None else []
+        for call, count in cases:
             with torch.inference_mode():
-                run(torch.zeros(count, in_features, dtype=dtype, device=device))
+                call(torch.zeros(count, in_features, dtype=dtype, device=device))
             calls += 1
         devices.add(device)
     for device in devices:
@@ -65,7 +72,13 @@ def warmup(
 
 def _distinct(layer: PackedLinear | nn.Module, backend: str, activation: str) -> Iterator[_Case]:
     if isinstance(layer, PackedLinear):
-        yield lambda x: littlebit_linear(x, layer, backend, activation), layer.in_features, layer.device
+        free = backend == activation == "auto"
+        yield (
+            lambda x: littlebit_linear(x, layer, backend, activation),
+            layer.in_features,
+            layer.device,
+            (lambda x: littlebit_linear(x, layer, "blas")) if free else None,
+        )
         return
     if not isinstance(layer, nn.Module):
         raise TypeError(f"layer must be a PackedLinear or a module, got {type(layer).__name__}")
@@ -83,4 +96,14 @@ def _distinct(layer: PackedLinear | nn.Module, backend: str, activation: str) ->
             )
             if key not in seen:
                 seen.add(key)
-                yield module, module.in_features, device
+                free = module.backend == module.activation == "auto"
+                yield (
+                    module,
+                    module.in_features,
+                    device,
+                    functools.partial(_by_blas, module) if free else None,
+                )
+
+
+def _by_blas(module: LittleBitLinear, x: torch.Tensor) -> torch.Tensor:
+    return littlebit_linear(x, module.packed, "blas")

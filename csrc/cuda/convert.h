@@ -27,7 +27,7 @@ struct SliceLayout {
 // One warp: one slice of token `first_token + token` into that token's columns of `slice_data`. Columns of
 // tokens past the last one keep whatever is in them: columns of an MMA do not mix.
 template <typename Mma, int kTokens>
-LB2_DEVICE void convert_slice(const StageParams& params, const Term& term, int slice, int first_token,
+LB2_DEVICE void convert_slice(const DecodeParams& params, const Term& term, int slice, int first_token,
                               int token, unsigned char* slice_data) {
   using Layout = SliceLayout<Mma, kTokens>;
   const int lane = thread_id() % kWarpLanes;
@@ -50,7 +50,7 @@ LB2_DEVICE unsigned char* converted_slice(const Term& term, int token_tile, int 
 // All slices of all terms; blocks are [warps of slices and tokens, 1, tiles of tokens].
 template <typename Mma, int kTokens>
 LB2_KERNEL(kThreads)
-convert(const LB2_GRID_CONSTANT StageParams params) {
+convert(const LB2_GRID_CONSTANT DecodeParams params) {
   wait_for_previous_kernel();
   let_next_kernel_start();
   const int item = block_x() * kWarps + thread_id() / kWarpLanes;

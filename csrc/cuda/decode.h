@@ -14,7 +14,7 @@ namespace lb2::cuda {
 
 // What a block adds up: a part of the slices of its group's terms.
 struct Items {
-  const StageParams* params;
+  const DecodeParams* params;
   const Group* group;
   int begin;  // first slice, counted from the group's first term on
   int count;
@@ -33,7 +33,7 @@ struct Items {
   }
 };
 
-LB2_DEVICE Items block_items(const StageParams& params) {
+LB2_DEVICE Items block_items(const DecodeParams& params) {
   int index = 0;
   while (index + 1 < params.num_groups && params.groups[index + 1].first_tile <= block_x()) ++index;
   const Group& group = params.groups[index];
@@ -141,7 +141,7 @@ LB2_DEVICE void store_element(void* output, int64_t index, lb2_dtype dtype, floa
 // Adds up the sums of the warps that share rows, partial[split_warp][token][row of the block], and stores
 // them.
 template <int kTokens>
-LB2_DEVICE void store_rows(const StageParams& params, const Group& group, const float* partial,
+LB2_DEVICE void store_rows(const DecodeParams& params, const Group& group, const float* partial,
                            int first_token, int tokens, int tile_row) {
   const int block_rows = 1 << params.block_rows_log2, split_warps = kWarps / params.row_warps;
   const int64_t first_row = static_cast<int64_t>(block_y()) * params.m + first_token;
@@ -157,7 +157,7 @@ LB2_DEVICE void store_rows(const StageParams& params, const Group& group, const 
 }
 
 template <typename Mma, int kTokens>
-LB2_DEVICE void decode_block(const StageParams& params) {
+LB2_DEVICE void decode_block(const DecodeParams& params) {
   using Layout = SliceLayout<Mma, kTokens>;
   constexpr int kSlots = Mma::template kSlots<kTokens>;
   const int warp = thread_id() / kWarpLanes, lane = thread_id() % kWarpLanes;
@@ -215,7 +215,7 @@ LB2_DEVICE void decode_block(const StageParams& params) {
 // Two blocks on an SM, but where the sums of many tokens need the registers.
 template <typename Mma, int kTokens>
 LB2_KERNEL(kThreads, Mma::template kSlots<kTokens>* Mma::kSlotCost < 16 ? 2 : 1)
-decode(const LB2_GRID_CONSTANT StageParams params) {
+decode(const LB2_GRID_CONSTANT DecodeParams params) {
   decode_block<Mma, kTokens>(params);
 }
 

@@ -7,7 +7,7 @@
 
 namespace lb2::cuda {
 
-// Sets estimated_cycles and unpack_cycles of a plan that has its launches.
+// Sets estimated_cycles and, but for float32, unpack_cycles of a plan that has its launches.
 void estimate_call(const Stages& stages, int64_t tokens, lb2_dtype dtype, Plan* plan) noexcept;
 
 }  // namespace lb2::cuda

@@ -1,5 +1,4 @@
-// What a launch of the GEMM, or of the conversion before it, gets by value; and the sizes that planning and
-// kernels must agree on.
+// The sizes of the GEMM, and of the conversion before it, that planning and kernels must agree on.
 #pragma once
 
 #include "cuda/params.h"

@@ -5,7 +5,7 @@
 
 namespace lb2::cuda {
 
-using Kernel = void (*)(const StageParams);
+using Kernel = void (*)(const DecodeParams);
 
 struct Kernels {
   Kernel decode;

@@ -50,12 +50,14 @@ struct LaunchParams {
   int32_t num_groups;
   int32_t num_parts;  // of the inputs
   int32_t m;
-  int32_t splits;  // blocks that share columns; their sums, GEMM: those of single slices, are output parts
+  // Blocks that the columns are split over. Each stores a part of the output; of the GEMM, one for each
+  // slice.
+  int32_t splits;
   lb2_dtype input_dtype, output_dtype;
 };
 
 // Of the decode kernels, and those that convert for them.
-struct StageParams : LaunchParams {
+struct DecodeParams : LaunchParams {
   int32_t row_warps;
   int32_t block_rows_log2;  // of kTileRows * row_warps
   int32_t chunk_slices;

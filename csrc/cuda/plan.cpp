@@ -274,10 +274,10 @@ void fill_params(const Layers& layers, const Plan& plan, int index, int64_t firs
 
 }  // namespace
 
-StageParams decode_params(const Layers& layers, const Plan& plan, int index, int64_t first, int64_t tokens,
-                          char* workspace) noexcept {
+DecodeParams decode_params(const Layers& layers, const Plan& plan, int index, int64_t first, int64_t tokens,
+                           char* workspace) noexcept {
   const lb2_cuda_launch& launch = plan.launches[index];
-  StageParams params = {};
+  DecodeParams params = {};
   fill_params(layers, plan, index, first, tokens, workspace, &params);
   params.row_warps = launch.row_warps;
   while (kTileRows * launch.row_warps > 1 << params.block_rows_log2) ++params.block_rows_log2;

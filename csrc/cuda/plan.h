@@ -28,8 +28,8 @@ LB2_API lb2_status resume_plan(const Layers& layers, const lb2_cuda_plan* made, 
 // Geometry and parameters of one launch for the tokens [first, first + tokens) of the call; `workspace` is
 // aligned.
 LB2_API lb2_cuda_launch launch_for(const Plan& plan, int launch, int64_t tokens) noexcept;
-LB2_API StageParams decode_params(const Layers& layers, const Plan& plan, int launch, int64_t first,
-                                  int64_t tokens, char* workspace) noexcept;
+LB2_API DecodeParams decode_params(const Layers& layers, const Plan& plan, int launch, int64_t first,
+                                   int64_t tokens, char* workspace) noexcept;
 LB2_API LaunchParams gemm_params(const Layers& layers, const Plan& plan, int launch, int64_t first,
                                  int64_t tokens, char* workspace) noexcept;
 

@@ -7,8 +7,8 @@
 
 #include "littlebit2/cuda.h"
 #include "torch/arguments.h"
+#include "torch/factors.h"
 #include "torch/layers.h"
-#include "torch/unpack.h"
 
 namespace lb2::torch_ops {
 namespace {

@@ -24,6 +24,15 @@ STABLE_TORCH_LIBRARY(littlebit2, m) {
   m.def(
       "unpack(Tensor[] v, Tensor[]? u, Tensor[] in_scale, Tensor[]? latent_scale, Tensor[] out_scale, int "
       "dtype) -> Tensor[]");
+  // linear and its gradient by unpack and torch's matrix products, in the dtype of x
+  // (littlebit2_kernels/blas.py).
+  m.def(
+      "blas_linear(Tensor x, Tensor[] v, Tensor[]? u, Tensor[] in_scale, Tensor[]? latent_scale, Tensor[] "
+      "out_scale, Tensor? bias=None) -> Tensor");
+  m.def(
+      "blas_linear_backward_x(Tensor grad, Tensor[] v, Tensor[]? u, Tensor[] in_scale, Tensor[]? "
+      "latent_scale, "
+      "Tensor[] out_scale) -> Tensor");
   // Layers on one x: the lists of all, one after another, paths[i] tensors of layer i; one bias or None, and
   // one output, for each. On CUDA they share their launches.
   m.def(

@@ -6,22 +6,10 @@
 #include <algorithm>
 #include <cstring>
 
+#include "torch/factors.h"
+
 namespace lb2::torch_ops {
 namespace {
-
-ScalarType scalar_type(int64_t dtype) {
-  switch (dtype) {
-    case LB2_FLOAT32:
-      return ScalarType::Float;
-    case LB2_FLOAT16:
-      return ScalarType::Half;
-    case LB2_BFLOAT16:
-      return ScalarType::BFloat16;
-    default:
-      raise("dtype must be ", LB2_FLOAT32, " (float32), ", LB2_FLOAT16, " (float16) or ", LB2_BFLOAT16,
-            " (bfloat16), got ", dtype);
-  }
-}
 
 // row_scale * signs * col_scale of one row, added to `sums`.
 void add_row(const int32_t* words, int64_t cols, float row_scale, const float* col_scale, float* sums) {
@@ -73,19 +61,6 @@ void fill(char* output, int64_t stride, int64_t rows, int64_t cols, lb2_dtype dt
 
 }  // namespace
 
-std::vector<Tensor> new_factors(lb2_linear_args& args, const Tensor& like, int64_t dtype) {
-  const ScalarType type = scalar_type(dtype);
-  args.dtype = static_cast<lb2_dtype>(dtype);
-  const auto matrix = [&](int64_t rows, int64_t cols) {
-    const std::array<int64_t, 2> shape = {rows, cols};
-    return torch::stable::new_empty(like, shape, type);
-  };
-  if (args.paths[0].u == nullptr) return {matrix(args.n, args.k)};
-  int64_t latents = 0;
-  for (int64_t p = 0; p < args.num_paths; ++p) latents += args.paths[p].rank;
-  return {matrix(latents, args.k), matrix(args.n, latents)};
-}
-
 std::vector<Tensor> unpack_cpu(const std::vector<Tensor>& v, const OptionalTensors& u,
                                const std::vector<Tensor>& in_scale, const OptionalTensors& latent_scale,
                                const std::vector<Tensor>& out_scale, int64_t dtype) {
@@ -93,6 +68,9 @@ std::vector<Tensor> unpack_cpu(const std::vector<Tensor>& v, const OptionalTenso
   Paths paths;
   set_layer(args, paths.data(), all_paths(v, u, in_scale, latent_scale, out_scale), kCpu);
   std::vector<Tensor> factors = new_factors(args, in_scale[0], dtype);
+  lb2_cpu_plan checked = {};
+  checked.struct_size = sizeof checked;
+  throw_on_error(lb2_linear_plan_cpu(&args, &checked));  // what set_layer leaves to the core to check
   char* const last = static_cast<char*>(factors.back().mutable_data_ptr());
   if (args.paths[0].u == nullptr) {
     fill(last, args.k, args.n, args.k, args.dtype, [&](int64_t row, float* sums) {

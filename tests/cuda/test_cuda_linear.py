@@ -14,8 +14,11 @@ from littlebit2_kernels import (
     PackedPath,
     blas,
     explain,
+    functional,
+    linear,
     littlebit_linear,
     prepack,
+    warmup,
 )
 from littlebit2_kernels.dispatch import ACTIVATIONS
 from littlebit2_kernels.reference import dense_weight, linear_reference
@@ -417,7 +420,7 @@ def test_gradients(problem: tuple[torch.Tensor, PackedLinear]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_unpacked(problem: tuple[torch.Tensor, PackedLinear], dtype: torch.dtype) -> None:
-    """The bits of the CPU's kernel, into fresh and into odd places."""
+    """The bits of the CPU's kernel, from words that lie in any way."""
     _, packed = problem
     expected = blas.unpack(packed.to("cpu").operands, dtype)
     for layout in ("dense", "aligned", "misaligned"):
@@ -438,14 +441,31 @@ def test_blas(device: torch.device, rng: torch.Generator, dtype: torch.dtype, to
     assert problems.error_of(y, x, packed, "exact") <= allowed
 
 
-def test_auto_unpacks(device: torch.device, rng: torch.Generator) -> None:
-    """Whichever way ``auto`` goes, the result is right, and it is the one that explain() says."""
-    x, packed = make_problem(2048, 1024, 4096, [80, 80], dtype=torch.bfloat16, generator=rng)
+def test_auto_unpacks(device: torch.device, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, packed = make_problem(200, 1024, 512, [80, 80], dtype=torch.bfloat16, generator=rng)
     on_device, layer = x.to(device), packed.to(device)
-    chosen = explain(on_device, layer).backend
-    y = littlebit_linear(on_device, layer)
-    assert torch.equal(y, littlebit_linear(on_device, layer, backend=chosen))
-    assert problems.error_of(y, x, packed, "exact") <= 2.5 * TOLERANCE[torch.bfloat16]
+    for module in (functional, linear):
+        monkeypatch.setattr(module, "unpacking_pays", lambda *_: True)
+    expected = littlebit_linear(on_device, layer, backend="blas")
+    assert torch.equal(littlebit_linear(on_device, layer), expected)
+    assert torch.equal(LittleBitLinear.from_packed(layer)(on_device), expected)
+    # Not of few tokens, and not where a mode is named.
+    few = on_device[:16]
+    assert torch.equal(littlebit_linear(few, layer), littlebit_linear(few, layer, backend="cuda"))
+    named = littlebit_linear(on_device, layer, activation="float16")
+    assert torch.equal(named, littlebit_linear(on_device, layer, backend="cuda", activation="float16"))
+
+
+def test_blas_is_captured(device: torch.device, rng: torch.Generator) -> None:
+    x, packed = make_problem(200, 1024, 512, [80], dtype=torch.bfloat16, generator=rng)
+    static, layer = x.to(device), packed.to(device)
+    warmup(layer, torch.bfloat16, [200])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = littlebit_linear(static, layer, backend="blas")
+    static.mul_(2)
+    graph.replay()
+    assert torch.equal(y, littlebit_linear(static, layer, backend="blas"))
 
 
 def test_modules_move(problem: tuple[torch.Tensor, PackedLinear]) -> None:

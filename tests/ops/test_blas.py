@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
+from torch.autograd import forward_ad
 
 from littlebit2_kernels import (
     LittleBitLinear,
@@ -91,10 +96,32 @@ def test_unpack_is_checked(rng: torch.Generator) -> None:
         unpack(*[[t.to("meta") for t in o] for o in (v, u, in_scale, latent_scale, out_scale)], 7)
 
 
+def test_operands_that_only_look_like_a_single_stage() -> None:
+    load()
+    words = torch.zeros(32, 0, dtype=torch.int32)
+    with pytest.raises(RuntimeError):
+        torch.ops.littlebit2.unpack(
+            [words[:0, :].new_zeros(0, 2)], [words], [torch.ones(64)], [torch.ones(0)], [torch.ones(32)], 0
+        )
+    with pytest.raises(RuntimeError, match="rank must be a multiple of 8, got 12"):
+        torch.ops.littlebit2.unpack(
+            [words.new_zeros(12, 2)],
+            [words.new_zeros(32, 1)],
+            [torch.ones(64)],
+            [torch.ones(12)],
+            [torch.ones(32)],
+            0,
+        )
+
+
 def test_operator(problem: tuple[torch.Tensor, PackedLinear]) -> None:
     _, packed = problem
     load()
     torch.library.opcheck(torch.ops.littlebit2.unpack, (*packed.operands, 2))
+    x = torch.randn(3, 100, requires_grad=True)
+    torch.library.opcheck(torch.ops.littlebit2.blas_linear, (x, *packed.operands, packed.bias))
+    grad = torch.randn(3, 70, requires_grad=True)
+    torch.library.opcheck(torch.ops.littlebit2.blas_linear_backward_x, (grad, *packed.operands))
 
 
 # --- calls -----------------------------------------------------------------------------------------------
@@ -214,8 +241,12 @@ def test_second_derivatives(rng: torch.Generator) -> None:
     weight = dense_weight(packed)
     hessian = torch.autograd.functional.hessian(squares, x[0])
     assert relative_error(hessian, 2 * weight.T @ weight) <= 4e-6
-    _, tangent = torch.func.jvp(lambda x: littlebit_linear(x, packed, backend="blas"), (x,), (x,))
-    assert relative_error(tangent, linear_reference(x, packed)) <= 2e-6
+    # Forward mode, also of what wants a gradient in reverse.
+    for primal in (x, x.clone().requires_grad_()):
+        with forward_ad.dual_level():
+            y = littlebit_linear(forward_ad.make_dual(primal, x), packed, backend="blas")
+            tangent = forward_ad.unpack_dual(y).tangent
+        assert relative_error(tangent.detach(), linear_reference(x, packed)) <= 2e-6
 
 
 def test_frozen_scales(rng: torch.Generator) -> None:
@@ -241,11 +272,45 @@ def test_gradient_that_the_cuda_kernels_take(
 ) -> None:
     _, packed = problem
     grad = torch.randn(5, 70, generator=rng).to(dtype)
-    actual = blas._linear_backward_x(grad, *packed.operands)
+    actual = blas._cuda_linear_backward_x(grad, *packed.operands)
     assert actual.dtype == dtype
     truth = grad.double() @ dense_weight(packed)
     allowed = {torch.float32: 2e-6, torch.float16: TOLERANCE[dtype], torch.bfloat16: 2.5 * TOLERANCE[dtype]}
     assert relative_error(actual, truth) <= allowed[dtype]
+
+
+def test_gradients_are_checked(rng: torch.Generator) -> None:
+    _, packed = make_problem(2, 40, 30, [8], generator=rng)
+    load()
+    for operator in (blas._cuda_linear_backward_x, torch.ops.littlebit2.blas_linear_backward_x):
+        with pytest.raises(RuntimeError, match=r"grad must be float32, float16 or bfloat16, got"):
+            operator(torch.ones(2, 30).double(), *packed.operands)
+        with pytest.raises(RuntimeError, match=r"grad.size\(-1\) must equal 30, got shape \[2, 31\]"):
+            operator(torch.ones(2, 31), *packed.operands)
+
+
+def test_compiled_calls_keep_no_factors(rng: torch.Generator) -> None:
+    """What goes from the forward to the backward graph is packed: unpacked it would be a dense model."""
+    x, packed = make_problem(6, 40, 30, [8, 16], generator=rng)
+    kept: list[torch.Tensor] = []
+
+    def backward(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        kept.extend(inputs)
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(
+        lambda x: littlebit_linear(x, packed, backend="blas"),
+        fullgraph=True,
+        backend=aot_autograd(
+            fw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+            bw_compiler=backward,
+            partition_fn=min_cut_rematerialization_partition,
+        ),
+    )
+    compiled(x.clone().requires_grad_()).sum().backward()
+    floats = [t for t in kept if t.is_floating_point() and t.dim() == 2]
+    assert kept
+    assert [tuple(t.shape) for t in floats if t.shape[-1] != 30] == []
 
 
 def test_compiled(rng: torch.Generator) -> None:

@@ -18,6 +18,7 @@ from littlebit2_kernels import (
     explain,
     littlebit_linear,
     prepack,
+    prompts,
 )
 from littlebit2_kernels.dispatch import ACTIVATIONS, check_activation_mode, choose_backend, unavailable_reason
 from littlebit2_kernels.gpu import GPUS, gpu_properties
@@ -234,14 +235,27 @@ def test_when_unpacking_pays() -> None:
         return unpacking_pays(tokens, dtype, 8192, 28672, ranks, shares, gpu)
 
     for gpu in GPUS:
-        assert not pays(gpu, 17, (632, 632))
+        assert not pays(gpu, prompts.LEAST_TOKENS - 1, (632, 632))
         for dtype in (torch.float16, torch.float32):
             assert not pays(gpu, 8192, (632, 632), dtype)
     # Where a library's MMAs are faster than mma.sync; and where they are not.
     assert pays("H200", 8192, (632, 632))
     assert pays("B200", 8192, (632, 632))
     assert not pays("4090", 8192, (632, 632))
-    assert pays("H200", 100_000, None)
+    # More of factors than a call may take.
+    assert not pays("H200", 8192, (3192, 3192))
+    assert not pays("H200", 8192, None)
+    assert unpacking_pays(8192, torch.bfloat16, 4096, 11008, None, (0,), "H200")
+    # What cannot be planned for.
+    assert not unpacking_pays(8192, torch.bfloat16, 8192, 28672, (632,), (0,), GpuProperties(75, 40, 65536))
+
+
+def test_blas_is_explained() -> None:
+    packed = make_packed(4096, 4096, [80, 24])
+    plan = explain((600, 4096), packed, "blas", dtype=torch.bfloat16, gpu="H200")
+    assert (plan.backend, plan.workspace_bytes, plan.gpu) == ("blas", 104 * 8192 * 2, None)
+    with pytest.raises(ValueError, match="x must be float32 or bfloat16 for backend='blas'"):
+        explain((600, 4096), packed, "blas", dtype=torch.float16)
 
 
 def test_estimates_are_explained() -> None:
@@ -259,7 +273,7 @@ def test_plans_refuse() -> None:
         explain((2, 40), packed, gpu="V100")
     with pytest.raises(TypeError, match="gpu must be GpuProperties or a name, got int"):
         explain((2, 40), packed, gpu=90)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"backend must be 'auto', 'cuda' or 'triton' where gpu is given"):
+    with pytest.raises(ValueError, match=r"backend must be 'auto', 'blas', 'cuda' or 'triton' where"):
         explain((2, 40), packed, backend="cpu", gpu="H200")
     with pytest.raises(ValueError, match=r"packed must be a PackedLinear where gpu is given"):
         explain((2, 40), prepack(packed), gpu="H200")

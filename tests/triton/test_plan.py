@@ -313,7 +313,9 @@ def test_explain_names_kernel_and_configuration() -> None:
     prompt = explain((512, 4096), packed, "triton", "int8", gpu="H200")
     assert (prompt.kernels, prompt.activation) == ("gemm", "int8")
     assert [launch.kernel for launch in prompt.launches] == ["operand", "gemm"] * 2
-    with pytest.raises(ValueError, match="backend must be 'auto', 'cuda' or 'triton' where gpu is given"):
+    with pytest.raises(
+        ValueError, match="backend must be 'auto', 'blas', 'cuda' or 'triton' where gpu is given"
+    ):
         explain((1, 4096), packed, "cpu", gpu="H200")
     with pytest.raises(ValueError, match="activation='int16' is not served by backend='triton'"):
         explain((1, 4096), packed, "triton", "int16", gpu="H200")

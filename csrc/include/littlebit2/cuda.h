@@ -65,8 +65,8 @@ typedef struct lb2_cuda_plan {
   int32_t first_stages;      /* computed (paths that share one count once) */
   int32_t num_launches;
   lb2_cuda_launch launches[4];
-  /* Of a call with a GEMM, else 0, and no measurement: clock cycles that it should take, and those of
-   * lb2_linear_unpack_cuda and a library's products of half precision with what that gives. */
+  /* Of a call with a GEMM, else 0, and no measurement: clock cycles that it should take; and, but for
+   * float32, those of lb2_linear_unpack_cuda and a library's products with what that gives. */
   int64_t estimated_cycles, unpack_cycles;
 } lb2_cuda_plan;
 
@@ -120,11 +120,12 @@ LB2_API lb2_status lb2_grouped_forward_cuda(const lb2_linear_args* layers, int64
                                             const lb2_cuda_plan* plan, void* stream);
 
 /* The layer as dense matrices, queued on `stream`, for matrix products of the caller's own where there are
- * many tokens (plan.unpack_cycles): y = (x first^T) last^T + bias, with first [R of all paths, K] = sign(V)
- * in_scale and last [N, R of all paths] = out_scale sign(U) latent_scale; or, of a layer of a single stage, y
- * = x last^T
- * + bias with last [N, K], the sum of its paths, and `first` NULL. Both without room between rows, in
- * args->dtype; float16 does not hold all that float32 scales can say. Of args only the layer is looked at. */
+ * many tokens (plan.unpack_cycles). Two stages: y = (x first^T) last^T + bias, with first = sign(V) in_scale,
+ * of all paths [R, K], and last = out_scale sign(U) latent_scale, of all paths [N, R]. A single stage: y = x
+ * last^T
+ * + bias, with last [N, K], the sum of the paths, and `first` NULL. Both without room between rows, in
+ * args->dtype: products of scales must fit into float32, and float16 does not hold all that these can be.
+ * Input, output, bias and workspace of args are not looked at. */
 LB2_API lb2_status lb2_linear_unpack_cuda(const lb2_linear_args* args, void* first, void* last, void* stream);
 
 #ifdef __cplusplus
