@@ -116,7 +116,7 @@ def _sanitized(tool: str) -> Step:
     # Everything of a few dozen problems: under these tools a launch takes up to a hundred times as long.
     tests = [
         f"tests/cuda/test_cuda_linear.py::{name}"
-        for name in ("test_random_problems[0]", "test_layouts_of_words")
+        for name in ("test_random_problems[0]", "test_layouts_of_words", "test_unpacked")
     ]
     command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *_PYTEST)
     # Torch's allocator hands out parts of large blocks, past whose ends nothing is found.

@@ -96,6 +96,18 @@ def test_wrong_usage_is_2(arguments: list[str], capsys: pytest.CaptureFixture[st
     assert "usage: littlebit2" in captured.err
 
 
+def test_packages_of_extras_are_named() -> None:
+    script = """
+import sys
+from littlebit2.cli import main
+sys.modules["accelerate"] = None
+sys.exit(main(["evaluate", "nowhere", "--data", "none.txt"]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "accelerate is not installed; pip install 'littlebit2-kernels[train]'" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

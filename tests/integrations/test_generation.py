@@ -77,6 +77,11 @@ def test_text(path_with_tokenizer: Path) -> None:
     assert "".join(seen).split() == result.text.split()
 
 
+def test_text_of_no_tokens(path_with_tokenizer: Path) -> None:
+    with pytest.raises(ValueError, match="prompt must hold at least one token, got '', which holds none"):
+        littlebit2.generate(path_with_tokenizer, "", max_new_tokens=2)
+
+
 def test_sampling_is_repeatable(path: Path) -> None:
     model = littlebit2.load(path)
     torch.manual_seed(3)

@@ -60,8 +60,14 @@ def note(text: str) -> None:
     sys.stderr.write(text + "\n")
 
 
+#: The extra of this package that a module which is not installed comes with.
+_EXTRAS = {"accelerate": "train", "peft": "train", "tensorboard": "train", "transformers": "models"}
+
+
 def one_line(error: BaseException) -> str:
     """Return an error as one line."""
+    if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
+        return f"{error.name} is not installed; pip install 'littlebit2-kernels[{_EXTRAS[error.name]}]'"
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     text = " ".join(text.split())
     if isinstance(error, (ValueError, OSError, RuntimeError)) and text:

@@ -281,6 +281,8 @@ def _encode(
         raise ValueError(f"model must be one that generates, got {type(model).__name__}")
     ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
     row = torch.as_tensor(ids, dtype=torch.int64).reshape(1, -1)
+    if row.numel() == 0:
+        raise ValueError(f"prompt must hold at least one token, got {prompt!r}, which holds none")
     embedding: Any = model.get_input_embeddings()
     size = embedding.weight.shape[0]
     if not bool(((row >= 0) & (row < size)).all()):
