@@ -4,6 +4,7 @@
 #include <cinttypes>
 
 #include "core/status.h"
+#include "cuda/fused_params.h"
 #include "cuda/gemm_sizes.h"
 #include "cuda/instances.h"
 
@@ -59,6 +60,10 @@ lb2_status check_tuning(const lb2_cuda_tuning& tuning, lb2_activation activation
                 std::min(most_splits, kMostParts), tuning.splits);
   if (tuning.max_chunk < 0)
     return fail(LB2_ERROR_INVALID_ARGUMENT, "tuning->max_chunk must be >= 0, got %" PRId32, tuning.max_chunk);
+  const bool power_of_two = (tuning.fused & (tuning.fused - 1)) == 0;
+  if (tuning.fused < -1 || tuning.fused > kFusedMostBlocks || (tuning.fused > 0 && !power_of_two))
+    return fail(LB2_ERROR_INVALID_ARGUMENT, "tuning->fused must be -1, 0, 1, 2, 4 or 8, got %" PRId32,
+                tuning.fused);
   for (int stage = 0; stage < 2; ++stage) {
     const int32_t rows = tuning.gemm_rows[stage], tokens = tuning.gemm_tokens[stage];
     bool known = false;

@@ -49,6 +49,26 @@ LB2_DEVICE unsigned char* shared_memory() {
 }
 
 LB2_DEVICE void sync_block() { __syncthreads(); }
+LB2_DEVICE void sync_warp() { __syncwarp(); }
+
+// Clusters (sm_90): all threads of the cluster's blocks; and what `own`, in the block's shared memory, is in
+// that of block `rank`, to be read and written as any memory. A block must not end while another may look
+// into its memory. Kernels for older GPUs are never launched with clusters.
+LB2_DEVICE void sync_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+#endif
+}
+LB2_DEVICE void* shared_of_block(void* own, int rank) {
+#if __CUDA_ARCH__ >= 900
+  void* other;
+  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(other) : "l"(own), "r"(rank));
+  return other;
+#else
+  return own;
+#endif
+}
 
 // All 32 lanes take part.
 LB2_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }

@@ -1,5 +1,5 @@
-// What a call with a GEMM is expected to take, and what unpacking the layers and a library's matrix products
-// would: pure functions, as plan.h.
+// What a call of many tokens is expected to take, and what unpacking the layers and a library's matrix
+// products would: pure functions, as plan.h.
 #pragma once
 
 #include "cuda/plan.h"

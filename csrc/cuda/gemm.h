@@ -9,6 +9,7 @@
 #pragma once
 
 #include "cuda/gemm_convert.h"
+#include "cuda/gemm_multiply.h"
 
 namespace lb2::cuda {
 
@@ -76,7 +77,7 @@ struct GemmBlock {
   int token_groups;
 
   LB2_DEVICE static int slice_steps(const Term& term, int slice) {
-    return slice_indices(term, slice) * kQuarters;
+    return slice_indices(term.cols, slice) * kQuarters;
   }
   LB2_DEVICE static int slice_stages(const Term& term, int slice) {
     const int needed = (slice_steps(term, slice) + kStageSteps - 1) / kStageSteps;
@@ -155,77 +156,12 @@ struct GemmBlock {
               signs[index * kIndexWords + (row_warp * kRowTiles + tile) * kTileRows * 4 + half * 32 + lane] >>
               shift;
 #pragma unroll
-      for (int step = 0; step < kWordSteps; ++step) {
-        uint32_t a[2][kRowTiles][4];
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-#pragma unroll
-          for (int tile = 0; tile < kRowTiles; ++tile)
-#pragma unroll
-            for (int j = 0; j < 4; ++j)
-              a[i][tile][j] = Operand::expand(words[tile][j % 2], step * 4 + 2 * i + j / 2);
-#pragma unroll
-        for (int term = 0; term < kTerms; ++term) {
-          Words4 b[kColumnTiles];
-#pragma unroll
-          for (int tile = 0; tile < kColumnTiles; ++tile)
-            b[tile] =
-                load_words4(data + tile * kRunBytes + (first + step) * kStepBytes + term * kWarpLanes * 16);
-#pragma unroll
-          for (int i = 0; i < 2; ++i)
-#pragma unroll
-            for (int row = 0; row < kRowTiles; ++row)
-#pragma unroll
-              for (int tile = 0; tile < kColumnTiles; ++tile) {
-                const uint32_t pair[2] = {b[tile].w[2 * i], b[tile].w[2 * i + 1]};
-                Operand::multiply(sums[row][tile], a[i][row], pair);
-              }
-        }
-      }
+      for (int step = 0; step < kWordSteps; ++step)
+        multiply_step<Operand, kRowTiles, kColumnTiles>(words, step, data + (first + step) * kStepBytes,
+                                                        kRunBytes, sums);
     }
   }
 };
-
-// One output, bias included.
-LB2_DEVICE void store_sums(const Group& group, lb2_dtype dtype, int64_t at, int row, const Words4& sums,
-                           bool wide) {
-  float values[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    values[i] = bits_float(sums.w[i]);
-    if (group.bias != nullptr && row + i < group.rows) values[i] += group.bias[row + i];
-  }
-  if (dtype == LB2_FLOAT32) {
-    float* target = static_cast<float*>(group.output) + at;
-    if (wide && row + 4 <= group.rows) {
-      Words4 words;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) words.w[i] = float_bits(values[i]);
-      *reinterpret_cast<Words4*>(target) = words;
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (row + i < group.rows) target[i] = values[i];
-    return;
-  }
-  uint16_t halves[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    halves[i] = dtype == LB2_FLOAT16 ? float_to_half(values[i]) : float_to_bfloat(values[i]);
-  uint16_t* target = static_cast<uint16_t*>(group.output) + at;
-  if (wide && row + 4 <= group.rows) {
-    struct alignas(8) Words2 {
-      uint32_t w[2];
-    };
-    *reinterpret_cast<Words2*>(target) = {{halves[0] | static_cast<uint32_t>(halves[1]) << 16,
-                                           halves[2] | static_cast<uint32_t>(halves[3]) << 16}};
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    if (row + i < group.rows) target[i] = halves[i];
-}
 
 // The block's sums, [tokens][rows] in shared memory, to memory: rows lie side by side there.
 template <typename Shape>
@@ -234,9 +170,7 @@ LB2_DEVICE void store_tile(const LaunchParams& params, const Group& group, const
   constexpr int kQuads = Shape::kRows / 4, kPitch = Shape::kSumPitch;
   const int left = params.m - first_token, tokens = left < Shape::kTokens ? left : Shape::kTokens;
   const int64_t stride = group.output_stride;
-  const int element_bytes = params.output_dtype == LB2_FLOAT32 ? 4 : 2;
-  const bool wide =
-      (reinterpret_cast<uintptr_t>(group.output) % (4 * element_bytes)) == 0 && (stride & 3) == 0;
+  const bool wide = is_wide(group, params.output_dtype);
   for (int item = thread_id(); item < tokens * kQuads; item += kThreads) {
     const int token = item / kQuads, quad = item % kQuads, row = tile_row + quad * 4;
     if (row >= group.rows) continue;
@@ -296,9 +230,7 @@ LB2_DEVICE void gemm_block(const LaunchParams& params) {
   }
 
   float total[kRowTiles][kColumnTiles][4];
-#pragma unroll
-  for (int i = 0; i < kRowTiles * kColumnTiles * 4; ++i)
-    total[i / 4 / kColumnTiles][i / 4 % kColumnTiles][i % 4] = 0.0f;
+  set_zero(total);
   // Of the lane's first sum: rows 8 and 16 further follow, columns 1 and 8 further.
   const int first_row = tile_row + row_warp * kRowTiles * kTileRows + lane / 4;
   const int first_column = first_token + token_warp * kColumnTiles * kGroupTokens + lane % 4 * 2;
@@ -318,11 +250,8 @@ LB2_DEVICE void gemm_block(const LaunchParams& params) {
       }
     Sum sums[kRowTiles][kColumnTiles][4];
     float chains[kRowTiles][kColumnTiles][4];  // of a slice, where the tensor core's are shorter
-#pragma unroll
-    for (int i = 0; i < kRowTiles * kColumnTiles * 4; ++i) {
-      sums[i / 4 / kColumnTiles][i / 4 % kColumnTiles][i % 4] = Sum{0};
-      chains[i / 4 / kColumnTiles][i / 4 % kColumnTiles][i % 4] = 0.0f;
-    }
+    set_zero(sums);
+    set_zero(chains);
 #pragma unroll 1
     for (int stage = 0; stage < stages; ++stage) {
       wait_for_copy_groups<kAhead - 1>();
@@ -340,33 +269,13 @@ LB2_DEVICE void gemm_block(const LaunchParams& params) {
       ring = ring + 1 == kPipelineStages ? 0 : ring + 1;
       if constexpr (Operand::kShortChains) {
         static_assert(Block::kStageSteps <= Block::kQuarters, "a stage holds the end of one chain at most");
-        if ((stage + 1) * Block::kStageSteps % Block::kQuarters == 0) {
-#pragma unroll
-          for (int i = 0; i < kRowTiles * kColumnTiles * 4; ++i) {
-            Sum& sum = sums[i / 4 / kColumnTiles][i / 4 % kColumnTiles][i % 4];
-            chains[i / 4 / kColumnTiles][i / 4 % kColumnTiles][i % 4] += sum;
-            sum = Sum{0};
-          }
-        }
+        if ((stage + 1) * Block::kStageSteps % Block::kQuarters == 0) end_chains(sums, chains);
       }
     }
     // The slice's sum times its scales.
     const unsigned char* tails = block.slots + slot * Block::kSlotBytes + Block::kSignBytes +
                                  token_warp * kColumnTiles * kGemmTailBytes + lane % 4 * 8;
-#pragma unroll
-    for (int row = 0; row < kRowTiles; ++row)
-#pragma unroll
-      for (int tile = 0; tile < kColumnTiles; ++tile) {
-        const float* scale = reinterpret_cast<const float*>(tails + tile * kGemmTailBytes);
-        const int32_t* all = reinterpret_cast<const int32_t*>(scale) + kGroupTokens;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float sum =
-              Operand::kShortChains ? chains[row][tile][i] : Operand::value(sums[row][tile][i], all[i % 2]);
-          // Rounded before it is added: where slices are parts of their own, it is stored.
-          total[row][tile][i] += multiply_rounded(scale[i % 2] * row_scale[row][i / 2], sum);
-        }
-      }
+    add_slice<Operand, kRowTiles, kColumnTiles>(tails, row_scale, sums, chains, total);
     if (params.splits > 1) {
       float* part = static_cast<float*>(group.output) +
                     static_cast<int64_t>(at.slice) * params.m * group.rows +

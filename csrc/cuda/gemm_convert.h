@@ -11,8 +11,8 @@ LB2_DEVICE unsigned char* converted_block(const Term& term, int group, int slice
 }
 
 // Indices of a slice that hold columns: what is past them is neither converted nor multiplied.
-LB2_DEVICE int slice_indices(const Term& term, int slice) {
-  const int left = term.cols - slice * kSliceCols;
+LB2_DEVICE int slice_indices(int cols, int slice) {
+  const int left = cols - slice * kSliceCols;
   return left >= kSliceCols ? kSliceIndices : (left + kIndexCols - 1) / kIndexCols;
 }
 
@@ -35,7 +35,7 @@ gemm_convert(const LB2_GRID_CONSTANT LaunchParams params) {
   load_runs(slice_source(params, term, token), cols, values);
   unsigned char* block = converted_block<Operand>(term, block_z(), slice);
   unsigned char* tail = block + Operand::kBlockBytes - kGemmTailBytes;
-  Operand::convert(values, lane, column, lane / 8 < slice_indices(term, slice), block,
+  Operand::convert(values, lane, column, lane / 8 < slice_indices(term.cols, slice), block,
                    reinterpret_cast<float*>(tail) + column,
                    reinterpret_cast<int32_t*>(tail) + kGroupTokens + column);
 }

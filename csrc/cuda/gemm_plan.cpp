@@ -17,14 +17,6 @@ struct Choice {
   int64_t splits;
 };
 
-// Cycles of a quarter of an SM for one MMA. The rates of mma.sync: half of the tensor cores' for float16 sums
-// in fp32 on GeForce GPUs, about 0.65 of them on sm_90, whose full rate only wgmma has.
-int64_t mma_cycles(lb2_activation activation, int32_t capability) {
-  if (capability == 90) return 6;
-  const bool halved = capability == 86 || capability == 89 || capability >= 120;
-  return halved && activation != LB2_ACTIVATION_INT8 ? 16 : 8;
-}
-
 // Estimated cycles of a stage for all tokens of a round. Leads from instruction counts, to be replaced by
 // measurements; only their order matters here.
 int64_t estimated_cycles(const Work& work, const Choice& choice, int64_t tokens, const Plan& plan) {
@@ -95,6 +87,12 @@ lb2_cuda_launch choose(const Work& work, int64_t tokens, const lb2_cuda_tuning& 
 }
 
 }  // namespace
+
+int64_t mma_cycles(lb2_activation activation, int32_t capability) noexcept {
+  if (capability == 90) return 6;
+  const bool halved = capability == 86 || capability == 89 || capability >= 120;
+  return halved && activation != LB2_ACTIVATION_INT8 ? 16 : 8;
+}
 
 void add_gemm_launches(const Stages& stages, int64_t tokens, const lb2_cuda_tuning& tuning,
                        Plan* plan) noexcept {

@@ -4,6 +4,8 @@
 #include "core/status.h"
 #include "cuda/check.h"
 #include "cuda/failure.h"
+#include "cuda/fused_kernels.h"
+#include "cuda/fused_plan.h"
 #include "cuda/gemm_kernels.h"
 #include "cuda/gemm_plan.h"
 #include "cuda/kernels.h"
@@ -129,19 +131,35 @@ lb2_status find_gemm_kernel(const lb2_cuda_launch& launch, int32_t ordinal, cons
   return kernel_state(reinterpret_cast<const void*>(*kernel), device, kept, state);
 }
 
+lb2_status find_fused_kernel(int32_t ordinal, const lb2_cuda_device& device, lb2_activation activation,
+                             FusedKernel* kernel, KernelState* state) {
+  thread_local KernelState known[kMaxDevices][LB2_ACTIVATION_FLOAT16 + 1] = {};
+  *kernel = fused_kernel_of(activation);
+  KernelState* kept = ordinal < kMaxDevices ? &known[ordinal][activation] : nullptr;
+  return kernel_state(reinterpret_cast<const void*>(*kernel), device, kept, state);
+}
+
 template <typename Params>
 lb2_status queue(const lb2_cuda_launch& launch, void (*kernel)(const Params), bool chained,
                  const Params& params, cudaStream_t stream) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned count = 0;
+  if (chained) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (launch.kind == LB2_CUDA_FUSED && launch.grid_y > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = attributes[count].val.clusterDim.z = 1;
+    attributes[count++].val.clusterDim.y = static_cast<unsigned>(launch.grid_y);
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(launch.grid_x, launch.grid_y, launch.grid_z);
   config.blockDim = dim3(launch.threads);
   config.dynamicSmemBytes = launch.shared_bytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = chained ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   LB2_RETURN_IF_CUDA_ERROR("launching a kernel", cudaLaunchKernelEx(&config, kernel, params));
   return LB2_OK;
 }
@@ -178,8 +196,19 @@ lb2_status lb2_grouped_forward_cuda(const lb2_linear_args* args, int64_t num_lay
   for (int64_t first = 0; first < m; first += plan.token_block) {
     const int64_t left = m - first, tokens = left < plan.token_block ? left : plan.token_block;
     for (int i = 0; i < plan.num_launches; ++i) {
-      const lb2_cuda_launch launch = launch_for(plan, i, tokens);
+      lb2_cuda_launch launch = launch_for(plan, i, tokens);
       KernelState state;
+      if (is_fused(plan)) {
+        FusedKernel both;
+        LB2_RETURN_IF_ERROR(find_fused_kernel(ordinal, device, plan.activation, &both, &state));
+        // Code that was made of older PTX has no clusters: one block does what a cluster would, the same
+        // bits.
+        if (!state.waits) launch.grid_y = 1;
+        LB2_RETURN_IF_ERROR(queue(launch, both, launch.chained && state.waits,
+                                  fused_params(layers, plan, launch.grid_y, first, tokens),
+                                  static_cast<cudaStream_t>(stream)));
+        continue;
+      }
       if (is_gemm(plan)) {
         GemmKernel multiply;
         LB2_RETURN_IF_ERROR(find_gemm_kernel(launch, ordinal, device, plan.activation, &multiply, &state));

@@ -9,6 +9,7 @@
 #include "core/status.h"
 #include "cuda/check.h"
 #include "cuda/estimate.h"
+#include "cuda/fused_plan.h"
 #include "cuda/gemm_plan.h"
 #include "cuda/instances.h"
 
@@ -157,9 +158,22 @@ lb2_status make_plan(const Layers& layers, lb2_activation activation, const lb2_
   plan->macs = count_macs(layers);
   const Stages stages = find_stages(layers, plan->first);
   if (uses_gemm(activation, args.m, device.shared_bytes)) {
-    add_gemm_launches(stages, args.m, tuning, plan);
-    estimate_call(stages, args.m, args.dtype, plan);
-    plan->workspace_bytes += kWorkspaceAlignment;
+    Plan fused = *plan;
+    const bool fits = add_fused_launch(stages, args.m, tuning, &fused);
+    if (fits) estimate_call(stages, args.m, args.dtype, &fused);
+    if (tuning.fused > 0 && !fits)
+      return fail(
+          LB2_ERROR_UNSUPPORTED,
+          "tuning->fused must be -1 or 0, as layers of these ranks and sizes do not fit into one kernel "
+          "with clusters of that many blocks on a GPU of capability %" PRId32 " with %" PRId64
+          " bytes of shared memory, got %" PRId32,
+          device.capability, device.shared_bytes, tuning.fused);
+    if (tuning.fused <= 0) {
+      add_gemm_launches(stages, args.m, tuning, plan);
+      plan->workspace_bytes += kWorkspaceAlignment;
+      estimate_call(stages, args.m, args.dtype, plan);
+    }
+    if (tuning.fused > 0 || (fits && fused.estimated_cycles < plan->estimated_cycles)) *plan = fused;
     return LB2_OK;
   }
   plan->token_block = std::min(args.m, kTokenBlock);
@@ -175,6 +189,7 @@ lb2_status resume_plan(const Layers& layers, const lb2_cuda_plan* made, Plan* pl
   lb2_cuda_tuning tuning = {};
   tuning.unchained = !made->launches[0].chained;
   read_gemm_tuning(*made, &tuning);
+  read_fused_tuning(*made, &tuning);
   for (const lb2_cuda_launch& launch : made->launches) {
     if (launch.kind != LB2_CUDA_DECODE) continue;
     tuning.row_warps[launch.stage == 1] = launch.row_warps;

@@ -44,7 +44,7 @@ bool run_problem(int index) {
   device.capability = static_cast<int32_t>(pick({80, 86, 89, 90, 100, 120}));
   device.multiprocessors = static_cast<int32_t>(pick({1, 132}));
   device.shared_bytes = pick({99 * 1024, 227 * 1024});
-  lb2_cuda_tuning tuning = {sizeof(lb2_cuda_tuning), {0, 0}, 0, 0, 0, {0, 0}, {0, 0}};
+  lb2_cuda_tuning tuning = {sizeof(lb2_cuda_tuning), {0, 0}, 0, 0, 0, {0, 0}, {0, 0}, -1};
   const int64_t slices = problems[0].single_stage ? 1 : (problems[0].k + 511) / 512;
   if (index % 4 != 0) {
     for (int stage = 0; stage < 2; ++stage) {
@@ -66,7 +66,8 @@ bool run_problem(int index) {
   const size_t bytes = results[1].size();
   const Buffer output = copy_out(std::vector<char>(bytes, 0x5A), 0);
   layers[1].output = output.data;
-  const lb2_cuda_plan alone = make_plan({layers[1]}, activation, device, nullptr);
+  const lb2_cuda_tuning none = {sizeof(lb2_cuda_tuning), {0, 0}, 0, 0, 0, {0, 0}, {0, 0}, -1};
+  const lb2_cuda_plan alone = make_plan({layers[1]}, activation, device, &none);
   if (!forward({layers[1]}, alone, lb2::cuda::Order::kForward)) return false;
   if (std::memcmp(output.data, results[1].data(), bytes) == 0) return true;
   return failed("a layer's result depends on its group", activation);
@@ -81,13 +82,13 @@ bool run_bits(lb2_activation activation) {
   for (uint64_t i = 0; i < 4; ++i)
     for (const int32_t splits : {1, 2, 3}) {
       const GemmTile first = tile_of(activation, i), last = tile_of(activation, i + 1);
-      setup.tuning = {sizeof(lb2_cuda_tuning),    {0, 0}, splits, 0, 0, {first.rows, last.rows},
-                      {first.tokens, last.tokens}};
+      setup.tuning = {sizeof(lb2_cuda_tuning),     {0, 0}, splits, 0, 0, {first.rows, last.rows},
+                      {first.tokens, last.tokens}, -1};
       const std::vector<float> other = setup.run(activation, 0, m);
       if (!same_bits(other.data(), all.data(), m * n))
         return failed("tiles or splits change the result", activation);
     }
-  setup.tuning = {sizeof(lb2_cuda_tuning), {0, 0}, 0, 0, 0, {0, 0}, {0, 0}};
+  setup.tuning = {sizeof(lb2_cuda_tuning), {0, 0}, 0, 0, 0, {0, 0}, {0, 0}, -1};
   return same_alone(setup, activation, {17, 24, 33}, all) && spoils_its_own(setup, activation, all);
 }
 

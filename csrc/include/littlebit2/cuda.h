@@ -32,13 +32,17 @@ typedef struct lb2_cuda_device {
 /* The same for more than 16 tokens in the modes EXACT, FLOAT16 and INT8: signs are expanded once for up to
  * 128 tokens. */
 #define LB2_CUDA_GEMM 3
+/* Both stages of more than 16 tokens, with the bits of the GEMM, in one launch that needs no workspace, for
+ * layers whose latents fit into shared memory. */
+#define LB2_CUDA_FUSED 4
 
 typedef struct lb2_cuda_launch {
   int32_t kind;
   int32_t stage;  /* 0, or 1 for U of a layer with two stages */
   int32_t grid_x; /* decode: tiles of 16 * row_warps rows, GEMM: of row_tile, of all first stages or of N */
   int32_t grid_y; /* parts that the columns are split into; their sums, GEMM: those of their slices of 512
-                     columns, are added in order by the next stage */
+                     columns, are added in order by the next stage. Fused: blocks of a cluster, which share
+                     a tile of tokens */
   int32_t grid_z; /* blocks of token_tile tokens */
   int32_t threads;
   int32_t token_tile;
@@ -48,7 +52,7 @@ typedef struct lb2_cuda_launch {
   int32_t chunk_slices; /* slices of 512 columns whose activations are in shared memory at once */
   int32_t shared_bytes;
   int32_t chained; /* 1 if it may start before the kernel before it has ended (sm_90 and newer); it waits */
-  int32_t estimated_cycles; /* decode of one token, GEMM of token_block: what the shape was chosen by, no
+  int32_t estimated_cycles; /* decode of one token, others of token_block: what the shape was chosen by, no
                                measurement */
   int32_t row_tile;         /* of GEMM launches; 0 for others: rows of a block */
 } lb2_cuda_launch;
@@ -82,6 +86,8 @@ typedef struct lb2_cuda_tuning {
    * 128 x 128. row_warps and max_chunk mean nothing there. */
   int32_t gemm_rows[2];
   int32_t gemm_tokens[2];
+  int32_t fused; /* 1, 2, 4 or 8: one launch for both stages where there would be a GEMM, in clusters of so
+                    many blocks (more than one from sm_90 on); -1: never */
 } lb2_cuda_tuning;
 
 /* Fill *plan for args on `device`: a pure function of its arguments. isa, parallel_for and the data pointers

@@ -26,7 +26,11 @@ enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize,
   cudaFuncAttributePreferredSharedMemoryCarveout,
 };
-enum cudaLaunchAttributeID { cudaLaunchAttributeNone, cudaLaunchAttributeProgrammaticStreamSerialization };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeNone,
+  cudaLaunchAttributeProgrammaticStreamSerialization,
+  cudaLaunchAttributeClusterDimension,
+};
 constexpr int cudaSharedmemCarveoutMaxShared = 100;
 
 using cudaStream_t = void*;
@@ -43,6 +47,9 @@ struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
     int programmaticStreamSerializationAllowed;
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -66,6 +73,7 @@ struct Runtime {
     cudaStream_t stream;
     bool chained;
     size_t shared_bytes;
+    int cluster_blocks;
   };
   std::vector<Launch> launches;
   // What kernels write, and what they only read: threads that have not waited for the kernel before theirs
@@ -114,16 +122,25 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   lb2::cuda::host::Runtime& gpu = lb2::cuda::host::runtime();
   if (gpu.error != cudaSuccess) return gpu.error;
   if (config->dynamicSmemBytes > gpu.allowed_shared_bytes) return cudaErrorLaunchFailure;
-  const bool chained = config->numAttrs == 1 &&
-                       config->attrs->id == cudaLaunchAttributeProgrammaticStreamSerialization &&
-                       config->attrs->val.programmaticStreamSerializationAllowed == 1;
+  bool chained = false;
+  int cluster_blocks = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization)
+      chained = attribute.val.programmaticStreamSerializationAllowed == 1;
+    if (attribute.id != cudaLaunchAttributeClusterDimension) continue;
+    cluster_blocks = static_cast<int>(attribute.val.clusterDim.y);
+    if (gpu.capability < 90 || gpu.ptx_version < 90 || attribute.val.clusterDim.x != 1 ||
+        attribute.val.clusterDim.z != 1 || cluster_blocks > 8)
+      return cudaErrorLaunchFailure;
+  }
   std::vector<lb2::cuda::Region> guarded = gpu.written;
   if (gpu.launches.size() % gpu.round == 0) guarded.insert(guarded.end(), gpu.layer.begin(), gpu.layer.end());
-  gpu.launches.push_back({config->stream, chained, config->dynamicSmemBytes});
+  gpu.launches.push_back({config->stream, chained, config->dynamicSmemBytes, cluster_blocks});
   const lb2::cuda::Grid grid = {static_cast<int>(config->gridDim.x), static_cast<int>(config->gridDim.y),
                                 static_cast<int>(config->gridDim.z)};
   lb2::cuda::run_grid(
       grid, static_cast<int>(config->blockDim.x), config->dynamicSmemBytes, [&] { kernel(params); },
-      gpu.order, guarded, true);
+      gpu.order, guarded, true, 1, cluster_blocks);
   return cudaSuccess;
 }

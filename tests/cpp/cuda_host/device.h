@@ -26,6 +26,11 @@ inline int block_y() { return host::position().y; }
 inline int block_z() { return host::position().z; }
 inline unsigned char* shared_memory() { return host::shared(); }
 inline void sync_block() { host::sync_block(); }
+inline void sync_warp() {
+  host::warp_operation("sync_warp", nullptr, [](void**) {});
+}
+inline void sync_cluster() { host::sync_cluster(); }
+inline void* shared_of_block(void* own, int rank) { return host::shared_of_block(own, rank); }
 struct ShuffleSlot {
   uint32_t value, result;
   int mask;

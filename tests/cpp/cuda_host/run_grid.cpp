@@ -87,33 +87,48 @@ struct Fiber {
   bool runnable() const { return !done && (generation == nullptr || *generation != seen); }
 };
 
+// A barrier of all threads of a block or of a cluster.
+struct Barrier {
+  int arrived = 0;
+  uint64_t generation = 0;
+};
+
 struct Block {
+  unsigned char* shared = nullptr;
+  Barrier barrier;
+  int finished = 0;  // threads
+};
+
+struct Cluster {
   const std::function<void()>* kernel = nullptr;
-  std::vector<Fiber> fibers;
+  std::vector<Block> blocks;
+  int threads = 0;            // of a block
+  std::vector<Fiber> fibers;  // those of a block after those of another
   std::vector<Warp> warps;
   Fiber scheduler;
-  int current = 0;
-  host::Position position = {};
-  std::vector<int> turns;  // threads in the order in which they are asked
+  int current = 0;               // fiber
+  host::Position position = {};  // of the first block
+  std::vector<int> turns;        // fibers in the order in which they are asked
   std::mt19937 engine;
-  unsigned char* shared = nullptr;
-  int at_barrier = 0;
+  size_t shared_bytes = 0;
+  Barrier barrier;
   int finished = 0;
-  uint64_t barrier_generation = 0;
   const std::vector<Region>* guarded = nullptr;
   bool are_guarded = false;
   bool must_wait = false;
   const void* main_stack = nullptr;
   size_t main_stack_bytes = 0;
+
+  Block& own_block() { return blocks[static_cast<size_t>(current / threads)]; }
 };
 
-Block block;
+Cluster cluster;
 
 void guard(bool on) {
-  if (block.are_guarded == on) return;
-  block.are_guarded = on;
+  if (cluster.are_guarded == on) return;
+  cluster.are_guarded = on;
 #ifdef LB2_ASAN
-  for (const Region& region : *block.guarded) {
+  for (const Region& region : *cluster.guarded) {
     if (on)
       ASAN_POISON_MEMORY_REGION(region.data, region.bytes);
     else
@@ -123,20 +138,21 @@ void guard(bool on) {
 }
 
 [[noreturn]] void stop(const char* what) {
-  std::fprintf(stderr, "cuda_host: block (%d, %d, %d), warp %d lane %d: %s\n", block.position.x,
-               block.position.y, block.position.z, block.current / kLanes, block.current % kLanes, what);
-  for (size_t i = 0; i < block.fibers.size(); ++i)
-    if (!block.fibers[i].done && block.fibers[i].waits_for != nullptr)
-      std::fprintf(stderr, "  warp %zu lane %zu waits for %s\n", i / kLanes, i % kLanes,
-                   block.fibers[i].waits_for);
+  const host::Position& at = host::position();
+  std::fprintf(stderr, "cuda_host: block (%d, %d, %d), warp %d lane %d: %s\n", at.x, at.y, at.z,
+               at.thread / kLanes, at.thread % kLanes, what);
+  for (size_t i = 0; i < cluster.fibers.size(); ++i)
+    if (!cluster.fibers[i].done && cluster.fibers[i].waits_for != nullptr)
+      std::fprintf(stderr, "  warp %zu lane %zu of the cluster waits for %s\n", i / kLanes, i % kLanes,
+                   cluster.fibers[i].waits_for);
   std::abort();
 }
 
 void switch_fiber(Fiber& from, Fiber& to, bool to_scheduler, bool last) {
 #ifdef LB2_ASAN
   __sanitizer_start_switch_fiber(last ? nullptr : &from.fake_stack,
-                                 to_scheduler ? block.main_stack : to.stack.get(),
-                                 to_scheduler ? block.main_stack_bytes : kStackBytes);
+                                 to_scheduler ? cluster.main_stack : to.stack.get(),
+                                 to_scheduler ? cluster.main_stack_bytes : kStackBytes);
 #else
   (void)to_scheduler;
   (void)last;
@@ -149,23 +165,29 @@ void switch_fiber(Fiber& from, Fiber& to, bool to_scheduler, bool last) {
 #ifdef LB2_ASAN
   // Back on `from`. A fiber that had gone to the scheduler comes from there; the scheduler comes from a
   // fiber.
-  __sanitizer_finish_switch_fiber(from.fake_stack, to_scheduler ? &block.main_stack : nullptr,
-                                  to_scheduler ? &block.main_stack_bytes : nullptr);
+  __sanitizer_finish_switch_fiber(from.fake_stack, to_scheduler ? &cluster.main_stack : nullptr,
+                                  to_scheduler ? &cluster.main_stack_bytes : nullptr);
 #endif
 }
 
 void fiber_main() {
 #ifdef LB2_ASAN
-  __sanitizer_finish_switch_fiber(nullptr, &block.main_stack, &block.main_stack_bytes);
+  __sanitizer_finish_switch_fiber(nullptr, &cluster.main_stack, &cluster.main_stack_bytes);
 #endif
-  Fiber& self = block.fibers[static_cast<size_t>(block.current)];
-  (*block.kernel)();
+  Fiber& self = cluster.fibers[static_cast<size_t>(cluster.current)];
+  (*cluster.kernel)();
   if (!self.copies.copies.empty()) stop("returned without waiting for its copies to shared memory");
-  if (block.must_wait && !self.waited) stop("returned without waiting for the kernel before");
+  if (cluster.must_wait && !self.waited) stop("returned without waiting for the kernel before");
   self.done = true;
-  ++block.finished;
-  if (block.at_barrier > 0) stop("returned while others wait at a barrier");
-  switch_fiber(self, block.scheduler, true, true);
+  ++cluster.finished;
+  Block& own = cluster.own_block();
+  if (own.barrier.arrived > 0 || cluster.barrier.arrived > 0) stop("returned while others wait at a barrier");
+#ifdef LB2_ASAN
+  if (++own.finished == cluster.threads) ASAN_POISON_MEMORY_REGION(own.shared, cluster.shared_bytes);
+#else
+  ++own.finished;
+#endif
+  switch_fiber(self, cluster.scheduler, true, true);
   std::abort();
 }
 
@@ -200,36 +222,47 @@ void start(Fiber& fiber) {
 }
 
 void wait(const char* what, const uint64_t* generation) {
-  Fiber& self = block.fibers[static_cast<size_t>(block.current)];
+  Fiber& self = cluster.fibers[static_cast<size_t>(cluster.current)];
   self.waits_for = what;
   self.generation = generation;
   self.seen = *generation;
-  const int thread = block.current;
-  switch_fiber(self, block.scheduler, true, false);
-  block.current = thread;
+  const int thread = cluster.current;
+  switch_fiber(self, cluster.scheduler, true, false);
+  cluster.current = thread;
   self.waits_for = nullptr;
   self.generation = nullptr;
 }
 
-void run_block(int threads, Order order) {
-  for (Fiber& fiber : block.fibers) start(fiber);
-  for (Warp& warp : block.warps) warp = {};
-  block.at_barrier = block.finished = 0;
-  while (block.finished < threads) {
+void run_cluster(Order order) {
+  for (Fiber& fiber : cluster.fibers) start(fiber);
+  for (Warp& warp : cluster.warps) warp = {};
+  for (Block& block : cluster.blocks) block.barrier = {};
+  cluster.barrier = {};
+  cluster.finished = 0;
+  while (cluster.finished < static_cast<int>(cluster.fibers.size())) {
     bool moved = false;
-    if (order == Order::kShuffled) std::shuffle(block.turns.begin(), block.turns.end(), block.engine);
-    for (const int thread : block.turns) {
-      Fiber& fiber = block.fibers[static_cast<size_t>(thread)];
+    if (order == Order::kShuffled) std::shuffle(cluster.turns.begin(), cluster.turns.end(), cluster.engine);
+    for (const int thread : cluster.turns) {
+      Fiber& fiber = cluster.fibers[static_cast<size_t>(thread)];
       if (!fiber.runnable()) continue;
       moved = true;
-      block.current = thread;
-      block.position.thread = thread;
+      cluster.current = thread;
       guard(!fiber.waited);
-      switch_fiber(block.scheduler, fiber, false, false);
+      switch_fiber(cluster.scheduler, fiber, false, false);
     }
     guard(false);
     if (!moved) stop("no thread can go on; what each waits for:");
   }
+}
+
+void arrive(const char* name, Barrier& barrier, int threads, int finished) {
+  if (finished > 0) stop("at a barrier after others returned");
+  if (++barrier.arrived == threads) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    return;
+  }
+  wait(name, &barrier.generation);
 }
 
 }  // namespace
@@ -237,47 +270,58 @@ void run_block(int threads, Order order) {
 namespace host {
 
 const Position& position() {
-  block.position.thread = block.current;
-  return block.position;
+  static Position own;
+  own = cluster.position;
+  own.thread = cluster.current % cluster.threads;
+  own.y += cluster.current / cluster.threads;
+  return own;
 }
 
-unsigned char* shared() { return block.shared; }
+unsigned char* shared() { return cluster.own_block().shared; }
+
+void* shared_of_block(void* own, int rank) {
+  if (rank < 0 || rank >= static_cast<int>(cluster.blocks.size()))
+    stop("looks for a block that is not in its cluster");
+  const std::ptrdiff_t offset = static_cast<unsigned char*>(own) - shared();
+  if (offset < 0 || offset > static_cast<std::ptrdiff_t>(cluster.shared_bytes))
+    stop("maps what is not in its shared memory");
+  return cluster.blocks[static_cast<size_t>(rank)].shared + offset;
+}
 
 Runtime& runtime() {
   static Runtime runtime;
   return runtime;
 }
 
-PendingCopies& pending_copies() { return block.fibers[static_cast<size_t>(block.current)].copies; }
+PendingCopies& pending_copies() { return cluster.fibers[static_cast<size_t>(cluster.current)].copies; }
 
 void sync_block() {
-  if (block.finished > 0) stop("at a barrier after others returned");
-  if (++block.at_barrier == static_cast<int>(block.fibers.size())) {
-    block.at_barrier = 0;
-    ++block.barrier_generation;
-    return;
-  }
-  wait("sync_block", &block.barrier_generation);
+  Block& own = cluster.own_block();
+  arrive("sync_block", own.barrier, cluster.threads, own.finished);
+}
+
+void sync_cluster() {
+  arrive("sync_cluster", cluster.barrier, static_cast<int>(cluster.fibers.size()), cluster.finished);
 }
 
 void wait_for_previous_kernel() {
-  block.fibers[static_cast<size_t>(block.current)].waited = true;
+  cluster.fibers[static_cast<size_t>(cluster.current)].waited = true;
   guard(false);
 }
 
 void let_next_kernel_start() {
-  if (!block.fibers[static_cast<size_t>(block.current)].waited)
+  if (!cluster.fibers[static_cast<size_t>(cluster.current)].waited)
     stop("lets the next kernel start before it has waited for the one before");
 }
 
 void warp_operation(const char* name, void* slot, void (*complete)(void** slots)) {
-  Warp& warp = block.warps[static_cast<size_t>(block.current / kLanes)];
+  Warp& warp = cluster.warps[static_cast<size_t>(cluster.current / kLanes)];
   if (warp.arrived == 0) warp.operation = name;
   if (std::strcmp(warp.operation, name) != 0) {
-    block.fibers[static_cast<size_t>(block.current)].waits_for = name;
+    cluster.fibers[static_cast<size_t>(cluster.current)].waits_for = name;
     stop("lanes of a warp are at different operations");
   }
-  warp.slots[block.current % kLanes] = slot;
+  warp.slots[cluster.current % kLanes] = slot;
   if (++warp.arrived == kLanes) {
     complete(warp.slots);
     warp.arrived = 0;
@@ -290,35 +334,48 @@ void warp_operation(const char* name, void* slot, void (*complete)(void** slots)
 }  // namespace host
 
 void run_grid(Grid grid, int threads, size_t shared_bytes, const std::function<void()>& kernel, Order order,
-              const std::vector<Region>& guarded, bool must_wait, uint32_t seed) {
+              const std::vector<Region>& guarded, bool must_wait, uint32_t seed, int cluster_blocks) {
   if (threads % kLanes != 0) stop("the number of threads is no multiple of 32");
-  block.kernel = &kernel;
-  if (block.fibers.size() != static_cast<size_t>(threads)) {
-    block.fibers = std::vector<Fiber>(static_cast<size_t>(threads));
-    block.warps = std::vector<Warp>(static_cast<size_t>(threads / kLanes));
+  if (grid.y % cluster_blocks != 0) stop("the grid is not one of whole clusters");
+  cluster.kernel = &kernel;
+  cluster.threads = threads;
+  cluster.shared_bytes = shared_bytes;
+  const size_t fibers = static_cast<size_t>(threads * cluster_blocks);
+  if (cluster.fibers.size() != fibers) {
+    cluster.fibers = std::vector<Fiber>(fibers);
+    cluster.warps = std::vector<Warp>(fibers / kLanes);
   }
-  block.guarded = &guarded;
-  block.must_wait = must_wait;
-  block.engine.seed(seed);
-  block.turns.resize(static_cast<size_t>(threads));
-  std::iota(block.turns.begin(), block.turns.end(), 0);
-  std::vector<int> blocks(static_cast<size_t>(grid.x * grid.y * grid.z));
-  std::iota(blocks.begin(), blocks.end(), 0);
+  cluster.guarded = &guarded;
+  cluster.must_wait = must_wait;
+  cluster.engine.seed(seed);
+  cluster.turns.resize(fibers);
+  std::iota(cluster.turns.begin(), cluster.turns.end(), 0);
+  std::vector<int> clusters(static_cast<size_t>(grid.x * grid.y * grid.z / cluster_blocks));
+  std::iota(clusters.begin(), clusters.end(), 0);
   if (order == Order::kReverse) {
-    std::reverse(block.turns.begin(), block.turns.end());
-    std::reverse(blocks.begin(), blocks.end());
+    std::reverse(cluster.turns.begin(), cluster.turns.end());
+    std::reverse(clusters.begin(), clusters.end());
   } else if (order == Order::kShuffled) {
-    std::shuffle(blocks.begin(), blocks.end(), block.engine);
+    std::shuffle(clusters.begin(), clusters.end(), cluster.engine);
   }
-  for (const int index : blocks) {
-    block.position = {0, index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y};
-    // Exactly as many bytes as asked for: what lies beyond is AddressSanitizer's.
-    void* memory = nullptr;
-    if (posix_memalign(&memory, 128, shared_bytes) != 0) stop("out of memory");
-    std::memset(memory, 0xFF, shared_bytes);
-    block.shared = static_cast<unsigned char*>(memory);
-    run_block(threads, order);
-    std::free(memory);
+  const int in_y = grid.y / cluster_blocks;
+  for (const int index : clusters) {
+    cluster.position = {0, index % grid.x, index / grid.x % in_y * cluster_blocks, index / grid.x / in_y};
+    cluster.blocks.assign(static_cast<size_t>(cluster_blocks), {});
+    for (Block& block : cluster.blocks) {
+      // Exactly as many bytes as asked for: what lies beyond is AddressSanitizer's.
+      void* memory = nullptr;
+      if (posix_memalign(&memory, 128, shared_bytes) != 0) stop("out of memory");
+      std::memset(memory, 0xFF, shared_bytes);
+      block.shared = static_cast<unsigned char*>(memory);
+    }
+    run_cluster(order);
+    for (const Block& block : cluster.blocks) {
+#ifdef LB2_ASAN
+      ASAN_UNPOISON_MEMORY_REGION(block.shared, shared_bytes);
+#endif
+      std::free(block.shared);
+    }
   }
 }
 

@@ -1,6 +1,6 @@
-// Executes a CUDA kernel's grid on the host: blocks one after another, the threads of a block as fibers that
-// take turns at barriers and warp-wide operations. What would be undefined or hang on a GPU (lanes at
-// different operations, a barrier that not all threads reach) ends the process with a message.
+// Executes a CUDA kernel's grid on the host: clusters of blocks one after another, the threads of a cluster
+// as fibers that take turns at barriers and warp-wide operations. What would be undefined or hang on a GPU
+// (lanes at different operations, a barrier that not all threads reach) ends the process with a message.
 #pragma once
 
 #include <cstddef>
@@ -28,10 +28,11 @@ struct Region {
 
 // Calls `kernel` once per thread, with the `guarded` regions out of bounds for threads that have not waited
 // for the kernel before this one. `seed` is that of kShuffled. Each block gets `shared_bytes` of dynamic
-// shared memory, filled with 0xFF (NaN).
+// shared memory, filled with 0xFF (NaN), out of bounds for the others of its cluster once it has ended. A
+// cluster is of `cluster_blocks` blocks that follow one another in y.
 void run_grid(Grid grid, int threads, size_t shared_bytes, const std::function<void()>& kernel,
               Order order = Order::kForward, const std::vector<Region>& guarded = {}, bool must_wait = false,
-              uint32_t seed = 1);
+              uint32_t seed = 1, int cluster_blocks = 1);
 
 namespace host {
 
@@ -41,6 +42,10 @@ struct Position {
 const Position& position();
 unsigned char* shared();
 void sync_block();
+// All threads of the cluster, and where the address in another block's shared memory is that `own` is in this
+// one's.
+void sync_cluster();
+void* shared_of_block(void* own, int rank);
 
 // Every thread must wait for the kernel before its own: before it lets the next one start, and before it
 // ends. Until then it must not touch the regions that run_grid was told to guard, which AddressSanitizer sees

@@ -1,0 +1,436 @@
+// Both stages of a layer in one kernel, for ranks whose latents fit on chip.
+//
+// A cluster of 1 to 8 blocks has 32 tokens. Its blocks share the columns of the first stages: each converts
+// its slices of the activations (gemm_convert.h) and multiplies them; the sums stay in its shared memory,
+// each slice's apart where there are several blocks. Then each block adds up the latents of some of the
+// tokens, in the order of slices, converts them and gives them to the others; and each has some of the rows
+// of the outputs. Only x, signs and scales are read, only y is written, and every sum is taken in the order
+// of the GEMM (gemm.h): results are the same bits.
+//
+// Signs come from global memory into registers, those of the next 128 columns while these are multiplied: of
+// a row only one warp of the cluster's makes use.
+#pragma once
+
+#include "cuda/fused_params.h"
+#include "cuda/gemm_convert.h"
+#include "cuda/gemm_multiply.h"
+
+namespace lb2::cuda {
+
+// A lane's words of two tiles of rows, g and g + 8 of each.
+using FusedWords = uint32_t[kFusedRowTiles][2];
+
+// Rows of signs of a warp: `row` is the lane's in the first tile, `step` rows before that in the second.
+struct SignRows {
+  const uint32_t* words;
+  int64_t stride;
+  int row, step, rows, cols;
+
+  // Word t of the index that `word` begins, zero where there is none.
+  LB2_DEVICE void load(int word, int lane, FusedWords& out) const {
+    const int at = word + lane % 4;
+    const bool in_row = at * LB2_WORD_BITS < cols;
+#pragma unroll
+    for (int tile = 0; tile < kFusedRowTiles; ++tile)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int own = row + tile * step + 8 * half;
+        out[tile][half] = in_row && own < rows ? load_stream_word(words + own * stride + at) : 0;
+      }
+  }
+};
+
+template <typename Operand>
+struct FusedBlock {
+  static constexpr lb2_activation kActivation = Operand::kActivation;
+  static constexpr int kQuarters = Operand::kQuarters;
+  static constexpr int kStepBytes = gemm_step_bytes(kActivation);
+  static constexpr int kBlockBytes = Operand::kBlockBytes;
+  static constexpr int kBufferBytes = fused_buffer_bytes(kActivation);
+  static constexpr int kIndexBytes = fused_index_bytes(kActivation);
+  using Sums = typename Operand::Sum[kFusedRowTiles][kFusedGroups][4];
+  using Floats = float[kFusedRowTiles][kFusedGroups][4];
+
+  const FusedParams& params;
+  unsigned char* early;  // converted activations, then latents and outputs
+  float* parts;
+  int lane, warp;
+  int blocks, rank;  // of the cluster, and this one's in it
+  int first_token, tokens;
+  int first_slice, slices;  // of the block
+
+  LB2_DEVICE unsigned char* buffer(int item) const { return early + item % 2 * kBufferBytes; }
+  LB2_DEVICE int first_slice_of(int block) const { return (params.slices * block) >> params.blocks_log2; }
+  LB2_DEVICE int num_items() const { return params.num_firsts * slices; }
+
+  // The converted activations of an item: a first stage and a slice of the block, slices of one first stage
+  // after those of another. A warp takes a token of each group.
+  LB2_DEVICE void convert_item(int item) const {
+    const FusedFirst& first = params.firsts[item / slices];
+    const int slice = first_slice + item % slices;
+    const int cols[2] = {slice * kSliceCols + converted_run(lane),
+                         slice * kSliceCols + converted_run(lane) + 16};
+    const int64_t row_bytes = params.input_stride * (params.dtype == LB2_FLOAT32 ? 4 : 2);
+    const bool inside = lane / 8 < slice_indices(params.cols, slice);
+#pragma unroll 1
+    for (int group = 0; group < kFusedGroups; ++group) {
+      const int token = group * kGroupTokens + warp;
+      if (token >= tokens) break;
+      const char* row = static_cast<const char*>(params.input) + (first_token + token) * row_bytes;
+      float values[kLaneCols];
+      load_runs({row, first.scale, 0, 1, params.cols, params.dtype}, cols, values);
+      store_converted(buffer(item) + group * kBlockBytes, kBlockBytes, warp, inside, values);
+    }
+  }
+
+  LB2_DEVICE void store_converted(unsigned char* block, int block_bytes, int column, bool inside,
+                                  const float (&values)[kLaneCols]) const {
+    unsigned char* tail = block + block_bytes - kGemmTailBytes;
+    Operand::convert(values, lane, column, inside, block, reinterpret_cast<float*>(tail) + column,
+                     reinterpret_cast<int32_t*>(tail) + kGroupTokens + column);
+  }
+
+  // Activations of an item that will be converted: into the L2 cache.
+  LB2_DEVICE void prefetch_item(int item) const {
+    constexpr int kLine = 128, kThreadsPerToken = kThreads / kFusedTokens;
+    if (item >= slices) return;  // of the first of the first stages: the others find them there
+    const int element_bytes = params.dtype == LB2_FLOAT32 ? 4 : 2;
+    const int token = thread_id() / kThreadsPerToken;
+    if (token >= tokens) return;
+    const char* row =
+        static_cast<const char*>(params.input) + (first_token + token) * params.input_stride * element_bytes;
+    const int first = (first_slice + item) * kSliceCols * element_bytes;
+    for (int line = thread_id() % kThreadsPerToken; line < kSliceCols * element_bytes / kLine;
+         line += kThreadsPerToken)
+      if (first + line * kLine < params.cols * element_bytes) prefetch(row + first + line * kLine);
+  }
+
+  // Warps take tiles of a first stage in turn, lest one scheduler of an SM have them all.
+  LB2_DEVICE SignRows first_rows(int item) const {
+    const FusedFirst& first = params.firsts[item / slices];
+    return {first.words,        first.word_stride, warp * kTileRows + lane / 4,
+            kWarps * kTileRows, first.rank,        params.cols};
+  }
+  LB2_DEVICE void load_first(int item, FusedWords& words) const {
+    if (item < num_items()) first_rows(item).load((first_slice + item % slices) * kSliceWords, lane, words);
+  }
+
+  // Products of a slice for as many tiles. `words` are those of its first index; `load_next` puts what will
+  // be multiplied after it in their place.
+  template <int kTiles, typename LoadNext>
+  LB2_DEVICE void multiply_slice(const SignRows& rows, int slice, int indices, const unsigned char* data,
+                                 int group_bytes, FusedWords& words, const LoadNext& load_next, Sums& sums,
+                                 Floats& chains) const {
+#pragma unroll 1
+    for (int index = 0; index < indices; ++index) {
+      uint32_t now[kTiles][2];
+#pragma unroll
+      for (int i = 0; i < 2 * kTiles; ++i) now[i / 2][i % 2] = words[i / 2][i % 2];
+      if (index + 1 < indices)
+        rows.load(slice * kSliceWords + (index + 1) * 4, lane, words);
+      else
+        load_next(words);
+#pragma unroll
+      for (int step = 0; step < kQuarters; ++step)
+        multiply_step<Operand, kTiles, kFusedGroups>(
+            now, step, data + (index * kQuarters + step) * kStepBytes + lane * 16, group_bytes, sums);
+      if constexpr (Operand::kShortChains) end_chains(sums, chains);
+    }
+  }
+
+  // Adds the products of an item; `total` are the sums of a first stage so far.
+  LB2_DEVICE void multiply_item(int item, FusedWords& words, Floats& total) const {
+    const FusedFirst& first = params.firsts[item / slices];
+    const int own = item % slices, slice = first_slice + own;
+    const int tiles = (first.rank + kTileRows - 1) / kTileRows - warp;
+    const auto load_next = [&](FusedWords& next) { load_first(item + 1, next); };
+    if (tiles <= 0) {
+      load_next(words);
+      return;
+    }
+    const SignRows rows = first_rows(item);
+    const int indices = slice_indices(params.cols, slice);
+    Sums sums;
+    Floats chains;
+    set_zero(sums);
+    set_zero(chains);
+    if (tiles > kWarps)
+      multiply_slice<2>(rows, slice, indices, buffer(item), kBlockBytes, words, load_next, sums, chains);
+    else
+      multiply_slice<1>(rows, slice, indices, buffer(item), kBlockBytes, words, load_next, sums, chains);
+    const float row_scale[kFusedRowTiles][2] = {{1.0f, 1.0f}, {1.0f, 1.0f}};
+    add_slice<Operand, kFusedRowTiles, kFusedGroups>(
+        buffer(item) + kBlockBytes - kGemmTailBytes + lane % 4 * 8, row_scale, sums, chains, total,
+        kBlockBytes);
+    if (blocks == 1 && own + 1 < slices) return;
+    float* part = parts + (blocks == 1 ? 0 : own) * kFusedTokens * params.part_pitch + first.row +
+                  warp * kTileRows + lane / 4;
+#pragma unroll
+    for (int tile = 0; tile < kFusedRowTiles; ++tile)
+#pragma unroll
+      for (int i = 0; i < 4 * kFusedGroups; ++i) {
+        const int token = i / 4 * kGroupTokens + lane % 4 * 2 + i % 2;
+        if (tile == 0 || tiles > kWarps)
+          part[token * params.part_pitch + tile * kWarps * kTileRows + i % 4 / 2 * 8] =
+              total[tile][i / 4][i % 4];
+      }
+    set_zero(total);
+  }
+
+  LB2_DEVICE void first_stages() const {
+    const int items = num_items();
+    FusedWords words = {};
+    load_first(0, words);
+    prefetch_item(1);
+    if (items > 0) convert_item(0);
+    Floats total;
+    set_zero(total);
+#pragma unroll 1
+    for (int item = 0; item < items; ++item) {
+      sync_block();  // this item's activations are there, those of the one before are used up
+      prefetch_item(item + 2);
+      // Of the two warps of a scheduler one converts while the other multiplies.
+#pragma unroll 1
+      for (int half = 0; half < 2; ++half) {
+        if ((half == 0) == (warp < kWarps / 2))
+          multiply_item(item, words, total);
+        else if (item + 1 < items)
+          convert_item(item + 1);
+      }
+    }
+  }
+
+  // Part `part` of the latents of all tokens, in whichever block has it.
+  LB2_DEVICE const float* find_part(int part) const {
+    if (blocks == 1) return parts;
+    const int owner = (((part + 1) << params.blocks_log2) - 1) / params.slices;
+    return static_cast<const float*>(
+        shared_of_block(parts + (part - first_slice_of(owner)) * kFusedTokens * params.part_pitch, owner));
+  }
+
+  // A run of 8 of a token's latents, parts added in order, times their scale; zero past the last one.
+  LB2_DEVICE void load_latents(const FusedTerm& term, int token, int col, float* out) const {
+    const int num_parts = blocks == 1 ? 1 : params.slices;
+    const int at = token * params.part_pitch + params.firsts[term.first].row + col;
+#pragma unroll
+    for (int i = 0; i < kRunCols; ++i) out[i] = 0.0f;
+    if (col >= term.rank) return;
+    constexpr int kAtOnce = 4;
+#pragma unroll 1
+    for (int first = 0; first < num_parts; first += kAtOnce) {
+      Words4 more[kAtOnce][2];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j)
+        if (first + j < num_parts) {
+          const float* source = find_part(first + j) + at;
+          more[j][0] = load_words4(source);
+          more[j][1] = load_words4(source + 4);
+        }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j)
+        if (first + j < num_parts)
+#pragma unroll
+          for (int i = 0; i < kRunCols; ++i) {
+            const float part = bits_float(more[j][i / 4].w[i % 4]);
+            out[i] = first + j == 0 ? part : out[i] + part;
+          }
+    }
+#pragma unroll
+    for (int i = 0; i < kRunCols; ++i) out[i] = col + i < term.rank ? out[i] * term.scale[col + i] : 0.0f;
+  }
+
+  // Latents of the block's tokens as the tensor cores take them.
+  LB2_DEVICE void convert_latents() const {
+    const int count = kFusedTokens >> params.blocks_log2;
+    int unit = warp;
+    for (int i = 0; i < params.num_terms; ++i) {
+      const FusedTerm& term = params.terms[i];
+      for (; unit < count * term.slices; unit += kWarps) {
+        const int slice = unit / count, token = rank * count + unit % count;
+        if (token >= tokens) continue;
+        const int col = slice * kSliceCols + converted_run(lane);
+        float values[kLaneCols];
+        load_latents(term, token, col, values);
+        load_latents(term, token, col + 16, values + kRunCols);
+        const int indices = slice_indices(term.rank, slice);
+        const int bytes = group_bytes(indices);
+        store_converted(latents(term, slice) + token / kGroupTokens * bytes, bytes, token % kGroupTokens,
+                        lane / 8 < indices, values);
+      }
+      unit -= count * term.slices;
+    }
+  }
+
+  // Of a slice of a term's latents, for a group of tokens.
+  LB2_DEVICE static int group_bytes(int indices) { return indices * kIndexBytes + kGemmTailBytes; }
+  LB2_DEVICE unsigned char* latents(const FusedTerm& term, int slice) const {
+    return early + term.offset + slice * kBufferBytes;
+  }
+
+  LB2_DEVICE void give_away(void* own) const {
+    const Words4 words = load_words4(own);
+    for (int i = 1; i < blocks; ++i) *static_cast<Words4*>(shared_of_block(own, (rank + i) % blocks)) = words;
+  }
+
+  // The converted latents of the block's tokens to the other blocks.
+  LB2_DEVICE void share_latents() const {
+    const int count = kFusedTokens >> params.blocks_log2, first = rank * count;
+    for (int i = 0; i < params.num_terms; ++i)
+      for (int slice = 0; slice < params.terms[i].slices; ++slice) {
+        const int indices = slice_indices(params.terms[i].rank, slice);
+        const int bytes = group_bytes(indices);
+        const int lines = indices * kQuarters * Operand::kTerms;
+        unsigned char* block = latents(params.terms[i], slice);
+        for (int item = thread_id(); item < lines * count * 4; item += kThreads) {
+          const int token = first + item / 4 % count, line = item / 4 / count;
+          give_away(block + token / kGroupTokens * bytes +
+                    (line * kWarpLanes + token % kGroupTokens * 4 + item % 4) * 16);
+        }
+        // Scales and sums of four tokens.
+        const int quads = 2 * count / 4;
+        if (thread_id() < quads) {
+          const int token = first + thread_id() / 2 * 4;
+          give_away(block + (token / kGroupTokens + 1) * bytes - kGemmTailBytes +
+                    (thread_id() % 2 * kGroupTokens + token % kGroupTokens) * 4);
+        }
+      }
+  }
+
+  // A walk over the slices of the units of a warp.
+  struct Cursor {
+    int unit, layer, term, slice;
+  };
+  LB2_DEVICE void enter_unit(Cursor& at) const {
+    while (at.layer + 1 < params.num_layers && params.layers[at.layer + 1].first_tile <= at.unit) ++at.layer;
+    at.term = params.layers[at.layer].first_term;
+    at.slice = 0;
+  }
+  LB2_DEVICE void advance(Cursor& at) const {
+    if (++at.slice < params.terms[at.term].slices) return;
+    at.slice = 0;
+    if (++at.term < params.layers[at.layer].last_term) return;
+    at.unit += kWarps;
+    if (at.unit < params.num_units) enter_unit(at);
+  }
+  LB2_DEVICE int unit_row(const Cursor& at) const {
+    return (at.unit - params.layers[at.layer].first_tile) * kFusedUnitRows;
+  }
+  LB2_DEVICE SignRows last_rows(const Cursor& at) const {
+    const FusedTerm& term = params.terms[at.term];
+    return {term.words, term.word_stride, unit_row(at) + lane / 4, kTileRows, params.layers[at.layer].rows,
+            term.rank};
+  }
+
+  // The outputs of the block's units, each a warp's.
+  LB2_DEVICE void last_stage() const {
+    const int end = (params.num_units * (rank + 1)) >> params.blocks_log2;
+    Cursor at = {((params.num_units * rank) >> params.blocks_log2) + warp, 0, 0, 0};
+    if (at.unit >= end) return;
+    float* outputs =
+        reinterpret_cast<float*>(early + params.latent_bytes) + warp * kFusedTokens * kFusedStorePitch;
+    FusedWords words = {};
+    enter_unit(at);
+    last_rows(at).load(0, lane, words);
+#pragma unroll 1
+    while (at.unit < end) {
+      const Group& layer = params.layers[at.layer];
+      const int row = unit_row(at), unit = at.unit;
+      Floats total;
+      set_zero(total);
+#pragma unroll 1
+      while (at.unit == unit) {
+        const FusedTerm& term = params.terms[at.term];
+        const SignRows rows = last_rows(at);
+        const int slice = at.slice, indices = slice_indices(term.rank, slice);
+        const int bytes = group_bytes(indices);
+        float row_scale[kFusedRowTiles][2];
+#pragma unroll
+        for (int i = 0; i < 2 * kFusedRowTiles; ++i) {
+          const int own = rows.row + i / 2 * kTileRows + i % 2 * 8;
+          row_scale[i / 2][i % 2] = own < layer.rows ? term.row_scale[own] : 1.0f;
+        }
+        advance(at);
+        const auto load_next = [&](FusedWords& next) {
+          if (at.unit < end) last_rows(at).load(at.slice * kSliceWords, lane, next);
+        };
+        Sums sums;
+        Floats chains;
+        set_zero(sums);
+        set_zero(chains);
+        const unsigned char* data = latents(term, slice);
+        multiply_slice<2>(rows, slice, indices, data, bytes, words, load_next, sums, chains);
+        add_slice<Operand, kFusedRowTiles, kFusedGroups>(data + bytes - kGemmTailBytes + lane % 4 * 8,
+                                                         row_scale, sums, chains, total, bytes);
+      }
+      store_unit(layer, row, total, outputs);
+    }
+  }
+
+  LB2_DEVICE void store_unit(const Group& layer, int first_row, const Floats& total, float* outputs) const {
+    sync_warp();  // what was there has been stored
+#pragma unroll
+    for (int tile = 0; tile < kFusedRowTiles; ++tile)
+#pragma unroll
+      for (int i = 0; i < 4 * kFusedGroups; ++i) {
+        const int token = i / 4 * kGroupTokens + lane % 4 * 2 + i % 2;
+        outputs[token * kFusedStorePitch + tile * kTileRows + lane / 4 + i % 4 / 2 * 8] =
+            total[tile][i / 4][i % 4];
+      }
+    sync_warp();
+    constexpr int kQuads = kFusedUnitRows / 4;
+    const int64_t stride = layer.output_stride;
+    const bool wide = is_wide(layer, params.dtype);
+    const int row = first_row + lane % kQuads * 4;
+#pragma unroll 1
+    for (int token = lane / kQuads; token < tokens; token += kWarpLanes / kQuads)
+      if (row < layer.rows)
+        store_sums(layer, params.dtype, (first_token + token) * stride + row, row,
+                   load_words4(outputs + token * kFusedStorePitch + lane % kQuads * 4), wide);
+  }
+};
+
+LB2_DEVICE void sync_blocks(int blocks) {
+  if (blocks == 1)
+    sync_block();
+  else
+    sync_cluster();
+}
+
+template <typename Operand>
+LB2_DEVICE void fused_block(const FusedParams& params) {
+  unsigned char* shared = shared_memory();
+  const int first_token = block_z() * kFusedTokens, left = params.m - first_token;
+  FusedBlock<Operand> block = {params,
+                               shared,
+                               reinterpret_cast<float*>(shared + params.early_bytes),
+                               thread_id() % kWarpLanes,
+                               thread_id() / kWarpLanes,
+                               1 << params.blocks_log2,
+                               block_y(),
+                               first_token,
+                               left < kFusedTokens ? left : kFusedTokens,
+                               0,
+                               0};
+  block.first_slice = block.first_slice_of(block.rank);
+  block.slices = block.first_slice_of(block.rank + 1) - block.first_slice;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  block.first_stages();
+  sync_blocks(block.blocks);
+  block.convert_latents();
+  if (block.blocks > 1) {
+    sync_block();
+    block.share_latents();
+  }
+  sync_blocks(block.blocks);  // after which no block looks into another, which may then end
+  block.last_stage();
+}
+
+// Blocks are [1, blocks of a cluster, tiles of tokens].
+template <typename Operand>
+LB2_KERNEL(kThreads, 1)
+fused(const LB2_GRID_CONSTANT FusedParams params) {
+  fused_block<Operand>(params);
+}
+
+}  // namespace lb2::cuda

@@ -1,0 +1,132 @@
+// The CUDA kernel of both stages executed on the host, clusters included, against a float64 reference and the
+// GEMM, whose bits it must give: every mode and cluster over random small problems, as in cuda_gemm_test.cpp.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "cuda/fused_params.h"
+#include "cuda_call.h"
+
+namespace {
+
+constexpr lb2_activation kModes[] = {LB2_ACTIVATION_EXACT, LB2_ACTIVATION_FLOAT16, LB2_ACTIVATION_INT8};
+constexpr lb2_cuda_device kHopper = {sizeof(lb2_cuda_device), 90, 132, 227 * 1024};
+
+lb2_cuda_tuning tuning_of(int32_t fused) {
+  return {sizeof(lb2_cuda_tuning), {0, 0}, 0, 0, 0, {0, 0}, {0, 0}, fused};
+}
+
+// A plan of the kernel in clusters of so many blocks; false where there is no room for it.
+bool plan_fused(const std::vector<lb2_linear_args>& layers, lb2_activation activation,
+                const lb2_cuda_device& device, int32_t blocks, lb2_cuda_plan* plan) {
+  const lb2_cuda_tuning tuning = tuning_of(blocks);
+  *plan = {};
+  plan->struct_size = sizeof *plan;
+  const lb2_status status = lb2_grouped_plan_cuda(layers.data(), static_cast<int64_t>(layers.size()),
+                                                  activation, &device, &tuning, plan);
+  return status == LB2_OK;
+}
+
+bool is_fused(const lb2_cuda_plan& plan, int32_t blocks) {
+  return plan.num_launches == 1 && plan.launches[0].kind == LB2_CUDA_FUSED &&
+         plan.launches[0].grid_y == blocks && plan.workspace_bytes == 0;
+}
+
+// One layer, or every third time two on the input of the first; `ran` counts those that there was room for.
+bool run_problem(int index, int* ran) {
+  const lb2_activation activation = kModes[index % 3];
+  std::vector<Problem> problems;
+  problems.reserve(2);
+  problems.emplace_back(false, 4, 256, 0, nullptr, std::initializer_list<int64_t>{17, 18, 31, 33, 40, 70});
+  if (problems[0].num_paths <= 3 && index / 3 % 3 == 2)
+    problems.emplace_back(false, 4, 96, 0, problems.data());
+  const int32_t blocks = static_cast<int32_t>(pick({1, 2, 4, 8}));
+  lb2_cuda_device device = kHopper;
+  device.capability = static_cast<int32_t>(blocks > 1 ? pick({90, 100, 120}) : pick({80, 86, 89, 90, 120}));
+  device.multiprocessors = static_cast<int32_t>(pick({1, 132}));
+  device.shared_bytes = pick({99 * 1024, 227 * 1024, 227 * 1024});
+  const std::vector<lb2_linear_args> layers = layers_of(problems);
+  lb2_cuda_plan plan;
+  if (!plan_fused(layers, activation, device, blocks, &plan)) return true;
+  ++*ran;
+  if (!is_fused(plan, blocks)) return failed("the plan is not that of one launch", activation);
+  std::vector<std::vector<char>> results, other;
+  if (!gives_expected(problems, layers, plan, {lb2::cuda::Order::kForward, lb2::cuda::Order::kShuffled},
+                      index, &results))
+    return false;
+  const lb2_cuda_tuning never = tuning_of(-1);
+  const lb2_cuda_plan gemm = make_plan(layers, activation, device, &never);
+  if (gemm.num_launches != 4) return failed("the plan is not that of a GEMM", activation);
+  if (!gives_expected(problems, layers, gemm, {lb2::cuda::Order::kForward}, index, &other)) return false;
+  if (results != other) {
+    problems[0].describe();
+    return failed("the bits are not those of the GEMM", activation);
+  }
+  return true;
+}
+
+// Many slices of columns to a block, ranks of more than one row tile of a warp and of one alone.
+bool run_bits(lb2_activation activation) {
+  for (const int64_t rank : {16, 200, 256}) {
+    const int64_t m = 41, k = 5300, n = 330;
+    Setup setup(m, k, n, rank);
+    const std::vector<float> gemm = setup.run(activation, 0, m);
+    for (const int32_t blocks : {1, 2, 4, 8}) {
+      lb2_cuda_plan plan;
+      if (!plan_fused({setup.args}, activation, setup.device, blocks, &plan)) {
+        // Six slices of 256 latents, or in exact three, are more than a block can hold.
+        if (blocks == 2 && rank > 16) continue;
+        if (blocks == 4 && rank == 256 && activation == LB2_ACTIVATION_EXACT) continue;
+        return failed("there is no room for a plan", activation);
+      }
+      setup.tuning = tuning_of(blocks);
+      const std::vector<float> fused = setup.run(activation, 0, m);
+      if (lb2::cuda::host::runtime().launches.size() != 1 ||
+          lb2::cuda::host::runtime().launches[0].cluster_blocks != blocks)
+        return failed("not one launch in clusters", activation);
+      if (!same_bits(fused.data(), gemm.data(), m * n))
+        return failed("the bits are not those of the GEMM", activation);
+      if (rank == 200 && blocks == 8 &&
+          (!same_alone(setup, activation, {17, 33}, fused) || !spoils_its_own(setup, activation, fused)))
+        return false;
+    }
+  }
+  return true;
+}
+
+// Code that was made of older PTX has no clusters, and gives the same bits without.
+bool run_old_code() {
+  Setup setup(70, 2100, 90, 104);
+  setup.tuning = tuning_of(4);
+  const std::vector<float> expected = setup.run(LB2_ACTIVATION_FLOAT16, 0, 70);
+  lb2::cuda::host::runtime().ptx_version = 80;
+  // What is known of a kernel is kept for its GPU: another one.
+  setup.device.shared_bytes -= 64 * 1024;
+  const std::vector<float> got = setup.run(LB2_ACTIVATION_FLOAT16, 0, 70);
+  const bool alone = lb2::cuda::host::runtime().launches[0].cluster_blocks == 1;
+  lb2::cuda::host::runtime().ptx_version = 90;
+  if (!alone) return failed("clusters of code that has none", LB2_ACTIVATION_FLOAT16);
+  return same_bits(got.data(), expected.data(), 70 * 90) ||
+         failed("without clusters the bits are others", LB2_ACTIVATION_FLOAT16);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int count = argc > 1 ? std::atoi(argv[1]) : 48;
+  int ran = 0;
+  for (int i = 0; i < count; ++i)
+    if (!run_problem(i, &ran)) return EXIT_FAILURE;
+  if (ran < count / 3) {
+    std::fprintf(stderr, "there was room for %d of %d problems only\n", ran, count);
+    return EXIT_FAILURE;
+  }
+  for (const lb2_activation mode : kModes)
+    if (!run_bits(mode)) return EXIT_FAILURE;
+  if (!run_old_code()) return EXIT_FAILURE;
+  std::printf("%d of %d problems passed\n", ran, count);
+  return EXIT_SUCCESS;
+}
