@@ -85,7 +85,8 @@ void test_results_launches_and_streams() {
     int stream = 0;
     EXPECT(call.run(&stream) == LB2_OK);
     for (const float value : call.y) EXPECT(value == Call::kK * Call::kRank);
-    EXPECT(runtime().launches.size() == (m > 4 ? 4u : 2u));
+    // One for both stages of many tokens, as the layer is small.
+    EXPECT(runtime().launches.size() == (m > 16 ? 1u : m > 4 ? 4u : 2u));
     for (const Runtime::Launch& launch : runtime().launches)
       EXPECT(launch.stream == &stream && launch.chained);
     EXPECT(runtime().allowed_shared_bytes == 232448);

@@ -1,143 +1,23 @@
-// Planning of CUDA calls: pure functions, so everything about them is checked without a GPU.
+// Planning of CUDA calls: pure functions, so everything about them is checked without a GPU. Calls of many
+// tokens are cuda_prompt_plan_test.cpp's.
 #include <algorithm>
-#include <cinttypes>
 #include <cstddef>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <vector>
 
 #include "cuda/check.h"
+#include "cuda/fused_plan.h"
 #include "cuda/gemm_plan.h"
 #include "cuda/instances.h"
-#include "cuda/plan.h"
+#include "cuda_plans.h"
 
 namespace {
-
-int failures = 0;
-
-void expect(bool condition, const char* what, int64_t a = 0, int64_t b = 0) {
-  if (condition) return;
-  std::fprintf(stderr, "failed: %s (%" PRId64 ", %" PRId64 ")\n", what, a, b);
-  ++failures;
-}
-
-lb2_cuda_device gpu(int32_t capability, int32_t multiprocessors, int64_t shared_bytes) {
-  return {sizeof(lb2_cuda_device), capability, multiprocessors, shared_bytes};
-}
-
-const lb2_cuda_device kGpus[] = {gpu(80, 108, 166912), gpu(86, 84, 101376),   gpu(89, 128, 101376),
-                                 gpu(90, 132, 232448), gpu(100, 148, 232448), gpu(120, 170, 101376)};
-
-// A layer without data: planning looks at sizes and at which pointers are equal.
-struct Layer {
-  int32_t word = 0;
-  float scale = 0.0f;
-  std::vector<lb2_path> paths;
-  lb2_linear_args args = {};
-  Layer(int64_t m, int64_t k, int64_t n, const std::vector<int64_t>& ranks, lb2_dtype dtype) {
-    for (const int64_t rank : ranks) {
-      lb2_path path = {};
-      path.rank = rank == 0 ? n : rank;
-      path.v = &word + paths.size();
-      path.v_stride = lb2_words_per_row(k);
-      path.in_scale = path.out_scale = &scale;
-      if (rank != 0) {
-        path.u = &word;
-        path.u_stride = lb2_words_per_row(rank);
-        path.latent_scale = &scale;
-      }
-      paths.push_back(path);
-    }
-    args.struct_size = sizeof args;
-    args.m = m;
-    args.k = k;
-    args.n = n;
-    args.paths = paths.data();
-    args.num_paths = static_cast<int64_t>(paths.size());
-    args.dtype = dtype;
-  }
-};
-
-lb2_cuda_plan plan_of(const Layer& layer, lb2_activation activation, const lb2_cuda_device& device) {
-  lb2_cuda_plan plan = {};
-  plan.struct_size = sizeof plan;
-  expect(lb2_linear_plan_cuda(&layer.args, activation, &device, nullptr, &plan) == LB2_OK, lb2_last_error());
-  return plan;
-}
-
-// Whether a plan is taken for a call of the layer, and how it is resumed.
-lb2_status resume(const Layer& layer, const lb2_cuda_plan* plan, lb2::cuda::Plan* resumed,
-                  lb2::cuda::Layers* layers) {
-  expect(lb2::cuda::gather_layers(&layer.args, 1, layers) == LB2_OK, lb2_last_error());
-  return lb2::cuda::resume_plan(*layers, plan, resumed);
-}
 
 const lb2_cuda_launch& decode_of(const lb2_cuda_plan& plan, int stage) {
   for (const lb2_cuda_launch& launch : plan.launches)
     if (launch.kind == LB2_CUDA_DECODE && launch.stage == stage) return launch;
   std::abort();
-}
-
-// What must hold of a plan with the GEMM.
-void check_gemm(const Layer& layer, const lb2_cuda_plan& plan) {
-  const lb2_linear_args& args = layer.args;
-  const int stages = layer.paths[0].u == nullptr ? 1 : 2;
-  expect(plan.num_launches == 2 * stages, "number of launches", plan.num_launches);
-  int64_t multiplying = 0;
-  for (const lb2_cuda_launch& launch : plan.launches) multiplying += launch.estimated_cycles;
-  expect(plan.estimated_cycles > multiplying, "launches and conversions are estimated too",
-         plan.estimated_cycles, multiplying);
-  expect((plan.unpack_cycles > 0) == (args.dtype != LB2_FLOAT32), "unpacking is estimated in half precision",
-         plan.unpack_cycles);
-  expect(plan.token_block <= args.m && plan.token_block >= std::min<int64_t>(args.m, 128),
-         "tokens of a round", plan.token_block);
-  const int64_t block = lb2::cuda::gemm_block_bytes(plan.activation);
-  const int64_t groups = (plan.token_block + 7) / 8;
-  int64_t least_bytes = 0;
-  for (int i = 0; i < plan.num_launches; ++i) {
-    const lb2_cuda_launch& s = plan.launches[i];
-    expect(s.stage == i / 2 && s.threads == 256 && s.row_warps == 0, "stages in order", s.stage);
-    expect(s.chained == (plan.device.capability >= 90), "chained from sm_90 on", plan.device.capability);
-    expect(static_cast<int64_t>(s.grid_z) * s.token_tile >= plan.token_block &&
-               static_cast<int64_t>(s.grid_z - 1) * s.token_tile < plan.token_block,
-           "all tokens", s.grid_z);
-    expect(s.grid_z <= 65535 && s.grid_y <= 65535, "grid", s.grid_z);
-    const bool first = stages == 2 && s.stage == 0;
-    if (i % 2 == 0) {
-      expect(s.kind == LB2_CUDA_CONVERT && s.token_tile == 8 && s.row_tile == 0, "conversion first", s.kind);
-      const int64_t slices = s.grid_x;
-      expect(slices * groups * block <= plan.workspace_bytes, "what is converted fits", slices);
-      least_bytes = std::max(least_bytes, slices * groups * block);
-      continue;
-    }
-    expect(s.kind == LB2_CUDA_GEMM && lb2::cuda::has_gemm_tile(plan.activation, s.row_tile, s.token_tile),
-           "a tile that there is", s.row_tile, s.token_tile);
-    const int64_t cols = stages == 1 || first ? args.k : 0;
-    int64_t slices = (cols + 511) / 512, rows = 0, sums = 0;
-    if (!first) {
-      slices = 0;
-      for (const lb2_path& path : layer.paths) slices += ((stages == 1 ? args.k : path.rank) + 511) / 512;
-      rows = (args.n + s.row_tile - 1) / s.row_tile;
-      expect(s.grid_y == 1, "the last stage adds no parts");
-    } else {
-      for (const lb2_path& path : layer.paths) {
-        rows += (path.rank + s.row_tile - 1) / s.row_tile;
-        sums += path.rank;
-      }
-      expect(s.grid_y <= slices, "no part without a slice", s.grid_y);
-      least_bytes += (s.grid_y > 1 ? slices : 1) * plan.token_block * sums * 4;
-      slices = (slices + s.grid_y - 1) / s.grid_y;
-    }
-    expect(s.grid_x == rows, "row tiles", s.grid_x, rows);
-    expect(s.shared_bytes == lb2::cuda::gemm_shared_bytes(plan.activation, s.row_tile, s.token_tile, slices),
-           "shared memory is what the kernel lays out", s.shared_bytes);
-    expect(s.shared_bytes <= plan.device.shared_bytes, "shared memory fits", s.shared_bytes);
-  }
-  expect(plan.workspace_bytes >= least_bytes, "the workspace holds latents and conversions",
-         plan.workspace_bytes);
-  // Not even of the widest layers does a round take much more than its bound.
-  expect(plan.workspace_bytes <= (int64_t{448} << 20), "the workspace is bounded", plan.workspace_bytes);
 }
 
 void test_every_plan_fits() {
@@ -151,10 +31,7 @@ void test_every_plan_fits() {
             for (lb2_activation mode = LB2_ACTIVATION_AUTO; mode <= LB2_ACTIVATION_FLOAT16; ++mode) {
               const Layer layer(m, k, n, rank, LB2_FLOAT16);
               const lb2_cuda_plan plan = plan_of(layer, mode, device);
-              if (lb2::cuda::is_gemm(plan)) {
-                check_gemm(layer, plan);
-                continue;
-              }
+              if (lb2::cuda::is_gemm(plan) || lb2::cuda::is_fused(plan)) continue;
               const int stages = rank[0] == 0 ? 1 : 2;
               expect(plan.num_launches == (m > 4 ? 2 * stages : stages), "number of launches",
                      plan.num_launches);
@@ -220,7 +97,8 @@ void test_auto() {
     for (const int64_t m : {16, 17, 5000}) {
       const lb2_cuda_plan plan = plan_of(Layer(m, 64, 64, {8}, LB2_BFLOAT16), LB2_ACTIVATION_AUTO, device);
       expect(plan.activation == (m > 16 ? LB2_ACTIVATION_FLOAT16 : halves), "auto of many tokens", m);
-      expect(lb2::cuda::is_gemm(plan) == (m > 16), "many tokens take the GEMM", m);
+      expect((lb2::cuda::is_gemm(plan) || lb2::cuda::is_fused(plan)) == (m > 16), "many tokens take the GEMM",
+             m);
       expect((plan.unpack_cycles > 0) == (m > 16) && (plan.estimated_cycles > 0) == (m > 16),
              "estimates of calls with a GEMM alone", m);
     }
@@ -233,77 +111,6 @@ void test_auto() {
          "the GEMM has no room");
 }
 
-// Unpacking costs what it costs for one token, and its products what they do: more tokens take longer, and
-// where ours take longer per token, unpacking wins in the end.
-void test_unpacking_is_for_many_tokens() {
-  for (const lb2_cuda_device& device : kGpus) {
-    int64_t before = 0;
-    for (const int64_t m : {17, 128, 1024, 8192, 65536}) {
-      const lb2_cuda_plan plan =
-          plan_of(Layer(m, 8192, 28672, {632, 632}, LB2_BFLOAT16), LB2_ACTIVATION_AUTO, device);
-      expect(plan.unpack_cycles > before, "more tokens take longer", m, plan.unpack_cycles);
-      before = plan.unpack_cycles;
-      if (m == 17)
-        expect(plan.unpack_cycles > plan.estimated_cycles, "few tokens do not pay", device.capability);
-      if (m == 65536 && device.capability >= 90 && device.capability <= 100)
-        expect(plan.unpack_cycles < plan.estimated_cycles, "many do where libraries have the faster MMAs",
-               device.capability);
-    }
-  }
-  // Sizes at which counts of bytes are far beyond 64 bits.
-  const lb2_cuda_plan most = plan_of(Layer(INT32_MAX, 1 << 24, 1 << 24, {1 << 20, 1 << 20}, LB2_BFLOAT16),
-                                     LB2_ACTIVATION_AUTO, kGpus[3]);
-  expect(most.unpack_cycles > 0 && most.estimated_cycles > 0, "no overflow", most.unpack_cycles);
-}
-
-// Every tile is planned as asked for, and a call accepts it.
-void test_gemm_tuning() {
-  for (const lb2_cuda_device& device : kGpus)
-    for (const lb2_activation mode : {LB2_ACTIVATION_EXACT, LB2_ACTIVATION_FLOAT16, LB2_ACTIVATION_INT8})
-      for (const lb2::cuda::GemmTile& tile : lb2::cuda::kGemmTiles)
-        for (const int32_t splits : {0, 1, 3, 8}) {
-          const Layer layer(700, 4096, 1024, {80, 296}, LB2_FLOAT16);
-          const lb2_cuda_tuning tuning = {sizeof(lb2_cuda_tuning),   {0, 0}, splits, 0, 0, {tile.rows, 0},
-                                          {tile.tokens, tile.tokens}};
-          lb2_cuda_plan plan = {};
-          plan.struct_size = sizeof plan;
-          const lb2_status got = lb2_linear_plan_cuda(&layer.args, mode, &device, &tuning, &plan);
-          if (!lb2::cuda::has_gemm_tile(mode, tile.rows, tile.tokens)) {
-            expect(got == LB2_ERROR_INVALID_ARGUMENT, "no such tile in this mode", tile.rows, tile.tokens);
-            continue;
-          }
-          expect(got == LB2_OK, lb2_last_error());
-          check_gemm(layer, plan);
-          expect(plan.launches[1].row_tile == tile.rows && plan.launches[1].token_tile == tile.tokens &&
-                     plan.launches[3].token_tile == tile.tokens,
-                 "the tile asked for", tile.rows, tile.tokens);
-          expect(splits == 0 || plan.launches[1].grid_y == splits, "the split asked for", splits,
-                 plan.launches[1].grid_y);
-          lb2::cuda::Layers layers;
-          lb2::cuda::Plan resumed;
-          expect(resume(layer, &plan, &resumed, &layers) == LB2_OK, lb2_last_error());
-          for (size_t at = offsetof(lb2_cuda_plan, workspace_bytes); at < sizeof plan; ++at) {
-            lb2_cuda_plan wrong = plan;
-            reinterpret_cast<unsigned char*>(&wrong)[at] ^= 0x10;
-            expect(resume(layer, &wrong, &resumed, &layers) != LB2_OK, "a changed plan is refused",
-                   static_cast<int64_t>(at));
-          }
-        }
-}
-
-// A prompt of Llama-2-70B's widest layer fills an H200 in both stages, and M = 64 too.
-void test_gemm_fills_the_gpu() {
-  for (const int64_t m : {64, 512, 2048}) {
-    const lb2_cuda_plan plan =
-        plan_of(Layer(m, 8192, 28672, {296, 296}, LB2_FLOAT16), LB2_ACTIVATION_AUTO, kGpus[3]);
-    for (const int i : {1, 3}) {
-      const int64_t blocks =
-          int64_t{plan.launches[i].grid_x} * plan.launches[i].grid_y * plan.launches[i].grid_z;
-      expect(blocks >= 80, "most SMs have a block", m, blocks);
-    }
-  }
-}
-
 // A layer of Llama-2-70B at 0.1 bpw keeps all SMs of an H200 busy in both stages.
 void test_large_layer_fills_the_gpu() {
   const lb2_cuda_plan plan =
@@ -312,10 +119,6 @@ void test_large_layer_fills_the_gpu() {
     const int64_t blocks = plan.launches[i].grid_x * plan.launches[i].grid_y;
     expect(blocks >= 66, "at least every second SM has a block", i, blocks);
   }
-}
-
-void expect_error(lb2_status got, lb2_status status, const char* part) {
-  expect(got == status && std::strstr(lb2_last_error(), part) != nullptr, part, got);
 }
 
 void test_errors() {
@@ -351,8 +154,14 @@ void test_tuning() {
     for (const int32_t splits : {0, 1, 3, 8})
       for (const int32_t max_chunk : {0, 1, 2})
         for (const int32_t unchained : {0, 1}) {
-          const lb2_cuda_tuning tuning = {
-              sizeof(lb2_cuda_tuning), {row_warps, row_warps}, splits, max_chunk, unchained, {0, 0}, {0, 0}};
+          const lb2_cuda_tuning tuning = {sizeof(lb2_cuda_tuning),
+                                          {row_warps, row_warps},
+                                          splits,
+                                          max_chunk,
+                                          unchained,
+                                          {0, 0},
+                                          {0, 0},
+                                          0};
           lb2_cuda_plan plan = {};
           plan.struct_size = sizeof plan;
           expect(lb2_linear_plan_cuda(&layer.args, 0, &device, &tuning, &plan) == LB2_OK, lb2_last_error());
@@ -400,17 +209,17 @@ void test_tuning_errors() {
     expect_error(lb2_linear_plan_cuda(&layer.args, 0, kGpus, &tuning, &plan), LB2_ERROR_INVALID_ARGUMENT,
                  part);
   };
-  error_of({1, {0, 0}, 0, 0, 0, {0, 0}, {0, 0}}, "tuning->struct_size");
-  error_of({sizeof(lb2_cuda_tuning), {0, 3}, 0, 0, 0, {0, 0}, {0, 0}},
+  error_of({1, {0, 0}, 0, 0, 0, {0, 0}, {0, 0}, 0}, "tuning->struct_size");
+  error_of({sizeof(lb2_cuda_tuning), {0, 3}, 0, 0, 0, {0, 0}, {0, 0}, 0},
            "tuning->row_warps must be 0, 1, 2, 4 or 8, got 3");
-  error_of({sizeof(lb2_cuda_tuning), {16, 0}, 0, 0, 0, {0, 0}, {0, 0}}, "tuning->row_warps");
-  error_of({sizeof(lb2_cuda_tuning), {0, 0}, 3, 0, 0, {0, 0}, {0, 0}},
+  error_of({sizeof(lb2_cuda_tuning), {16, 0}, 0, 0, 0, {0, 0}, {0, 0}, 0}, "tuning->row_warps");
+  error_of({sizeof(lb2_cuda_tuning), {0, 0}, 3, 0, 0, {0, 0}, {0, 0}, 0},
            "tuning->splits must be between 0 and 2, got 3");
-  error_of({sizeof(lb2_cuda_tuning), {0, 0}, 0, -1, 0, {0, 0}, {0, 0}},
+  error_of({sizeof(lb2_cuda_tuning), {0, 0}, 0, -1, 0, {0, 0}, {0, 0}, 0},
            "tuning->max_chunk must be >= 0, got -1");
-  error_of({sizeof(lb2_cuda_tuning), {0, 0}, 0, 0, 0, {0, 64}, {0, 64}},
+  error_of({sizeof(lb2_cuda_tuning), {0, 0}, 0, 0, 0, {0, 64}, {0, 64}, 0},
            "tuning->gemm_rows and gemm_tokens must");
-  error_of({sizeof(lb2_cuda_tuning), {0, 0}, 0, 0, 0, {0, 0}, {16, 0}}, "got 0 and 16");
+  error_of({sizeof(lb2_cuda_tuning), {0, 0}, 0, 0, 0, {0, 0}, {16, 0}, 0}, "got 0 and 16");
 }
 
 void test_sizes_and_addresses() {
@@ -510,9 +319,6 @@ int main() {
   test_every_plan_fits();
   test_shape_does_not_depend_on_tokens();
   test_auto();
-  test_unpacking_is_for_many_tokens();
-  test_gemm_tuning();
-  test_gemm_fills_the_gpu();
   test_large_layer_fills_the_gpu();
   test_errors();
   test_tuning();

@@ -254,6 +254,41 @@ void test_barriers() {
   }
 }
 
+// The blocks of a cluster see what all others wrote to their shared memory before its barrier, and where a
+// block is in the grid is what it would be without clusters.
+void test_clusters() {
+  for (const Order order : kOrders)
+    for (const int blocks : {1, 2, 4}) {
+      std::vector<int> visits(2 * 4 * 3, 0);
+      run_grid(
+          {2, 4, 3}, 64, 64 * 4,
+          [&] {
+            uint32_t* words = reinterpret_cast<uint32_t*>(shared_memory());
+            const int rank = block_y() % blocks;
+            const auto word_of = [&](int other, int thread) {
+              return *static_cast<const uint32_t*>(shared_of_block(words + thread, other));
+            };
+            EXPECT(shared_of_block(words, rank) == words);
+            for (int round = 0; round < 3; ++round) {
+              // Written by a neighbour.
+              uint32_t* theirs =
+                  static_cast<uint32_t*>(shared_of_block(words + thread_id(), (rank + 1) % blocks));
+              *theirs = static_cast<uint32_t>(1000 * round + 100 * rank + thread_id());
+              sync_cluster();
+              for (int other = 0; other < blocks; ++other)
+                for (int i = 0; i < 64; ++i)
+                  EXPECT(word_of((other + 1) % blocks, i) ==
+                         static_cast<uint32_t>(1000 * round + 100 * other + i));
+              sync_cluster();
+            }
+            sync_warp();
+            if (thread_id() == 0) ++visits[static_cast<size_t>(block_x() + 2 * (block_y() + 4 * block_z()))];
+          },
+          order, {}, false, 1, blocks);
+      for (const int count : visits) EXPECT(count == 1);
+    }
+}
+
 // A kernel that lacks a barrier gives another result in another order.
 void test_missing_barrier_shows() {
   std::vector<uint32_t> results[2];
@@ -343,6 +378,39 @@ void test_divergence() {
     wait_for_copy_groups<1>();
   });
   EXPECT_ABORT("multiple of 32", 33, {});
+  EXPECT_ABORT("not in its cluster", 32, shared_of_block(shared_memory(), 1));
+  EXPECT_ABORT("not in its shared memory", 32, {
+    int local = 0;
+    shared_of_block(&local, 0);
+  });
+  expect_abort(__LINE__, "returned while others wait at a barrier", [] {
+    run_grid(
+        {1, 2, 1}, 32, 256, [] { block_y() == 0 ? sync_cluster() : void(); }, Order::kForward, {}, false, 1,
+        2);
+  });
+  expect_abort(__LINE__, "block 1 of the cluster, warp 0 lane 3 waits for sync_block", [] {
+    run_grid(
+        {1, 2, 1}, 64, 256,
+        [] {
+          if (block_y() == 0 || thread_id() >= 32)
+            sync_cluster();
+          else
+            sync_block();
+        },
+        Order::kForward, {}, false, 1, 2);
+  });
+  expect_abort(__LINE__, "whole clusters",
+               [] { run_grid({1, 3, 1}, 32, 256, [] {}, Order::kForward, {}, false, 1, 2); });
+  expect_abort(__LINE__, "a block that has ended", [] {
+    run_grid(
+        {1, 2, 1}, 32, 256,
+        [] {
+          if (block_y() == 1) return;
+          shuffle_xor(1.0f, 1);
+          shared_of_block(shared_memory(), 1);
+        },
+        Order::kReverse, {}, false, 1, 2);
+  });
   alignas(16) static const uint32_t words[8] = {};
   EXPECT_ABORT("misaligned", 32, load_stream(words + 1));
   EXPECT_ABORT("misaligned", 32, load_words4(words + 2));
@@ -462,6 +530,7 @@ int main() {
   test_copies();
   test_copy_groups();
   test_barriers();
+  test_clusters();
   test_missing_barrier_shows();
   test_divergence();
   test_half();

@@ -139,12 +139,13 @@ void guard(bool on) {
 
 [[noreturn]] void stop(const char* what) {
   const host::Position& at = host::position();
+  const size_t threads = static_cast<size_t>(cluster.threads);
   std::fprintf(stderr, "cuda_host: block (%d, %d, %d), warp %d lane %d: %s\n", at.x, at.y, at.z,
                at.thread / kLanes, at.thread % kLanes, what);
   for (size_t i = 0; i < cluster.fibers.size(); ++i)
     if (!cluster.fibers[i].done && cluster.fibers[i].waits_for != nullptr)
-      std::fprintf(stderr, "  warp %zu lane %zu of the cluster waits for %s\n", i / kLanes, i % kLanes,
-                   cluster.fibers[i].waits_for);
+      std::fprintf(stderr, "  block %zu of the cluster, warp %zu lane %zu waits for %s\n", i / threads,
+                   i % threads / kLanes, i % kLanes, cluster.fibers[i].waits_for);
   std::abort();
 }
 
@@ -182,11 +183,7 @@ void fiber_main() {
   ++cluster.finished;
   Block& own = cluster.own_block();
   if (own.barrier.arrived > 0 || cluster.barrier.arrived > 0) stop("returned while others wait at a barrier");
-#ifdef LB2_ASAN
-  if (++own.finished == cluster.threads) ASAN_POISON_MEMORY_REGION(own.shared, cluster.shared_bytes);
-#else
   ++own.finished;
-#endif
   switch_fiber(self, cluster.scheduler, true, true);
   std::abort();
 }
@@ -285,7 +282,9 @@ void* shared_of_block(void* own, int rank) {
   const std::ptrdiff_t offset = static_cast<unsigned char*>(own) - shared();
   if (offset < 0 || offset > static_cast<std::ptrdiff_t>(cluster.shared_bytes))
     stop("maps what is not in its shared memory");
-  return cluster.blocks[static_cast<size_t>(rank)].shared + offset;
+  const Block& other = cluster.blocks[static_cast<size_t>(rank)];
+  if (other.finished == cluster.threads) stop("looks into the shared memory of a block that has ended");
+  return other.shared + offset;
 }
 
 Runtime& runtime() {
@@ -335,10 +334,10 @@ void warp_operation(const char* name, void* slot, void (*complete)(void** slots)
 
 void run_grid(Grid grid, int threads, size_t shared_bytes, const std::function<void()>& kernel, Order order,
               const std::vector<Region>& guarded, bool must_wait, uint32_t seed, int cluster_blocks) {
+  cluster.threads = threads;
   if (threads % kLanes != 0) stop("the number of threads is no multiple of 32");
   if (grid.y % cluster_blocks != 0) stop("the grid is not one of whole clusters");
   cluster.kernel = &kernel;
-  cluster.threads = threads;
   cluster.shared_bytes = shared_bytes;
   const size_t fibers = static_cast<size_t>(threads * cluster_blocks);
   if (cluster.fibers.size() != fibers) {
@@ -370,12 +369,7 @@ void run_grid(Grid grid, int threads, size_t shared_bytes, const std::function<v
       block.shared = static_cast<unsigned char*>(memory);
     }
     run_cluster(order);
-    for (const Block& block : cluster.blocks) {
-#ifdef LB2_ASAN
-      ASAN_UNPOISON_MEMORY_REGION(block.shared, shared_bytes);
-#endif
-      std::free(block.shared);
-    }
+    for (const Block& block : cluster.blocks) std::free(block.shared);
   }
 }
 

@@ -28,8 +28,8 @@ struct Region {
 
 // Calls `kernel` once per thread, with the `guarded` regions out of bounds for threads that have not waited
 // for the kernel before this one. `seed` is that of kShuffled. Each block gets `shared_bytes` of dynamic
-// shared memory, filled with 0xFF (NaN), out of bounds for the others of its cluster once it has ended. A
-// cluster is of `cluster_blocks` blocks that follow one another in y.
+// shared memory, filled with 0xFF (NaN). A cluster is of `cluster_blocks` blocks that follow one another in
+// y.
 void run_grid(Grid grid, int threads, size_t shared_bytes, const std::function<void()>& kernel,
               Order order = Order::kForward, const std::vector<Region>& guarded = {}, bool must_wait = false,
               uint32_t seed = 1, int cluster_blocks = 1);
@@ -42,8 +42,8 @@ struct Position {
 const Position& position();
 unsigned char* shared();
 void sync_block();
-// All threads of the cluster, and where the address in another block's shared memory is that `own` is in this
-// one's.
+// All threads of the cluster, and what `own`, in the block's shared memory, is in that of another of its
+// cluster, which must not have ended.
 void sync_cluster();
 void* shared_of_block(void* own, int rank);
 
