@@ -52,22 +52,43 @@ struct FusedBlock {
   using Floats = float[kFusedRowTiles][kFusedGroups][4];
 
   const FusedParams& params;
-  unsigned char* early;  // converted activations, then latents and outputs
+  unsigned char* early;  // converted activations, then latents
   float* parts;
   int lane, warp;
   int blocks, rank;  // of the cluster, and this one's in it
   int first_token, tokens;
   int first_slice, slices;  // of the block
 
-  LB2_DEVICE unsigned char* buffer(int item) const { return early + item % 2 * kBufferBytes; }
   LB2_DEVICE int first_slice_of(int block) const { return (params.slices * block) >> params.blocks_log2; }
-  LB2_DEVICE int num_items() const { return params.num_firsts * slices; }
 
-  // The converted activations of an item: a first stage and a slice of the block, slices of one first stage
-  // after those of another. A warp takes a token of each group.
-  LB2_DEVICE void convert_item(int item) const {
-    const FusedFirst& first = params.firsts[item / slices];
-    const int slice = first_slice + item % slices;
+  // A walk over what a block multiplies: rows of a first stage, as many as its warps have tiles for, and a
+  // slice of them. Where sums of a slice stay apart, all rows of a slice follow one another, and use what was
+  // converted for the first ones.
+  struct Item {
+    int first, chunk, slice, buffer;
+  };
+  LB2_DEVICE bool is_there(const Item& at) const { return at.first < params.num_firsts; }
+  LB2_DEVICE bool is_converted(const Item& at) const { return blocks == 1 || at.chunk == 0; }
+  LB2_DEVICE Item after(Item at) const {
+    const int chunks = (params.firsts[at.first].rank + kFusedChunkRows - 1) / kFusedChunkRows;
+    if (blocks > 1) {
+      if (++at.chunk < chunks) return at;
+      at.chunk = 0;
+    }
+    at.buffer ^= 1;
+    if (++at.slice < slices) return at;
+    at.slice = 0;
+    if (blocks == 1 && ++at.chunk < chunks) return at;
+    at.chunk = 0;
+    ++at.first;
+    return at;
+  }
+  LB2_DEVICE unsigned char* buffer(const Item& at) const { return early + at.buffer * kBufferBytes; }
+
+  // The activations of an item as the tensor cores take them. A warp takes a token of each group.
+  LB2_DEVICE void convert_item(const Item& at) const {
+    const FusedFirst& first = params.firsts[at.first];
+    const int slice = first_slice + at.slice;
     const int cols[2] = {slice * kSliceCols + converted_run(lane),
                          slice * kSliceCols + converted_run(lane) + 16};
     const int64_t row_bytes = params.input_stride * (params.dtype == LB2_FLOAT32 ? 4 : 2);
@@ -79,7 +100,7 @@ struct FusedBlock {
       const char* row = static_cast<const char*>(params.input) + (first_token + token) * row_bytes;
       float values[kLaneCols];
       load_runs({row, first.scale, 0, 1, params.cols, params.dtype}, cols, values);
-      store_converted(buffer(item) + group * kBlockBytes, kBlockBytes, warp, inside, values);
+      store_converted(buffer(at) + group * kBlockBytes, kBlockBytes, warp, inside, values);
     }
   }
 
@@ -90,29 +111,28 @@ struct FusedBlock {
                      reinterpret_cast<int32_t*>(tail) + kGroupTokens + column);
   }
 
-  // Activations of an item that will be converted: into the L2 cache.
-  LB2_DEVICE void prefetch_item(int item) const {
+  // A slice of the activations: into the L2 cache.
+  LB2_DEVICE void prefetch_slice(int slice) const {
     constexpr int kLine = 128, kThreadsPerToken = kThreads / kFusedTokens;
-    if (item >= slices) return;  // of the first of the first stages: the others find them there
     const int element_bytes = params.dtype == LB2_FLOAT32 ? 4 : 2;
     const int token = thread_id() / kThreadsPerToken;
-    if (token >= tokens) return;
+    if (slice >= slices || token >= tokens) return;
     const char* row =
         static_cast<const char*>(params.input) + (first_token + token) * params.input_stride * element_bytes;
-    const int first = (first_slice + item) * kSliceCols * element_bytes;
+    const int first = (first_slice + slice) * kSliceCols * element_bytes;
     for (int line = thread_id() % kThreadsPerToken; line < kSliceCols * element_bytes / kLine;
          line += kThreadsPerToken)
       if (first + line * kLine < params.cols * element_bytes) prefetch(row + first + line * kLine);
   }
 
-  // Warps take tiles of a first stage in turn, lest one scheduler of an SM have them all.
-  LB2_DEVICE SignRows first_rows(int item) const {
-    const FusedFirst& first = params.firsts[item / slices];
-    return {first.words,        first.word_stride, warp * kTileRows + lane / 4,
+  // Warps take tiles of rows in turn, lest one scheduler of an SM have them all.
+  LB2_DEVICE SignRows first_rows(const Item& at) const {
+    const FusedFirst& first = params.firsts[at.first];
+    return {first.words,        first.word_stride, at.chunk * kFusedChunkRows + warp * kTileRows + lane / 4,
             kWarps * kTileRows, first.rank,        params.cols};
   }
-  LB2_DEVICE void load_first(int item, FusedWords& words) const {
-    if (item < num_items()) first_rows(item).load((first_slice + item % slices) * kSliceWords, lane, words);
+  LB2_DEVICE void load_first(const Item& at, FusedWords& words) const {
+    if (is_there(at)) first_rows(at).load((first_slice + at.slice) * kSliceWords, lane, words);
   }
 
   // Products of a slice for as many tiles. `words` are those of its first index; `load_next` puts what will
@@ -138,33 +158,32 @@ struct FusedBlock {
     }
   }
 
-  // Adds the products of an item; `total` are the sums of a first stage so far.
-  LB2_DEVICE void multiply_item(int item, FusedWords& words, Floats& total) const {
-    const FusedFirst& first = params.firsts[item / slices];
-    const int own = item % slices, slice = first_slice + own;
-    const int tiles = (first.rank + kTileRows - 1) / kTileRows - warp;
-    const auto load_next = [&](FusedWords& next) { load_first(item + 1, next); };
+  // Adds the products of an item; `total` are the sums of its rows so far. `words` become the next one's.
+  LB2_DEVICE void multiply_item(const Item& at, const Item& next, FusedWords& words, Floats& total) const {
+    const FusedFirst& first = params.firsts[at.first];
+    const int slice = first_slice + at.slice, first_row = at.chunk * kFusedChunkRows;
+    const int tiles = (first.rank - first_row + kTileRows - 1) / kTileRows - warp;
+    const auto load_next = [&](FusedWords& others) { load_first(next, others); };
     if (tiles <= 0) {
       load_next(words);
       return;
     }
-    const SignRows rows = first_rows(item);
+    const SignRows rows = first_rows(at);
     const int indices = slice_indices(params.cols, slice);
     Sums sums;
     Floats chains;
     set_zero(sums);
     set_zero(chains);
     if (tiles > kWarps)
-      multiply_slice<2>(rows, slice, indices, buffer(item), kBlockBytes, words, load_next, sums, chains);
+      multiply_slice<2>(rows, slice, indices, buffer(at), kBlockBytes, words, load_next, sums, chains);
     else
-      multiply_slice<1>(rows, slice, indices, buffer(item), kBlockBytes, words, load_next, sums, chains);
+      multiply_slice<1>(rows, slice, indices, buffer(at), kBlockBytes, words, load_next, sums, chains);
     const float row_scale[kFusedRowTiles][2] = {{1.0f, 1.0f}, {1.0f, 1.0f}};
-    add_slice<Operand, kFusedRowTiles, kFusedGroups>(
-        buffer(item) + kBlockBytes - kGemmTailBytes + lane % 4 * 8, row_scale, sums, chains, total,
-        kBlockBytes);
-    if (blocks == 1 && own + 1 < slices) return;
-    float* part = parts + (blocks == 1 ? 0 : own) * kFusedTokens * params.part_pitch + first.row +
-                  warp * kTileRows + lane / 4;
+    add_slice<Operand, kFusedRowTiles, kFusedGroups>(buffer(at) + kBlockBytes - kGemmTailBytes + lane % 4 * 8,
+                                                     row_scale, sums, chains, total, kBlockBytes);
+    if (blocks == 1 && at.slice + 1 < slices) return;
+    float* part = parts + (blocks == 1 ? 0 : at.slice) * kFusedTokens * params.part_pitch + first.row +
+                  first_row + warp * kTileRows + lane / 4;
 #pragma unroll
     for (int tile = 0; tile < kFusedRowTiles; ++tile)
 #pragma unroll
@@ -178,25 +197,29 @@ struct FusedBlock {
   }
 
   LB2_DEVICE void first_stages() const {
-    const int items = num_items();
+    if (slices == 0) return;
+    Item at = {0, 0, 0, 0};
     FusedWords words = {};
-    load_first(0, words);
-    prefetch_item(1);
-    if (items > 0) convert_item(0);
+    load_first(at, words);
+    prefetch_slice(1);
+    convert_item(at);
     Floats total;
     set_zero(total);
 #pragma unroll 1
-    for (int item = 0; item < items; ++item) {
-      sync_block();  // this item's activations are there, those of the one before are used up
-      prefetch_item(item + 2);
+    while (is_there(at)) {
+      const Item next = after(at);
+      // What was converted is there, and what had been before it is used up.
+      if (is_converted(at)) sync_block();
+      if (next.first == 0 && next.chunk == 0) prefetch_slice(next.slice + 1);
       // Of the two warps of a scheduler one converts while the other multiplies.
 #pragma unroll 1
       for (int half = 0; half < 2; ++half) {
         if ((half == 0) == (warp < kWarps / 2))
-          multiply_item(item, words, total);
-        else if (item + 1 < items)
-          convert_item(item + 1);
+          multiply_item(at, next, words, total);
+        else if (is_there(next) && is_converted(next))
+          convert_item(next);
       }
+      at = next;
     }
   }
 
@@ -327,7 +350,7 @@ struct FusedBlock {
     Cursor at = {((params.num_units * rank) >> params.blocks_log2) + warp, 0, 0, 0};
     if (at.unit >= end) return;
     float* outputs =
-        reinterpret_cast<float*>(early + params.latent_bytes) + warp * kFusedTokens * kFusedStorePitch;
+        reinterpret_cast<float*>(early + params.store_offset) + warp * kFusedTokens * kFusedStorePitch;
     FusedWords words = {};
     enter_unit(at);
     last_rows(at).load(0, lane, words);
@@ -402,7 +425,7 @@ LB2_DEVICE void fused_block(const FusedParams& params) {
   const int first_token = block_z() * kFusedTokens, left = params.m - first_token;
   FusedBlock<Operand> block = {params,
                                shared,
-                               reinterpret_cast<float*>(shared + params.early_bytes),
+                               reinterpret_cast<float*>(shared + params.part_offset),
                                thread_id() % kWarpLanes,
                                thread_id() / kWarpLanes,
                                1 << params.blocks_log2,

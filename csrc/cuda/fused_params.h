@@ -8,7 +8,7 @@ namespace lb2::cuda {
 constexpr int kFusedTokens = 32;                            // of a block, or of the blocks of a cluster
 constexpr int kFusedRowTiles = 2;                           // of a warp at once
 constexpr int kFusedUnitRows = kFusedRowTiles * kTileRows;  // of the last stage: a warp's at once
-constexpr int kFusedMostRank = kWarps * kFusedUnitRows;
+constexpr int kFusedChunkRows = kWarps * kFusedUnitRows;    // of a first stage: a block's at once
 constexpr int kFusedGroups = kFusedTokens / kGroupTokens;
 // A layer, or a group of layers, of more does without: parameters of a launch are 4 KiB at most.
 constexpr int kFusedPaths = 8;
@@ -46,7 +46,7 @@ struct FusedParams {
   int32_t m;
   int32_t blocks_log2;  // of a cluster, which share the slices, the tokens' latents and the units
   int32_t part_pitch;   // floats between the latents of two tokens
-  int32_t latent_bytes, early_bytes;  // of shared memory: see below
+  int32_t part_offset, store_offset;  // into shared memory: see below
   lb2_dtype dtype;
 };
 
@@ -63,14 +63,19 @@ constexpr int fused_index_bytes(lb2_activation activation) {
 constexpr int kFusedStorePitch = kFusedUnitRows + 4;
 constexpr int kFusedStoreBytes = kWarps * kFusedTokens * kFusedStorePitch * 4;
 
-// What was converted for the first stage gives its room to latents and outputs of the second.
-constexpr int fused_early_bytes(lb2_activation activation, int latent_bytes) {
-  const int first = 2 * fused_buffer_bytes(activation), last = latent_bytes + kFusedStoreBytes;
-  return first > last ? first : last;
-}
-// Shared memory of a block that keeps `parts` parts of the latents, [parts][tokens][part_pitch].
-constexpr int fused_shared_bytes(lb2_activation activation, int latent_bytes, int part_pitch, int parts) {
-  return fused_early_bytes(activation, latent_bytes) + parts * kFusedTokens * part_pitch * 4;
+// Shared memory of a block: what was converted for the first stage gives its room to the latents as they are
+// for the second; parts of the latents, [parts][tokens][pitch], come after it. Outputs have room that is free
+// by then: after the latents or, if that is less, in the place of the parts.
+struct FusedLayout {
+  int part_offset, store_offset, bytes;
+};
+constexpr FusedLayout fused_layout(lb2_activation activation, int latent_bytes, int part_bytes) {
+  const int buffers = 2 * fused_buffer_bytes(activation), stored = latent_bytes + kFusedStoreBytes;
+  const int early = buffers > stored ? buffers : stored;
+  const int least = buffers > latent_bytes ? buffers : latent_bytes;
+  const int late = part_bytes > kFusedStoreBytes ? part_bytes : kFusedStoreBytes;
+  return early + part_bytes <= least + late ? FusedLayout{early, latent_bytes, early + part_bytes}
+                                            : FusedLayout{least, least, least + late};
 }
 
 }  // namespace lb2::cuda

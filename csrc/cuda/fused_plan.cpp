@@ -8,6 +8,7 @@ namespace lb2::cuda {
 namespace {
 
 constexpr int64_t kMostTiles = 65535;  // of tokens: blocks of a grid in z
+constexpr int64_t kMostRows = 4096;    // of all first stages; more than any shared memory has room for
 
 // Whether tuning names what only launches of a GEMM have.
 bool asks_for_gemm(const lb2_cuda_tuning& tuning) {
@@ -32,10 +33,10 @@ bool lay_out(const Stages& stages, lb2_activation activation, Layout* layout) {
   if (stages.count != 2 || first.num_groups > kFusedPaths || last.num_terms > kFusedPaths) return false;
   int64_t rows = 0, bytes = 0;
   for (int g = 0; g < first.num_groups; ++g) {
-    if (first.rows[g] > kFusedMostRank) return false;
     layout->rows[g] = static_cast<int>(rows);
     rows += divide_up(first.rows[g], kTileRows) * kTileRows;
   }
+  if (rows > kMostRows) return false;
   for (int i = 0; i < last.num_terms; ++i) {
     layout->offsets[i] = static_cast<int>(bytes);
     bytes += (last.slices(i) - 1) * fused_buffer_bytes(activation) +
@@ -71,11 +72,13 @@ int64_t estimated_cycles(const Stages& stages, int64_t tokens, int64_t blocks, c
 
   int64_t cycles = kBegin, sign_bytes = 0;
   for (int g = 0; g < first.num_groups; ++g) {
+    const int64_t chunks = divide_up(first.rows[g], kFusedChunkRows);
+    const int64_t conversions = blocks == 1 ? chunks : 1;
     const int64_t tiles = divide_up(divide_up(first.rows[g], kTileRows), kSchedulers);
-    cycles +=
-        slices *
-        (kItem + std::max(tiles * steps * tile_mmas * mma,
-                          tiles * steps * kSigns + kFusedTokens / kSchedulers * kConvert * (1 + terms) / 2));
+    cycles += slices *
+              (chunks * kItem + std::max(tiles * steps * tile_mmas * mma,
+                                         tiles * steps * kSigns + conversions * kFusedTokens / kSchedulers *
+                                                                      kConvert * (1 + terms) / 2));
     sign_bytes += first.rows[g] * first.cols[g] / 8;
   }
   const int64_t parts = blocks == 1 ? 1 : all_slices;
@@ -112,17 +115,17 @@ bool add_fused_launch(const Stages& stages, int64_t tokens, const lb2_cuda_tunin
   for (int blocks = 1; blocks <= kFusedMostBlocks; blocks *= 2) {
     if (tuning.fused != 0 && tuning.fused != blocks) continue;
     if (blocks > 1 && plan->device.capability < kLeastChained) break;
-    const int64_t slices = divide_up(stages.work[0].slices(0), blocks);
-    // Parts of many slices may be more than 32 bits can count.
-    if (blocks > 1 && slices * kFusedTokens * layout.pitch * 4 > plan->device.shared_bytes) continue;
-    const int64_t shared = fused_shared_bytes(plan->activation, layout.latent_bytes, layout.pitch,
-                                              blocks == 1 ? 1 : static_cast<int>(slices));
+    const int64_t parts = blocks == 1 ? 1 : divide_up(stages.work[0].slices(0), blocks);
+    const int64_t part_bytes = parts * kFusedTokens * layout.pitch * 4;
+    if (part_bytes + layout.latent_bytes > plan->device.shared_bytes) continue;
+    const int shared =
+        fused_layout(plan->activation, layout.latent_bytes, static_cast<int>(part_bytes)).bytes;
     if (shared > plan->device.shared_bytes) continue;
     const int64_t cycles = estimated_cycles(stages, token_block, blocks, layout, *plan);
     if (cycles >= best) continue;
     best = cycles;
     launch.grid_y = blocks;
-    launch.shared_bytes = static_cast<int32_t>(shared);
+    launch.shared_bytes = shared;
     launch.estimated_cycles = static_cast<int32_t>(std::min<int64_t>(cycles, INT32_MAX));
   }
   if (best == INT64_MAX) return false;
@@ -185,8 +188,11 @@ FusedParams fused_params(const Layers& layers, const Plan& plan, int blocks, int
   params.m = static_cast<int32_t>(tokens);
   while (1 << params.blocks_log2 < blocks) ++params.blocks_log2;
   params.part_pitch = layout.pitch;
-  params.latent_bytes = layout.latent_bytes;
-  params.early_bytes = fused_early_bytes(plan.activation, layout.latent_bytes);
+  const int64_t parts = blocks == 1 ? 1 : divide_up(params.slices, blocks);
+  const FusedLayout shared = fused_layout(plan.activation, layout.latent_bytes,
+                                          static_cast<int>(parts * kFusedTokens * layout.pitch * 4));
+  params.part_offset = shared.part_offset;
+  params.store_offset = shared.store_offset;
   params.dtype = args.dtype;
   return params;
 }
