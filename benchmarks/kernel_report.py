@@ -48,7 +48,8 @@ GEMM_TILES = ((64, 32), (128, 32), (128, 64), (128, 128))
 class Kernel:
     """What ptxas said of one kernel: bytes of stack frame and spills together, and registers of a thread.
 
-    ``row_tile`` is 0 but for a GEMM, ``token_tile`` that of its conversion 0 as well; ``unpack`` has no mode.
+    ``row_tile`` is 0 but for a GEMM, ``token_tile`` that of its conversion and of the kernel of both stages,
+    ``fused``, 0 as well; ``unpack`` has no mode.
     """
 
     kind: str
@@ -75,16 +76,17 @@ def parse_ptxas(log: str) -> Iterator[Kernel]:
     )
     for match in pattern.finditer(log):
         name = match[1]
-        is_gemm = "4gemm" in name or "12gemm_convert" in name
-        policies = GEMM_POLICIES if is_gemm else POLICIES
+        prompts = {"4gemmI": "gemm", "12gemm_convertI": "gemm_convert", "5fusedI": "fused"}
+        prompt = next((kind for part, kind in prompts.items() if part in name), None)
+        policies = POLICIES if prompt is None else GEMM_POLICIES
         mode = next((mode for mode, policy in policies.items() if policy in name), None)
         shape = re.search(r"GemmShapeILi(\d+)ELi(\d+)E", name)
         tile = re.search(r"EELi(\d+)EE", name)
         local = sum(int(match[group]) for group in (3, 4, 5))
         if mode is not None and shape is not None:
             yield Kernel("gemm", mode, int(shape[2]), int(match[2]), local, int(match[6]), int(shape[1]))
-        elif mode is not None and is_gemm:
-            yield Kernel("gemm_convert", mode, 0, int(match[2]), local, int(match[6]))
+        elif mode is not None and prompt is not None:
+            yield Kernel(prompt, mode, 0, int(match[2]), local, int(match[6]))
         elif mode is not None and tile is not None:
             kind = "convert" if "7convert" in name else "decode"
             yield Kernel(kind, mode, int(tile[1]), int(match[2]), local, int(match[6]))
@@ -114,8 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--archs", nargs="+", type=int, default=[80, 90, 120])
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(PROCESSORS)) as pool:
-        files = [f"kernels_{mode}" for mode in [*POLICIES, *(f"gemm_{mode}" for mode in GEMM_POLICIES)]]
-        files.append("unpack")
+        files = [*(f"kernels_{mode}" for mode in POLICIES), "unpack"]
+        files += [f"kernels_{kind}_{mode}" for kind in ("gemm", "fused") for mode in GEMM_POLICIES]
         jobs = [(file, capability, Path(folder)) for file in files for capability in options.archs]
         logs = pool.map(lambda job: _compile(*job), jobs)
         kernels = [kernel for log in logs for kernel in parse_ptxas(log)]
@@ -132,11 +134,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows.append([kind, mode, *[""] * (len(TOKEN_TILES) - len(tiles)), *cells])
     print(markdown(["registers", "mode", *map(str, TOKEN_TILES)], rows))
     rows = [
-        [mode, cell("gemm_convert", mode, 0, 0), *(cell("gemm", mode, *tile) for tile in GEMM_TILES)]
+        [
+            mode,
+            cell("gemm_convert", mode, 0, 0),
+            *(cell("gemm", mode, *tile) for tile in GEMM_TILES),
+            cell("fused", mode, 0, 0),
+        ]
         for mode in GEMM_POLICIES
     ]
     print()
-    print(markdown(["GEMM", "convert", *(f"{tile[0]} x {tile[1]}" for tile in GEMM_TILES)], rows))
+    print(
+        markdown(["GEMM", "convert", *(f"{rows} x {tokens}" for rows, tokens in GEMM_TILES), "fused"], rows)
+    )
     print(f"\nunpack: {cell('unpack', '', 0, 0)} registers")
     spilled = [kernel for kernel in kernels if kernel.local_bytes]
     print(f"\n{len(kernels)} kernels, {len(spilled)} with local memory")

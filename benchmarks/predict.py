@@ -17,7 +17,7 @@ import torch
 from benchmarks.markdown import markdown
 from benchmarks.problems import Problem, parse_shape
 from littlebit2_kernels import PackedLinear, explain
-from littlebit2_kernels.explanation import Explanation
+from littlebit2_kernels.explanation import Explanation, Launch
 from littlebit2_kernels.testing import make_packed
 
 __all__ = ["LAUNCH", "RATES", "Prediction", "Rates", "predict", "run"]
@@ -161,24 +161,32 @@ def _run_prompts(options: Namespace) -> int:
                 packed = make_packed(problem.shape.in_features, problem.shape.out_features, problem.ranks)
                 for tokens in options.tokens:
                     p = predict_prompt(packed, gpu, tokens, options.activation)
-                    gemms = [launch for launch in p.explanation.launches if launch.kind == "gemm"]
-                    mib = [f"{n / 2**20:.1f}" for n in (p.converted_bytes, p.copied_bytes, p.sign_bytes)]
-                    times = [p.seconds, p.dense_seconds, p.low_rank_seconds, p.unpack_seconds]
+                    kernels = [launch for launch in p.explanation.launches if launch.kind != "convert"]
+                    counts = p.counts
+                    sizes = (counts.converted_bytes, counts.copied_bytes, counts.sign_bytes)
+                    times = [counts.seconds, p.dense_seconds, p.low_rank_seconds, p.unpack_seconds]
                     rows.append(
                         [
                             *[gpu, problem.shape.label, f"{bpw:g}", str(p.explanation.activation)],
                             str(tokens),
-                            " + ".join(f"{g.row_tile}x{g.token_tile}" for g in gemms),
-                            " + ".join("x".join(map(str, g.grid)) for g in gemms),
-                            *[str(p.launches), str(p.mmas), f"{p.used:.0%}", *mib],
+                            " + ".join(_tile(launch) for launch in kernels),
+                            " + ".join("x".join(map(str, launch.grid)) for launch in kernels),
+                            *[str(p.launches), str(counts.mmas), f"{p.used:.0%}"],
+                            *(f"{n / 2**20:.1f}" for n in sizes),
                             *(f"{seconds * 1e6:.1f}" for seconds in times),
-                            f"{p.dense_seconds / p.seconds:.1f}x",
-                            f"{p.unpack_seconds / p.seconds:.2f}x",
+                            f"{p.dense_seconds / counts.seconds:.1f}x",
+                            f"{p.unpack_seconds / counts.seconds:.2f}x",
                             "blas" if p.unpacks else "cuda",
                         ]
                     )
     print(markdown(head, rows))
     return 0
+
+
+def _tile(launch: Launch) -> str:
+    return (
+        f"both x{launch.token_tile}" if launch.kind == "fused" else f"{launch.row_tile}x{launch.token_tile}"
+    )
 
 
 def _cells(prediction: Prediction) -> list[str]:

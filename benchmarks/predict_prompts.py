@@ -1,7 +1,8 @@
 """What a prompt should cost on a GPU, counted, not measured: MMAs, bytes, launches, and a time from them.
 
-As :mod:`benchmarks.predict`, for calls that take the GEMM. A launch of the GEMM is expected to take the
-planner's estimate of its cycles at boost clock, or what it reads from memory if that is longer; a conversion
+As :mod:`benchmarks.predict`, for calls that take the GEMM or the kernel of both stages. A launch of these is
+expected to take the planner's estimate of its cycles at boost clock, or what it reads from memory if that is
+longer; a conversion
 what it reads and writes at the rate of the memory. Peers get 0.7 of the tensor cores' nominal rate, or their
 bytes from memory; scales, which the low-rank peers leave out, cost them nothing here.
 """
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.predict import LAUNCH, RATES
+from benchmarks.predict import LAUNCH, RATES, Rates
 from littlebit2_kernels import PackedLinear, explain
 from littlebit2_kernels.explanation import Explanation
 from littlebit2_kernels.functional import shape_of
@@ -30,6 +31,25 @@ INDEX_MMAS = {"float16": 8, "exact": 16, "int8": 4}
 CONVERTED = {"float16": 2, "exact": 4, "int8": 1}
 
 
+@dataclass
+class Counts:
+    """What the launches of a call do.
+
+    Attributes:
+        mmas: MMAs, of warps: m16n8k16 or, in int8, m16n8k32.
+        converted_bytes: read and written by conversions that are launches of their own.
+        copied_bytes: activations that blocks of the GEMM copy to shared memory, from the L2 cache.
+        sign_bytes: signs that blocks read, likewise.
+        seconds: of all launches.
+    """
+
+    mmas: int = 0
+    converted_bytes: int = 0
+    copied_bytes: int = 0
+    sign_bytes: int = 0
+    seconds: float = 0.0
+
+
 @dataclass(frozen=True)
 class PromptPrediction:
     """One call.
@@ -37,24 +57,16 @@ class PromptPrediction:
     Attributes:
         explanation: what is launched, for each round of ``token_block`` tokens.
         launches: of all rounds.
-        mmas: MMAs, of warps: m16n8k16 or, in int8, m16n8k32.
+        counts: of all rounds.
         used: part of the MMAs' multiply-adds that are the layer's; the others are padding.
-        converted_bytes: read and written by conversions.
-        copied_bytes: activations that blocks of the GEMM copy to shared memory, from the L2 cache.
-        sign_bytes: signs that they copy, likewise.
-        seconds: of the call.
         dense_seconds, low_rank_seconds, unpack_seconds: of the peers.
         unpacks: whether ``auto`` would take the backend ``blas`` if the tokens were bfloat16.
     """
 
     explanation: Explanation
     launches: int
-    mmas: int
+    counts: Counts
     used: float
-    converted_bytes: int
-    copied_bytes: int
-    sign_bytes: int
-    seconds: float
     dense_seconds: float
     low_rank_seconds: float
     unpack_seconds: float
@@ -65,7 +77,7 @@ def predict_prompt(packed: PackedLinear, gpu: str, tokens: int, activation: str 
     """Count ``tokens`` float16 tokens through ``packed`` on a GPU of :data:`benchmarks.predict.RATES`.
 
     Raises:
-        ValueError: the GPU or the activation is unknown, or such a call does not take the GEMM.
+        ValueError: the GPU or the activation is unknown, or such a call takes neither kernel.
     """
     if gpu not in RATES:
         raise ValueError(f"gpu must be one of {', '.join(RATES)}, got {gpu!r}")
@@ -74,49 +86,12 @@ def predict_prompt(packed: PackedLinear, gpu: str, tokens: int, activation: str 
         (tokens, packed.in_features), packed, activation=activation, dtype=torch.float16, gpu=gpu
     )
     mode = str(explanation.activation)
-    block = explanation.token_block
-    if explanation.kernels != "gemm" or block is None:
+    if explanation.kernels not in ("gemm", "fused"):
         raise ValueError(f"tokens and activation must be of a call that takes the GEMM, got {tokens}, {mode}")
-    leaders = sorted(set(packed.leaders))
-    # (rows, columns) of the signs of each launch.
-    first = [(packed.ranks[p], packed.in_features) for p in leaders]
-    last = [(packed.out_features, rank) for rank in packed.ranks]
-    stages = [first] if packed.single_stage else [first, last]
-    gemms = [launch for launch in explanation.launches if launch.kind == "gemm"]
+    block = explanation.token_block or tokens
     rounds = [min(block, tokens - start) for start in range(0, tokens, block)]
-    mmas = converted = copied = signs = 0
-    seconds = 0.0
-    for index, (launch, stage) in enumerate(zip(gemms, stages, strict=True)):
-        slices = max(-(-cols // SLICE) for _, cols in stage)
-        for count in rounds:
-            tiles = -(-count // launch.token_tile)
-            padded = tiles * launch.token_tile
-            stage_copied = stage_signs = stage_converted = 0
-            for rows, cols in stage:
-                row_tiles = -(-rows // launch.row_tile)
-                indices = -(-cols // INDEX)
-                mmas += (
-                    row_tiles * launch.row_tile // TILE_ROWS * (padded // GROUP) * indices * INDEX_MMAS[mode]
-                )
-                stage_copied += row_tiles * count * indices * INDEX * CONVERTED[mode]
-                stage_signs += tiles * rows * -(-cols // 32) * 4
-                # The first stage reads x, the second the sums of the first one's slices.
-                parts = 1
-                if index == 1 and gemms[0].grid[1] > 1:
-                    parts = -(-packed.in_features // SLICE)
-                read = 2 if index == 0 else 4 * parts
-                stage_converted += count * cols * (read + CONVERTED[mode])
-            written = 2 * count * packed.out_features if stage is stages[-1] else 0
-            if stage is not stages[-1]:
-                parts = slices if launch.grid[1] > 1 else 1
-                written = 4 * count * parts * sum(rows for rows, _ in stage)
-            seconds += rates.seconds(chained=launch.chained, nbytes=stage_converted)
-            cycles = launch.estimated_cycles * count / block
-            from_memory = sum(rows * -(-cols // 32) * 4 for rows, cols in stage) + written
-            seconds += rates.seconds(chained=launch.chained, nbytes=from_memory, cycles=cycles)
-            converted += stage_converted
-            copied += stage_copied
-            signs += stage_signs
+    count = _count_fused if explanation.kernels == "fused" else _count_gemm
+    counts = count(packed, explanation, rounds, rates)
     macs = explanation.macs
     peer = PEER_RATE * rates.tensor / 2
     factors = 2 * sum(packed.ranks) * (packed.in_features + packed.out_features)
@@ -127,15 +102,74 @@ def predict_prompt(packed: PackedLinear, gpu: str, tokens: int, activation: str 
     return PromptPrediction(
         explanation=explanation,
         launches=len(rounds) * len(explanation.launches),
-        mmas=mmas,
-        used=macs / (mmas * mma_macs),
-        converted_bytes=converted,
-        copied_bytes=copied,
-        sign_bytes=signs,
-        seconds=seconds,
+        counts=counts,
+        used=macs / (counts.mmas * mma_macs),
         dense_seconds=LAUNCH + max(tokens * size / peer, (2 * size + moved) / rates.memory),
         low_rank_seconds=low_rank,
         # Factors are written, by one launch, and read again.
         unpack_seconds=low_rank + LAUNCH + factors / rates.memory,
         unpacks=unpacking_pays(tokens, torch.bfloat16, *shape_of(packed), gpu),
     )
+
+
+def _stages(packed: PackedLinear) -> list[list[tuple[int, int]]]:
+    """Rows and columns of the signs of each stage."""
+    first = [(packed.ranks[p], packed.in_features) for p in sorted(set(packed.leaders))]
+    last = [(packed.out_features, rank) for rank in packed.ranks]
+    return [first] if packed.single_stage else [first, last]
+
+
+def _count_gemm(packed: PackedLinear, explanation: Explanation, rounds: list[int], rates: Rates) -> Counts:
+    mode, stages = str(explanation.activation), _stages(packed)
+    gemms = [launch for launch in explanation.launches if launch.kind == "gemm"]
+    counts = Counts()
+    for index, (launch, stage) in enumerate(zip(gemms, stages, strict=True)):
+        slices = max(-(-cols // SLICE) for _, cols in stage)
+        for count in rounds:
+            tiles = -(-count // launch.token_tile)
+            padded = tiles * launch.token_tile
+            converted = 0
+            for rows, cols in stage:
+                row_tiles = -(-rows // launch.row_tile)
+                indices = -(-cols // INDEX)
+                counts.mmas += (
+                    row_tiles * launch.row_tile // TILE_ROWS * (padded // GROUP) * indices * INDEX_MMAS[mode]
+                )
+                counts.copied_bytes += row_tiles * count * indices * INDEX * CONVERTED[mode]
+                counts.sign_bytes += tiles * rows * -(-cols // 32) * 4
+                # The first stage reads x, the second the sums of the first one's slices.
+                parts = 1
+                if index == 1 and gemms[0].grid[1] > 1:
+                    parts = -(-packed.in_features // SLICE)
+                read = 2 if index == 0 else 4 * parts
+                converted += count * cols * (read + CONVERTED[mode])
+            written = 2 * count * packed.out_features if stage is stages[-1] else 0
+            if stage is not stages[-1]:
+                parts = slices if launch.grid[1] > 1 else 1
+                written = 4 * count * parts * sum(rows for rows, _ in stage)
+            counts.converted_bytes += converted
+            counts.seconds += rates.seconds(chained=launch.chained, nbytes=converted)
+            cycles = launch.estimated_cycles * count / rounds[0]
+            from_memory = sum(rows * -(-cols // 32) * 4 for rows, cols in stage) + written
+            counts.seconds += rates.seconds(chained=launch.chained, nbytes=from_memory, cycles=cycles)
+    return counts
+
+
+def _count_fused(packed: PackedLinear, explanation: Explanation, rounds: list[int], rates: Rates) -> Counts:
+    mode, (first, last) = str(explanation.activation), _stages(packed)
+    (launch,) = explanation.launches
+    counts = Counts()
+    for count in rounds:
+        tiles = -(-count // launch.token_tile)
+        # Rows of the first stage come in tiles, those of the last in two of them.
+        for stage, tile_rows in ((first, TILE_ROWS), (last, 2 * TILE_ROWS)):
+            for rows, cols in stage:
+                row_tiles = -(-rows // tile_rows) * (tile_rows // TILE_ROWS)
+                groups = tiles * launch.token_tile // GROUP
+                counts.mmas += row_tiles * groups * -(-cols // INDEX) * INDEX_MMAS[mode]
+                counts.sign_bytes += tiles * rows * -(-cols // 32) * 4
+        signs = sum(rows * -(-cols // 32) * 4 for rows, cols in (*first, *last))
+        moved = 2 * count * (packed.in_features + packed.out_features) + signs
+        cycles = launch.estimated_cycles * count / rounds[0]
+        counts.seconds += rates.seconds(chained=launch.chained, nbytes=moved, cycles=cycles)
+    return counts

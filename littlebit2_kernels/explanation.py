@@ -43,10 +43,11 @@ class Launch:
 
     Attributes:
         kind: ``"convert"`` turns the activations of many tokens into what the tensor cores take, once for all
-            blocks; ``"decode"`` multiplies signs by activations, ``"gemm"`` does so for more than 16 tokens.
+            blocks; ``"decode"`` multiplies signs by activations, ``"gemm"`` does so for more than 16 tokens,
+            ``"fused"`` in both stages at once.
         stage: 0, or 1 for U of a layer with two stages.
         grid: tiles of ``16 * row_warps`` rows, of a GEMM of ``row_tile``; parts that the columns are split
-            into; blocks of ``token_tile`` tokens.
+            into, or blocks of a cluster, which share them; blocks of ``token_tile`` tokens.
         threads: of a block.
         token_tile: tokens of a block.
         row_warps: warps of a decode block with rows of their own; 0, as the two that follow, of others.
@@ -54,8 +55,8 @@ class Launch:
         chunk_slices: slices of 512 columns whose activations are in shared memory at once.
         shared_bytes: shared memory of a block.
         chained: whether it may start before the kernel before it has ended; it waits.
-        estimated_cycles: clock cycles by the planner's estimate, of one token, or of a GEMM's whole round;
-            not a measurement.
+        estimated_cycles: clock cycles by the planner's estimate, of one token, or of a whole round of more
+            than 16; not a measurement.
         row_tile: rows of a GEMM block; 0 of others.
     """
 
@@ -88,7 +89,8 @@ class Explanation:
         macs: sign-accumulate operations, all stages and paths.
         packed_bytes: bytes of the layer that one pass reads.
         kernels: on the CPU ``"lookup"`` on a prepacked layer and ``"portable"`` on the packed words; on CUDA
-            ``"bit planes"`` (1-bit tensor cores), ``"sign halves"`` (float16 ones) and ``"gemm"``; of Triton
+            ``"bit planes"`` (1-bit tensor cores), ``"sign halves"`` (float16 ones), ``"gemm"`` and
+            ``"fused"`` (both stages in one launch); of Triton
             ``"gemv"`` (in one launch ``"fused"``), ``"gemm"`` or ``"xnor"``; of ``blas``
             ``"matrix products"``; else ``None``.
         activation: how activations enter the sums, ``"auto"`` resolved.
@@ -97,7 +99,8 @@ class Explanation:
         token_block: tokens that one pass over the packed words serves.
         workspace_bytes: scratch memory of the forward call; of ``blas`` its factors.
         first_stages: first stages computed (paths that share one count once).
-        estimated_cycles: of a GEMM call on CUDA, clock cycles by the planner's estimate; no measurement.
+        estimated_cycles: of more than 16 tokens on CUDA, clock cycles by the planner's estimate; no
+            measurement.
         unpack_cycles: the same of ``backend="blas"``; not of float32.
         gpu: the GPU that the call is planned for, or ``None``.
         launches: what is launched, in order (on CUDA, for the first ``token_block`` tokens); empty for other
@@ -276,8 +279,9 @@ def _of_torch(
 
 
 def _cuda_kernels(plan: dict[str, Any]) -> str:
-    if plan["launches"][-1]["kind"] == "gemm":
-        return "gemm"
+    kind: str = plan["launches"][-1]["kind"]
+    if kind in ("gemm", "fused"):
+        return kind
     return "bit planes" if plan["one_bit_mma"] else "sign halves"
 
 

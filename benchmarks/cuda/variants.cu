@@ -1,5 +1,6 @@
-// Shapes of the decode launches measured beside the planner's choice: row warps of both stages, splits,
-// chunks, chaining. One number is varied at a time, then the best of each are put together.
+// Shapes of launches measured beside the planner's choice. Up to 16 tokens: row warps of both stages, splits,
+// chunks, chaining. More: both stages in one kernel, by clusters of blocks, and tiles and splits of the GEMM.
+// One number is varied at a time, then the best of each are put together.
 //
 //   variants [FILE] [--tokens 1 8] [--modes int16 float16] [--repetitions 7]
 //
@@ -11,6 +12,7 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "cuda/timing.h"
 #include "littlebit2/cuda.h"
@@ -88,20 +90,68 @@ Options parse(int argc, char** argv) {
 }
 
 std::string describe(const lb2_cuda_tuning& t) {
-  char text[96];
-  std::snprintf(text, sizeof text, "row_warps %d %d, splits %d, max_chunk %d%s", t.row_warps[0],
-                t.row_warps[1], t.splits, t.max_chunk, t.unchained ? ", unchained" : "");
+  char text[128];
+  const char* unchained = t.unchained ? ", unchained" : "";
+  if (t.fused > 0)
+    std::snprintf(text, sizeof text, "fused %d%s", t.fused, unchained);
+  else if (t.fused < 0)
+    std::snprintf(text, sizeof text, "GEMM %dx%d %dx%d, splits %d%s", t.gemm_rows[0], t.gemm_tokens[0],
+                  t.gemm_rows[1], t.gemm_tokens[1], t.splits, unchained);
+  else
+    std::snprintf(text, sizeof text, "row_warps %d %d, splits %d, max_chunk %d%s", t.row_warps[0],
+                  t.row_warps[1], t.splits, t.max_chunk, unchained);
   return text;
 }
 
-// The planner's choice first, spelt out so that the rest of it stays when one number is varied.
-std::vector<lb2_cuda_tuning> tunings(int64_t k, const lb2_cuda_plan& planned) {
-  lb2_cuda_tuning base = {sizeof(lb2_cuda_tuning), {0, 0}, 0, 0, 0};
+// What a plan chose, spelt out so that the rest of it stays when one number is varied.
+lb2_cuda_tuning spell_out(const lb2_cuda_plan& planned) {
+  lb2_cuda_tuning base = {};
+  base.struct_size = sizeof base;
   for (const lb2_cuda_launch& launch : planned.launches) {
-    if (launch.kind != LB2_CUDA_DECODE) continue;
-    base.row_warps[launch.stage] = launch.row_warps;
-    if (launch.stage == 0) base.splits = launch.grid_y;
+    if (launch.kind == LB2_CUDA_FUSED) base.fused = launch.grid_y;
+    if (launch.kind == LB2_CUDA_GEMM) {
+      base.fused = -1;
+      base.gemm_rows[launch.stage] = launch.row_tile;
+      base.gemm_tokens[launch.stage] = launch.token_tile;
+    }
+    if (launch.kind == LB2_CUDA_DECODE) base.row_warps[launch.stage] = launch.row_warps;
+    if (launch.kind != LB2_CUDA_FUSED && launch.kind != LB2_CUDA_CONVERT && launch.stage == 0)
+      base.splits = launch.grid_y;
   }
+  return base;
+}
+
+// Of a prompt: the planner's choice, its kernel in other clusters, and what it would have the GEMM be, with
+// other tiles of either stage and other splits. Those that there is no room for are left out later.
+std::vector<lb2_cuda_tuning> prompt_tunings(int64_t k, const lb2_cuda_tuning& base,
+                                            const lb2_cuda_tuning& gemm) {
+  std::vector<lb2_cuda_tuning> all = {base};
+  for (const int blocks : {1, 2, 4, 8}) {
+    lb2_cuda_tuning fused = {};
+    fused.struct_size = sizeof fused;
+    fused.fused = blocks;
+    if (base.fused != blocks) all.push_back(fused);
+  }
+  if (base.fused > 0) all.push_back(gemm);
+  for (const auto& [rows, tokens] : {std::pair{64, 32}, {128, 32}, {128, 64}, {128, 128}})
+    for (int stage = 0; stage < 2; ++stage) {
+      if (gemm.gemm_rows[stage] == rows && gemm.gemm_tokens[stage] == tokens) continue;
+      all.push_back(gemm);
+      all.back().gemm_rows[stage] = rows;
+      all.back().gemm_tokens[stage] = tokens;
+    }
+  for (int splits = 1; splits <= 32 && splits <= (k + 511) / 512; splits *= 2) {
+    if (gemm.splits == splits) continue;
+    all.push_back(gemm);
+    all.back().splits = splits;
+  }
+  all.push_back(base);
+  all.back().unchained = 1;
+  return all;
+}
+
+// Of few tokens, the planner's choice first.
+std::vector<lb2_cuda_tuning> tunings(int64_t k, const lb2_cuda_tuning& base) {
   std::vector<lb2_cuda_tuning> all = {base};
   const auto add = [&](auto member, int value) {
     if (member(base) == value) return;
@@ -135,7 +185,10 @@ lb2_cuda_tuning combine(const std::vector<lb2_cuda_tuning>& all, const std::vect
   take([](auto& t) -> auto& { return t.splits; });
   take([](auto& t) -> auto& { return t.max_chunk; });
   take([](auto& t) -> auto& { return t.unchained; });
-  return best;
+  if (all[0].fused == 0) return best;
+  // Numbers of a prompt's launches are of different kernels: the best of all as it is.
+  const auto least = std::min_element(ratios.begin(), ratios.end());
+  return *least < kGain ? all[static_cast<size_t>(least - ratios.begin())] : all[0];
 }
 
 __global__ void fill_words(uint32_t* words, size_t count) {
@@ -196,12 +249,17 @@ class Layer {
   int64_t bytes() const { return copy_words_ * 4; }
 
   lb2_cuda_plan plan(lb2_activation mode, const lb2_cuda_device& device, const lb2_cuda_tuning& tuning) {
+    lb2_cuda_plan plan = {};
+    check(try_plan(mode, device, tuning, &plan));
+    return plan;
+  }
+
+  lb2_status try_plan(lb2_activation mode, const lb2_cuda_device& device, const lb2_cuda_tuning& tuning,
+                      lb2_cuda_plan* plan) {
     lb2_path paths[kPaths];
     const lb2_linear_args args = arguments(0, paths, nullptr, 0);
-    lb2_cuda_plan plan = {};
-    plan.struct_size = sizeof plan;
-    check(lb2_linear_plan_cuda(&args, mode, &device, &tuning, &plan));
-    return plan;
+    plan->struct_size = sizeof *plan;
+    return lb2_linear_plan_cuda(&args, mode, &device, &tuning, plan);
   }
 
   void queue(const lb2_cuda_plan& plan, void* workspace, cudaStream_t stream) {
@@ -325,16 +383,29 @@ class Lines {
     for (int i = 0; i < plan.num_launches; ++i) {
       const lb2_cuda_launch& l = plan.launches[i];
       std::fprintf(file_,
-                   "%s{\"kind\": \"%s\", \"grid\": [%d, %d, %d], \"token_tile\": %d, \"row_warps\": %d, "
+                   "%s{\"kind\": \"%s\", \"grid\": [%d, %d, %d], \"row_tile\": %d, \"token_tile\": %d, "
+                   "\"row_warps\": %d, "
                    "\"chunk_slices\": %d, \"chained\": %d}",
-                   i == 0 ? "" : ", ", l.kind == LB2_CUDA_CONVERT ? "convert" : "decode", l.grid_x, l.grid_y,
-                   l.grid_z, l.token_tile, l.row_warps, l.chunk_slices, l.chained);
+                   i == 0 ? "" : ", ", kind_of(l), l.grid_x, l.grid_y, l.grid_z, l.row_tile, l.token_tile,
+                   l.row_warps, l.chunk_slices, l.chained);
     }
     std::fprintf(file_, "]}\n");
     flush();
   }
 
  private:
+  static const char* kind_of(const lb2_cuda_launch& launch) {
+    switch (launch.kind) {
+      case LB2_CUDA_CONVERT:
+        return "convert";
+      case LB2_CUDA_DECODE:
+        return "decode";
+      case LB2_CUDA_GEMM:
+        return "gemm";
+      default:
+        return "fused";
+    }
+  }
   void flush() {
     if (std::fflush(file_) != 0) stop("cannot be written", "the file of results");
   }
@@ -345,8 +416,19 @@ class Lines {
 void measure_shape(const Shape& shape, int64_t tokens, const Mode& mode, const lb2_cuda_device& device,
                    int repetitions, Lines& lines) {
   Layer layer(shape, tokens);
-  const lb2_cuda_tuning none = {sizeof(lb2_cuda_tuning), {0, 0}, 0, 0, 0};
-  std::vector<lb2_cuda_tuning> all = tunings(shape.k, layer.plan(mode.value, device, none));
+  lb2_cuda_tuning none = {};
+  none.struct_size = sizeof none;
+  const lb2_cuda_tuning base = spell_out(layer.plan(mode.value, device, none));
+  std::vector<lb2_cuda_tuning> all;
+  if (base.fused == 0) {
+    all = tunings(shape.k, base);
+  } else {
+    none.fused = -1;
+    lb2_cuda_plan plan = {};
+    for (const lb2_cuda_tuning& tuning :
+         prompt_tunings(shape.k, base, spell_out(layer.plan(mode.value, device, none))))
+      if (layer.try_plan(mode.value, device, tuning, &plan) == LB2_OK) all.push_back(tuning);
+  }
   Measured measured = measure(layer, mode.value, device, all, repetitions);
   const lb2_cuda_tuning together = combine(all, measured.ratios);
   const Measured last = measure(layer, mode.value, device, {all[0], together}, repetitions);

@@ -155,7 +155,8 @@ py::dict describe(const lb2_cuda_plan& plan) {
     py::dict launch;
     launch["kind"] = planned.kind == LB2_CUDA_CONVERT  ? "convert"
                      : planned.kind == LB2_CUDA_DECODE ? "decode"
-                                                       : "gemm";
+                     : planned.kind == LB2_CUDA_GEMM   ? "gemm"
+                                                       : "fused";
     launch["stage"] = planned.stage;
     launch["grid"] = py::make_tuple(planned.grid_x, planned.grid_y, planned.grid_z);
     launch["threads"] = planned.threads;

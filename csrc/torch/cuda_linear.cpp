@@ -96,9 +96,6 @@ Tensor linear_cuda(const Tensor& x, const std::vector<Tensor>& v, const Optional
   return forward_cuda(layers, x, place, mode)[0];
 }
 
-// Of so many tokens, launches are what a call takes; of more, the kernels made for many serve layer by layer.
-constexpr int64_t kMostGroupedTokens = 16;
-
 std::vector<Tensor> grouped_linear_cuda(const Tensor& x, const std::vector<Tensor>& v,
                                         const OptionalTensors& u, const std::vector<Tensor>& in_scale,
                                         const OptionalTensors& latent_scale,
@@ -114,8 +111,7 @@ std::vector<Tensor> grouped_linear_cuda(const Tensor& x, const std::vector<Tenso
     set_layer(layers[i], storage.data() + tensors[i].first, tensors[i], place);
     layers[i].bias = bias_data(bias, i, layers[i].n, place);
   }
-  if (v.size() <= LB2_MAX_PATHS && x.numel() <= kMostGroupedTokens * layers[0].k)
-    return forward_cuda(layers, x, place, mode);
+  if (v.size() <= LB2_MAX_PATHS) return forward_cuda(layers, x, place, mode);
   std::vector<Tensor> outputs;
   for (const lb2_linear_args& args : layers) {
     std::vector<lb2_linear_args> one = {args};

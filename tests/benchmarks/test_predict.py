@@ -43,16 +43,34 @@ def test_counts_of_a_prompt() -> None:
     tokens = [-(-200 // launch.token_tile) * launch.token_tile for launch in (first, last)]
     outputs = -(-700 // last.row_tile) * last.row_tile
     mmas = rows // 16 * tokens[0] // 8 * 9 * 8 + outputs // 16 * tokens[1] // 8 * (3 + 1) * 8
-    assert prediction.mmas == mmas
+    assert prediction.counts.mmas == mmas
     assert prediction.used == prediction.explanation.macs / (mmas * 16 * 8 * 16)
     assert 0 < prediction.used < 1
     parts = 3 if first.grid[1] > 1 else 1
-    assert prediction.converted_bytes == 200 * (2 * 1100 * 4 + (296 + 40) * (4 * parts + 2))
+    assert prediction.counts.converted_bytes == 200 * (2 * 1100 * 4 + (296 + 40) * (4 * parts + 2))
     assert prediction.launches == 4
     assert prediction.dense_seconds < predict_prompt(packed, "A100", 20000).dense_seconds
     assert prediction.unpack_seconds > prediction.low_rank_seconds
-    many = predict_prompt(packed, "A100", 20000, "int8")
+    wide = make_packed(1100, 700, [2000])
+    many = predict_prompt(wide, "A100", 20000, "int8")
     assert many.launches == 4 * -(-20000 // many.explanation.token_block)
+
+
+def test_counts_of_both_stages_in_one_kernel() -> None:
+    # V: 40 x 4096 and 280 x 4096, 32 indices, 3 and 18 tiles of 16 rows; U: 4000 x 40 and 4000 x 280, 1 and 3
+    # indices, 125 units of two tiles; 16 tiles of 32 tokens, of 4 groups each.
+    packed = make_packed(4096, 4000, [40, 280])
+    prediction = predict_prompt(packed, "H200", 500)
+    assert prediction.explanation.kernels == "fused"
+    (launch,) = prediction.explanation.launches
+    assert (launch.kind, launch.token_tile, launch.grid[0], launch.grid[2]) == ("fused", 32, 1, 16)
+    mmas = 16 * 4 * 8 * ((3 + 18) * 32 + 250 * (1 + 3))
+    assert prediction.counts.mmas == mmas
+    assert prediction.used == prediction.explanation.macs / (mmas * 16 * 8 * 16)
+    assert prediction.counts.sign_bytes == 16 * 4 * (320 * 128 + 4000 * (2 + 9))
+    assert (prediction.counts.converted_bytes, prediction.counts.copied_bytes) == (0, 0)
+    assert prediction.launches == 1
+    assert prediction.explanation.workspace_bytes == 0
 
 
 def test_what_is_no_prompt() -> None:

@@ -21,6 +21,7 @@ from littlebit2_kernels import (
     warmup,
 )
 from littlebit2_kernels.dispatch import ACTIVATIONS
+from littlebit2_kernels.gpu import gpu_properties
 from littlebit2_kernels.reference import dense_weight, linear_reference
 from littlebit2_kernels.testing import TOLERANCE, make_problem, relative_error
 from tests.cuda import problems
@@ -90,9 +91,32 @@ def test_prompts(device: torch.device, rng: torch.Generator, dtype: torch.dtype,
         assert torch.equal(littlebit_linear(on_device[:tokens], layer, activation=mode), y[:tokens])
 
 
+@pytest.mark.parametrize("mode", problems.GEMM_MODES)
+@pytest.mark.parametrize("ranks", [[80, 72], [264], [624, 40]], ids=str)
+def test_both_stages_in_one_kernel(
+    device: torch.device, rng: torch.Generator, ranks: list[int], mode: str
+) -> None:
+    """Where the planner takes it, the bits are those of the GEMM, which few tokens take."""
+    x, packed = make_problem(4099, 4140, 2050, ranks, dtype=torch.bfloat16, bias=True, generator=rng)
+    packed = problems.scaled_down(packed)
+    on_device, layer = x.to(device), packed.to(device)
+    y = littlebit_linear(on_device, layer, activation=mode)
+    kernels = set()
+    for tokens in (17, 40, 130, 515, 1030, 4099):
+        plan = explain((tokens, 4140), packed, activation=mode, dtype=x.dtype, gpu=gpu_properties(device))
+        kernels.add(plan.kernels)
+        assert torch.equal(littlebit_linear(on_device[:tokens], layer, activation=mode), y[:tokens]), plan
+    assert "gemm" in kernels
+    if mode == "float16" and ranks[0] < 100:
+        assert "fused" in kernels
+    error = problems.error_of(y[-70:], x[-70:], packed, mode)
+    assert error <= problems.allowed(x.dtype, mode, 70 * 2050)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_more_tokens_than_one_round_serves(device: torch.device, rng: torch.Generator, mode: str) -> None:
-    x, packed = make_problem(1, 256, 100, [64], dtype=torch.float16, generator=rng)
+    # Latents that no shared memory has room for: one kernel for both stages takes any number of tokens.
+    x, packed = make_problem(1, 256, 100, [1400], dtype=torch.float16, generator=rng)
     many = explain((10**5, 256), packed, activation=mode, dtype=x.dtype, gpu="H200")
     block = many.token_block
     assert block is not None

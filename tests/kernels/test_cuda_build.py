@@ -60,7 +60,7 @@ def test_every_instance_compiles_for_every_architecture_without_spills(build: tu
     ]
     wanted += [("unpack", 0, 0, "", arch) for arch in ARCHITECTURES]
     for mode, arch in itertools.product(GEMM_POLICIES, ARCHITECTURES):
-        wanted.append(("gemm_convert", 0, 0, mode, arch))
+        wanted += [(kind, 0, 0, mode, arch) for kind in ("gemm_convert", "fused")]
         wanted += [("gemm", *tile, mode, arch) for tile in gemm_tiles(mode)]
     assert sorted((k.kind, k.row_tile, k.token_tile, k.mode, k.capability) for k in kernels) == sorted(wanted)
 
