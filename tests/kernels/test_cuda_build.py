@@ -138,6 +138,22 @@ def test_machine_code_of_the_gemm(build: tuple[Path, str], arch: int) -> None:
         assert mmas / (2 * row_tiles) <= function.count("LDS.128"), name
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_machine_code_of_the_kernel_of_both_stages(build: tuple[Path, str], arch: int) -> None:
+    """MMAs, 16-byte loads, no local memory; and barriers of clusters and their memory where these are."""
+    functions = _machine_code(build, arch, "5fusedI")
+    assert len(functions) == len(GEMM_POLICIES)
+    for function in functions:
+        name = function.split()[0]
+        mma = "IMMA.16832.S8.S8" if "GemmInt8" in name else "HMMA.16816.F32"
+        # Loops of one index: one tile of rows, or two, in the first stage, and two in the last.
+        mmas = (1 + 2 + 2) * (4 if "GemmInt8" in name else 8) * (2 if "GemmHalvesILi2E" in name else 1) * 4
+        assert function.count(mma) == mmas, name
+        assert "LDS.128" in function, f"{name}: no 16-byte loads of shared memory"
+        assert not re.search(r"\b(LDL|STL)\b", function), f"{name}: uses local memory"
+        assert ("UCGABAR_ARV" in function and "UCGABAR_WAIT" in function) == (arch >= 90), name
+
+
 @pytest.mark.parametrize("program", sorted(path.stem for path in (ROOT / "benchmarks" / "cuda").glob("*.cu")))
 def test_measurements_compile(tmp_path: Path, program: str) -> None:
     folders = [f"-I{ROOT / folder}" for folder in ("csrc", "csrc/include", "benchmarks")]
