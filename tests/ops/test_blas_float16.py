@@ -1,9 +1,10 @@
-"""The backend ``blas`` in float16: which layers fit, how they are computed, and when their scales are read."""
+"""The backend ``blas`` in float16: which layers fit, how they are computed, when their scales are read."""
 
 from __future__ import annotations
 
 import gc
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,10 +17,15 @@ from littlebit2_kernels import (
     balance,
     blas,
     explain,
+    explanation,
+    functional,
+    linear,
     littlebit_linear,
-    prepack,
+    prompts,
+    warming,
 )
 from littlebit2_kernels.format import unpack_signs_reference
+from littlebit2_kernels.gpu import GPUS
 from littlebit2_kernels.reference import dense_weight, linear_reference
 from littlebit2_kernels.testing import TOLERANCE, make_packed, make_problem, relative_error, typical_norm
 from tests.ops.test_blas import problem
@@ -410,3 +416,101 @@ def test_while_a_graph_is_captured(
     with pytest.raises(RuntimeError, match=r"a CUDA graph cannot capture: call .*warmup\(layer"):
         littlebit_linear(x, packed, backend="blas")
     assert len(measured) == 1
+
+
+# --- what auto takes -------------------------------------------------------------------------------------
+
+
+def test_float16_pays_where_bfloat16_does() -> None:
+    """But for the launch that balances the scales, which a call of some size has room for."""
+    sizes = (4096, 11008, (128, 128), (0, 1), "H200")
+    half, bfloat, single = torch.float16, torch.bfloat16, torch.float32
+    for tokens in (prompts.LEAST_TOKENS - 1, 512, 2048, 8192):
+        pays = prompts.unpacking_pays(tokens, bfloat, *sizes)
+        assert prompts.unpacking_pays(tokens, half, *sizes) == pays == (tokens >= 512)
+    assert not prompts.unpacking_pays(2048, single, *sizes)
+    plan = {"unpack_cycles": 10_000}
+    assert prompts.unpack_cycles(plan, bfloat, False) == prompts.unpack_cycles(plan, half, True) == 10_000
+    assert prompts.unpack_cycles(plan, half, False) == 10_000 + prompts.BALANCE_CYCLES
+    assert prompts.unpack_cycles({"unpack_cycles": 0}, half, False) == 0
+
+
+def test_auto_looks_at_the_scales(
+    measured: list[int], monkeypatch: pytest.MonkeyPatch, rng: torch.Generator
+) -> None:
+    x, packed = make_problem(prompts.LEAST_TOKENS, 100, 70, [24], dtype=torch.float16, generator=rng)
+    unfit = rescaled(packed, (1.0, 1e4, 1.0))
+    asked: list[bool] = []
+
+    def choose(backend: str, device: str, tokens: int, activation: str, pays: Callable[[], bool]) -> str:
+        if backend != "auto":
+            return backend
+        asked.append(pays())
+        return "blas" if asked[-1] else "reference"
+
+    monkeypatch.setattr(prompts, "_properties", lambda device: GPUS["H200"])
+    monkeypatch.setattr(prompts, "_pays", lambda *sizes: True)
+    for module in (functional, linear):
+        monkeypatch.setattr(module, "choose_backend", choose)
+    for _ in range(2):
+        for layer, fits in ((packed, True), (unfit, False)):
+            expected = littlebit_linear(x, layer, "blas" if fits else "reference")
+            for y in (littlebit_linear(x, layer), LittleBitLinear.from_packed(layer)(x)):
+                assert torch.equal(y, expected)
+    assert asked == [True, True, False, False] * 2
+    assert len(measured) == 2
+    # Of fewer tokens, and in other dtypes, nobody looks.
+    for other in (x[1:], x.bfloat16()):
+        littlebit_linear(other, make_packed(100, 70, [24], generator=rng))
+    assert len(measured) == 2
+    # Not while a graph is captured, but what was found before holds.
+    monkeypatch.setattr(balance, "_is_capturing", lambda device: True)
+    littlebit_linear(x, packed)
+    littlebit_linear(x, make_packed(100, 70, [24], generator=rng))
+    assert asked[-2:] == [True, False]
+
+
+def test_auto_is_explained(monkeypatch: pytest.MonkeyPatch, rng: torch.Generator) -> None:
+    packed = make_packed(100, 70, [24], generator=rng)
+    monkeypatch.setattr(prompts, "_properties", lambda device: GPUS["H200"])
+    monkeypatch.setattr(prompts, "_pays", lambda *sizes: True)
+    monkeypatch.setattr(explanation, "gpu_properties", lambda gpu: GPUS["H200"])
+    monkeypatch.setattr(explanation, "choose_backend", lambda *rest: "blas" if rest[-1]() else "cuda")
+    taken = explain((600, 100), packed, dtype=torch.float16)
+    assert (taken.backend, taken.kernels) == ("blas", "matrix products")
+    refused = explain((600, 100), rescaled(packed, (1.0, 1e4, 1.0)), dtype=torch.float16)
+    assert refused.backend == "cuda"
+    assert "unpacking would be faster by its estimate, but does not fit float16: out_scale" in refused.reason
+    assert "does not fit" not in explain((100, 100), packed, dtype=torch.float16).reason
+    half, bfloat = (
+        explain((600, 100), packed, dtype=dtype, gpu="H200") for dtype in (torch.float16, torch.bfloat16)
+    )
+    assert half.unpack_cycles is not None
+    assert bfloat.unpack_cycles is not None
+    assert half.unpack_cycles == bfloat.unpack_cycles + prompts.BALANCE_CYCLES
+
+
+def test_warming_reads_the_scales(
+    measured: list[int], monkeypatch: pytest.MonkeyPatch, rng: torch.Generator
+) -> None:
+    monkeypatch.setattr(warming, "no_cuda_reason", lambda: None)
+    packed = make_packed(100, 70, [24], generator=rng)
+    unfit = rescaled(packed, (1.0, 1e4, 1.0))
+    gpu, half = torch.device("cuda"), torch.float16
+
+    def may_unpack(*how: Any, layer: PackedLinear = packed) -> bool:
+        return warming._may_unpack(*how, lambda: layer.operands)
+
+    assert may_unpack("auto", "auto", gpu, torch.bfloat16)
+    for how in (
+        ("auto", "exact", gpu, half),
+        ("cuda", "auto", gpu, half),
+        ("auto", "auto", gpu, torch.float32),
+    ):
+        assert not may_unpack(*how)
+    assert measured == []
+    assert may_unpack("auto", "auto", gpu, half)
+    assert len(measured) == 1
+    assert not may_unpack("auto", "auto", gpu, half, layer=unfit)
+    assert not may_unpack("blas", "auto", gpu, half)  # which is what it runs anyway
+    assert len(measured) == 2
