@@ -115,13 +115,17 @@ def find_balance(operands: Operands) -> Balance | None:
     """
     _, _, in_scale, latent_scale, out_scale = operands
     scales = [*in_scale, *(latent_scale or ()), *out_scale]
-    if not all(holds_values(scale) for scale in scales):
-        return Balance((0,) * len(in_scale))
+    without_values = Balance((0,) * len(in_scale))
+    for scale in scales:  # what has no address either
+        if scale.is_meta or isinstance(scale, torch._subclasses.FakeTensor):
+            return without_values
     key = tuple((scale.data_ptr(), scale.numel()) for scale in scales)
     versions = tuple(0 if scale.is_inference() else scale._version for scale in scales)
     known = _known.get(key)
     if known is not None and known.versions == versions and _are_held(scales, known.storages):
         return known.balance
+    if not holds_values(scales[0]):
+        return without_values
     if _is_capturing(scales[0].device):
         return None
     storages = tuple(StorageWeakRef(scale.untyped_storage()) for scale in scales)
