@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -46,16 +44,6 @@ def rescaled(packed: PackedLinear, factor: float) -> PackedLinear:
         ),
         packed.bias,
     )
-
-
-@pytest.fixture
-def no_waiting(device: torch.device) -> Iterator[None]:
-    """Calls that wait for the device raise."""
-    torch.cuda.synchronize()
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode(before)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -112,17 +100,17 @@ def test_auto_unpacks(device: torch.device, rng: torch.Generator, monkeypatch: p
 
 
 @pytest.mark.parametrize("backend", ["auto", "blas"])
-def test_calls_do_not_wait(
-    device: torch.device, rng: torch.Generator, no_waiting: None, backend: str
-) -> None:
+def test_calls_do_not_wait(device: torch.device, rng: torch.Generator, backend: str) -> None:
+    """But for the first one of a layer."""
     x, packed = make_problem(700, 1024, 512, [80, 80], dtype=HALF, generator=rng)
-    torch.cuda.set_sync_debug_mode("default")
     x = x.to(device)
     module = LittleBitLinear.from_packed(problems.scaled_down(packed).to(device), backend=backend)
     first = module(x)
     torch.cuda.set_sync_debug_mode("error")
-    again = module(x)
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        again = module(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(first, again)
 
 
@@ -179,8 +167,7 @@ def test_gradients(device: torch.device, rng: torch.Generator) -> None:
         littlebit_linear(leaf, packed.to(device), backend=backend).backward(seed.to(device))
         assert leaf.grad is not None
         assert leaf.grad.dtype == HALF
-        # Gradients near the least numbers of float16 are rounded to multiples of it.
-        assert relative_error(leaf.grad.cpu(), expected) <= TOLERANCE[HALF] + 1e-3
+        assert relative_error(leaf.grad.cpu(), expected) <= TOLERANCE[HALF]
 
 
 def test_compiled(device: torch.device, rng: torch.Generator) -> None:
