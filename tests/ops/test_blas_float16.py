@@ -251,6 +251,8 @@ def test_float16_gradients_are_those_of_float32(
     problem: tuple[torch.Tensor, PackedLinear], rng: torch.Generator
 ) -> None:
     x, packed = problem
+    if not packed.single_stage:  # factors that float16 does not hold, but for the balance
+        packed = rescaled(packed, *[(2.0**20, 2.0**-20, 1.0)] * len(packed.paths))
     seed = (torch.randn(5, 70, generator=rng) * 1e-4).half()
     leaf = x.half().requires_grad_()
     littlebit_linear(leaf, packed, backend="blas").backward(seed)
