@@ -252,7 +252,7 @@ STEPS = (
         _measure(
             "prefill-gemlite",
             [32, 512, 2048],
-            [OURS[1], "dense", "gemlite"],
+            [OURS[1], "littlebit2:blas:auto", "dense", "gemlite"],
             *("--bpw", "0.1", "--modes", "hot"),
             shapes=PROMPT_SHAPES[-1:],
         ),

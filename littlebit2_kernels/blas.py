@@ -1,8 +1,8 @@
 """The backend ``blas``: signs and scales unpacked for each call, then torch's own matrix products.
 
 Where there are many tokens, a vendor's library on dense factors can be faster than kernels that expand signs
-as they go: unpacking costs the same for one token as for thousands. In float32 and bfloat16 only: float16
-does not hold all that products of scales can be.
+as they go: unpacking costs the same for one token as for thousands. In float16 the scales are balanced first
+(:mod:`littlebit2_kernels.balance`), and layers that do not fit are refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 from . import ops
-from .dispatch import check_blas_dtype
+from .balance import balanced
 from .ops import Operands
 
 __all__ = ["blas_linear", "register", "unpack"]
@@ -29,21 +29,28 @@ def blas_linear(x: torch.Tensor, operands: Operands, bias: torch.Tensor | None) 
 
     Scales are part of the unpacked factors: factors, latents and bias are rounded to the dtype of ``x``, and
     products of ``latent_scale`` and ``out_scale`` must fit into it. Sums are torch's, whose settings of TF32
-    and of reduced precision in bfloat16 hold.
+    and of reduced precision in bfloat16 and float16 hold.
+
+    In float16, entries of factors are right to ``2**-11`` of themselves or ``2**-25``, whichever is more, and
+    latents, which are about as large as ``x``, to ``2**-11`` or ``2**-25`` too: below a root mean square of
+    about ``5e-4`` the latents of a token lose bits before ``x`` does. No latent overflows where the length of
+    the token (the root of the sum of its squares) is at most ``2.6e5``; beyond, one may although the result
+    would not. The first call of a layer, and of changed scales, reads them (a wait for the device).
 
     Args:
-        x: float32 or bfloat16.
+        x: float32, float16 or bfloat16.
         operands: ``(v, u, in_scale, latent_scale, out_scale)``.
         bias: float32 ``[N]`` or ``None``.
 
     Returns:
-        ``[..., N]`` in the dtype of ``x``. Differentiable in ``x`` and ``bias``, with the same roundings;
-        factors are unpacked anew in the backward call.
+        ``[..., N]`` in the dtype of ``x``. Differentiable in ``x`` and ``bias``, with the same roundings,
+        of float16 in float32; factors are unpacked anew in the backward call.
 
     Raises:
-        ValueError: ``x`` is float16.
+        ValueError: ``x`` is float16, and factors of the layer are beyond its largest number, or those of more
+            than a hundredth of the channels below its smallest normal one.
+        RuntimeError: the first float16 call of a layer is captured into a CUDA graph.
     """
-    check_blas_dtype(x.dtype)  # also where the kernel below is not reached: of meta tensors
     ops.load_for(x)
     if torch.compiler.is_compiling():
         return torch.ops.littlebit2.blas_linear(x, *operands, bias)
@@ -85,31 +92,27 @@ def register() -> None:
         torch.library.impl(qualified, ("cpu", "cuda"), kernel)
         torch.library.register_fake(qualified, fake)
         torch.library.register_autograd(qualified, backward, setup_context=ops.linear_setup)
-    torch.library.impl("littlebit2::linear_backward_x", "cuda", _cuda_linear_backward_x)
+    torch.library.impl("littlebit2::linear_backward_x", "cuda", _backward_x)
 
 
 def _linear(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    check_blas_dtype(x.dtype)
     operands, bias = arguments[:5], arguments[5] if len(arguments) > 5 else None
     ops.check_fake("x", x, operands[2][0].shape[-1], operands, bias)
-    *first, last = unpack(operands, x.dtype)
+    *first, last = unpack(balanced(operands) if x.dtype == torch.float16 else operands, x.dtype)
     with _without_autocast(x):
         bias = None if bias is None else bias.flatten().to(x.dtype)
         return F.linear(F.linear(x, first[0]) if first else x, last, bias)
 
 
 def _backward_x(grad: torch.Tensor, *operands: Any) -> torch.Tensor:
+    """The gradient of x, and on CUDA that of every backend: in bfloat16 for bfloat16, else in float32."""
     ops.check_fake("grad", grad, operands[4][0].shape[-1], operands, None)
-    *first, last = unpack(operands, grad.dtype)
-    with _without_autocast(grad):
-        return grad @ last @ first[0] if first else grad @ last
-
-
-def _cuda_linear_backward_x(grad: torch.Tensor, *operands: Any) -> torch.Tensor:
-    """The CUDA kernel of ``littlebit2::linear_backward_x``: in bfloat16 for bfloat16, else in float32."""
-    ops.check_fake("grad", grad, operands[4][0].shape[-1], operands, None)
+    # Gradients are small: of latents, float16 would hold few bits.
     dtype = torch.bfloat16 if grad.dtype == torch.bfloat16 else torch.float32
-    return _backward_x(grad.to(dtype), *operands).to(grad.dtype)
+    *first, last = unpack(operands, dtype)
+    with _without_autocast(grad):
+        product = grad.to(dtype) @ last
+        return (product @ first[0] if first else product).to(grad.dtype)
 
 
 def _without_autocast(x: torch.Tensor) -> AbstractContextManager[object]:

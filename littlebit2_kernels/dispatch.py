@@ -18,7 +18,6 @@ __all__ = [
     "BackendUnavailableError",
     "check_activation",
     "check_activation_mode",
-    "check_blas_dtype",
     "choose_backend",
     "has_many_tokens",
     "unavailable_reason",
@@ -148,15 +147,6 @@ def check_activation(x: torch.Tensor, in_features: int, device: torch.device) ->
         raise ValueError(f"x.size(-1) must equal K={in_features}, got shape {list(x.shape)}")
     if x.device != device:
         raise ValueError(f"x must be on {device} like the packed layer, got {x.device}")
-
-
-def check_blas_dtype(dtype: torch.dtype) -> None:
-    """Raise ValueError unless ``backend="blas"`` serves activations of ``dtype``."""
-    if dtype == torch.float16:
-        raise ValueError(
-            "x must be float32 or bfloat16 for backend='blas', as float16 does not hold all that products of "
-            "the scales can be; got torch.float16, which the other backends serve"
-        )
 
 
 def check_activation_mode(activation: str, backend: str, prepacked: bool) -> None:

@@ -9,20 +9,20 @@ from typing import Any
 import torch
 
 from ._native import NativeLibraryError, core
+from .balance import balanced, find_balance
 from .dispatch import (
     ACTIVATION_DTYPES,
     ACTIVATIONS,
     BackendUnavailableError,
     check_activation,
     check_activation_mode,
-    check_blas_dtype,
     choose_backend,
 )
 from .format import MAX_DIM, PackedLinear
 from .functional import shape_of
 from .gpu import GpuProperties, gpu_properties
 from .prepacked import PrepackedLinear
-from .prompts import unpacking_pays
+from .prompts import unpack_cycles, unpacking_pays
 from .triton_backend import TritonLaunch, plan_triton
 
 __all__ = ["Explanation", "Launch", "explain"]
@@ -101,7 +101,7 @@ class Explanation:
         first_stages: first stages computed (paths that share one count once).
         estimated_cycles: of more than 16 tokens on CUDA, clock cycles by the planner's estimate; no
             measurement.
-        unpack_cycles: the same of ``backend="blas"``; not of float32.
+        unpack_cycles: the same of ``backend="blas"``; of float16, for a layer that fits; not of float32.
         gpu: the GPU that the call is planned for, or ``None``.
         launches: what is launched, in order (on CUDA, for the first ``token_block`` tokens); empty for other
             backends than CUDA and Triton.
@@ -164,16 +164,13 @@ def explain(
     tokens = _tokens(x, packed)
     dtype_name = _dtype_name(x, dtype)
     device_type = packed.device.type
+    call_dtype: torch.dtype = getattr(torch, dtype_name)
     if gpu is None:
-        call_dtype = getattr(torch, dtype_name)
+        unfit: list[str] = []
         chosen = choose_backend(
-            backend,
-            device_type,
-            tokens,
-            activation,
-            lambda: unpacking_pays(tokens, call_dtype, *shape_of(packed), packed.device),
+            backend, device_type, tokens, activation, lambda: _unpacks(packed, tokens, call_dtype, unfit)
         )
-        reason = _REASONS[chosen].format(device_type)
+        reason = "; ".join([_REASONS[chosen].format(device_type), *unfit])
     elif backend not in ("auto", "blas", "cuda", "triton"):
         raise ValueError(
             f"backend must be 'auto', 'blas', 'cuda' or 'triton' where gpu is given, got {backend!r}"
@@ -210,7 +207,7 @@ def explain(
         plan = plan_triton(*shapes, dtype_name, activation, target)
         return Explanation(**common, **{**plan, "launches": tuple(plan["launches"])})
     if chosen in ("blas", "reference"):
-        return _of_torch(common, packed, getattr(torch, dtype_name))
+        return _of_torch(common, packed, call_dtype)
     try:
         native = core()
     except NativeLibraryError as error:
@@ -229,7 +226,7 @@ def explain(
             workspace_bytes=plan["workspace_bytes"],
             first_stages=plan["first_stages"],
             estimated_cycles=plan["estimated_cycles"] or None,
-            unpack_cycles=plan["unpack_cycles"] or None,
+            unpack_cycles=unpack_cycles(plan, call_dtype, packed.single_stage) or None,
             gpu=properties,
             launches=tuple(Launch(**launch) for launch in plan["launches"]),
         )
@@ -260,13 +257,28 @@ def explain(
     )
 
 
+def _unpacks(
+    packed: PackedLinear | PrepackedLinear, tokens: int, dtype: torch.dtype, unfit: list[str]
+) -> bool:
+    """``unpacking_pays`` of the call; adds to ``unfit`` why the layer's scales are against it."""
+    pays = unpacking_pays(tokens, dtype, *shape_of(packed), packed.device)
+    if not pays or dtype != torch.float16 or isinstance(packed, PrepackedLinear):
+        return pays
+    found = find_balance(packed.operands)
+    problem = "the scales were not read yet" if found is None else found.problem
+    if problem is not None:
+        unfit.append(f"unpacking would be faster by its estimate, but does not fit float16: {problem}")
+    return problem is None
+
+
 def _of_torch(
     common: dict[str, Any], packed: PackedLinear | PrepackedLinear, dtype: torch.dtype
 ) -> Explanation:
     """Of a backend made of torch's products: ``reference``, or ``blas``, which shares no first stages."""
     if common["backend"] == "reference":
         return Explanation(**common)
-    check_blas_dtype(dtype)
+    if dtype == torch.float16:
+        balanced((packed.unpack() if isinstance(packed, PrepackedLinear) else packed).operands)
     elements = packed.in_features * packed.out_features
     if not packed.single_stage:
         elements = sum(packed.ranks) * (packed.in_features + packed.out_features)

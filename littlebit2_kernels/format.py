@@ -144,7 +144,7 @@ def check_signs_input(values: torch.Tensor) -> None:
         raise TypeError(f"values must be a dense tensor, got {values.layout}")
     if values.dim() == 0:
         raise ValueError("values must have at least one dimension, got a 0-d tensor")
-    if values.is_floating_point() and _holds_values(values) and bool(torch.isnan(values).any()):
+    if values.is_floating_point() and holds_values(values) and bool(torch.isnan(values).any()):
         raise ValueError("values must not contain NaN: the sign of NaN is undefined")
 
 
@@ -163,7 +163,7 @@ def check_words(words: torch.Tensor, cols: int) -> None:
         )
 
 
-def _holds_values(tensor: torch.Tensor) -> bool:
+def holds_values(tensor: torch.Tensor) -> bool:
     """Whether element values can be looked at (not on the meta device, not while tracing)."""
     return not (
         tensor.is_meta
@@ -190,7 +190,7 @@ def _check_word_matrix(name: str, words: torch.Tensor, rows: int | None, cols: i
     if words.shape[0] > 1 and words.stride(0) < words.shape[1]:
         raise ValueError(f"{name} must have rows that do not overlap, got strides {words.stride()}")
     tail = cols % WORD_BITS
-    if tail and words.shape[0] and _holds_values(words):
+    if tail and words.shape[0] and holds_values(words):
         # All bits from `tail` up: -(1 << tail) has exactly those set in two's complement.
         dirty = torch.nonzero((words[:, -1] & -(1 << tail)) != 0)
         if dirty.numel():
@@ -214,7 +214,7 @@ def _check_scale(name: str, scale: torch.Tensor, size: int | None) -> None:
         raise ValueError(f"{name} must be a dense tensor, got {scale.layout}")
     if not scale.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {scale.stride()}")
-    if _holds_values(scale) and not bool(torch.isfinite(scale).all()):
+    if holds_values(scale) and not bool(torch.isfinite(scale).all()):
         bad = int(torch.nonzero(~torch.isfinite(scale))[0])
         raise ValueError(f"{name} must be finite, got {float(scale[bad])} at index {bad}")
 

@@ -33,7 +33,8 @@ def littlebit_linear(
         packed: the layer, on the device of ``x``; prepacked (:func:`littlebit2_kernels.prepack`) for speed on
             the CPU, as it is on CUDA.
         backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"``, ``"blas"`` (signs unpacked for each call,
-            then torch's matrix products; float32 and bfloat16) or ``"reference"`` (plain PyTorch in float32).
+            then torch's matrix products; float16 if the layer fits) or ``"reference"`` (plain PyTorch in
+            float32).
             ``auto`` takes the kernels that were compiled for the device, Triton's on a GPU where there are
             none, and either Triton's or ``blas`` on a GPU for many tokens
             (:func:`littlebit2_kernels.dispatch.choose_backend`). A backend asked for by name that cannot run
@@ -43,7 +44,7 @@ def littlebit_linear(
             about 2e-4), or ``"auto"``: exact for float32, and on the CPU for layers that are not
             prepacked; else int16, or float16 on GPUs for more than 16 tokens, on those without 1-bit tensor
             cores, and with Triton, which has no int16. On the CPU, int16, int8 and sign need a prepacked
-            layer. ``blas``, which ``auto`` may take on GPUs for many bfloat16 tokens, computes in the dtype
+            layer. ``blas``, which ``auto`` may take on GPUs for many 16-bit tokens, computes in the dtype
             of x (:func:`littlebit2_kernels.blas.blas_linear`). Gradients are those of exact sums, but those
             of ``blas``, and on CUDA all, by torch's products: in bfloat16 for bfloat16, else in float32 with
             torch's setting of TF32.
@@ -54,9 +55,11 @@ def littlebit_linear(
     Raises:
         TypeError: ``x`` is not a tensor of a supported dtype, or ``packed`` not a layer.
         ValueError: the last dimension of ``x`` is not K, devices differ, ``backend`` or ``activation`` is
-            unknown, or this layer or backend cannot serve ``activation`` or the dtype of ``x``.
+            unknown, or this layer or backend cannot serve ``activation`` or the dtype of ``x`` (float16 by
+            ``blas`` where factors do not fit).
         BackendUnavailableError: the backend cannot run here.
         NativeLibraryError: the compiled library is missing.
+        RuntimeError: ``backend="blas"``, and the first float16 call of a layer is captured into a CUDA graph.
     """
     if not isinstance(packed, PackedLinear | PrepackedLinear):
         raise TypeError(f"packed must be a PackedLinear or a PrepackedLinear, got {type(packed).__name__}")
@@ -68,7 +71,7 @@ def littlebit_linear(
         x.device.type,
         tokens,
         activation,
-        lambda: unpacking_pays(tokens, x.dtype, *shape_of(packed), x.device),
+        lambda: unpacking_pays(tokens, x.dtype, *shape_of(packed), x.device, _operands_of(packed)),
     )
     check_activation_mode(activation, chosen, prepacked)
     if chosen == "reference":
@@ -92,6 +95,11 @@ def shape_of(
     shares = packed.shares if isinstance(packed, PrepackedLinear) else packed.leaders
     ranks = None if packed.single_stage else packed.ranks
     return packed.in_features, packed.out_features, ranks, shares
+
+
+def _operands_of(packed: PackedLinear | PrepackedLinear) -> Operands | None:
+    # Prepacked layers are on the CPU, where nobody asks.
+    return packed.operands if isinstance(packed, PackedLinear) else None
 
 
 def apply_operands(

@@ -362,7 +362,9 @@ class LittleBitLinear(nn.Module):
             device_type,
             tokens,
             self.activation,
-            lambda: unpacking_pays(tokens, x.dtype, *shape, x.device),
+            lambda: unpacking_pays(
+                tokens, x.dtype, *shape, x.device, None if layer is not None else self._operands(buffers)
+            ),
         )
         if backend == "reference" or (backend in ("blas", "triton") and layer is not None):
             return littlebit_linear(x, self.packed, backend, self.activation)

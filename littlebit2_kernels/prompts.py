@@ -1,16 +1,19 @@
-"""Whether a call of many tokens on a GPU is one for the backend ``blas``: a pure function of its sizes."""
+"""Whether a call of many tokens on a GPU is one for the backend ``blas``: by sizes, and scales in float16."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from ._native import core
+from .balance import fits_float16
 from .gpu import GpuProperties, gpu_properties
+from .ops import Operands
 
-__all__ = ["FACTOR_BYTES", "LEAST_TOKENS", "MARGIN", "unpacking_pays"]
+__all__ = ["FACTOR_BYTES", "LEAST_TOKENS", "MARGIN", "unpack_cycles", "unpacking_pays"]
 
 #: Of a GPU that can be planned for (csrc/cuda/check.cpp).
 _LEAST_CAPABILITY = 80
@@ -21,6 +24,12 @@ LEAST_TOKENS = 128
 MARGIN = 1.1
 #: Most bytes of unpacked factors that ``auto`` makes; about as much as the kernels' workspace.
 FACTOR_BYTES = 128 * 2**20
+#: Cycles of the launch that balances the scales of a layer of two stages for float16: a start and a latency
+#: (csrc/cuda/estimate.cpp), its bytes being few.
+BALANCE_CYCLES = 2800
+
+#: Dtypes with the full rate of a library's tensor cores.
+_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 def unpacking_pays(
@@ -31,6 +40,7 @@ def unpacking_pays(
     ranks: Sequence[int] | None,
     shares: Sequence[int],
     gpu: GpuProperties | torch.device | str,
+    operands: Operands | None = None,
 ) -> bool:
     """Whether unpacking a layer and torch's matrix products should take less time than the CUDA kernels.
 
@@ -45,17 +55,27 @@ def unpacking_pays(
         ranks: of the paths, ``None`` for a single stage.
         shares: for each path, the path whose first stage it uses.
         gpu: as for :func:`littlebit2_kernels.gpu.gpu_properties`.
+        operands: of the layer, looked at for float16 alone, and once (:mod:`littlebit2_kernels.balance`);
+            without them, it is taken to fit.
 
     Returns:
         False for fewer than :data:`LEAST_TOKENS`, more than :data:`FACTOR_BYTES` of factors, GPUs that the
-        kernels are not made for, and any dtype but bfloat16: float16 does not hold all that products of
-        scales can be, and float32 is for exact sums.
+        kernels are not made for, float32, which is for exact sums, and in float16 layers that do not fit, or
+        that would have to be looked at while a CUDA graph is being captured.
     """
-    if dtype != torch.bfloat16 or tokens < LEAST_TOKENS:
+    if dtype not in _DTYPES or tokens < LEAST_TOKENS:
         return False
     own = None if ranks is None else tuple(ranks)
     properties = _properties(gpu) if isinstance(gpu, torch.device) else gpu_properties(gpu)
-    return _pays(tokens, in_features, out_features, own, tuple(shares), properties)
+    if not _pays(tokens, dtype, in_features, out_features, own, tuple(shares), properties):
+        return False
+    return dtype != torch.float16 or operands is None or fits_float16(operands)
+
+
+def unpack_cycles(plan: Mapping[str, Any], dtype: torch.dtype, single_stage: bool) -> int:
+    """The estimate of ``backend="blas"`` beside a plan's ``estimated_cycles``; 0 where there is none."""
+    cycles = int(plan["unpack_cycles"])
+    return cycles + BALANCE_CYCLES if cycles and dtype == torch.float16 and not single_stage else cycles
 
 
 @functools.cache
@@ -67,6 +87,7 @@ def _properties(device: torch.device) -> GpuProperties:
 @functools.lru_cache(maxsize=4096)
 def _pays(
     tokens: int,
+    dtype: torch.dtype,
     in_features: int,
     out_features: int,
     ranks: tuple[int, ...] | None,
@@ -74,11 +95,12 @@ def _pays(
     gpu: GpuProperties,
 ) -> bool:
     elements = in_features * out_features if ranks is None else sum(ranks) * (in_features + out_features)
-    if gpu.capability < _LEAST_CAPABILITY or elements * torch.bfloat16.itemsize > FACTOR_BYTES:
+    if gpu.capability < _LEAST_CAPABILITY or elements * dtype.itemsize > FACTOR_BYTES:
         return False
     rows = [out_features] * len(shares) if ranks is None else list(ranks)
     plan = core().plan_cuda(
-        tokens, in_features, out_features, rows, ranks is None, list(shares), "bfloat16", 0, *gpu.for_cuda()
+        *(tokens, in_features, out_features, rows, ranks is None, list(shares), _DTYPES[dtype], 0),
+        *gpu.for_cuda(),
     )
     # A call without a GEMM (no shared memory for it) has no estimates.
-    return bool(MARGIN * plan["unpack_cycles"] < plan["estimated_cycles"])
+    return bool(MARGIN * unpack_cycles(plan, dtype, ranks is None) < plan["estimated_cycles"])

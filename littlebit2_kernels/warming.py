@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from ._native import no_cuda_reason
+from .balance import fits_float16
 from .format import PackedLinear
 from .functional import littlebit_linear
 from .linear import LittleBitLinear
+from .ops import Operands
 
 __all__ = ["WARMUP_TOKENS", "warmup"]
 
@@ -35,8 +37,8 @@ def warmup(
     """Run a layer, or every :class:`LittleBitLinear` of a model, on zeros, and wait until that is done.
 
     What a backend does on a first call (Triton compiles a kernel for each configuration, libraries are
-    loaded, tuned configurations are read) may not happen while a CUDA graph is captured, and takes seconds
-    elsewhere.
+    loaded, tuned configurations are read, the scales of each layer for ``blas`` in float16) may not happen
+    while a CUDA graph is captured, and takes seconds elsewhere.
 
     Args:
         layer: a packed layer, or a module.
@@ -46,7 +48,7 @@ def warmup(
         activation: likewise.
 
     Returns:
-        Calls made: layers of the same shape and layout are run once.
+        Calls made: layers of the same shape and layout are run once; the scales are read of each.
 
     Raises:
         TypeError: ``layer`` is neither.
@@ -54,11 +56,11 @@ def warmup(
     """
     calls = 0
     devices = set()
-    for run, in_features, device, by_blas in _distinct(layer, backend, activation):
+    for run, in_features, device, by_blas in _distinct(layer, backend, activation, dtype):
         # Which numbers of tokens `auto` gives to blas depends on the layer and the GPU.
         cases = [(run, count) for count in tokens]
-        if by_blas is not None and device.type == "cuda" and dtype == torch.bfloat16 and tokens:
-            cases += [(by_blas, max(tokens))] if no_cuda_reason() is None else []
+        if by_blas is not None and tokens:
+            cases.append((by_blas, max(tokens)))
         for call, count in cases:
             with torch.inference_mode():
                 call(torch.zeros(count, in_features, dtype=dtype, device=device))
@@ -70,9 +72,11 @@ def warmup(
     return calls
 
 
-def _distinct(layer: PackedLinear | nn.Module, backend: str, activation: str) -> Iterator[_Case]:
+def _distinct(
+    layer: PackedLinear | nn.Module, backend: str, activation: str, dtype: torch.dtype
+) -> Iterator[_Case]:
     if isinstance(layer, PackedLinear):
-        free = backend == activation == "auto"
+        free = _may_unpack(backend, activation, layer.device, dtype, lambda: layer.operands)
         yield (
             lambda x: littlebit_linear(x, layer, backend, activation),
             layer.in_features,
@@ -88,21 +92,36 @@ def _distinct(layer: PackedLinear | nn.Module, backend: str, activation: str) ->
             buffers = list(module.buffers())
             device = buffers[0].device
             native = device.type == "cpu" and module.backend != "triton"
+            free = _may_unpack(
+                *(module.backend, module.activation, device, dtype),
+                functools.partial(module._operands, module._buffers),
+            )
             key = (
                 *(module.in_features, module.out_features, module.ranks, module.shares),
-                *(module.backend, module.activation, module.bias is None, device),
+                *(module.backend, module.activation, module.bias is None, device, free),
                 # Kernels are compiled for what addresses and pitches are multiples of.
                 *((buffer.stride(), buffer.data_ptr() % 16) for buffer in buffers if not native),
             )
             if key not in seen:
                 seen.add(key)
-                free = module.backend == module.activation == "auto"
                 yield (
                     module,
                     module.in_features,
                     device,
                     functools.partial(_by_blas, module) if free else None,
                 )
+
+
+def _may_unpack(
+    backend: str, activation: str, device: torch.device, dtype: torch.dtype, operands: Callable[[], Operands]
+) -> bool:
+    """Whether ``auto`` may give calls to ``blas``; reads the scales that this takes."""
+    if device.type != "cuda" or backend not in ("auto", "blas") or activation != "auto":
+        return False
+    if dtype not in (torch.bfloat16, torch.float16) or no_cuda_reason() is not None:
+        return False
+    fits = dtype == torch.bfloat16 or fits_float16(operands())
+    return fits and backend == "auto"
 
 
 def _by_blas(module: LittleBitLinear, x: torch.Tensor) -> torch.Tensor:

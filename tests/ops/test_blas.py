@@ -120,6 +120,9 @@ def test_operator(problem: tuple[torch.Tensor, PackedLinear]) -> None:
     torch.library.opcheck(torch.ops.littlebit2.unpack, (*packed.operands, 2))
     x = torch.randn(3, 100, requires_grad=True)
     torch.library.opcheck(torch.ops.littlebit2.blas_linear, (x, *packed.operands, packed.bias))
+    torch.library.opcheck(
+        torch.ops.littlebit2.blas_linear, (x.detach().half().requires_grad_(), *packed.operands, packed.bias)
+    )
     grad = torch.randn(3, 70, requires_grad=True)
     torch.library.opcheck(torch.ops.littlebit2.blas_linear_backward_x, (grad, *packed.operands))
 
@@ -127,7 +130,7 @@ def test_operator(problem: tuple[torch.Tensor, PackedLinear]) -> None:
 # --- calls -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [0, 1, 3, 200])
 @pytest.mark.parametrize("outliers", [0, 3])
 def test_results(
@@ -148,14 +151,15 @@ def test_results(
     assert relative_error(y, linear_reference(x, packed), typical_norm(x, packed)) <= allowed
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_extreme_scales(dtype: torch.dtype, rng: torch.Generator) -> None:
     x, packed = make_problem(7, 96, 64, [16, 24], scale_spread=0.2, dtype=dtype, generator=rng)
     path = packed.paths[0]
     far = PackedPath(path.v, path.in_scale * 1e12, path.out_scale * 1e-9, path.u, path.latent_scale * 1e-8)
     layer = PackedLinear((far, packed.paths[1]))
-    y = littlebit_linear(x * 1e-3, layer, backend="blas")
-    truth = linear_reference(x * 1e-3, layer)
+    x = x * 1e-3
+    y = littlebit_linear(x, layer, backend="blas")
+    truth = linear_reference(x, layer)
     assert relative_error(y, truth) <= (2e-6 if dtype == torch.float32 else 2.5 * TOLERANCE[dtype])
 
 
@@ -187,8 +191,6 @@ def test_modules_and_prepacked_layers(problem: tuple[torch.Tensor, PackedLinear]
 
 def test_refusals(problem: tuple[torch.Tensor, PackedLinear]) -> None:
     x, packed = problem
-    with pytest.raises(ValueError, match=r"x must be float32 or bfloat16 for backend='blas'.* got .*float16"):
-        littlebit_linear(x.half(), packed, backend="blas")
     for activation in ("exact", "int8", "float16"):
         with pytest.raises(ValueError, match=f"in the dtype of x only, got activation='{activation}'"):
             littlebit_linear(x, packed, backend="blas", activation=activation)
@@ -198,9 +200,10 @@ def test_refusals(problem: tuple[torch.Tensor, PackedLinear]) -> None:
         littlebit_linear(x[:, :99], packed, backend="blas")
 
 
-def test_meta_tensors_and_other_devices() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_meta_tensors_and_other_devices(dtype: torch.dtype) -> None:
     module = LittleBitLinear(100, 70, [8, 16], backend="blas", device="meta")
-    x = torch.empty(3, 100, device="meta", requires_grad=True)
+    x = torch.empty(3, 100, device="meta", dtype=dtype, requires_grad=True)
     module(x).sum().backward()
     assert x.grad is not None
     assert x.grad.shape == (3, 100)
@@ -211,6 +214,8 @@ def test_explained(problem: tuple[torch.Tensor, PackedLinear]) -> None:
     x, packed = problem
     plan = explain(x, packed, backend="blas")
     assert (plan.backend, plan.kernels, plan.tokens) == ("blas", "matrix products", 5)
+    half = explain(x.half(), prepack(packed), backend="blas")
+    assert half.workspace_bytes == plan.workspace_bytes // 2
 
 
 # --- gradients, tracing ----------------------------------------------------------------------------------
@@ -272,7 +277,7 @@ def test_gradient_that_the_cuda_kernels_take(
 ) -> None:
     _, packed = problem
     grad = torch.randn(5, 70, generator=rng).to(dtype)
-    actual = blas._cuda_linear_backward_x(grad, *packed.operands)
+    actual = blas._backward_x(grad, *packed.operands)
     assert actual.dtype == dtype
     truth = grad.double() @ dense_weight(packed)
     allowed = {torch.float32: 2e-6, torch.float16: TOLERANCE[dtype], torch.bfloat16: 2.5 * TOLERANCE[dtype]}
@@ -282,7 +287,7 @@ def test_gradient_that_the_cuda_kernels_take(
 def test_gradients_are_checked(rng: torch.Generator) -> None:
     _, packed = make_problem(2, 40, 30, [8], generator=rng)
     load()
-    for operator in (blas._cuda_linear_backward_x, torch.ops.littlebit2.blas_linear_backward_x):
+    for operator in (blas._backward_x, torch.ops.littlebit2.blas_linear_backward_x):
         with pytest.raises(RuntimeError, match=r"grad must be float32, float16 or bfloat16, got"):
             operator(torch.ones(2, 30).double(), *packed.operands)
         with pytest.raises(RuntimeError, match=r"grad.size\(-1\) must equal 30, got shape \[2, 31\]"):
@@ -313,8 +318,9 @@ def test_compiled_calls_keep_no_factors(rng: torch.Generator) -> None:
     assert [tuple(t.shape) for t in floats if t.shape[-1] != 30] == []
 
 
-def test_compiled(rng: torch.Generator) -> None:
-    x, packed = make_problem(6, 40, 30, [8, 16], bias=True, generator=rng)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_compiled(dtype: torch.dtype, rng: torch.Generator) -> None:
+    x, packed = make_problem(6, 40, 30, [8, 16], bias=True, dtype=dtype, generator=rng)
     module = LittleBitLinear.from_packed(packed, backend="blas")
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), module(x))
