@@ -92,7 +92,7 @@ def predict(packed: PackedLinear, gpu: str, activation: str = "auto") -> Predict
         raise ValueError(f"gpu must be one of {', '.join(RATES)}, got {gpu!r}")
     rates = RATES[gpu]
     shape = (1, packed.in_features)
-    explanation = explain(shape, packed, activation=activation, dtype=torch.float16, gpu=gpu)
+    explanation = explain(shape, packed, "cuda", activation, dtype=torch.float16, gpu=gpu)
     mode = str(explanation.activation)
     leaders = sorted(set(packed.leaders))
     # (rows, columns) of the signs of each launch.
@@ -152,7 +152,7 @@ def _run_prompts(options: Namespace) -> int:
 
     head = ["GPU", "shape", "bpw", "mode", "M", "tiles", "grids", "launches", "MMAs", "used", "converted MiB"]
     head += ["copied MiB", "signs MiB", "us", "dense us", "low-rank us", "unpack us", "vs dense", "vs unpack"]
-    head.append("bfloat16")
+    head.append("auto")
     rows = []
     for gpu in options.gpu:
         for name in options.shapes:
@@ -176,7 +176,7 @@ def _run_prompts(options: Namespace) -> int:
                             *(f"{seconds * 1e6:.1f}" for seconds in times),
                             f"{p.dense_seconds / counts.seconds:.1f}x",
                             f"{p.unpack_seconds / counts.seconds:.2f}x",
-                            "blas" if p.unpacks else "cuda",
+                            p.backend,
                         ]
                     )
     print(markdown(head, rows))

@@ -16,8 +16,6 @@ import torch
 from benchmarks.predict import LAUNCH, RATES, Rates
 from littlebit2_kernels import PackedLinear, explain
 from littlebit2_kernels.explanation import Explanation
-from littlebit2_kernels.functional import shape_of
-from littlebit2_kernels.prompts import unpacking_pays
 
 __all__ = ["PromptPrediction", "predict_prompt"]
 
@@ -60,7 +58,7 @@ class PromptPrediction:
         counts: of all rounds.
         used: part of the MMAs' multiply-adds that are the layer's; the others are padding.
         dense_seconds, low_rank_seconds, unpack_seconds: of the peers.
-        unpacks: whether ``auto`` would take the backend ``blas`` if the tokens were bfloat16.
+        backend: which ``auto`` would take, of layers whose factors fit float16.
     """
 
     explanation: Explanation
@@ -70,7 +68,7 @@ class PromptPrediction:
     dense_seconds: float
     low_rank_seconds: float
     unpack_seconds: float
-    unpacks: bool
+    backend: str
 
 
 def predict_prompt(packed: PackedLinear, gpu: str, tokens: int, activation: str = "auto") -> PromptPrediction:
@@ -82,9 +80,8 @@ def predict_prompt(packed: PackedLinear, gpu: str, tokens: int, activation: str 
     if gpu not in RATES:
         raise ValueError(f"gpu must be one of {', '.join(RATES)}, got {gpu!r}")
     rates = RATES[gpu]
-    explanation = explain(
-        (tokens, packed.in_features), packed, activation=activation, dtype=torch.float16, gpu=gpu
-    )
+    shape, half = (tokens, packed.in_features), torch.float16
+    explanation = explain(shape, packed, "cuda", activation, dtype=half, gpu=gpu)
     mode = str(explanation.activation)
     if explanation.kernels not in ("gemm", "fused"):
         raise ValueError(f"tokens and activation must be of a call that takes the GEMM, got {tokens}, {mode}")
@@ -108,7 +105,7 @@ def predict_prompt(packed: PackedLinear, gpu: str, tokens: int, activation: str 
         low_rank_seconds=low_rank,
         # Factors are written, by one launch, and read again.
         unpack_seconds=low_rank + LAUNCH + factors / rates.memory,
-        unpacks=unpacking_pays(tokens, torch.bfloat16, *shape_of(packed), gpu),
+        backend=explain(shape, packed, "auto", activation, dtype=half, gpu=gpu).backend,
     )
 
 

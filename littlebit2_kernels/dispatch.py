@@ -13,7 +13,6 @@ __all__ = [
     "ACTIVATIONS",
     "ACTIVATION_DTYPES",
     "BACKENDS",
-    "CUDA_TOKENS",
     "FEW_TOKENS",
     "BackendUnavailableError",
     "check_activation",
@@ -34,12 +33,6 @@ ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 #: Most tokens of a call that ``auto`` always gives to the CUDA kernels where these can run.
 FEW_TOKENS = 16
-
-#: Most tokens of a call that ``auto`` gives to the CUDA kernels where Triton's can run too. Both expand signs
-#: once for up to 128 tokens, but the GEMM in CUDA uses ``mma.sync``, which on Hopper has about two thirds of
-#: the tensor cores' rate, and Triton's ``wgmma``, which has all of it; below, launches and latencies weigh
-#: more, and those of the CUDA kernels are chained. By counts of instructions, not yet measured.
-CUDA_TOKENS = 512
 
 
 class BackendUnavailableError(RuntimeError):
@@ -90,22 +83,21 @@ def choose_backend(
     device_type: str,
     tokens: int = 1,
     activation: str = "auto",
-    unpacking_pays: Callable[[], bool] = lambda: False,
+    of_prompt: Callable[[], str] = lambda: "cuda",
 ) -> str:
     """Resolve ``backend`` for tensors on ``device_type``; never falls back to a slower one silently.
 
     ``auto`` takes the native kernels of the device. On a GPU where there are none, as on AMD's, it takes
-    Triton's. Where there are, and for more than :data:`FEW_TOKENS` ``tokens``, it takes ``blas`` if
-    ``unpacking_pays`` beside the CUDA kernels, else Triton's for more than :data:`CUDA_TOKENS`; but not if
-    ``activation`` names a mode (which then is the same bits for every number of tokens) or the call is being
-    compiled (which would make one graph for few and one for many).
+    Triton's. Where there are, and for more than :data:`FEW_TOKENS` ``tokens``, it takes what ``of_prompt``
+    says; but not if ``activation`` names a mode (which then is the same bits for every number of tokens) or
+    the call is being compiled (which would make one graph for few and one for many).
 
     Args:
         backend: a name of :data:`BACKENDS`.
         device_type: ``"cpu"``, ``"cuda"``, ...
         tokens: M of the call.
         activation: a name of :data:`ACTIVATIONS`.
-        unpacking_pays: :func:`littlebit2_kernels.prompts.unpacking_pays` of the call; asked where it matters.
+        of_prompt: :func:`littlebit2_kernels.prompts.prompt_backend` of the call; asked where it matters.
 
     Raises:
         ValueError: the name is unknown.
@@ -119,12 +111,11 @@ def choose_backend(
     if device_type in ("cpu", "meta"):
         return "cpu"
     no_cuda = _unsupported("cuda", device_type)
-    free = activation == "auto" and has_many_tokens(tokens)
     if no_cuda is None:
-        if free and unpacking_pays():
-            return "blas"
-        wants_triton = free and tokens > CUDA_TOKENS
-        return "triton" if wants_triton and _unsupported("triton", device_type) is None else "cuda"
+        if activation != "auto" or not has_many_tokens(tokens):
+            return "cuda"
+        best = of_prompt()
+        return best if _unsupported(best, device_type) is None else "cuda"
     no_triton = _unsupported("triton", device_type)
     if no_triton is None:
         return "triton"

@@ -17,12 +17,13 @@ from .dispatch import (
     check_activation,
     check_activation_mode,
     choose_backend,
+    has_many_tokens,
 )
 from .format import MAX_DIM, PackedLinear
 from .functional import shape_of
 from .gpu import GpuProperties, gpu_properties
 from .prepacked import PrepackedLinear
-from .prompts import unpack_cycles, unpacking_pays
+from .prompts import prompt_backend, unpack_cycles
 from .triton_backend import TritonLaunch, plan_triton
 
 __all__ = ["Explanation", "Launch", "explain"]
@@ -151,7 +152,7 @@ def explain(
         dtype: of ``x`` where only its shape is given; float32 by default.
         gpu: plan for this GPU wherever the layer is, be there one or not: its properties, or a name of
             :data:`littlebit2_kernels.gpu.GPUS` such as ``"H200"``. ``backend`` must be ``"auto"``, which is
-            then ``"cuda"``, ``"cuda"``, ``"triton"`` or ``"blas"``.
+            then what it would be there with all backends installed, ``"cuda"``, ``"triton"`` or ``"blas"``.
 
     Raises:
         TypeError: ``x`` is a tensor of an unsupported dtype, or ``packed`` not a layer.
@@ -168,7 +169,8 @@ def explain(
     if gpu is None:
         unfit: list[str] = []
         chosen = choose_backend(
-            backend, device_type, tokens, activation, lambda: _unpacks(packed, tokens, call_dtype, unfit)
+            *(backend, device_type, tokens, activation),
+            lambda: _of_prompt(packed, tokens, call_dtype, packed.device, unfit),
         )
         reason = "; ".join([_REASONS[chosen].format(device_type), *unfit])
     elif backend not in ("auto", "blas", "cuda", "triton"):
@@ -178,8 +180,14 @@ def explain(
     elif isinstance(packed, PrepackedLinear):
         raise ValueError("packed must be a PackedLinear where gpu is given: prepacked layers are the CPU's")
     else:
-        chosen = "cuda" if backend == "auto" else backend
-        reason = f"planned for gpu={gpu!r}"
+        chosen = backend
+        reasons = [f"planned for gpu={gpu!r}"]
+        if backend == "auto":
+            chosen = "cuda"
+            if activation == "auto" and has_many_tokens(tokens):
+                chosen = _of_prompt(packed, tokens, call_dtype, gpu, reasons)
+            reasons.insert(1, _REASONS[chosen].format("cuda"))
+        reason = "; ".join(reasons)
     prepacked = isinstance(packed, PrepackedLinear)
     check_activation_mode(activation, chosen, prepacked)
     leaders = packed.shares if isinstance(packed, PrepackedLinear) else packed.leaders
@@ -257,18 +265,24 @@ def explain(
     )
 
 
-def _unpacks(
-    packed: PackedLinear | PrepackedLinear, tokens: int, dtype: torch.dtype, unfit: list[str]
-) -> bool:
-    """``unpacking_pays`` of the call; adds to ``unfit`` why the layer's scales are against it."""
-    pays = unpacking_pays(tokens, dtype, *shape_of(packed), packed.device)
-    if not pays or dtype != torch.float16 or isinstance(packed, PrepackedLinear):
-        return pays
+def _of_prompt(
+    packed: PackedLinear | PrepackedLinear,
+    tokens: int,
+    dtype: torch.dtype,
+    gpu: GpuProperties | torch.device | str,
+    reasons: list[str],
+) -> str:
+    """``prompt_backend`` of the call; adds to ``reasons`` why the layer's scales are against unpacking."""
+    sizes = (tokens, dtype, *shape_of(packed), gpu)
+    best = prompt_backend(*sizes)
+    if best != "blas" or dtype != torch.float16 or isinstance(packed, PrepackedLinear):
+        return best
     found = find_balance(packed.operands)
     problem = "the scales were not read yet" if found is None else found.problem
-    if problem is not None:
-        unfit.append(f"unpacking would be faster by its estimate, but does not fit float16: {problem}")
-    return problem is None
+    if problem is None:
+        return best
+    reasons.append(f"unpacking would be faster by its estimate, but does not fit float16: {problem}")
+    return prompt_backend(*sizes, packed.operands)
 
 
 def _of_torch(

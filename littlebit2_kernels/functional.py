@@ -9,7 +9,7 @@ from .dispatch import ACTIVATIONS, check_activation, check_activation_mode, choo
 from .format import PackedLinear
 from .ops import Operands, linear_from_operands, linear_from_prepacked
 from .prepacked import PrepackedLinear
-from .prompts import unpacking_pays
+from .prompts import prompt_backend
 from .reference import linear_reference
 from .triton_backend import triton_linear
 
@@ -71,7 +71,7 @@ def littlebit_linear(
         x.device.type,
         tokens,
         activation,
-        lambda: unpacking_pays(tokens, x.dtype, *shape_of(packed), x.device, _operands_of(packed)),
+        lambda: prompt_backend(tokens, x.dtype, *shape_of(packed), x.device, _operands_of(packed)),
     )
     check_activation_mode(activation, chosen, prepacked)
     if chosen == "reference":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,10 +18,12 @@ from .dispatch import (
     has_many_tokens,
 )
 from .format import PackedLinear
-from .functional import littlebit_linear
+from .functional import littlebit_linear, shape_of
 from .grouped_ops import grouped_from_operands, grouped_from_prepacked
 from .linear import LittleBitLinear
+from .ops import Operands
 from .prepacked import PrepackedLinear
+from .prompts import prompt_backend
 
 __all__ = ["LinearGroup", "fuse_linears", "grouped_linear", "unfuse_linears"]
 
@@ -33,9 +36,10 @@ def grouped_linear(
 ) -> list[torch.Tensor]:
     """Apply several packed layers to one ``x``, as the projections of an attention are.
 
-    On CUDA the layers share their launches up to 16 tokens, if all have one stage or all two and at most 16
-    paths together; sums may be taken in another order than by each layer on its own. Everywhere else the
-    layers run one after another, with the very results that they have on their own.
+    On CUDA the layers share their launches, if all have one stage or all two, at most 16 paths together, and
+    with more than 16 tokens no other backend for any of them; up to 16 tokens, sums may be taken in another
+    order than by each layer on its own. Everywhere else the layers run one after another, with the very
+    results that they have on their own.
 
     Args:
         x: ``[..., K]`` float32, float16 or bfloat16.
@@ -64,9 +68,11 @@ def grouped_linear(
     packed = [layer for layer in layers if isinstance(layer, PackedLinear)]
     check_activation_mode(activation, chosen, bool(prepacked))
     one_kind = len({layer.single_stage for layer in layers}) == 1
-    # With many tokens launches do not matter, and each layer has a choice of its own.
-    many = chosen == "cuda" and has_many_tokens(x.numel() // layers[0].in_features)
-    if many or chosen in ("blas", "reference", "triton") or (packed and not one_kind):
+    apart = False
+    if chosen == "cuda" and has_many_tokens(x.numel() // layers[0].in_features):
+        shapes = [(*shape_of(layer), layer.operands) for layer in packed]
+        apart = not _all_take_cuda(x, shapes, backend, activation)
+    if apart or chosen in ("blas", "reference", "triton") or (packed and not one_kind):
         return [littlebit_linear(x, layer, backend, activation) for layer in layers]
     if packed:
         operands = [layer.operands for layer in packed]
@@ -171,11 +177,16 @@ class LinearGroup:
             return grouped_from_prepacked(x, layers, bias, sizes, activation)  # type: ignore[arg-type]
         if x.device.type != "cuda" or any(layer is not None for layer in layers):
             return None
-        if has_many_tokens(x.numel() // first.in_features):
-            return None  # each has a choice of its own
         if choose_backend(first.backend, "cuda", activation=first.activation) != "cuda":
             return None
         operands = [member._operands(state) for member, state in zip(self.members, states, strict=True)]
+        if has_many_tokens(x.numel() // first.in_features):
+            shapes = [
+                (member.in_features, member.out_features, member.ranks, member.shares, own)
+                for member, own in zip(self.members, operands, strict=True)
+            ]
+            if not _all_take_cuda(x, shapes, first.backend, first.activation):
+                return None
         return grouped_from_operands(x, operands, bias, activation)
 
 
@@ -223,6 +234,23 @@ def unfuse_linears(modules: Sequence[LittleBitLinear]) -> None:
         group = module._group
         for member in () if group is None else group.members:
             member._group = None
+
+
+def _all_take_cuda(
+    x: torch.Tensor, layers: Sequence[tuple[int, int, Any, Any, Operands]], backend: str, activation: str
+) -> bool:
+    """Whether the CUDA kernels serve every layer: with many tokens each has a choice of its own.
+
+    ``layers`` are K, N, ranks, shares and operands of each.
+    """
+    tokens = x.numel() // layers[0][0]
+
+    def choice(k: int, n: int, ranks: Any, shares: Any, operands: Operands) -> str:
+        sizes = (tokens, x.dtype, k, n, ranks, shares)
+        best = functools.partial(prompt_backend, *sizes, x.device, operands)
+        return choose_backend(backend, x.device.type, tokens, activation, best)
+
+    return all(choice(*layer) == "cuda" for layer in layers)
 
 
 def _needs_its_own(x: Any) -> bool:

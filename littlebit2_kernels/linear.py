@@ -16,7 +16,7 @@ from .format import RANK_MULTIPLE, PackedLinear, PackedPath, check_dim, pitched_
 from .functional import apply_operands, littlebit_linear
 from .ops import Operands, linear_from_prepacked
 from .prepacked import PrepackedLinear, prepack
-from .prompts import unpacking_pays
+from .prompts import prompt_backend
 from .reference import dense_weight
 from .state import (
     UPSTREAM_EXTRAS,
@@ -362,7 +362,7 @@ class LittleBitLinear(nn.Module):
             device_type,
             tokens,
             self.activation,
-            lambda: unpacking_pays(
+            lambda: prompt_backend(
                 tokens, x.dtype, *shape, x.device, None if layer is not None else self._operands(buffers)
             ),
         )

@@ -1,4 +1,4 @@
-"""Whether a call of many tokens on a GPU is one for the backend ``blas``: by sizes, and scales in float16."""
+"""Which backend takes a call of many tokens on a GPU: by estimates, and by scales in float16."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from .balance import fits_float16
 from .gpu import GpuProperties, gpu_properties
 from .ops import Operands
 
-__all__ = ["FACTOR_BYTES", "LEAST_TOKENS", "MARGIN", "unpack_cycles", "unpacking_pays"]
+__all__ = [
+    "CUDA_TOKENS",
+    "FACTOR_BYTES",
+    "LEAST_TOKENS",
+    "MARGIN",
+    "prompt_backend",
+    "unpack_cycles",
+    "unpacking_pays",
+]
 
 #: Of a GPU that can be planned for (csrc/cuda/check.cpp).
 _LEAST_CAPABILITY = 80
@@ -28,8 +36,41 @@ FACTOR_BYTES = 128 * 2**20
 #: (csrc/cuda/estimate.cpp), its bytes being few.
 BALANCE_CYCLES = 2800
 
+#: Most tokens of a call that are never Triton's where the CUDA kernels can run: launches and latencies weigh
+#: more than the rate of the tensor cores then, and those of the CUDA kernels are chained.
+CUDA_TOKENS = 512
+#: GPUs whose tensor cores ``mma.sync``, which the CUDA kernels use, does not bring to their rate; what Triton
+#: compiles to (``wgmma``, ``tcgen05``) does. By counts of instructions, not yet measured.
+_SLOW_MMA_SYNC = range(90, 120)
+
 #: Dtypes with the full rate of a library's tensor cores.
-_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def prompt_backend(
+    tokens: int,
+    dtype: torch.dtype,
+    in_features: int,
+    out_features: int,
+    ranks: Sequence[int] | None,
+    shares: Sequence[int],
+    gpu: GpuProperties | torch.device | str,
+    operands: Operands | None = None,
+) -> str:
+    """Which backend should be the fastest for many tokens: ``"blas"``, ``"cuda"`` or ``"triton"``.
+
+    ``blas`` where :func:`unpacking_pays`. Else the CUDA kernels, but for more than :data:`CUDA_TOKENS` on
+    Hopper and data-centre Blackwell Triton's, of which there is no estimate, unless that of the CUDA kernels
+    is at most that of unpacking. Arguments as for :func:`unpacking_pays`.
+    """
+    if unpacking_pays(tokens, dtype, in_features, out_features, ranks, shares, gpu, operands):
+        return "blas"
+    properties = _properties(gpu) if isinstance(gpu, torch.device) else gpu_properties(gpu)
+    if tokens <= CUDA_TOKENS or properties.capability not in _SLOW_MMA_SYNC:
+        return "cuda"
+    own = None if ranks is None else tuple(ranks)
+    ours, unpacking = _estimates(tokens, dtype, in_features, out_features, own, tuple(shares), properties)
+    return "cuda" if 0 < ours <= unpacking else "triton"
 
 
 def unpacking_pays(
@@ -67,7 +108,12 @@ def unpacking_pays(
         return False
     own = None if ranks is None else tuple(ranks)
     properties = _properties(gpu) if isinstance(gpu, torch.device) else gpu_properties(gpu)
-    if not _pays(tokens, dtype, in_features, out_features, own, tuple(shares), properties):
+    elements = in_features * out_features if own is None else sum(own) * (in_features + out_features)
+    if properties.capability < _LEAST_CAPABILITY or elements * dtype.itemsize > FACTOR_BYTES:
+        return False
+    ours, unpacking = _estimates(tokens, dtype, in_features, out_features, own, tuple(shares), properties)
+    # A call without a GEMM (no shared memory for it) has no estimates.
+    if MARGIN * unpacking >= ours:
         return False
     return dtype != torch.float16 or operands is None or fits_float16(operands)
 
@@ -85,7 +131,7 @@ def _properties(device: torch.device) -> GpuProperties:
 
 # Models have few shapes, and prompts as many lengths as there are requests.
 @functools.lru_cache(maxsize=4096)
-def _pays(
+def _estimates(
     tokens: int,
     dtype: torch.dtype,
     in_features: int,
@@ -93,14 +139,11 @@ def _pays(
     ranks: tuple[int, ...] | None,
     shares: tuple[int, ...],
     gpu: GpuProperties,
-) -> bool:
-    elements = in_features * out_features if ranks is None else sum(ranks) * (in_features + out_features)
-    if gpu.capability < _LEAST_CAPABILITY or elements * dtype.itemsize > FACTOR_BYTES:
-        return False
+) -> tuple[int, int]:
+    """Cycles of the CUDA kernels, and of unpacking and a library's products; 0 where there is no estimate."""
     rows = [out_features] * len(shares) if ranks is None else list(ranks)
+    name = str(dtype).removeprefix("torch.")
     plan = core().plan_cuda(
-        *(tokens, in_features, out_features, rows, ranks is None, list(shares), _DTYPES[dtype], 0),
-        *gpu.for_cuda(),
+        *(tokens, in_features, out_features, rows, ranks is None, list(shares), name, 0), *gpu.for_cuda()
     )
-    # A call without a GEMM (no shared memory for it) has no estimates.
-    return bool(MARGIN * unpack_cycles(plan, dtype, ranks is None) < plan["estimated_cycles"])
+    return plan["estimated_cycles"], unpack_cycles(plan, dtype, ranks is None)

@@ -84,15 +84,15 @@ def test_layers_that_do_not_fit(
     x, layer = x.to(device), packed.to(device)
     with pytest.raises(ValueError, match="output channels have factors below"):
         littlebit_linear(x, layer, backend="blas")
-    monkeypatch.setattr(prompts, "_pays", lambda *sizes: True)
+    monkeypatch.setattr(prompts, "_estimates", lambda *sizes: (2, 1))
     assert torch.equal(littlebit_linear(x, layer), littlebit_linear(x, layer, backend="cuda"))
 
 
 def test_auto_unpacks(device: torch.device, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     x, packed = make_problem(200, 1024, 512, [80, 80], dtype=HALF, generator=rng)
     x, layer = x.to(device), problems.scaled_down(packed).to(device)
-    monkeypatch.setattr(prompts, "_pays", lambda *sizes: True)
-    assert functional.unpacking_pays is linear.unpacking_pays is prompts.unpacking_pays
+    monkeypatch.setattr(prompts, "_estimates", lambda *sizes: (2, 1))
+    assert functional.prompt_backend is linear.prompt_backend is prompts.prompt_backend
     expected = littlebit_linear(x, layer, backend="blas")
     assert not torch.equal(expected, littlebit_linear(x, layer, backend="cuda"))
     assert torch.equal(littlebit_linear(x, layer), expected)
@@ -142,7 +142,7 @@ def test_capture_of_a_first_call(
         with pytest.raises(RuntimeError, match="a CUDA graph cannot capture"):
             littlebit_linear(static, layer, backend="blas")
         assert not balance.fits_float16(layer.operands)
-        monkeypatch.setattr(prompts, "_pays", lambda *sizes: True)
+        monkeypatch.setattr(prompts, "_estimates", lambda *sizes: (2, 1))
         y = littlebit_linear(static, layer)
     graph.replay()
     assert torch.equal(y, littlebit_linear(static, layer, backend="cuda"))

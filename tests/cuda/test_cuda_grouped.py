@@ -54,6 +54,18 @@ def test_a_token_does_not_depend_on_the_others(
             assert torch.equal(y, all_tokens[first:])
 
 
+@pytest.mark.parametrize("mode", problems.GEMM_MODES)
+def test_prompts_have_the_bits_of_layers_alone(
+    device: torch.device, layers: list[PackedLinear], rng: torch.Generator, mode: str
+) -> None:
+    on_device = [layer.to(device) for layer in layers]
+    for tokens in (17, 130, 600):
+        x = torch.randn(tokens, 1100, generator=rng).half().to(device)
+        together = grouped_linear(x, on_device, activation=mode)
+        for y, layer in zip(together, on_device, strict=True):
+            assert torch.equal(y, littlebit_linear(x, layer, activation=mode))
+
+
 def test_fused_modules_under_a_graph(device: torch.device, rng: torch.Generator) -> None:
     packed = [make_packed(1024, size, [136, 72], bias=True, generator=rng) for size in (512, 256, 256)]
     modules = [LittleBitLinear.from_packed(problems.scaled_down(layer)).to(device) for layer in packed]

@@ -469,7 +469,7 @@ def test_auto_unpacks(device: torch.device, rng: torch.Generator, monkeypatch: p
     x, packed = make_problem(200, 1024, 512, [80, 80], dtype=torch.bfloat16, generator=rng)
     on_device, layer = x.to(device), packed.to(device)
     for module in (functional, linear):
-        monkeypatch.setattr(module, "unpacking_pays", lambda *_: True)
+        monkeypatch.setattr(module, "prompt_backend", lambda *_: "blas")
     expected = littlebit_linear(on_device, layer, backend="blas")
     assert torch.equal(littlebit_linear(on_device, layer), expected)
     assert torch.equal(LittleBitLinear.from_packed(layer)(on_device), expected)

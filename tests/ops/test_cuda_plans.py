@@ -22,7 +22,7 @@ from littlebit2_kernels import (
 )
 from littlebit2_kernels.dispatch import ACTIVATIONS, check_activation_mode, choose_backend, unavailable_reason
 from littlebit2_kernels.gpu import GPUS, gpu_properties
-from littlebit2_kernels.prompts import unpacking_pays
+from littlebit2_kernels.prompts import prompt_backend, unpacking_pays
 from littlebit2_kernels.testing import make_packed, make_problem
 
 
@@ -252,6 +252,38 @@ def test_when_unpacking_pays() -> None:
     assert unpacking_pays(8192, torch.bfloat16, 4096, 11008, None, (0,), "H200")
     # What cannot be planned for.
     assert not unpacking_pays(8192, torch.bfloat16, 8192, 28672, (632,), (0,), GpuProperties(75, 40, 65536))
+
+
+def test_which_backend_takes_a_prompt() -> None:
+    def best(gpu: str, tokens: int, rank: int, dtype: torch.dtype = torch.float16) -> str:
+        return prompt_backend(tokens, dtype, 8192, 28672, (rank, rank), (0, 1), gpu)
+
+    for gpu in GPUS:
+        faster = gpu in ("H100", "H200", "B200")  # by other MMAs than mma.sync
+        assert best(gpu, 17, 296) == best(gpu, prompts.LEAST_TOKENS - 1, 632) == "cuda"
+        # Of more factors than a call may take.
+        assert best(gpu, 8192, 3168) == ("triton" if faster else "cuda"), gpu
+        assert best(gpu, prompts.CUDA_TOKENS, 3168) == "cuda"
+        # Sums of float32 have no estimate to compare with.
+        assert best(gpu, 8192, 632, torch.float32) == ("triton" if faster else "cuda")
+    assert best("H200", 8192, 632) == "blas"
+    assert best("4090", 8192, 632) == "cuda"
+
+
+def test_auto_is_explained_for_any_gpu() -> None:
+    packed = make_packed(8192, 28672, [632, 632])
+    for gpu, tokens, dtype, backend in (
+        ("H200", 16, torch.bfloat16, "cuda"),
+        ("H200", 64, torch.bfloat16, "cuda"),
+        ("H200", 8192, torch.bfloat16, "blas"),
+        ("H200", 8192, torch.float32, "triton"),
+        ("4090", 8192, torch.bfloat16, "cuda"),
+    ):
+        plan = explain((tokens, 8192), packed, dtype=dtype, gpu=gpu)
+        assert plan.backend == backend, (gpu, tokens)
+        assert plan.reason.startswith(f"planned for gpu={gpu!r}; ")
+    named = explain((8192, 8192), packed, activation="float16", dtype=torch.bfloat16, gpu="H200")
+    assert named.backend == "cuda"
 
 
 def test_blas_is_explained() -> None:

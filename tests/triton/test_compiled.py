@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from littlebit2_kernels import LittleBitLinear, PackedLinear, explain, littlebit_linear, warmup
-from littlebit2_kernels.dispatch import CUDA_TOKENS, unavailable_reason
+from littlebit2_kernels.dispatch import unavailable_reason
+from littlebit2_kernels.prompts import CUDA_TOKENS
 from littlebit2_kernels.testing import make_problem
 from tests.kernels.problems import scaled_down
 from tests.triton import problems
@@ -121,10 +122,9 @@ def test_auto_does_what_explain_says(packed: PackedLinear, rng: torch.Generator)
     for tokens in (1, 16, 17, CUDA_TOKENS, CUDA_TOKENS + 1):
         x = fresh(tokens, packed.device, rng)
         plan = explain(x, packed)
-        assert plan.activation is not None
         # Named, the mode of a Triton call may have another kernel for so many tokens, but not above its
-        # switches.
-        named = "auto" if plan.backend == "triton" else plan.activation
+        # switches; blas has none.
+        named = str(plan.activation) if plan.backend == "cuda" else "auto"
         assert torch.equal(littlebit_linear(x, packed), littlebit_linear(x, packed, plan.backend, named))
 
 

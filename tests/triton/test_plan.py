@@ -248,34 +248,26 @@ def test_auto_takes_cuda_then_triton_then_says_what_is_missing(reasons: dict[str
         dispatch.choose_backend("triton", "cuda")
 
 
-def test_auto_gives_many_tokens_to_triton(reasons: dict[str, str | None]) -> None:
+def test_auto_asks_of_prompts(reasons: dict[str, str | None]) -> None:
     reasons.update(cuda=None, triton=None)
-    few, many = dispatch.CUDA_TOKENS, dispatch.CUDA_TOKENS + 1
-    assert dispatch.choose_backend("auto", "cuda", few) == "cuda"
-    assert dispatch.choose_backend("auto", "cuda", many) == "triton"
-    # A mode that is named is the same bits for any number of tokens; a backend that is named is that one.
-    assert dispatch.choose_backend("auto", "cuda", many, "int8") == "cuda"
-    assert dispatch.choose_backend("cuda", "cuda", many) == "cuda"
+    few = dispatch.FEW_TOKENS
+
+    def choose(tokens: int, best: str, backend: str = "auto", activation: str = "auto") -> str:
+        return dispatch.choose_backend(backend, "cuda", tokens, activation, lambda: best)
+
+    for best in ("blas", "cuda", "triton"):
+        assert (choose(few, best), choose(few + 1, best)) == ("cuda", best)
+        # A mode that is named is the same bits for any number of tokens; a backend that is named is that one.
+        assert choose(few + 1, best, activation="exact") == choose(few + 1, best, "cuda") == "cuda"
+        assert choose(few + 1, best, "triton") == "triton"
+    assert dispatch.choose_backend("auto", "cpu", few + 1, "auto", lambda: "blas") == "cpu"
     reasons["triton"] = "no triton"
-    assert dispatch.choose_backend("auto", "cuda", many) == "cuda"
-
-
-def test_auto_unpacks_where_that_pays(reasons: dict[str, str | None]) -> None:
-    reasons.update(cuda=None, triton=None)
-    few, many = dispatch.FEW_TOKENS, dispatch.CUDA_TOKENS + 1
-
-    def choose(tokens: int, backend: str = "auto", activation: str = "auto", pays: bool = True) -> str:
-        return dispatch.choose_backend(backend, "cuda", tokens, activation, lambda: pays)
-
-    assert (choose(few), choose(few + 1), choose(many)) == ("cuda", "blas", "blas")
-    assert (choose(few + 1, pays=False), choose(many, pays=False)) == ("cuda", "triton")
-    assert (choose(many, activation="exact"), choose(many, "triton")) == ("cuda", "triton")
-    assert dispatch.choose_backend("auto", "cpu", many, "auto", lambda: True) == "cpu"
+    assert (choose(few + 1, "triton"), choose(few + 1, "blas")) == ("cuda", "blas")
     # It unpacks by a CUDA kernel.
-    reasons["cuda"] = "no nvcc"
-    assert choose(many) == "triton"
+    reasons.update(cuda="no nvcc", triton=None)
+    assert choose(few + 1, "blas") == "triton"
     with pytest.raises(BackendUnavailableError, match="backend='blas' cannot run: no nvcc"):
-        choose(many, "blas")
+        choose(few + 1, "blas", "blas")
 
 
 def test_reasons_say_what_would_help(monkeypatch: pytest.MonkeyPatch) -> None:
