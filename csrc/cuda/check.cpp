@@ -14,8 +14,10 @@ namespace {
 constexpr int32_t kLeastCapability = 80;
 constexpr int64_t kMostParts = 65535;  // blocks of a grid in y
 
-// Rows and columns are rounded up to whole blocks and slices before they are compared with their number.
-constexpr int64_t kMaxSize = INT32_MAX - 1023;
+// Rows and columns are rounded up to whole blocks and slices before they are compared with their number, and
+// bytes of a row of float32 are counted in 32 bits.
+constexpr int64_t kMaxSize = INT32_MAX / 4 - 1023;
+constexpr int64_t kMostSharedBytes = 1 << 24;  // of a block; much more than any GPU has
 
 lb2_status check_address(const char* name, int64_t index, const void* p, uintptr_t bytes) {
   if (reinterpret_cast<uintptr_t>(p) % bytes == 0) return LB2_OK;
@@ -27,6 +29,11 @@ lb2_status check_address(const char* name, int64_t index, const void* p, uintptr
 }
 
 }  // namespace
+
+bool asks_for_gemm(const lb2_cuda_tuning& tuning) noexcept {
+  const auto any = [](const int32_t (&of_stages)[2]) { return of_stages[0] != 0 || of_stages[1] != 0; };
+  return tuning.splits != 0 || any(tuning.gemm_rows) || any(tuning.gemm_tokens);
+}
 
 lb2_status check_device(const lb2_cuda_device* device) noexcept {
   if (device == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "device must not be NULL");
@@ -43,9 +50,10 @@ lb2_status check_device(const lb2_cuda_device* device) noexcept {
                 device->multiprocessors);
   // One slice of 16 tokens in the widest mode.
   const int64_t least = slice_bytes(LB2_ACTIVATION_EXACT, kMaxTokenTile) + sums_bytes(kMaxTokenTile);
-  if (device->shared_bytes < least)
-    return fail(LB2_ERROR_INVALID_ARGUMENT, "device->shared_bytes must be >= %" PRId64 ", got %" PRId64,
-                least, device->shared_bytes);
+  if (device->shared_bytes < least || device->shared_bytes > kMostSharedBytes)
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "device->shared_bytes must be between %" PRId64 " and %" PRId64 ", got %" PRId64, least,
+                kMostSharedBytes, device->shared_bytes);
   return LB2_OK;
 }
 
@@ -63,6 +71,11 @@ lb2_status check_tuning(const lb2_cuda_tuning& tuning, lb2_activation activation
   const bool power_of_two = (tuning.fused & (tuning.fused - 1)) == 0;
   if (tuning.fused < -1 || tuning.fused > kFusedMostBlocks || (tuning.fused > 0 && !power_of_two))
     return fail(LB2_ERROR_INVALID_ARGUMENT, "tuning->fused must be -1, 0, 1, 2, 4 or 8, got %" PRId32,
+                tuning.fused);
+  if (tuning.fused > 0 && asks_for_gemm(tuning))
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "tuning->splits, gemm_rows and gemm_tokens must be 0 where fused, %" PRId32
+                ", asks for one launch instead of those",
                 tuning.fused);
   for (int stage = 0; stage < 2; ++stage) {
     const int32_t rows = tuning.gemm_rows[stage], tokens = tuning.gemm_tokens[stage];

@@ -8,6 +8,9 @@ namespace lb2::cuda {
 // Whether the kernels can run on a GPU, and a message if not.
 LB2_API lb2_status check_device(const lb2_cuda_device* device) noexcept;
 
+// Whether tuning names what launches of each stage have, and one of both has not.
+bool asks_for_gemm(const lb2_cuda_tuning& tuning) noexcept;
+
 // `most_splits`: of the first of two stages.
 lb2_status check_tuning(const lb2_cuda_tuning& tuning, lb2_activation activation,
                         int64_t most_splits) noexcept;

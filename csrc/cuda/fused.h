@@ -93,13 +93,18 @@ struct FusedBlock {
                          slice * kSliceCols + converted_run(lane) + 16};
     const int64_t row_bytes = params.input_stride * (params.dtype == LB2_FLOAT32 ? 4 : 2);
     const bool inside = lane / 8 < slice_indices(params.cols, slice);
+    float scale[kLaneCols];
+    load_runs<false>({reinterpret_cast<const char*>(first.scale), nullptr, 0, 1, params.cols, LB2_FLOAT32},
+                     cols, scale);
 #pragma unroll 1
     for (int group = 0; group < kFusedGroups; ++group) {
       const int token = group * kGroupTokens + warp;
       if (token >= tokens) break;
       const char* row = static_cast<const char*>(params.input) + (first_token + token) * row_bytes;
       float values[kLaneCols];
-      load_runs({row, first.scale, 0, 1, params.cols, params.dtype}, cols, values);
+      load_runs<false>({row, nullptr, 0, 1, params.cols, params.dtype}, cols, values);
+#pragma unroll
+      for (int i = 0; i < kLaneCols; ++i) values[i] *= scale[i];
       store_converted(buffer(at) + group * kBlockBytes, kBlockBytes, warp, inside, values);
     }
   }
@@ -223,14 +228,6 @@ struct FusedBlock {
     }
   }
 
-  // Part `part` of the latents of all tokens, in whichever block has it.
-  LB2_DEVICE const float* find_part(int part) const {
-    if (blocks == 1) return parts;
-    const int owner = (((part + 1) << params.blocks_log2) - 1) / params.slices;
-    return static_cast<const float*>(
-        shared_of_block(parts + (part - first_slice_of(owner)) * kFusedTokens * params.part_pitch, owner));
-  }
-
   // A run of 8 of a token's latents, parts added in order, times their scale; zero past the last one.
   LB2_DEVICE void load_latents(const FusedTerm& term, int token, int col, float* out) const {
     const int num_parts = blocks == 1 ? 1 : params.slices;
@@ -239,13 +236,17 @@ struct FusedBlock {
     for (int i = 0; i < kRunCols; ++i) out[i] = 0.0f;
     if (col >= term.rank) return;
     constexpr int kAtOnce = 4;
+    int owner = 0;
 #pragma unroll 1
     for (int first = 0; first < num_parts; first += kAtOnce) {
       Words4 more[kAtOnce][2];
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j)
         if (first + j < num_parts) {
-          const float* source = find_part(first + j) + at;
+          const int part = first + j;
+          while (part >= first_slice_of(owner + 1)) ++owner;
+          float* own = parts + (part - first_slice_of(owner)) * kFusedTokens * params.part_pitch + at;
+          const float* source = blocks == 1 ? own : static_cast<float*>(shared_of_block(own, owner));
           more[j][0] = load_words4(source);
           more[j][1] = load_words4(source + 4);
         }
@@ -264,12 +265,12 @@ struct FusedBlock {
 
   // Latents of the block's tokens as the tensor cores take them.
   LB2_DEVICE void convert_latents() const {
-    const int count = kFusedTokens >> params.blocks_log2;
+    const int count = kFusedTokens >> params.blocks_log2, log2 = kFusedTokensLog2 - params.blocks_log2;
     int unit = warp;
     for (int i = 0; i < params.num_terms; ++i) {
       const FusedTerm& term = params.terms[i];
       for (; unit < count * term.slices; unit += kWarps) {
-        const int slice = unit / count, token = rank * count + unit % count;
+        const int slice = unit >> log2, token = rank * count + (unit & (count - 1));
         if (token >= tokens) continue;
         const int col = slice * kSliceCols + converted_run(lane);
         float values[kLaneCols];
@@ -292,12 +293,14 @@ struct FusedBlock {
 
   LB2_DEVICE void give_away(void* own) const {
     const Words4 words = load_words4(own);
-    for (int i = 1; i < blocks; ++i) *static_cast<Words4*>(shared_of_block(own, (rank + i) % blocks)) = words;
+    for (int i = 1; i < blocks; ++i)
+      *static_cast<Words4*>(shared_of_block(own, (rank + i) & (blocks - 1))) = words;
   }
 
   // The converted latents of the block's tokens to the other blocks.
   LB2_DEVICE void share_latents() const {
-    const int count = kFusedTokens >> params.blocks_log2, first = rank * count;
+    const int count = kFusedTokens >> params.blocks_log2, log2 = kFusedTokensLog2 - params.blocks_log2;
+    const int first = rank * count;
     for (int i = 0; i < params.num_terms; ++i)
       for (int slice = 0; slice < params.terms[i].slices; ++slice) {
         const int indices = slice_indices(params.terms[i].rank, slice);
@@ -305,7 +308,7 @@ struct FusedBlock {
         const int lines = indices * kQuarters * Operand::kTerms;
         unsigned char* block = latents(params.terms[i], slice);
         for (int item = thread_id(); item < lines * count * 4; item += kThreads) {
-          const int token = first + item / 4 % count, line = item / 4 / count;
+          const int token = first + (item / 4 & (count - 1)), line = item / 4 >> log2;
           give_away(block + token / kGroupTokens * bytes +
                     (line * kWarpLanes + token % kGroupTokens * 4 + item % 4) * 16);
         }

@@ -5,14 +5,15 @@
 
 namespace lb2::cuda {
 
-constexpr int kFusedTokens = 32;                            // of a block, or of the blocks of a cluster
+constexpr int kFusedTokensLog2 = 5;
+constexpr int kFusedTokens = 1 << kFusedTokensLog2;         // of a block, or of the blocks of a cluster
 constexpr int kFusedRowTiles = 2;                           // of a warp at once
 constexpr int kFusedUnitRows = kFusedRowTiles * kTileRows;  // of the last stage: a warp's at once
 constexpr int kFusedChunkRows = kWarps * kFusedUnitRows;    // of a first stage: a block's at once
 constexpr int kFusedGroups = kFusedTokens / kGroupTokens;
-// A layer, or a group of layers, of more does without: parameters of a launch are 4 KiB at most.
+// A layer, or a group of layers, of more hardly has room, and takes the GEMM.
 constexpr int kFusedPaths = 8;
-// Blocks of a cluster that every GPU with clusters can run.
+// Blocks of a cluster: no more are portable. Parts of GPUs may have room for fewer, see launch.cu.
 constexpr int kFusedMostBlocks = 8;
 
 // A distinct first stage: signs [rank, cols] applied to scale[cols] * input.

@@ -2,19 +2,15 @@
 
 #include <algorithm>
 
+#include "cuda/check.h"
 #include "cuda/gemm_plan.h"
 
 namespace lb2::cuda {
 namespace {
 
-constexpr int64_t kMostTiles = 65535;  // of tokens: blocks of a grid in z
-constexpr int64_t kMostRows = 4096;    // of all first stages; more than any shared memory has room for
-
-// Whether tuning names what only launches of a GEMM have.
-bool asks_for_gemm(const lb2_cuda_tuning& tuning) {
-  const auto any = [](const int32_t (&of_stages)[2]) { return of_stages[0] != 0 || of_stages[1] != 0; };
-  return tuning.splits != 0 || any(tuning.gemm_rows) || any(tuning.gemm_tokens);
-}
+constexpr int64_t kMostTokens = 16384;  // of a round of launches
+constexpr int64_t kGpcBlocks = 16;      // SMs of a GPC, in which a cluster lies, at least
+constexpr int64_t kMostRows = 4096;     // of all first stages; more than any shared memory has room for
 
 // Where latents lie in shared memory.
 struct Layout {
@@ -53,6 +49,8 @@ int64_t estimated_cycles(const Stages& stages, int64_t tokens, int64_t blocks, c
                          const Plan& plan) {
   constexpr int64_t kBegin = 1500;     // until the first slice is converted
   constexpr int64_t kConvert = 220;    // of a scheduler, for a slice of a token
+  constexpr int64_t kMoved = 35;       // of the SM's one way to memory, likewise
+  constexpr int64_t kLoad = 4;         // of the same, for 16 bytes of every lane
   constexpr int64_t kSigns = 32;       // of a scheduler, for a tile of rows in a step
   constexpr int64_t kItem = 300;       // a barrier; scales; sums put down
   constexpr int64_t kLatents = 600;    // of a warp, for a slice of a token's, beside reading parts
@@ -75,10 +73,12 @@ int64_t estimated_cycles(const Stages& stages, int64_t tokens, int64_t blocks, c
     const int64_t chunks = divide_up(first.rows[g], kFusedChunkRows);
     const int64_t conversions = blocks == 1 ? chunks : 1;
     const int64_t tiles = divide_up(divide_up(first.rows[g], kTileRows), kSchedulers);
-    cycles += slices *
-              (chunks * kItem + std::max(tiles * steps * tile_mmas * mma,
-                                         tiles * steps * kSigns + conversions * kFusedTokens / kSchedulers *
-                                                                      kConvert * (1 + terms) / 2));
+    const int64_t warps = std::min<int64_t>(divide_up(first.rows[g], kTileRows), chunks * kWarps);
+    const int64_t multiply = tiles * steps * tile_mmas * mma;
+    const int64_t issue =
+        tiles * steps * kSigns + conversions * kFusedTokens / kSchedulers * kConvert * (1 + terms) / 2;
+    const int64_t loads = warps * steps * kFusedGroups * terms * kLoad + conversions * kFusedTokens * kMoved;
+    cycles += slices * (chunks * kItem + std::max({multiply, issue, loads}));
     sign_bytes += first.rows[g] * first.cols[g] / 8;
   }
   const int64_t parts = blocks == 1 ? 1 : all_slices;
@@ -96,8 +96,9 @@ int64_t estimated_cycles(const Stages& stages, int64_t tokens, int64_t blocks, c
     for (int i = last.first_term[g]; i < last.first_term[g + 1]; ++i)
       sign_bytes += last.rows[g] * last.cols[i] / 8;
 
-  const int64_t tiles = divide_up(tokens, kFusedTokens);
-  const int64_t at_a_time = std::max<int64_t>(1, plan.device.multiprocessors / blocks);
+  const int64_t tiles = divide_up(tokens, kFusedTokens), sms = plan.device.multiprocessors;
+  const int64_t in_gpcs = sms / kGpcBlocks * (kGpcBlocks / blocks);
+  const int64_t at_a_time = blocks <= 2 || sms < kGpcBlocks ? sms / blocks : in_gpcs;
   return std::max(divide_up(tiles, at_a_time) * cycles, tiles * sign_bytes / kL2Bytes);
 }
 
@@ -108,13 +109,13 @@ bool add_fused_launch(const Stages& stages, int64_t tokens, const lb2_cuda_tunin
   Layout layout;
   if (tuning.fused < 0 || (tuning.fused == 0 && asks_for_gemm(tuning))) return false;
   if (!lay_out(stages, plan->activation, &layout)) return false;
-  const int64_t most_tiles = std::min(kMostTiles, divide_up(tokens, kFusedTokens));
-  const int64_t token_block = std::min(tokens, most_tiles * kFusedTokens);
+  const int64_t token_block = std::min(tokens, kMostTokens);
   lb2_cuda_launch launch = {};
   int64_t best = INT64_MAX;
   for (int blocks = 1; blocks <= kFusedMostBlocks; blocks *= 2) {
     if (tuning.fused != 0 && tuning.fused != blocks) continue;
     if (blocks > 1 && plan->device.capability < kLeastChained) break;
+    if (blocks > plan->device.multiprocessors) break;  // they run at the same time
     const int64_t parts = blocks == 1 ? 1 : divide_up(stages.work[0].slices(0), blocks);
     const int64_t part_bytes = parts * kFusedTokens * layout.pitch * 4;
     if (part_bytes + layout.latent_bytes > plan->device.shared_bytes) continue;
@@ -131,7 +132,7 @@ bool add_fused_launch(const Stages& stages, int64_t tokens, const lb2_cuda_tunin
   if (best == INT64_MAX) return false;
   launch.kind = LB2_CUDA_FUSED;
   launch.grid_x = 1;
-  launch.grid_z = static_cast<int32_t>(most_tiles);
+  launch.grid_z = static_cast<int32_t>(divide_up(token_block, kFusedTokens));
   launch.threads = kThreads;
   launch.token_tile = kFusedTokens;
   launch.chained = plan->device.capability >= kLeastChained && !tuning.unchained;

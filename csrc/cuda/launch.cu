@@ -139,6 +139,43 @@ lb2_status find_fused_kernel(int32_t ordinal, const lb2_cuda_device& device, lb2
   return kernel_state(reinterpret_cast<const void*>(*kernel), device, kept, state);
 }
 
+cudaLaunchAttribute cluster_of(int32_t blocks) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = attribute.val.clusterDim.z = 1;
+  attribute.val.clusterDim.y = static_cast<unsigned>(blocks);
+  return attribute;
+}
+
+// Makes the launch one without clusters, which gives the same bits in no more shared memory, where the kernel
+// has none (its code was made of older PTX) or the GPU, or the part of it that this process has, no room for
+// one.
+lb2_status fit_cluster(int32_t ordinal, FusedKernel kernel, const KernelState& state,
+                       lb2_activation activation, lb2_cuda_launch* launch) {
+  if (launch->grid_y == 1) return LB2_OK;
+  // Of the last launch of a mode and a cluster: shared memory that there was room for.
+  thread_local int32_t fits[kMaxDevices][LB2_ACTIVATION_FLOAT16 + 1][kFusedMostBlocks + 1] = {};
+  int32_t unknown = 0;
+  int32_t& kept = ordinal < kMaxDevices ? fits[ordinal][activation][launch->grid_y] : unknown;
+  if (state.waits && launch->shared_bytes <= kept) return LB2_OK;
+  int clusters = 0;
+  if (state.waits) {
+    cudaLaunchAttribute attribute = cluster_of(launch->grid_y);
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(1, launch->grid_y, 1);
+    config.blockDim = dim3(launch->threads);
+    config.dynamicSmemBytes = launch->shared_bytes;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    LB2_RETURN_IF_CUDA_ERROR("counting clusters", cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
+  }
+  if (clusters > 0)
+    kept = launch->shared_bytes;
+  else
+    launch->grid_y = 1;
+  return LB2_OK;
+}
+
 template <typename Params>
 lb2_status queue(const lb2_cuda_launch& launch, void (*kernel)(const Params), bool chained,
                  const Params& params, cudaStream_t stream) {
@@ -148,11 +185,7 @@ lb2_status queue(const lb2_cuda_launch& launch, void (*kernel)(const Params), bo
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
   }
-  if (launch.kind == LB2_CUDA_FUSED && launch.grid_y > 1) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count].val.clusterDim.x = attributes[count].val.clusterDim.z = 1;
-    attributes[count++].val.clusterDim.y = static_cast<unsigned>(launch.grid_y);
-  }
+  if (launch.kind == LB2_CUDA_FUSED && launch.grid_y > 1) attributes[count++] = cluster_of(launch.grid_y);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(launch.grid_x, launch.grid_y, launch.grid_z);
   config.blockDim = dim3(launch.threads);
@@ -201,9 +234,7 @@ lb2_status lb2_grouped_forward_cuda(const lb2_linear_args* args, int64_t num_lay
       if (is_fused(plan)) {
         FusedKernel both;
         LB2_RETURN_IF_ERROR(find_fused_kernel(ordinal, device, plan.activation, &both, &state));
-        // Code that was made of older PTX has no clusters: one block does what a cluster would, the same
-        // bits.
-        if (!state.waits) launch.grid_y = 1;
+        LB2_RETURN_IF_ERROR(fit_cluster(ordinal, both, state, plan.activation, &launch));
         LB2_RETURN_IF_ERROR(queue(launch, both, launch.chained && state.waits,
                                   fused_params(layers, plan, launch.grid_y, first, tokens),
                                   static_cast<cudaStream_t>(stream)));

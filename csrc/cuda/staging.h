@@ -14,8 +14,8 @@ constexpr int kLaneCols = 2 * kRunCols;
 
 // What reading one token's slice takes.
 struct SliceSource {
-  const char* row;  // of the token, in part 0
-  const float* scale;
+  const char* row;     // of the token, in part 0
+  const float* scale;  // not looked at by what does not scale
   int64_t part_bytes;
   int32_t num_parts;
   int32_t cols;
@@ -40,10 +40,12 @@ LB2_DEVICE float half_value(uint32_t bits, lb2_dtype dtype) {
 }
 
 // Whole runs at multiples of 16 bytes: every load is under way before the first is waited for.
+template <bool kScaled>
 LB2_DEVICE void load_runs_aligned(const SliceSource& source, const int (&cols)[2], float (&out)[kLaneCols]) {
   Words4 scale[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) scale[i] = load_words4(source.scale + cols[i / 2] + i % 2 * 4);
+  for (int i = 0; i < 4; ++i)
+    scale[i] = kScaled ? load_words4(source.scale + cols[i / 2] + i % 2 * 4) : Words4{};
   if (source.dtype == LB2_FLOAT32) {
     constexpr int kAtOnce = 4;  // parts
     const auto load = [&](int part, int i) {
@@ -79,11 +81,13 @@ LB2_DEVICE void load_runs_aligned(const SliceSource& source, const int (&cols)[2
       out[i] = half_value(i % 2 == 0 ? two & 0xFFFFu : two >> 16, source.dtype);
     }
   }
+  if (!kScaled) return;
 #pragma unroll
   for (int i = 0; i < kLaneCols; ++i) out[i] *= bits_float(scale[i / 4].w[i % 4]);
 }
 
 // Any runs: one element at a time, zero past the end.
+template <bool kScaled>
 LB2_DEVICE void load_runs_ragged(const SliceSource& source, const int (&cols)[2], float (&out)[kLaneCols]) {
 #pragma unroll
   for (int i = 0; i < kLaneCols; ++i) {
@@ -98,21 +102,23 @@ LB2_DEVICE void load_runs_ragged(const SliceSource& source, const int (&cols)[2]
     } else {
       value = half_value(reinterpret_cast<const uint16_t*>(source.row)[col], source.dtype);
     }
-    out[i] = value * source.scale[col];
+    out[i] = kScaled ? value * source.scale[col] : value;
   }
 }
 
-// out[i] = scale * input of the columns cols[0] .. + 7 and cols[1] .. + 7, zero past the end; parts are added
-// in order.
+// out[i] = scale * input, or the input as it is, of the columns cols[0] .. + 7 and cols[1] .. + 7, zero past
+// the end; parts are added in order.
+template <bool kScaled = true>
 LB2_DEVICE void load_runs(const SliceSource& source, const int (&cols)[2], float (&out)[kLaneCols]) {
   const int element_bytes = source.dtype == LB2_FLOAT32 ? 4 : 2;
   // Runs start at multiples of 8 columns, so rows, parts and scales decide.
-  const bool aligned = aligned16(source.row + cols[0] * element_bytes) && aligned16(source.scale + cols[0]) &&
+  const bool aligned = aligned16(source.row + cols[0] * element_bytes) &&
+                       (!kScaled || aligned16(source.scale + cols[0])) &&
                        (source.num_parts == 1 || (source.part_bytes & 15) == 0);
   if (aligned && cols[1] + kRunCols <= source.cols)
-    load_runs_aligned(source, cols, out);
+    load_runs_aligned<kScaled>(source, cols, out);
   else
-    load_runs_ragged(source, cols, out);
+    load_runs_ragged<kScaled>(source, cols, out);
 }
 
 LB2_DEVICE float warp_sum(float value) {

@@ -90,6 +90,10 @@ void test_results_launches_and_streams() {
     for (const Runtime::Launch& launch : runtime().launches)
       EXPECT(launch.stream == &stream && launch.chained);
     EXPECT(runtime().allowed_shared_bytes == 232448);
+    // What was found out about a kernel is kept.
+    const size_t launches = runtime().launches.size();
+    EXPECT(call.run(&stream) == LB2_OK && runtime().launches.size() == 2 * launches);
+    for (const float value : call.y) EXPECT(value == Call::kK * Call::kRank);
   }
   // The decode kernels in rounds of 128 tokens, where the GEMM's have no room.
   fresh_gpu(90);

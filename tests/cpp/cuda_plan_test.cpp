@@ -227,7 +227,7 @@ void test_sizes_and_addresses() {
   lb2_cuda_plan plan = {};
   plan.struct_size = sizeof plan;
   expect_error(lb2_linear_plan_cuda(&huge.args, 0, kGpus, nullptr, &plan), LB2_ERROR_UNSUPPORTED,
-               "must be at most 2147482624 on CUDA, got 2147483642");
+               "must be at most 536869888 on CUDA, got 2147483642");
   Layer layer(1, 64, 64, {8, 8}, LB2_FLOAT16);
   layer.args.input = reinterpret_cast<const void*>(uintptr_t{1026});
   expect(lb2::cuda::check_addresses(layer.args) == LB2_OK, lb2_last_error());
@@ -252,6 +252,10 @@ void test_grouped() {
       for (lb2_linear_args& layer : layers) layer.m = m;
       expect(lb2_grouped_plan_cuda(layers, 3, 0, &device, nullptr, &plan) == LB2_OK, lb2_last_error());
       // As many launches as one layer has, and blocks for all rows.
+      if (lb2::cuda::is_fused(plan)) {
+        expect(m == 700 && device.capability >= 90, "both stages of all layers in one", m, device.capability);
+        continue;
+      }
       expect(plan.num_launches == (m > 4 ? 4 : 2), "launches of one layer", plan.num_launches, m);
       expect(plan.first_stages == 5, "first stages of all layers", plan.first_stages);
       const int64_t rows[2] = {2 * 144 + 2 * 80 + 304, 4096 + 1024 + 1024};

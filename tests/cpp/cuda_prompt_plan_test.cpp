@@ -88,10 +88,11 @@ void check_fused(const Layer& layer, const lb2_cuda_plan& plan) {
   expect(s.chained == (plan.device.capability >= 90), "chained from sm_90 on", plan.device.capability);
   expect(s.grid_y == 1 || s.grid_y == 2 || s.grid_y == 4 || s.grid_y == 8, "blocks of a cluster", s.grid_y);
   expect(s.grid_y == 1 || plan.device.capability >= 90, "clusters from sm_90 on", s.grid_y);
+  expect(s.grid_y <= plan.device.multiprocessors, "blocks of a cluster run at the same time", s.grid_y);
   expect(s.grid_x == 1 && s.token_tile == 32 && s.grid_z <= 65535, "grid", s.grid_z);
-  expect(
-      plan.token_block == args.m && int64_t{s.grid_z} * 32 >= args.m && int64_t{s.grid_z - 1} * 32 < args.m,
-      "all tokens at once", s.grid_z);
+  expect(plan.token_block == std::min<int64_t>(args.m, 16384), "tokens of a round", plan.token_block);
+  expect(int64_t{s.grid_z} * 32 >= plan.token_block && int64_t{s.grid_z - 1} * 32 < plan.token_block,
+         "all tokens of a round", s.grid_z);
   expect(plan.workspace_bytes == 0, "no workspace", plan.workspace_bytes);
   expect(plan.estimated_cycles > s.estimated_cycles, "its start is estimated too", plan.estimated_cycles);
   expect((plan.unpack_cycles > 0) == (args.dtype != LB2_FLOAT32), "unpacking is estimated in half precision",
@@ -233,6 +234,25 @@ void test_fused_tuning() {
                  static_cast<int64_t>(at));
         }
       }
+  // Few multiprocessors have no room for a cluster.
+  for (const int32_t sms : {1, 3, 7}) {
+    const Layer layer(700, 4096, 1024, {80, 120}, LB2_FLOAT16);
+    const lb2_cuda_plan plan = plan_of(layer, LB2_ACTIVATION_FLOAT16, gpu(90, sms, 232448));
+    if (lb2::cuda::is_fused(plan)) check_fused(layer, plan);
+  }
+  // Numbers of a GEMM's launches, which the one of both stages has not.
+  {
+    const Layer layer(700, 4096, 1024, {80, 120}, LB2_FLOAT16);
+    lb2_cuda_tuning both = {sizeof(lb2_cuda_tuning), {0, 0}, 2, 0, 0, {0, 0}, {0, 0}, 1};
+    lb2_cuda_plan plan = {};
+    plan.struct_size = sizeof plan;
+    expect_error(lb2_linear_plan_cuda(&layer.args, LB2_ACTIVATION_FLOAT16, &kGpus[3], &both, &plan),
+                 LB2_ERROR_INVALID_ARGUMENT, "tuning->splits, gemm_rows and gemm_tokens must be 0");
+    both.fused = 0;
+    expect(lb2_linear_plan_cuda(&layer.args, LB2_ACTIVATION_FLOAT16, &kGpus[3], &both, &plan) == LB2_OK &&
+               lb2::cuda::is_gemm(plan) && plan.launches[1].grid_y == 2,
+           "a GEMM that is asked for");
+  }
   // Ranks that no block has room for, single stages, more paths than it knows, launches of a GEMM asked for.
   const lb2_cuda_tuning one = {sizeof(lb2_cuda_tuning), {0, 0}, 0, 0, 0, {0, 0}, {0, 0}, 1};
   for (const std::vector<int64_t>& ranks :

@@ -69,8 +69,9 @@ typedef struct lb2_cuda_plan {
   int32_t first_stages;      /* computed (paths that share one count once) */
   int32_t num_launches;
   lb2_cuda_launch launches[4];
-  /* Of a call with a GEMM, else 0, and no measurement: clock cycles that it should take; and, but for
-   * float32, those of lb2_linear_unpack_cuda and a library's products with what that gives. */
+  /* Of a call of more than 16 tokens in EXACT, FLOAT16 or INT8, else 0, and no measurement: clock cycles that
+   * it should take; and, but for float32, those of lb2_linear_unpack_cuda and a library's products with what
+   * that gives. */
   int64_t estimated_cycles, unpack_cycles;
 } lb2_cuda_plan;
 
@@ -86,8 +87,10 @@ typedef struct lb2_cuda_tuning {
    * 128 x 128. row_warps and max_chunk mean nothing there. */
   int32_t gemm_rows[2];
   int32_t gemm_tokens[2];
-  int32_t fused; /* 1, 2, 4 or 8: one launch for both stages where there would be a GEMM, in clusters of so
-                    many blocks (more than one from sm_90 on); -1: never */
+  /* 1, 2, 4 or 8: one launch for both stages where there would be a GEMM, in clusters of so many blocks (more
+   * than one from sm_90 on), which has no splits and tiles to choose; -1: never. With 0, asking for splits or
+   * tiles rules it out. */
+  int32_t fused;
 } lb2_cuda_tuning;
 
 /* Fill *plan for args on `device`: a pure function of its arguments. isa, parallel_for and the data pointers

@@ -2,6 +2,7 @@
 // launches run at once on the host (run_grid.h).
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <type_traits>
 #include <vector>
@@ -67,6 +68,7 @@ struct Runtime {
   int devices = 1, current = 0;
   int capability = 90, multiprocessors = 132, shared_bytes = 232448;
   int ptx_version = 90;             // of every kernel
+  int most_clusters = 1000;         // that there is room for
   cudaError_t error = cudaSuccess;  // of whatever touches a kernel
   Order order = Order::kForward;
   struct Launch {
@@ -116,6 +118,15 @@ inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute
     lb2::cuda::host::runtime().allowed_shared_bytes = static_cast<size_t>(value);
   return lb2::cuda::host::runtime().error;
 }
+// A GPU has room for a cluster where it has as many multiprocessors, unless the test says otherwise.
+template <typename Params>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*)(Params),
+                                           const cudaLaunchConfig_t* config) {
+  const lb2::cuda::host::Runtime& gpu = lb2::cuda::host::runtime();
+  *clusters =
+      std::min(gpu.most_clusters, gpu.multiprocessors / static_cast<int>(config->attrs->val.clusterDim.y));
+  return gpu.error;
+}
 template <typename Params>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params),
                                std::remove_const_t<Params> params) {
@@ -131,7 +142,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     if (attribute.id != cudaLaunchAttributeClusterDimension) continue;
     cluster_blocks = static_cast<int>(attribute.val.clusterDim.y);
     if (gpu.capability < 90 || gpu.ptx_version < 90 || attribute.val.clusterDim.x != 1 ||
-        attribute.val.clusterDim.z != 1 || cluster_blocks > 8)
+        attribute.val.clusterDim.z != 1 || cluster_blocks > 8 || cluster_blocks > gpu.multiprocessors ||
+        gpu.most_clusters == 0)
       return cudaErrorLaunchFailure;
   }
   std::vector<lb2::cuda::Region> guarded = gpu.written;

@@ -280,7 +280,7 @@ void* shared_of_block(void* own, int rank) {
   if (rank < 0 || rank >= static_cast<int>(cluster.blocks.size()))
     stop("looks for a block that is not in its cluster");
   const std::ptrdiff_t offset = static_cast<unsigned char*>(own) - shared();
-  if (offset < 0 || offset > static_cast<std::ptrdiff_t>(cluster.shared_bytes))
+  if (offset < 0 || offset >= static_cast<std::ptrdiff_t>(cluster.shared_bytes))
     stop("maps what is not in its shared memory");
   const Block& other = cluster.blocks[static_cast<size_t>(rank)];
   if (other.finished == cluster.threads) stop("looks into the shared memory of a block that has ended");
