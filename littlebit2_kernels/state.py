@@ -8,7 +8,7 @@ both are read.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -26,6 +26,9 @@ __all__ = [
 
 #: Scalar buffers that the authors' code stores beside a layer; they carry no weight.
 UPSTREAM_EXTRAS = ("_eff_bit_target", "_split_dim_final", "_split_dim_R_final", "_eff_bit_actual")
+
+#: Names listed in one message.
+_MOST_NAMES = 8
 
 _UPSTREAM_MATRIX = re.compile(r"([UV])(_R\d*)_(packed|shape)")
 
@@ -131,7 +134,7 @@ def packed_from_state(state: Mapping[str, torch.Tensor], prefix: str = "") -> Pa
         The layer, its scales converted to float32. Packed words are not copied.
 
     Raises:
-        KeyError: a tensor is missing; the message names it.
+        KeyError: a tensor is missing; the message names it, the layer, and what is there.
         ValueError: an entry is unknown, or shapes and contents do not fit the stored shapes.
         TypeError: a tensor has a wrong dtype.
     """
@@ -151,7 +154,7 @@ def packed_from_state(state: Mapping[str, torch.Tensor], prefix: str = "") -> Pa
 
     def take(name: str) -> torch.Tensor:
         if not has(name):
-            raise KeyError(f"{prefix}{name} is missing")
+            raise KeyError(f"{prefix}{name} is missing{_what_is_there(state, entries, prefix)}")
         used.add(prefix + name)
         return entries[prefix + name]
 
@@ -186,6 +189,24 @@ def packed_from_state(state: Mapping[str, torch.Tensor], prefix: str = "") -> Pa
     if unknown:
         raise ValueError(f"unexpected tensors: {', '.join(unknown)}")
     return PackedLinear(tuple(paths), bias)
+
+
+def _what_is_there(state: Mapping[str, object], entries: Mapping[str, object], prefix: str) -> str:
+    """Say beside what a tensor is missing: a misspelt prefix, or a layer that is not whole or not packed."""
+    if not prefix:
+        return f"; there are {_listed(state)}"
+    layer = prefix.removesuffix(".")
+    if not entries:
+        return f": state must hold tensors of layer {layer!r} under prefix={prefix!r}, got {_listed(state)}"
+    if not prefix.endswith("."):
+        return f": prefix must end with a dot to name a layer, got {prefix!r}"
+    return f": layer {layer!r} has {_listed([name.removeprefix(prefix) for name in entries])}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    listed = sorted(names)
+    rest = len(listed) - _MOST_NAMES
+    return (", ".join(listed[:_MOST_NAMES]) or "none") + (f" and {rest} more" if rest > 0 else "")
 
 
 def _stored_ints(name: str, tensor: torch.Tensor, count: int) -> list[int]:

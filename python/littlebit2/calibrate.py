@@ -6,8 +6,6 @@ vector for each side of each linear layer.
 
 from __future__ import annotations
 
-import gzip
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,16 +16,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .checkpoint import open_checkpoint
-from .quantize import Importance, collect_importance, save_importance
+from .checkpoint import check_new_file, open_checkpoint
+from .quantize import Importance, check_device, check_dtype, collect_importance, save_importance
 from .stream import DEFAULT_EXCLUDE, select_layers
+from .train.data import find_files, read_texts
 
-__all__ = ["Calibration", "calibrate", "read_texts"]
+__all__ = ["Calibration", "calibrate"]
 
-_PLAIN = (".txt", ".md", ".rst")
-_LINES = (".jsonl", ".jsonl.gz")
-#: Characters of plain text that are tokenised at a time.
-_PIECE = 2**16
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _BLOCK = 512
 
@@ -61,31 +56,33 @@ def calibrate(
     device: str = "cpu",
     dtype: str | None = None,
     progress: bool = True,
+    overwrite: bool = False,
 ) -> Calibration:
     """Run a dense transformers model on text and write the importance of its linear layers' inputs.
 
     Args:
         model_dir: directory of the dense checkpoint, with a tokenizer. Nothing is downloaded, no code of the
             checkpoint is run.
-        data: files or directories of text, see :func:`read_texts`.
-        out: safetensors file to write; it appears whole, replacing an earlier one.
+        data: files or directories of text, JSON lines, Parquet or Arrow, see :func:`.find_files`.
+        out: safetensors file to write; it appears whole.
         tokens: most tokens to run.
         block: tokens in a sequence; by default 512, or what the model takes if that is less.
         gradients: also measure the gradient of the language-modelling loss at each layer's outputs, by which
             ``budget="spectral"`` knows what a layer is worth. Takes about as much memory again as the model.
-        text_field: name of the text in JSON lines.
+        text_field: name of the text in JSON lines and tables.
         device: to run on.
         dtype: of the model, such as ``"float32"``; by default as stored.
-        progress: whether to show a progress bar.
+        progress: whether to show a progress bar, where stderr is a terminal.
+        overwrite: whether ``out`` may be a file, which is replaced at the end.
 
     Raises:
+        FileExistsError: ``out`` exists, and ``overwrite`` is off or it is no file.
         FileNotFoundError: there is no such model or text.
-        ImportError: transformers is not installed.
+        ImportError: transformers is not installed, or pyarrow, which a table needs.
         OSError: a file cannot be read or written.
         ValueError: the checkpoint is not dense or does not name its architecture, there is no tokenizer, the
-        text
-            is malformed or too short, ``gradients`` with a model that has no language-modelling loss, or a
-            number out of its range.
+            text is malformed or too short, ``gradients`` with a model that has no language-modelling loss,
+            ``device`` cannot be used, or a number is out of its range.
         RuntimeError: an activation is NaN or infinite; the message names the layer.
     """
     start = time.perf_counter()
@@ -95,9 +92,11 @@ def calibrate(
     target = Path(out)
     if not target.absolute().parent.is_dir():
         raise FileNotFoundError(f"{target.absolute().parent}: is no directory to write {target.name} to")
-    texts = read_texts(data, text_field)
+    check_new_file(target, overwrite=overwrite)
+    place = check_device(device)
+    texts = (text for text, _ in read_texts(find_files(data), text_field))
     names, architecture = _linear_names(Path(model_dir))
-    model, tokenizer = _load(Path(model_dir), architecture, device, dtype)
+    model, tokenizer = _load(Path(model_dir), architecture, place, dtype)
     if gradients and not architecture.endswith("ForCausalLM"):
         raise ValueError(f"gradients needs a causal language model, got {architecture}")
     size = _block_size(block, getattr(model.config, "max_position_embeddings", None))
@@ -105,9 +104,9 @@ def calibrate(
 
     def batches() -> Iterator[dict[str, torch.Tensor]]:
         nonlocal count
-        with tqdm(total=tokens, desc="calibrate", unit=" tokens", disable=not progress) as bar:
+        with tqdm(total=tokens, desc="calibrate", unit=" tokens", disable=None if progress else True) as bar:
             for ids in _blocks(texts, tokenizer, size, tokens):
-                batch = {"input_ids": torch.tensor([ids], device=device)}
+                batch = {"input_ids": torch.tensor([ids], device=place)}
                 batch["attention_mask"] = torch.ones_like(batch["input_ids"])
                 yield {**batch, "labels": batch["input_ids"]} if gradients else batch
                 count += len(ids)
@@ -127,66 +126,6 @@ def calibrate(
     save_importance(target, matched)
     missing = tuple(name for name in names if name not in matched)
     return Calibration(tuple(matched), missing, count, time.perf_counter() - start)
-
-
-def read_texts(data: Sequence[str | Path], text_field: str = "text") -> Iterator[str]:
-    """Return the texts of files, read as they are asked for; that they are there is checked at once.
-
-    Args:
-        data: files, or directories whose files are taken in order of name: ``.txt``, ``.md`` and ``.rst``
-        hold
-            plain text in UTF-8, ``.jsonl`` and ``.jsonl.gz`` one JSON object a line.
-        text_field: name of the text in these objects.
-
-    Raises:
-        FileNotFoundError: there is no such file or directory.
-        ValueError: a file is of another kind, a directory holds none of these, or (while reading) a line is
-        not
-            as said; the message names file and line.
-    """
-    files: list[Path] = []
-    for given in data:
-        path = Path(given)
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.is_file() and p.name.endswith((*_PLAIN, *_LINES)))
-            if not inside:
-                raise ValueError(f"{path}: holds no {', '.join((*_PLAIN, *_LINES))} file")
-            files += inside
-        elif not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file or directory")
-        elif not path.name.endswith((*_PLAIN, *_LINES)):
-            raise ValueError(f"{path}: must be a {', '.join((*_PLAIN, *_LINES))} file, got {path.suffix!r}")
-        else:
-            files.append(path)
-    if not files:
-        raise ValueError("data must name at least one file, got none")
-    return (text for path in files for text in _read(path, text_field))
-
-
-def _read(path: Path, text_field: str) -> Iterator[str]:
-    open_text = gzip.open if path.suffix == ".gz" else open
-    with open_text(path, "rt", encoding="utf-8") as file:
-        try:
-            if path.name.endswith(_PLAIN):
-                while piece := file.read(_PIECE):
-                    yield piece + file.readline()  # so that no word is cut
-                return
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _field(line, text_field, f"{path}, line {number}")
-        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-            raise ValueError(f"{path}: is not readable as UTF-8 text: {error}") from error
-
-
-def _field(line: str, text_field: str, where: str) -> str:
-    try:
-        content = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: is not JSON: {error}") from error
-    text = content.get(text_field) if isinstance(content, dict) else None
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: must be an object with text under {text_field!r}")
-    return text
 
 
 def _blocks(texts: Iterable[str], tokenizer: Any, block: int, tokens: int) -> Iterator[list[int]]:
@@ -220,7 +159,7 @@ def _linear_names(model_dir: Path) -> tuple[list[str], str]:
     return [layer.name for layer in layers], architectures[0]
 
 
-def _load(model_dir: Path, architecture: str, device: str, dtype: str | None) -> tuple[Any, Any]:
+def _load(model_dir: Path, architecture: str, device: torch.device, dtype: str | None) -> tuple[Any, Any]:
     try:
         import transformers  # noqa: PLC0415  # optional, and slow to import
     except ImportError as error:
@@ -228,9 +167,7 @@ def _load(model_dir: Path, architecture: str, device: str, dtype: str | None) ->
     built = getattr(transformers, architecture, None)
     if built is None:
         raise ValueError(f"{model_dir}: transformers {transformers.__version__} has no class {architecture}")
-    precision = "auto" if dtype is None else getattr(torch, dtype, None)
-    if precision != "auto" and not (isinstance(precision, torch.dtype) and precision.is_floating_point):
-        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    precision = "auto" if dtype is None else check_dtype(dtype)
     if not any((model_dir / name).is_file() for name in _TOKENIZERS):
         # Without one of these, transformers may make a tokenizer that knows no word.
         raise ValueError(f"{model_dir}: must hold a tokenizer, one of {', '.join(_TOKENIZERS)}")

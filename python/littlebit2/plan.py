@@ -20,6 +20,8 @@ from .quantize import (
     DEFAULT_EXCLUDE,
     QuantConfig,
     RankAllocation,
+    at_largest_rank,
+    check_budget,
     check_patterns,
     counted_bpw,
     is_selected,
@@ -69,6 +71,11 @@ class LayerPlan:
     def stored_bytes(self, scales: str = "fp32") -> int:
         """Bytes of words and scales, bias excluded; ``scales`` is ``"fp32"`` (as loaded) or ``"fp16"``."""
         return self.word_bytes + self.scale_entries * _SCALE_BYTES[scales]
+
+    @property
+    def at_largest_rank(self) -> bool:
+        """Whether every path has rank ``min(K, N)``, rounded up to 8: the most that bits per weight buy."""
+        return at_largest_rank(self.in_features, self.out_features, self.ranks)
 
     @property
     def stored_bpw(self) -> float:
@@ -172,15 +179,16 @@ def plan_model(
     Raises:
         FileNotFoundError: there is no such file or shipped configuration.
         ValueError: the configuration is of an unknown type or incomplete, the budget does not fit a
-            layer (the message names it), or no layer is selected.
+            layer (the message names it) or is more than any can use, or no layer is selected.
     """
     shapes = model_shapes(source if isinstance(source, Mapping) else load_config(source))
     includes, excludes = check_patterns("include", include), check_patterns("exclude", exclude)
-    packed, dense = [], []
+    packed: list[LinearShape] = []
+    dense: list[LinearShape] = []
     for shape in shapes.linears:
         a_dense_head = shape.is_head and shape.name != "lm_head"
         if is_selected(shape.name, includes, excludes) and not a_dense_head:
-            packed.append(_plan_layer(shape, config, (allocation or {}).get(shape.name)))
+            packed.append(shape)
         else:
             dense.append(shape)
     if not packed:
@@ -188,7 +196,9 @@ def plan_model(
             f"include must select at least one linear layer, got include={list(includes)}, "
             f"exclude={list(excludes)}"
         )
-    return ModelPlan(shapes, tuple(packed), tuple(dense))
+    check_budget(config, ((shape.name, shape.in_features, shape.out_features) for shape in packed))
+    layers = tuple(_plan_layer(shape, config, (allocation or {}).get(shape.name)) for shape in packed)
+    return ModelPlan(shapes, layers, tuple(dense))
 
 
 def _plan_layer(shape: LinearShape, config: QuantConfig, allocation: RankAllocation | None) -> LayerPlan:

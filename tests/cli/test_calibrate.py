@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from littlebit2.calibrate import calibrate, read_texts
+from littlebit2.calibrate import calibrate
 from littlebit2.cli import main
 from littlebit2.quantize import load_importance
 from tests.integrations.families import FAMILIES, dense_model
@@ -98,7 +98,7 @@ def test_the_command_writes_what_quantize_and_plan_read(
     ("arguments", "message"),
     [
         (["nowhere", "--data", "{text}"], "nowhere"),
-        (["{model}", "--data", "nothing.txt"], "nothing.txt: no such file or directory"),
+        (["{model}", "--data", "nothing.txt"], "no such file or directory: nothing.txt"),
         (["{model}", "--data", "{text}", "--tokens", "1"], "tokens must be an integer of at least 2, got 1"),
         (
             ["{model}", "--data", "{text}", "--block", "65"],
@@ -106,10 +106,10 @@ def test_the_command_writes_what_quantize_and_plan_read(
         ),
         (
             ["{model}", "--data", "{model}/model.safetensors"],
-            "must be a .txt, .md, .rst, .jsonl, .jsonl.gz file",
+            "must be of a known type (.txt, ",
         ),
         (["{model}", "--data", "{empty}"], "data must hold at least 2 tokens of text, got none in"),
-        (["{model}", "--data", "{bad}"], "line 2: must be an object with text under 'text'"),
+        (["{model}", "--data", "{bad}"], "line 2: must be an object with a string 'text'"),
         (
             ["{model}", "--data", "{text}", "--dtype", "int"],
             "dtype must be float32, bfloat16 or float16, got 'int'",
@@ -152,21 +152,38 @@ def test_a_model_without_tokenizer_or_loss(tmp_path: Path, text: Path) -> None:
         calibrate(path, [text], tmp_path / "no" / "out", progress=False)
 
 
-def test_texts_are_read_as_they_are_asked_for(tmp_path: Path) -> None:
-    (tmp_path / "b.txt").write_text("plain\ntext", "utf-8")
-    with gzip.open(tmp_path / "a.jsonl.gz", "wt", encoding="utf-8") as file:
-        file.write('{"body": "one"}\n\n{"body": "two"}\nnot json\n')
-    (tmp_path / "ignored.bin").write_bytes(b"\xff")
-    texts = read_texts([tmp_path], "body")
-    assert [next(texts), next(texts)] == ["one", "two"]
-    with pytest.raises(ValueError, match=r"a\.jsonl\.gz, line 4: is not JSON"):
-        next(texts)
-    assert list(read_texts([tmp_path / "b.txt"])) == ["plain\ntext"]
-    (tmp_path / "b.txt").write_bytes(b"\xff\xfe\xfd")
-    with pytest.raises(ValueError, match=r"b\.txt: is not readable as UTF-8 text"):
-        list(read_texts([tmp_path / "b.txt"]))
-    (tmp_path / "nothing").mkdir()
-    with pytest.raises(ValueError, match=r"nothing: holds no \.txt"):
-        read_texts([tmp_path / "nothing"])
-    with pytest.raises(ValueError, match="data must name at least one file, got none"):
-        read_texts([])
+def test_an_existing_file_is_replaced_only_on_demand(
+    model_dir: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "importance.safetensors"
+    out.write_text("something else")
+    command = ["calibrate", str(model_dir), "--data", str(text), "--out", str(out), "--tokens", "20"]
+    # Before any work: not even the model is looked for.
+    assert main(["calibrate", "nowhere", *command[2:]]) == 1
+    assert "out must be a new file, got" in (error := capsys.readouterr().err)
+    assert "overwrite=True (--overwrite) replaces it" in error
+    assert main(command) == 1
+    assert out.read_text() == "something else"
+    capsys.readouterr()
+    assert main([*command, "--overwrite"]) == 0
+    assert capsys.readouterr().err == ""  # without --quiet: stderr is no terminal
+    assert len(load_importance(out)) == 14
+    with pytest.raises(FileExistsError, match=r"out must be a file, got .*, which is a directory"):
+        calibrate(model_dir, [text], tmp_path, overwrite=True)
+
+
+def test_text_is_read_as_for_training(model_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "inner" / "b.txt").write_text("w3 w4", "utf-8")
+    with gzip.open(folder / "a.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write('{"body": "w1"}\n\n{"body": "w2"}\n')
+    (folder / "ignored.bin").write_bytes(b"\xff")
+    done = calibrate(model_dir, [folder], tmp_path / "out", text_field="body", progress=False)
+    assert done.tokens == 4
+    (folder / "inner" / "b.txt").write_bytes(b"\xff\xfe\xfd")
+    with pytest.raises(ValueError, match=r"b\.txt must be UTF-8 text"):
+        calibrate(model_dir, [folder], tmp_path / "out2", text_field="body", progress=False)
+    with pytest.raises(ValueError, match="data must name at least one file or directory, got none"):
+        calibrate(model_dir, [], tmp_path / "out2", progress=False)
+    assert not (tmp_path / "out2").exists()

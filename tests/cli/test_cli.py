@@ -101,7 +101,7 @@ def test_packages_of_extras_are_named() -> None:
 import sys
 from littlebit2.cli import main
 sys.modules["accelerate"] = None
-sys.exit(main(["evaluate", "nowhere", "--data", "none.txt"]))
+sys.exit(main(["finetune", "nowhere", "out", "--data", "none.txt"]))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -129,6 +129,16 @@ sys.exit(main(["evaluate", "nowhere", "--data", "none.txt"]))
             ["plan", "llama-2-7b", "--bpw", "0.001"],
             "layer 'model.layers.0.self_attn.q_proj': bpw must be above",
         ),
+        (
+            ["plan", "llama-2-7b", "--bpw", "50"],
+            "bpw must be at most 2.012, what one path of the largest useful rank, min(K, N), costs in the "
+            "layer that takes most, got 50.0",
+        ),
+        (
+            ["synthesize", "llama-2-7b", "out", "--bpw", "50"],
+            "bpw must be at most 4.023, what 2 paths of the largest useful rank, min(K, N), cost in the "
+            "layer that takes most, got 50.0",
+        ),
     ],
 )
 def test_errors_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,6 +150,49 @@ def test_errors_are_one_line(arguments: list[str], message: str, capsys: pytest.
     assert message in line
     with pytest.raises((ValueError, OSError), match=re.escape(message)):
         main([*arguments, "--debug"])
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "{model}", "--token-ids", "1"],
+        ["quantize", "{model}", "out"],
+        ["calibrate", "{model}", "--data", "none.txt", "--out", "out"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_device_that_cannot_be_used_is_told_alike(
+    command: list[str], model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for device in ("nonsense", "cuda:99"):
+        assert main([*(part.format(model=model_dir) for part in command), "--device", device]) == 1
+        expected = f"error: device must name one that torch can use here, such as 'cpu', got '{device}' ("
+        assert expected in capsys.readouterr().err
+
+
+def test_layers_that_cannot_use_more_bits_are_shown(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "llama-2-7b", "--bpw", "1.5"]) == 0
+    expected = (
+        "96 layers are at the largest useful rank, min(K, N), and cannot use more bits: model.layers.0.mlp"
+    )
+    assert expected in capsys.readouterr().out
+    assert main(["plan", "llama-2-7b", "--bpw", "1.5", "--json"]) == 0
+    layers = json.loads(capsys.readouterr().out)["layers"]
+    full = {layer["name"].rpartition(".")[2] for layer in layers if layer["at_largest_rank"]}
+    assert full == {"gate_proj", "up_proj", "down_proj"}
+    assert main(["plan", "llama-2-7b", "--bpw", "1"]) == 0
+    assert "largest useful rank" not in capsys.readouterr().out
+    config = json.loads((model_dir / "config.json").read_text())
+    assert config["intermediate_size"] > config["hidden_size"] == 32
+    out, options = tmp_path / "out", ["--bpw", "3.2", "--method", "dual-svid", "--paths", "1", "--exclude"]
+    assert main(["quantize", str(model_dir), str(out), *options, "*.[kv]_proj"]) == 0
+    captured = capsys.readouterr()
+    assert "layers are at the largest useful rank, min(K, N), and cannot use more bits" in captured.out
+    assert captured.err == ""  # without --quiet: no progress bar where stderr is no terminal
+    report = json.loads((out / "quantization_report.json").read_text())
+    assert 0 < report["totals"]["at_largest_rank"] < report["totals"]["layers"]
 
 
 def test_quantize_and_inspect(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,7 +237,7 @@ def test_quantize_by_spectra_and_activations(
 ) -> None:
     name = "model.layers.1.mlp.up_proj"
     save_importance(tmp_path / "importance", {name: Importance(torch.ones(32))})
-    options = ["--bpw", "6", "--budget", "spectral", "--admm-iterations", "3", "--quiet"]
+    options = ["--bpw", "3", "--budget", "spectral", "--admm-iterations", "3", "--quiet"]
     options += ["--importance", str(tmp_path / "importance")]
     assert main(["quantize", str(model_dir), str(tmp_path / "out"), *options]) == 0
     assert "predicted from the spectra: mean 0." in capsys.readouterr().out

@@ -198,6 +198,28 @@ def flip_a_pad_bit(state: dict[str, torch.Tensor]) -> None:
     state["V_packed"][3, -1] |= -(2**31)
 
 
+@pytest.mark.parametrize(
+    ("prefix", "message"),
+    [
+        ("m.q_proj.", "m.q_proj.u1 is missing: layer 'm.q_proj' has U_packed, U_packed_R, U_shape, "),
+        ("m.q_proj", "prefix must end with a dot to name a layer, got 'm.q_proj'"),
+        (
+            "m.k_proj.",
+            "state must hold tensors of layer 'm.k_proj' under prefix='m.k_proj.', got m.q_proj.U_",
+        ),
+        ("", "V_packed is missing; there are m.q_proj.U_packed, m.q_proj.U_packed_R, "),
+    ],
+)
+def test_a_missing_tensor_is_named_with_its_layer(prefix: str, message: str, rng: torch.Generator) -> None:
+    state = packed_to_state(make_packed(64, 32, [16, 8], generator=rng))
+    del state["u1"]
+    named = {f"m.q_proj.{name}": tensor for name, tensor in state.items()}
+    with pytest.raises(KeyError) as caught:
+        packed_from_state(named, prefix)
+    assert message in caught.value.args[0]
+    assert " is missing" in caught.value.args[0]
+
+
 BAD_STATES: dict[str, tuple[Any, str]] = {
     "half-pair": (
         lambda s: s.update(v1_R=s.pop("latent_scale_R")),

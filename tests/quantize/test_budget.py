@@ -9,7 +9,17 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from littlebit2.quantize import counted_bpw, planned_stored_bpw, rank_for_bpw, smallest_bpw, stored_bpw
+from littlebit2.quantize import (
+    QuantConfig,
+    at_largest_rank,
+    counted_bpw,
+    largest_bpw,
+    largest_rank,
+    planned_stored_bpw,
+    rank_for_bpw,
+    smallest_bpw,
+    stored_bpw,
+)
 from littlebit2_kernels.format import PackedLinear, PackedPath
 from littlebit2_kernels.testing import make_packed
 
@@ -98,6 +108,48 @@ def test_small_ranks_round_up_to_eight_and_large_ones_are_capped() -> None:
     assert rank_for_bpw(100, 5000, 50.0, paths=1) == 104
 
 
+@given(
+    k=st.integers(1, 3000), n=st.integers(1, 3000), paths=st.integers(1, 4), kv_factor=st.floats(0.25, 4.0)
+)
+def test_largest_bpw_buys_the_largest_rank_and_no_more_is_used(
+    k: int, n: int, paths: int, kv_factor: float
+) -> None:
+    most = largest_bpw(k, n, paths=paths, kv_factor=kv_factor)
+    cap = largest_rank(k, n)
+    for factor in (1 + 1e-9, 1.5, 10.0):
+        rank = rank_for_bpw(k, n, most * factor, paths=paths, kv_factor=kv_factor)
+        assert at_largest_rank(k, n, [rank] * paths)
+    if kv_factor == 1:
+        assert most == pytest.approx(counted_bpw(k, n, [cap] * paths))
+    less = 0.99 * most
+    assume(k * n * less > 16 * paths * (k + n))
+    if cap >= 2000:
+        assert rank_for_bpw(k, n, less, paths=paths, kv_factor=kv_factor) < cap
+
+
+def test_bits_that_no_layer_can_use_are_an_error() -> None:
+    square, flat = (1024, 1024, False), (1024, 8192, False)
+    one = QuantConfig(bpw=1.9)
+    one.check_usable([square, flat])  # the flat layer ends at its largest rank, the square one does not
+    with pytest.raises(
+        ValueError, match=r"bpw must be at most 1\.145, what one path .* costs, got 1\.9; give more paths"
+    ):
+        one.check_usable([flat])
+    QuantConfig(bpw=1.9, paths=2).check_usable([flat])
+    with pytest.raises(ValueError, match=r"at most 2\.047, .* in the layer that takes most, got 50"):
+        QuantConfig(bpw=50).check_usable([square, flat])
+    with pytest.raises(ValueError, match=r"at most 16, what a dense float16 layer takes, got 50"):
+        QuantConfig(bpw=50, paths=16).check_usable([square, flat])
+    # What is printed can be given.
+    QuantConfig(bpw=2.047).check_usable([square])
+    # A factor on the rank of key and value projections is no reason to refuse the model, or to let it pass.
+    QuantConfig(bpw=1.9, kv_factor=2.0).check_usable([square, (1024, 1024, True)])
+    with pytest.raises(ValueError, match=r"bpw must be at most 1\.039"):
+        QuantConfig(bpw=1.9, kv_factor=2.0).check_usable([(1024, 1024, True)])
+    QuantConfig(ranks=(4096,)).check_usable([square])
+    QuantConfig(energy=0.9).check_usable([square])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -108,7 +160,14 @@ def test_small_ranks_round_up_to_eight_and_large_ones_are_capped() -> None:
         ({"bpw": True}, "bpw must be a finite positive number, got True"),
         ({"bpw": 1.0, "kv_factor": 0.0}, "kv_factor must be a finite positive number, got 0.0"),
         ({"bpw": 1.0, "paths": 0}, "paths must be at least 1, got 0"),
-        ({"bpw": 0.5}, r"bpw must be above 1, what the scales of 2 path\(s\) cost .*needs 1.56.*got 0.5"),
+        (
+            {"bpw": 0.5},
+            r"bpw must be above 1, what the scales of 2 paths cost .*needs 1.56.*got 0.5; give fewer",
+        ),
+        (
+            {"bpw": 0.3, "paths": 1},
+            r"bpw must be above 0\.5, what the scales of one path cost .*; give explicit ranks or leave",
+        ),
     ],
 )
 def test_bad_budgets_are_named(arguments: dict[str, float], message: str) -> None:

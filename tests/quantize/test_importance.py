@@ -160,7 +160,7 @@ def test_models_take_importance_and_bits_follow_the_stakes(net: Net, rng: torch.
     importance = collect_importance(
         net, [torch.randn(20, 24, generator=rng)], loss=lambda y: y.square().sum()
     )
-    config = QuantConfig(bpw=6.0, budget="spectral", method="joint-itq", paths=1, itq_iterations=2)
+    config = QuantConfig(bpw=4.0, budget="spectral", method="joint-itq", paths=1, itq_iterations=2)
     reports = quantize_linears(
         net, config, lambda _, packed: Frozen(packed), importance=importance, exclude="unused", progress=False
     )
@@ -178,6 +178,8 @@ def test_files_hold_importance(tmp_path: Path, rng: torch.Generator) -> None:
     assert set(found) == {"a.b", "c"}
     assert torch.equal(found["a.b"].outputs, given["a.b"].outputs)  # type: ignore[arg-type]
     assert found["c"].outputs is None
+    with pytest.raises(IsADirectoryError, match=r"importance must be a safetensors file, got .*a directory"):
+        load_importance(tmp_path)
     save_file({"a.weight": torch.ones(2)}, path)
     with pytest.raises(
         ValueError, match=r"tensors must be named NAME\.inputs or NAME\.outputs, got 'a\.weight'"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gc
+import io
+import sys
 import weakref
 
 import pytest
 import torch
 from torch import nn
 
-from littlebit2.quantize import QuantConfig, quantize_linears
+from littlebit2.quantize import QuantConfig, quantize_linears, quantize_weight
 from littlebit2_kernels.format import PackedLinear
 from littlebit2_kernels.reference import linear_reference
 
@@ -126,7 +128,45 @@ def test_progress_is_shown_only_when_asked(model: Model, capsys: pytest.CaptureF
     quantize_linears(model, CONFIG, Packed, include=("*.0.*",), progress=False)
     assert capsys.readouterr() == ("", "")
     quantize_linears(model, CONFIG, Packed, include=("*.1.*",), progress=True)
-    assert "2/2" in capsys.readouterr().err
+    assert capsys.readouterr() == ("", "")  # stderr is no terminal here
+
+
+def test_progress_is_shown_on_a_terminal(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    quantize_linears(model, CONFIG, Packed, include=("*.1.*",), progress=True)
+    assert "2/2" in terminal.getvalue()
+    shown = terminal.getvalue()
+    quantize_linears(model, CONFIG, Packed, include=("*.0.*",), progress=False)
+    assert terminal.getvalue() == shown
+
+
+def test_bits_that_no_layer_can_use_touch_nothing(model: Model) -> None:
+    with pytest.raises(ValueError, match=r"bpw must be at most .*min\(K, N\).*, got 50"):
+        quantize_linears(model, QuantConfig(bpw=50), Packed, progress=False)
+    with pytest.raises(ValueError, match=r"bpw must be at most .*, got 50"):
+        quantize_linears(model, QuantConfig(bpw=50, budget="spectral"), Packed, progress=False)
+    assert not any(isinstance(module, Packed) for module in model.modules())
+    with pytest.raises(ValueError, match=r"bpw must be at most 3\.5, what one path .* costs, got 50"):
+        quantize_weight(torch.eye(32), config=QuantConfig(bpw=50))
+
+
+def test_reports_say_which_layers_cannot_use_more() -> None:
+    model = nn.ModuleDict({"square": nn.Linear(64, 64), "flat": nn.Linear(64, 512)})
+    config = QuantConfig(bpw=2.0, method="joint-itq", paths=1, itq_iterations=0)
+    square, flat = quantize_linears(model, config, Packed, progress=False)
+    assert (square.ranks, square.at_largest_rank) == ((40,), False)
+    assert (flat.ranks, flat.at_largest_rank) == ((64,), True)
+    assert flat.counted_bpw < 2
+
+
+def test_a_device_that_cannot_be_used_is_named(model: Model) -> None:
+    with pytest.raises(ValueError, match=r"device must name one that torch can use here, .* got 'nonsense'"):
+        quantize_linears(model, CONFIG, Packed, device="nonsense", progress=False)
 
 
 def test_a_budget_that_does_not_fit_touches_nothing(model: Model) -> None:

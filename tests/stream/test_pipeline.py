@@ -118,9 +118,12 @@ def test_a_finished_run_is_not_repeated(
         again = run(model_dir, tmp_path / "out")
     assert again.as_dict() == first.as_dict()
     assert not (tmp_path / "out.partial").exists()
-    with pytest.raises(FileExistsError, match=r"out: already exists and is not the result of this command"):
+    with pytest.raises(
+        FileExistsError,
+        match=r"out must be a new or empty directory, got .*out; .*is not the finished result of",
+    ):
         run(model_dir, tmp_path / "out", QuantConfig(ranks=(8,)))
-    with pytest.raises(FileExistsError, match="already exists"):
+    with pytest.raises(FileExistsError, match="is not the finished result of this command"):
         run(model_dir, tmp_path / "out", resume=False)
     replaced = run(model_dir, tmp_path / "out", QuantConfig(ranks=(8,)), overwrite=True)
     assert replaced.layers[0]["ranks"] == [8]
@@ -320,6 +323,12 @@ def test_arguments(model_dir: Path, tmp_path: Path) -> None:
         run(model_dir, out, workers=0)
     with pytest.raises(ValueError, match=r"layer 'model\.layers\.0\..*': bpw must be above"):
         run(model_dir, out, QuantConfig(bpw=0.1))
+    with pytest.raises(ValueError, match=r"bpw must be at most .*, got 50"):
+        run(model_dir, out, QuantConfig(bpw=50))
+    with pytest.raises(ValueError, match=r"device must name one that torch can use here, .*'nonsense'"):
+        run(model_dir, out, device="nonsense")
+    assert not out.exists()
+    assert not Path(f"{out}.partial").exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         run(model_dir, tmp_path / "file" / "out")

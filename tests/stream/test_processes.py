@@ -56,8 +56,8 @@ def free_port() -> int:
     [
         (QUICK_OPTIONS, QuantConfig(**QUICK)),
         (
-            ("--bpw", "6", "--budget", "spectral", "--admm-iterations", "3"),
-            QuantConfig(bpw=6.0, budget="spectral", admm_iterations=3),
+            ("--bpw", "3", "--budget", "spectral", "--admm-iterations", "3"),
+            QuantConfig(bpw=3.0, budget="spectral", admm_iterations=3),
         ),
     ],
     ids=["uniform", "spectral"],

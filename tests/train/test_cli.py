@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -61,6 +62,45 @@ def test_finetune_then_evaluate(
     assert main(["finetune", teacher, out, "--data", data, "--start", out, *QUICK, "--overwrite"]) == 0
 
 
+def test_nothing_but_metrics_goes_to_a_log(
+    inputs: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    teacher, data = map(str, inputs)
+    loud = [option for option in QUICK if option != "--quiet"]
+    arguments = [
+        "finetune",
+        teacher,
+        str(tmp_path / "out"),
+        "--data",
+        data,
+        "--bpw",
+        "3",
+        "--init",
+        "joint-itq",
+    ]
+    assert main([*arguments, "--paths", "1", *loud, "--teacher-top-k", "4"]) == 0
+    assert "it/s" not in (shown := capfd.readouterr().err)
+    assert "\r" not in shown
+    assert "%|" not in shown
+
+
+def test_evaluate_needs_no_package_of_training(inputs: tuple[Path, Path]) -> None:
+    teacher, data = map(str, inputs)
+    script = f"""
+import sys
+for name in ("accelerate", "peft", "pyarrow", "tensorboard"):
+    sys.modules[name] = None
+from littlebit2.cli import main
+code = main(["evaluate", {teacher!r}, "--data", {data!r}, "--block", "32", "--max-tokens", "200"])
+assert "littlebit2.train.recipe.run" not in sys.modules
+sys.exit(code)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("perplexity ")
+    assert done.stderr == ""
+
+
 def test_tasks_go_to_the_harness(
     inputs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,6 +135,19 @@ def test_tasks_go_to_the_harness(
         (["evaluate", "{teacher}", "--tasks", "x"], "tasks need lm-evaluation-harness: pip install lm_eval"),
         (["evaluate", "absent", "--data", "{data}"], "model must be a checkpoint directory"),
         (["evaluate", "{teacher}", "--data", "{data}", "--block", "65"], "block must be at most 64"),
+        (["evaluate", "absent", "--data", "{data}", "--block", "1"], "block must be at least 2, got 1"),
+        (
+            ["evaluate", "absent", "--data", "{data}", "--batch-size", "0"],
+            "batch_size must be at least 1, got 0",
+        ),
+        (
+            ["evaluate", "absent", "--data", "{data}", "--max-tokens", "0"],
+            "max_tokens must be at least 1, got 0",
+        ),
+        (
+            ["evaluate", "{teacher}", "--data", "{data}", "--dtype", "int8"],
+            "dtype must be float32, bfloat16 or",
+        ),
         (["evaluate", "{teacher}", "--data", "absent.txt"], "no such file or directory: absent.txt"),
         (
             ["finetune", "{teacher}", "{out}", "--data", "{data}", "--start", "x", "--bpw", "1"],

@@ -1,6 +1,6 @@
 """Checkpoints on disk: read every known layout, write ours and the authors'. See docs/checkpoints.md."""
 
-from .atomic import check_replaceable
+from .atomic import check_new_file, check_replaceable
 from .describe import describe
 from .errors import CheckpointError
 from .reader import Checkpoint, open_checkpoint
@@ -13,6 +13,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointWriter",
     "LayerSpec",
+    "check_new_file",
     "check_replaceable",
     "convert",
     "describe",

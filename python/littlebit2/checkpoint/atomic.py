@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from types import TracebackType
 
-__all__ = ["StagedDirectory", "check_replaceable", "sync_path"]
+__all__ = ["StagedDirectory", "check_new_file", "check_replaceable", "sync_path"]
 
 
 class StagedDirectory:
@@ -142,6 +142,14 @@ def check_replaceable(out: Path, *, overwrite: bool) -> None:
     weights = any(name.endswith((".safetensors", ".bin")) for name in names)
     if not weights or "config.json" not in names or any(item.is_dir() for item in present):
         raise FileExistsError(f"out must be a checkpoint to be overwritten, got {out}, which is none")
+
+
+def check_new_file(out: Path, *, overwrite: bool) -> None:
+    """Raise ``FileExistsError`` unless a file may be put at ``out``: none is there, or ``overwrite``."""
+    if out.is_dir():
+        raise FileExistsError(f"out must be a file, got {out}, which is a directory")
+    if not overwrite and os.path.lexists(out):
+        raise FileExistsError(f"out must be a new file, got {out}; overwrite=True (--overwrite) replaces it")
 
 
 def _escaped(stem: str) -> str:

@@ -36,7 +36,7 @@ def add_parser(commands: Commands) -> None:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="text: .txt, .md, .rst, .jsonl, .jsonl.gz, or directories of these",
+        help="text: .txt, .md, .jsonl (also .gz), .parquet, ..., or directories",
     )
     parser.add_argument("--out", required=True, metavar="FILE", help="safetensors file to write")
     parser.add_argument(
@@ -50,9 +50,10 @@ def add_parser(commands: Commands) -> None:
         action="store_true",
         help="also measure what each layer's outputs are worth to the loss, for --budget spectral",
     )
-    parser.add_argument("--text-field", default="text", help="name of the text in JSON lines (default text)")
+    parser.add_argument("--text-field", default="text", help="in JSON lines and tables (default text)")
     parser.add_argument("--device", default="cpu", help="default cpu")
     parser.add_argument("--dtype", help="of the model: float32, bfloat16, float16 (default: as stored)")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE at the end if it exists")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -70,6 +71,7 @@ def _run(args: argparse.Namespace) -> int:
         device=args.device,
         dtype=args.dtype,
         progress=not args.quiet,
+        overwrite=args.overwrite,
     )
     emit(f"{args.out}: {len(done.layers)} layers, {done.tokens} tokens, {done.seconds:.1f} s")
     if done.missing:

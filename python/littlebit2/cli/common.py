@@ -22,6 +22,7 @@ __all__ = [
     "add_pattern_options",
     "add_size_options",
     "add_spectral_options",
+    "at_largest_rank",
     "emit",
     "emit_json",
     "excluded",
@@ -190,6 +191,20 @@ def add_pattern_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--include-heads", action="store_true", help="do not leave heads dense unless --exclude names them"
     )
+
+
+def at_largest_rank(names: Sequence[str], args: argparse.Namespace) -> str | None:
+    """Return a line that says which layers cannot use more bits; ``None`` if none, or if ranks are given."""
+    if not names or args.ranks is not None:
+        return None
+    many = f"{len(names)} layers are" if len(names) > 1 else "1 layer is"
+    return (
+        f"{many} at the largest useful rank, min(K, N), and cannot use more bits: {', '.join(_first(names))}"
+    )
+
+
+def _first(names: Sequence[str], most: int = 3) -> list[str]:
+    return [*names[:most], *(["..."] if len(names) > most else [])]
 
 
 def excluded(args: argparse.Namespace, default: Sequence[str]) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from .common import (
     add_pattern_options,
     add_size_options,
     add_spectral_options,
+    at_largest_rank,
     emit,
     emit_json,
     excluded,
@@ -72,7 +72,10 @@ def _run(args: argparse.Namespace) -> int:
         allocation=_allocation(args, config, exclude),
     )
     if args.json:
-        layers = [{**asdict(layer), "stored_bpw": layer.stored_bpw} for layer in plan.layers]
+        layers = [
+            {**asdict(layer), "stored_bpw": layer.stored_bpw, "at_largest_rank": layer.at_largest_rank}
+            for layer in plan.layers
+        ]
         emit_json(
             {
                 "model_type": plan.shapes.model_type,
@@ -86,6 +89,9 @@ def _run(args: argparse.Namespace) -> int:
         )
         return 0
     emit(_layer_table(plan.layers))
+    full = at_largest_rank([layer.name for layer in plan.layers if layer.at_largest_rank], args)
+    if full is not None:
+        emit(full)
     emit()
     emit(_size_table(plan))
     return 0
@@ -112,7 +118,6 @@ def _allocation(
         include=args.include,
         exclude=exclude,
         importance=importance,
-        progress=sys.stderr.isatty(),
     )
 
 

@@ -11,6 +11,7 @@ from .common import (
     add_pattern_options,
     add_size_options,
     add_spectral_options,
+    at_largest_rank,
     emit,
     emit_json,
     excluded,
@@ -126,6 +127,9 @@ def _run(args: argparse.Namespace) -> int:
         f"squared relative error: mean {totals['mean_error']:.4f}, "
         f"worst {totals['worst_error']:.4f} ({totals['worst_layer']})"
     )
+    full = at_largest_rank(report.at_largest_rank, args)
+    if full is not None:
+        emit(full)
     if "mean_predicted_error" in totals:
         emit(f"predicted from the spectra: mean {totals['mean_predicted_error']:.4f}")
     return 0

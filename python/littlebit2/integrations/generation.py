@@ -17,6 +17,8 @@ from transformers.generation.logits_process import (
 )
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
+from littlebit2.quantize import check_device
+
 from .decoding import STEPS, StaticDecoder
 from .loading import load
 
@@ -112,8 +114,9 @@ def generate(
         directory = Path(model)
         if not directory.is_dir():
             raise FileNotFoundError(f"model must be a checkpoint directory, got {directory}, which is none")
-        tokenizer = tokenizer if tokenizer is not None else _tokenizer(directory)
         # Before the model, which takes longer to fail.
+        check_device(load_options.get("device", "cpu"))
+        tokenizer = tokenizer if tokenizer is not None else _tokenizer(directory)
         _check_prompt(prompt, tokenizer, directory)
         model = load(directory, **load_options)
     tokenizer = tokenizer if tokenizer is not None else _tokenizer(directory)

@@ -15,7 +15,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from littlebit2.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from littlebit2.quantize import check_device, check_dtype
 
+from .bars import no_bars_in_logs
 from .configuration import LittleBit2Config
 from .modules import layers_of
 from .transformers import register
@@ -65,7 +67,9 @@ def load(
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path must be a str or a path, got {type(path).__name__}")
     register()
-    wanted = _device(device)
+    wanted = check_device(device)
+    if dtype not in (None, "auto"):
+        dtype = check_dtype(dtype)
     how: dict[str, Any] = {
         "backend": backend,
         "activation": activation,
@@ -84,7 +88,7 @@ def load(
                 **LittleBit2Config.from_layers(checkpoint.layers, skipped).to_dict(),
                 **how,
             }
-        with _quiet():
+        with _quiet(), no_bars_in_logs():
             model, info = _model_class(config, checkpoint).from_pretrained(
                 str(path),
                 config=config,
@@ -96,22 +100,6 @@ def load(
             )
         _check_complete(model, info, checkpoint)
     return model.to(wanted).eval() if wanted.type != "cpu" else model.eval()
-
-
-def _device(device: torch.device | str) -> torch.device:
-    """Return the device once it is known to hold a tensor: a model takes longer to fail."""
-    try:
-        wanted = torch.device(device)
-        if wanted.type != "meta":
-            torch.empty(1, device=wanted)
-    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(
-            f"device must name one that torch can use here, such as 'cpu', got {device!r} ({reason})"
-        ) from error
-    if wanted.type == "meta":
-        raise ValueError("device must hold values, got 'meta'")
-    return wanted
 
 
 def _model_class(config: PreTrainedConfig, checkpoint: Checkpoint) -> Any:

@@ -14,7 +14,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from littlebit2.checkpoint import CheckpointWriter
 from littlebit2.plan import load_config
-from littlebit2.quantize import DEFAULT_EXCLUDE, QuantConfig, check_patterns, is_selected, layer_config
+from littlebit2.quantize import (
+    DEFAULT_EXCLUDE,
+    QuantConfig,
+    check_budget,
+    check_patterns,
+    is_selected,
+    layer_config,
+)
 from littlebit2_kernels.format import WORD_BITS, PackedLinear, PackedPath, words_per_row
 
 __all__ = ["random_layer", "synthesize"]
@@ -141,11 +148,17 @@ def _is_encoder(config: PreTrainedConfig) -> bool:
 def _plans(model: PreTrainedModel, quant: QuantConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     head = model.get_output_embeddings()
     everything, excluded = check_patterns("include", "*"), check_patterns("exclude", DEFAULT_EXCLUDE)
-    for name, module in model.named_modules():
-        if type(module) is nn.Linear and module is not head and is_selected(name, everything, excluded):
-            ranks = layer_config(name, module.in_features, module.out_features, quant).ranks
-            assert ranks is not None  # settled by layer_config
-            yield name, ranks
+    layers = [
+        (name, module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module is not head and is_selected(name, everything, excluded)
+    ]
+    if layers:
+        check_budget(quant, layers)
+    for name, k, n in layers:
+        ranks = layer_config(name, k, n, quant).ranks
+        assert ranks is not None  # settled by layer_config
+        yield name, ranks
 
 
 def _dense_tensors(

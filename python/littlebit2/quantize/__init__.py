@@ -11,8 +11,18 @@ from .allocate import (
 )
 from .batching import batch_key, batch_size, in_batches
 from .binary_path import BinaryPath
-from .budget import counted_bpw, planned_stored_bpw, rank_for_bpw, smallest_bpw, stored_bpw
+from .budget import (
+    at_largest_rank,
+    counted_bpw,
+    largest_bpw,
+    largest_rank,
+    planned_stored_bpw,
+    rank_for_bpw,
+    smallest_bpw,
+    stored_bpw,
+)
 from .config import QuantConfig
+from .device import check_device, check_dtype
 from .dual_svid import dual_svid
 from .importance import (
     Importance,
@@ -26,6 +36,7 @@ from .memory import working_bytes
 from .methods import Steps
 from .model import (
     DEFAULT_EXCLUDE,
+    check_budget,
     check_patterns,
     is_selected,
     layer_config,
@@ -68,8 +79,12 @@ __all__ = [
     "admm",
     "allocate_ranks",
     "analyze_weight",
+    "at_largest_rank",
     "batch_key",
     "batch_size",
+    "check_budget",
+    "check_device",
+    "check_dtype",
     "check_patterns",
     "collect_importance",
     "counted_bpw",
@@ -80,6 +95,8 @@ __all__ = [
     "is_partial",
     "is_selected",
     "joint_itq",
+    "largest_bpw",
+    "largest_rank",
     "latent_coherence",
     "layer_config",
     "layer_spectrum",

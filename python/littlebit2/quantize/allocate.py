@@ -20,7 +20,7 @@ import torch
 from littlebit2_kernels.format import RANK_MULTIPLE
 
 from ._numeric import binary_exponent, check_matrix, normalised
-from .budget import check_positive, counted_bpw, rank_for_bpw
+from .budget import check_positive, counted_bpw, largest_rank
 
 __all__ = [
     "LayerSpectrum",
@@ -150,7 +150,9 @@ def allocate_ranks(
     budget -= sum(_bits(layer, paths, rank) for layer, rank in zip(layers, least, strict=True))
     curves = []
     for layer, rank in zip(layers, least, strict=True):
-        most = min(_floor(bounds[1] * layer.uniform_rank), _most(layer, paths))
+        most = min(
+            _floor(bounds[1] * layer.uniform_rank), largest_rank(layer.in_features, layer.out_features)
+        )
         options = range(rank, max(most, rank) + 1, RANK_MULTIPLE)
         curves.append(predicted_error(layer.energies, [paths * option for option in options]))
     taken = [0] * len(layers)
@@ -186,7 +188,8 @@ def ranks_for_energy(layer: LayerSpectrum, energy: float, *, paths: int = 1) -> 
         raise ValueError(f"energy must be below 1, got {energy}")
     kept = layer.energies.cumsum(0)
     needed = int((kept < energy * float(kept[-1])).sum()) + 1
-    rank = min(-(-needed // (paths * RANK_MULTIPLE)) * RANK_MULTIPLE, _most(layer, paths))
+    most = largest_rank(layer.in_features, layer.out_features)
+    rank = min(-(-needed // (paths * RANK_MULTIPLE)) * RANK_MULTIPLE, most)
     error = predicted_error(layer.energies, [paths * rank])[0]
     return RankAllocation(layer.name, (rank,) * paths, error, layer.uniform_rank)
 
@@ -198,11 +201,6 @@ def _bits(layer: LayerSpectrum, paths: int, rank: int) -> float:
 
 def _step_bits(layer: LayerSpectrum, paths: int) -> float:
     return _bits(layer, paths, 2 * RANK_MULTIPLE) - _bits(layer, paths, RANK_MULTIPLE)
-
-
-def _most(layer: LayerSpectrum, paths: int) -> int:
-    """Beyond the smaller dimension a rank buys no more directions."""
-    return rank_for_bpw(layer.in_features, layer.out_features, 1e6, paths=paths)
 
 
 def _floor(rank: float) -> int:

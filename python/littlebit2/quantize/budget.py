@@ -9,13 +9,17 @@ out_features, ``R`` rank, ``P`` paths; bpw is bits divided by ``K * N``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from littlebit2_kernels.format import MAX_DIM, RANK_MULTIPLE, WORD_BITS, PackedLinear, words_per_row
 
 __all__ = [
+    "at_largest_rank",
     "check_rank",
+    "check_usable",
     "counted_bpw",
+    "largest_bpw",
+    "largest_rank",
     "planned_stored_bpw",
     "rank_for_bpw",
     "smallest_bpw",
@@ -27,6 +31,8 @@ __all__ = [
 COUNTED_SCALE_BITS = 16
 #: Bits of one entry of a scale vector as :class:`PackedPath` holds it.
 STORED_SCALE_BITS = 32
+#: Bits per weight of the dense layer.
+DENSE_BPW = 16.0
 
 
 def counted_bpw(in_features: int, out_features: int, ranks: Sequence[int]) -> float:
@@ -79,6 +85,58 @@ def smallest_bpw(in_features: int, out_features: int, paths: int) -> float:
     return counted_bpw(in_features, out_features, [RANK_MULTIPLE] * paths)
 
 
+def largest_rank(in_features: int, out_features: int) -> int:
+    """Return the largest rank that bits per weight are turned into: ``min(K, N)`` rounded up to 8.
+
+    A rank above ``min(K, N)`` buys no more singular directions.
+    """
+    _check_features(in_features, out_features)
+    return _round_up(min(in_features, out_features))
+
+
+def at_largest_rank(in_features: int, out_features: int, ranks: Sequence[int]) -> bool:
+    """Return whether every path has the :func:`largest_rank`, so that more bits would change nothing."""
+    return all(rank == largest_rank(in_features, out_features) for rank in ranks)
+
+
+def largest_bpw(in_features: int, out_features: int, *, paths: int = 2, kv_factor: float = 1.0) -> float:
+    """Return the bits per weight from which on :func:`rank_for_bpw` gives the :func:`largest_rank`.
+
+    Args and errors: as :func:`rank_for_bpw`.
+    """
+    rank = largest_rank(in_features, out_features)
+    _check_paths(paths)
+    check_positive("kv_factor", kv_factor)
+    both = in_features + out_features
+    bits = rank / kv_factor * (both + COUNTED_SCALE_BITS) + COUNTED_SCALE_BITS * both
+    return paths * bits / (in_features * out_features)
+
+
+def check_usable(bpw: float, shapes: Iterable[tuple[int, int, float]], paths: int) -> None:
+    """Raise ``ValueError`` if ``bpw`` is more than any of the layers can use, or than dense layers take.
+
+    Single layers may be unable to use it all: those end at their :func:`largest_rank`. That all do is a slip.
+
+    Args:
+        bpw: target of counted bits per weight, over all paths.
+        shapes: K, N and ``kv_factor`` of every layer.
+        paths: P.
+    """
+    layers = list(shapes)
+    dense = DENSE_BPW if any(smallest_bpw(k, n, paths) <= DENSE_BPW for k, n, _ in layers) else math.inf
+    most = max(largest_bpw(k, n, paths=paths, kv_factor=factor) for k, n, factor in layers)
+    if bpw > dense and most > dense:
+        raise ValueError(f"bpw must be at most {dense:g}, what a dense float16 layer takes, got {bpw}")
+    # Up to the next multiple of 8 a rank is rounded down in any case.
+    if all(_is_cut(bpw, k, n, paths, factor) for k, n, factor in layers):
+        more = "give more paths, " if paths == 1 else ""
+        raise ValueError(
+            f"bpw must be at most {most:.4g}, what {_paths(paths)} of the largest useful rank, min(K, N), "
+            f"cost{'s' if paths == 1 else ''}{'' if len(layers) == 1 else ' in the layer that takes most'}, "
+            f"got {bpw}; {more}explicit ranks, or leave dense what needs more"
+        )
+
+
 def rank_for_bpw(
     in_features: int, out_features: int, bpw: float, *, paths: int = 2, kv_factor: float = 1.0
 ) -> int:
@@ -87,8 +145,8 @@ def rank_for_bpw(
     The papers' rule for one and two paths, written for any number: ``(K N bpw - 16 P (K + N)) /
     (P (K + N + 16))``, times ``kv_factor``, truncated, floored to a multiple of 8, and at least 8.
     The last step may exceed the budget: below :func:`smallest_bpw` the counted bpw is that minimum.
-    A rank above ``min(K, N)`` buys no more singular directions, so the result is capped at
-    ``min(K, N)`` rounded up to a multiple of 8.
+    A rank above ``min(K, N)`` buys no more singular directions, so the result is at most the
+    :func:`largest_rank`, which :func:`largest_bpw` buys.
 
     Args:
         in_features: K.
@@ -105,17 +163,17 @@ def rank_for_bpw(
     _check_paths(paths)
     check_positive("bpw", bpw)
     check_positive("kv_factor", kv_factor)
-    both = in_features + out_features
-    sign_budget = in_features * out_features * bpw - COUNTED_SCALE_BITS * paths * both
-    if sign_budget <= 0:
+    rank = _exact_rank(bpw, in_features, out_features, paths, kv_factor)
+    if rank <= 0:
+        scales = COUNTED_SCALE_BITS * paths * (in_features + out_features) / (in_features * out_features)
+        least = smallest_bpw(in_features, out_features, paths)
+        fewer = "give fewer paths, explicit ranks," if paths > 1 else "give explicit ranks"
         raise ValueError(
-            f"bpw must be above {COUNTED_SCALE_BITS * paths * both / (in_features * out_features):.4g}, what "
-            f"the scales of {paths} path(s) cost for in_features={in_features}, out_features={out_features} "
-            f"(rank {RANK_MULTIPLE} needs {smallest_bpw(in_features, out_features, paths):.4g}), got {bpw}; "
-            "give fewer paths, explicit ranks, or leave the layer dense"
+            f"bpw must be above {scales:.4g}, what the scales of {_paths(paths)} cost for "
+            f"in_features={in_features}, out_features={out_features} (rank {RANK_MULTIPLE} needs "
+            f"{least:.4g}), got {bpw}; {fewer} or leave the layer dense"
         )
-    cap = _round_up(min(in_features, out_features))
-    rank = min(kv_factor * sign_budget / (paths * (both + COUNTED_SCALE_BITS)), float(cap))
+    rank = min(rank, float(largest_rank(in_features, out_features)))
     return max(int(rank) // RANK_MULTIPLE, 1) * RANK_MULTIPLE
 
 
@@ -140,6 +198,22 @@ def check_positive(name: str, value: float) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value <= 0:
         raise ValueError(f"{name} must be a finite positive number, got {value!r}")
+
+
+def _exact_rank(bpw: float, in_features: int, out_features: int, paths: int, kv_factor: float) -> float:
+    """The rank of each path before it is rounded; not positive where scales alone cost more than ``bpw``."""
+    both = in_features + out_features
+    signs = in_features * out_features * bpw - COUNTED_SCALE_BITS * paths * both
+    return kv_factor * signs / (paths * (both + COUNTED_SCALE_BITS))
+
+
+def _is_cut(bpw: float, in_features: int, out_features: int, paths: int, kv_factor: float) -> bool:
+    rank = _exact_rank(bpw, in_features, out_features, paths, kv_factor)
+    return rank >= largest_rank(in_features, out_features) + RANK_MULTIPLE
+
+
+def _paths(count: int) -> str:
+    return "one path" if count == 1 else f"{count} paths"
 
 
 def _counted_path_bits(in_features: int, out_features: int, rank: int) -> int:

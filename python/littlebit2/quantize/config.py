@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -9,7 +10,7 @@ import torch
 
 from littlebit2_kernels.format import MAX_PATHS, PackedLinear
 
-from .budget import check_positive, check_rank, rank_for_bpw
+from .budget import check_positive, check_rank, check_usable, rank_for_bpw
 from .methods import Method, Start, Steps, resolve_steps, uses_one_path
 from .polar import PolarMethod
 from .quantizer import quantize_weight
@@ -145,6 +146,17 @@ class QuantConfig:
         kv_factor = self.kv_factor if is_kv else 1.0
         rank = rank_for_bpw(in_features, out_features, self.bpw, paths=self.paths, kv_factor=kv_factor)
         return (rank,) * self.paths
+
+    def check_usable(self, shapes: Iterable[tuple[int, int, bool]]) -> None:
+        """Raise ``ValueError`` if ``bpw`` is more than any layer can use (:func:`.budget.check_usable`).
+
+        Args:
+            shapes: K, N and whether it is a key or value projection, of every layer.
+        """
+        if self.bpw is not None:
+            assert self.paths is not None  # set by _resolve_size
+            factors = ((k, n, self.kv_factor if is_kv else 1.0) for k, n, is_kv in shapes)
+            check_usable(self.bpw, factors, self.paths)
 
     def steps_for(self, in_features: int, out_features: int, ranks: tuple[int, ...]) -> Steps:
         """Return what is done to every path of a layer, ``method="auto"`` resolved."""

@@ -175,8 +175,11 @@ def load_importance(path: str | Path) -> dict[str, Importance]:
 
     Raises:
         FileNotFoundError: there is no such file.
+        IsADirectoryError: it is a directory.
         ValueError: it is no safetensors file, or holds other tensors.
     """
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"importance must be a safetensors file, got {path}, which is a directory")
     try:
         tensors = load_file(path)
     except SafetensorError as error:

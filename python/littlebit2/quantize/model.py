@@ -16,12 +16,14 @@ from littlebit2_kernels.format import PackedLinear
 from .allocate import LayerSpectrum, RankAllocation, allocate_ranks, layer_spectrum, ranks_for_energy
 from .batching import batch_key, batch_size, in_batches
 from .config import QuantConfig
+from .device import check_device
 from .importance import Importance
 from .quantizer import DenseLayer, LayerReport, QuantizedLayer, quantize_together
 
 __all__ = [
     "DEFAULT_EXCLUDE",
     "Replace",
+    "check_budget",
     "check_patterns",
     "is_selected",
     "layer_config",
@@ -88,11 +90,14 @@ def quantize_linears(
 
     Raises:
         TypeError: a pattern is not a string.
-        ValueError: no module is selected, ``model`` itself is the linear module, or a layer cannot be
-            quantised (the message names it; batches before its own stay replaced).
+        ValueError: no module is selected, ``model`` itself is the linear module, ``bpw`` is more than any
+            layer can use, ``device`` cannot be used, or a layer cannot be quantised (the message names it;
+            batches before its own stay replaced).
         RuntimeError: the decomposition of a layer did not converge (the message names it).
     """
     weights = importance or {}
+    if device is not None:
+        device = check_device(device)
     jobs = _plan(
         model, config, check_patterns("include", include), check_patterns("exclude", exclude), weights
     )
@@ -110,7 +115,7 @@ def quantize_linears(
         lambda job: (batch_key(*shape_of(job), job.config), where(job), _linear(model, job).weight.dtype),
         lambda job: batch_size(*shape_of(job), job.config, where(job)),
     )
-    with tqdm(total=len(jobs), desc="quantize", unit="layer", disable=not progress) as bar:
+    with tqdm(total=len(jobs), desc="quantize", unit="layer", disable=None if progress else True) as bar:
         for batch in batches:
             for job, quantized in zip(batch, _quantize(model, batch, weights, device), strict=True):
                 linear = _linear(model, job)
@@ -151,6 +156,7 @@ def _plan(
     if isinstance(model, nn.Linear):
         raise ValueError("model must hold its linear modules below its root, got an nn.Linear itself")
     named = {names[0]: linear for linear, names in names_of.items()}
+    check_budget(config, ((name, one.in_features, one.out_features) for name, one in named.items()))
     allocation: Mapping[str, RankAllocation] = {}
     if needs_spectra(config):
         allocation = settle_ranks(
@@ -168,6 +174,18 @@ def _plan(
         )
         for name, linear in named.items()
     ]
+
+
+def check_budget(config: QuantConfig, layers: Iterable[tuple[str, int, int]]) -> None:
+    """Raise ``ValueError`` if the bits per weight of a model are more than any of its layers can use.
+
+    A layer that cannot use them all where others can is no error: reports and plans say ``at_largest_rank``.
+
+    Args:
+        config: of the model.
+        layers: name, K and N of every layer that is to be quantised.
+    """
+    config.check_usable((k, n, name.endswith(_KV_SUFFIXES)) for name, k, n in layers)
 
 
 def needs_spectra(config: QuantConfig) -> bool:

@@ -14,7 +14,7 @@ from littlebit2_kernels.format import PackedLinear
 from ._numeric import check_finite, squared_norm
 from .allocate import layer_spectrum, ranks_for_energy
 from .batching import keeps_bits
-from .budget import counted_bpw, stored_bpw
+from .budget import at_largest_rank, counted_bpw, stored_bpw
 from .dual_svid import scale_path
 from .importance import Importance
 from .methods import Steps
@@ -87,6 +87,11 @@ class LayerReport:
         return tuple(path.rank for path in self.paths)
 
     @property
+    def at_largest_rank(self) -> bool:
+        """Whether every path has rank ``min(K, N)``, rounded up to 8: the most that bits per weight buy."""
+        return at_largest_rank(self.in_features, self.out_features, self.ranks)
+
+    @property
     def error(self) -> float:
         """Squared relative Frobenius error of the whole layer (0 for an all-zero weight)."""
         return self.paths[-1].error
@@ -150,7 +155,8 @@ def quantize_weight(
         TypeError: ``weight``, ``bias`` or ``importance`` is not a dense floating-point tensor, or ``config``
             no :class:`.QuantConfig`.
         ValueError: ``weight`` is not a non-empty finite matrix whose magnitude float32 can hold, ``bias`` or
-            ``importance`` does not match it, or the budget is too small for its shape.
+            ``importance`` does not match it, or the budget is too small for its shape or more than it
+            can use.
     """
     _check_config(config)
     (layer,) = quantize_together([DenseLayer(lambda: _private(weight, config), config, bias, importance)])
@@ -273,7 +279,9 @@ def _check_config(config: QuantConfig) -> None:
 
 def _ranks(residual: Residual, config: QuantConfig) -> tuple[int, ...]:
     if config.energy is None:
-        return config.ranks_for(residual.shape[1], residual.shape[0])
+        n, k = residual.shape
+        config.check_usable([(k, n, False)])
+        return config.ranks_for(k, n)
     assert config.paths is not None  # set by QuantConfig
     return ranks_for_energy(layer_spectrum("", residual.matrix(), 0), config.energy, paths=config.paths).ranks
 

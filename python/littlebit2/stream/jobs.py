@@ -15,6 +15,7 @@ from littlebit2.quantize import (
     Importance,
     QuantConfig,
     RankAllocation,
+    check_budget,
     importance_tensors,
     layer_config,
     needs_spectra,
@@ -81,9 +82,11 @@ def make_jobs(
     :func:`with_allocation`.
 
     Raises:
-        ValueError: as :func:`.select_layers`, or the budget does not fit a layer (the message names it).
+        ValueError: as :func:`.select_layers`, or the budget does not fit a layer (the message names it) or is
+            more than any layer can use.
     """
     sources = select_layers(checkpoint.dense, checkpoint.config, include=include, exclude=exclude)
+    check_budget(config, ((s.name, s.in_features, s.out_features) for s in sources))
     if config.energy is not None:
         assert config.paths is not None  # set by QuantConfig
         config = replace(config, energy=None, ranks=(RANK_MULTIPLE,) * config.paths)

@@ -21,6 +21,7 @@ from littlebit2.quantize import (
     DenseLayer,
     Importance,
     QuantConfig,
+    check_device,
     check_patterns,
     needs_spectra,
     quantize_together,
@@ -102,8 +103,8 @@ def quantize_checkpoint(
         TypeError: ``config`` is no :class:`.QuantConfig`, or a pattern no string.
         ValueError: ``out`` and ``model_dir`` contain one another, ``workers``, ``threads`` or ``device``
             cannot be, the checkpoint is malformed or not dense, no layer is selected, ``importance`` holds
-            none of them, the budget does not fit a layer, or a layer cannot be quantised; the message names
-            it.
+            none of them, the budget does not fit a layer or is more than any can use, or a layer cannot be
+            quantised; the message names it.
     """
     if not isinstance(config, QuantConfig):
         raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
@@ -111,8 +112,7 @@ def quantize_checkpoint(
         raise ValueError(f"threads must be a positive integer, got {threads!r}")
     if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
         raise ValueError(f"workers must be a positive integer or None, got {workers!r}")
-    if str(device).startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {str(device)!r} cannot be used: torch finds no usable GPU")
+    place = _device(device)
     source, target = Path(model_dir), Path(os.path.abspath(out))
     _check_apart(source, target)
     includes, excludes = check_patterns("include", include), check_patterns("exclude", exclude)
@@ -131,7 +131,7 @@ def quantize_checkpoint(
         if before is not None:
             return before
         run = partial(_run_all, group, workers=workers, threads=threads, show=progress)
-        weights, place = importance or {}, _device(device)
+        weights = importance or {}
         try:
             if needs_spectra(config):
                 allocation = allocation_of(
@@ -184,7 +184,7 @@ def _start(
             check_replaceable(target, overwrite=overwrite)
         except FileExistsError as error:
             raise FileExistsError(
-                f"{target}: already exists and is not the result of this command: {error}"
+                f"{error}; what is there is not the finished result of this command"
             ) from None
     work.open(settings, resume=resume)
     return None
@@ -203,8 +203,8 @@ def finished_report(out: Path, settings: dict[str, Any]) -> RunReport | None:
 
 def _device(device: str) -> torch.device:
     if device == "cuda" and "LOCAL_RANK" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    return torch.device(device)
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    return check_device(device)
 
 
 def _dense_bytes(tensors: Any, jobs: Sequence[Job]) -> int:
@@ -245,7 +245,7 @@ def _run_all(
         desc=label if group.size == 1 else f"{label}, rank {group.rank} of {group.size}",
         unit=" weights",
         unit_scale=True,
-        disable=not show or not group.leads,
+        disable=None if show and group.leads else True,
         file=sys.stderr,
         smoothing=0.1,
     ) as bar:

@@ -16,6 +16,7 @@ from littlebit2.quantize import (
     LayerSpectrum,
     QuantConfig,
     RankAllocation,
+    check_budget,
     check_patterns,
     needs_spectra,
     settle_ranks,
@@ -112,7 +113,8 @@ def measure_ranks(
         if checkpoint.format != "dense" or "quantization_config" in checkpoint.config:
             raise ValueError(f"{model_dir}: must be a dense checkpoint, got one that is quantised already")
         sources = select_layers(checkpoint.dense, checkpoint.config, include=includes, exclude=excludes)
-        for one in tqdm(sources, desc="measure", unit="layer", disable=not progress):
+        check_budget(config, ((s.name, s.in_features, s.out_features) for s in sources))
+        for one in tqdm(sources, desc="measure", unit="layer", disable=None if progress else True):
             weight = checkpoint.load_tensor(one.weight)
             spectra.append(spectrum_of(one.name, weight, config, (importance or {}).get(one.name)))
     return settle_ranks(spectra, config)

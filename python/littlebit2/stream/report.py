@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from littlebit2.quantize import LayerReport
+from littlebit2.quantize import LayerReport, at_largest_rank
 
 __all__ = ["RunReport", "layer_entry"]
 
@@ -32,8 +32,17 @@ class RunReport:
     dense: tuple[str, ...]
     seconds: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def at_largest_rank(self) -> tuple[str, ...]:
+        """Names of layers all of whose paths have rank ``min(K, N)``: the most that bits per weight buy."""
+        return tuple(
+            layer["name"]
+            for layer in self.layers
+            if at_largest_rank(layer["in_features"], layer["out_features"], layer["ranks"])
+        )
+
     def totals(self) -> dict[str, Any]:
-        """Return layers, weights, bits per weight over all layers, mean and worst error."""
+        """Return layers, weights, bits per weight over all layers, errors, layers at their largest rank."""
         weights = [layer["in_features"] * layer["out_features"] for layer in self.layers]
         total = sum(weights)
 
@@ -51,6 +60,7 @@ class RunReport:
             "stored_bpw": mean("stored_bpw"),
             "mean_error": mean("error"),
             **predicted,
+            "at_largest_rank": len(self.at_largest_rank),
             "worst_error": worst["error"],
             "worst_layer": worst["name"],
         }

@@ -70,8 +70,15 @@ def evaluate_model(
     """
     if data is None and not tasks:
         raise ValueError("data or tasks must be given: there is nothing to measure")
-    harness = _harness() if tasks else None
     # Before the model, which takes longer to fail.
+    for name, value, least in (
+        ("block", block, 2),
+        ("max_tokens", max_tokens, 1),
+        ("batch_size", batch_size, 1),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    harness = _harness() if tasks else None
     files = find_files(data) if data is not None else []
     tokenizer = load_tokenizer(Path(model_dir))
     model = load(model_dir, **load_options)

@@ -20,8 +20,9 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from littlebit2.checkpoint import check_replaceable
+from littlebit2.integrations.bars import no_bars_in_logs
 from littlebit2.integrations.loading import load
-from littlebit2.quantize import QuantConfig, counted_bpw
+from littlebit2.quantize import QuantConfig, check_device, counted_bpw
 from littlebit2.stream import DEFAULT_EXCLUDE, quantize_checkpoint
 from littlebit2.stream.group import Group, process_group
 from littlebit2.train.data import TokenBlocks, TokenFile, find_files, read_texts, write_tokens
@@ -130,8 +131,7 @@ def finetune(
         )
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' cannot be used: torch finds no usable GPU")
+    check_device(device)
     target = Path(os.path.abspath(out))
     run = _Run(
         teacher=Path(teacher),
@@ -247,7 +247,8 @@ class _Run:
             assert checkpoint is not None  # it has steps
             trainer.restore(checkpoint, steps)
         else:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            with no_bars_in_logs():
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         history = trainer.state.log_history
         measured = [entry["eval_perplexity"] for entry in history if "eval_perplexity" in entry]
         if measured:
@@ -323,7 +324,8 @@ class _Run:
 
         def store() -> None:
             model = load(self.teacher, dtype=dtype, device=self.device)
-            with tqdm(total=len(train), desc="teacher", unit="block", disable=self.recipe.quiet) as bar:
+            hidden = True if self.recipe.quiet else None  # None: where stderr is no terminal
+            with tqdm(total=len(train), desc="teacher", unit="block", disable=hidden) as bar:
                 store_teacher(
                     model,
                     train,
