@@ -119,7 +119,7 @@ def _sanitized(tool: str) -> Step:
         for name in (
             "test_random_problems[0]",
             "test_layouts_of_words",
-            "test_both_stages_in_one_kernel[[264]-float16]",
+            "test_both_stages_in_one_kernel[[80, 72]-float16]",
             "test_unpacked",
         )
     ]
@@ -274,7 +274,8 @@ STEPS = (
         170,
         _USABLE,
     ),
-    # What the planner could have chosen better for a prompt: tiles, splits, one kernel for both stages.
+    # What the planner could have chosen better for a prompt: tiles, splits, one kernel for both stages, whose
+    # clusters must all give the bits of the GEMM.
     *_program(
         "prompt-variants",
         240,

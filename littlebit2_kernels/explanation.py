@@ -164,30 +164,8 @@ def explain(
         raise TypeError(f"packed must be a PackedLinear or a PrepackedLinear, got {type(packed).__name__}")
     tokens = _tokens(x, packed)
     dtype_name = _dtype_name(x, dtype)
-    device_type = packed.device.type
     call_dtype: torch.dtype = getattr(torch, dtype_name)
-    if gpu is None:
-        unfit: list[str] = []
-        chosen = choose_backend(
-            *(backend, device_type, tokens, activation),
-            lambda: _of_prompt(packed, tokens, call_dtype, packed.device, unfit),
-        )
-        reason = "; ".join([_REASONS[chosen].format(device_type), *unfit])
-    elif backend not in ("auto", "blas", "cuda", "triton"):
-        raise ValueError(
-            f"backend must be 'auto', 'blas', 'cuda' or 'triton' where gpu is given, got {backend!r}"
-        )
-    elif isinstance(packed, PrepackedLinear):
-        raise ValueError("packed must be a PackedLinear where gpu is given: prepacked layers are the CPU's")
-    else:
-        chosen = backend
-        reasons = [f"planned for gpu={gpu!r}"]
-        if backend == "auto":
-            chosen = "cuda"
-            if activation == "auto" and has_many_tokens(tokens):
-                chosen = _of_prompt(packed, tokens, call_dtype, gpu, reasons)
-            reasons.insert(1, _REASONS[chosen].format("cuda"))
-        reason = "; ".join(reasons)
+    chosen, reason = _choose(packed, tokens, call_dtype, backend, activation, gpu)
     prepacked = isinstance(packed, PrepackedLinear)
     check_activation_mode(activation, chosen, prepacked)
     leaders = packed.shares if isinstance(packed, PrepackedLinear) else packed.leaders
@@ -263,6 +241,38 @@ def explain(
         workspace_bytes=plan["forward_workspace_bytes"],
         first_stages=plan["first_stages"],
     )
+
+
+def _choose(
+    packed: PackedLinear | PrepackedLinear,
+    tokens: int,
+    dtype: torch.dtype,
+    backend: str,
+    activation: str,
+    gpu: GpuProperties | str | None,
+) -> tuple[str, str]:
+    """The backend of the call, and why."""
+    reasons: list[str] = []
+    if gpu is None:
+        device = packed.device
+        chosen = choose_backend(
+            *(backend, device.type, tokens, activation),
+            lambda: _of_prompt(packed, tokens, dtype, device, reasons),
+        )
+        return chosen, "; ".join([_REASONS[chosen].format(device.type), *reasons])
+    if backend not in ("auto", "blas", "cuda", "triton"):
+        raise ValueError(
+            f"backend must be 'auto', 'blas', 'cuda' or 'triton' where gpu is given, got {backend!r}"
+        )
+    if isinstance(packed, PrepackedLinear):
+        raise ValueError("packed must be a PackedLinear where gpu is given: prepacked layers are the CPU's")
+    planned = f"planned for gpu={gpu!r}"
+    if backend != "auto":
+        return backend, planned
+    chosen = "cuda"
+    if activation == "auto" and has_many_tokens(tokens):
+        chosen = _of_prompt(packed, tokens, dtype, gpu, reasons)
+    return chosen, "; ".join([planned, _REASONS[chosen].format("cuda"), *reasons])
 
 
 def _of_prompt(

@@ -101,14 +101,17 @@ def test_both_stages_in_one_kernel(
     packed = problems.scaled_down(packed)
     on_device, layer = x.to(device), packed.to(device)
     y = littlebit_linear(on_device, layer, activation=mode)
-    kernels = set()
-    for tokens in (17, 40, 130, 515, 1030, 4099):
+    kernels, clusters = set(), set()
+    for tokens in (17, 40, 130, 300, 515, 1030, 4099):
         plan = explain((tokens, 4140), packed, activation=mode, dtype=x.dtype, gpu=gpu_properties(device))
         kernels.add(plan.kernels)
+        clusters.add(plan.launches[0].grid[1] if plan.kernels == "fused" else 1)
         assert torch.equal(littlebit_linear(on_device[:tokens], layer, activation=mode), y[:tokens]), plan
     assert "gemm" in kernels
     if mode == "float16" and ranks[0] < 100:
         assert "fused" in kernels
+        # What a cluster and its shared memory do cannot be seen elsewhere.
+        assert max(clusters) > 1 or gpu_properties(device).capability < 90
     error = problems.error_of(y[-70:], x[-70:], packed, mode)
     assert error <= problems.allowed(x.dtype, mode, 70 * 2050)
 

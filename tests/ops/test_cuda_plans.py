@@ -209,7 +209,7 @@ def test_the_cut_of_sums_does_not_depend_on_the_tokens() -> None:
 
 def test_plan_of_a_prompt() -> None:
     packed = make_packed(8192, 28672, [296, 296])
-    plan = explain((128, 8192), packed, gpu="H200", dtype=torch.bfloat16)
+    plan = explain((128, 8192), packed, "cuda", gpu="H200", dtype=torch.bfloat16)
     assert (plan.kernels, plan.activation, plan.token_block) == ("gemm", "float16", 128)
     assert [launch.kind for launch in plan.launches] == ["convert", "gemm"] * 2
     for launch in plan.launches[1::2]:
@@ -219,11 +219,11 @@ def test_plan_of_a_prompt() -> None:
         assert 0 < launch.shared_bytes <= GPUS["4090"].shared_bytes
     assert plan.launches[-1].grid[0] * plan.launches[-1].row_tile >= 28672
     # In clusters of 8 blocks, of 132 SMs.
-    plan = explain((512, 8192), packed, gpu="H200", dtype=torch.bfloat16)
+    plan = explain((512, 8192), packed, "cuda", gpu="H200", dtype=torch.bfloat16)
     assert (plan.kernels, plan.activation, plan.workspace_bytes) == ("fused", "float16", 0)
     (launch,) = plan.launches
     assert (launch.kind, launch.grid, launch.token_tile, launch.row_tile) == ("fused", (1, 8, 16), 32, 0)
-    assert explain((512, 8192), packed, gpu="H200").activation == "exact"
+    assert explain((512, 8192), packed, "cuda", gpu="H200").activation == "exact"
     assert explain((512, 8192), packed, gpu="H200", activation="int16").kernels == "bit planes"
 
 
