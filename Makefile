@@ -5,6 +5,7 @@
 #   VENV=path           where the environment lives (default .venv)
 #   BPW=0.55            bits per weight of `make demo`
 #   PYTEST_ARGS=...     extra arguments of pytest in `make test`
+#   TEST_PROCESSES=1    how many processes share its files (default: one for each core)
 #
 # pip's own variables (PIP_INDEX_URL, PIP_FIND_LINKS, ...) select where packages come from, for instance a
 # CPU-only or a CUDA build of torch.
@@ -19,6 +20,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= $(shell nproc)
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -86,7 +88,7 @@ test: ctest sanitize pytest ## run all tests: C and C++, the same under sanitize
 
 pytest: $(STAMPS)/dev build/.built ## run the Python tests
 	@echo "== pytest"
-	@$(PY) -m pytest $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 ctest: $(STAMPS)/base ## run the C and C++ tests of the torch-free core
 	@echo "== ctest"
