@@ -88,7 +88,7 @@ test: ctest sanitize pytest ## run all tests: C and C++, the same under sanitize
 
 pytest: $(STAMPS)/dev build/.built ## run the Python tests
 	@echo "== pytest"
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 ctest: $(STAMPS)/base ## run the C and C++ tests of the torch-free core
 	@echo "== ctest"

@@ -15,6 +15,14 @@ import torch
 hypothesis.settings.register_profile("littlebit2", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("littlebit2")
 
+#: Files that take minutes come first, lest one process end alone with them.
+_LONGEST = (
+    "tests/kernels/test_cuda_build.py",
+    "tests/triton/test_interpreter.py",
+    "tests/triton/test_ahead.py",
+    "tests/train/test_recipe.py",
+)
+
 _SEED_VARIABLE = "LB2_TEST_SEED"
 _SEED = pytest.StashKey[int]()
 
@@ -25,6 +33,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if text != "random" and not text.isdecimal():
         raise pytest.UsageError(f"{_SEED_VARIABLE} must be a non-negative integer or 'random', got {text!r}")
     config.stash[_SEED] = secrets.randbits(32) if text == "random" else int(text)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order files by :data:`_LONGEST`, and leave the others as they are."""
+    order = {path: index for index, path in enumerate(_LONGEST)}
+    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
 
 
 @pytest.hookimpl(wrapper=True)
