@@ -90,8 +90,9 @@ lb2_cuda_launch choose(const Work& work, int64_t tokens, const lb2_cuda_tuning& 
 
 int64_t mma_cycles(lb2_activation activation, int32_t capability) noexcept {
   if (capability == 90) return 6;
-  const bool halved = capability == 86 || capability == 89 || capability >= 120;
-  return halved && activation != LB2_ACTIVATION_INT8 ? 16 : 8;
+  const bool geforce = capability == 86 || capability == 89 || capability >= 120;
+  if (!geforce) return 8;
+  return activation == LB2_ACTIVATION_INT8 ? 16 : 32;
 }
 
 void add_gemm_launches(const Stages& stages, int64_t tokens, const lb2_cuda_tuning& tuning,

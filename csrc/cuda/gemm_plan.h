@@ -12,8 +12,9 @@ namespace lb2::cuda {
 void add_gemm_launches(const Stages& stages, int64_t tokens, const lb2_cuda_tuning& tuning,
                        Plan* plan) noexcept;
 
-// Cycles of a quarter of an SM for one MMA. The rates of mma.sync: half of the tensor cores' for float16 sums
-// in fp32 on GeForce GPUs, about 0.65 of them on sm_90, whose full rate only wgmma has.
+// Cycles of a quarter of an SM for one MMA, by nominal rates: GeForce GPUs have a quarter of an A100's for
+// float16 with sums in fp32, and half for int8; on sm_90 mma.sync has about 0.7 of the rate, whose whole only
+// wgmma has.
 int64_t mma_cycles(lb2_activation activation, int32_t capability) noexcept;
 
 // Whether these are the launches of a GEMM.
