@@ -36,8 +36,8 @@ def littlebit_linear(
             then torch's matrix products; float16 if the layer fits) or ``"reference"`` (plain PyTorch in
             float32).
             ``auto`` takes the kernels that were compiled for the device, Triton's on a GPU where there are
-            none, and either Triton's or ``blas`` on a GPU for many tokens
-            (:func:`littlebit2_kernels.dispatch.choose_backend`). A backend asked for by name that cannot run
+            none, and for many tokens whichever of these and ``blas`` should be the fastest on the GPU
+            (:func:`littlebit2_kernels.prompts.prompt_backend`). A backend asked for by name that cannot run
             raises.
         activation: how activations enter the sums (docs/kernels.md): ``"exact"`` in float32, ``"int16"``
             (error about 3e-4), ``"int8"`` (about 1e-2), ``"sign"`` (binarised), ``"float16"`` (CUDA only,

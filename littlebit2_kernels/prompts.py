@@ -20,7 +20,6 @@ __all__ = [
     "MARGIN",
     "prompt_backend",
     "unpack_cycles",
-    "unpacking_pays",
 ]
 
 #: Of a GPU that can be planned for (csrc/cuda/check.cpp).
@@ -59,34 +58,8 @@ def prompt_backend(
 ) -> str:
     """Which backend should be the fastest for many tokens: ``"blas"``, ``"cuda"`` or ``"triton"``.
 
-    ``blas`` where :func:`unpacking_pays`. Else the CUDA kernels, but for more than :data:`CUDA_TOKENS` on
-    Hopper and data-centre Blackwell Triton's, of which there is no estimate, unless that of the CUDA kernels
-    is at most that of unpacking. Arguments as for :func:`unpacking_pays`.
-    """
-    if unpacking_pays(tokens, dtype, in_features, out_features, ranks, shares, gpu, operands):
-        return "blas"
-    properties = _properties(gpu) if isinstance(gpu, torch.device) else gpu_properties(gpu)
-    if tokens <= CUDA_TOKENS or properties.capability not in _SLOW_MMA_SYNC:
-        return "cuda"
-    own = None if ranks is None else tuple(ranks)
-    ours, unpacking = _estimates(tokens, dtype, in_features, out_features, own, tuple(shares), properties)
-    return "cuda" if 0 < ours <= unpacking else "triton"
-
-
-def unpacking_pays(
-    tokens: int,
-    dtype: torch.dtype,
-    in_features: int,
-    out_features: int,
-    ranks: Sequence[int] | None,
-    shares: Sequence[int],
-    gpu: GpuProperties | torch.device | str,
-    operands: Operands | None = None,
-) -> bool:
-    """Whether unpacking a layer and torch's matrix products should take less time than the CUDA kernels.
-
-    By the planner's estimates of both (docs/cuda.md), which are counts, not measurements, with a margin. Of
-    the Triton kernels, which could also run, there is no estimate.
+    By the planner's estimates of the CUDA kernels, and of unpacking and torch's matrix products
+    (docs/cuda.md), which are counts, not measurements. Of the Triton kernels there is no estimate.
 
     Args:
         tokens: M.
@@ -100,22 +73,26 @@ def unpacking_pays(
             without them, it is taken to fit.
 
     Returns:
-        False for fewer than :data:`LEAST_TOKENS`, more than :data:`FACTOR_BYTES` of factors, GPUs that the
-        kernels are not made for, float32, which is for exact sums, and in float16 layers that do not fit, or
-        that would have to be looked at while a CUDA graph is being captured.
+        ``"blas"`` for at least :data:`LEAST_TOKENS` of 16 bits where it is estimated to be faster by
+        :data:`MARGIN`, the factors are at most :data:`FACTOR_BYTES` and, in float16, the layer fits (which
+        cannot be found out while a CUDA graph is being captured); float32 is for exact sums. Else
+        ``"triton"`` for more than :data:`CUDA_TOKENS` on Hopper and data-centre Blackwell, unless the
+        estimate of the CUDA kernels is at most that of unpacking, and ``"cuda"``, as for GPUs that these
+        kernels are not made for.
     """
-    if dtype not in _DTYPES or tokens < LEAST_TOKENS:
-        return False
-    own = None if ranks is None else tuple(ranks)
     properties = _properties(gpu) if isinstance(gpu, torch.device) else gpu_properties(gpu)
-    elements = in_features * out_features if own is None else sum(own) * (in_features + out_features)
-    if properties.capability < _LEAST_CAPABILITY or elements * dtype.itemsize > FACTOR_BYTES:
-        return False
+    if tokens < LEAST_TOKENS or properties.capability < _LEAST_CAPABILITY:
+        return "cuda"
+    own = None if ranks is None else tuple(ranks)
     ours, unpacking = _estimates(tokens, dtype, in_features, out_features, own, tuple(shares), properties)
+    elements = in_features * out_features if own is None else sum(own) * (in_features + out_features)
     # A call without a GEMM (no shared memory for it) has no estimates.
-    if MARGIN * unpacking >= ours:
-        return False
-    return dtype != torch.float16 or operands is None or fits_float16(operands)
+    pays = dtype in _DTYPES and elements * dtype.itemsize <= FACTOR_BYTES and MARGIN * unpacking < ours
+    if pays and (dtype != torch.float16 or operands is None or fits_float16(operands)):
+        return "blas"
+    if tokens <= CUDA_TOKENS or properties.capability not in _SLOW_MMA_SYNC or 0 < ours <= unpacking:
+        return "cuda"
+    return "triton"
 
 
 def unpack_cycles(plan: Mapping[str, Any], dtype: torch.dtype, single_stage: bool) -> int:

@@ -105,15 +105,8 @@ struct FusedBlock {
       load_runs<false>({row, nullptr, 0, 1, params.cols, params.dtype}, cols, values);
 #pragma unroll
       for (int i = 0; i < kLaneCols; ++i) values[i] *= scale[i];
-      store_converted(buffer(at) + group * kBlockBytes, kBlockBytes, warp, inside, values);
+      store_converted<Operand>(values, lane, warp, inside, buffer(at) + group * kBlockBytes, kBlockBytes);
     }
-  }
-
-  LB2_DEVICE void store_converted(unsigned char* block, int block_bytes, int column, bool inside,
-                                  const float (&values)[kLaneCols]) const {
-    unsigned char* tail = block + block_bytes - kGemmTailBytes;
-    Operand::convert(values, lane, column, inside, block, reinterpret_cast<float*>(tail) + column,
-                     reinterpret_cast<int32_t*>(tail) + kGroupTokens + column);
   }
 
   // A slice of the activations: into the L2 cache.
@@ -278,8 +271,8 @@ struct FusedBlock {
         load_latents(term, token, col + 16, values + kRunCols);
         const int indices = slice_indices(term.rank, slice);
         const int bytes = group_bytes(indices);
-        store_converted(latents(term, slice) + token / kGroupTokens * bytes, bytes, token % kGroupTokens,
-                        lane / 8 < indices, values);
+        store_converted<Operand>(values, lane, token % kGroupTokens, lane / 8 < indices,
+                                 latents(term, slice) + token / kGroupTokens * bytes, bytes);
       }
       unit -= count * term.slices;
     }

@@ -17,6 +17,10 @@ struct Layout {
   int rows[kFusedPaths];     // of a first stage, the first one
   int offsets[kFusedPaths];  // of a term's latents, converted, in bytes
   int pitch, latent_bytes;
+  // Of the parts that a block of a cluster keeps: those of its slices, or of one block alone the sum of all.
+  int64_t part_bytes(int64_t slices, int64_t blocks) const {
+    return (blocks == 1 ? 1 : divide_up(slices, blocks)) * kFusedTokens * pitch * 4;
+  }
 };
 
 int64_t last_indices(int64_t rank) {
@@ -57,9 +61,7 @@ int64_t estimated_cycles(const Stages& stages, int64_t tokens, int64_t blocks, c
   constexpr int64_t kReadParts = 400;  // four at once
   constexpr int64_t kCluster = 500;    // a barrier of a cluster
   constexpr int64_t kShare = 300;      // latents on their way to the other blocks
-  constexpr int64_t kStep = 70;        // as of the GEMM
   constexpr int64_t kUnit = 400;       // outputs of a warp on their way to memory
-  constexpr int64_t kL2Bytes = 2500;   // of all SMs in a cycle
   constexpr int64_t kSchedulers = 4;
   const Work &first = stages.work[0], &last = stages.work[1];
   const lb2_activation mode = plan.activation;
@@ -91,7 +93,7 @@ int64_t estimated_cycles(const Stages& stages, int64_t tokens, int64_t blocks, c
   const int64_t index_steps = steps / kSliceIndices;
   cycles += rounds * (kUnit + last.most_parts(kIndexCols) * index_steps *
                                   std::max(at_once * kFusedRowTiles * std::max(tile_mmas * mma, kSigns),
-                                           terms * kStep));
+                                           terms * kStepLatency));
   for (int g = 0; g < last.num_groups; ++g)
     for (int i = last.first_term[g]; i < last.first_term[g + 1]; ++i)
       sign_bytes += last.rows[g] * last.cols[i] / 8;
@@ -116,8 +118,7 @@ bool add_fused_launch(const Stages& stages, int64_t tokens, const lb2_cuda_tunin
     if (tuning.fused != 0 && tuning.fused != blocks) continue;
     if (blocks > 1 && plan->device.capability < kLeastChained) break;
     if (blocks > plan->device.multiprocessors) break;  // they run at the same time
-    const int64_t parts = blocks == 1 ? 1 : divide_up(stages.work[0].slices(0), blocks);
-    const int64_t part_bytes = parts * kFusedTokens * layout.pitch * 4;
+    const int64_t part_bytes = layout.part_bytes(stages.work[0].slices(0), blocks);
     if (part_bytes + layout.latent_bytes > plan->device.shared_bytes) continue;
     const int shared =
         fused_layout(plan->activation, layout.latent_bytes, static_cast<int>(part_bytes)).bytes;
@@ -189,9 +190,8 @@ FusedParams fused_params(const Layers& layers, const Plan& plan, int blocks, int
   params.m = static_cast<int32_t>(tokens);
   while (1 << params.blocks_log2 < blocks) ++params.blocks_log2;
   params.part_pitch = layout.pitch;
-  const int64_t parts = blocks == 1 ? 1 : divide_up(params.slices, blocks);
   const FusedLayout shared = fused_layout(plan.activation, layout.latent_bytes,
-                                          static_cast<int>(parts * kFusedTokens * layout.pitch * 4));
+                                          static_cast<int>(layout.part_bytes(params.slices, blocks)));
   params.part_offset = shared.part_offset;
   params.store_offset = shared.store_offset;
   params.dtype = args.dtype;

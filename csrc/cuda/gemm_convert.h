@@ -16,6 +16,15 @@ LB2_DEVICE int slice_indices(int cols, int slice) {
   return left >= kSliceCols ? kSliceIndices : (left + kIndexCols - 1) / kIndexCols;
 }
 
+// A token's slice, converted by its warp, into the block of memory of a group of tokens.
+template <typename Operand>
+LB2_DEVICE void store_converted(const float (&values)[kLaneCols], int lane, int column, bool inside,
+                                unsigned char* block, int block_bytes) {
+  unsigned char* tail = block + block_bytes - kGemmTailBytes;
+  Operand::convert(values, lane, column, inside, block, reinterpret_cast<float*>(tail) + column,
+                   reinterpret_cast<int32_t*>(tail) + kGroupTokens + column);
+}
+
 // Blocks are [slices of all terms, 1, groups of tokens], a warp for each token.
 template <typename Operand>
 LB2_KERNEL(kThreads, 2)
@@ -33,11 +42,8 @@ gemm_convert(const LB2_GRID_CONSTANT LaunchParams params) {
   const int cols[2] = {first, first + 16};
   float values[kLaneCols];
   load_runs(slice_source(params, term, token), cols, values);
-  unsigned char* block = converted_block<Operand>(term, block_z(), slice);
-  unsigned char* tail = block + Operand::kBlockBytes - kGemmTailBytes;
-  Operand::convert(values, lane, column, lane / 8 < slice_indices(term.cols, slice), block,
-                   reinterpret_cast<float*>(tail) + column,
-                   reinterpret_cast<int32_t*>(tail) + kGroupTokens + column);
+  store_converted<Operand>(values, lane, column, lane / 8 < slice_indices(term.cols, slice),
+                           converted_block<Operand>(term, block_z(), slice), Operand::kBlockBytes);
 }
 
 }  // namespace lb2::cuda

@@ -20,10 +20,8 @@ struct Choice {
 // Estimated cycles of a stage for all tokens of a round. Leads from instruction counts, to be replaced by
 // measurements; only their order matters here.
 int64_t estimated_cycles(const Work& work, const Choice& choice, int64_t tokens, const Plan& plan) {
-  constexpr int64_t kStep = 70;        // of the two dependent MMAs of a step, and loading what they take
   constexpr int64_t kStage = 150;      // a barrier, and copies that are asked for
   constexpr int64_t kBlock = 2500;     // until the first stage is there; sums stored
-  constexpr int64_t kL2Bytes = 2500;   // of all SMs in a cycle
   constexpr int64_t kReadParts = 600;  // by the next stage, four parts at once
   const lb2_activation mode = plan.activation;
   const int64_t terms = gemm_terms(mode), steps = gemm_steps(mode) / kSliceIndices;
@@ -42,7 +40,7 @@ int64_t estimated_cycles(const Work& work, const Choice& choice, int64_t tokens,
       (choice.tile.rows / kTileRows) * (choice.tile.tokens / kGroupTokens) * steps * 2 * terms;
   const int64_t multiply = mmas * mma_cycles(mode, plan.device.capability) / 4;
   const int64_t latency =
-      steps * terms * kStep + gemm_slice_stages(mode, choice.tile.tokens) * kStage / kSliceIndices;
+      steps * terms * kStepLatency + gemm_slice_stages(mode, choice.tile.tokens) * kStage / kSliceIndices;
   const int64_t compute = waves * (kBlock + indices * std::max(resident * multiply, latency));
   const int64_t index_bytes = choice.tile.tokens / kGroupTokens * gemm_step_bytes(mode) * steps;
   const int64_t copies = blocks * indices * index_bytes / kL2Bytes;

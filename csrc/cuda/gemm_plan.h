@@ -12,9 +12,12 @@ namespace lb2::cuda {
 void add_gemm_launches(const Stages& stages, int64_t tokens, const lb2_cuda_tuning& tuning,
                        Plan* plan) noexcept;
 
+// What estimates of the kernels of many tokens count with, to be replaced by measurements: cycles of the two
+// dependent MMAs of a step, loading what they take included; bytes that all SMs get from the L2 cache in one.
+constexpr int64_t kStepLatency = 70;
+constexpr int64_t kL2Bytes = 2500;
 // Cycles of a quarter of an SM for one MMA, by nominal rates: GeForce GPUs have a quarter of an A100's for
-// float16 with sums in fp32, and half for int8; on sm_90 mma.sync has about 0.7 of the rate, whose whole only
-// wgmma has.
+// float16 with sums in fp32, and half for int8; on sm_90 mma.sync has two thirds of the rate that wgmma has.
 int64_t mma_cycles(lb2_activation activation, int32_t capability) noexcept;
 
 // Whether these are the launches of a GEMM.

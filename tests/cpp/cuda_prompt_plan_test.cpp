@@ -161,6 +161,19 @@ void test_unpacking_is_for_many_tokens() {
   expect(most.unpack_cycles > 0 && most.estimated_cycles > 0, "no overflow", most.unpack_cycles);
 }
 
+// A call accepts the plan as it is, and not with a bit changed.
+void check_resumed(const Layer& layer, const lb2_cuda_plan& plan) {
+  lb2::cuda::Layers layers;
+  lb2::cuda::Plan resumed;
+  expect(resume(layer, &plan, &resumed, &layers) == LB2_OK, lb2_last_error());
+  for (size_t at = offsetof(lb2_cuda_plan, workspace_bytes); at < sizeof plan; ++at) {
+    lb2_cuda_plan wrong = plan;
+    reinterpret_cast<unsigned char*>(&wrong)[at] ^= 0x10;
+    expect(resume(layer, &wrong, &resumed, &layers) != LB2_OK, "a changed plan is refused",
+           static_cast<int64_t>(at));
+  }
+}
+
 // Every tile is planned as asked for, and a call accepts it.
 void test_gemm_tuning() {
   for (const lb2_cuda_device& device : kGpus)
@@ -184,15 +197,7 @@ void test_gemm_tuning() {
                  "the tile asked for", tile.rows, tile.tokens);
           expect(splits == 0 || plan.launches[1].grid_y == splits, "the split asked for", splits,
                  plan.launches[1].grid_y);
-          lb2::cuda::Layers layers;
-          lb2::cuda::Plan resumed;
-          expect(resume(layer, &plan, &resumed, &layers) == LB2_OK, lb2_last_error());
-          for (size_t at = offsetof(lb2_cuda_plan, workspace_bytes); at < sizeof plan; ++at) {
-            lb2_cuda_plan wrong = plan;
-            reinterpret_cast<unsigned char*>(&wrong)[at] ^= 0x10;
-            expect(resume(layer, &wrong, &resumed, &layers) != LB2_OK, "a changed plan is refused",
-                   static_cast<int64_t>(at));
-          }
+          check_resumed(layer, plan);
         }
 }
 
@@ -224,15 +229,7 @@ void test_fused_tuning() {
         }
         check_fused(layer, plan);
         expect(plan.launches[0].grid_y == fused, "the cluster asked for", fused, plan.launches[0].grid_y);
-        lb2::cuda::Layers layers;
-        lb2::cuda::Plan resumed;
-        expect(resume(layer, &plan, &resumed, &layers) == LB2_OK, lb2_last_error());
-        for (size_t at = offsetof(lb2_cuda_plan, workspace_bytes); at < sizeof plan; ++at) {
-          lb2_cuda_plan wrong = plan;
-          reinterpret_cast<unsigned char*>(&wrong)[at] ^= 0x10;
-          expect(resume(layer, &wrong, &resumed, &layers) != LB2_OK, "a changed plan is refused",
-                 static_cast<int64_t>(at));
-        }
+        check_resumed(layer, plan);
       }
   // Few multiprocessors have no room for a cluster.
   for (const int32_t sms : {1, 3, 7}) {

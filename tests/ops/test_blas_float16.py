@@ -428,9 +428,9 @@ def test_float16_pays_where_bfloat16_does() -> None:
     sizes = (4096, 11008, (128, 128), (0, 1), "H200")
     half, bfloat, single = torch.float16, torch.bfloat16, torch.float32
     for tokens in (prompts.LEAST_TOKENS - 1, 512, 2048, 8192):
-        pays = prompts.unpacking_pays(tokens, bfloat, *sizes)
-        assert prompts.unpacking_pays(tokens, half, *sizes) == pays == (tokens >= 2048)
-    assert not prompts.unpacking_pays(2048, single, *sizes)
+        pays = prompts.prompt_backend(tokens, bfloat, *sizes) == "blas"
+        assert (prompts.prompt_backend(tokens, half, *sizes) == "blas") == pays == (tokens >= 2048)
+    assert prompts.prompt_backend(2048, single, *sizes) != "blas"
     plan = {"unpack_cycles": 10_000}
     assert prompts.unpack_cycles(plan, bfloat, False) == prompts.unpack_cycles(plan, half, True) == 10_000
     assert prompts.unpack_cycles(plan, half, False) == 10_000 + prompts.BALANCE_CYCLES

@@ -22,7 +22,7 @@ from littlebit2_kernels import (
 )
 from littlebit2_kernels.dispatch import ACTIVATIONS, check_activation_mode, choose_backend, unavailable_reason
 from littlebit2_kernels.gpu import GPUS, gpu_properties
-from littlebit2_kernels.prompts import prompt_backend, unpacking_pays
+from littlebit2_kernels.prompts import prompt_backend
 from littlebit2_kernels.testing import make_packed, make_problem
 
 
@@ -237,7 +237,7 @@ def test_when_unpacking_pays() -> None:
         gpu: str, tokens: int, ranks: tuple[int, ...] | None, dtype: torch.dtype = torch.bfloat16
     ) -> bool:
         shares = (0,) if ranks is None else tuple(range(len(ranks)))
-        return unpacking_pays(tokens, dtype, 8192, 28672, ranks, shares, gpu)
+        return prompt_backend(tokens, dtype, 8192, 28672, ranks, shares, gpu) == "blas"
 
     for gpu in GPUS:
         assert not pays(gpu, prompts.LEAST_TOKENS - 1, (632, 632))
@@ -249,9 +249,10 @@ def test_when_unpacking_pays() -> None:
     # More of factors than a call may take.
     assert not pays("H200", 8192, (3192, 3192))
     assert not pays("H200", 8192, None)
-    assert unpacking_pays(8192, torch.bfloat16, 4096, 11008, None, (0,), "H200")
+    assert prompt_backend(8192, torch.bfloat16, 4096, 11008, None, (0,), "H200") == "blas"
     # What cannot be planned for.
-    assert not unpacking_pays(8192, torch.bfloat16, 8192, 28672, (632,), (0,), GpuProperties(75, 40, 65536))
+    old = GpuProperties(75, 40, 65536)
+    assert prompt_backend(8192, torch.bfloat16, 8192, 28672, (632,), (0,), old) != "blas"
 
 
 def test_which_backend_takes_a_prompt() -> None:
