@@ -26,6 +26,7 @@ __all__ = [
     "PAD_BIT",
     "RANK_MULTIPLE",
     "WORD_BITS",
+    "LayerShape",
     "PackedLinear",
     "PackedPath",
     "pack_signs_reference",
@@ -228,6 +229,127 @@ def check_dim(name: str, size: int, multiple: int = 1) -> None:
         raise ValueError(f"{name} must be between 1 and {MAX_DIM}{of}, got {size}")
 
 
+#: Bits that the papers count for one entry of a scale vector (LittleBit, arXiv 2506.13771).
+COUNTED_SCALE_BITS = 16
+#: Bits of one entry of a scale vector in the packed format.
+STORED_SCALE_BITS = 32
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The sizes of a layer without its tensors: what planning, reports and file headers need to know.
+
+    Attributes:
+        in_features: K.
+        out_features: N.
+        ranks: rank R of every path, a multiple of 8, or ``None`` for a single-stage (OneBit-like) layer.
+        shares: for each path, the path whose first stage (``V`` and ``in_scale``) it uses: itself, or an
+            earlier path of equal rank. Held as a tuple; empty means that no path shares.
+
+    Raises:
+        TypeError: a size is not an integer, or ``ranks`` or ``shares`` is not a sequence.
+        ValueError: a size is out of range, there are no or too many paths, or ``shares`` is inconsistent.
+    """
+
+    in_features: int
+    out_features: int
+    ranks: tuple[int, ...] | None
+    shares: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_dim("in_features", self.in_features)
+        check_dim("out_features", self.out_features)
+        for name, values in (("ranks", self.ranks), ("shares", self.shares)):
+            if values is None and name == "ranks":
+                continue
+            if isinstance(values, str) or not isinstance(values, Sequence):
+                or_none = " or None" if name == "ranks" else ""
+                raise TypeError(
+                    f"{name} must be a sequence of integers{or_none}, got {type(values).__name__}"
+                )
+            object.__setattr__(self, name, tuple(values))
+        for p, rank in enumerate(self.ranks or ()):
+            check_dim(f"ranks[{p}]", rank, RANK_MULTIPLE)
+        if not self.shares:
+            object.__setattr__(self, "shares", tuple(range(1 if self.ranks is None else len(self.ranks))))
+        if self.ranks is not None and len(self.shares) != len(self.ranks):
+            raise ValueError(
+                f"shares must name one path per rank ({len(self.ranks)}), got {len(self.shares)}"
+            )
+        if not 1 <= len(self.shares) <= MAX_PATHS:
+            raise ValueError(f"a layer must have between 1 and {MAX_PATHS} paths, got {len(self.shares)}")
+        self._check_shares()
+
+    def _check_shares(self) -> None:
+        rows = self.rows
+        for p, leader in enumerate(self.shares):
+            if isinstance(leader, bool) or not isinstance(leader, int):
+                raise TypeError(f"shares[{p}] must be an integer, got {leader!r}")
+            if not 0 <= leader <= p or self.shares[leader] != leader or rows[leader] != rows[p]:
+                raise ValueError(
+                    f"shares[{p}] must name path {p} itself or an earlier unshared path of rank {rows[p]}, "
+                    f"got {leader}"
+                )
+
+    @property
+    def single_stage(self) -> bool:
+        """Whether the layer has no second sign matrix (OneBit-like)."""
+        return self.ranks is None
+
+    @property
+    def num_paths(self) -> int:
+        """P."""
+        return len(self.shares)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Rows of the first sign matrix of every path: R, or N in a single-stage layer."""
+        return (self.out_features,) * self.num_paths if self.ranks is None else self.ranks
+
+    @property
+    def own_rows(self) -> tuple[int, ...]:
+        """:attr:`rows` of the paths that compute a first stage of their own."""
+        return tuple(rows for p, rows in enumerate(self.rows) if self.shares[p] == p)
+
+    @property
+    def macs(self) -> int:
+        """Sign-accumulate operations for one token, all stages and paths."""
+        return self.in_features * sum(self.own_rows) + self.out_features * sum(self.ranks or ())
+
+    @property
+    def counted_bits(self) -> int:
+        """Bits by the papers' count: one per sign, 16 per entry of a scale vector, shared tensors once."""
+        return self.macs + COUNTED_SCALE_BITS * self._scale_entries
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits of the portable tensors without the bias: sign rows padded to words, float32 scales."""
+        words = sum(self.own_rows) * words_per_row(self.in_features)
+        words += self.out_features * sum(map(words_per_row, self.ranks or ()))
+        return WORD_BITS * words + STORED_SCALE_BITS * self._scale_entries
+
+    @property
+    def counted_bpw(self) -> float:
+        """:attr:`counted_bits` per weight of the dense layer."""
+        return self.counted_bits / (self.in_features * self.out_features)
+
+    @property
+    def stored_bpw(self) -> float:
+        """:attr:`stored_bits` per weight of the dense layer."""
+        return self.stored_bits / (self.in_features * self.out_features)
+
+    @property
+    def _scale_entries(self) -> int:
+        latents = sum(self.ranks or ())
+        return len(self.own_rows) * self.in_features + self.num_paths * self.out_features + latents
+
+    def __str__(self) -> str:
+        sizes = f"K={self.in_features}, N={self.out_features}"
+        kind = "single stage" if self.ranks is None else f"ranks={list(self.ranks)}"
+        shared = self.shares != tuple(range(self.num_paths))
+        return f"{sizes}, {kind}" + (f", shares={list(self.shares)}" if shared else "")
+
+
 @dataclass(frozen=True, eq=False)
 class PackedPath:
     """One path of a layer: packed signs and float32 scales, checked on construction.
@@ -401,6 +523,13 @@ class PackedLinear:
         One tensor per path; ``u`` and ``latent_scale`` are ``None`` for a single-stage layer.
         """
         return self._operands
+
+    @property
+    def shape(self) -> LayerShape:
+        """Sizes and structure of the layer."""
+        return LayerShape(
+            self.in_features, self.out_features, None if self.single_stage else self.ranks, self.leaders
+        )
 
     def unique_tensors(self) -> list[torch.Tensor]:
         """Every tensor of the layer once, shared ones not repeated."""
