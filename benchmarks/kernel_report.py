@@ -102,7 +102,7 @@ def _compile(file: str, capability: int, folder: Path) -> str:
         f"-I{ROOT / 'csrc'}",
         f"-I{ROOT / 'csrc' / 'include'}",
         "-o",
-        str(folder / f"{file}{capability}"),
+        str(folder / f"{Path(file).stem}_{capability}"),
     ]
     command.append(str(ROOT / "csrc" / "cuda" / f"{file}.cu"))
     return subprocess.run(
@@ -116,8 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--archs", nargs="+", type=int, default=[80, 90, 120])
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(PROCESSORS)) as pool:
-        files = [*(f"kernels_{mode}" for mode in POLICIES), "unpack"]
-        files += [f"kernels_{kind}_{mode}" for kind in ("gemm", "fused") for mode in GEMM_POLICIES]
+        files = [*(f"instances/decode_{mode}" for mode in POLICIES), "unpack/unpack"]
+        files += [f"instances/{kind}_{mode}" for kind in ("gemm", "fused") for mode in GEMM_POLICIES]
         jobs = [(file, capability, Path(folder)) for file in files for capability in options.archs]
         logs = pool.map(lambda job: _compile(*job), jobs)
         kernels = [kernel for log in logs for kernel in parse_ptxas(log)]

@@ -22,7 +22,7 @@ __all__ = ["PromptPrediction", "predict_prompt"]
 #: Of the nominal rate, that cuBLAS reaches.
 PEER_RATE = 0.7
 #: Columns of the least part of a slice that is left out where a term ends, of a slice; rows and tokens of an
-#: MMA (csrc/cuda/gemm_sizes.h).
+#: MMA (csrc/cuda/gemm/sizes.h).
 INDEX, SLICE, TILE_ROWS, GROUP = 128, 512, 16, 8
 #: MMAs of 16 rows, 8 tokens and an index, and bytes that an activation is converted to.
 INDEX_MMAS = {"float16": 8, "exact": 16, "int8": 4}
