@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from littlebit2.quantize import BinaryPath, QuantConfig, admm, quantize_weight, refine
-from littlebit2.quantize.sign_descent import descend
+from littlebit2.quantize.solvers.sign_descent import descend
 from littlebit2_kernels.format import PackedLinear
 from littlebit2_kernels.reference import dense_weight
 

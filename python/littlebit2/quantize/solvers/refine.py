@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from ._numeric import cholesky_in_place
 from .binary_path import BinaryPath, gram, project
+from .numerics import cholesky_in_place
 from .sign_descent import descend
 from .target import Target, as_target
 

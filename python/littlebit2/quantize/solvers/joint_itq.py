@@ -9,7 +9,7 @@ import torch
 
 from littlebit2_kernels.packing import pack_signs, unpack_signs
 
-from ._numeric import binary_exponent, check_matrix, squared_norm, times_power_of_two
+from .numerics import binary_exponent, check_matrix, squared_norm, times_power_of_two
 from .polar import PolarMethod, polar_factor
 
 __all__ = ["LatentRotation", "joint_itq", "random_rotation"]

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ._numeric import binary_exponent, times_power_of_two
+from .numerics import binary_exponent, times_power_of_two
 
 __all__ = ["is_partial", "leading_triplets"]
 

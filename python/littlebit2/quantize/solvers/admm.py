@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ._numeric import cholesky_in_place
 from .binary_path import BinaryFactor, BinaryPath, gram, project
+from .numerics import cholesky_in_place
 from .target import Target, as_target
 
 __all__ = ["admm"]

@@ -52,7 +52,7 @@ def test_quantised_as_well_as_from_the_whole(
     # Without rotation, whose local optima would differ.
     config = QuantConfig(ranks=(R, R), method="dual-svid")
     lean = quantize_weight(matrix, config=config).report.error
-    monkeypatch.setattr("littlebit2.quantize.svd.is_partial", lambda *_: False)
+    monkeypatch.setattr("littlebit2.quantize.solvers.svd.is_partial", lambda *_: False)
     assert lean == pytest.approx(quantize_weight(matrix, config=config).report.error, rel=5e-3)
 
 

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 import torch
 
-from ._numeric import binary_exponent, check_matrix, times_power_of_two
+from .numerics import binary_exponent, check_matrix, times_power_of_two
 
 __all__ = ["PolarMethod", "polar_factor"]
 

@@ -7,7 +7,7 @@ import torch
 
 from littlebit2.quantize import Importance, QuantConfig, quantize_weight
 from littlebit2.quantize.residual import Residual
-from littlebit2.quantize.target import NarrowTarget
+from littlebit2.quantize.solvers.target import NarrowTarget
 
 
 @pytest.mark.parametrize("importance", [False, True])

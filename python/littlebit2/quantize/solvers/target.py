@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ._numeric import normalised, squared_norm
+from .numerics import normalised, squared_norm
 
 __all__ = ["Target", "as_target"]
 

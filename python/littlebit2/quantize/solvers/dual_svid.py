@@ -7,7 +7,7 @@ import torch
 from littlebit2_kernels.format import WORD_BITS, PackedPath
 from littlebit2_kernels.packing import pack_signs, unpack_signs
 
-from ._numeric import binary_exponent, check_matrix, times_power_of_two
+from .numerics import binary_exponent, check_matrix, times_power_of_two
 
 __all__ = ["add_path", "dual_svid", "path_factors", "rank_one", "scale_path"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ._numeric import check_matrix, squared_norm
+from .numerics import check_matrix, squared_norm
 from .partial_svd import is_partial, leading_triplets
 
 __all__ = ["TruncatedFactors", "truncated_factors"]
