@@ -35,10 +35,7 @@ from .joint_itq import LatentRotation, joint_itq
 from .memory import working_bytes
 from .methods import Steps
 from .model import (
-    DEFAULT_EXCLUDE,
     check_budget,
-    check_patterns,
-    is_selected,
     layer_config,
     needs_spectra,
     quantize_linears,
@@ -60,7 +57,6 @@ from .spectrum import Coherence, SpectralReport, StageReport, analyze_weight, en
 from .svd import TruncatedFactors, truncated_factors
 
 __all__ = [
-    "DEFAULT_EXCLUDE",
     "BinaryPath",
     "Coherence",
     "DenseLayer",
@@ -85,7 +81,6 @@ __all__ = [
     "check_budget",
     "check_device",
     "check_dtype",
-    "check_patterns",
     "collect_importance",
     "counted_bpw",
     "dual_svid",
@@ -93,7 +88,6 @@ __all__ = [
     "importance_tensors",
     "in_batches",
     "is_partial",
-    "is_selected",
     "joint_itq",
     "largest_bpw",
     "largest_rank",
