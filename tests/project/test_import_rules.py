@@ -162,9 +162,19 @@ PYTHON_OFFENDERS = {
         "from littlebit2.quantize import QuantConfig",
         "may import littlebit2.quantize.QuantConfig only inside a function",
     ),
-    "stream-imports-transformers": (
-        "python/littlebit2/stream/select.py",
+    "architecture-imports-transformers": (
+        "python/littlebit2/architecture/tensors.py",
         "def select():\n    import transformers",
+        "must not refer to transformers",
+    ),
+    "architecture-names-import-torch-eagerly": (
+        "python/littlebit2/architecture/select.py",
+        "from torch import nn",
+        "may import torch.nn only inside a function",
+    ),
+    "offline-imports-transformers": (
+        "python/littlebit2/offline/pipeline.py",
+        "def run():\n    import transformers",
         "must not refer to transformers",
     ),
 }

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from littlebit2.checkpoint import open_checkpoint
+from littlebit2.offline import StreamError, pipeline, quantize_checkpoint, ranks
 from littlebit2.quantize import Importance, QuantConfig
-from littlebit2.stream import StreamError, pipeline, quantize_checkpoint, ranks
-from tests.stream.builders import contents
+from tests.offline.builders import contents
 
 SPECTRAL = QuantConfig(bpw=3.0, budget="spectral", method="joint-itq", paths=1, itq_iterations=2)
 LAYER = "model.layers.0.mlp.up_proj"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.stream.builders import llama_tensors, write_model
+from tests.offline.builders import llama_tensors, write_model
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from littlebit2.shapes import FAMILIES, model_shapes
+from littlebit2.architecture.shapes import FAMILIES, model_shapes
 
 SMALL = {
     "vocab_size": 96,

@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.stream.builders import contents, llama_tensors, write_model
+from tests.offline.builders import contents, llama_tensors, write_model
 
 #: Kills itself before the k-th change of the file system, for every k, each time in a fork.
 EVERY_CHANGE = """
 import itertools, json, os, signal, sys
 from pathlib import Path
 from littlebit2.quantize import QuantConfig
-from littlebit2.stream import quantize_checkpoint
-from tests.stream.builders import QUICK, contents
+from littlebit2.offline import quantize_checkpoint
+from tests.offline.builders import QUICK, contents
 import torch
 
 torch.set_num_threads(1)

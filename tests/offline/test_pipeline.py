@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from littlebit2.checkpoint import open_checkpoint
+from littlebit2.offline import StreamError, pipeline, quantize_checkpoint, work
 from littlebit2.quantize import QuantConfig, quantize_linears
-from littlebit2.stream import StreamError, pipeline, quantize_checkpoint, work
 from littlebit2_kernels.format import PackedLinear
-from tests.stream.builders import QUICK, contents, llama_tensors, write_model
+from tests.offline.builders import QUICK, contents, llama_tensors, write_model
 
 CONFIG = QuantConfig(**QUICK)
 

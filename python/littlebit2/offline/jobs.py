@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from littlebit2.architecture.tensors import LayerSource, select_layers
 from littlebit2.checkpoint import Checkpoint
 from littlebit2.quantize import (
     Importance,
@@ -24,8 +25,6 @@ from littlebit2.quantize import (
 )
 from littlebit2_kernels.format import RANK_MULTIPLE
 from littlebit2_kernels.version import __version__
-
-from .select import LayerSource, select_layers
 
 __all__ = ["Job", "make_jobs", "run_settings", "source_digest", "with_allocation"]
 

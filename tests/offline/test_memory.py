@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 import torch
 from littlebit2.quantize import QuantConfig
-from littlebit2.stream import quantize_checkpoint
+from littlebit2.offline import quantize_checkpoint
 
 torch.set_num_threads(1)
 

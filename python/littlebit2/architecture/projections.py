@@ -6,20 +6,13 @@ from torch import nn
 
 from littlebit2_kernels import LinearGroup, LittleBitLinear, fuse_linears
 
-__all__ = ["PROJECTIONS", "fuse_projections"]
+from .names import PROJECTIONS
 
-#: Names of modules of one parent that are called with the same input, one after another.
-PROJECTIONS = (
-    ("q_proj", "k_proj", "v_proj"),  # Llama and most others
-    ("query", "key", "value"),  # BERT
-    ("q_lin", "k_lin", "v_lin"),  # DistilBERT
-    ("gate_proj", "up_proj"),  # gated MLPs
-    ("w1", "w3"),  # those of Mixtral's experts
-)
+__all__ = ["fuse_projections"]
 
 
 def fuse_projections(model: nn.Module, *, on_cpu: bool = False) -> list[LinearGroup]:
-    """Fuse the packed projections of a model that share their input (:data:`PROJECTIONS`), in place.
+    """Fuse the packed projections of a model that share their input (:data:`.PROJECTIONS`), in place.
 
     ``littlebit2.load`` and ``from_pretrained`` do it by themselves; this is for models whose layers were
     quantised in memory. Names only suggest: layers that turn out to be called with different inputs, as in

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns
+from littlebit2.architecture.tensors import select_layers
 from littlebit2.checkpoint import open_checkpoint
 from littlebit2.quantize import (
     Importance,
@@ -17,7 +19,6 @@ from littlebit2.quantize import (
     QuantConfig,
     RankAllocation,
     check_budget,
-    check_patterns,
     needs_spectra,
     settle_ranks,
     spectrum_of,
@@ -25,7 +26,6 @@ from littlebit2.quantize import (
 
 from .group import Group, share_out
 from .jobs import Job
-from .select import DEFAULT_EXCLUDE, select_layers
 from .work import WorkDirectory, write_atomically
 
 __all__ = ["allocation_of", "measure_ranks"]

@@ -7,15 +7,11 @@ from .errors import StreamError
 from .pipeline import REPORT_NAME, quantize_checkpoint
 from .ranks import measure_ranks
 from .report import RunReport
-from .select import DEFAULT_EXCLUDE, LayerSource, select_layers
 
 __all__ = [
-    "DEFAULT_EXCLUDE",
     "REPORT_NAME",
-    "LayerSource",
     "RunReport",
     "StreamError",
     "measure_ranks",
     "quantize_checkpoint",
-    "select_layers",
 ]

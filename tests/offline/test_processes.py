@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from littlebit2.architecture.tensors import LayerSource
+from littlebit2.offline import quantize_checkpoint
+from littlebit2.offline.group import share_out
+from littlebit2.offline.jobs import Job
 from littlebit2.quantize import QuantConfig
-from littlebit2.stream import quantize_checkpoint
-from littlebit2.stream.group import share_out
-from littlebit2.stream.jobs import Job
-from littlebit2.stream.select import LayerSource
-from tests.stream.builders import QUICK, contents, llama_tensors, write_model
+from tests.offline.builders import QUICK, contents, llama_tensors, write_model
 
 QUICK_OPTIONS = (
     *("--ranks", *map(str, QUICK["ranks"])),  # type: ignore[call-overload]

@@ -4,12 +4,12 @@ The rule, applied to every tensor; the model is not built:
 
 1. Its name ends in ``.weight``, it is two-dimensional and of a floating-point dtype.
 2. The last part of its module's name does not say that it is something else: an embedding (contains
-   ``embed``, or is one of :data:`EMBEDDINGS`), a norm (contains ``norm``) or an expert router
-   (:data:`ROUTERS`).
+   ``embed``, or is one of :data:`.EMBEDDINGS`), a norm (contains ``norm``) or an expert router
+   (:data:`.ROUTERS`).
 3. It has not ``vocab_size`` rows, which only embeddings and heads have; without effect where the
    configuration gives some other dimension the same size. The patterns decide on ``lm_head``.
 4. Its name matches ``include`` and not ``exclude``; by default heads are excluded
-   (:data:`DEFAULT_EXCLUDE`).
+   (:data:`.DEFAULT_EXCLUDE`).
 
 ``<module>.bias`` of ``out_features`` entries goes with its layer. Fused projections (``qkv_proj`` and
 ``gate_up_proj`` of Phi-3 and Phi-4) are one layer, as they are one module of the model.
@@ -23,27 +23,10 @@ from typing import Any
 
 import torch
 
-from littlebit2.quantize import check_patterns, is_selected
+from .names import CAUSAL_HEAD, TRANSPOSED, is_linear_name
+from .select import DEFAULT_EXCLUDE, check_patterns, is_selected
 
-__all__ = ["DEFAULT_EXCLUDE", "EMBEDDINGS", "ROUTERS", "LayerSource", "select_layers"]
-
-#: Heads stay dense, as in the papers.
-DEFAULT_EXCLUDE = (
-    "*lm_head*",
-    "score",
-    "classifier",
-    "classifier.*",
-    "qa_outputs",
-    "cls.predictions.decoder",
-    "cls.seq_relationship",
-)
-
-#: Embeddings whose name does not contain ``embed``.
-EMBEDDINGS = ("wte", "wpe", "shared", "relative_attention_bias")
-ROUTERS = ("gate", "router", "shared_expert_gate")
-
-#: Families whose matrices are stored transposed ([in, out]) under the same names.
-_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+__all__ = ["LayerSource", "select_layers"]
 
 #: Other dimensions that a configuration names.
 _SIZE_FIELDS = ("hidden_size", "intermediate_size", "ffn_dim", "word_embed_proj_dim", "d_model", "d_ff")
@@ -91,7 +74,7 @@ def select_layers(
             is of a dtype that cannot be quantised (float8, for example).
     """
     includes, excludes = check_patterns("include", include), check_patterns("exclude", exclude)
-    if config.get("model_type") in _TRANSPOSED:
+    if config.get("model_type") in TRANSPOSED:
         raise ValueError(
             f"config: model_type must be of a family that stores weights as [out, in], got "
             f"{config['model_type']!r}, whose Conv1D modules store them as [in, out]"
@@ -102,7 +85,7 @@ def select_layers(
         module = name.removesuffix(".weight")
         if module == name or len(shape) != 2 or not dtype.is_floating_point or not is_linear_name(module):
             continue
-        if shape[0] == vocabulary and not module.endswith("lm_head"):
+        if shape[0] == vocabulary and not module.endswith(CAUSAL_HEAD):
             continue
         if not is_selected(module, includes, excludes):
             continue
@@ -127,12 +110,6 @@ def select_layers(
             f"exclude={list(excludes)}"
         )
     return layers
-
-
-def is_linear_name(module: str) -> bool:
-    """Whether the name of a module leaves open that it is a linear layer."""
-    last = module.rpartition(".")[2].lower()
-    return not ("embed" in last or "norm" in last or last in EMBEDDINGS or last in ROUTERS)
 
 
 def _telling_vocabulary(config: Mapping[str, Any]) -> int | None:

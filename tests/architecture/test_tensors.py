@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from littlebit2.architecture.shapes import model_shapes
+from littlebit2.architecture.tensors import select_layers
 from littlebit2.plan import load_config, shipped_configs
-from littlebit2.shapes import model_shapes
-from littlebit2.stream import select_layers
 
 SIZES = {"vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 FAMILIES = {

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns
 from littlebit2.checkpoint import check_replaceable, open_checkpoint
 from littlebit2.quantize import (
     DenseLayer,
     Importance,
     QuantConfig,
     check_device,
-    check_patterns,
     needs_spectra,
     quantize_together,
 )
@@ -33,7 +33,6 @@ from .group import Group, process_group, share_out
 from .jobs import Job, make_jobs, run_settings, with_allocation
 from .ranks import allocation_of
 from .report import RunReport, layer_entry
-from .select import DEFAULT_EXCLUDE
 from .work import WorkDirectory
 from .workers import choose_workers, make_batches, run_jobs
 
@@ -79,7 +78,7 @@ def quantize_checkpoint(
         out: directory to make.
         config: size, method, seed. ``kv_factor`` applies to names ending in ``k_proj`` or ``v_proj``.
         include: shell-style pattern or patterns on module names; which tensors are linear weights
-            is said in :mod:`.select`.
+            is said in :mod:`littlebit2.architecture.tensors`.
         exclude: likewise; wins. Heads by default.
         importance: by module name (:func:`.collect_importance`); layers that are not in it weigh all errors
             alike.
