@@ -1,4 +1,4 @@
-// The operators on CUDA tensors, but the gradient of x, which is made of unpack (littlebit2_kernels/blas.py):
+// The operators on CUDA tensors, but the gradient of x, which is made of unpack (littlebit2_kernels/ops/dense.py):
 // arguments of the C ABI, device guard, stream. A library of its own, loaded only where torch has CUDA; it is
 // compiled without torch's CUDA headers or libraries, against any build of torch.
 #include <dlfcn.h>

@@ -68,6 +68,12 @@ _USER_BASE = ("torch", "numpy", "safetensors", "tqdm")
 
 _BELOW_LINEAR = ("dispatch", "format", "functional", "ops", "prepacked", "prompts", "reference", "state")
 
+#: Modules of the Triton kernels: all but ``backend``, which imports them once a call is to run there.
+_TRITON_KERNELS = (
+    *("configs", "forward", "fused", "gemm", "gemv", "launch", "operand", "ops", "plan", "slots"),
+    *("transposed", "unpack", "xnor"),
+)
+
 #: The row with the longest matching prefix applies.
 PYTHON_ROOMS = {
     f"{_KERNELS}.version": PythonRoom(may=()),
@@ -88,7 +94,15 @@ PYTHON_ROOMS = {
         never=NATIVE,
     ),
     f"{_KERNELS}.triton": PythonRoom(
-        may=("torch", "triton", f"{_KERNELS}.format", f"{_KERNELS}.gpu", f"{_KERNELS}.triton"), never=NATIVE
+        may=(
+            *("torch", "triton", f"{_KERNELS}.format", f"{_KERNELS}.gpu", f"{_KERNELS}.ops.operands"),
+            f"{_KERNELS}.triton",
+        ),
+        never=NATIVE,
+    ),
+    # What the rest of the package imports; it imports the kernels once a call is to run there.
+    f"{_KERNELS}.triton.backend": PythonRoom(
+        may=("torch", f"{_KERNELS}.format", f"{_KERNELS}.gpu"), lazily=(f"{_KERNELS}.triton",), never=NATIVE
     ),
     # What decides needs no Triton, but for the version that a stored configuration was tuned with.
     **{
@@ -99,7 +113,10 @@ PYTHON_ROOMS = {
         )
         for name, lazily in (("configs", ("triton",)), ("plan", ()))
     },
-    _KERNELS: PythonRoom(may=("torch", "numpy", _KERNELS), lazily=("triton", f"{_KERNELS}.triton")),
+    _KERNELS: PythonRoom(
+        may=("torch", "numpy", _KERNELS),
+        lazily=("triton", *(f"{_KERNELS}.triton.{name}" for name in _TRITON_KERNELS)),
+    ),
     # Names of model parts; what the command line imports of it needs no torch.
     **{
         f"littlebit2.architecture.{name}": PythonRoom(
