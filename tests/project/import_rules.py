@@ -209,7 +209,7 @@ _STD = rf"[a-z_]+|{_LIBC}"
 _CPU = r"immintrin\.h|arm_neon\.h|cpuid\.h|intrin\.h|sys/auxv\.h|asm/hwcap\.h|sys/sysctl\.h"
 _CUDA = r"cuda\w*\.h|mma\.h|(cuda|cub|nv)/.*"
 #: What the kernels may know of the core, and the shim through which tests execute them on the host.
-_CORE_FOR_CUDA = r"csrc/core/(check|first_stages|status)\.h"
+_CORE_FOR_CUDA = r"csrc/core/(check|shape|status)\.h"
 _STABLE_TORCH = r"torch/csrc/stable/.*|torch/csrc/inductor/aoti_torch/c/.*|torch/headeronly/.*"
 #: Our public headers, the generated ones (which no scan of the tree can find) included.
 _PUBLIC = r"csrc/include/.*|littlebit2/.*"
