@@ -100,6 +100,7 @@ PYTHON_ROOMS = {
         for name, lazily in (("configs", ("triton",)), ("plan", ()))
     },
     _KERNELS: PythonRoom(may=("torch", "numpy", _KERNELS), lazily=("triton", f"{_KERNELS}.triton")),
+    "littlebit2.disk": PythonRoom(may=("littlebit2.disk",)),
     # Names of model parts; what the command line imports of it needs no torch.
     **{
         f"littlebit2.architecture.{name}": PythonRoom(
@@ -115,6 +116,7 @@ PYTHON_ROOMS = {
             *_USER_BASE,
             "littlebit2.architecture.names",
             "littlebit2.architecture.select",
+            "littlebit2.disk",
             "littlebit2.quantize",
             f"{_KERNELS}.format",
             f"{_KERNELS}.reference",
@@ -127,7 +129,9 @@ PYTHON_ROOMS = {
         may=(
             "torch",
             "safetensors",
+            "littlebit2.architecture.names",
             "littlebit2.checkpoint",
+            "littlebit2.disk",
             f"{_KERNELS}.format",
             f"{_KERNELS}.packing",
             f"{_KERNELS}.state",
@@ -142,6 +146,7 @@ PYTHON_ROOMS = {
             "tqdm",
             "littlebit2.architecture",
             "littlebit2.checkpoint",
+            "littlebit2.disk",
             "littlebit2.offline",
             "littlebit2.quantize",
             f"{_KERNELS}.format",
@@ -152,7 +157,7 @@ PYTHON_ROOMS = {
         public_only=True,
     ),
     "littlebit2.train": PythonRoom(
-        may=("torch", "numpy", "littlebit2.architecture", "littlebit2.train", _KERNELS),
+        may=("torch", "numpy", "littlebit2.architecture", "littlebit2.disk", "littlebit2.train", _KERNELS),
         never=NATIVE,
         lazily=("pyarrow",),
         public_only=True,
