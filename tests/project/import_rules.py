@@ -117,6 +117,7 @@ PYTHON_ROOMS = {
         may=("torch", "numpy", _KERNELS),
         lazily=("triton", *(f"{_KERNELS}.triton.{name}" for name in _TRITON_KERNELS)),
     ),
+    "littlebit2.disk": PythonRoom(may=("littlebit2.disk",)),
     # Names of model parts; what the command line imports of it needs no torch.
     **{
         f"littlebit2.architecture.{name}": PythonRoom(
@@ -132,6 +133,7 @@ PYTHON_ROOMS = {
             *_USER_BASE,
             "littlebit2.architecture.names",
             "littlebit2.architecture.select",
+            "littlebit2.disk",
             "littlebit2.quantize",
             f"{_KERNELS}.format",
             f"{_KERNELS}.reference",
@@ -144,7 +146,9 @@ PYTHON_ROOMS = {
         may=(
             "torch",
             "safetensors",
+            "littlebit2.architecture.names",
             "littlebit2.checkpoint",
+            "littlebit2.disk",
             f"{_KERNELS}.format",
             f"{_KERNELS}.packing",
             f"{_KERNELS}.state",
@@ -159,6 +163,7 @@ PYTHON_ROOMS = {
             "tqdm",
             "littlebit2.architecture",
             "littlebit2.checkpoint",
+            "littlebit2.disk",
             "littlebit2.offline",
             "littlebit2.quantize",
             f"{_KERNELS}.format",
@@ -169,7 +174,7 @@ PYTHON_ROOMS = {
         public_only=True,
     ),
     "littlebit2.train": PythonRoom(
-        may=("torch", "numpy", "littlebit2.architecture", "littlebit2.train", _KERNELS),
+        may=("torch", "numpy", "littlebit2.architecture", "littlebit2.disk", "littlebit2.train", _KERNELS),
         never=NATIVE,
         lazily=("pyarrow",),
         public_only=True,
