@@ -304,13 +304,15 @@ def renew(seed: int) -> None:
         torch._dynamo.utils.counters.clear()
 
 
-_SNAPSHOT = pytest.StashKey[Snapshot]()
+_LATEST = pytest.StashKey[Snapshot]()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
     """Remember the state before fixtures are set up, those of a module or session included."""
-    item.stash[_SNAPSHOT] = take()
+    # What the test before left is compared already, and nothing runs in between.
+    if _LATEST not in item.config.stash:
+        item.config.stash[_LATEST] = take()
     renew(zlib.crc32(item.nodeid.encode()))
     yield
 
@@ -319,6 +321,9 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
 def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
     """Fail the test if the process is not as it was."""
     yield
-    found = undo(item.stash[_SNAPSHOT], take())
+    before, after = item.config.stash[_LATEST], take()
+    found = undo(before, after)
     if found:
+        del item.config.stash[_LATEST]
         pytest.fail("the test left process-wide state changed:\n  " + "\n  ".join(found), pytrace=False)
+    item.config.stash[_LATEST] = after

@@ -135,7 +135,9 @@ def test_compiled_functions_do_not_count_for_later_tests() -> None:
 
 
 def test_a_test_that_leaves_a_change_fails(request: pytest.FixtureRequest) -> None:
-    item = types.SimpleNamespace(stash=pytest.Stash(), nodeid=request.node.nodeid)
+    item = types.SimpleNamespace(
+        config=types.SimpleNamespace(stash=pytest.Stash()), nodeid=request.node.nodeid
+    )
     list(process_state.pytest_runtest_setup(item))
     list(process_state.pytest_runtest_teardown(item))
     list(process_state.pytest_runtest_setup(item))
