@@ -2,15 +2,15 @@
 #include <cinttypes>
 
 #include "core/status.h"
-#include "cuda/check.h"
+#include "cuda/decode/kernels.h"
 #include "cuda/failure.h"
-#include "cuda/fused_kernels.h"
-#include "cuda/fused_plan.h"
-#include "cuda/gemm_kernels.h"
-#include "cuda/gemm_plan.h"
-#include "cuda/kernels.h"
-#include "cuda/layers.h"
-#include "cuda/plan.h"
+#include "cuda/fused/kernels.h"
+#include "cuda/gemm/kernels.h"
+#include "cuda/plan/check.h"
+#include "cuda/plan/fused.h"
+#include "cuda/plan/gemm.h"
+#include "cuda/plan/layers.h"
+#include "cuda/plan/plan.h"
 
 namespace lb2::cuda {
 

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from .architecture.select import DEFAULT_EXCLUDE
+from .architecture.tensors import select_layers
 from .checkpoint import check_new_file, open_checkpoint
 from .quantize import Importance, check_device, check_dtype, collect_importance, save_importance
-from .stream import DEFAULT_EXCLUDE, select_layers
 from .train.data import find_files, read_texts
 
 __all__ = ["Calibration", "calibrate"]

@@ -100,9 +100,21 @@ PYTHON_ROOMS = {
         for name, lazily in (("configs", ("triton",)), ("plan", ()))
     },
     _KERNELS: PythonRoom(may=("torch", "numpy", _KERNELS), lazily=("triton", f"{_KERNELS}.triton")),
+    # Names of model parts; what the command line imports of it needs no torch.
+    **{
+        f"littlebit2.architecture.{name}": PythonRoom(
+            may=("littlebit2.architecture.names",), lazily=("torch",), public_only=True
+        )
+        for name in ("names", "select")
+    },
+    "littlebit2.architecture": PythonRoom(
+        may=("torch", "littlebit2.architecture", _KERNELS), never=NATIVE, public_only=True
+    ),
     "littlebit2.quantize": PythonRoom(
         may=(
             *_USER_BASE,
+            "littlebit2.architecture.names",
+            "littlebit2.architecture.select",
             "littlebit2.quantize",
             f"{_KERNELS}.format",
             f"{_KERNELS}.reference",
@@ -123,14 +135,15 @@ PYTHON_ROOMS = {
         never=NATIVE,
         public_only=True,
     ),
-    "littlebit2.stream": PythonRoom(
+    "littlebit2.offline": PythonRoom(
         may=(
             "torch",
             "safetensors",
             "tqdm",
+            "littlebit2.architecture",
             "littlebit2.checkpoint",
+            "littlebit2.offline",
             "littlebit2.quantize",
-            "littlebit2.stream",
             f"{_KERNELS}.format",
             f"{_KERNELS}.state",
             f"{_KERNELS}.version",
@@ -139,7 +152,7 @@ PYTHON_ROOMS = {
         public_only=True,
     ),
     "littlebit2.train": PythonRoom(
-        may=("torch", "numpy", "littlebit2.train", _KERNELS),
+        may=("torch", "numpy", "littlebit2.architecture", "littlebit2.train", _KERNELS),
         never=NATIVE,
         lazily=("pyarrow",),
         public_only=True,
@@ -152,11 +165,11 @@ PYTHON_ROOMS = {
     ),
     # `--help` and usage errors do not wait for torch.
     "littlebit2.cli": PythonRoom(
-        may=("littlebit2.cli",),
+        may=("littlebit2.architecture.names", "littlebit2.architecture.select", "littlebit2.cli"),
         lazily=(
             *(
                 f"littlebit2.{name}"
-                for name in ("calibrate", "checkpoint", "generate", "plan", "quantize", "stream")
+                for name in ("calibrate", "checkpoint", "generate", "offline", "plan", "quantize")
             ),
             "littlebit2.synthesize",
             "littlebit2.train",

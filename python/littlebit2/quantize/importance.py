@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from ._numeric import check_finite, squared_norm
+from .solvers.numerics import check_finite, squared_norm
 
 __all__ = [
     "Importance",

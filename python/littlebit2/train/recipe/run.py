@@ -19,12 +19,13 @@ from tqdm import tqdm
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
+from littlebit2.architecture.select import DEFAULT_EXCLUDE
 from littlebit2.checkpoint import check_replaceable
 from littlebit2.integrations.bars import no_bars_in_logs
 from littlebit2.integrations.loading import load
+from littlebit2.offline import quantize_checkpoint
+from littlebit2.offline.group import Group, process_group
 from littlebit2.quantize import QuantConfig, check_device, counted_bpw
-from littlebit2.stream import DEFAULT_EXCLUDE, quantize_checkpoint
-from littlebit2.stream.group import Group, process_group
 from littlebit2.train.data import TokenBlocks, TokenFile, find_files, read_texts, write_tokens
 from littlebit2.train.model import trainable_layers
 from littlebit2.train.perplexity import perplexity
