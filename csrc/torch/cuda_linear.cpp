@@ -1,6 +1,6 @@
 // The operators on CUDA tensors: arguments of the C ABI, device guard, stream. The gradient of x is computed
-// with unpack, in Python. This is a separate library, loaded only if torch has CUDA. It is compiled without
-// torch's CUDA headers and libraries, against any build of torch.
+// with unpack, in Python (littlebit2_kernels/ops/dense.py). This is a separate library, loaded only if torch
+// has CUDA. It is compiled without torch's CUDA headers and libraries, against any build of torch.
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kernel_report import GEMM_POLICIES, POLICIES, TOKEN_TILES, gemm_tiles, parse_ptxas
+from benchmarks.cuda.kernel_report import GEMM_POLICIES, POLICIES, TOKEN_TILES, gemm_tiles, parse_ptxas
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
