@@ -10,8 +10,8 @@ Three runs cover every setting once, and the pairs that have reason to meet:
 
 The order is random among files and within each file; every file stays in one process, which shares its
 fixtures. The rows ``avx2`` and ``plain`` leave out what compiles for GPUs: no setting of theirs reaches a
-compiler. A row that this machine cannot run is reported as skipped. The exit status is 0 if every row that ran
-has passed.
+compiler. A row that this machine cannot run is reported as skipped. The exit status is 0 if every row
+that ran has passed.
 """
 
 from __future__ import annotations
