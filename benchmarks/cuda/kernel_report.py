@@ -104,7 +104,7 @@ def _compile(file: str, capability: int, folder: Path) -> str:
         f"-I{ROOT / 'csrc'}",
         f"-I{ROOT / 'csrc' / 'include'}",
         "-o",
-        str(folder / f"{file}{capability}"),
+        str(folder / f"{Path(file).stem}_{capability}"),
     ]
     command.append(str(ROOT / "csrc" / "cuda" / f"{file}.cu"))
     return subprocess.run(
@@ -121,8 +121,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: Namespace) -> int:
     """Print the table."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(PROCESSORS)) as pool:
-        files = [*(f"kernels_{mode}" for mode in POLICIES), "unpack"]
-        files += [f"kernels_{kind}_{mode}" for kind in ("gemm", "fused") for mode in GEMM_POLICIES]
+        files = [*(f"instances/decode_{mode}" for mode in POLICIES), "unpack/unpack"]
+        files += [f"instances/{kind}_{mode}" for kind in ("gemm", "fused") for mode in GEMM_POLICIES]
         jobs = [(file, capability, Path(folder)) for file in files for capability in options.archs]
         logs = pool.map(lambda job: _compile(*job), jobs)
         kernels = [kernel for log in logs for kernel in parse_ptxas(log)]

@@ -23,7 +23,7 @@ from littlebit2_kernels.explanation import Explanation, Launch
 __all__ = ["PrefillPrediction", "predict_prefill", "rows", "table"]
 
 #: Columns that the GEMM skips at once where a term ends; columns of a slice; rows and tokens of an MMA
-#: (csrc/cuda, gemm_sizes.h).
+#: (csrc/cuda/gemm/sizes.h).
 INDEX, SLICE, TILE_ROWS, GROUP = 128, 512, 16, 8
 #: MMAs for 16 rows, 8 tokens and INDEX columns; bytes of a converted activation.
 INDEX_MMAS = {"float16": 8, "exact": 16, "int8": 4}

@@ -1,6 +1,6 @@
 """The CUDA kernels compile for every architecture, without spills, and export what the C ABI promises.
 
-What they compute is proven elsewhere by executing them on the host (tests/cpp/cuda_decode_test.cpp).
+What they compute is proven elsewhere by executing them on the host (tests/cpp/cuda/decode_test.cpp).
 """
 
 from __future__ import annotations
