@@ -140,8 +140,8 @@ format: $(STAMPS)/dev ## rewrite sources in the project's format
 
 # --- demo --------------------------------------------------------------------------------------------
 
-demo: $(STAMPS)/demo build/.built ## quantise a small real model and time one layer (BPW=1.0)
-	@$(PY) -m benchmarks.quality.demo
+demo: $(STAMPS)/demo build/.built ## quantize a small real model and time one layer (BPW=1.0)
+	@$(PY) -m benchmarks demo --bpw $(or $(BPW),1.0)
 
 # --- cleaning ----------------------------------------------------------------------------------------
 
