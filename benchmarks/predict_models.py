@@ -12,13 +12,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from benchmarks.llama import LLAMA_SHAPES, LlamaShape, linear_macs, parse_llama_shape
 from benchmarks.markdown import markdown
 from benchmarks.predict import RATES
 from littlebit2.quantize import rank_for_bpw
-from littlebit2_kernels._native import core
 from littlebit2_kernels.dispatch import ACTIVATIONS
+from littlebit2_kernels.format import LayerShape
 from littlebit2_kernels.gpu import gpu_properties
+from littlebit2_kernels.planning import plan_grouped_cuda
 
 __all__ = ["ModelPrediction", "main", "predict_group", "predict_model"]
 
@@ -60,10 +63,8 @@ def predict_group(k: int, layers: Sequence[tuple[int, list[int]]], gpu: str) -> 
     """
     if gpu not in RATES:
         raise ValueError(f"gpu must be one of {', '.join(RATES)}, got {gpu!r}")
-    shapes = [(n, ranks, False, list(range(len(ranks)))) for n, ranks in layers]
-    plan = core().plan_grouped_cuda(
-        1, k, shapes, "float16", ACTIVATIONS["auto"], *gpu_properties(gpu).for_cuda()
-    )
+    shapes = [LayerShape(k, n, tuple(ranks)) for n, ranks in layers]
+    plan = plan_grouped_cuda(shapes, 1, torch.float16, ACTIVATIONS["auto"], gpu_properties(gpu))
     first = sum(4 * (rank * -(-k // 32) + k) for _, ranks in layers for rank in ranks)
     last = sum(4 * (n * -(-rank // 32) + rank + n) for n, ranks in layers for rank in ranks)
     rates = RATES[gpu]
