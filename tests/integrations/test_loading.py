@@ -274,7 +274,7 @@ def test_relatives(relative: Any, tmp_path: Path) -> None:
     _edit_config(tmp_path, lambda config: config.pop("quantization_config"))
     model = littlebit2.load(tmp_path)
     layers = [module for module in model.modules() if isinstance(module, LittleBitLinear)]
-    assert {layer.ranks for layer in layers} == {None if relative is _as_onebit else (40,)}
+    assert {layer.shape.ranks for layer in layers} == {None if relative is _as_onebit else (40,)}
     reference = reconstructed_copy(dense, model)
     assert relative_error(outputs(model, token_ids()), outputs(reference, token_ids())) < 2e-5
     registered = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)

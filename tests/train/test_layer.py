@@ -129,7 +129,7 @@ CONFIGS = {
 
 
 def assert_same(one: PackedLinear, other: PackedLinear) -> None:
-    assert one.leaders == other.leaders
+    assert one.shares == other.shares
     for mine, theirs in zip(one.paths, other.paths, strict=True):
         for name, tensor in mine.tensors().items():
             assert torch.equal(tensor, theirs.tensors()[name]), name

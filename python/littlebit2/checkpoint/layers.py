@@ -204,7 +204,7 @@ def build_layer(layer: StoredLayer, data: Mapping[str, torch.Tensor]) -> PackedL
         raise CheckpointError(
             f"{where}: layer {spec.name}: {error.args[0] if error.args else error}"
         ) from error
-    got = (packed.in_features, packed.out_features, packed.leaders)
+    got = (packed.in_features, packed.out_features, packed.shares)
     if got != (spec.in_features, spec.out_features, spec.shares):
         raise CheckpointError(
             f"{where}: layer {spec.name}: expected (in_features, out_features, shares) = "

@@ -150,7 +150,7 @@ def _upstream_state(
     actual = counted_bits(spec) / (spec.in_features * spec.out_features)
     leaves: dict[str, torch.Tensor] = {
         "_eff_bit_target": torch.tensor(target),
-        "_split_dim_final": torch.tensor(packed.ranks[0]),
+        "_split_dim_final": torch.tensor(packed.shape.rows[0]),
         "_eff_bit_actual": torch.tensor(actual),
     }
     for index, path in enumerate(packed.paths):

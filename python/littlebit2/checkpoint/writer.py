@@ -118,8 +118,8 @@ class CheckpointWriter:
                 name,
                 packed.in_features,
                 packed.out_features,
-                None if packed.single_stage else packed.ranks,
-                packed.leaders,
+                packed.ranks,
+                packed.shares,
                 packed.bias is not None,
             )
         )

@@ -91,8 +91,8 @@ def spec_of(name: str, layer: LittleBitLinear) -> LayerSpec:
         name=name,
         in_features=layer.in_features,
         out_features=layer.out_features,
-        ranks=layer.ranks,
-        shares=layer.shares,
+        ranks=layer.shape.ranks,
+        shares=layer.shape.shares,
         bias=layer.bias is not None,
     )
 

@@ -232,14 +232,5 @@ def _check_loaded(name: str, layer: LittleBitLinear) -> None:
         packed = packed_from_state(buffers)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"layer {name} was not loaded whole: {error.args[0]}") from error
-    ranks = None if packed.single_stage else packed.ranks
-    if (packed.in_features, packed.out_features, ranks) != (
-        layer.in_features,
-        layer.out_features,
-        layer.ranks,
-    ):
-        raise CheckpointError(
-            f"layer {name}: (in_features, out_features, ranks) must be "
-            f"{(layer.in_features, layer.out_features, layer.ranks)}, "
-            f"got {(packed.in_features, packed.out_features, ranks)}"
-        )
+    if packed.shape != layer.shape:
+        raise CheckpointError(f"layer {name} must have the shape {layer.shape}, got {packed.shape}")

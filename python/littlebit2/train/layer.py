@@ -77,9 +77,9 @@ class TrainableLittleBitLinear(nn.Module):
         check_surrogate(surrogate)
         self.in_features = packed.in_features
         self.out_features = packed.out_features
-        self.ranks = packed.ranks
+        self.ranks = packed.shape.rows
         #: For each path, the path whose V and in_scale it uses.
-        self.shares = packed.leaders
+        self.shares = packed.shares
         self.surrogate: Surrogate = surrogate
         latents = starting_latents(packed, weight, magnitude)
         self.paths = nn.ModuleList(
