@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -23,7 +22,17 @@ from littlebit2.quantize import Importance, save_importance
 from littlebit2.quantize.methods import Method
 from tests.offline.builders import contents, llama_tensors, write_model
 
-COMMANDS = ("quantize", "calibrate", "convert", "inspect", "plan", "generate", "synthesize", "bench")
+COMMANDS = (
+    "quantize",
+    "calibrate",
+    "finetune",
+    "evaluate",
+    "convert",
+    "inspect",
+    "plan",
+    "generate",
+    "synthesize",
+)
 QUICK = (
     *("--ranks", "16", "8", "--method", "joint-itq", "--itq-iterations", "3"),
     *("--workers", "1", "--quiet"),
@@ -338,17 +347,6 @@ def test_synthesize_and_generate(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "tokens/s" in captured.err
     assert main(["generate", out, "some text"]) == 1
     assert "has no tokenizer" in capsys.readouterr().err
-
-
-def test_bench_needs_the_repository(tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root / "python")}
-    result = python("-P", "-m", "littlebit2", "bench", cwd=tmp_path, env=environment)
-    assert result.returncode == 1
-    assert result.stderr.startswith("littlebit2 bench: error: the benchmarks package is not importable here")
-    result = python("-m", "littlebit2", "bench", "--", "--help", cwd=root)
-    assert result.returncode == 0
-    assert "usage" in result.stdout
 
 
 def test_an_interrupt_is_clean(

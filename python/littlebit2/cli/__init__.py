@@ -11,12 +11,12 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from . import bench, calibrate, convert, evaluate, finetune, generate, inspect, plan, quantize, synthesize
+from . import calibrate, convert, evaluate, finetune, generate, inspect, plan, quantize, synthesize
 from .common import FAILED, INTERRUPTED, note, one_line
 
 __all__ = ["main"]
 
-_COMMANDS = (quantize, calibrate, finetune, evaluate, convert, inspect, plan, generate, synthesize, bench)
+_COMMANDS = (quantize, calibrate, finetune, evaluate, convert, inspect, plan, generate, synthesize)
 
 _EPILOG = """\
 examples:

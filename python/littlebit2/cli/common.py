@@ -9,6 +9,8 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from littlebit2.architecture.select import DEFAULT_EXCLUDE
+
 if TYPE_CHECKING:
     from littlebit2.quantize import QuantConfig
 
@@ -207,9 +209,9 @@ def _first(names: Sequence[str], most: int = 3) -> list[str]:
     return [*names[:most], *(["..."] if len(names) > most else [])]
 
 
-def excluded(args: argparse.Namespace, default: Sequence[str]) -> list[str]:
-    """Return the patterns of layers that stay dense."""
-    return [*([] if args.include_heads else default), *args.exclude]
+def excluded(args: argparse.Namespace) -> list[str]:
+    """Return the patterns of layers that stay dense: the default of the Python API, and --exclude."""
+    return [*([] if args.include_heads else DEFAULT_EXCLUDE), *args.exclude]
 
 
 def quant_config(args: argparse.Namespace, **others: Any) -> QuantConfig:

@@ -156,11 +156,6 @@ def _run(args: argparse.Namespace) -> int:
             "--start must be given without --bpw, --ranks, --paths and --init: it has its layers"
         )
     config = None if args.start is not None else quant_config(args, seed=args.quant_seed)
-    exclude: dict[str, Any] = {}
-    if args.include_heads or args.exclude:
-        from littlebit2.architecture.select import DEFAULT_EXCLUDE  # noqa: PLC0415
-
-        exclude = {"exclude": excluded(args, DEFAULT_EXCLUDE)}
     report = finetune(
         args.teacher,
         args.out,
@@ -174,7 +169,7 @@ def _run(args: argparse.Namespace) -> int:
         device=args.device,
         resume=not args.restart,
         overwrite=args.overwrite,
-        **exclude,
+        exclude=excluded(args),
     )
     if not _leads():
         return 0

@@ -86,7 +86,6 @@ def add_parser(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from littlebit2.architecture.select import DEFAULT_EXCLUDE  # noqa: PLC0415
     from littlebit2.offline import quantize_checkpoint  # noqa: PLC0415  # imports torch
     from littlebit2.quantize import load_importance  # noqa: PLC0415  # imports torch
 
@@ -105,7 +104,7 @@ def _run(args: argparse.Namespace) -> int:
             seed=args.seed,
         ),
         include=args.include,
-        exclude=excluded(args, DEFAULT_EXCLUDE),
+        exclude=excluded(args),
         importance=None if args.importance is None else load_importance(args.importance),
         workers=args.workers,
         threads=args.threads,
