@@ -20,7 +20,7 @@ from torch import nn
 
 from littlebit2.disk import write_file
 
-from ._numeric import check_finite, squared_norm
+from .solvers.numerics import check_finite, squared_norm
 
 __all__ = [
     "Importance",
