@@ -121,7 +121,7 @@ def test_patterns() -> None:
         select_layers(tensors, {}, exclude=[3])  # type: ignore[list-item]
 
 
-def test_weights_that_cannot_be_quantised_are_refused() -> None:
+def test_weights_that_cannot_be_quantized_are_refused() -> None:
     with pytest.raises(ValueError, match=r"a\.weight must be float64, .* got torch\.float8_e4m3fn"):
         select_layers({"a.weight": ((8, 16), torch.float8_e4m3fn)}, {})
     with pytest.raises(ValueError, match="got 'gpt2', whose Conv1D modules store them"):

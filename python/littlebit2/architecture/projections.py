@@ -15,7 +15,7 @@ def fuse_projections(model: nn.Module, *, on_cpu: bool = False) -> list[LinearGr
     """Fuse the packed projections of a model that share their input (:data:`.PROJECTIONS`), in place.
 
     ``littlebit2.load`` and ``from_pretrained`` do it by themselves; this is for models whose layers were
-    quantised in memory. Names only suggest: layers that turn out to be called with different inputs, as in
+    quantized in memory. Names only suggest: layers that turn out to be called with different inputs, as in
     cross-attention, are computed one by one (:func:`littlebit2_kernels.fuse_linears`).
 
     Args:

@@ -81,7 +81,7 @@ def convert(source: str | Path, out: str | Path, to: str, *, overwrite: bool = F
     with open_checkpoint(source) as checkpoint:
         if not checkpoint.layers:
             raise CheckpointError(
-                f"{checkpoint.path}: expected packed layers, got a dense model: quantise it"
+                f"{checkpoint.path}: expected packed layers, got a dense model: quantize it"
             )
         if to == "littlebit":
             export_upstream(checkpoint, out, overwrite=overwrite)

@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all subcommands."""
     parser = argparse.ArgumentParser(
         prog="littlebit2",
-        description="Quantise language models to packed sub-1-bit layers (LittleBit, LittleBit-2); run them.",
+        description="Quantize language models to packed sub-1-bit layers (LittleBit, LittleBit-2); run them.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -141,11 +141,11 @@ def add_size_options(parser: argparse.ArgumentParser) -> Any:
     )
     parser.add_argument(
         "--method",
-        "--init",  # its name before methods did more than initialise
+        "--init",  # its name before methods did more than initialize
         choices=METHODS,
         default=METHODS[0],
         help="how signs and scales are found: LittleBit's dual-svid, LittleBit-2's joint-itq, that "
-        "refined, or admm (binary factorisation, refined); auto, the default: the best in --time-budget",
+        "refined, or admm (binary factorization, refined); auto, the default: the best in --time-budget",
     )
     parser.add_argument(
         "--kv-factor", type=float, default=1.0, help="factor on the rank of k_proj and v_proj (default 1)"
@@ -181,7 +181,7 @@ def add_pattern_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["*"],
         metavar="PATTERN",
-        help="shell-style patterns of module names to quantise (default: every linear layer)",
+        help="shell-style patterns of module names to quantize (default: every linear layer)",
     )
     parser.add_argument(
         "--exclude",

@@ -18,9 +18,9 @@ from .common import (
 )
 
 _DESCRIPTION = """\
-Quantise the dense checkpoint TEACHER, train the packed model against it on text (KL of the logits plus
+Quantize the dense checkpoint TEACHER, train the packed model against it on text (KL of the logits plus
 hidden-state MSE), and write it packed. Killed at any moment, the same command goes on from the last whole
-training checkpoint in OUT.finetune. Perplexities are printed: of the teacher, after quantisation, after
+training checkpoint in OUT.finetune. Perplexities are printed: of the teacher, after quantization, after
 training, and of the packed checkpoint as it was written.
 """
 
@@ -50,9 +50,9 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("teacher", metavar="TEACHER", help="directory of the dense checkpoint")
     parser.add_argument("out", metavar="OUT", help="directory to make")
     _add_data_options(parser)
-    start = parser.add_argument_group("quantisation before training")
+    start = parser.add_argument_group("quantization before training")
     start.add_argument(
-        "--start", metavar="PACKED", help="begin with this packed checkpoint instead of quantising TEACHER"
+        "--start", metavar="PACKED", help="begin with this packed checkpoint instead of quantizing TEACHER"
     )
     add_size_options(parser)
     parser.add_argument("--quant-seed", type=int, default=0, help="of rotations and random signs (default 0)")
@@ -90,7 +90,7 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training; defaults are the papers' where they name one")
-    group.add_argument("--steps", type=int, help="optimiser steps (default: from --epochs)")
+    group.add_argument("--steps", type=int, help="optimizer steps (default: from --epochs)")
     group.add_argument("--epochs", type=float, default=1.0, help="passes over the data (default 1)")
     group.add_argument(
         "--batch-size", type=int, default=1, help="sequences at a time and process (default 1)"

@@ -19,7 +19,7 @@ from .common import (
 )
 
 _DESCRIPTION = """\
-Quantise the linear layers of a dense checkpoint (safetensors and config.json). Embeddings, norms and
+Quantize the linear layers of a dense checkpoint (safetensors and config.json). Embeddings, norms and
 heads stay as they are. One layer per worker is in memory, never the model. Killed at any moment, the same
 command goes on where it was (finished layers are kept in OUT.partial) and writes the same bytes.
 """
@@ -27,7 +27,7 @@ command goes on where it was (finished layers are kept in OUT.partial) and write
 _EXAMPLES = """\
   littlebit2 quantize MODEL_DIR OUT --bpw 0.55
   littlebit2 quantize MODEL_DIR OUT --bpw 0.55 --budget spectral --importance calibration.safetensors
-  littlebit2 quantize MODEL_DIR OUT --bpw 0.55 --method joint-itq    as LittleBit-2 initialises it
+  littlebit2 quantize MODEL_DIR OUT --bpw 0.55 --method joint-itq    as LittleBit-2 initializes it
   littlebit2 quantize MODEL_DIR OUT --bpw 0.1 --kv-factor 2 --exclude "model.layers.0.*" --workers 4
   torchrun --nproc-per-node 4 -m littlebit2 quantize MODEL_DIR OUT --bpw 0.55
 """

@@ -41,7 +41,7 @@ def synthesize(
 
     Every linear layer but the head has random signs at the ranks that ``bpw`` buys, and scales that keep
     activations at the size of the layer's input. Embeddings, norms and head are what transformers
-    initialises a new model with. One layer or tensor is held at a time.
+    initializes a new model with. One layer or tensor is held at a time.
 
     Args:
         config: of the model: an object, a dictionary, a ``config.json`` or a directory with one, or a name

@@ -1,4 +1,4 @@
-"""Quantise a checkpoint on disk to a checkpoint on disk, layer by layer."""
+"""Quantize a checkpoint on disk to a checkpoint on disk, layer by layer."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def quantize_checkpoint(
     resume: bool = True,
     overwrite: bool = False,
 ) -> RunReport:
-    """Quantise the linear layers of a dense checkpoint and write a littlebit2 checkpoint.
+    """Quantize the linear layers of a dense checkpoint and write a littlebit2 checkpoint.
 
     Weights are read tensor by tensor; one layer per worker, or a few small ones of one shape, is in memory.
     Every finished layer is kept in the work directory ``<out>.partial``: after a kill at any moment the same
@@ -102,7 +102,7 @@ def quantize_checkpoint(
         ValueError: ``out`` and ``model_dir`` contain one another, ``workers``, ``threads`` or ``device``
             cannot be, the checkpoint is malformed or not dense, no layer is selected, ``importance`` holds
             none of them, the budget does not fit a layer or is more than any can use, or a layer cannot be
-            quantised; the message names it.
+            quantized; the message names it.
     """
     if not isinstance(config, QuantConfig):
         raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
@@ -116,7 +116,7 @@ def quantize_checkpoint(
     includes, excludes = check_patterns("include", include), check_patterns("exclude", exclude)
     with open_checkpoint(source) as checkpoint:
         if checkpoint.format != "dense" or "quantization_config" in checkpoint.config:
-            raise ValueError(f"{source}: must be a dense checkpoint, got one that is quantised already")
+            raise ValueError(f"{source}: must be a dense checkpoint, got one that is quantized already")
         jobs = make_jobs(checkpoint, config, includes, excludes)
         _check_importance(importance, jobs)
         settings = run_settings(

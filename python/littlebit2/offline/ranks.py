@@ -94,7 +94,7 @@ def measure_ranks(
     importance: Mapping[str, Importance] | None = None,
     progress: bool = True,
 ) -> dict[str, RankAllocation]:
-    """Settle the ranks of a dense checkpoint's layers by the spectra of their weights, and quantise nothing.
+    """Settle the ranks of a dense checkpoint's layers by the spectra of their weights, and quantize nothing.
 
     One weight at a time is in memory, with its smaller Gram matrix in float64.
 
@@ -117,7 +117,7 @@ def measure_ranks(
     spectra = []
     with open_checkpoint(model_dir) as checkpoint:
         if checkpoint.format != "dense" or "quantization_config" in checkpoint.config:
-            raise ValueError(f"{model_dir}: must be a dense checkpoint, got one that is quantised already")
+            raise ValueError(f"{model_dir}: must be a dense checkpoint, got one that is quantized already")
         sources = select_layers(checkpoint.dense, checkpoint.config, include=includes, exclude=excludes)
         check_budget(config, ((s.name, s.in_features, s.out_features) for s in sources))
         for one in tqdm(sources, desc="measure", unit="layer", disable=None if progress else True):

@@ -28,7 +28,7 @@ __all__ = [
 
 #: Which parameters outside the packed layers are trained.
 Dense = Literal["all", "norms", "none"]
-#: What a parameter is to the optimiser.
+#: What a parameter is to the optimizer.
 ParameterKind = Literal["latent", "scale", "dense"]
 
 
@@ -139,7 +139,7 @@ def pack_model(model: nn.Module, **options: Any) -> list[str]:
 
 
 def parameter_kind(name: str) -> ParameterKind:
-    """Tell from a parameter's name in the model what it is to the optimiser."""
+    """Tell from a parameter's name in the model what it is to the optimizer."""
     parts = name.split(".")
     if len(parts) >= 3 and parts[-3] == "paths" and parts[-2].isdigit():
         return "latent" if parts[-1] in ("U", "V") else "scale"

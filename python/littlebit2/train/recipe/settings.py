@@ -24,7 +24,7 @@ class Recipe:
 
     Attributes:
         block: T, tokens in a sequence.
-        steps: optimiser steps; ``None`` takes them from ``epochs``.
+        steps: optimizer steps; ``None`` takes them from ``epochs``.
         epochs: passes over the training data, where ``steps`` is not given.
         batch_size: sequences at a time, in each process.
         accumulation: batches whose gradients make one step.
@@ -38,12 +38,12 @@ class Recipe:
         surrogate: of the sign's derivative, ``"smooth-sign"`` or ``"clipped"``.
         magnitude: of a latent of confidence 1, see :mod:`littlebit2.train.latents`.
         dense: which parameters outside the packed layers are trained: ``"all"``, ``"norms"``, ``"none"``.
-        precision: of the products; parameters and optimiser are float32.
+        precision: of the products; parameters and optimizer are float32.
         teacher_precision: dtype of the teacher; ``None`` is what its checkpoint says.
         teacher_top_k: run the teacher once before training and keep its k likeliest tokens; no
             hidden-state loss then, and no teacher in memory while training.
         gradient_checkpointing: recompute activations in backward.
-        fsdp: shard parameters, gradients and optimiser over the processes of ``torchrun``.
+        fsdp: shard parameters, gradients and optimizer over the processes of ``torchrun``.
         max_tokens: read at most so many tokens of training text.
         hold_out: share of the blocks, taken from the end, that is held out where no evaluation text is given.
         log_steps: steps between two entries of the metrics.
@@ -148,7 +148,7 @@ class Recipe:
         return self.lr if own is None else own
 
     def total_steps(self, blocks: int, processes: int) -> int:
-        """Return the optimiser steps of the run.
+        """Return the optimizer steps of the run.
 
         Args:
             blocks: of training data.

@@ -40,7 +40,7 @@ def check_dense(teacher: Path) -> dict[str, Any]:
                 "layers: give the dense model, and the packed one as the start (--start)"
             )
         if "quantization_config" in checkpoint.config:
-            raise ValueError(f"teacher must be a dense checkpoint, got {teacher}, which is quantised")
+            raise ValueError(f"teacher must be a dense checkpoint, got {teacher}, which is quantized")
         if not checkpoint.config:
             raise ValueError(f"teacher must have a config.json, got {teacher} without")
         return dict(checkpoint.config)

@@ -30,7 +30,7 @@ class DistillationTrainer(Trainer):
     The loss is ``KL(logits) + hidden_weight * sum over layers of hidden-state MSE`` (LittleBit, arXiv
     2506.13771). Logged with every entry: both parts, the share of signs that changed since the entry before
     (``flip_rate``) and since the start (``flipped``). A loss or gradient that is not finite ends the run
-    before the optimiser has taken it.
+    before the optimizer has taken it.
 
     Args:
         model: the student, a causal language model of transformers.
@@ -123,7 +123,7 @@ class DistillationTrainer(Trainer):
         self._teacher_placed = True
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        # After backward and the exchange of gradients, before the optimiser: the last moment at which the
+        # After backward and the exchange of gradients, before the optimizer: the last moment at which the
         # parameters are still good. A scaler of float16 gradients skips such steps by itself.
         norm = super()._get_grad_norm(model, grad_norm)
         if self.accelerator.scaler is None:
@@ -141,10 +141,10 @@ class DistillationTrainer(Trainer):
             "(--lr), a longer warm-up or float32 may help; the last checkpoint is whole"
         )
 
-    # --- the optimiser -----------------------------------------------------------------------------------
+    # --- the optimizer -----------------------------------------------------------------------------------
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Make the optimiser, with a group for each kind of parameter."""
+        """Make the optimizer, with a group for each kind of parameter."""
         if self.optimizer is None:
             groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
             student: Any = self.model if model is None else model

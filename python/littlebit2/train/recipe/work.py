@@ -17,7 +17,7 @@ __all__ = ["FinetuneDirectory", "describe_files"]
 
 #: Settings that the files of tokens, and the checkpoint to start from, are made of.
 _OF_TOKENS = frozenset({"teacher", "data", "eval_data", "text_field", "max_tokens"})
-_OF_START = frozenset({"teacher", "quantisation", "patterns", "device"})
+_OF_START = frozenset({"teacher", "quantization", "patterns", "device"})
 
 
 class FinetuneDirectory(RunDirectory):
