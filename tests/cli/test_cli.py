@@ -358,7 +358,7 @@ def test_an_interrupt_is_clean(
     monkeypatch.setattr(offline, "quantize_checkpoint", interrupt)
     assert main(["quantize", "model", "out"]) == 130
     assert capsys.readouterr().err == (
-        "littlebit2 quantize: interrupted; the same command goes on from here\n"
+        "littlebit2 quantize: interrupted; the same command continues from here\n"
     )
 
 
@@ -391,7 +391,7 @@ def test_control_c_during_the_work_leaves_it_resumable(tmp_path: Path, rng: torc
             break
     assert process.returncode == 130, errors
     assert output == ""
-    assert errors == "littlebit2 quantize: interrupted; the same command goes on from here\n"
+    assert errors == "littlebit2 quantize: interrupted; the same command continues from here\n"
     assert not out.exists()
     assert main(["quantize", str(model_dir), str(out), *options]) == 0
     assert main(["quantize", str(model_dir), str(tmp_path / "whole"), *options]) == 0

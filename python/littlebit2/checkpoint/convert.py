@@ -174,6 +174,6 @@ def _upstream_state(
 
 
 def _plain_config(config: dict[str, Any]) -> dict[str, Any]:
-    """config.json without what either layout says of quantization."""
+    """Return config.json without the quantization settings of either layout."""
     dropped = {"quantization_config", KEPT_SETTINGS, *SETTINGS}
     return {key: value for key, value in config.items() if key not in dropped}

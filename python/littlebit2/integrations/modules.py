@@ -32,7 +32,7 @@ class FusedLinear(nn.Module):
 
     Args:
         parent: the module that holds the parts.
-        names: of the parts, in the order of the fused outputs.
+        names: names of the parts, in the order of the fused outputs.
     """
 
     def __init__(self, parent: nn.Module, names: Sequence[str]) -> None:
@@ -98,8 +98,8 @@ def find_places(model: nn.Module, layers: Mapping[str, LayerSpec], prefix: str =
     Args:
         model: as built from its config, dense.
         layers: packed layers of the checkpoint by name.
-        prefix: of the base model in a model with a head (``base_model_prefix``); checkpoints of one load
-            into the other, as they do in transformers.
+        prefix: name of the base model inside a model with a head (``base_model_prefix``); checkpoints of
+            one load into the other, as they do in transformers.
 
     Raises:
         CheckpointError: layers have no counterpart, or one of another shape; the message names them all.

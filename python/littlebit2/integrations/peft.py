@@ -50,7 +50,7 @@ def with_packed_layers(config: LoraConfig) -> LoraConfig:
                 f"{name} must be one of {', '.join(map(str, allowed))} on packed layers, which have no dense "
                 f"weight, got {value!r}"
             )
-    # peft's own door for layers that it does not know.
+    # peft's extension point for layers that it does not know.
     config._register_custom_module({LittleBitLinear: LoraLittleBitLinear})
     return config
 

@@ -57,9 +57,8 @@ def quantize_checkpoint(
 
     Weights are read tensor by tensor; one layer per worker, or a few small ones of one shape, is in memory.
     Every finished layer is kept in the work directory ``<out>.partial``: after a kill at any moment the same
-    call goes on where it was and ``out`` comes out byte for byte the same. ``out`` appears at the end, whole,
-    with ``quantization_report.json`` in it, and the work directory is removed. Called again after that, it
-    returns the report.
+    call continues from there, and the bytes of ``out`` are the same. ``out`` appears at the end, whole, with
+    ``quantization_report.json`` in it, and the work directory is removed. A further call returns the report.
 
     Where ranks depend on the weights (``budget="spectral"`` or ``energy``), a first pass measures the
     spectra.
@@ -85,7 +84,7 @@ def quantize_checkpoint(
         threads: torch's threads for one layer.
         device: where to compute; ``"cuda"`` is each process's own device under ``torchrun``.
         progress: whether to show a progress bar with the time left, on stderr.
-        resume: whether to go on with a run that was interrupted; otherwise its layers are discarded.
+        resume: continue an interrupted run; otherwise its layers are discarded.
         overwrite: whether ``out`` may exist; it is replaced at the end.
 
     Returns:

@@ -31,7 +31,7 @@ from .work import WorkDirectory, keep_layers
 
 __all__ = ["allocation_of", "measure_ranks"]
 
-#: The settled ranks inside the work directory, so that a run that goes on need not measure again.
+#: The settled ranks inside the work directory, so that a resumed run need not measure again.
 _FILE = "ranks.json"
 
 
@@ -50,7 +50,7 @@ def allocation_of(
         group: the processes, which share the measuring out.
         work: the open work directory.
         jobs: every layer.
-        config: of the model.
+        config: the model's configuration.
         importance: by layer name.
         load: returns the weight of a layer.
         run: runs a function on this process's layers, in batches, as ``run_jobs`` does.

@@ -47,10 +47,10 @@ def make_trainable(
         model: holds ``nn.Linear`` or :class:`LittleBitLinear` modules of the given names. An ``nn.Linear``
             gives its weight to the latents' confidences.
         packed: where each layer starts, by module name; a function is called once a layer.
-        names: of the modules; by default the keys of ``packed``.
+        names: names of the modules; by default the keys of ``packed``.
         weights: dense weights ``[N, K]`` by module name, for modules that are packed already.
-        surrogate: of the sign's derivative.
-        magnitude: of a latent of confidence 1.
+        surrogate: derivative used for the sign in backward.
+        magnitude: start value of a latent with confidence 1.
 
     Returns:
         The names of the replaced modules.

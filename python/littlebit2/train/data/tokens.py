@@ -70,9 +70,9 @@ def write_tokens(
     itself; if that is nothing, it is closed by the end-of-text token, where there is one.
 
     Args:
-        path: of the file.
+        path: file to write.
         texts: pieces of documents, and whether the document ends there.
-        tokenizer: of transformers.
+        tokenizer: a tokenizer of transformers.
         max_tokens: stop after so many.
 
     Raises:

@@ -57,7 +57,7 @@ class FinetuneReport:
         perplexity: on the held-out text: ``teacher`` (without for a stored one), ``start``, ``trained`` (in
             the precision of training), ``packed`` (the checkpoint on the packed kernels, float32).
         agreement: largest relative difference of logits, trained against packed; ``None`` if sharded.
-        seconds: of this call.
+        seconds: duration of this call.
         history: all entries of the metrics.
     """
 
@@ -91,7 +91,7 @@ def finetune(
     The dense model is quantized (or a packed checkpoint taken), its signs become float latents, these are
     trained against the dense model, and the result is packed again, evaluated as it was written, and
     compared with what was trained. Everything the run needs lies in ``<out>.finetune``: killed at any
-    moment, the same call goes on from the last whole checkpoint and logs the losses that it would have
+    moment, the same call continues from the last whole checkpoint and logs the losses that it would have
     logged. When ``out`` is written, that folder keeps the TensorBoard files alone.
 
     Under ``torchrun`` the processes share every step; ``recipe.fsdp`` shards the model over them too.
@@ -108,7 +108,7 @@ def finetune(
         include: patterns of modules to quantize, as of :func:`.quantize_checkpoint`.
         exclude: likewise.
         device: ``"cpu"`` or ``"cuda"``.
-        resume: whether to go on with a run that was interrupted; otherwise it is discarded.
+        resume: continue an interrupted run; otherwise it is discarded.
         overwrite: whether ``out`` may be a checkpoint, which is replaced at the end.
 
     Raises:

@@ -103,7 +103,7 @@ def export_student(
         model: the student.
         out: directory to make.
         teacher: the dense checkpoint.
-        dtype: of the dense tensors.
+        dtype: dtype of the dense tensors.
         state: the whole state where the model's own is sharded.
         overwrite: replace a checkpoint at ``out``.
     """

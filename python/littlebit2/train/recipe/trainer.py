@@ -34,13 +34,13 @@ class DistillationTrainer(Trainer):
 
     Args:
         model: the student, a causal language model of transformers.
-        args: of the ``Trainer``.
+        args: arguments for the ``Trainer``.
         teacher: see :class:`.Teacher`.
         train_blocks: training data.
         eval_blocks: held-out text whose perplexity :meth:`evaluate` measures.
         hidden_weight: 0 without a hidden-state loss.
         rate: peak learning rate by kind of parameter (:func:`.parameter_kind`); default ``args``'s.
-        callbacks: of the ``Trainer``.
+        callbacks: callbacks for the ``Trainer``.
 
     Raises:
         ValueError: ``hidden_weight`` asks for hidden states that the teacher does not have.
@@ -233,7 +233,7 @@ class DistillationTrainer(Trainer):
 
         Args:
             checkpoint: whole.
-            steps: of the run.
+            steps: total steps of the run.
         """
         if self.is_fsdp_enabled:
             self._prepare_for_training(steps, self.get_train_dataloader(), str(checkpoint))
@@ -282,8 +282,8 @@ class MetricsLog(TrainerCallback):
     """Writes every entry to TensorBoard.
 
     Args:
-        folder: of the event files.
-        resumed: step that the run goes on from; entries after it, from a process that was killed, go.
+        folder: where the event files go.
+        resumed: step that the run continues from; later entries, from a killed process, are purged.
     """
 
     def __init__(self, folder: Path, resumed: int = 0) -> None:
