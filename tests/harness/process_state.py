@@ -33,7 +33,7 @@ import torch
 #: Packages whose functions and classes a test may replace only through ``monkeypatch``.
 WATCHED_PACKAGES = ("benchmarks", "littlebit2", "littlebit2_kernels")
 
-#: Variables and folders that pytest, setuptools, torch and Triton set for themselves, on first use and for good.
+#: Variables and folders that pytest and libraries set for themselves, on first use and for good.
 OWN_VARIABLES = (
     "PYTEST_CURRENT_TEST",
     "KINETO_LOG_LEVEL",
@@ -263,7 +263,8 @@ def undo(before: Snapshot, after: Snapshot) -> list[str]:
 def _difference(old: Any, new: Any) -> str:
     if not isinstance(old, tuple | dict) or len(old) == len(new):
         return f"{old!r} became {new!r}"
-    return f"gained {[part for part in new if part not in old]}, lost {[part for part in old if part not in new]}"
+    gained, lost = [part for part in new if part not in old], [part for part in old if part not in new]
+    return f"gained {gained}, lost {lost}"
 
 
 def _undo_settings(before: Snapshot, after: Snapshot) -> Iterator[str]:
