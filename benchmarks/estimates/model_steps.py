@@ -1,26 +1,24 @@
-"""``python -m benchmarks.estimates.predict_models``: what the packed layers of a decode step should cost, counted.
+"""Predict the packed layers' time in a decode step of a whole model, from counts. Nothing is measured.
 
-For whole models, with projections that share their input in one call and in calls of their own. Rates and
-assumptions are those of :mod:`benchmarks.estimates.predict`: to be read beside a measurement, not in its place.
-Attention, norms and lm_head are not counted.
+With projections that share their input in one call (fused), and in calls of their own (apart). Rates and
+assumptions are those of :mod:`benchmarks.estimates.rates`. Attention, norms and lm_head are not counted.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from benchmarks.estimates.predict import RATES
+from benchmarks.estimates.rates import rates_of
 from benchmarks.markdown import markdown
-from benchmarks.models.llama import LLAMA_SHAPES, LlamaShape, linear_macs, parse_llama_shape
+from benchmarks.shapes import LlamaShape
 from littlebit2.quantize import rank_for_bpw
 from littlebit2_kernels._native import core
 from littlebit2_kernels.dispatch import ACTIVATIONS
 from littlebit2_kernels.gpu import gpu_properties
 
-__all__ = ["ModelPrediction", "main", "predict_group", "predict_model"]
+__all__ = ["ModelPrediction", "predict_group", "predict_model", "rows", "table"]
 
 #: Projections of a decoder layer by the input that they share.
 GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
@@ -28,7 +26,7 @@ GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 
 @dataclass(frozen=True)
 class GroupPrediction:
-    """One call for one token: launches, bytes of signs and scales, seconds."""
+    """One call with one token: launches, bytes of signs and scales, predicted seconds."""
 
     launches: int
     nbytes: int
@@ -40,10 +38,10 @@ class ModelPrediction:
     """The packed layers of one decode step.
 
     Attributes:
-        launches: of all decoder layers.
-        nbytes: of signs and scales.
-        seconds: of the launches, one after another.
-        dense_seconds: reading the float16 weights once.
+        launches: launches of all decoder layers.
+        nbytes: bytes of signs and scales.
+        seconds: predicted seconds of the launches, one after another.
+        dense_seconds: time to read the float16 weights once.
     """
 
     launches: int
@@ -58,15 +56,13 @@ def predict_group(k: int, layers: Sequence[tuple[int, list[int]]], gpu: str) -> 
     Raises:
         ValueError: the GPU is unknown.
     """
-    if gpu not in RATES:
-        raise ValueError(f"gpu must be one of {', '.join(RATES)}, got {gpu!r}")
     shapes = [(n, ranks, False, list(range(len(ranks)))) for n, ranks in layers]
     plan = core().plan_grouped_cuda(
         1, k, shapes, "float16", ACTIVATIONS["auto"], *gpu_properties(gpu).for_cuda()
     )
     first = sum(4 * (rank * -(-k // 32) + k) for _, ranks in layers for rank in ranks)
     last = sum(4 * (n * -(-rank // 32) + rank + n) for n, ranks in layers for rank in ranks)
-    rates = RATES[gpu]
+    rates = rates_of(gpu)
     seconds = sum(
         rates.seconds(chained=launch["chained"], nbytes=nbytes, cycles=launch["estimated_cycles"])
         for launch, nbytes in zip(plan["launches"], (first, last), strict=True)
@@ -103,61 +99,48 @@ def predict_model(shape: LlamaShape, bpw: float, gpu: str, *, fused: bool, paths
         count * sum(p.launches for p in predictions),
         count * sum(p.nbytes for p in predictions),
         count * sum(p.seconds for p in predictions),
-        2 * linear_macs(shape, count) / RATES[gpu].memory,
+        2 * shape.linear_macs(count) / rates_of(gpu).memory,
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the predictions as a markdown table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.estimates.predict_models", description=__doc__
-    )
-    parser.add_argument("--gpu", nargs="+", default=["H200"], choices=RATES)
-    parser.add_argument(
-        "--shapes",
-        nargs="+",
-        default=[name for name in LLAMA_SHAPES if name != "tiny"],
-        choices=LLAMA_SHAPES,
-    )
-    parser.add_argument("--bpw", type=float, nargs="+", default=[0.1, 0.55, 1.0])
-    options = parser.parse_args(arguments)
-    head = [
-        "GPU",
-        "model",
-        "bpw",
-        "MB",
-        "launches",
-        "fused",
-        "us",
-        "fused",
-        "gain",
-        "dense at least us",
-        "ratio",
-    ]
-    lines = []
-    for gpu in options.gpu:
-        for name in options.shapes:
-            for bpw in options.bpw:
-                shape = parse_llama_shape(name)
-                alone, fused = (predict_model(shape, bpw, gpu, fused=fused) for fused in (False, True))
-                lines.append(
-                    [
-                        gpu,
-                        name,
-                        f"{bpw:g}",
-                        f"{fused.nbytes / 1e6:.0f}",
-                        str(alone.launches),
-                        str(fused.launches),
-                        f"{alone.seconds * 1e6:.0f}",
-                        f"{fused.seconds * 1e6:.0f}",
-                        f"{alone.seconds / fused.seconds:.2f}x",
-                        f"{fused.dense_seconds * 1e6:.0f}",
-                        f"{fused.dense_seconds / fused.seconds:.1f}x",
-                    ]
+def rows(gpus: Sequence[str], shapes: Sequence[LlamaShape], bpws: Sequence[float]) -> list[dict[str, Any]]:
+    """Predictions as plain rows: bytes, launches and seconds."""
+    found = []
+    for gpu in gpus:
+        for shape in shapes:
+            for bpw in bpws:
+                apart, fused = (predict_model(shape, bpw, gpu, fused=fused) for fused in (False, True))
+                found.append(
+                    {
+                        "gpu": gpu,
+                        "model": shape.name,
+                        "bpw": bpw,
+                        "bytes": fused.nbytes,
+                        "launches_apart": apart.launches,
+                        "launches_fused": fused.launches,
+                        "seconds_apart": apart.seconds,
+                        "seconds_fused": fused.seconds,
+                        "dense_seconds": fused.dense_seconds,
+                    }
                 )
-    print(markdown(head, lines))
-    return 0
+    return found
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def table(found: Sequence[dict[str, Any]]) -> str:
+    """The rows as a markdown table."""
+    head = ["GPU", "model", "bpw", "MB", "launches apart", "fused", "us apart", "fused", "gain"]
+    head += ["dense at least us", "ratio"]
+    return markdown(
+        head,
+        [
+            [
+                *[row["gpu"], row["model"], f"{row['bpw']:g}", f"{row['bytes'] / 1e6:.0f}"],
+                *[str(row["launches_apart"]), str(row["launches_fused"])],
+                *[f"{row['seconds_apart'] * 1e6:.0f}", f"{row['seconds_fused'] * 1e6:.0f}"],
+                f"{row['seconds_apart'] / row['seconds_fused']:.2f}x",
+                f"{row['dense_seconds'] * 1e6:.0f}",
+                f"{row['dense_seconds'] / row['seconds_fused']:.1f}x",
+            ]
+            for row in found
+        ],
+    )
