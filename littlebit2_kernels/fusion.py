@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from .dispatch import call_of, choose_for_all
+from .dispatch import choose_for_group
 from .format import PackedLinear
 from .functional import check_x, littlebit_linear, run_group
 from .linear import LittleBitLinear
@@ -55,7 +55,7 @@ def grouped_linear(
     for layer in layers:
         check_x(x, layer.shape, layer.device)
     prepacked = [layer for layer in layers if isinstance(layer, PrepackedLinear)]
-    choice = choose_for_all(call_of(x, shapes[0], backend, activation, bool(prepacked)), shapes)
+    choice = choose_for_group(x, shapes, backend, activation, bool(prepacked))
     if choice is None or (prepacked and choice.backend != "cpu"):
         return [littlebit_linear(x, layer, backend, activation) for layer in layers]
     tensors = [layer.layer if isinstance(layer, PrepackedLinear) else layer.operands for layer in layers]
@@ -150,7 +150,7 @@ class LinearGroup:
                 return None  # on the CPU, each prepacks itself first
             layers = [member._operands(state) for member, state in zip(self.members, states, strict=True)]
         shapes = [member.shape for member in self.members]
-        choice = choose_for_all(call_of(x, first.shape, first.backend, first.activation, prepacked), shapes)
+        choice = choose_for_group(x, shapes, first.backend, first.activation, prepacked)
         if choice is None or choice.backend not in ("cpu", "cuda"):
             return None
         return run_group(x, layers, [state["bias"] for state in states], shapes, choice)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from .dispatch import BACKENDS, call_of, check_activation_mode, choose
+from .dispatch import BACKENDS, check_activation_mode, choose_for
 from .format import LayerShape, PackedLinear, PackedPath, pitched_words, words_per_row
 from .functional import check_x, run, run_prepacked
 from .ops.operands import Operands
@@ -303,7 +303,7 @@ class LittleBitLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(device_type))
         prepacks = layer is None and self._may_prepack(x, buffers)
         prepacked = layer is not None or prepacks
-        choice = choose(call_of(x, self.shape, self.backend, self.activation, prepacked))
+        choice = choose_for(x, self.shape, self.backend, self.activation, prepacked)
         if prepacks and choice.backend == "cpu":
             with _prepacking:  # so that no other thread unpacks it again in between
                 buffers = self.prepack_()._buffers
