@@ -241,9 +241,10 @@ class LittleBitLinear(nn.Module):
         return module
 
     def _operands(self, buffers: dict[str, Any]) -> Operands:
-        return tuple(  # type: ignore[return-value]
+        lists = [
             None if names is None else [buffers[name] for name in names] for names in self._operand_names
-        )
+        ]
+        return tuple(lists)  # type: ignore[return-value]
 
     @property
     def packed(self) -> PackedLinear:
