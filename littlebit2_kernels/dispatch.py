@@ -55,7 +55,7 @@ BLAS_BYTES = 128 * 2**20
 #: more than the rate of the tensor cores, and the launches of the CUDA kernels are chained.
 CUDA_TOKENS = 512
 
-#: GPUs that the CUDA kernels can be planned for (csrc/cuda/check.cpp).
+#: GPUs that the CUDA kernels can be planned for (csrc/cuda/plan/check.cpp).
 _LEAST_CAPABILITY = 80
 #: GPUs where mma.sync, which the CUDA kernels use, cannot reach peak throughput (Triton emits wgmma and
 #: tcgen05). From instruction counts, not yet measured.

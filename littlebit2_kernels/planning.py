@@ -14,8 +14,8 @@ from .ops.balance import balance_launches
 
 __all__ = ["BALANCE_CYCLES", "plan_cpu", "plan_cuda", "plan_grouped_cuda", "unpack_cycles"]
 
-#: Cycles of each launch that normalizes scales for float16: a start and a latency (csrc/cuda/estimate.cpp);
-#: its bytes are few.
+#: Cycles of each launch that normalizes scales for float16: a start and a latency, as in
+#: csrc/cuda/plan/estimate.cpp; its bytes are few.
 BALANCE_CYCLES = 2800
 
 

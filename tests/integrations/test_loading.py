@@ -196,7 +196,7 @@ def test_dense_checkpoint(tmp_path: Path) -> None:
         littlebit2.load(tmp_path)
 
 
-def test_dense_checkpoint_is_not_quantised_on_the_fly(tmp_path: Path) -> None:
+def test_dense_checkpoint_is_not_quantized_on_the_fly(tmp_path: Path) -> None:
     dense_model("llama").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="pre-quantized"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=LittleBit2Config())

@@ -117,9 +117,23 @@ PYTHON_ROOMS = {
         may=("torch", "numpy", _KERNELS),
         lazily=("triton", *(f"{_KERNELS}.triton.{name}" for name in _TRITON_KERNELS)),
     ),
+    "littlebit2.disk": PythonRoom(may=("littlebit2.disk",)),
+    # Names of model parts; what the command line imports of it needs no torch.
+    **{
+        f"littlebit2.architecture.{name}": PythonRoom(
+            may=("littlebit2.architecture.names",), lazily=("torch",), public_only=True
+        )
+        for name in ("names", "select")
+    },
+    "littlebit2.architecture": PythonRoom(
+        may=("torch", "littlebit2.architecture", _KERNELS), never=NATIVE, public_only=True
+    ),
     "littlebit2.quantize": PythonRoom(
         may=(
             *_USER_BASE,
+            "littlebit2.architecture.names",
+            "littlebit2.architecture.select",
+            "littlebit2.disk",
             "littlebit2.quantize",
             f"{_KERNELS}.format",
             f"{_KERNELS}.reference",
@@ -132,7 +146,9 @@ PYTHON_ROOMS = {
         may=(
             "torch",
             "safetensors",
+            "littlebit2.architecture.names",
             "littlebit2.checkpoint",
+            "littlebit2.disk",
             f"{_KERNELS}.format",
             f"{_KERNELS}.packing",
             f"{_KERNELS}.state",
@@ -140,14 +156,31 @@ PYTHON_ROOMS = {
         never=NATIVE,
         public_only=True,
     ),
-    "littlebit2.stream": PythonRoom(
+    # Layouts know headers and specs, not the reader that uses them.
+    "littlebit2.checkpoint.formats": PythonRoom(
+        may=(
+            "torch",
+            "littlebit2.checkpoint.errors",
+            "littlebit2.checkpoint.formats",
+            "littlebit2.checkpoint.headers",
+            "littlebit2.checkpoint.specs",
+            f"{_KERNELS}.format",
+            f"{_KERNELS}.packing",
+            f"{_KERNELS}.state",
+        ),
+        never=NATIVE,
+        public_only=True,
+    ),
+    "littlebit2.offline": PythonRoom(
         may=(
             "torch",
             "safetensors",
             "tqdm",
+            "littlebit2.architecture",
             "littlebit2.checkpoint",
+            "littlebit2.disk",
+            "littlebit2.offline",
             "littlebit2.quantize",
-            "littlebit2.stream",
             f"{_KERNELS}.format",
             f"{_KERNELS}.state",
             f"{_KERNELS}.version",
@@ -156,7 +189,7 @@ PYTHON_ROOMS = {
         public_only=True,
     ),
     "littlebit2.train": PythonRoom(
-        may=("torch", "numpy", "littlebit2.train", _KERNELS),
+        may=("torch", "numpy", "littlebit2.architecture", "littlebit2.disk", "littlebit2.train", _KERNELS),
         never=NATIVE,
         lazily=("pyarrow",),
         public_only=True,
@@ -169,11 +202,11 @@ PYTHON_ROOMS = {
     ),
     # `--help` and usage errors do not wait for torch.
     "littlebit2.cli": PythonRoom(
-        may=("littlebit2.cli",),
+        may=("littlebit2.architecture.names", "littlebit2.architecture.select", "littlebit2.cli"),
         lazily=(
             *(
                 f"littlebit2.{name}"
-                for name in ("calibrate", "checkpoint", "generate", "plan", "quantize", "stream")
+                for name in ("calibrate", "checkpoint", "generate", "offline", "plan", "quantize")
             ),
             "littlebit2.synthesize",
             "littlebit2.train",
@@ -196,7 +229,7 @@ _STD = rf"[a-z_]+|{_LIBC}"
 _CPU = r"immintrin\.h|arm_neon\.h|cpuid\.h|intrin\.h|sys/auxv\.h|asm/hwcap\.h|sys/sysctl\.h"
 _CUDA = r"cuda\w*\.h|mma\.h|(cuda|cub|nv)/.*"
 #: What the kernels may know of the core, and the shim through which tests execute them on the host.
-_CORE_FOR_CUDA = r"csrc/core/(check|first_stages|status)\.h"
+_CORE_FOR_CUDA = r"csrc/core/(check|shape|status)\.h"
 _STABLE_TORCH = r"torch/csrc/stable/.*|torch/csrc/inductor/aoti_torch/c/.*|torch/headeronly/.*"
 #: Our public headers, the generated ones (which no scan of the tree can find) included.
 _PUBLIC = r"csrc/include/.*|littlebit2/.*"

@@ -132,9 +132,14 @@ PYTHON_OFFENDERS = {
         "must not refer to transformers",
     ),
     "checkpoint-imports-the-quantizer": (
-        "python/littlebit2/checkpoint/bits.py",
+        "python/littlebit2/checkpoint/specs.py",
         "from littlebit2.quantize import counted_bpw",
         "must not refer to littlebit2.quantize.counted_bpw",
+    ),
+    "formats-import-the-reader": (
+        "python/littlebit2/checkpoint/formats/onebit.py",
+        "from littlebit2.checkpoint.reader import open_checkpoint",
+        "must not refer to littlebit2.checkpoint.reader.open_checkpoint",
     ),
     "checkpoint-imports-kernels": (
         "python/littlebit2/checkpoint/reader.py",
@@ -166,9 +171,24 @@ PYTHON_OFFENDERS = {
         "from littlebit2.quantize import QuantConfig",
         "may import littlebit2.quantize.QuantConfig only inside a function",
     ),
-    "stream-imports-transformers": (
-        "python/littlebit2/stream/select.py",
+    "architecture-imports-transformers": (
+        "python/littlebit2/architecture/tensors.py",
         "def select():\n    import transformers",
+        "must not refer to transformers",
+    ),
+    "architecture-names-import-torch-eagerly": (
+        "python/littlebit2/architecture/select.py",
+        "from torch import nn",
+        "may import torch.nn only inside a function",
+    ),
+    "disk-imports-torch": (
+        "python/littlebit2/disk/files.py",
+        "def save(tensor):\n    import torch",
+        "must not refer to torch",
+    ),
+    "offline-imports-transformers": (
+        "python/littlebit2/offline/pipeline.py",
+        "def run():\n    import transformers",
         "must not refer to transformers",
     ),
 }
@@ -218,13 +238,13 @@ INCLUDE_OFFENDERS = {
     "core-uses-python": ("csrc/core/forward.cpp", "<Python.h>"),
     "core-uses-cuda": ("csrc/core/forward.cpp", "<cuda_fp16.h>"),
     "core-uses-intrinsics": ("csrc/core/forward.cpp", "<immintrin.h>"),
-    "cpu-uses-torch": ("csrc/cpu/kernels_avx2.cpp", "<ATen/Parallel.h>"),
-    "cpu-uses-cuda": ("csrc/cpu/kernels_avx2.cpp", "<cuda.h>"),
+    "cpu-uses-torch": ("csrc/cpu/isa/kernels_avx2.cpp", "<ATen/Parallel.h>"),
+    "cpu-uses-cuda": ("csrc/cpu/isa/kernels_avx2.cpp", "<cuda.h>"),
     "cuda-uses-torch": ("csrc/cuda/gemv.cu", "<c10/cuda/CUDAStream.h>"),
     "cuda-uses-python": ("csrc/cuda/gemv.cu", "<pybind11/pybind11.h>"),
-    "cuda-uses-cpu": ("csrc/cuda/plan.cpp", '"cpu/plan.h"'),
-    "cuda-uses-more-of-core": ("csrc/cuda/plan.cpp", '"core/signs.h"'),
-    "cuda-uses-the-host-shim": ("csrc/cuda/decode.h", '"cuda_host/device.h"'),
+    "cuda-uses-cpu": ("csrc/cuda/plan/plan.cpp", '"cpu/plan.h"'),
+    "cuda-uses-more-of-core": ("csrc/cuda/plan/plan.cpp", '"core/signs.h"'),
+    "cuda-uses-the-host-shim": ("csrc/cuda/decode/decode.h", '"cuda_host/device.h"'),
     "torch-uses-cuda": ("csrc/torch/cuda_linear.cpp", "<cuda_runtime.h>"),
     "torch-uses-unstable-headers": ("csrc/torch/ops.cpp", "<torch/extension.h>"),
     "torch-uses-kernels": ("csrc/torch/ops.cpp", '"core/status.h"'),

@@ -158,7 +158,7 @@ def test_half_precision_duals_of_large_factors_change_next_to_nothing(
     target = torch.randn(700, 530, generator=rng)
     errors = []
     for limit in (2**20, 1):  # the second: packed signs, by chunks, as factors of a large layer are held
-        monkeypatch.setattr("littlebit2.quantize.binary_path.EXPANDED_ENTRIES", limit)
+        monkeypatch.setattr("littlebit2.quantize.solvers.binary_path.EXPANDED_ENTRIES", limit)
         path = BinaryPath.random((700, 530), 64, [1.0], [torch.Generator().manual_seed(0)])
         assert path.left.is_small == (limit > 1)
         admm(target, path, 30)
@@ -174,7 +174,7 @@ def test_chunked_refinement_is_that_of_the_whole(
     target = torch.randn(600, 40, generator=rng, dtype=torch.float64)
     found = []
     for limit in (2**20, 1):
-        monkeypatch.setattr("littlebit2.quantize.binary_path.EXPANDED_ENTRIES", limit)
+        monkeypatch.setattr("littlebit2.quantize.solvers.binary_path.EXPANDED_ENTRIES", limit)
         generators = [torch.Generator().manual_seed(0)]
         path = BinaryPath.random((600, 40), 16, [1.0], generators, dtype=torch.float64)
         refine(target, path, 3)

@@ -12,9 +12,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
+from littlebit2.architecture.projections import fuse_projections
 from littlebit2.checkpoint import Checkpoint, CheckpointError, LayerSpec, open_checkpoint, quantization_config
-from littlebit2.projections import fuse_projections
 from littlebit2_kernels import LittleBitLinear, packed_from_state
+from littlebit2_kernels.format import LayerShape
 
 from .configuration import METHOD, LittleBit2Config
 from .modules import FusedLinear, PendingLinear, Placement, find_places, fused_parents, layers_of, spec_of
@@ -31,7 +32,7 @@ class LittleBit2Quantizer(HfQuantizer):
     brought to the kernels' layout where that is wanted, and put in its place, one at a time.
     """
 
-    # Dense checkpoints are refused with the library's own message: quantise them first.
+    # Dense checkpoints are refused with the library's own message: quantize them first.
     requires_calibration = True
     quantization_config: LittleBit2Config
 
@@ -157,7 +158,7 @@ class LittleBit2Quantizer(HfQuantizer):
 
 
 def attach(model: Any) -> None:
-    """Make ``save_pretrained`` work for a model whose linears were quantised in memory.
+    """Make ``save_pretrained`` work for a model whose linears were quantized in memory.
 
     ``littlebit2.quantize.quantize_linears`` knows nothing of transformers, so a model that it changed would
     be saved without the entry that tells ``from_pretrained`` what the tensors are.
@@ -190,7 +191,7 @@ def _ignore_layers(model: PreTrainedModel, places: list[Placement]) -> None:
 
 def _in_our_names(checkpoint: Checkpoint) -> bool:
     """Whether the tensors in the files are, name by name, the buffers of our layers."""
-    layouts = {layer.layout for layer in checkpoint.stored.values()}
+    layouts = {layer.layout.name for layer in checkpoint.stored.values()}
     return checkpoint.format == METHOD and layouts <= {METHOD, "onebit"}
 
 
@@ -205,10 +206,12 @@ def _specs_from_config(model: PreTrainedModel, config: LittleBit2Config) -> dict
                 f"quantization_config names {name}, expected an nn.Linear of the model there"
             )
         ranks = tuple(config.ranks[name]) if name in config.ranks else None
-        shares = config.shares.get(name) or range(len(ranks or (0,)))
-        specs[name] = LayerSpec(
-            name, linear.in_features, linear.out_features, ranks, tuple(shares), linear.bias is not None
-        )
+        shares = tuple(config.shares.get(name, ()))
+        try:
+            shape = LayerShape(linear.in_features, linear.out_features, ranks, shares)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"quantization_config: layer {name}: {error}") from error
+        specs[name] = LayerSpec(name, shape, linear.bias is not None)
     return specs
 
 

@@ -1,6 +1,5 @@
 """The quantizer: from dense weights to packed sub-1-bit layers. See docs/quantization.md."""
 
-from .admm import admm
 from .allocate import (
     LayerSpectrum,
     RankAllocation,
@@ -10,7 +9,6 @@ from .allocate import (
     ranks_for_energy,
 )
 from .batching import batch_key, batch_size, in_batches
-from .binary_path import BinaryPath
 from .budget import (
     at_largest_rank,
     counted_bpw,
@@ -23,7 +21,6 @@ from .budget import (
 )
 from .config import QuantConfig
 from .device import check_device, check_dtype
-from .dual_svid import dual_svid
 from .importance import (
     Importance,
     collect_importance,
@@ -31,22 +28,16 @@ from .importance import (
     load_importance,
     save_importance,
 )
-from .joint_itq import LatentRotation, joint_itq
 from .memory import working_bytes
 from .methods import Steps
 from .model import (
-    DEFAULT_EXCLUDE,
     check_budget,
-    check_patterns,
-    is_selected,
     layer_config,
     needs_spectra,
     quantize_linears,
     settle_ranks,
     spectrum_of,
 )
-from .partial_svd import is_partial
-from .polar import polar_factor
 from .quantizer import (
     DenseLayer,
     LayerReport,
@@ -55,12 +46,17 @@ from .quantizer import (
     quantize_together,
     quantize_weight,
 )
-from .refine import refine
+from .solvers.admm import admm
+from .solvers.binary_path import BinaryPath
+from .solvers.dual_svid import dual_svid
+from .solvers.joint_itq import LatentRotation, joint_itq
+from .solvers.partial_svd import is_partial
+from .solvers.polar import polar_factor
+from .solvers.refine import refine
+from .solvers.svd import TruncatedFactors, truncated_factors
 from .spectrum import Coherence, SpectralReport, StageReport, analyze_weight, energy_share, latent_coherence
-from .svd import TruncatedFactors, truncated_factors
 
 __all__ = [
-    "DEFAULT_EXCLUDE",
     "BinaryPath",
     "Coherence",
     "DenseLayer",
@@ -85,7 +81,6 @@ __all__ = [
     "check_budget",
     "check_device",
     "check_dtype",
-    "check_patterns",
     "collect_importance",
     "counted_bpw",
     "dual_svid",
@@ -93,7 +88,6 @@ __all__ = [
     "importance_tensors",
     "in_batches",
     "is_partial",
-    "is_selected",
     "joint_itq",
     "largest_bpw",
     "largest_rank",

@@ -19,8 +19,8 @@ import torch
 
 from littlebit2_kernels.format import RANK_MULTIPLE
 
-from ._numeric import binary_exponent, check_matrix, normalised
 from .budget import check_positive, counted_bpw, largest_rank
+from .solvers.numerics import binary_exponent, check_matrix, normalised
 
 __all__ = [
     "LayerSpectrum",

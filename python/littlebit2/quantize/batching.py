@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from .binary_path import WHOLE_COLUMNS
 from .memory import working_bytes
 from .methods import iteration_operations
+from .solvers.binary_path import WHOLE_COLUMNS
 
 if TYPE_CHECKING:
     from .config import QuantConfig

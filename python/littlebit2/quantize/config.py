@@ -12,8 +12,8 @@ from littlebit2_kernels.format import MAX_PATHS, PackedLinear
 
 from .budget import check_positive, check_rank, check_usable, rank_for_bpw
 from .methods import Method, Start, Steps, resolve_steps, uses_one_path
-from .polar import PolarMethod
 from .quantizer import quantize_weight
+from .solvers.polar import PolarMethod
 
 __all__ = ["Budget", "QuantConfig"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .binary_path import EXPANDED_ENTRIES, WHOLE_COLUMNS, chunk_columns
-from .partial_svd import is_partial
+from .solvers.binary_path import EXPANDED_ENTRIES, WHOLE_COLUMNS, chunk_columns
+from .solvers.partial_svd import is_partial
 
 if TYPE_CHECKING:
     from .config import QuantConfig

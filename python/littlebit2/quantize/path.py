@@ -10,16 +10,16 @@ import torch
 
 from littlebit2_kernels.format import PackedPath
 
-from ._numeric import squared_norm
-from .admm import admm
-from .binary_path import BinaryPath
-from .dual_svid import add_path, dual_svid
-from .joint_itq import joint_itq
 from .methods import Steps
-from .refine import refine
 from .residual import Residual
-from .svd import truncated_factors
-from .target import Target
+from .solvers.admm import admm
+from .solvers.binary_path import BinaryPath
+from .solvers.dual_svid import add_path, dual_svid
+from .solvers.joint_itq import joint_itq
+from .solvers.numerics import squared_norm
+from .solvers.refine import refine
+from .solvers.svd import truncated_factors
+from .solvers.target import Target
 
 if TYPE_CHECKING:
     from .config import QuantConfig

@@ -11,15 +11,15 @@ import torch
 
 from littlebit2_kernels.format import PackedLinear
 
-from ._numeric import check_finite, squared_norm
 from .allocate import layer_spectrum, ranks_for_energy
 from .batching import keeps_bits
 from .budget import at_largest_rank, stored_bpw
-from .dual_svid import scale_path
 from .importance import Importance
 from .methods import Steps
 from .path import MadePath, improve_paths, make_paths
 from .residual import Residual
+from .solvers.dual_svid import scale_path
+from .solvers.numerics import check_finite, squared_norm
 
 if TYPE_CHECKING:
     from .config import QuantConfig

@@ -9,10 +9,10 @@ import torch
 
 from littlebit2_kernels.format import PackedPath
 
-from ._numeric import binary_exponent, check_matrix, normalised, squared_norm
-from .dual_svid import add_path
 from .importance import Importance
-from .target import NarrowTarget, Target
+from .solvers.dual_svid import add_path
+from .solvers.numerics import binary_exponent, check_matrix, normalised, squared_norm
+from .solvers.target import NarrowTarget, Target
 
 __all__ = ["Residual"]
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ._numeric import binary_exponent, check_matrix, normalised, squared_norm
 from .budget import tiny_rank
 from .config import QuantConfig
-from .dual_svid import dual_svid, path_factors
-from .joint_itq import joint_itq
 from .quantizer import quantize_weight
-from .svd import truncated_factors
+from .solvers.dual_svid import dual_svid, path_factors
+from .solvers.joint_itq import joint_itq
+from .solvers.numerics import binary_exponent, check_matrix, normalised, squared_norm
+from .solvers.svd import truncated_factors
 
 __all__ = ["Coherence", "SpectralReport", "StageReport", "analyze_weight", "energy_share", "latent_coherence"]
 

@@ -55,8 +55,8 @@ class TrainableLittleBitLinear(nn.Module):
         packed: where training starts: two-stage paths, which may share first stages.
         weight: the dense ``[N, K]`` that ``packed`` approximates; tells latents how far from flipping they
             are (:mod:`.latents`). Without it all start at the same distance.
-        surrogate: of the sign's derivative (:mod:`.surrogate`).
-        magnitude: of a latent of confidence 1.
+        surrogate: derivative used for the sign in backward (:mod:`.surrogate`).
+        magnitude: start value of a latent with confidence 1.
 
     Raises:
         TypeError: ``packed`` is not a :class:`PackedLinear`.

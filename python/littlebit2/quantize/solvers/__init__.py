@@ -1,0 +1,1 @@
+"""The numerical methods behind the quantizer: they see matrices and paths, no layers and no configuration."""
