@@ -64,15 +64,15 @@ class LittleBitLinear(nn.Module):
     are frozen, the input is differentiable. There is no ``weight`` attribute: see :meth:`dequantize`.
 
     On the CPU, the first eager call replaces the buffers by one in the layout that the kernels read fastest
-    (:meth:`prepack_`), so that the weights exist once. ``state_dict``, pickling, :meth:`packed` and reading a
+    (:meth:`prepack_`), so the weights exist once. ``state_dict``, pickling, :meth:`packed` and reading a
     buffer by its portable name still give the portable tensors, as copies: what is written into those is
     lost (assigning a new tensor to the name is not). Loading, and moving to another device, bring the buffers
     back. Code that walks ``buffers()`` of two copies in step, such as averaging, needs ``auto_prepack=False``
-    or both prepacked. Tracing keeps what it finds: call :meth:`prepack_` (or the layer) once before
-    ``torch.compile``, else the trace holds the slower kernels with exact sums for every dtype, and
+    or both prepacked. Tracing keeps what it finds. Call :meth:`prepack_` (or the layer) once before
+    ``torch.compile``: else the trace holds the slower kernels, with exact sums for every dtype. Call
     :meth:`unpack_` before ``torch.export``, whose file must hold the portable tensors. On a GPU, rows of
-    words are held at multiples of 16 bytes, with room in between where the rank asks for it; ``state_dict``
-    then has copies of those tensors, without the room.
+    words start at multiples of 16 bytes, with padding between them where the rank needs it; ``state_dict``
+    has copies of those tensors without the padding.
 
     Args:
         in_features: K.
@@ -82,7 +82,8 @@ class LittleBitLinear(nn.Module):
         shares: for each path, the path whose first stage (``V`` and ``in_scale``) it uses, itself by
             default. Only equal ranks can share.
         backend: backend of every call, see :func:`littlebit2_kernels.littlebit_linear`.
-        activation: how activations enter the sums, see there too; an attribute that may be changed.
+        activation: how activations enter the sums, see there too; an attribute that may be changed. Which
+            backend and mode run: docs/dispatch.md.
         auto_prepack: whether CPU calls prepack the layer; an attribute that may be changed.
         device: where the (all-zero) buffers are made; ``"meta"`` for loading without a copy.
 
@@ -402,7 +403,7 @@ class LittleBitLinear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self._place_buffers()  # assign=True puts tensors as they are stored in place of the layer's own
+        self._place_buffers()  # assign=True replaces the buffers by tensors as they are stored
 
     def _normalize(self, state_dict: dict[str, Any], prefix: str, own: dict[str, torch.Tensor]) -> None:
         """Bring stored entries to the names, dtypes and layout of the module's buffers, in place."""
