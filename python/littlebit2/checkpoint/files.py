@@ -166,7 +166,7 @@ def open_files(directory: Path) -> TensorFiles:
 
 
 def is_weight_file(name: str) -> bool:
-    """Whether a file of this name holds weights of a model, in whatever format, or is the index of such files."""
+    """Whether a file of this name holds weights, in whatever format, or is the index of such files."""
     return _WEIGHT_NAME.fullmatch(name) is not None
 
 
@@ -351,11 +351,7 @@ def _view(storage: torch.UntypedStorage, entry: TensorEntry) -> torch.Tensor:
     assert entry.begin is not None
     if entry.begin % entry.dtype.itemsize == 0:
         tensor = torch.empty(0, dtype=entry.dtype)
-        offset, strides = (
-            entry.begin // entry.dtype.itemsize,
-            torch.empty(entry.shape, device="meta").stride(),
-        )
-        return tensor.set_(storage, offset, entry.shape, strides)
+        return tensor.set_(storage, entry.begin // entry.dtype.itemsize, entry.shape)
     # A header that is not padded leaves tensors unaligned: only a copy has the right address.
-    raw = torch.empty(0, dtype=torch.uint8).set_(storage, entry.begin, (entry.nbytes,), (1,))
+    raw = torch.empty(0, dtype=torch.uint8).set_(storage, entry.begin, (entry.nbytes,))
     return raw.clone().view(entry.dtype).reshape(entry.shape)

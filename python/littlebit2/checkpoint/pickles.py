@@ -14,7 +14,7 @@ __all__ = ["read_pickle"]
 
 
 def read_pickle(file: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a state dict, memory-mapped. Short sequences of ints (shapes) become int64 tensors.
+    """Return the tensors of a state dict, memory-mapped; short sequences of ints (shapes) as int64 tensors.
 
     Raises:
         CheckpointError: the file cannot be read, or holds something else.
