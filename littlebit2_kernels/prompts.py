@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from ._native import core
-from .balance import fits_float16
 from .gpu import GpuProperties, gpu_properties
-from .ops import Operands
+from .ops.balance import fits_float16
+from .ops.operands import Operands
 
 __all__ = [
     "CUDA_TOKENS",
@@ -69,7 +69,7 @@ def prompt_backend(
         ranks: of the paths, ``None`` for a single stage.
         shares: for each path, the path whose first stage it uses.
         gpu: as for :func:`littlebit2_kernels.gpu.gpu_properties`.
-        operands: of the layer, looked at for float16 alone, and once (:mod:`littlebit2_kernels.balance`);
+        operands: of the layer, looked at for float16 alone, and once (:mod:`littlebit2_kernels.ops.balance`);
             without them, it is taken to fit.
 
     Returns:

@@ -1,7 +1,7 @@
-"""``--cpu-seconds=N``: the N tests and files that take the most processor time, child processes included.
+"""``--cpu-seconds=N``: the N tests and files that take the most CPU time, child processes included.
 
-Unlike ``--durations``, the figures mean the same on a busy machine. A child process counts for the test that waits
-for its end.
+Unlike ``--durations``, the figures mean the same on a busy machine. A child process counts for the test that
+waits for its end.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option."""
-    parser.addoption("--cpu-seconds", type=int, metavar="N", help="list the N tests and files that take the most")
+    parser.addoption(
+        "--cpu-seconds", type=int, metavar="N", help="list the N tests and files that take the most"
+    )
 
 
 def _cpu_seconds() -> float:

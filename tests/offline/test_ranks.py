@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from littlebit2.checkpoint import open_checkpoint
-from littlebit2.offline import StreamError, pipeline, quantize_checkpoint, ranks
+from littlebit2.disk import RunError
+from littlebit2.offline import pipeline, quantize_checkpoint, ranks
 from littlebit2.quantize import Importance, QuantConfig
 from tests.offline.builders import contents
 
@@ -80,7 +81,7 @@ def test_importance_reaches_its_layers_and_is_part_of_the_settings(
         patch.setattr(pipeline, "quantize_together", fail)
         with pytest.raises(RuntimeError, match="stopped"):
             run(model_dir, tmp_path / "other", config, importance=importance)
-    with pytest.raises(StreamError, match="holds a run with other settings: importance = "):
+    with pytest.raises(RunError, match="holds a run with other settings: importance = "):
         run(model_dir, tmp_path / "other", config)
 
 

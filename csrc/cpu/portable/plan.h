@@ -1,8 +1,8 @@
 // How a CPU call is cut up: blocks of tokens, first stages shared between paths, and the workspace layout.
-// Pure functions of the arguments.
+// Pure functions of the shape and the number of tokens.
 #pragma once
 
-#include "core/first_stages.h"
+#include "core/shape.h"
 
 namespace lb2::cpu {
 
@@ -22,7 +22,8 @@ struct Plan : FirstStages {
   int64_t workspace_bytes;
 };
 
-Plan plan_forward(const lb2_linear_args& args) noexcept;
-Plan plan_backward(const lb2_linear_args& args) noexcept;
+// The shape must have passed check_shape.
+Plan plan_forward(const lb2_layer_shape& shape, int64_t m) noexcept;
+Plan plan_backward(const lb2_layer_shape& shape, int64_t m) noexcept;
 
 }  // namespace lb2::cpu

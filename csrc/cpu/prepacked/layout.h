@@ -80,7 +80,7 @@ struct Layout {
   int64_t bytes;
 };
 
-// Header of a layer that check_layer passed. in_scale is compared by value.
+// The header of a layer that check_layer passed. in_scale is compared by value.
 Header make_header(const lb2_linear_args& layer) noexcept;
 
 // Fails if the header is impossible or its layout does not fit 63 bits.

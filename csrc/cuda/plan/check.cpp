@@ -101,9 +101,9 @@ lb2_status check_plan_struct(const lb2_cuda_plan* plan) noexcept {
   return LB2_OK;
 }
 
-lb2_status check_sizes(const lb2_linear_args& args) noexcept {
-  int64_t largest = std::max(args.k, args.n);
-  for (int64_t p = 0; p < args.num_paths; ++p) largest = std::max(largest, args.paths[p].rank);
+lb2_status check_sizes(const lb2_layer_shape& shape) noexcept {
+  int64_t largest = std::max(shape.k, shape.n);
+  for (int64_t p = 0; p < shape.num_paths; ++p) largest = std::max(largest, shape.ranks[p]);
   if (largest <= kMaxSize) return LB2_OK;
   return fail(LB2_ERROR_UNSUPPORTED, "k, n and every rank must be at most %" PRId64 " on CUDA, got %" PRId64,
               kMaxSize, largest);

@@ -17,8 +17,8 @@ lb2_status check_tuning(const lb2_cuda_tuning& tuning, lb2_activation activation
 
 lb2_status check_plan_struct(const lb2_cuda_plan* plan) noexcept;
 
-// Sizes that the kernels' 32-bit arithmetic has room for; check_layer must have passed.
-lb2_status check_sizes(const lb2_linear_args& args) noexcept;
+// Sizes that the kernels' 32-bit arithmetic has room for; check_shape must have passed.
+lb2_status check_sizes(const lb2_layer_shape& shape) noexcept;
 
 // Addresses of everything that kernels read and write in elements; a misaligned one would fault on the GPU.
 LB2_API lb2_status check_addresses(const lb2_linear_args& args) noexcept;

@@ -149,17 +149,18 @@ bool is_fused(const lb2_cuda_plan& plan) noexcept {
 FusedParams fused_params(const Layers& layers, const Plan& plan, int blocks, int64_t first,
                          int64_t tokens) noexcept {
   const lb2_linear_args& args = layers.front();
+  const CallShape& call = layers.shape;
   FusedParams params = {};
   Layout layout;
-  lay_out(find_stages(layers, plan.first), plan.activation, &layout);
-  params.num_firsts = plan.first.num_groups;
-  for (int g = 0; g < plan.first.num_groups; ++g) {
-    const lb2_path& path = *layers.paths[plan.first.leader_of[g]];
+  lay_out(find_stages(call), plan.activation, &layout);
+  params.num_firsts = call.first.num_groups;
+  for (int g = 0; g < call.first.num_groups; ++g) {
+    const lb2_path& path = *layers.paths[call.first.leader_of[g]];
     params.firsts[g] = {path.in_scale, reinterpret_cast<const uint32_t*>(path.v), path.v_stride,
                         static_cast<int32_t>(path.rank), layout.rows[g]};
   }
   const int64_t element_bytes = args.dtype == LB2_FLOAT32 ? 4 : 2;
-  for (int32_t i = 0; i < layers.count; ++i) {
+  for (int32_t i = 0; i < call.num_layers; ++i) {
     const lb2_linear_args& layer = layers.args[i];
     Group& group = params.layers[params.num_layers++];
     group.output = static_cast<char*>(layer.output) + first * layer.output_stride * element_bytes;
@@ -169,7 +170,7 @@ FusedParams fused_params(const Layers& layers, const Plan& plan, int blocks, int
     group.first_tile = params.num_units;
     params.num_units += static_cast<int32_t>(divide_up(layer.n, kFusedUnitRows));
     group.first_term = params.num_terms;
-    for (int32_t p = layers.first_path[i]; p < layers.first_path[i + 1]; ++p) {
+    for (int32_t p = call.first_path[i]; p < call.first_path[i + 1]; ++p) {
       const lb2_path& path = *layers.paths[p];
       params.terms[params.num_terms] = {path.latent_scale,
                                         path.out_scale,
@@ -177,7 +178,7 @@ FusedParams fused_params(const Layers& layers, const Plan& plan, int blocks, int
                                         path.u_stride,
                                         static_cast<int32_t>(path.rank),
                                         static_cast<int32_t>(divide_up(path.rank, kSliceCols)),
-                                        plan.first.group_of[p],
+                                        call.first.group_of[p],
                                         layout.offsets[params.num_terms]};
       ++params.num_terms;
     }

@@ -10,7 +10,6 @@ namespace lb2::cuda {
 constexpr int32_t kLeastChained = 90;  // capability with programmatic dependent launch
 
 struct Plan : lb2_cuda_plan {  // launches for token_block tokens, or fewer where there are fewer
-  FirstStages first;           // of the paths of all layers
   int64_t sum_parts;           // of the first of two stages: what the second one adds up
   // Bytes into the workspace: [sum_parts, tokens, rank] fp32 partial latents of each first stage, and the
   // converted slices of each term of a stage.
@@ -19,11 +18,11 @@ struct Plan : lb2_cuda_plan {  // launches for token_block tokens, or fewer wher
 };
 
 // The device must have passed check_device; tuning may be NULL.
-LB2_API lb2_status make_plan(const Layers& layers, lb2_activation activation, const lb2_cuda_device& device,
-                             const lb2_cuda_tuning* tuning, Plan* plan) noexcept;
+lb2_status make_plan(const CallShape& call, lb2_activation activation, const lb2_cuda_device& device,
+                     const lb2_cuda_tuning* tuning, Plan* plan) noexcept;
 
 // The whole plan of a call from what lb2_grouped_plan_cuda gave for it, of which nothing is trusted.
-LB2_API lb2_status resume_plan(const Layers& layers, const lb2_cuda_plan* made, Plan* plan) noexcept;
+LB2_API lb2_status resume_plan(const CallShape& call, const lb2_cuda_plan* made, Plan* plan) noexcept;
 
 // Geometry and parameters of one launch for the tokens [first, first + tokens) of the call; `workspace` is
 // aligned.

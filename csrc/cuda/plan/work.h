@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/params.h"
-#include "cuda/plan/layers.h"
+#include "cuda/plan/shape.h"
 
 namespace lb2::cuda {
 
@@ -28,6 +28,6 @@ struct Stages {
   int count;  // 1 for layers of a single stage
 };
 
-Stages find_stages(const Layers& layers, const FirstStages& first) noexcept;
+Stages find_stages(const CallShape& call) noexcept;
 
 }  // namespace lb2::cuda

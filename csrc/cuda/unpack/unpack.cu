@@ -69,21 +69,21 @@ lb2_status lb2_linear_unpack_cuda(const lb2_linear_args* args, void* first, void
   layer.input = layer.bias = nullptr;
   layer.output = nullptr;
   LB2_RETURN_IF_ERROR(check_addresses(layer));
-  LB2_RETURN_IF_ERROR(check_output("first", first, !layers.single_stage, args->dtype));
+  LB2_RETURN_IF_ERROR(check_output("first", first, !layers.shape.single_stage, args->dtype));
   LB2_RETURN_IF_ERROR(check_output("last", last, true, args->dtype));
   Matrices matrices(args->dtype);
-  if (layers.single_stage) {
+  if (layers.shape.single_stage) {
     matrices.add_matrix(last, 0, args->k, args->n, args->k);
-    for (int p = 0; p < layers.num_paths; ++p) {
+    for (int p = 0; p < layers.shape.num_paths; ++p) {
       const lb2_path& path = *layers.paths[p];
       matrices.add_factor(path.v, path.v_stride, path.out_scale, path.in_scale);
     }
     return matrices.queue(static_cast<cudaStream_t>(stream));
   }
   int64_t latents = 0;
-  for (int p = 0; p < layers.num_paths; ++p) latents += layers.paths[p]->rank;
+  for (int p = 0; p < layers.shape.num_paths; ++p) latents += layers.paths[p]->rank;
   int64_t before = 0;
-  for (int p = 0; p < layers.num_paths; ++p) {
+  for (int p = 0; p < layers.shape.num_paths; ++p) {
     const lb2_path& path = *layers.paths[p];
     matrices.add_matrix(first, before * args->k, args->k, path.rank, args->k);
     matrices.add_factor(path.v, path.v_stride, nullptr, path.in_scale);

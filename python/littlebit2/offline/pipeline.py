@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,8 @@ import torch
 from tqdm import tqdm
 
 from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns
-from littlebit2.checkpoint import check_replaceable, open_checkpoint
+from littlebit2.checkpoint import open_checkpoint
+from littlebit2.disk import check_replaceable, check_space
 from littlebit2.quantize import (
     DenseLayer,
     Importance,
@@ -28,7 +28,6 @@ from littlebit2.quantize import (
 )
 
 from .assemble import REPORT_NAME, assemble
-from .errors import StreamError
 from .group import Group, process_group, share_out
 from .jobs import Job, make_jobs, run_settings, with_allocation
 from .ranks import allocation_of
@@ -97,7 +96,7 @@ def quantize_checkpoint(
             either ``overwrite`` is off or it is something else than a checkpoint.
         FileNotFoundError: there is no ``model_dir``.
         OSError: a file cannot be read or written.
-        StreamError: the disk is full or too small, the work directory belongs to a run with other settings
+        RunError: the disk is full or too small, the work directory belongs to a run with other settings
             or is in use, or another process failed.
         TypeError: ``config`` is no :class:`.QuantConfig`, or a pattern no string.
         ValueError: ``out`` and ``model_dir`` contain one another, ``workers``, ``threads`` or ``device``
@@ -126,12 +125,12 @@ def quantize_checkpoint(
         dense_bytes = _dense_bytes(checkpoint.dense, jobs)
     work = WorkDirectory(target)
     with process_group() as group:
-        before = group.from_leader(partial(_start, work, target, settings, resume, overwrite))
-        if before is not None:
-            return before
         run = partial(_run_all, group, workers=workers, threads=threads, show=progress)
         weights = importance or {}
         try:
+            before = group.from_leader(partial(_start, work, target, settings, resume, overwrite))
+            if before is not None:
+                return before
             if needs_spectra(config):
                 allocation = allocation_of(
                     group, work, jobs, config, weights, partial(_load, source, place), partial(run, "measure")
@@ -218,12 +217,7 @@ def _dense_bytes(tensors: Any, jobs: Sequence[Job]) -> int:
 def _check_space(work: WorkDirectory, pending: Sequence[Job], jobs: Sequence[Job], dense_bytes: int) -> None:
     """Do not begin hours of work that cannot be written down: every layer is there twice at the end."""
     needed = sum(j.stored_bytes for j in pending) + sum(j.stored_bytes for j in jobs) + dense_bytes
-    free = shutil.disk_usage(work.path).free
-    if free < needed:
-        raise StreamError(
-            f"{work.path.parent}: needs about {needed / 1e9:.2f} GB free, has {free / 1e9:.2f} GB; "
-            "free some and run the same command again"
-        )
+    check_space(work.path, needed)
 
 
 def _run_all(

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns
 from littlebit2.architecture.tensors import select_layers
 from littlebit2.checkpoint import open_checkpoint
+from littlebit2.disk import write_file
 from littlebit2.quantize import (
     Importance,
     LayerSpectrum,
@@ -26,7 +27,7 @@ from littlebit2.quantize import (
 
 from .group import Group, share_out
 from .jobs import Job
-from .work import WorkDirectory, write_atomically
+from .work import WorkDirectory, keep_layers
 
 __all__ = ["allocation_of", "measure_ranks"]
 
@@ -56,7 +57,7 @@ def allocation_of(
 
     Raises:
         TypeError, ValueError: a weight cannot be measured; the message names the layer.
-        OSError, StreamError: the result cannot be written.
+        OSError, RunError: the result cannot be written.
     """
     path = work.path / _FILE
     known = group.from_leader(lambda: path.read_text("utf-8") if path.exists() else None)
@@ -75,7 +76,12 @@ def allocation_of(
         spectra = {name: found for part in group.collect(measure_share) for name, found in part.items()}
         settled = settle_ranks((spectra[job.source.name] for job in jobs), config)
         known = json.dumps([asdict(one) for one in settled.values()])
-        group.from_leader(lambda: write_atomically(path, known.encode()))
+
+        def write() -> None:
+            with keep_layers():
+                write_file(path, known.encode())
+
+        group.from_leader(write)
     return {one["name"]: RankAllocation(**{**one, "ranks": tuple(one["ranks"])}) for one in json.loads(known)}
 
 

@@ -1,4 +1,4 @@
-"""The door to the Triton backend: why it cannot run, what it would do, and calls, which import it."""
+"""Why the Triton backend cannot run, and what a call of it would do; importing this needs no Triton."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["TritonLaunch", "interpreting", "no_triton_reason", "plan_triton", "triton_linear"]
+__all__ = ["TritonLaunch", "interpreting", "no_triton_reason", "plan_triton"]
 
 
 @dataclass(frozen=True)
@@ -63,40 +63,9 @@ def no_triton_reason(device_type: str) -> str | None:
     return None
 
 
-def _load_while_tracing() -> bool:
-    _operators()
-    return True
-
-
-# torch.compile takes the answers of trace time. This is what torch.compiler.assume_constant_result marks a
+# torch.compile takes the answer of trace time. This is what torch.compiler.assume_constant_result marks a
 # function with; calling that would import the compiler.
 no_triton_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_load_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _operators() -> Any:
-    from .triton import ops
-
-    return ops
-
-
-def triton_linear(
-    x: torch.Tensor, operands: tuple[Any, ...], bias: torch.Tensor | None, activation: str
-) -> torch.Tensor:
-    """Apply a layer to ``x`` ``[..., K]`` by ``torch.ops.littlebit2.triton_linear``, which checks them.
-
-    Args:
-        x: the activations.
-        operands: ``(v, u, in_scale, latent_scale, out_scale)`` of :attr:`PackedLinear.operands`.
-        bias: float32 ``[N]`` or ``None``.
-        activation: a name that the backend serves.
-    """
-    v, u, in_scale, latent_scale, out_scale = operands
-    lists = (v, u or [], in_scale, latent_scale or [], out_scale)
-    if torch.compiler.is_compiling():
-        _load_while_tracing()
-        return torch.ops.littlebit2.triton_linear(x, *lists, bias, activation)
-    return _operators().linear(x, lists, bias, activation)
 
 
 def plan_triton(
@@ -115,7 +84,7 @@ def plan_triton(
     Returns:
         ``activation`` (resolved), ``kernels`` (the name of the one that multiplies) and ``launches``.
     """
-    from .triton import configs, plan
+    from . import configs, plan
 
     method = plan.choose_method(tokens, activation, dtype_name == "float32")
     own = [rank for p, rank in enumerate(ranks) if leaders[p] == p]

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .format import holds_values
-from .ops import Operand, Operands
+from ..format import holds_values
+from .operands import Operand, Operands
 
 __all__ = ["Balance", "balanced", "find_balance", "fits_float16"]
 

@@ -6,16 +6,21 @@ decoding step of a small batch takes its time for; on the CPU they run one after
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
-from . import ops
-from .ops import Operands
+from .operands import (
+    check_fake,
+    check_fake_x,
+    flatten,
+    no_gradients,
+    refuse_gradients_of_scales,
+    saved_operands,
+)
 
-__all__ = ["grouped_from_operands", "grouped_from_prepacked", "register"]
+__all__ = ["register"]
 
 
 def register() -> None:
@@ -28,80 +33,6 @@ def register() -> None:
     torch.library.register_autograd(
         "littlebit2::grouped_linear_prepacked", _prepacked_backward, setup_context=_prepacked_setup
     )
-
-
-def grouped_from_operands(
-    x: torch.Tensor,
-    layers: Sequence[Operands],
-    bias: Sequence[torch.Tensor | None],
-    activation: int = 0,
-) -> list[torch.Tensor]:
-    """Call ``torch.ops.littlebit2.grouped_linear``; the operator checks its arguments itself.
-
-    Args:
-        x: ``[..., K]``.
-        layers: the operands of each layer, all of one stage or all of two.
-        bias: float32 ``[N]`` or ``None`` of each layer.
-        activation: a value of :data:`littlebit2_kernels.dispatch.ACTIVATIONS` that the device serves.
-
-    Returns:
-        ``[..., N_i]`` of each layer, in the dtype of ``x``.
-    """
-    ops.load_for(x)
-    if _has_tangent(x) or _wants_gradient(bias):
-        return [
-            ops.linear_from_operands(x, operands, one, activation)
-            for operands, one in zip(layers, bias, strict=True)
-        ]
-    lists = [
-        None if layers[0][i] is None else [tensor for operands in layers for tensor in operands[i] or ()]
-        for i in range(5)
-    ]
-    arguments = (x, *lists, list(bias), [len(operands[0]) for operands in layers], activation)
-    if torch.compiler.is_compiling() or _wants_gradient((x, *lists)):
-        return torch.ops.littlebit2.grouped_linear(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.littlebit2.grouped_linear(*arguments)
-
-
-def grouped_from_prepacked(
-    x: torch.Tensor,
-    layers: Sequence[torch.Tensor],
-    bias: Sequence[torch.Tensor | None],
-    out_features: Sequence[int],
-    activation: int,
-) -> list[torch.Tensor]:
-    """Call ``torch.ops.littlebit2.grouped_linear_prepacked``; the operator checks its arguments itself.
-
-    Args:
-        x: ``[..., K]``.
-        layers: uint8 ``[bytes]`` of each :class:`PrepackedLinear`.
-        bias: float32 ``[N]`` or ``None`` of each layer.
-        out_features: N of each layer.
-        activation: a value of :data:`littlebit2_kernels.dispatch.ACTIVATIONS`.
-
-    Returns:
-        ``[..., N_i]`` of each layer, in the dtype of ``x``.
-    """
-    ops.load_for(x)
-    if _has_tangent(x) or _wants_gradient(bias):
-        return [
-            ops.linear_from_prepacked(x, layer, one, size, activation)
-            for layer, one, size in zip(layers, bias, out_features, strict=True)
-        ]
-    arguments = (x, list(layers), list(bias), list(out_features), activation)
-    if torch.compiler.is_compiling() or _wants_gradient((x,)):
-        return torch.ops.littlebit2.grouped_linear_prepacked(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.littlebit2.grouped_linear_prepacked(*arguments)
-
-
-def _has_tangent(x: torch.Tensor) -> bool:
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
-
-
-def _wants_gradient(arguments: Iterable[Any]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in ops.flatten(arguments))
 
 
 def _refuse_gradients_of_biases(bias: Sequence[torch.Tensor | None]) -> None:
@@ -130,7 +61,7 @@ def _grouped_fake(
     paths: list[int],
     activation: int = 0,
 ) -> list[torch.Tensor]:
-    ops.check_fake("x", x, in_scale[0].shape[-1], (v, u, in_scale, latent_scale, out_scale), None)
+    check_fake("x", x, in_scale[0].shape[-1], (v, u, in_scale, latent_scale, out_scale), None)
     if sum(paths) != len(v) or len(bias) != len(paths):
         raise RuntimeError(
             f"littlebit2: paths must add up to the {len(v)} tensors of v, with one bias or None each, got "
@@ -144,15 +75,15 @@ def _grouped_fake(
 
 def _grouped_setup(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
     operands, bias, ctx.paths = inputs[1:6], inputs[6], inputs[7]
-    ops.refuse_gradients_of_scales(operands)
+    refuse_gradients_of_scales(operands)
     _refuse_gradients_of_biases(bias)
-    ctx.save_for_backward(*ops.flatten(operands))
+    ctx.save_for_backward(*flatten(operands))
     ctx.lengths = [None if tensors is None else len(tensors) for tensors in operands]
     ctx.biased = [one is not None for one in bias]
 
 
 def _grouped_backward(ctx: Any, grads: list[torch.Tensor | None]) -> tuple[Any, ...]:
-    lists = ops.saved_operands(ctx)
+    lists = saved_operands(ctx)
     grad_x = None
     if ctx.needs_input_grad[0]:
         first = 0
@@ -163,7 +94,7 @@ def _grouped_backward(ctx: Any, grads: list[torch.Tensor | None]) -> tuple[Any, 
                 own = [None if tensors is None else tensors[part] for tensors in lists]
                 grad_x = _added(grad_x, torch.ops.littlebit2.linear_backward_x(grad.contiguous(), *own))
     # The dispatcher drops an activation left at its default.
-    none = (*ops.no_gradients(ctx), _no_bias_gradients(ctx), None, None)
+    none = (*no_gradients(ctx), _no_bias_gradients(ctx), None, None)
     return (grad_x, *none)[: len(ctx.needs_input_grad)]
 
 
@@ -174,7 +105,7 @@ def _prepacked_fake(
     out_features: list[int],
     activation: int = 0,
 ) -> list[torch.Tensor]:
-    ops.check_fake_x("x", x, layers)
+    check_fake_x("x", x, layers)
     return [x.new_empty((*x.shape[:-1], size)) for size in out_features]
 
 

@@ -11,7 +11,10 @@ import tempfile
 from pathlib import Path
 from types import TracebackType
 
-__all__ = ["StagedDirectory", "check_new_file", "check_replaceable", "sync_path"]
+from .errors import explain_errors
+from .files import sync, sync_tree
+
+__all__ = ["StagedDirectory", "check_replaceable", "move_into_place"]
 
 
 class StagedDirectory:
@@ -34,10 +37,12 @@ class StagedDirectory:
     def __init__(self, out: str | Path, *, overwrite: bool = False) -> None:
         self.out = Path(os.path.abspath(out))
         self.overwrite = overwrite
-        self._check_out()
-        self.out.parent.mkdir(parents=True, exist_ok=True)
+        check_replaceable(self.out, overwrite=overwrite)
+        with explain_errors(self.out):
+            self.out.parent.mkdir(parents=True, exist_ok=True)
         self._remove_stale()
-        self.path, self._lock = self._make()
+        with explain_errors(self.out):
+            self.path, self._lock = self._make()
 
     def __enter__(self) -> StagedDirectory:
         return self
@@ -55,25 +60,10 @@ class StagedDirectory:
             RuntimeError: it was published or discarded before.
         """
         self.check_open()
-        for file in self.path.rglob("*"):
-            sync_path(file)
-        sync_path(self.path)
-        self._check_out()
-        old: Path | None = None
-        if self.out.exists() and any(self.out.iterdir()):
-            old = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.old-", dir=self.out.parent)) / self.out.name
-            os.rename(self.out, old)
-        try:
-            os.rename(self.path, self.out)
-        except OSError:
-            if old is not None:
-                os.rename(old, self.out)
-                old.parent.rmdir()
-            raise
+        with explain_errors(self.out):
+            sync_tree(self.path)
+        move_into_place(self.path, self.out, overwrite=self.overwrite)
         self._release()
-        sync_path(self.out.parent)
-        if old is not None:
-            shutil.rmtree(old.parent, ignore_errors=True)
 
     def check_open(self) -> None:
         """Raise ``RuntimeError`` if the directory was published or discarded."""
@@ -90,9 +80,6 @@ class StagedDirectory:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-
-    def _check_out(self) -> None:
-        check_replaceable(self.out, overwrite=self.overwrite)
 
     def _stem(self) -> str:
         return f".{self.out.name}.partial-"
@@ -120,6 +107,39 @@ class StagedDirectory:
                     os.close(lock)
 
 
+def move_into_place(path: Path, out: Path, *, overwrite: bool) -> None:
+    """Rename a finished directory, which is on disk, to ``out``.
+
+    A checkpoint that is there is set aside in a hidden sibling (``.NAME.old-...``) and removed once the new
+    one is in place. A kill between these two renames leaves it there.
+
+    Args:
+        path: the directory, on the file system of ``out``.
+        out: its new name.
+        overwrite: whether ``out`` may be a checkpoint.
+
+    Raises:
+        FileExistsError: ``out`` may not be replaced.
+        OSError: it cannot be renamed.
+    """
+    check_replaceable(out, overwrite=overwrite)
+    with explain_errors(out):
+        old: Path | None = None
+        if out.exists() and any(out.iterdir()):
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent)) / out.name
+            os.rename(out, old)
+        try:
+            os.rename(path, out)
+        except OSError:
+            if old is not None:
+                os.rename(old, out)
+                old.parent.rmdir()
+            raise
+        sync(out.parent)
+        if old is not None:
+            shutil.rmtree(old.parent, ignore_errors=True)
+
+
 def check_replaceable(out: Path, *, overwrite: bool) -> None:
     """Raise ``FileExistsError`` unless ``out`` may be put in place: nothing is there, or an empty directory.
 
@@ -144,22 +164,5 @@ def check_replaceable(out: Path, *, overwrite: bool) -> None:
         raise FileExistsError(f"out must be a checkpoint to be overwritten, got {out}, which is none")
 
 
-def check_new_file(out: Path, *, overwrite: bool) -> None:
-    """Raise ``FileExistsError`` unless a file may be put at ``out``: none is there, or ``overwrite``."""
-    if out.is_dir():
-        raise FileExistsError(f"out must be a file, got {out}, which is a directory")
-    if not overwrite and os.path.lexists(out):
-        raise FileExistsError(f"out must be a new file, got {out}; overwrite=True (--overwrite) replaces it")
-
-
 def _escaped(stem: str) -> str:
     return "".join(f"[{mark}]" if mark in "*?[" else mark for mark in stem)
-
-
-def sync_path(path: Path) -> None:
-    """Put a file, or the names in a directory, on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
