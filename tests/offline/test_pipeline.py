@@ -130,7 +130,7 @@ def test_a_finished_run_is_not_repeated(
     replaced = run(model_dir, tmp_path / "out", QuantConfig(ranks=(8,)), overwrite=True)
     assert replaced.layers[0]["ranks"] == [8]
     with open_checkpoint(tmp_path / "out") as checkpoint:
-        assert {spec.ranks for spec in checkpoint.layers.values()} == {(8,)}
+        assert {spec.shape.ranks for spec in checkpoint.layers.values()} == {(8,)}
 
 
 def test_overwriting_takes_only_what_is_a_checkpoint(model_dir: Path, tmp_path: Path) -> None:

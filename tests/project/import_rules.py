@@ -156,6 +156,21 @@ PYTHON_ROOMS = {
         never=NATIVE,
         public_only=True,
     ),
+    # Layouts know headers and specs, not the reader that uses them.
+    "littlebit2.checkpoint.formats": PythonRoom(
+        may=(
+            "torch",
+            "littlebit2.checkpoint.errors",
+            "littlebit2.checkpoint.formats",
+            "littlebit2.checkpoint.headers",
+            "littlebit2.checkpoint.specs",
+            f"{_KERNELS}.format",
+            f"{_KERNELS}.packing",
+            f"{_KERNELS}.state",
+        ),
+        never=NATIVE,
+        public_only=True,
+    ),
     "littlebit2.offline": PythonRoom(
         may=(
             "torch",

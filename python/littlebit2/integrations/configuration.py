@@ -116,11 +116,11 @@ class LittleBit2Config(QuantizationConfigMixin):
     def make_layer(self, spec: LayerSpec, device: str) -> LittleBitLinear:
         """Return an all-zero layer of this configuration."""
         return LittleBitLinear(
-            spec.in_features,
-            spec.out_features,
-            spec.ranks,
+            spec.shape.in_features,
+            spec.shape.out_features,
+            spec.shape.ranks,
             spec.bias,
-            shares=spec.shares,
+            shares=spec.shape.shares,
             backend=self.backend,
             activation=self.activation,
             device=device,

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from littlebit2.architecture.names import CAUSAL_HEAD
 from littlebit2.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from littlebit2.quantize import check_device, check_dtype
 
@@ -111,7 +112,7 @@ def _model_class(config: PreTrainedConfig, checkpoint: Checkpoint) -> Any:
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return AutoModel
     # A file without a head may still tie it to the embedding.
-    headed = any("lm_head" in name for name in (*checkpoint.dense, *checkpoint.tied()))
+    headed = any(CAUSAL_HEAD in name for name in (*checkpoint.dense, *checkpoint.tied()))
     return AutoModelForCausalLM if headed else AutoModel
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from littlebit2.architecture.names import FUSED
 from littlebit2.checkpoint import CheckpointError, LayerSpec
 from littlebit2_kernels import LittleBitLinear
+from littlebit2_kernels.format import LayerShape
 
 __all__ = [
     "FusedLinear",
@@ -87,14 +88,8 @@ def layers_of(model: nn.Module) -> dict[str, LittleBitLinear]:
 
 def spec_of(name: str, layer: LittleBitLinear) -> LayerSpec:
     """Describe a module as checkpoints do."""
-    return LayerSpec(
-        name=name,
-        in_features=layer.in_features,
-        out_features=layer.out_features,
-        ranks=layer.ranks,
-        shares=layer.shares,
-        bias=layer.bias is not None,
-    )
+    shape = LayerShape(layer.in_features, layer.out_features, layer.ranks, layer.shares)
+    return LayerSpec(name, shape, layer.bias is not None)
 
 
 def find_places(model: nn.Module, layers: Mapping[str, LayerSpec], prefix: str = "") -> list[Placement]:
@@ -167,7 +162,7 @@ def _fused_of(name: str, modules: Mapping[str, nn.Module]) -> str | None:
 
 def _disagreement(spec: LayerSpec, linear: nn.Linear) -> list[str]:
     expected = (linear.in_features, linear.out_features, linear.bias is not None)
-    got = (spec.in_features, spec.out_features, spec.bias)
+    got = (spec.shape.in_features, spec.shape.out_features, spec.bias)
     if expected == got:
         return []
     return [f"{spec.name}: (in_features, out_features, bias) must be {expected}, got {got}"]
@@ -183,11 +178,11 @@ def _fused_disagreement(fused: str, members: list[Placement], linear: nn.Module)
     specs = [by_leaf[name] for name in names]
     problems = [
         f"{spec.name}: (in_features, bias) must be {(linear.in_features, linear.bias is not None)}, "
-        f"got {(spec.in_features, spec.bias)}"
+        f"got {(spec.shape.in_features, spec.bias)}"
         for spec in specs
-        if (spec.in_features, spec.bias) != (linear.in_features, linear.bias is not None)
+        if (spec.shape.in_features, spec.bias) != (linear.in_features, linear.bias is not None)
     ]
-    total = sum(spec.out_features for spec in specs)
+    total = sum(spec.shape.out_features for spec in specs)
     if total != linear.out_features:
         problems.append(
             f"{fused}: out_features of {', '.join(names)} must add up to {linear.out_features}, got {total}"

@@ -15,6 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from littlebit2.architecture.projections import fuse_projections
 from littlebit2.checkpoint import Checkpoint, CheckpointError, LayerSpec, open_checkpoint, quantization_config
 from littlebit2_kernels import LittleBitLinear, packed_from_state
+from littlebit2_kernels.format import LayerShape
 
 from .configuration import METHOD, LittleBit2Config
 from .modules import FusedLinear, PendingLinear, Placement, find_places, fused_parents, layers_of, spec_of
@@ -190,7 +191,7 @@ def _ignore_layers(model: PreTrainedModel, places: list[Placement]) -> None:
 
 def _in_our_names(checkpoint: Checkpoint) -> bool:
     """Whether the tensors in the files are, name by name, the buffers of our layers."""
-    layouts = {layer.layout for layer in checkpoint.stored.values()}
+    layouts = {layer.layout.name for layer in checkpoint.stored.values()}
     return checkpoint.format == METHOD and layouts <= {METHOD, "onebit"}
 
 
@@ -205,10 +206,12 @@ def _specs_from_config(model: PreTrainedModel, config: LittleBit2Config) -> dict
                 f"quantization_config names {name}, expected an nn.Linear of the model there"
             )
         ranks = tuple(config.ranks[name]) if name in config.ranks else None
-        shares = config.shares.get(name) or range(len(ranks or (0,)))
-        specs[name] = LayerSpec(
-            name, linear.in_features, linear.out_features, ranks, tuple(shares), linear.bias is not None
-        )
+        shares = tuple(config.shares.get(name, ()))
+        try:
+            shape = LayerShape(linear.in_features, linear.out_features, ranks, shares)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"quantization_config: layer {name}: {error}") from error
+        specs[name] = LayerSpec(name, shape, linear.bias is not None)
     return specs
 
 
@@ -232,14 +235,6 @@ def _check_loaded(name: str, layer: LittleBitLinear) -> None:
         packed = packed_from_state(buffers)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"layer {name} was not loaded whole: {error.args[0]}") from error
-    ranks = None if packed.single_stage else packed.ranks
-    if (packed.in_features, packed.out_features, ranks) != (
-        layer.in_features,
-        layer.out_features,
-        layer.ranks,
-    ):
-        raise CheckpointError(
-            f"layer {name}: (in_features, out_features, ranks) must be "
-            f"{(layer.in_features, layer.out_features, layer.ranks)}, "
-            f"got {(packed.in_features, packed.out_features, ranks)}"
-        )
+    expected = spec_of(name, layer).shape
+    if packed.shape != expected:
+        raise CheckpointError(f"layer {name} must have {expected}, got {packed.shape}")

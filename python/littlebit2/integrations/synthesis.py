@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns, is_selected
+from littlebit2.architecture.select import DEFAULT_EXCLUDE, is_selected, output_heads
 from littlebit2.checkpoint import CheckpointWriter
 from littlebit2.plan import load_config
 from littlebit2.quantize import (
@@ -144,12 +144,11 @@ def _is_encoder(config: PreTrainedConfig) -> bool:
 
 
 def _plans(model: PreTrainedModel, quant: QuantConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    head = model.get_output_embeddings()
-    everything, excluded = check_patterns("include", "*"), check_patterns("exclude", DEFAULT_EXCLUDE)
+    heads = output_heads(model)
     layers = [
         (name, module.in_features, module.out_features)
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and module is not head and is_selected(name, everything, excluded)
+        if type(module) is nn.Linear and name not in heads and is_selected(name, ("*",), DEFAULT_EXCLUDE)
     ]
     if layers:
         check_budget(quant, layers)
