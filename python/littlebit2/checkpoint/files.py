@@ -49,6 +49,7 @@ class TensorFiles:
         problems: remarks about the files.
         metadata: ``__metadata__`` of the safetensors files, by file name.
         standard: whether transformers finds these files by itself, and these names in them.
+        renamed: whether tensors have other names here than in the files.
     """
 
     def __init__(self, entries: dict[str, TensorEntry], problems: list[str]) -> None:
@@ -56,6 +57,7 @@ class TensorFiles:
         self.problems = problems
         self.metadata: dict[str, Mapping[str, str]] = {}
         self.standard = True
+        self.renamed = False
         self._stamps = {file: _stamp(file) for file in {entry.file for entry in entries.values()}}
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -224,7 +226,7 @@ def _undo_compiled(files: TensorFiles) -> None:
         if isinstance(files, PickledFiles):
             files.rename(name, plain)
     files.entries = entries
-    files.standard = False
+    files.standard, files.renamed = False, True
 
 
 def contained(directory: Path, name: str) -> Path:

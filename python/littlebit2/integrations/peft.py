@@ -73,7 +73,9 @@ def _resolve_all_linear() -> None:
     def resolve(peft_config: Any, model: nn.Module) -> Any:
         custom = getattr(peft_config, "_custom_modules", None) or {}
         targets = getattr(peft_config, "target_modules", None)
-        all_linear = isinstance(targets, str) and targets.lower() == tuners_utils.INCLUDE_LINEAR_LAYERS_SHORTHAND
+        all_linear = (
+            isinstance(targets, str) and targets.lower() == tuners_utils.INCLUDE_LINEAR_LAYERS_SHORTHAND
+        )
         peft_config = original(peft_config, model)
         if all_linear and LittleBitLinear in custom:
             peft_config.target_modules = {*peft_config.target_modules, *_packed_targets(peft_config, model)}
@@ -89,7 +91,9 @@ def _packed_targets(config: Any, model: nn.Module) -> set[str]:
         heads = (getattr(model, name, None) for name in tuners_utils.SEQ_CLS_HEAD_NAMES)
         head = next((found for found in heads if found is not None), None)
     inside = tuple(
-        f"{name}." for name, module in model.named_modules() if isinstance(module, tuners_utils.BaseTunerLayer)
+        f"{name}."
+        for name, module in model.named_modules()
+        if isinstance(module, tuners_utils.BaseTunerLayer)
     )
     heads = set() if head is None else set(head.modules())
     return {
