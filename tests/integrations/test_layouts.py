@@ -166,7 +166,11 @@ def test_settings_given_to_from_pretrained(
         path = tmp_path / "theirs"
         upstream.write(path, dense_model("llama"), (40, 8))
     prepacked: list[Any] = []
-    monkeypatch.setattr(LittleBitLinear, "prepack_", lambda layer: prepacked.append(layer))
+
+    def record(layer: LittleBitLinear) -> None:
+        prepacked.append(layer)
+
+    monkeypatch.setattr(LittleBitLinear, "prepack_", record)
     littlebit2.register()
     config = LittleBit2Config(**given)
     model = transformers.AutoModelForCausalLM.from_pretrained(path, quantization_config=config)
