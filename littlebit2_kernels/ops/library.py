@@ -32,8 +32,8 @@ def load(device_type: str = "cpu") -> None:
         with _lock:
             if not _registered:
                 load_ops()
-                for room in (packed, prepacked, dense, grouped):
-                    room.register()
+                for operators in (packed, prepacked, dense, grouped):
+                    operators.register()
                 _registered = True
     if device_type == "cuda":
         load_cuda_ops()
@@ -57,9 +57,12 @@ _load_cuda_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-def
 
 def load_for(x: torch.Tensor) -> None:
     """:func:`load` what the device of ``x`` needs, also while tracing."""
-    if not torch.compiler.is_compiling():
-        load("cuda" if x.is_cuda else "cpu")
+    if torch.compiler.is_compiling():
+        if x.is_cuda:
+            _load_cuda_while_tracing()
+        else:
+            _load_while_tracing()
     elif x.is_cuda:
-        _load_cuda_while_tracing()
-    else:
-        _load_while_tracing()
+        load("cuda")
+    elif not _registered:
+        load()

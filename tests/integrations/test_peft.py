@@ -38,13 +38,13 @@ def test_adapters_train_and_packed_layers_do_not(packed: Any) -> None:
     model = get_peft_model(packed, with_packed_layers(config()))
     assert isinstance(model.base_model.model.model.layers[0].mlp.up_proj, LoraLittleBitLinear)
     assert torch.equal(model(ids).logits, before)  # B starts at zero
-    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
     losses = []
     for _ in range(4):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     with model.disable_adapter():

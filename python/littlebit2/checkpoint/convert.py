@@ -81,7 +81,7 @@ def convert(source: str | Path, out: str | Path, to: str, *, overwrite: bool = F
     with open_checkpoint(source) as checkpoint:
         if not checkpoint.layers:
             raise CheckpointError(
-                f"{checkpoint.path}: expected packed layers, got a dense model: quantise it"
+                f"{checkpoint.path}: expected packed layers, got a dense model: quantize it"
             )
         if to == "littlebit":
             export_upstream(checkpoint, out, overwrite=overwrite)
@@ -151,8 +151,8 @@ def _upstream_state(
     target = float(eff_bit) if isinstance(eff_bit, (int, float)) else -1.0
     leaves: dict[str, torch.Tensor] = {
         "_eff_bit_target": torch.tensor(target),
-        "_split_dim_final": torch.tensor(packed.ranks[0]),
-        "_eff_bit_actual": torch.tensor(spec.shape.counted_bpw),
+        "_split_dim_final": torch.tensor(packed.shape.rows[0]),
+        "_eff_bit_actual": torch.tensor(packed.shape.counted_bpw),
     }
     for index, path in enumerate(packed.paths):
         assert path.u is not None and path.latent_scale is not None
@@ -174,6 +174,6 @@ def _upstream_state(
 
 
 def _plain_config(config: dict[str, Any]) -> dict[str, Any]:
-    """config.json without what either layout says of quantization."""
+    """Return config.json without the quantization settings of either layout."""
     dropped = {"quantization_config", KEPT_SETTINGS, *SETTINGS}
     return {key: value for key, value in config.items() if key not in dropped}

@@ -42,7 +42,7 @@ DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """What a file says of one tensor.
+    """What a file says about one tensor.
 
     Attributes:
         name: full tensor name.

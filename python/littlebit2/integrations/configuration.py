@@ -28,9 +28,9 @@ class LittleBit2Config(QuantizationConfigMixin):
         shares: layers with shared first stages, or single-stage layers of several paths: for each path, the
             path whose first stage it uses.
         modules_to_not_convert: linear modules that stayed dense.
-        format_version: of the packed words.
+        format_version: version of the packed format.
         pack: name of the packing.
-        backend: of every layer, see :func:`littlebit2_kernels.littlebit_linear`; not stored.
+        backend: backend for every layer, see :func:`littlebit2_kernels.littlebit_linear`; not stored.
         activation: likewise.
         prepack: whether layers on the CPU are brought to the kernels' layout while loading; not stored.
         fuse: whether projections that share their input are computed together on CUDA

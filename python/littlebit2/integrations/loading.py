@@ -55,10 +55,10 @@ def load(
     Args:
         path: a local directory with config.json and weights.
         device: where the model goes.
-        dtype: of the dense tensors and activations; by default what config.json says, or the file holds.
+        dtype: dtype of dense tensors and activations; by default that of config.json or of the file.
             Scales are float32 whatever it is.
         activation: how activations enter the sums, see :func:`littlebit2_kernels.littlebit_linear`.
-        backend: of every packed layer, see there too.
+        backend: backend for every packed layer, see there too.
         fuse: whether projections that share their input are computed together on CUDA, see
             :func:`littlebit2.fuse_projections`.
 

@@ -11,7 +11,6 @@ from torch import nn
 from littlebit2.architecture.names import FUSED
 from littlebit2.checkpoint import CheckpointError, LayerSpec
 from littlebit2_kernels import LittleBitLinear
-from littlebit2_kernels.format import LayerShape
 
 __all__ = [
     "FusedLinear",
@@ -32,7 +31,7 @@ class FusedLinear(nn.Module):
 
     Args:
         parent: the module that holds the parts.
-        names: of the parts, in the order of the fused outputs.
+        names: names of the parts, in the order of the fused outputs.
     """
 
     def __init__(self, parent: nn.Module, names: Sequence[str]) -> None:
@@ -88,8 +87,7 @@ def layers_of(model: nn.Module) -> dict[str, LittleBitLinear]:
 
 def spec_of(name: str, layer: LittleBitLinear) -> LayerSpec:
     """Describe a module as checkpoints do."""
-    shape = LayerShape(layer.in_features, layer.out_features, layer.ranks, layer.shares)
-    return LayerSpec(name, shape, layer.bias is not None)
+    return LayerSpec(name, layer.shape, layer.bias is not None)
 
 
 def find_places(model: nn.Module, layers: Mapping[str, LayerSpec], prefix: str = "") -> list[Placement]:
@@ -98,8 +96,8 @@ def find_places(model: nn.Module, layers: Mapping[str, LayerSpec], prefix: str =
     Args:
         model: as built from its config, dense.
         layers: packed layers of the checkpoint by name.
-        prefix: of the base model in a model with a head (``base_model_prefix``); checkpoints of one load
-            into the other, as they do in transformers.
+        prefix: name of the base model inside a model with a head (``base_model_prefix``); checkpoints of
+            one load into the other, as they do in transformers.
 
     Raises:
         CheckpointError: layers have no counterpart, or one of another shape; the message names them all.

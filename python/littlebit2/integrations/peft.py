@@ -2,7 +2,7 @@
 
 An adapter adds ``scaling * B A x`` beside a packed layer, whose signs stay as they are: gradients reach the
 adapter and the layer's input. The sum cannot be merged: a packed layer has no dense weight to add to, and
-quantising the sum again would throw away what was trained. Merging is refused; the adapter is saved and
+quantizing the sum again would throw away what was trained. Merging is refused; the adapter is saved and
 loaded by itself, as peft does. To train the packed signs instead, there is ``littlebit2 finetune``.
 """
 
@@ -26,7 +26,7 @@ _PLAIN = {"use_dora": (False, None), "init_lora_weights": (True, False, "gaussia
 
 _REFUSED = (
     "a LoRA adapter cannot be merged into a packed layer, which has no dense weight to add it to: keep the "
-    "adapter beside it (save_pretrained), or merge it into the dense model and quantise that"
+    "adapter beside it (save_pretrained), or merge it into the dense model and quantize that"
 )
 
 
@@ -54,7 +54,7 @@ def with_packed_layers(config: LoraConfig) -> LoraConfig:
                 f"weight, got {value!r}"
             )
     _resolve_all_linear()
-    # peft's own hook for layers that it does not know.
+    # peft's extension point for layers that it does not know.
     config._register_custom_module({LittleBitLinear: LoraLittleBitLinear})
     return config
 

@@ -32,7 +32,7 @@ class LittleBit2Quantizer(HfQuantizer):
     brought to the kernels' layout where that is wanted, and put in its place, one at a time.
     """
 
-    # Dense checkpoints are refused with the library's own message: quantise them first.
+    # Dense checkpoints are refused with the library's own message: quantize them first.
     requires_calibration = True
     quantization_config: LittleBit2Config
 
@@ -158,7 +158,7 @@ class LittleBit2Quantizer(HfQuantizer):
 
 
 def attach(model: Any) -> None:
-    """Make ``save_pretrained`` work for a model whose linears were quantised in memory.
+    """Make ``save_pretrained`` work for a model whose linears were quantized in memory.
 
     ``littlebit2.quantize.quantize_linears`` knows nothing of transformers, so a model that it changed would
     be saved without the entry that tells ``from_pretrained`` what the tensors are.
@@ -270,6 +270,5 @@ def _check_loaded(name: str, layer: LittleBitLinear) -> None:
         packed = packed_from_state(buffers)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"layer {name} was not loaded whole: {error.args[0]}") from error
-    expected = spec_of(name, layer).shape
-    if packed.shape != expected:
-        raise CheckpointError(f"layer {name} must have {expected}, got {packed.shape}")
+    if packed.shape != layer.shape:
+        raise CheckpointError(f"layer {name} must have the shape {layer.shape}, got {packed.shape}")

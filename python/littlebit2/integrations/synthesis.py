@@ -41,16 +41,16 @@ def synthesize(
 
     Every linear layer but the head has random signs at the ranks that ``bpw`` buys, and scales that keep
     activations at the size of the layer's input. Embeddings, norms and head are what transformers
-    initialises a new model with. One layer or tensor is held at a time.
+    initializes a new model with. One layer or tensor is held at a time.
 
     Args:
-        config: of the model: an object, a dictionary, a ``config.json`` or a directory with one, or a name
-            of :func:`littlebit2.plan.shipped_configs`.
+        config: the model's configuration: an object, a dictionary, a ``config.json`` or a directory with
+            one, or a name of :func:`littlebit2.plan.shipped_configs`.
         out_dir: directory to make.
         bpw: counted bits per weight.
         paths: P.
-        seed: of all random values; the same arguments write the same bytes.
-        dtype: of the dense tensors.
+        seed: seed for all random values; the same arguments write the same bytes.
+        dtype: dtype of the dense tensors.
         kv_factor: factor on the rank of key and value projections.
         overwrite: replace an existing checkpoint directory, at the end.
         progress: called with the name of each packed layer that was written.

@@ -55,7 +55,7 @@ def starting_latents(
         confidences = _confidences(packed, signs, weight)
     latents: list[tuple[torch.Tensor | None, torch.Tensor]] = []
     for p, ((v, u), (of_v, of_u)) in enumerate(zip(signs, confidences, strict=True)):
-        own = packed.leaders[p] == p
+        own = packed.shares[p] == p
         latents.append((v * of_v * magnitude if own else None, u * of_u * magnitude))
     return latents
 

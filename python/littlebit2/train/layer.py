@@ -55,8 +55,8 @@ class TrainableLittleBitLinear(nn.Module):
         packed: where training starts: two-stage paths, which may share first stages.
         weight: the dense ``[N, K]`` that ``packed`` approximates; tells latents how far from flipping they
             are (:mod:`.latents`). Without it all start at the same distance.
-        surrogate: of the sign's derivative (:mod:`.surrogate`).
-        magnitude: of a latent of confidence 1.
+        surrogate: derivative used for the sign in backward (:mod:`.surrogate`).
+        magnitude: start value of a latent with confidence 1.
 
     Raises:
         TypeError: ``packed`` is not a :class:`PackedLinear`.
@@ -77,9 +77,9 @@ class TrainableLittleBitLinear(nn.Module):
         check_surrogate(surrogate)
         self.in_features = packed.in_features
         self.out_features = packed.out_features
-        self.ranks = packed.ranks
+        self.ranks = packed.shape.rows
         #: For each path, the path whose V and in_scale it uses.
-        self.shares = packed.leaders
+        self.shares = packed.shares
         self.surrogate: Surrogate = surrogate
         latents = starting_latents(packed, weight, magnitude)
         self.paths = nn.ModuleList(

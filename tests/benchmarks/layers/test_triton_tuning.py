@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.layers import tune_triton
-from benchmarks.problems import SHAPES, Problem
+from benchmarks.__main__ import main
+from benchmarks.layers import triton_tuning
+from benchmarks.problems import Problem
+from benchmarks.shapes import SHAPES
 from littlebit2_kernels.gpu import GPUS
 from littlebit2_kernels.testing import make_packed
 from littlebit2_kernels.triton.configs import load_table, store_table
@@ -32,7 +34,7 @@ GPU = GPUS["H200"]
 )
 def test_the_curated_sets_are_small_and_begin_with_the_default(method: Method, last: bool) -> None:
     shape = StageShape((1024, 1024), (4096, 4096), last)
-    found = list(tune_triton.curated(method, shape, 64, GPU))
+    found = list(triton_tuning.curated(method, shape, 64, GPU))
     assert found[0] == stage_config(method, shape, 64, GPU)
     assert len(set(found)) == len(found) <= 30
     for config in found:
@@ -52,7 +54,7 @@ def test_the_best_is_stored_and_so_is_a_default_that_is(
             return float(config.launches)
         return 1.0 if last and isinstance(config, GemmConfig) and config.num_warps == 8 else 2.0
 
-    entries = tune_triton.tune([problem], [1, 64], ["auto"], GPU, measure)
+    entries = triton_tuning.tune([problem], [1, 64], ["auto"], GPU, measure)
     assert [(kernel, shape.last, tokens) for kernel, shape, tokens, _ in entries] == [
         ("decode", True, 1),
         ("gemv", False, 1),
@@ -72,7 +74,7 @@ def test_the_best_is_stored_and_so_is_a_default_that_is(
     stored = load_table("GPU")
     assert len(stored) == 5
     assert stored[-1]["config"]["num_warps"] == 8
-    only = tune_triton.tune([problem], [1], ["auto"], GPU, measure, ["decode"])
+    only = triton_tuning.tune([problem], [1], ["auto"], GPU, measure, ["decode"])
     assert [kernel for kernel, *_ in only] == ["decode"]
 
 
@@ -109,7 +111,7 @@ def test_what_is_measured_is_what_was_chosen(
     layer = calls.Layer(*(tensors or [] for tensors in packed.operands))
     x = torch.empty(tokens, 512, dtype=torch.float16, device="meta")
     method = choose_method(tokens, "auto", float32=False)
-    with tune_triton.chosen(last, config):
+    with triton_tuning.chosen(last, config):
         calls.forward(x, layer, None, x.new_empty(tokens, 512), method)
     if isinstance(config, DecodeConfig):
         names = ["fused_kernel"] if config.launches == 1 else ["gemv_kernel"] * 2
@@ -123,10 +125,9 @@ def test_what_is_measured_is_what_was_chosen(
 def test_dry_run_counts_and_without_a_gpu_nothing_is_tuned(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ["--shapes", "llama2-7b-qo", "--bpw", "0.1", "--tokens", "1", "64"]
-    assert tune_triton.main([*arguments, "--dry-run"]) == 0
+    arguments = ["tune-triton", "--shapes", "llama2-7b-qo", "--bpw", "0.1", "--tokens", "1", "64"]
+    assert main([*arguments, "--dry-run"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith(" measurements")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit):
-        tune_triton.main(arguments)
-    assert "there is no GPU to tune for" in capsys.readouterr().err
+    assert main(arguments) == 2
+    assert "device 'cuda' cannot be used: torch finds no usable GPU" in capsys.readouterr().err

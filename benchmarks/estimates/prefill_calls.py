@@ -1,30 +1,31 @@
-"""What a prompt should cost on a GPU, counted, not measured: MMAs, bytes, launches, and a time from them.
+"""Predict the time of prefill calls on a GPU from counts of MMAs, bytes and launches. Nothing is measured.
 
-As :mod:`benchmarks.estimates.predict`, for calls that take the GEMM or the kernel of both stages. A launch of these is
-expected to take the planner's estimate of its cycles at boost clock, or what it reads from memory if that is
-longer; a conversion
-what it reads and writes at the rate of the memory. Peers get 0.7 of the tensor cores' nominal rate, or their
-bytes from memory; scales, which the low-rank peers leave out, cost them nothing here.
+For calls that take the GEMM or the kernel of both stages. The predicted time of such a launch is the
+planner's estimate of its cycles at boost clock, or its memory traffic if that takes longer; a conversion
+takes its traffic at the rate of the memory. cuBLAS is modeled at 70 % of peak, or at its memory traffic;
+host time is ignored. The low-rank peers leave scales out.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
-from benchmarks.estimates.predict import LAUNCH, RATES, Rates
+from benchmarks.estimates.rates import LAUNCH, PEER_RATE, Rates, rates_of
+from benchmarks.markdown import markdown
+from benchmarks.problems import Problem
 from littlebit2_kernels import PackedLinear, explain
-from littlebit2_kernels.explanation import Explanation
+from littlebit2_kernels.explanation import Explanation, Launch
 
-__all__ = ["PromptPrediction", "predict_prompt"]
+__all__ = ["PrefillPrediction", "predict_prefill", "rows", "table"]
 
-#: Of the nominal rate, that cuBLAS reaches.
-PEER_RATE = 0.7
-#: Columns of the least part of a slice that is left out where a term ends, of a slice; rows and tokens of an
-#: MMA (csrc/cuda/gemm/sizes.h).
+#: Columns that the GEMM skips at once where a term ends; columns of a slice; rows and tokens of an MMA
+#: (csrc/cuda/gemm/sizes.h).
 INDEX, SLICE, TILE_ROWS, GROUP = 128, 512, 16, 8
-#: MMAs of 16 rows, 8 tokens and an index, and bytes that an activation is converted to.
+#: MMAs for 16 rows, 8 tokens and INDEX columns; bytes of a converted activation.
 INDEX_MMAS = {"float16": 8, "exact": 16, "int8": 4}
 CONVERTED = {"float16": 2, "exact": 4, "int8": 1}
 
@@ -34,11 +35,11 @@ class Counts:
     """What the launches of a call do.
 
     Attributes:
-        mmas: MMAs, of warps: m16n8k16 or, in int8, m16n8k32.
-        converted_bytes: read and written by conversions that are launches of their own.
-        copied_bytes: activations that blocks of the GEMM copy to shared memory, from the L2 cache.
-        sign_bytes: signs that blocks read, likewise.
-        seconds: of all launches.
+        mmas: warp-wide MMAs: m16n8k16 or, in int8, m16n8k32.
+        converted_bytes: bytes read and written by conversions that are launches of their own.
+        copied_bytes: bytes of activations that blocks of the GEMM copy from the L2 cache to shared memory.
+        sign_bytes: bytes of signs that blocks read, likewise.
+        seconds: predicted seconds of all launches.
     """
 
     mmas: int = 0
@@ -49,16 +50,18 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class PromptPrediction:
+class PrefillPrediction:
     """One call.
 
     Attributes:
-        explanation: what is launched, for each round of ``token_block`` tokens.
-        launches: of all rounds.
-        counts: of all rounds.
-        used: part of the MMAs' multiply-adds that are the layer's; the others are padding.
-        dense_seconds, low_rank_seconds, unpack_seconds: of the peers.
-        backend: which ``auto`` would take, of layers whose factors fit float16.
+        explanation: what is launched for each round of ``token_block`` tokens.
+        launches: number of launches in all rounds.
+        counts: sums over all rounds.
+        used: share of the MMAs' multiply-adds that are the layer's; the others are padding.
+        dense_seconds: predicted seconds of a dense product by cuBLAS.
+        low_rank_seconds: predicted seconds of two products with +-1 factors.
+        unpack_seconds: predicted seconds of unpacking, then those two products.
+        backend: the backend that ``auto`` takes for a layer that fits float16.
     """
 
     explanation: Explanation
@@ -71,15 +74,15 @@ class PromptPrediction:
     backend: str
 
 
-def predict_prompt(packed: PackedLinear, gpu: str, tokens: int, activation: str = "auto") -> PromptPrediction:
-    """Count ``tokens`` float16 tokens through ``packed`` on a GPU of :data:`benchmarks.estimates.predict.RATES`.
+def predict_prefill(
+    packed: PackedLinear, gpu: str, tokens: int, activation: str = "auto"
+) -> PrefillPrediction:
+    """Count a call of ``tokens`` float16 tokens on a GPU of :data:`benchmarks.estimates.rates.RATES`.
 
     Raises:
         ValueError: the GPU or the activation is unknown, or such a call takes neither kernel.
     """
-    if gpu not in RATES:
-        raise ValueError(f"gpu must be one of {', '.join(RATES)}, got {gpu!r}")
-    rates = RATES[gpu]
+    rates = rates_of(gpu)
     shape, half = (tokens, packed.in_features), torch.float16
     explanation = explain(shape, packed, "cuda", activation, dtype=half, gpu=gpu)
     mode = str(explanation.activation)
@@ -91,12 +94,12 @@ def predict_prompt(packed: PackedLinear, gpu: str, tokens: int, activation: str 
     counts = count(packed, explanation, rounds, rates)
     macs = explanation.macs
     peer = PEER_RATE * rates.tensor / 2
-    factors = 2 * sum(packed.ranks) * (packed.in_features + packed.out_features)
+    factors = 2 * packed.shape.factor_elements
     size = packed.in_features * packed.out_features
     moved = 2 * tokens * (packed.in_features + packed.out_features)
     low_rank = 2 * LAUNCH + max(macs / peer, (factors + moved) / rates.memory)
     mma_macs = TILE_ROWS * GROUP * (32 if mode == "int8" else 16) // (2 if mode == "exact" else 1)
-    return PromptPrediction(
+    return PrefillPrediction(
         explanation=explanation,
         launches=len(rounds) * len(explanation.launches),
         counts=counts,
@@ -111,8 +114,8 @@ def predict_prompt(packed: PackedLinear, gpu: str, tokens: int, activation: str 
 
 def _stages(packed: PackedLinear) -> list[list[tuple[int, int]]]:
     """Rows and columns of the signs of each stage."""
-    first = [(packed.ranks[p], packed.in_features) for p in sorted(set(packed.leaders))]
-    last = [(packed.out_features, rank) for rank in packed.ranks]
+    first = [(rows, packed.in_features) for rows in packed.shape.own_rows]
+    last = [(packed.out_features, rank) for rank in packed.ranks or ()]
     return [first] if packed.single_stage else [first, last]
 
 
@@ -170,3 +173,67 @@ def _count_fused(packed: PackedLinear, explanation: Explanation, rounds: list[in
         cycles = launch.estimated_cycles * count / rounds[0]
         counts.seconds += rates.seconds(chained=launch.chained, nbytes=moved, cycles=cycles)
     return counts
+
+
+def rows(
+    gpus: Sequence[str], problems: Sequence[Problem], token_counts: Sequence[int], activation: str = "auto"
+) -> list[dict[str, Any]]:
+    """Predictions as plain rows: bytes, counts and seconds."""
+    found = []
+    for problem in problems:
+        packed = problem.quick_packed()
+        for gpu in gpus:
+            for tokens in token_counts:
+                p = predict_prefill(packed, gpu, tokens, activation)
+                launches = [launch for launch in p.explanation.launches if launch.kind != "convert"]
+                found.append(
+                    {
+                        "gpu": gpu,
+                        "shape": problem.shape.label,
+                        "bpw": problem.bpw,
+                        "activation": str(p.explanation.activation),
+                        "tokens": tokens,
+                        "tiles": [_tile(launch) for launch in launches],
+                        "grids": [list(launch.grid) for launch in launches],
+                        "launches": p.launches,
+                        **asdict(p.counts),
+                        "used": p.used,
+                        "dense_seconds": p.dense_seconds,
+                        "low_rank_seconds": p.low_rank_seconds,
+                        "unpack_seconds": p.unpack_seconds,
+                        "backend": p.backend,
+                    }
+                )
+    return found
+
+
+def _tile(launch: Launch) -> str:
+    return (
+        f"both x{launch.token_tile}" if launch.kind == "fused" else f"{launch.row_tile}x{launch.token_tile}"
+    )
+
+
+def table(found: Sequence[dict[str, Any]]) -> str:
+    """The rows as a markdown table."""
+    head = ["GPU", "shape", "bpw", "mode", "M", "tiles", "grids", "launches", "MMAs", "used", "converted MiB"]
+    head += ["copied MiB", "signs MiB", "us", "dense us", "low-rank us", "unpack us", "vs dense", "vs unpack"]
+    head.append("auto")
+    sizes = ("converted_bytes", "copied_bytes", "sign_bytes")
+    times = ("seconds", "dense_seconds", "low_rank_seconds", "unpack_seconds")
+    return markdown(
+        head,
+        [
+            [
+                *[row["gpu"], row["shape"], f"{row['bpw']:g}", row["activation"], str(row["tokens"])],
+                " + ".join(row["tiles"]),
+                " + ".join("x".join(map(str, grid)) for grid in row["grids"]),
+                *[str(row["launches"]), str(row["mmas"]), f"{row['used']:.0%}"],
+                *(f"{row[key] / 2**20:.1f}" for key in sizes),
+                *(f"{row[key] * 1e6:.1f}" for key in times),
+                f"{row['dense_seconds'] / row['seconds']:.1f}x",
+                f"{row['unpack_seconds'] / row['seconds']:.2f}x",
+                row["backend"],
+            ]
+            for row in found
+        ],
+    )

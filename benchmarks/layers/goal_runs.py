@@ -1,6 +1,6 @@
-"""Takes the measurements that the goals ask for: one thread, the four large shapes, float32 peers.
+"""Take the measurements that the goals ask for: one thread, the four large shapes, float32 peers.
 
-Methods that are timed in another dtype meet peers in that dtype too, in the same groups.
+Methods that are timed in another dtype are compared with peers in that dtype too, in the same groups.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from benchmarks.layers.candidates import Candidate, dtype_name, parse_candidate
+from benchmarks.layers.candidates import Candidate, parse_candidate
 from benchmarks.layers.refcheck import error_of, torch_error
-from benchmarks.layers.sweep import Case, Entry, Sweep
-from benchmarks.problems import Problem, Shape
-from benchmarks.records import Check, Row
+from benchmarks.layers.rows import Check, Row
+from benchmarks.layers.sweeping import Case, Entry, Sweep
+from benchmarks.problems import Problem, dtype_name
+from benchmarks.shapes import Shape
 from littlebit2_kernels.reference import linear_reference
 
 __all__ = ["METHOD_DTYPES", "accuracy", "goal_cases", "measure_goals"]
