@@ -46,6 +46,11 @@ def test_the_first_layout_that_claims_a_layer(case: str) -> None:
         ("bp", torch.zeros(16, dtype=torch.uint8)),
         ("sign", torch.zeros(4, 4, dtype=torch.int8)),
         ("w_binary", torch.zeros(4, 4, dtype=torch.bool)),
+        ("u_sign_rt", torch.zeros(40, 1, dtype=torch.int32)),
+        ("qweight", torch.zeros(4, 4, dtype=torch.int64)),
+        ("weight", torch.zeros(8, 4, dtype=torch.int8)),
+        ("gate_up_proj_blocks", torch.zeros(2, 4, 4, dtype=torch.uint8)),
+        ("codes", torch.zeros(9, dtype=torch.uint16)),
     ],
 )
 def test_what_looks_binary_and_fits_no_layout_is_named(
@@ -54,7 +59,7 @@ def test_what_looks_binary_and_fits_no_layout_is_named(
     wild.write(tmp_path, {f"m.a.{leaf}": tensor, "m.b.weight": torch.ones(2, 2)})
     with pytest.raises(
         CheckpointError,
-        match=rf"model\.safetensors: m\.a\.{leaf} looks like packed signs.*no layout .*\(nanoquant, .*onebit",
+        match=rf"a layout that is read \(dbf, .*onebit.*\), got what looks like others: .* m\.a\.{leaf} ",
     ):
         open_checkpoint(tmp_path)
 
@@ -64,6 +69,11 @@ def test_dense_tensors_of_such_names_are_dense(tmp_path: Path) -> None:
         "a.sign": torch.ones(3),  # floats
         "a.bits": torch.tensor([1]),
         "b.position_ids": torch.arange(8)[None],
+        "b.relative_position_index": torch.zeros(9, 9, dtype=torch.int32),
+        "b.bias": torch.ones(1, 1, 9, 9, dtype=torch.uint8),  # the causal mask of GPT-2
+        "b.masked_bias": torch.tensor(-1e4),
+        "b.num_batches_tracked": torch.tensor(1, dtype=torch.int32),
+        "b.weight": torch.ones(4, 4, dtype=torch.float8_e4m3fn),
     }
     wild.write(tmp_path, tensors)
     with open_checkpoint(tmp_path) as checkpoint:
@@ -81,7 +91,7 @@ class Spread(Layout):
         return False
 
     def find(self, modules: Modules) -> dict[str, Leaves]:
-        roots = {module.rpartition(".")[0] for module, leaves in modules.items() if "bp" in leaves}
+        roots = {module.rpartition(".")[0] for module, leaves in modules.items() if "held" in leaves}
         return {
             root: {
                 f"{part}.{leaf}": entry
@@ -92,7 +102,9 @@ class Spread(Layout):
         }
 
     def rename(self, leaf: str) -> str:
-        return {"0.w": "v2", "1.bp": "V_packed", "2.w": "latent_scale", "3.bp": "U_packed", "4.w": "u1"}[leaf]
+        return {"0.w": "v2", "1.held": "V_packed", "2.w": "latent_scale", "3.held": "U_packed", "4.w": "u1"}[
+            leaf
+        ]
 
 
 def test_a_layer_may_be_spread_over_modules(
@@ -103,9 +115,9 @@ def test_a_layer_may_be_spread_over_modules(
     (path,) = layer.paths
     state = {
         "0.w": torch.from_numpy(path.v2).float(),
-        "1.bp": wild.pack(path.v),
+        "1.held": wild.pack(path.v),
         "2.w": torch.from_numpy(path.v1 * path.u2).float(),
-        "3.bp": wild.pack(path.u),
+        "3.held": wild.pack(path.u),
         "4.w": torch.from_numpy(path.u1).float(),
     }
     wild.write(tmp_path, wild.prefixed({"m.up": state}) | {"m.norm.weight": torch.ones(50)})

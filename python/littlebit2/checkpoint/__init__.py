@@ -3,7 +3,7 @@
 from .convert import convert, export_upstream
 from .describe import describe
 from .errors import CheckpointError
-from .reader import Checkpoint, open_checkpoint
+from .reader import Checkpoint, looks_packed, open_checkpoint
 from .specs import LayerSpec
 from .writer import CheckpointWriter, quantization_config
 
@@ -15,6 +15,7 @@ __all__ = [
     "convert",
     "describe",
     "export_upstream",
+    "looks_packed",
     "open_checkpoint",
     "quantization_config",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -21,14 +22,18 @@ from littlebit2_kernels.format import PackedLinear
 
 from .errors import CheckpointError
 from .files import TensorFiles, contained, open_files
-from .formats import StoredLayer, build_layer, find_layers, natural_order
+from .formats import StoredLayer, build_layer, find_layers, has_packed, natural_order
 from .formats.littlebit import authors_settings
 from .headers import TensorEntry
 from .jsonfile import read_object
 from .settings import check_layers, check_version, is_ours, summary
 from .specs import LayerSpec
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "looks_packed", "open_checkpoint"]
+
+
+#: ``organization/model``, as hubs name models.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class Checkpoint:
@@ -37,7 +42,7 @@ class Checkpoint:
     Attributes:
         path: the directory.
         format: ``"littlebit2"`` (ours), ``"littlebit"`` (the authors'), ``"littlebit-latent"`` (their
-            unpacked float latents), ``"nanoquant"``, ``"onebit"`` or ``"dense"``.
+            unpacked float latents), ``"nanoquant"``, ``"dbf"``, ``"onebit"`` or ``"dense"``.
         config: contents of config.json; empty where there is none.
         layers: packed layers by module name, in the order of the model.
         dense: every other tensor by full name: its shape and dtype.
@@ -163,7 +168,10 @@ class Checkpoint:
     def _examine(self, ours: bool) -> dict[str, StoredLayer]:
         found, faults = find_layers(self.files.entries, self._read_ints, strict=ours)
         if faults:
-            raise CheckpointError(f"{self.path}: {summary(faults)}")
+            quantization = self.config.get("quantization_config")
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+            said = "" if ours or method is None else f"config.json declares quant_method {method!r:.80}; "
+            raise CheckpointError(f"{self.path}: {said}{summary(faults)}")
         return found
 
     def _read_ints(self, entry: TensorEntry) -> list[int]:
@@ -219,16 +227,34 @@ class Checkpoint:
             self.problems.append("quantization settings were found, but no packed layer")
 
 
+def _hub_hint(path: str | Path) -> str:
+    """What to say where a path may be meant as the name of a model on a hub."""
+    if not isinstance(path, str) or not _HUB_ID.fullmatch(path):
+        return ""
+    return f". Nothing is downloaded: if {path} is a model of a hub, download it first (hf download {path})"
+
+
 def _some(names: Mapping[str, object]) -> str:
     first = ", ".join(list(names)[:5]) or "none"
     return f"there are {len(names)}: {first}{', ...' if len(names) > 5 else ''}"
+
+
+def looks_packed(directory: Path) -> bool:
+    """Whether tensors in a directory look like packed weights, known or not; false where none can be read."""
+    try:
+        files = open_files(directory)
+    except CheckpointError:
+        return False
+    found = has_packed(files.entries)
+    files.close()
+    return found
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a checkpoint directory and check everything that its headers and JSON files say.
 
     Args:
-        path: a directory with safetensors files (or pytorch_model.bin) and config.json.
+        path: a directory with safetensors files (or those of ``torch.save``) and config.json.
 
     Raises:
         TypeError: ``path`` is no path.
@@ -242,7 +268,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     directory = Path(path)
     if not directory.exists():
         raise FileNotFoundError(
-            f"path must name a checkpoint directory, got {directory}, which does not exist"
+            f"path must name a checkpoint directory, got {directory}, which does not exist{_hub_hint(path)}"
         )
     if not directory.is_dir():
         raise NotADirectoryError(f"path must name a checkpoint directory, got the file {directory}")

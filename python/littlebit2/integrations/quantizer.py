@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class LittleBit2Quantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         config = self.quantization_config
-        checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent) if checkpoint_files else None
+        checkpoint = _open(config.source, checkpoint_files)
         if checkpoint is None:
             layers = _specs_from_config(model, config)
         else:
@@ -186,7 +186,42 @@ def _ignore_layers(model: PreTrainedModel, places: list[Placement]) -> None:
     names = {name for place in places for name in (place.spec.name, place.module)}
     known = set(model._keys_to_ignore_on_load_unexpected or ())
     # On the instance: the attribute of the class is shared by every model.
-    model._keys_to_ignore_on_load_unexpected = known | {rf"^{re.escape(name)}\." for name in names}
+    model._keys_to_ignore_on_load_unexpected = known | ({f"^{_pattern(names)}"} if names else set())
+
+
+def _pattern(modules: Iterable[str]) -> str:
+    """A regular expression for names of these modules' tensors.
+
+    One alternative for each module would be tried for each tensor: minutes for thousands of layers.
+    """
+    tree: dict[str, Any] = {}
+    for name in modules:
+        branch = tree
+        for part in name.split("."):
+            branch = branch.setdefault(part, {})
+        branch[""] = {}
+
+    def alternatives(branch: dict[str, Any]) -> str:
+        parts = [re.escape(part) + r"\." + alternatives(rest) for part, rest in branch.items() if part]
+        # An empty alternative last: the module itself is one of those named.
+        return f"(?:{'|'.join([*parts, *([''] if '' in branch else [])])})"
+
+    return alternatives(tree)
+
+
+def _open(source: str | None, checkpoint_files: Sequence[str] | None) -> Checkpoint | None:
+    if source is not None:
+        return open_checkpoint(source)
+    if not checkpoint_files:
+        return None
+    checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
+    if checkpoint.files.renamed:
+        checkpoint.close()
+        raise CheckpointError(
+            f"{checkpoint.path}: its tensor names are not those of the model: use littlebit2.load, or "
+            "convert it first (littlebit2 convert)"
+        )
+    return checkpoint
 
 
 def _in_our_names(checkpoint: Checkpoint) -> bool:

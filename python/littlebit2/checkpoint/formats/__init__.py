@@ -3,7 +3,7 @@
 from .build import build_layer
 from .layout import Layout, StoredLayer
 from .names import module_prefix, natural_order, split_name
-from .registry import LAYOUTS, find_layers
+from .registry import LAYOUTS, find_layers, has_packed
 
 __all__ = [
     "LAYOUTS",
@@ -11,6 +11,7 @@ __all__ = [
     "StoredLayer",
     "build_layer",
     "find_layers",
+    "has_packed",
     "module_prefix",
     "natural_order",
     "split_name",

@@ -109,6 +109,7 @@ class Examination:
         latent: bool,
         two_stage: bool,
         implied_scale: bool,
+        implied_share: bool,
         strict: bool,
     ) -> tuple[tuple[int | None, int | None], int | None]:
         """Check one path.
@@ -119,17 +120,19 @@ class Examination:
             latent: whether sign matrices are stored as floats.
             two_stage: whether there is a second sign matrix.
             implied_scale: whether a missing ``latent_scale`` stands for ones.
+            implied_share: whether a path with ``U``, ``u1`` and ``u2`` alone uses the first path's ``V``.
             strict: whether the stored shapes must be there.
 
         Returns:
             (K, N) as far as they are known, and the rows of V.
         """
         s = path_suffix(path)
-        shared = f"V_shared{s}" in self.tensors
+        implied = implied_share and self.shares_silently(path)
+        shared = implied or f"V_shared{s}" in self.tensors
         in_features, out_features = features
-        if shared:
+        if shared and not implied:
             self.ints(f"V_shared{s}", 1)
-        else:
+        elif not shared:
             in_features = self.scale(f"v2{s}", in_features) or in_features
         out_features = self.scale(f"u1{s}", out_features) or out_features
         known = (in_features, out_features)
@@ -147,11 +150,17 @@ class Examination:
                 self.ints(f"V_shape{s}", 2, optional=not strict)
         if not two_stage:
             return known, rows
-        rank = self._latent_rank(s, rows, implied_scale)
+        rank = self.scale(f"u2{s}") if implied else self._latent_rank(s, rows, implied_scale)
         self.matrix(f"U{matrix}{s}", out_features, width(rank), dtypes)
         if not latent:
             self.ints(f"U_shape{s}", 2, optional=not strict)
         return known, rank
+
+    def shares_silently(self, path: int) -> bool:
+        """Whether a path has nothing of a first stage, and does not say whose it uses."""
+        s = path_suffix(path)
+        first = ("V", "V_packed", "V_shape", "V_shared", "v1", "v2", "latent_scale")
+        return path > 0 and f"u2{s}" in self.tensors and not any(f"{n}{s}" in self.tensors for n in first)
 
     def leader(self, path: int, read_ints: ReadInts) -> int | None:
         """Return the earlier path whose first stage a path shares, or ``None``."""

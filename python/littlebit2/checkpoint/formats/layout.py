@@ -57,6 +57,8 @@ class Layout(ABC):
         name: as in ``Checkpoint.format``.
         two_stage: whether layers have two sign matrices in each path.
         implied_scale: whether a missing ``latent_scale`` stands for ones.
+        implied_share: whether a path with ``U``, ``u1`` and ``u2`` alone uses the first path's ``V``,
+            ``v1`` and ``v2``.
         ours: whether a checkpoint of this project's format may hold such layers.
         settings_file: a JSON file beside the tensors that describes the quantization, or ``None``.
     """
@@ -64,6 +66,7 @@ class Layout(ABC):
     name: str
     two_stage = True
     implied_scale = False
+    implied_share = False
     ours = False
     settings_file: str | None = None
 
@@ -153,6 +156,13 @@ class Layout(ABC):
                 state[f"{stem}_packed{'_' + suffix if suffix else ''}"] = pack_signs(tensor)
             else:
                 state[leaf] = tensor.clone(memory_format=torch.contiguous_format)
+        for path in range(1, layer.spec.shape.num_paths if self.implied_share else 1):
+            s = path_suffix(path)
+            if layer.spec.shape.shares[path] == 0 and f"V_shared{s}" not in state:
+                state[f"V_shared{s}"] = torch.zeros(1, dtype=torch.int64)
+                state[f"latent_scale{s}"] = (
+                    state["v1"].float().flatten() * state.pop(f"u2{s}").float().flatten()
+                )
         return state
 
     def _paths(
@@ -170,9 +180,11 @@ class Layout(ABC):
                 latent=latent,
                 two_stage=self.two_stage,
                 implied_scale=self.implied_scale,
+                implied_share=self.implied_share,
                 strict=strict,
             )
-            leader = seen.leader(path, read_ints)
+            implied = self.implied_share and seen.shares_silently(path)
+            leader = 0 if implied else seen.leader(path, read_ints)
             shares.append(path if leader is None else leader)
             if leader is not None and rank is not None and leader < len(rows) and rows[leader] != rank:
                 seen.fault(

@@ -39,6 +39,7 @@ class LittleBit(Layout):
 
     name = "littlebit"
     ours = True  # a checkpoint of ours may keep v1 and u2 apart
+    implied_share = True
     settings_file = "littlebit_config.json"
 
     def claims(self, leaves: Collection[str]) -> bool:

@@ -13,6 +13,7 @@ class LittleBitLatent(Layout):
     """Latents as training leaves them; only their signs count, with ``sign(0) = +1``."""
 
     name = "littlebit-latent"
+    implied_share = True
     settings_file = "littlebit_config.json"
 
     def claims(self, leaves: Collection[str]) -> bool:

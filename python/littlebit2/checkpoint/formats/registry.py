@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-
-import torch
+from collections.abc import Iterator, Mapping
 
 from littlebit2.checkpoint.headers import TensorEntry
 
+from .dbf import DoubleBinary
 from .examination import ReadInts
 from .layout import Layout, Leaves, StoredLayer
 from .littlebit import LittleBit
@@ -17,24 +15,18 @@ from .littlebit_latent import LittleBitLatent
 from .names import natural_order, split_name
 from .nanoquant import NanoQuant
 from .onebit import OneBit
+from .unknown import looks_packed
 
-__all__ = ["LAYOUTS", "find_layers"]
+__all__ = ["LAYOUTS", "find_layers", "has_packed"]
 
 #: In the order in which they are tried: the first that claims a layer has it.
-LAYOUTS: tuple[Layout, ...] = (NanoQuant(), LittleBitLatent(), LittleBit(), OneBit(), LittleBit2())
-
-#: Names of tensors that hold signs or packed bits in other people's code.
-_BINARY = re.compile(r"(\w+_)?(packed|binary|signs?|bp)(_\w+)?", re.IGNORECASE)
-_BINARY_DTYPES = (
-    torch.bool,
-    torch.int8,
-    torch.uint8,
-    torch.int16,
-    torch.uint16,
-    torch.int32,
-    torch.uint32,
-    torch.int64,
-    torch.uint64,
+LAYOUTS: tuple[Layout, ...] = (
+    DoubleBinary(),
+    NanoQuant(),
+    LittleBitLatent(),
+    LittleBit(),
+    OneBit(),
+    LittleBit2(),
 )
 
 
@@ -52,6 +44,35 @@ def find_layers(
         The layers by module path, in the order of the model, and everything that is wrong, one line each:
         faults of layers, and tensors that look like packed signs and fit no layout.
     """
+    claimed, modules = _claim(entries)
+    found: dict[str, StoredLayer] = {}
+    faults: list[str] = []
+    for module, (layout, leaves) in sorted(claimed.items(), key=lambda item: natural_order(item[0])):
+        layer, wrong = layout.examine(module, leaves, read_ints, strict=strict)
+        faults += wrong
+        if layer is not None:
+            found[module] = layer
+    unknown = [
+        f"{entry.file.name}: {entry.name} ({entry.dtype} of shape {list(entry.shape)})"
+        for entry in _unknown(modules)
+    ]
+    if unknown:
+        known = ", ".join(layout.name for layout in LAYOUTS)
+        what = f"expected packed layers of a layout that is read ({known}), got what looks like others"
+        faults = [f"{what}: {unknown[0]}", *unknown[1:], *faults]
+    return found, faults
+
+
+def has_packed(entries: Mapping[str, TensorEntry]) -> bool:
+    """Whether some tensors look like packed weights, of a layout that is read or of another."""
+    claimed, modules = _claim(entries)
+    return bool(claimed) or any(True for _ in _unknown(modules))
+
+
+def _claim(
+    entries: Mapping[str, TensorEntry],
+) -> tuple[dict[str, tuple[Layout, Leaves]], dict[str, dict[str, TensorEntry]]]:
+    """Return the layers, by module path, and the tensors that are left, by module path and leaf."""
     modules: dict[str, dict[str, TensorEntry]] = {}
     for name, entry in entries.items():
         module, leaf = split_name(name)
@@ -64,19 +85,11 @@ def find_layers(
             for owner in {split_name(name)[0] for name in taken}:
                 left = {leaf: entry for leaf, entry in modules[owner].items() if entry.name not in taken}
                 modules[owner] = left
-    found: dict[str, StoredLayer] = {}
-    faults: list[str] = []
-    for module, (layout, leaves) in sorted(claimed.items(), key=lambda item: natural_order(item[0])):
-        layer, wrong = layout.examine(module, leaves, read_ints, strict=strict)
-        faults += wrong
-        if layer is not None:
-            found[module] = layer
-    known = ", ".join(layout.name for layout in LAYOUTS)
-    faults += [
-        f"{entry.file.name}: {entry.name} looks like packed signs, but its module fits no layout that is "
-        f"read ({known})"
-        for leaves in modules.values()
-        for leaf, entry in leaves.items()
-        if _BINARY.fullmatch(leaf) and entry.dtype in _BINARY_DTYPES and entry.numel > 1
-    ]
-    return found, faults
+    return claimed, modules
+
+
+def _unknown(modules: Mapping[str, Leaves]) -> Iterator[TensorEntry]:
+    for leaves in modules.values():
+        for leaf, entry in leaves.items():
+            if looks_packed(leaf, entry):
+                yield entry
