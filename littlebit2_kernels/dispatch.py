@@ -29,7 +29,9 @@ __all__ = [
     "call_of",
     "check_activation_mode",
     "choose",
+    "choose_for",
     "choose_for_all",
+    "choose_for_group",
     "may_choose_blas",
     "prefill_backend",
     "unavailable_reason",
@@ -127,6 +129,10 @@ class Choice(NamedTuple):
     reason: str
 
 
+#: Choices for CPU tensors by (backend, activation, prepacked, dtype); nothing else enters them.
+_on_cpu: dict[tuple[str, str, bool, torch.dtype], Choice] = {}
+
+
 def call_of(x: torch.Tensor, shape: LayerShape, backend: str, activation: str, prepacked: bool) -> Call:
     """Describe the call of a layer on ``x`` ``[..., K]``."""
     tokens = x.numel() // shape.in_features
@@ -141,16 +147,43 @@ def choose(call: Call) -> Choice:
         ValueError: a name is unknown, or the backend does not serve the activation for such a layer.
         BackendUnavailableError: the backend cannot run there, with the reason and what would help.
     """
-    backend, reason = _choose_planned(call) if call.gpu is not None else _choose_backend(call)
+    device_type = call.device.type
+    backend, reason = _choose_backend(call, device_type) if call.gpu is None else _choose_planned(call)
     activation = call.activation
     # A layer without values has nothing to prepack; only the shape of the result matters.
-    check_activation_mode(activation, backend, call.prepacked or call.device.type == "meta")
+    check_activation_mode(activation, backend, call.prepacked or device_type == "meta")
     if activation == "auto" and not call.compiling:
         if backend == "cpu":
             activation = "int16" if call.prepacked and call.dtype != torch.float32 else "exact"
         elif backend == "reference":
             activation = "exact"
     return Choice(backend, activation, reason)
+
+
+def choose_for(x: torch.Tensor, shape: LayerShape, backend: str, activation: str, prepacked: bool) -> Choice:
+    """:func:`choose` for the call of a layer on ``x``, which on the CPU is no more than a look-up."""
+    if not x.is_cpu or torch.compiler.is_compiling():
+        return choose(call_of(x, shape, backend, activation, prepacked))
+    key = (backend, activation, prepacked, x.dtype)
+    try:
+        known = _on_cpu.get(key)
+    except TypeError:  # a name that is no name, which choose refuses
+        known = None
+    if known is not None:
+        return known
+    choice = choose(call_of(x, shape, backend, activation, prepacked))
+    if choice.backend in ("blas", "cpu", "reference"):  # whether Triton runs there depends on the environment
+        _on_cpu[key] = choice
+    return choice
+
+
+def choose_for_group(
+    x: torch.Tensor, shapes: Sequence[LayerShape], backend: str, activation: str, prepacked: bool
+) -> Choice | None:
+    """:func:`choose_for_all` for several layers on ``x``."""
+    if x.is_cpu:
+        return choose_for(x, shapes[0], backend, activation, prepacked)
+    return choose_for_all(call_of(x, shapes[0], backend, activation, prepacked), shapes)
 
 
 def choose_for_all(call: Call, shapes: Sequence[LayerShape]) -> Choice | None:
@@ -169,8 +202,8 @@ def choose_for_all(call: Call, shapes: Sequence[LayerShape]) -> Choice | None:
     return choices.pop() if len(choices) == 1 else None
 
 
-def _choose_backend(call: Call) -> tuple[str, str]:
-    asked, device_type = call.backend, call.device.type
+def _choose_backend(call: Call, device_type: str) -> tuple[str, str]:
+    asked = call.backend
     if asked != "auto":
         reason = _unsupported(asked, device_type)
         if reason is not None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .dispatch import ACTIVATIONS, PREPACKED, Choice, call_of, check_activation_mode, choose
+from .dispatch import ACTIVATIONS, PREPACKED, Choice, check_activation_mode, choose_for
 from .format import LayerShape, PackedLinear
 from .ops import calls
 from .ops.operands import ACTIVATION_DTYPES, Operands
@@ -63,9 +63,9 @@ def littlebit_linear(
     shape = packed.shape
     check_x(x, shape, packed.device)
     if isinstance(packed, PackedLinear):
-        choice = choose(call_of(x, shape, backend, activation, prepacked=False))
+        choice = choose_for(x, shape, backend, activation, prepacked=False)
         return run(x, packed.operands, packed.bias, shape, choice)
-    choice = choose(call_of(x, shape, backend, activation, prepacked=True))
+    choice = choose_for(x, shape, backend, activation, prepacked=True)
     if choice.backend == "triton":
         raise ValueError("packed must be a PackedLinear for backend='triton': prepacked layers are the CPU's")
     return run(x, packed.layer, packed.bias, shape, choice)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from .dispatch import call_of, choose_for_all
+from .dispatch import choose_for_group
 from .format import PackedLinear
 from .functional import check_x, littlebit_linear, run_group
 from .linear import LittleBitLinear
@@ -26,10 +26,10 @@ def grouped_linear(
 ) -> list[torch.Tensor]:
     """Apply several packed layers to one ``x``, as the projections of an attention are.
 
-    On CUDA the layers share their launches, if all have one stage or all two, at most 16 paths together, and
-    with more than 16 tokens no other backend for any of them; up to 16 tokens, sums may be taken in another
-    order than by each layer on its own. Everywhere else the layers run one after another, with the very
-    results that they have on their own.
+    On CUDA the layers share their launches if all are single-stage or all two-stage, they have at most 16
+    paths together, and all come to the same choice of backend (docs/dispatch.md). Up to 16 tokens, sums may
+    then be added in another order than in a call of each layer. In all other cases results are the same bits
+    as those of one call per layer.
 
     Args:
         x: ``[..., K]`` float32, float16 or bfloat16.
@@ -41,7 +41,7 @@ def grouped_linear(
         ``[..., N_i]`` of each layer, in the dtype of ``x``. Differentiable in ``x`` and the biases.
 
     Raises:
-        TypeError: ``layers`` holds anything else, or both kinds; or as ``littlebit_linear``.
+        TypeError: ``layers`` holds something else, or both kinds; or as ``littlebit_linear``.
         ValueError: ``layers`` is empty; or as ``littlebit_linear``.
         BackendUnavailableError, NativeLibraryError, RuntimeError: as ``littlebit_linear``.
     """
@@ -55,7 +55,7 @@ def grouped_linear(
     for layer in layers:
         check_x(x, layer.shape, layer.device)
     prepacked = [layer for layer in layers if isinstance(layer, PrepackedLinear)]
-    choice = choose_for_all(call_of(x, shapes[0], backend, activation, bool(prepacked)), shapes)
+    choice = choose_for_group(x, shapes, backend, activation, bool(prepacked))
     if choice is None or (prepacked and choice.backend != "cpu"):
         return [littlebit_linear(x, layer, backend, activation) for layer in layers]
     tensors = [layer.layer if isinstance(layer, PrepackedLinear) else layer.operands for layer in layers]
@@ -65,15 +65,15 @@ def grouped_linear(
 class LinearGroup:
     """Layers that a model calls one after another with the same input; made by :func:`fuse_linears`.
 
-    The first one that is called computes all of them, the others hand out what is there, if they are called
-    with the very same tensor. A layer that is called with another one is computed on its own, and so are all
-    until they have been seen to go together again. Results do not depend on that but in the order of sums on
-    CUDA.
+    The first layer that is called computes all of them; the others return its results if they are called with
+    the same tensor object. A layer that is called with another tensor is computed on its own, and so are all
+    layers until calls have been seen to go together again. Except for the order of sums on CUDA, results do
+    not depend on that.
 
     Attributes:
         members: the layers.
-        on_cpu: whether prepacked layers go together too.
-        together: whether the last calls did.
+        on_cpu: whether prepacked layers are computed together too.
+        together: whether the last calls were.
     """
 
     def __init__(self, members: Sequence[LittleBitLinear], on_cpu: bool) -> None:
@@ -87,7 +87,7 @@ class LinearGroup:
         self._seen: tuple[torch.Tensor, set[int]] | None = None
 
     def take(self, member: LittleBitLinear, x: torch.Tensor) -> torch.Tensor | None:
-        """Return ``member(x)`` as one of the group, or ``None`` if it is to be computed on its own."""
+        """Return ``member(x)`` as one of the group, or ``None`` if the member must compute it itself."""
         if _needs_its_own(x):
             return None
         index = self._index(member)
@@ -132,7 +132,7 @@ class LinearGroup:
             self.together = True
 
     def _compute(self, x: torch.Tensor) -> list[torch.Tensor] | None:
-        """Return the results of all members, unless they are not of one kind just now."""
+        """Return the results of all members, or ``None`` if they do not run in one call just now."""
         first = self.members[0]
         for member in self.members:
             if member.activation != first.activation or member.backend != first.backend:
@@ -150,24 +150,24 @@ class LinearGroup:
                 return None  # on the CPU, each prepacks itself first
             layers = [member._operands(state) for member, state in zip(self.members, states, strict=True)]
         shapes = [member.shape for member in self.members]
-        choice = choose_for_all(call_of(x, first.shape, first.backend, first.activation, prepacked), shapes)
+        choice = choose_for_group(x, shapes, first.backend, first.activation, prepacked)
         if choice is None or choice.backend not in ("cpu", "cuda"):
             return None
         return run_group(x, layers, [state["bias"] for state in states], shapes, choice)
 
 
 def fuse_linears(modules: Sequence[LittleBitLinear], *, on_cpu: bool = False) -> LinearGroup:
-    """Let layers that a model calls with the same input, one after another, be computed by one call.
+    """Compute layers that a model calls one after another with the same input in one call.
 
-    For CUDA, where they then share their launches (:func:`grouped_linear`). The modules stay where they are,
-    with their ``state_dict``; copies and pickles of them are not fused. Calls that want a gradient or run
-    under autocast are each layer's own, as are those that do not go together (:class:`LinearGroup`). Between
-    the calls, a model must not change the shared input in place: outside of inference mode and
-    ``torch.compile`` that is noticed, within them it is not. Groups that the layers were in are dissolved.
+    This is for CUDA, where they then share their launches (:func:`grouped_linear`). The modules stay where
+    they are, with their ``state_dict``; copies and pickles of them are not fused. Each layer runs on its own
+    in calls that need a gradient, run under autocast, or do not go together (:class:`LinearGroup`). Between
+    the calls, a model must not change the shared input in place: that is noticed outside of inference mode
+    and ``torch.compile``, not within them. Groups that the layers were in are dissolved.
 
     Args:
         modules: at least two, of the same ``in_features``, all with one stage or all with two.
-        on_cpu: fuse on the CPU too. There it saves nothing (docs/performance.md), but all else is the same.
+        on_cpu: fuse on the CPU too. It saves nothing there (docs/performance.md); all else is the same.
 
     Returns:
         The group.

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from .dispatch import BACKENDS, call_of, check_activation_mode, choose
+from .dispatch import BACKENDS, check_activation_mode, choose_for
 from .format import LayerShape, PackedLinear, PackedPath, pitched_words, words_per_row
 from .functional import check_x, run, run_prepacked
 from .ops.operands import Operands
@@ -64,15 +64,15 @@ class LittleBitLinear(nn.Module):
     are frozen, the input is differentiable. There is no ``weight`` attribute: see :meth:`dequantize`.
 
     On the CPU, the first eager call replaces the buffers by one in the layout that the kernels read fastest
-    (:meth:`prepack_`), so that the weights exist once. ``state_dict``, pickling, :meth:`packed` and reading a
+    (:meth:`prepack_`), so the weights exist once. ``state_dict``, pickling, :meth:`packed` and reading a
     buffer by its portable name still give the portable tensors, as copies: what is written into those is
     lost (assigning a new tensor to the name is not). Loading, and moving to another device, bring the buffers
     back. Code that walks ``buffers()`` of two copies in step, such as averaging, needs ``auto_prepack=False``
-    or both prepacked. Tracing keeps what it finds: call :meth:`prepack_` (or the layer) once before
-    ``torch.compile``, else the trace holds the slower kernels with exact sums for every dtype, and
+    or both prepacked. Tracing keeps what it finds. Call :meth:`prepack_` (or the layer) once before
+    ``torch.compile``: else the trace holds the slower kernels, with exact sums for every dtype. Call
     :meth:`unpack_` before ``torch.export``, whose file must hold the portable tensors. On a GPU, rows of
-    words are held at multiples of 16 bytes, with room in between where the rank asks for it; ``state_dict``
-    then has copies of those tensors, without the room.
+    words start at multiples of 16 bytes, with padding between them where the rank needs it; ``state_dict``
+    has copies of those tensors without the padding.
 
     Args:
         in_features: K.
@@ -82,7 +82,8 @@ class LittleBitLinear(nn.Module):
         shares: for each path, the path whose first stage (``V`` and ``in_scale``) it uses, itself by
             default. Only equal ranks can share.
         backend: backend of every call, see :func:`littlebit2_kernels.littlebit_linear`.
-        activation: how activations enter the sums, see there too; an attribute that may be changed.
+        activation: how activations enter the sums, see there too; an attribute that may be changed. Which
+            backend and mode run: docs/dispatch.md.
         auto_prepack: whether CPU calls prepack the layer; an attribute that may be changed.
         device: where the (all-zero) buffers are made; ``"meta"`` for loading without a copy.
 
@@ -241,9 +242,10 @@ class LittleBitLinear(nn.Module):
         return module
 
     def _operands(self, buffers: dict[str, Any]) -> Operands:
-        return tuple(  # type: ignore[return-value]
+        lists = [
             None if names is None else [buffers[name] for name in names] for names in self._operand_names
-        )
+        ]
+        return tuple(lists)  # type: ignore[return-value]
 
     @property
     def packed(self) -> PackedLinear:
@@ -303,7 +305,7 @@ class LittleBitLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(device_type))
         prepacks = layer is None and self._may_prepack(x, buffers)
         prepacked = layer is not None or prepacks
-        choice = choose(call_of(x, self.shape, self.backend, self.activation, prepacked))
+        choice = choose_for(x, self.shape, self.backend, self.activation, prepacked)
         if prepacks and choice.backend == "cpu":
             with _prepacking:  # so that no other thread unpacks it again in between
                 buffers = self.prepack_()._buffers
@@ -401,7 +403,7 @@ class LittleBitLinear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self._place_buffers()  # assign=True puts tensors as they are stored in place of the layer's own
+        self._place_buffers()  # assign=True replaces the buffers by tensors as they are stored
 
     def _normalize(self, state_dict: dict[str, Any], prefix: str, own: dict[str, torch.Tensor]) -> None:
         """Bring stored entries to the names, dtypes and layout of the module's buffers, in place."""

@@ -39,7 +39,7 @@ def path_suffix(path: int) -> str:
 
 
 def portable_name(name: str) -> str:
-    """Our name of a layer's tensor: ``U_packed_R`` for the authors' ``U_R_packed``, others as they are."""
+    """The name in this format of a stored tensor: ``U_packed_R`` for ``U_R_packed``; others do not change."""
     match = _UPSTREAM_MATRIX.fullmatch(name)
     return f"{match[1]}_{match[3]}{match[2]}" if match else name
 

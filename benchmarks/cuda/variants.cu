@@ -103,7 +103,7 @@ std::string describe(const lb2_cuda_tuning& t) {
   return text;
 }
 
-// What a plan chose, spelt out so that the rest of it stays when one number is varied.
+// What a plan chose, spelled out so that the rest of it stays when one number is varied.
 lb2_cuda_tuning spell_out(const lb2_cuda_plan& planned) {
   lb2_cuda_tuning base = {};
   base.struct_size = sizeof base;

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.layers.tune_triton import KERNELS
 from benchmarks.problems import Problem
 from littlebit2_kernels.gpu import GpuProperties
 from littlebit2_kernels.triton.plan import (
@@ -36,7 +35,7 @@ from littlebit2_kernels.triton.plan import (
 __all__ = ["chosen", "curated", "on_gpu", "tune"]
 
 Config = DecodeConfig | GemvConfig | GemmConfig | XnorConfig
-#: Runs a call with a configuration, of one stage or of how the GEMV does both; returns its seconds.
+#: Runs a call with a configuration for one stage, or for the GEMV's number of launches; returns its seconds.
 Measure = Callable[[Method, Problem, int, bool, Config], float]
 #: Kernel, what it is looked up by, number of tokens.
 Key = tuple[str, StageShape, int]
@@ -68,7 +67,7 @@ def curated(method: Method, shape: StageShape, tokens: int, gpu: GpuProperties) 
 def _choices(
     problem: Problem, tokens: int, method: Method, gpu: GpuProperties
 ) -> Iterator[tuple[Key, bool, list[Config]]]:
-    """What there is to choose for a call: its key, whether it is of a last stage, configurations."""
+    """The choices of a call: key, whether it is for a last stage, configurations."""
     ranks, sizes = tuple(problem.ranks), (problem.shape.in_features, problem.shape.out_features)
     first = StageShape(ranks, (sizes[0],) * len(ranks), last=False)
     last = StageShape((sizes[1],) * len(ranks), ranks, last=True)
@@ -88,18 +87,21 @@ def tune(
     activations: Sequence[str],
     gpu: GpuProperties,
     measure: Measure,
-    kernels: Sequence[str] = KERNELS,
+    kernels: Sequence[str] | None = None,
 ) -> list[tuple[str, StageShape, int, Config]]:
-    """Measure every choice of every problem; entries for ``store_table``.
+    """Measure every choice of every problem for ``kernels``, by default all.
 
-    A default is kept unless it is beaten by 3 %, and then stored as well: else its shape would get what is
-    best for a neighbour.
+    A default is kept unless it is beaten by 3 %, and is then stored as well: otherwise its shape would get the
+    best choice of a neighbor.
+
+    Returns:
+        Entries for ``store_table``.
     """
     entries: dict[Key, Config] = {}
     for problem, tokens, activation in itertools.product(problems, token_counts, activations):
         method = choose_method(tokens, activation, float32=False)
         for key, last, configs in _choices(problem, tokens, method, gpu):
-            if key in entries or key[0].split()[0] not in kernels:
+            if key in entries or (kernels is not None and key[0].split()[0] not in kernels):
                 continue
             times = {config: measure(method, problem, tokens, last, config) for config in configs}
             default, best = configs[0], min(times, key=times.__getitem__)
@@ -113,14 +115,14 @@ def tune(
 
 @contextmanager
 def chosen(last: bool, config: Config) -> Iterator[None]:
-    """Let calls use ``config``: one of a stage for first or last ones, in as many launches as there are."""
+    """Let calls use ``config`` for their first or last stage, or for the number of launches."""
     from littlebit2_kernels.triton import forward as calls
 
     def stage(*arguments: Any) -> Any:
         return config if arguments[1].last == last else stage_config(*arguments[:4])
 
     def both(*arguments: Any) -> Any:
-        # Of a stage, a configuration is that of its own launch.
+        # A stage's configuration is for a launch of its own.
         launches = config if isinstance(config, DecodeConfig) else DecodeConfig(2)
         return fused_config(*arguments[:3], lambda name, *_: asdict(launches) if name == "decode" else None)
 
@@ -135,7 +137,7 @@ def chosen(last: bool, config: Config) -> Iterator[None]:
 
 
 def on_gpu(device: torch.device) -> Measure:
-    """Times calls on ``device``; a configuration that cannot be compiled takes forever."""
+    """Time calls on ``device``; a configuration that cannot be compiled takes infinitely long."""
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench_cudagraph

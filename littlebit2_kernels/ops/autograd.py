@@ -1,4 +1,4 @@
-"""One wrapper for calls of operators that are linear in ``x``: tracing, forward-mode AD, and autograd."""
+"""One wrapper for calls of operators that are linear in ``x``: tracing, forward-mode AD, autograd."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["call_operator", "requires_grad"]
+from .library import eager_operators, load_for, load_operator
 
-#: Stands for "the operator is its own kernel".
-_OPERATOR: Any = object()
+__all__ = ["call_operator", "requires_grad"]
 
 
 def requires_grad(arguments: Iterable[Any]) -> bool:
     """Whether a tensor among the arguments, or in a list among them, requires a gradient."""
     for argument in arguments:
-        if isinstance(argument, (list, tuple)):
+        kind = type(argument)
+        if kind is list or kind is tuple:
             for tensor in argument:
                 if tensor is not None and tensor.requires_grad:
                     return True
@@ -27,30 +27,35 @@ def requires_grad(arguments: Iterable[Any]) -> bool:
 
 
 def call_operator(
-    operator: Callable[..., Any],
+    operator: Any,
     x: torch.Tensor,
     operands: tuple[Any, ...],
     settings: tuple[Any, ...],
     exact: tuple[Any, ...],
-    kernel: Callable[..., Any] | None = _OPERATOR,
+    kernel: Callable[..., Any] | None = None,
 ) -> Any:
-    """Call ``operator(x, *operands, *settings)``; step over autograd where there is nothing to differentiate.
+    """Call ``operator(x, *operands, *settings)``; step over autograd if there is nothing to differentiate.
 
     Stepping over pays: torch calls the autograd kernel of an operator in Python, which takes longer than the
     rest of a small call.
 
     Args:
-        operator: linear in ``x``, differentiable in ``x`` and in the bias.
+        operator: linear in ``x``, differentiable in ``x`` and in the bias: the name of one of our operators,
+            which is loaded first, or something to call.
         x: the activations ``[..., K]``.
-        operands: tensors, lists of tensors and ``None`` that hold the layer; the bias (of several layers: the
-            list of biases) comes last.
+        operands: tensors, lists of tensors and ``None`` that hold the layer. The bias comes last: for several
+            layers, the list of biases.
         settings: the other arguments, which are not tensors.
-        exact: ``settings`` of the call that maps a tangent of ``x``: derivatives are those of exact sums.
-        kernel: what to call below autograd instead of the operator; ``None`` calls the operator, and lets
-            autograd and every dispatch mode see it, in any case.
+        exact: ``settings`` of the call that maps a tangent of ``x``; derivatives are those of exact sums.
+        kernel: computes the same; called below autograd in place of the operator.
     """
-    if torch.compiler.is_compiling():
-        return operator(x, *operands, *settings)
+    if type(operator) is str:
+        if torch.compiler.is_compiling():
+            load_for(x)
+            return getattr(torch.ops.littlebit2, operator)(x, *operands, *settings)
+        name, operator = operator, eager_operators.get(operator)
+        if operator is None or x.is_cuda:
+            operator = load_operator(name, x)
     if forward_ad._current_level >= 0:
         primal, tangent = forward_ad.unpack_dual(x)
         if tangent is not None:
@@ -62,9 +67,7 @@ def call_operator(
             if isinstance(y, list):
                 return [forward_ad.make_dual(*pair) for pair in zip(y, dy, strict=True)]
             return forward_ad.make_dual(y, dy)
-    if kernel is None or (torch.is_grad_enabled() and (x.requires_grad or requires_grad(operands))):
+    if torch.is_grad_enabled() and (x.requires_grad or requires_grad(operands)):
         return operator(x, *operands, *settings)
     with torch._C._AutoDispatchBelowAutograd():
-        if kernel is _OPERATOR:
-            return operator(x, *operands, *settings)
-        return kernel(x, *operands, *settings)
+        return (kernel or operator)(x, *operands, *settings)

@@ -43,8 +43,7 @@ def linear(
     Returns:
         ``[..., N]`` in the dtype of ``x``.
     """
-    load_for(x)
-    return call_operator(torch.ops.littlebit2.linear.default, x, (*operands, bias), (activation,), (_EXACT,))
+    return call_operator("linear", x, (*operands, bias), (activation,), (_EXACT,))
 
 
 def linear_prepacked(
@@ -62,13 +61,8 @@ def linear_prepacked(
     Returns:
         ``[..., N]`` in the dtype of ``x``.
     """
-    load_for(x)
     return call_operator(
-        torch.ops.littlebit2.linear_prepacked.default,
-        x,
-        (layer, bias),
-        (out_features, activation),
-        (out_features, _EXACT),
+        "linear_prepacked", x, (layer, bias), (out_features, activation), (out_features, _EXACT)
     )
 
 
@@ -89,11 +83,8 @@ def dense_linear(x: torch.Tensor, operands: Operands, bias: torch.Tensor | None)
         ``[..., N]`` in the dtype of ``x``. Differentiable in ``x`` and ``bias``; gradients are computed in
         bfloat16 for bfloat16, else in float32. The backward call dequantizes the factors again.
     """
-    load_for(x)
-    # Below autograd the kernel itself: autograd must not see its products.
-    return call_operator(
-        torch.ops.littlebit2.blas_linear.default, x, (*operands, bias), (), (), dense.dense_kernel
-    )
+    # Below autograd the kernel itself, without the dispatch to it.
+    return call_operator("blas_linear", x, (*operands, bias), (), (), dense.dense_kernel)
 
 
 def unpack(operands: Operands, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -128,7 +119,6 @@ def grouped_linear(
     Returns:
         ``[..., N_i]`` of each layer, in the dtype of ``x``.
     """
-    load_for(x)
     if torch.is_grad_enabled() and requires_grad(bias):  # the grouped operator has no gradient of biases
         return [linear(x, *layer, activation) for layer in zip(layers, bias, strict=True)]
     lists = [
@@ -136,13 +126,7 @@ def grouped_linear(
         for i in range(5)
     ]
     paths = [len(operands[0]) for operands in layers]
-    return call_operator(
-        torch.ops.littlebit2.grouped_linear.default,
-        x,
-        (*lists, list(bias)),
-        (paths, activation),
-        (paths, _EXACT),
-    )
+    return call_operator("grouped_linear", x, (*lists, list(bias)), (paths, activation), (paths, _EXACT))
 
 
 def grouped_linear_prepacked(
@@ -164,18 +148,13 @@ def grouped_linear_prepacked(
     Returns:
         ``[..., N_i]`` of each layer, in the dtype of ``x``.
     """
-    load_for(x)
     if torch.is_grad_enabled() and requires_grad(bias):
         return [
             linear_prepacked(x, *layer, activation) for layer in zip(layers, bias, out_features, strict=True)
         ]
     sizes = list(out_features)
     return call_operator(
-        torch.ops.littlebit2.grouped_linear_prepacked.default,
-        x,
-        (list(layers), list(bias)),
-        (sizes, activation),
-        (sizes, _EXACT),
+        "grouped_linear_prepacked", x, (list(layers), list(bias)), (sizes, activation), (sizes, _EXACT)
     )
 
 

@@ -175,7 +175,7 @@ def test_paths_that_share_a_first_stage_stay_one(rng: torch.Generator) -> None:
     packed = PackedLinear((first, shared))
     layer = TrainableLittleBitLinear(packed)
     assert_same(layer.packed(), packed)
-    assert layer.shares == (0, 0)
+    assert layer.shape.shares == (0, 0)
     assert sum(name.endswith(".V") for name in layer.state_dict()) == 1
     x = torch.randn(5, 64, generator=rng)
     layer(x).sum().backward()

@@ -25,7 +25,7 @@ from littlebit2.integrations.bars import no_bars_in_logs
 from littlebit2.integrations.loading import load
 from littlebit2.offline import quantize_checkpoint
 from littlebit2.offline.group import Group, process_group
-from littlebit2.quantize import QuantConfig, check_device, counted_bpw
+from littlebit2.quantize import QuantConfig, check_device
 from littlebit2.train.data import TokenBlocks, TokenFile, find_files, read_texts, write_tokens
 from littlebit2.train.model import trainable_layers
 from littlebit2.train.perplexity import perplexity
@@ -486,9 +486,6 @@ def _stored_dtype(teacher: Path) -> torch.dtype:
 
 
 def _bits_per_weight(model: Any) -> float:
-    bits = weights = 0.0
-    for layer in trainable_layers(model).values():
-        size = layer.in_features * layer.out_features
-        bits += counted_bpw(layer.in_features, layer.out_features, layer.ranks) * size
-        weights += size
-    return bits / weights
+    shapes = [layer.shape for layer in trainable_layers(model).values()]
+    weights = sum(shape.in_features * shape.out_features for shape in shapes)
+    return sum(shape.counted_bits for shape in shapes) / weights
