@@ -89,10 +89,10 @@ def tune(
     measure: Measure,
     kernels: Sequence[str] | None = None,
 ) -> list[tuple[str, StageShape, int, Config]]:
-    """Measure every choice of every problem for ``kernels``, by default all; returns entries for ``store_table``.
+    """Measure every choice of every problem for ``kernels`` (default: all); returns entries for ``store_table``.
 
-    A default is kept unless it is beaten by 3 %, and then stored as well: otherwise its shape would get the best
-    of a neighbor.
+    A default is kept unless it is beaten by 3 %, and then stored as well: otherwise its shape would get the
+    best of a neighbor.
     """
     entries: dict[Key, Config] = {}
     for problem, tokens, activation in itertools.product(problems, token_counts, activations):
