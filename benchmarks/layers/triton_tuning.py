@@ -89,7 +89,9 @@ def tune(
     measure: Measure,
     kernels: Sequence[str] | None = None,
 ) -> list[tuple[str, StageShape, int, Config]]:
-    """Measure every choice of every problem for ``kernels`` (default: all); returns entries for ``store_table``.
+    """Measure every choice of every problem; returns entries for ``store_table``.
+
+    Only ``kernels`` are measured, by default all.
 
     A default is kept unless it is beaten by 3 %, and then stored as well: otherwise its shape would get the
     best of a neighbor.
