@@ -213,6 +213,6 @@ def describe(x: torch.Tensor, packed: PackedLinear) -> str:
     """What a failing assertion reports of its problem."""
     return (
         f"x {list(x.shape)} {x.dtype} strides {x.stride()}, N {packed.out_features}, ranks {packed.ranks}, "
-        f"single_stage {packed.single_stage}, shares {packed.leaders}, bias {packed.bias is not None}, "
+        f"single_stage {packed.single_stage}, shares {packed.shares}, bias {packed.bias is not None}, "
         f"V pitch {packed.paths[0].v.stride(0)}"
     )

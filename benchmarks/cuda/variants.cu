@@ -124,7 +124,7 @@ lb2_cuda_tuning spell_out(const lb2_cuda_plan& planned) {
 // For prefill: the planner's choice, its kernel in other clusters, and the GEMM that it would choose, with
 // other tiles of either stage and other splits. Those that there is no room for are left out later.
 std::vector<lb2_cuda_tuning> prefill_tunings(int64_t k, const lb2_cuda_tuning& base,
-                                            const lb2_cuda_tuning& gemm) {
+                                             const lb2_cuda_tuning& gemm) {
   std::vector<lb2_cuda_tuning> all = {base};
   for (const int blocks : {1, 2, 4, 8}) {
     lb2_cuda_tuning fused = {};

@@ -65,10 +65,9 @@ def predict(packed: PackedLinear, gpu: str, activation: str = "auto") -> Predict
     shape = (1, packed.in_features)
     explanation = explain(shape, packed, "cuda", activation, dtype=torch.float16, gpu=gpu)
     mode = str(explanation.activation)
-    leaders = sorted(set(packed.leaders))
     # (rows, columns) of the signs of each launch.
-    first = [(packed.ranks[p], packed.in_features) for p in leaders]
-    last = [(packed.out_features, rank) for rank in packed.ranks]
+    first = [(rows, packed.in_features) for rows in packed.shape.own_rows]
+    last = [(packed.out_features, rank) for rank in packed.ranks or ()]
     stages = [first] if packed.single_stage else [first, last]
     decodes = [launch for launch in explanation.launches if launch.kind == "decode"]
     tiles = [sum(-(-rows // TILE_ROWS) * -(-cols // SLICE) for rows, cols in stage) for stage in stages]

@@ -10,13 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from benchmarks.estimates.rates import rates_of
 from benchmarks.markdown import markdown
 from benchmarks.shapes import LlamaShape
 from littlebit2.quantize import rank_for_bpw
-from littlebit2_kernels._native import core
 from littlebit2_kernels.dispatch import ACTIVATIONS
+from littlebit2_kernels.format import LayerShape
 from littlebit2_kernels.gpu import gpu_properties
+from littlebit2_kernels.planning import plan_grouped_cuda
 
 __all__ = ["ModelPrediction", "predict_group", "predict_model", "rows", "table"]
 
@@ -56,13 +59,11 @@ def predict_group(k: int, layers: Sequence[tuple[int, list[int]]], gpu: str) -> 
     Raises:
         ValueError: the GPU is unknown.
     """
-    shapes = [(n, ranks, False, list(range(len(ranks)))) for n, ranks in layers]
-    plan = core().plan_grouped_cuda(
-        1, k, shapes, "float16", ACTIVATIONS["auto"], *gpu_properties(gpu).for_cuda()
-    )
+    rates = rates_of(gpu)
+    shapes = [LayerShape(k, n, tuple(ranks)) for n, ranks in layers]
+    plan = plan_grouped_cuda(shapes, 1, torch.float16, ACTIVATIONS["auto"], gpu_properties(gpu))
     first = sum(4 * (rank * -(-k // 32) + k) for _, ranks in layers for rank in ranks)
     last = sum(4 * (n * -(-rank // 32) + rank + n) for n, ranks in layers for rank in ranks)
-    rates = rates_of(gpu)
     seconds = sum(
         rates.seconds(chained=launch["chained"], nbytes=nbytes, cycles=launch["estimated_cycles"])
         for launch, nbytes in zip(plan["launches"], (first, last), strict=True)

@@ -94,7 +94,7 @@ def predict_prefill(
     counts = count(packed, explanation, rounds, rates)
     macs = explanation.macs
     peer = PEER_RATE * rates.tensor / 2
-    factors = 2 * sum(packed.ranks) * (packed.in_features + packed.out_features)
+    factors = 2 * packed.shape.factor_elements
     size = packed.in_features * packed.out_features
     moved = 2 * tokens * (packed.in_features + packed.out_features)
     low_rank = 2 * LAUNCH + max(macs / peer, (factors + moved) / rates.memory)
@@ -114,8 +114,8 @@ def predict_prefill(
 
 def _stages(packed: PackedLinear) -> list[list[tuple[int, int]]]:
     """Rows and columns of the signs of each stage."""
-    first = [(packed.ranks[p], packed.in_features) for p in sorted(set(packed.leaders))]
-    last = [(packed.out_features, rank) for rank in packed.ranks]
+    first = [(rows, packed.in_features) for rows in packed.shape.own_rows]
+    last = [(packed.out_features, rank) for rank in packed.ranks or ()]
     return [first] if packed.single_stage else [first, last]
 
 

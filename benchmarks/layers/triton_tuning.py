@@ -89,12 +89,13 @@ def tune(
     measure: Measure,
     kernels: Sequence[str] | None = None,
 ) -> list[tuple[str, StageShape, int, Config]]:
-    """Measure every choice of every problem; returns entries for ``store_table``.
+    """Measure every choice of every problem for ``kernels``, by default all.
 
-    Only ``kernels`` are measured, by default all.
+    A default is kept unless it is beaten by 3 %, and is then stored as well: otherwise its shape would get the
+    best choice of a neighbor.
 
-    A default is kept unless it is beaten by 3 %, and then stored as well: otherwise its shape would get the
-    best of a neighbor.
+    Returns:
+        Entries for ``store_table``.
     """
     entries: dict[Key, Config] = {}
     for problem, tokens, activation in itertools.product(problems, token_counts, activations):

@@ -12,9 +12,8 @@ from littlebit2_kernels import (
     LittleBitLinear,
     PackedLinear,
     PackedPath,
+    dispatch,
     explain,
-    functional,
-    linear,
     littlebit_linear,
     prepack,
     warmup,
@@ -473,8 +472,7 @@ def test_blas(device: torch.device, rng: torch.Generator, dtype: torch.dtype, to
 def test_auto_unpacks(device: torch.device, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     x, packed = make_problem(200, 1024, 512, [80, 80], dtype=torch.bfloat16, generator=rng)
     on_device, layer = x.to(device), packed.to(device)
-    for module in (functional, linear):
-        monkeypatch.setattr(module, "prompt_backend", lambda *_: "blas")
+    monkeypatch.setattr(dispatch, "prefill_backend", lambda *_: "blas")
     expected = littlebit_linear(on_device, layer, backend="blas")
     assert torch.equal(littlebit_linear(on_device, layer), expected)
     assert torch.equal(LittleBitLinear.from_packed(layer)(on_device), expected)

@@ -23,6 +23,7 @@ import types
 import zlib
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -32,13 +33,15 @@ import torch
 #: Packages whose functions and classes a test may replace only through ``monkeypatch``.
 WATCHED_PACKAGES = ("benchmarks", "littlebit2", "littlebit2_kernels")
 
-#: Variables that pytest and the libraries under test set for themselves, on first use and for good.
-OWN_VARIABLES = {
+#: Variables and folders that pytest and libraries set for themselves, on first use and for good.
+OWN_VARIABLES = (
     "PYTEST_CURRENT_TEST",
     "KINETO_LOG_LEVEL",
-    "TORCHINDUCTOR_CACHE_DIR",
+    "TORCHINDUCTOR_",
+    "_TORCHINDUCTOR_",
     "TRITON_CACHE_DIR",
-}
+)
+OWN_FOLDERS = ("torchinductor_", "_vendor")
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,10 @@ def _set_autocast(value: tuple[Any, ...]) -> None:
 
 def _flushes_denormals() -> bool:
     return bool(torch.tensor(1e-40, device="cpu") * 1.0 == 0)
+
+
+def _import_folders() -> tuple[str, ...]:
+    return tuple(folder for folder in sys.path if not Path(folder).name.startswith(OWN_FOLDERS))
 
 
 def _grad_mode() -> tuple[bool, bool]:
@@ -133,7 +140,7 @@ SETTINGS: dict[str, Setting] = {
         ),
     ),
     "current directory": Setting(os.getcwd, os.chdir),
-    "sys.path": Setting(lambda: tuple(sys.path), lambda value: sys.path.__setitem__(slice(None), value)),
+    "sys.path": Setting(_import_folders, lambda value: sys.path.__setitem__(slice(None), value)),
     "sys.argv": Setting(lambda: tuple(sys.argv), lambda value: sys.argv.__setitem__(slice(None), value)),
     "sys.excepthook": _attribute(sys, "excepthook"),
     "recursion limit": Setting(sys.getrecursionlimit, sys.setrecursionlimit),
@@ -232,7 +239,7 @@ def take() -> Snapshot:
     settings = {**SETTINGS, **dict(_loaded_settings())}
     return Snapshot(
         settings={name: (setting, setting.get()) for name, setting in settings.items()},
-        environment={name: text for name, text in os.environ.items() if name not in OWN_VARIABLES},
+        environment={name: text for name, text in os.environ.items() if not name.startswith(OWN_VARIABLES)},
         loggers=_loggers(),
         modules=dict(sys.modules),
         definitions=_definitions(),
@@ -253,11 +260,18 @@ def undo(before: Snapshot, after: Snapshot) -> list[str]:
     ]
 
 
+def _difference(old: Any, new: Any) -> str:
+    if not isinstance(old, tuple | dict) or len(old) == len(new):
+        return f"{old!r} became {new!r}"
+    gained, lost = [part for part in new if part not in old], [part for part in old if part not in new]
+    return f"gained {gained}, lost {lost}"
+
+
 def _undo_settings(before: Snapshot, after: Snapshot) -> Iterator[str]:
     for name, (setting, old) in before.settings.items():
         new = after.settings[name][1]
         if new != old:
-            yield f"{name}: {old!r} became {new!r}"
+            yield f"{name}: {_difference(old, new)}"
             setting.set(old)
 
 

@@ -1,4 +1,4 @@
-"""Quantising a checkpoint on disk, in one process."""
+"""Quantizing a checkpoint on disk, in one process."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_a_finished_run_is_not_repeated(
     replaced = run(model_dir, tmp_path / "out", QuantConfig(ranks=(8,)), overwrite=True)
     assert replaced.layers[0]["ranks"] == [8]
     with open_checkpoint(tmp_path / "out") as checkpoint:
-        assert {spec.ranks for spec in checkpoint.layers.values()} == {(8,)}
+        assert {spec.shape.ranks for spec in checkpoint.layers.values()} == {(8,)}
 
 
 def test_overwriting_takes_only_what_is_a_checkpoint(model_dir: Path, tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ def test_a_layer_that_fails_is_named_and_the_others_are_kept(
 def test_sources_that_are_no_dense_model(model_dir: Path, tmp_path: Path) -> None:
     run(model_dir, tmp_path / "out")
     with pytest.raises(
-        ValueError, match="out: must be a dense checkpoint, got one that is quantised already"
+        ValueError, match="out: must be a dense checkpoint, got one that is quantized already"
     ):
         run(tmp_path / "out", tmp_path / "twice")
     with pytest.raises(FileNotFoundError, match="nowhere"):

@@ -1,10 +1,10 @@
 """Checkpoints on disk: read every known layout, write ours and the authors'. See docs/checkpoints.md."""
 
+from .convert import convert, export_upstream
 from .describe import describe
 from .errors import CheckpointError
-from .reader import Checkpoint, open_checkpoint
+from .reader import Checkpoint, looks_packed, open_checkpoint
 from .specs import LayerSpec
-from .upstream import convert, export_upstream
 from .writer import CheckpointWriter, quantization_config
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "convert",
     "describe",
     "export_upstream",
+    "looks_packed",
     "open_checkpoint",
     "quantization_config",
 ]

@@ -31,7 +31,7 @@ class FusedLinear(nn.Module):
 
     Args:
         parent: the module that holds the parts.
-        names: of the parts, in the order of the fused outputs.
+        names: names of the parts, in the order of the fused outputs.
     """
 
     def __init__(self, parent: nn.Module, names: Sequence[str]) -> None:
@@ -87,14 +87,7 @@ def layers_of(model: nn.Module) -> dict[str, LittleBitLinear]:
 
 def spec_of(name: str, layer: LittleBitLinear) -> LayerSpec:
     """Describe a module as checkpoints do."""
-    return LayerSpec(
-        name=name,
-        in_features=layer.in_features,
-        out_features=layer.out_features,
-        ranks=layer.ranks,
-        shares=layer.shares,
-        bias=layer.bias is not None,
-    )
+    return LayerSpec(name, layer.shape, layer.bias is not None)
 
 
 def find_places(model: nn.Module, layers: Mapping[str, LayerSpec], prefix: str = "") -> list[Placement]:
@@ -103,8 +96,8 @@ def find_places(model: nn.Module, layers: Mapping[str, LayerSpec], prefix: str =
     Args:
         model: as built from its config, dense.
         layers: packed layers of the checkpoint by name.
-        prefix: of the base model in a model with a head (``base_model_prefix``); checkpoints of one load
-            into the other, as they do in transformers.
+        prefix: name of the base model inside a model with a head (``base_model_prefix``); checkpoints of
+            one load into the other, as they do in transformers.
 
     Raises:
         CheckpointError: layers have no counterpart, or one of another shape; the message names them all.
@@ -167,7 +160,7 @@ def _fused_of(name: str, modules: Mapping[str, nn.Module]) -> str | None:
 
 def _disagreement(spec: LayerSpec, linear: nn.Linear) -> list[str]:
     expected = (linear.in_features, linear.out_features, linear.bias is not None)
-    got = (spec.in_features, spec.out_features, spec.bias)
+    got = (spec.shape.in_features, spec.shape.out_features, spec.bias)
     if expected == got:
         return []
     return [f"{spec.name}: (in_features, out_features, bias) must be {expected}, got {got}"]
@@ -183,11 +176,11 @@ def _fused_disagreement(fused: str, members: list[Placement], linear: nn.Module)
     specs = [by_leaf[name] for name in names]
     problems = [
         f"{spec.name}: (in_features, bias) must be {(linear.in_features, linear.bias is not None)}, "
-        f"got {(spec.in_features, spec.bias)}"
+        f"got {(spec.shape.in_features, spec.bias)}"
         for spec in specs
-        if (spec.in_features, spec.bias) != (linear.in_features, linear.bias is not None)
+        if (spec.shape.in_features, spec.bias) != (linear.in_features, linear.bias is not None)
     ]
-    total = sum(spec.out_features for spec in specs)
+    total = sum(spec.shape.out_features for spec in specs)
     if total != linear.out_features:
         problems.append(
             f"{fused}: out_features of {', '.join(names)} must add up to {linear.out_features}, got {total}"

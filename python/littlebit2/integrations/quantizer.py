@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from littlebit2.architecture.projections import fuse_projections
 from littlebit2.checkpoint import Checkpoint, CheckpointError, LayerSpec, open_checkpoint, quantization_config
 from littlebit2_kernels import LittleBitLinear, packed_from_state
+from littlebit2_kernels.format import LayerShape
 
 from .configuration import METHOD, LittleBit2Config
 from .modules import FusedLinear, PendingLinear, Placement, find_places, fused_parents, layers_of, spec_of
@@ -31,7 +32,7 @@ class LittleBit2Quantizer(HfQuantizer):
     brought to the kernels' layout where that is wanted, and put in its place, one at a time.
     """
 
-    # Dense checkpoints are refused with the library's own message: quantise them first.
+    # Dense checkpoints are refused with the library's own message: quantize them first.
     requires_calibration = True
     quantization_config: LittleBit2Config
 
@@ -52,7 +53,7 @@ class LittleBit2Quantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         config = self.quantization_config
-        checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent) if checkpoint_files else None
+        checkpoint = _open(config.source, checkpoint_files)
         if checkpoint is None:
             layers = _specs_from_config(model, config)
         else:
@@ -157,7 +158,7 @@ class LittleBit2Quantizer(HfQuantizer):
 
 
 def attach(model: Any) -> None:
-    """Make ``save_pretrained`` work for a model whose linears were quantised in memory.
+    """Make ``save_pretrained`` work for a model whose linears were quantized in memory.
 
     ``littlebit2.quantize.quantize_linears`` knows nothing of transformers, so a model that it changed would
     be saved without the entry that tells ``from_pretrained`` what the tensors are.
@@ -185,12 +186,47 @@ def _ignore_layers(model: PreTrainedModel, places: list[Placement]) -> None:
     names = {name for place in places for name in (place.spec.name, place.module)}
     known = set(model._keys_to_ignore_on_load_unexpected or ())
     # On the instance: the attribute of the class is shared by every model.
-    model._keys_to_ignore_on_load_unexpected = known | {rf"^{re.escape(name)}\." for name in names}
+    model._keys_to_ignore_on_load_unexpected = known | ({f"^{_pattern(names)}"} if names else set())
+
+
+def _pattern(modules: Iterable[str]) -> str:
+    """A regular expression for names of these modules' tensors.
+
+    One alternative for each module would be tried for each tensor: minutes for thousands of layers.
+    """
+    tree: dict[str, Any] = {}
+    for name in modules:
+        branch = tree
+        for part in name.split("."):
+            branch = branch.setdefault(part, {})
+        branch[""] = {}
+
+    def alternatives(branch: dict[str, Any]) -> str:
+        parts = [re.escape(part) + r"\." + alternatives(rest) for part, rest in branch.items() if part]
+        # An empty alternative last: the module itself is one of those named.
+        return f"(?:{'|'.join([*parts, *([''] if '' in branch else [])])})"
+
+    return alternatives(tree)
+
+
+def _open(source: str | None, checkpoint_files: Sequence[str] | None) -> Checkpoint | None:
+    if source is not None:
+        return open_checkpoint(source)
+    if not checkpoint_files:
+        return None
+    checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
+    if checkpoint.files.renamed:
+        checkpoint.close()
+        raise CheckpointError(
+            f"{checkpoint.path}: its tensor names are not those of the model: use littlebit2.load, or "
+            "convert it first (littlebit2 convert)"
+        )
+    return checkpoint
 
 
 def _in_our_names(checkpoint: Checkpoint) -> bool:
     """Whether the tensors in the files are, name by name, the buffers of our layers."""
-    layouts = {layer.layout for layer in checkpoint.stored.values()}
+    layouts = {layer.layout.name for layer in checkpoint.stored.values()}
     return checkpoint.format == METHOD and layouts <= {METHOD, "onebit"}
 
 
@@ -205,10 +241,12 @@ def _specs_from_config(model: PreTrainedModel, config: LittleBit2Config) -> dict
                 f"quantization_config names {name}, expected an nn.Linear of the model there"
             )
         ranks = tuple(config.ranks[name]) if name in config.ranks else None
-        shares = config.shares.get(name) or range(len(ranks or (0,)))
-        specs[name] = LayerSpec(
-            name, linear.in_features, linear.out_features, ranks, tuple(shares), linear.bias is not None
-        )
+        shares = tuple(config.shares.get(name, ()))
+        try:
+            shape = LayerShape(linear.in_features, linear.out_features, ranks, shares)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"quantization_config: layer {name}: {error}") from error
+        specs[name] = LayerSpec(name, shape, linear.bias is not None)
     return specs
 
 
@@ -232,14 +270,5 @@ def _check_loaded(name: str, layer: LittleBitLinear) -> None:
         packed = packed_from_state(buffers)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"layer {name} was not loaded whole: {error.args[0]}") from error
-    ranks = None if packed.single_stage else packed.ranks
-    if (packed.in_features, packed.out_features, ranks) != (
-        layer.in_features,
-        layer.out_features,
-        layer.ranks,
-    ):
-        raise CheckpointError(
-            f"layer {name}: (in_features, out_features, ranks) must be "
-            f"{(layer.in_features, layer.out_features, layer.ranks)}, "
-            f"got {(packed.in_features, packed.out_features, ranks)}"
-        )
+    if packed.shape != layer.shape:
+        raise CheckpointError(f"layer {name} must have the shape {layer.shape}, got {packed.shape}")

@@ -1,4 +1,4 @@
-"""Quantise a checkpoint on disk to a checkpoint on disk, layer by layer."""
+"""Quantize a checkpoint on disk to a checkpoint on disk, layer by layer."""
 
 from __future__ import annotations
 
@@ -53,13 +53,12 @@ def quantize_checkpoint(
     resume: bool = True,
     overwrite: bool = False,
 ) -> RunReport:
-    """Quantise the linear layers of a dense checkpoint and write a littlebit2 checkpoint.
+    """Quantize the linear layers of a dense checkpoint and write a littlebit2 checkpoint.
 
     Weights are read tensor by tensor; one layer per worker, or a few small ones of one shape, is in memory.
     Every finished layer is kept in the work directory ``<out>.partial``: after a kill at any moment the same
-    call goes on where it was and ``out`` comes out byte for byte the same. ``out`` appears at the end, whole,
-    with ``quantization_report.json`` in it, and the work directory is removed. Called again after that, it
-    returns the report.
+    call continues from there, and the bytes of ``out`` are the same. ``out`` appears at the end, whole, with
+    ``quantization_report.json`` in it, and the work directory is removed. A further call returns the report.
 
     Where ranks depend on the weights (``budget="spectral"`` or ``energy``), a first pass measures the
     spectra.
@@ -85,7 +84,7 @@ def quantize_checkpoint(
         threads: torch's threads for one layer.
         device: where to compute; ``"cuda"`` is each process's own device under ``torchrun``.
         progress: whether to show a progress bar with the time left, on stderr.
-        resume: whether to go on with a run that was interrupted; otherwise its layers are discarded.
+        resume: continue an interrupted run; otherwise its layers are discarded.
         overwrite: whether ``out`` may exist; it is replaced at the end.
 
     Returns:
@@ -102,7 +101,7 @@ def quantize_checkpoint(
         ValueError: ``out`` and ``model_dir`` contain one another, ``workers``, ``threads`` or ``device``
             cannot be, the checkpoint is malformed or not dense, no layer is selected, ``importance`` holds
             none of them, the budget does not fit a layer or is more than any can use, or a layer cannot be
-            quantised; the message names it.
+            quantized; the message names it.
     """
     if not isinstance(config, QuantConfig):
         raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
@@ -116,7 +115,7 @@ def quantize_checkpoint(
     includes, excludes = check_patterns("include", include), check_patterns("exclude", exclude)
     with open_checkpoint(source) as checkpoint:
         if checkpoint.format != "dense" or "quantization_config" in checkpoint.config:
-            raise ValueError(f"{source}: must be a dense checkpoint, got one that is quantised already")
+            raise ValueError(f"{source}: must be a dense checkpoint, got one that is quantized already")
         jobs = make_jobs(checkpoint, config, includes, excludes)
         _check_importance(importance, jobs)
         settings = run_settings(

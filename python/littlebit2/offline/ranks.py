@@ -31,7 +31,7 @@ from .work import WorkDirectory, keep_layers
 
 __all__ = ["allocation_of", "measure_ranks"]
 
-#: The settled ranks inside the work directory, so that a run that goes on need not measure again.
+#: The settled ranks inside the work directory, so that a resumed run need not measure again.
 _FILE = "ranks.json"
 
 
@@ -50,7 +50,7 @@ def allocation_of(
         group: the processes, which share the measuring out.
         work: the open work directory.
         jobs: every layer.
-        config: of the model.
+        config: the model's configuration.
         importance: by layer name.
         load: returns the weight of a layer.
         run: runs a function on this process's layers, in batches, as ``run_jobs`` does.
@@ -94,7 +94,7 @@ def measure_ranks(
     importance: Mapping[str, Importance] | None = None,
     progress: bool = True,
 ) -> dict[str, RankAllocation]:
-    """Settle the ranks of a dense checkpoint's layers by the spectra of their weights, and quantise nothing.
+    """Settle the ranks of a dense checkpoint's layers by the spectra of their weights, and quantize nothing.
 
     One weight at a time is in memory, with its smaller Gram matrix in float64.
 
@@ -117,7 +117,7 @@ def measure_ranks(
     spectra = []
     with open_checkpoint(model_dir) as checkpoint:
         if checkpoint.format != "dense" or "quantization_config" in checkpoint.config:
-            raise ValueError(f"{model_dir}: must be a dense checkpoint, got one that is quantised already")
+            raise ValueError(f"{model_dir}: must be a dense checkpoint, got one that is quantized already")
         sources = select_layers(checkpoint.dense, checkpoint.config, include=includes, exclude=excludes)
         check_budget(config, ((s.name, s.in_features, s.out_features) for s in sources))
         for one in tqdm(sources, desc="measure", unit="layer", disable=None if progress else True):

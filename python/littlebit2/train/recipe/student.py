@@ -40,7 +40,7 @@ def check_dense(teacher: Path) -> dict[str, Any]:
                 "layers: give the dense model, and the packed one as the start (--start)"
             )
         if "quantization_config" in checkpoint.config:
-            raise ValueError(f"teacher must be a dense checkpoint, got {teacher}, which is quantised")
+            raise ValueError(f"teacher must be a dense checkpoint, got {teacher}, which is quantized")
         if not checkpoint.config:
             raise ValueError(f"teacher must have a config.json, got {teacher} without")
         return dict(checkpoint.config)
@@ -103,7 +103,7 @@ def export_student(
         model: the student.
         out: directory to make.
         teacher: the dense checkpoint.
-        dtype: of the dense tensors.
+        dtype: dtype of the dense tensors.
         state: the whole state where the model's own is sharded.
         overwrite: replace a checkpoint at ``out``.
     """

@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 
+from littlebit2.architecture.names import CAUSAL_HEAD
 from littlebit2.disk import StagedDirectory, write_json
 from littlebit2_kernels.format import PackedLinear
 from littlebit2_kernels.state import path_suffix
 
-from .bits import counted_bits
 from .errors import CheckpointError
-from .naming import split_name, upstream_leaf
+from .formats import split_name
+from .formats.littlebit import KEPT_SETTINGS, SETTINGS, authors_leaf
 from .reader import Checkpoint, open_checkpoint
-from .settings import KEPT_SETTINGS, UPSTREAM_SETTINGS, summary
+from .settings import summary
 from .shards import ShardedTensors
 from .specs import LayerSpec
 from .writer import MAX_SHARD_BYTES, CheckpointWriter, copy_extra_files
@@ -43,7 +44,7 @@ def export_upstream(checkpoint: Checkpoint, out: str | Path, *, overwrite: bool 
     faults = list(_unfit(checkpoint))
     if faults:
         raise CheckpointError(f"{checkpoint.path}: the authors' layout cannot hold it: {summary(faults)}")
-    kept = {key: checkpoint.metadata[key] for key in UPSTREAM_SETTINGS if key in checkpoint.metadata}
+    kept = {key: checkpoint.metadata[key] for key in SETTINGS if key in checkpoint.metadata}
     described = {**_described(checkpoint), **kept}
     with StagedDirectory(out, overwrite=overwrite) as staged:
         tensors = ShardedTensors(staged.path, MAX_SHARD_BYTES, {"format": "pt"})
@@ -80,7 +81,7 @@ def convert(source: str | Path, out: str | Path, to: str, *, overwrite: bool = F
     with open_checkpoint(source) as checkpoint:
         if not checkpoint.layers:
             raise CheckpointError(
-                f"{checkpoint.path}: expected packed layers, got a dense model: quantise it"
+                f"{checkpoint.path}: expected packed layers, got a dense model: quantize it"
             )
         if to == "littlebit":
             export_upstream(checkpoint, out, overwrite=overwrite)
@@ -88,7 +89,7 @@ def convert(source: str | Path, out: str | Path, to: str, *, overwrite: bool = F
         config = dict(checkpoint.config)
         if checkpoint.format != "littlebit2":
             config = _plain_config(config)
-            kept = {key: value for key, value in checkpoint.metadata.items() if key in UPSTREAM_SETTINGS}
+            kept = {key: value for key, value in checkpoint.metadata.items() if key in SETTINGS}
             if kept:
                 config[KEPT_SETTINGS] = kept
         with CheckpointWriter(out, config, overwrite=overwrite) as writer:
@@ -103,41 +104,42 @@ def convert(source: str | Path, out: str | Path, to: str, *, overwrite: bool = F
 def _unfit(checkpoint: Checkpoint) -> Iterator[str]:
     if not checkpoint.layers:
         yield "there is no packed layer"
-    counts = {len(spec.shares) for spec in checkpoint.layers.values()}
+    counts = {spec.shape.num_paths for spec in checkpoint.layers.values()}
     if len(counts) > 1:
         yield f"expected the same number of paths in every layer, got {sorted(counts)}"
     for name, spec in checkpoint.layers.items():
-        if spec.ranks is None:
+        shape = spec.shape
+        if shape.ranks is None:
             yield f"layer {name}: expected two stages, got one"
             continue
-        if len(spec.ranks) > 2:
-            yield f"layer {name}: expected one or two paths, got {len(spec.ranks)}"
-        if len(set(spec.ranks)) > 1:
-            yield f"layer {name}: expected equal ranks, got {list(spec.ranks)}"
-        if spec.shares != tuple(range(len(spec.shares))):
-            yield f"layer {name}: expected a V of its own in every path, got shares {list(spec.shares)}"
-        if "lm_head" in name:
+        if shape.num_paths > 2:
+            yield f"layer {name}: expected one or two paths, got {shape.num_paths}"
+        if len(set(shape.ranks)) > 1:
+            yield f"layer {name}: expected equal ranks, got {list(shape.ranks)}"
+        if shape.shares != tuple(range(shape.num_paths)):
+            yield f"layer {name}: expected a V of its own in every path, got shares {list(shape.shares)}"
+        if CAUSAL_HEAD in name:
             yield f"layer {name}: expected a dense head, got a packed one"
     kinds = {split_name(name)[1] for name in checkpoint.layers}
-    for name, (shape, _) in checkpoint.dense.items():
+    for name, (size, _) in checkpoint.dense.items():
         module, leaf = split_name(name)
         if (
             leaf == "weight"
-            and len(shape) == 2
+            and len(size) == 2
             and split_name(module)[1] in kinds
-            and "lm_head" not in module
+            and CAUSAL_HEAD not in module
         ):
             yield f"layer {module}: expected a packed layer like others of its name, got a dense one"
 
 
 def _described(checkpoint: Checkpoint) -> dict[str, Any]:
-    layers = checkpoint.layers.values()
-    weights = sum(spec.in_features * spec.out_features for spec in layers)
+    shapes = [spec.shape for spec in checkpoint.layers.values()]
+    weights = sum(shape.in_features * shape.out_features for shape in shapes)
     return {
         "quant_func": "SmoothSign",
-        "eff_bit": sum(map(counted_bits, layers)) / weights,
-        "split_dim": max(max(spec.ranks or ()) for spec in layers),
-        "residual": any(len(spec.shares) == 2 for spec in layers),
+        "eff_bit": sum(shape.counted_bits for shape in shapes) / weights,
+        "split_dim": max(max(shape.ranks or ()) for shape in shapes),
+        "residual": any(shape.num_paths == 2 for shape in shapes),
         "kv_factor": 1.0,
         "min_split_dim": 8,
     }
@@ -147,11 +149,10 @@ def _upstream_state(
     spec: LayerSpec, packed: PackedLinear, eff_bit: Any
 ) -> Iterator[tuple[str, torch.Tensor]]:
     target = float(eff_bit) if isinstance(eff_bit, (int, float)) else -1.0
-    actual = counted_bits(spec) / (spec.in_features * spec.out_features)
     leaves: dict[str, torch.Tensor] = {
         "_eff_bit_target": torch.tensor(target),
-        "_split_dim_final": torch.tensor(packed.ranks[0]),
-        "_eff_bit_actual": torch.tensor(actual),
+        "_split_dim_final": torch.tensor(packed.shape.rows[0]),
+        "_eff_bit_actual": torch.tensor(packed.shape.counted_bpw),
     }
     for index, path in enumerate(packed.paths):
         assert path.u is not None and path.latent_scale is not None
@@ -159,8 +160,8 @@ def _upstream_state(
             ("U", path.u, (path.out_features, path.rank)),
             ("V", path.v, (path.rank, path.in_features)),
         ):
-            leaves[upstream_leaf(matrix, index, "packed")] = words
-            leaves[upstream_leaf(matrix, index, "shape")] = torch.tensor(shape)
+            leaves[authors_leaf(matrix, index, "packed")] = words
+            leaves[authors_leaf(matrix, index, "shape")] = torch.tensor(shape)
         s = path_suffix(index)
         leaves[f"u1{s}"] = path.out_scale.unsqueeze(0)
         leaves[f"u2{s}"] = torch.ones(1, path.rank)
@@ -173,6 +174,6 @@ def _upstream_state(
 
 
 def _plain_config(config: dict[str, Any]) -> dict[str, Any]:
-    """config.json without what either layout says of quantization."""
-    dropped = {"quantization_config", KEPT_SETTINGS, *UPSTREAM_SETTINGS}
+    """Return config.json without the quantization settings of either layout."""
+    dropped = {"quantization_config", KEPT_SETTINGS, *SETTINGS}
     return {key: value for key, value in config.items() if key not in dropped}
