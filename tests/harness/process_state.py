@@ -215,7 +215,15 @@ def _definitions() -> dict[str, tuple[types.ModuleType, dict[str, Any]]]:
     """Functions, classes and modules by the module of ours that holds them."""
     kinds = (types.FunctionType, types.ModuleType, type)
     return {
-        name: (module, {key: value for key, value in vars(module).items() if isinstance(value, kinds)})
+        name: (
+            module,
+            # Dynamo keeps what it compiled under names of two underscores.
+            {
+                key: value
+                for key, value in vars(module).items()
+                if isinstance(value, kinds) and key[:2] != "__"
+            },
+        )
         for name, module in list(sys.modules.items())
         if module is not None and name.partition(".")[0] in WATCHED_PACKAGES
     }
