@@ -15,7 +15,7 @@ from littlebit2_kernels.testing import (
     relative_error,
     typical_norm,
 )
-from tests.kernels.problems import random_problem
+from tests.problems import random_problem
 
 
 @pytest.mark.parametrize("case", range(300))

@@ -59,9 +59,9 @@ def _write(source: Path, work: WorkDirectory, jobs: list[Job], settings: dict[st
                 elif name not in biases:
                     dense.append(name)
                     writer.add_tensor(name, checkpoint.load_tensor(name))
-            writer.copy_extra_files(source)
+            side = writer.copy_side_files(source)
             writer.finish()
-    report = RunReport(settings, tuple(layers), tuple(dense), seconds)
+    report = RunReport(settings, tuple(layers), tuple(dense), seconds, dict(side.left))
     write_json(work.assembled / REPORT_NAME, report.as_dict())
     return report
 
