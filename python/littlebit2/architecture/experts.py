@@ -172,7 +172,7 @@ class LittleBitExperts(nn.Module):
         self.layout = layout
         self.training = source.training
         self._source_class = type(source)
-        self._index_name, self._weight_name = (_arguments(source)[1:] + ["", ""])[:2]
+        self._index_name, self._weight_name = [*_arguments(source)[1:], "", ""][:2]
         fused = {layout.first, "down_proj", f"{layout.first}_bias", "down_proj_bias"}
         for name, parameter in source._parameters.items():
             if name not in fused:
@@ -253,23 +253,20 @@ class LittleBitExperts(nn.Module):
 
     def _compute(self, index: int, rows: torch.Tensor) -> torch.Tensor:
         expert = self.expert(index)
-        first = expert.up_proj(rows)
-        if self.layout.gated:
-            inner = self._gate(expert.gate_proj(rows), first)
-        else:
-            inner = self.act_fn(first)
+        inner = expert.up_proj(rows)
+        inner = self._gate(expert.gate_proj(rows), inner) if self.layout.gated else self.act_fn(inner)
         output: torch.Tensor = expert.down_proj(inner)
         if getattr(self, "has_post_expert_norm", False):
             output = self.post_expert_norm(output)
         return output
 
-    def _gate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    def _gate(self, gate: torch.Tensor, up: torch.Tensor) -> Any:
         apply: Any = getattr(self._source_class, "_apply_gate", None)
         if apply is None:
-            return self.act_fn(gate) * up  # type: ignore[no-any-return]
+            return self.act_fn(gate) * up
         if self.layout.interleaved:
-            return apply(self, torch.stack((gate, up), -1).flatten(-2))  # type: ignore[no-any-return]
-        return apply(self, torch.cat((gate, up), -1))  # type: ignore[no-any-return]
+            return apply(self, torch.stack((gate, up), -1).flatten(-2))
+        return apply(self, torch.cat((gate, up), -1))
 
     def fused(self) -> nn.Module:
         """Return the fused module again, with the weights that the children have now.

@@ -33,8 +33,6 @@ class LittleBit2Config(QuantizationConfigMixin):
         prepack: whether layers on the CPU are brought to the kernels' layout while loading; not stored.
         fuse: whether projections that share their input are computed together on CUDA
             (:func:`littlebit2.fuse_projections`); not stored.
-        stream: whether packed layers are read one by one after everything else, which is how layouts other
-            than ours are always read; not stored.
 
     Raises:
         ValueError: the format is newer than this package, or an argument is unknown or malformed.
@@ -56,7 +54,6 @@ class LittleBit2Config(QuantizationConfigMixin):
         activation: str = "auto",
         prepack: bool = True,
         fuse: bool = True,
-        stream: bool = False,
         **unknown: Any,
     ) -> None:
         if unknown:
@@ -84,7 +81,6 @@ class LittleBit2Config(QuantizationConfigMixin):
         self.activation = activation
         self.prepack = prepack
         self.fuse = fuse
-        self.stream = stream
 
     @classmethod
     def from_layers(
