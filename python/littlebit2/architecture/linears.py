@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -10,9 +11,9 @@ from torch.nn import functional
 
 from .names import ROUTERS
 from .reads import modules_read_as_tensors
-from .select import output_heads, tied_names
+from .select import is_selected, keeps_heads_dense, output_heads, tied_names
 
-__all__ = ["HEAD", "TIED", "dense_reasons", "is_plain_linear"]
+__all__ = ["HEAD", "TIED", "choose_linears", "dense_reasons", "is_plain_linear"]
 
 #: Reasons that a user can overrule.
 HEAD = "output head"
@@ -85,3 +86,30 @@ def dense_reasons(model: nn.Module) -> dict[str, str]:
         elif not is_plain_linear(module):
             reasons[name] = f"{type(module).__name__} computes something else than a linear layer"
     return reasons
+
+
+def choose_linears(
+    model: nn.Module, include: Sequence[str], exclude: Sequence[str]
+) -> tuple[dict[nn.Linear, list[str]], dict[str, str]]:
+    """Return the linear modules of ``model`` to pack, with all their names, and why the others stay dense.
+
+    Args:
+        model: its experts expanded (:func:`.expand_experts`) where they are to be packed.
+        include: patterns of names.
+        exclude: likewise; wins. If the patterns of heads are among them, heads of other names stay dense too.
+    """
+    reasons = dense_reasons(model)
+    if not keeps_heads_dense(exclude):
+        reasons = {name: reason for name, reason in reasons.items() if reason != HEAD}
+    chosen: dict[nn.Linear, list[str]] = {}
+    dense: dict[str, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, nn.Linear):
+            continue
+        if name in reasons:
+            dense[name] = reasons[name]
+        elif is_selected(name, include, exclude):
+            chosen.setdefault(module, []).append(name)
+        else:
+            dense[name] = "not selected" if is_selected(name, ("*",), exclude) else "excluded"
+    return chosen, dense

@@ -1,8 +1,8 @@
 """Which linear layers a model's code uses as tensors: such layers must keep their dense weights.
 
-A packed layer has no ``weight``. Code that multiplies by ``self.out_proj.weight`` itself, instead of calling the
-module, is found in its source: attribute chains that end in ``.NAME.weight`` or ``.NAME.bias``, outside of
-initialization.
+A packed layer has no ``weight``. Code that multiplies by ``self.out_proj.weight`` itself, instead of calling
+the module, is found in its source: attribute chains that end in ``.NAME.weight`` or ``.NAME.bias``, outside
+of initialization.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ __all__ = [
     "PendingLinear",
     "Placement",
     "find_places",
-    "initialized",
     "fused_parents",
+    "initialized",
     "layers_of",
     "spec_of",
 ]

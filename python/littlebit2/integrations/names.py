@@ -1,8 +1,9 @@
 """Where the tensors of a file go in a model: transformers' own conversion, asked instead of repeated.
 
-Files keep the names that a family had when its first checkpoints were published; transformers renames, splits,
-merges and stacks their tensors while it loads them (``transformers.core_model_loading``). Packed layers do not
-go through that: they are brought to the module that the dense weight of the same name would have reached.
+Files keep the names that a family had when its first checkpoints were published; transformers renames,
+splits, merges and stacks their tensors while it loads them (``transformers.core_model_loading``). Packed
+layers do not go through that: they are brought to the module that the dense weight of the same name would
+have reached.
 """
 
 from __future__ import annotations

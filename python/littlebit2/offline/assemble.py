@@ -9,6 +9,7 @@ from typing import Any
 from littlebit2.checkpoint import CheckpointWriter, check_replaceable, open_checkpoint
 from littlebit2.checkpoint.atomic import sync_path
 
+from .choice import Choice
 from .errors import StreamError
 from .jobs import Job
 from .report import RunReport
@@ -25,6 +26,7 @@ def assemble(
     out: Path,
     work: WorkDirectory,
     jobs: list[Job],
+    choice: Choice,
     settings: dict[str, Any],
     *,
     overwrite: bool,
@@ -38,7 +40,7 @@ def assemble(
         StreamError: the disk is full, or a layer file is missing or damaged.
         OSError: something cannot be written.
     """
-    report = explain_full_disk(work.assembled, lambda: _write(source, work, jobs, settings))
+    report = explain_full_disk(work.assembled, lambda: _write(source, work, jobs, choice, settings))
     check_replaceable(out, overwrite=overwrite)  # again: hours may have passed
     if overwrite and out.exists():
         out.rename(work.path / "replaced")
@@ -48,22 +50,27 @@ def assemble(
     return report
 
 
-def _write(source: Path, work: WorkDirectory, jobs: list[Job], settings: dict[str, Any]) -> RunReport:
-    by_weight = {job.source.weight: job for job in jobs}
-    biases = {job.source.bias for job in jobs}
+def _write(
+    source: Path, work: WorkDirectory, jobs: list[Job], choice: Choice, settings: dict[str, Any]
+) -> RunReport:
+    by_file: dict[str, list[Job]] = {}
+    for job in jobs:
+        by_file.setdefault(job.source.weight.files[0], []).append(job)
     layers, seconds, dense = [], {}, []
     with open_checkpoint(source) as checkpoint:
-        writer = CheckpointWriter(work.assembled, checkpoint.config)
+        writer = CheckpointWriter(work.assembled, {**checkpoint.config, **choice.changes})
         with writer:
             for name in checkpoint.dense:
-                job = by_weight.get(name)
-                if job is not None:
+                for job in by_file.get(name, ()):
                     entry, seconds[job.source.name] = _finished(work, job)
                     layers.append(entry)
                     writer.add_layer(job.source.name, work.load_layer(job))
-                elif name not in biases:
+                if name not in choice.replaced:
                     dense.append(name)
                     writer.add_tensor(name, checkpoint.load_tensor(name))
+            for name, part in choice.extra.items():
+                dense.append(name)
+                writer.add_tensor(name, part.read(checkpoint.load_tensor).contiguous())
             writer.copy_extra_files(source)
             writer.finish()
     report = RunReport(settings, tuple(layers), tuple(dense), seconds)
