@@ -15,7 +15,9 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option."""
-    parser.addoption("--cpu-seconds", type=int, metavar="N", help="list the N tests and files that take the most")
+    parser.addoption(
+        "--cpu-seconds", type=int, metavar="N", help="list the N tests and files that take the most"
+    )
 
 
 def _cpu_seconds() -> float:

@@ -60,7 +60,11 @@ def _set_deterministic(value: tuple[bool, bool]) -> None:
 
 
 def _autocast() -> tuple[Any, ...]:
-    return torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), torch.is_autocast_cache_enabled()
+    return (
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+        torch.is_autocast_cache_enabled(),
+    )
 
 
 def _set_autocast(value: tuple[Any, ...]) -> None:
@@ -157,21 +161,30 @@ def _loaded_settings() -> Iterator[tuple[str, Setting]]:
     if auto is not None:
         for name in ("AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING"):
             mapping = getattr(auto, name)
-            yield f"transformers' {name}", Setting(lambda m=mapping: dict(m), lambda v, m=mapping: _refill(m, v))
+            yield (
+                f"transformers' {name}",
+                Setting(lambda m=mapping: dict(m), lambda v, m=mapping: _refill(m, v)),
+            )
     transformers_logging = sys.modules.get("transformers.utils.logging")
     if transformers_logging is not None:
-        yield "transformers' progress bars", Setting(
-            transformers_logging.is_progress_bar_enabled,
-            lambda value: (
-                transformers_logging.enable_progress_bar()
-                if value
-                else transformers_logging.disable_progress_bar()
+        yield (
+            "transformers' progress bars",
+            Setting(
+                transformers_logging.is_progress_bar_enabled,
+                lambda value: (
+                    transformers_logging.enable_progress_bar()
+                    if value
+                    else transformers_logging.disable_progress_bar()
+                ),
             ),
         )
     if torch.distributed.is_available():
-        yield "torch.distributed's process group", Setting(
-            torch.distributed.is_initialized,
-            lambda value: None if value else torch.distributed.destroy_process_group(),
+        yield (
+            "torch.distributed's process group",
+            Setting(
+                torch.distributed.is_initialized,
+                lambda value: None if value else torch.distributed.destroy_process_group(),
+            ),
         )
 
 

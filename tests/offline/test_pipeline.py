@@ -302,7 +302,7 @@ def test_a_layer_that_fails_is_named_and_the_others_are_kept(
 def test_sources_that_are_no_dense_model(model_dir: Path, tmp_path: Path) -> None:
     run(model_dir, tmp_path / "out")
     with pytest.raises(
-        ValueError, match="out: must be a dense checkpoint, got one that is quantised already"
+        ValueError, match="out: must be a dense checkpoint, got one that is quantized already"
     ):
         run(tmp_path / "out", tmp_path / "twice")
     with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -342,6 +342,6 @@ def test_a_single_unsharded_file_and_other_dtypes(tmp_path: Path, rng: torch.Gen
         "b.weight": torch.randn(16, 24, generator=rng).half(),
     }
     save_file(tensors, model_dir / "model.safetensors")
-    (model_dir / "config.json").write_text("{}")
+    (model_dir / "config.json").write_text('{"model_type": "of_its_own"}')
     report = run(model_dir, tmp_path / "out")
     assert [layer["name"] for layer in report.layers] == ["a", "b"]

@@ -41,20 +41,22 @@ class _Read:
 
     Attributes:
         chain: names of modules, the last one that of the layer.
-        owner: name of the class whose code it is, if the chain begins at ``self``.
+        owner: name of the class whose code it is.
+        own: whether the chain begins at ``self``; else at any module below.
         where: file and line.
     """
 
     chain: tuple[str, ...]
-    owner: str | None
+    owner: str
+    own: bool
     where: str
 
 
 def modules_read_as_tensors(model: nn.Module) -> dict[str, str]:
     """Return the names of modules whose weight or bias the model's code reads, and where it does.
 
-    A chain from ``self`` counts for the modules of its class; any other chain for all modules that are called
-    so, as what it begins with is not known.
+    A chain from ``self`` counts for children of modules of its class; any other chain in a method for all
+    modules that are called so somewhere below such a module, as what it begins with is not known.
     """
     reads: dict[str, list[_Read]] = {}
     for source in {type(module).__module__ for module in model.modules()}:
@@ -68,13 +70,17 @@ def modules_read_as_tensors(model: nn.Module) -> dict[str, str]:
             size = len(read.chain)
             if parts[-size:] != read.chain:
                 continue
-            if read.owner is not None:
-                owner = model.get_submodule(".".join(parts[:-size]))
-                if read.owner not in {kind.__name__ for kind in type(owner).__mro__}:
-                    continue
-            found[name] = read.where
-            break
+            owners = [".".join(parts[:-size])]
+            if not read.own:
+                owners += [".".join(parts[:i]) for i in range(len(parts) - size)]
+            if any(read.owner in _classes(model.get_submodule(owner)) for owner in owners):
+                found[name] = read.where
+                break
     return found
+
+
+def _classes(module: nn.Module) -> set[str]:
+    return {kind.__name__ for kind in type(module).__mro__}
 
 
 @functools.cache
@@ -104,14 +110,13 @@ class _Visitor(ast.NodeVisitor):
             self.generic_visit(node)
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
-        if node.attr in _TENSORS and isinstance(node.value, ast.Attribute):
+        if self._class is not None and node.attr in _TENSORS and isinstance(node.value, ast.Attribute):
             names: list[str] = []
             inner: ast.expr = node.value
             while isinstance(inner, ast.Attribute):
                 names.insert(0, inner.attr)
                 inner = inner.value
             own = isinstance(inner, ast.Name) and inner.id == "self"
-            self.found.append(
-                _Read(tuple(names), self._class if own else None, f"{self._module}.py:{node.lineno}")
-            )
+            where = f"{self._module}.py:{node.lineno}"
+            self.found.append(_Read(tuple(names), self._class, own, where))
         self.generic_visit(node)
