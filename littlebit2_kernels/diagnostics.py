@@ -15,13 +15,14 @@ import torch
 
 from ._native import NativeLibraryError, core, no_cuda_reason, ops_library_path
 from .dispatch import BACKENDS, unavailable_reason
-from .format import FORMAT_VERSION
+from .format import FORMAT_VERSION, LayerShape
 from .functional import littlebit_linear
 from .gpu import gpu_properties
-from .ops import load
+from .ops.library import load
+from .planning import plan_cuda
 from .reference import linear_reference
 from .testing import TOLERANCE, make_problem, relative_error
-from .triton_backend import no_triton_reason
+from .triton.backend import no_triton_reason
 from .version import __version__
 
 __all__ = ["collect", "main"]
@@ -120,7 +121,7 @@ def _device(index: int) -> str:
 
 def _cuda_self_test(device: torch.device) -> str:
     # Planning says why a GPU is not served.
-    core().plan_cuda(1, 512, 512, [8], False, [0], "float32", 0, *gpu_properties(device).for_cuda())
+    plan_cuda(LayerShape(512, 512, (8,)), 1, torch.float32, 0, gpu_properties(device))
     return _gpu_self_test(device, "cuda")
 
 

@@ -9,33 +9,16 @@ from typing import Any
 import torch
 
 from ._native import NativeLibraryError, core
-from .balance import balanced, find_balance
-from .dispatch import (
-    ACTIVATION_DTYPES,
-    ACTIVATIONS,
-    BackendUnavailableError,
-    check_activation,
-    check_activation_mode,
-    choose_backend,
-    has_many_tokens,
-)
-from .format import MAX_DIM, PackedLinear
-from .functional import shape_of
+from .dispatch import ACTIVATIONS, BackendUnavailableError, Call, choose
+from .format import MAX_DIM, LayerShape, PackedLinear
+from .functional import check_x
 from .gpu import GpuProperties, gpu_properties
+from .ops.operands import ACTIVATION_DTYPES
+from .planning import plan_cpu, plan_cuda, unpack_cycles
 from .prepacked import PrepackedLinear
-from .prompts import prompt_backend, unpack_cycles
-from .triton_backend import TritonLaunch, plan_triton
+from .triton.backend import TritonLaunch, plan_triton
 
 __all__ = ["Explanation", "Launch", "explain"]
-
-#: Why ``auto`` chose a backend.
-_REASONS = {
-    "cpu": "native kernels for {} tensors",
-    "cuda": "native kernels for {} tensors",
-    "triton": "Triton kernels: no native ones for these {} tensors, or more tokens than those are made for",
-    "blas": "unpacking is estimated to be faster for so many tokens than kernels for {} tensors",
-    "reference": "",
-}
 
 
 @dataclass(frozen=True)
@@ -44,21 +27,21 @@ class Launch:
 
     Attributes:
         kind: ``"convert"`` turns the activations of many tokens into what the tensor cores take, once for all
-            blocks; ``"decode"`` multiplies signs by activations, ``"gemm"`` does so for more than 16 tokens,
-            ``"fused"`` in both stages at once.
-        stage: 0, or 1 for U of a layer with two stages.
-        grid: tiles of ``16 * row_warps`` rows, of a GEMM of ``row_tile``; parts that the columns are split
-            into, or blocks of a cluster, which share them; blocks of ``token_tile`` tokens.
-        threads: of a block.
-        token_tile: tokens of a block.
-        row_warps: warps of a decode block with rows of their own; 0, as the two that follow, of others.
+            blocks; ``"decode"`` multiplies signs by activations; ``"gemm"`` does so for more than 16 tokens;
+            ``"fused"`` runs both stages.
+        stage: 0, or 1 for U of a two-stage layer.
+        grid: (row tiles, column splits, token tiles). A row tile has ``16 * row_warps`` rows, in a GEMM
+            ``row_tile``; with clusters, the second number counts the blocks of a cluster.
+        threads: threads per block.
+        token_tile: tokens per block.
+        row_warps: warps per decode block that have rows of their own; 0 in other kernels, as the next two.
         split_warps: warps that share rows and split their columns.
         chunk_slices: slices of 512 columns whose activations are in shared memory at once.
-        shared_bytes: shared memory of a block.
-        chained: whether it may start before the kernel before it has ended; it waits.
-        estimated_cycles: clock cycles by the planner's estimate, of one token, or of a whole round of more
-            than 16; not a measurement.
-        row_tile: rows of a GEMM block; 0 of others.
+        shared_bytes: shared memory per block.
+        chained: whether it may start before the previous kernel has ended (programmatic dependent launch).
+        estimated_cycles: clock cycles by the planner's estimate, for one token, or above 16 tokens for all of
+            a round; not a measurement.
+        row_tile: rows per GEMM block; 0 in other kernels.
     """
 
     kind: str
@@ -86,23 +69,23 @@ class Explanation:
     Attributes:
         backend: the backend that runs.
         reason: why it was chosen.
-        tokens: M of the call.
+        tokens: M.
         macs: sign-accumulate operations, all stages and paths.
         packed_bytes: bytes of the layer that one pass reads.
-        kernels: on the CPU ``"lookup"`` on a prepacked layer and ``"portable"`` on the packed words; on CUDA
-            ``"bit planes"`` (1-bit tensor cores), ``"sign halves"`` (float16 ones), ``"gemm"`` and
-            ``"fused"`` (both stages in one launch); of Triton
-            ``"gemv"`` (in one launch ``"fused"``), ``"gemm"`` or ``"xnor"``; of ``blas``
-            ``"matrix products"``; else ``None``.
-        activation: how activations enter the sums, ``"auto"`` resolved.
+        kernels: on the CPU ``"lookup"`` (prepacked layers) or ``"portable"`` (packed words); on CUDA
+            ``"bit planes"`` (1-bit tensor cores), ``"sign halves"`` (float16 tensor cores), ``"gemm"`` or
+            ``"fused"`` (both stages in one launch); with Triton ``"gemv"``, ``"fused"`` (both stages of a
+            GEMV), ``"gemm"`` or ``"xnor"``; with ``blas`` ``"matrix products"``; else ``None``.
+        activation: how activations enter the sums, ``"auto"`` resolved; ``None`` for ``blas`` and
+            ``reference``.
         isa: CPU instruction set, or ``None`` for other backends.
-        threads: threads that get work of a prepacked layer, or that torch offers the call.
+        threads: threads that get work (prepacked layers), or that torch offers the call.
         token_block: tokens that one pass over the packed words serves.
-        workspace_bytes: scratch memory of the forward call; of ``blas`` its factors.
+        workspace_bytes: scratch memory of the forward call; for ``blas`` the dense factors.
         first_stages: first stages computed (paths that share one count once).
-        estimated_cycles: of more than 16 tokens on CUDA, clock cycles by the planner's estimate; no
+        estimated_cycles: for more than 16 tokens on CUDA, clock cycles by the planner's estimate; not a
             measurement.
-        unpack_cycles: the same of ``backend="blas"``; of float16, for a layer that fits; not of float32.
+        unpack_cycles: the same for ``backend="blas"``; ``None`` for float32.
         gpu: the GPU that the call is planned for, or ``None``.
         launches: what is launched, in order (on CUDA, for the first ``token_block`` tokens); empty for other
             backends than CUDA and Triton.
@@ -149,10 +132,10 @@ def explain(
         packed: the layer, packed or prepacked.
         backend: as for :func:`littlebit2_kernels.littlebit_linear`.
         activation: likewise.
-        dtype: of ``x`` where only its shape is given; float32 by default.
-        gpu: plan for this GPU wherever the layer is, be there one or not: its properties, or a name of
-            :data:`littlebit2_kernels.gpu.GPUS` such as ``"H200"``. ``backend`` must be ``"auto"``, which is
-            then what it would be there with all backends installed, ``"cuda"``, ``"triton"`` or ``"blas"``.
+        dtype: dtype of ``x`` where only its shape is given; float32 by default.
+        gpu: plan for this GPU, which need not exist here: its properties, or a name of
+            :data:`littlebit2_kernels.gpu.GPUS` such as ``"H200"``. Every backend is taken to be installed
+            there; ``backend`` must be ``"auto"``, ``"cuda"``, ``"triton"`` or ``"blas"``.
 
     Raises:
         TypeError: ``x`` is a tensor of an unsupported dtype, or ``packed`` not a layer.
@@ -162,63 +145,76 @@ def explain(
     """
     if not isinstance(packed, PackedLinear | PrepackedLinear):
         raise TypeError(f"packed must be a PackedLinear or a PrepackedLinear, got {type(packed).__name__}")
-    tokens = _tokens(x, packed)
-    dtype_name = _dtype_name(x, dtype)
-    call_dtype: torch.dtype = getattr(torch, dtype_name)
-    chosen, reason = _choose(packed, tokens, call_dtype, backend, activation, gpu)
+    shape = packed.shape
+    tokens = _tokens(x, shape, packed.device)
+    call_dtype = _dtype_of(x, dtype)
     prepacked = isinstance(packed, PrepackedLinear)
-    check_activation_mode(activation, chosen, prepacked)
-    leaders = packed.shares if isinstance(packed, PrepackedLinear) else packed.leaders
-    stages = [rank for p, rank in enumerate(packed.ranks) if leaders[p] == p]
-    macs = tokens * sum(stages) * packed.in_features
-    if not packed.single_stage:
-        macs += tokens * sum(packed.ranks) * packed.out_features
+    choice = choose(
+        Call(shape, tokens, call_dtype, packed.device, backend, activation, prepacked=prepacked, gpu=gpu)
+    )
     common: dict[str, Any] = {
-        "backend": chosen,
-        "reason": f"asked for by name ({backend!r})" if backend != "auto" and gpu is None else reason,
+        "backend": choice.backend,
+        "reason": choice.reason,
         "tokens": tokens,
-        "macs": macs,
+        "macs": tokens * shape.macs,
         "packed_bytes": packed.nbytes,
     }
-    shapes = (
-        tokens,
-        packed.in_features,
-        packed.out_features,
-        list(packed.ranks),
-        packed.single_stage,
-        list(leaders),
-    )
-    if chosen == "triton":
-        target = packed.device if gpu is None else gpu_properties(gpu)
-        plan = plan_triton(*shapes, dtype_name, activation, target)
-        return Explanation(**common, **{**plan, "launches": tuple(plan["launches"])})
-    if chosen in ("blas", "reference"):
-        return _of_torch(common, packed, call_dtype)
-    try:
-        native = core()
-    except NativeLibraryError as error:
-        raise BackendUnavailableError(f"backend {chosen!r} cannot run: {error}") from error
-    if chosen == "cuda":
-        properties = gpu_properties(packed.device if gpu is None else gpu)
-        try:
-            plan = native.plan_cuda(*shapes, dtype_name, ACTIVATIONS[activation], *properties.for_cuda())
-        except RuntimeError as error:
-            raise BackendUnavailableError(f"backend 'cuda' cannot run on {properties}: {error}") from error
+    if choice.backend == "reference":
+        return Explanation(**common)
+    if choice.backend == "blas":
         return Explanation(
             **common,
-            kernels=_cuda_kernels(plan),
-            activation=_activation_name(plan),
-            token_block=plan["token_block"],
-            workspace_bytes=plan["workspace_bytes"],
-            first_stages=plan["first_stages"],
-            estimated_cycles=plan["estimated_cycles"] or None,
-            unpack_cycles=unpack_cycles(plan, call_dtype, packed.single_stage) or None,
-            gpu=properties,
-            launches=tuple(Launch(**launch) for launch in plan["launches"]),
+            kernels="matrix products",
+            workspace_bytes=shape.factor_elements * call_dtype.itemsize,
+            first_stages=shape.num_paths,  # shared ones are dequantized for each path
         )
+    if choice.backend == "triton":
+        plan = plan_triton(shape, tokens, call_dtype, choice.activation, _target(packed, gpu))
+        return Explanation(**common, **{**plan, "launches": tuple(plan["launches"])})
+    try:
+        core()
+    except NativeLibraryError as error:
+        raise BackendUnavailableError(f"backend {choice.backend!r} cannot run: {error}") from error
+    if choice.backend == "cuda":
+        properties = gpu_properties(_target(packed, gpu))
+        return _of_cuda(common, shape, call_dtype, choice.activation, properties)
+    return _of_cpu(common, packed, call_dtype, choice.activation)
+
+
+def _target(
+    packed: PackedLinear | PrepackedLinear, gpu: GpuProperties | str | None
+) -> GpuProperties | torch.device:
+    return packed.device if gpu is None else gpu_properties(gpu)
+
+
+def _of_cuda(
+    common: dict[str, Any], shape: LayerShape, dtype: torch.dtype, activation: str, gpu: GpuProperties
+) -> Explanation:
+    try:
+        plan = plan_cuda(shape, common["tokens"], dtype, ACTIVATIONS[activation], gpu)
+    except RuntimeError as error:
+        raise BackendUnavailableError(f"backend 'cuda' cannot run on {gpu}: {error}") from error
+    return Explanation(
+        **common,
+        kernels=_cuda_kernels(plan),
+        activation=_activation_name(plan),
+        token_block=plan["token_block"],
+        workspace_bytes=plan["workspace_bytes"],
+        first_stages=plan["first_stages"],
+        estimated_cycles=plan["estimated_cycles"] or None,
+        unpack_cycles=unpack_cycles(plan, dtype, shape) or None,
+        gpu=gpu,
+        launches=tuple(Launch(**launch) for launch in plan["launches"]),
+    )
+
+
+def _of_cpu(
+    common: dict[str, Any], packed: PackedLinear | PrepackedLinear, dtype: torch.dtype, activation: str
+) -> Explanation:
     if isinstance(packed, PrepackedLinear):
-        plan = native.plan_prepacked_cpu(
-            packed.layer.numpy(), tokens, dtype_name, ACTIVATIONS[activation], torch.get_num_threads()
+        name = str(dtype).removeprefix("torch.")
+        plan = core().plan_prepacked_cpu(
+            packed.layer.numpy(), common["tokens"], name, ACTIVATIONS[activation], torch.get_num_threads()
         )
         return Explanation(
             **common,
@@ -228,89 +224,18 @@ def explain(
             threads=plan["workers"],
             token_block=plan["token_block"],
             workspace_bytes=plan["workspace_bytes"],
-            first_stages=len(stages),
+            first_stages=len(packed.shape.own_rows),
         )
-    plan = native.plan_cpu(*shapes)
+    plan = plan_cpu(packed.shape, common["tokens"])
     return Explanation(
         **common,
         kernels="portable",
-        activation="exact",
+        activation=activation,
         isa=plan["isa"],
         threads=torch.get_num_threads(),
         token_block=plan["token_block"],
         workspace_bytes=plan["forward_workspace_bytes"],
         first_stages=plan["first_stages"],
-    )
-
-
-def _choose(
-    packed: PackedLinear | PrepackedLinear,
-    tokens: int,
-    dtype: torch.dtype,
-    backend: str,
-    activation: str,
-    gpu: GpuProperties | str | None,
-) -> tuple[str, str]:
-    """The backend of the call, and why."""
-    reasons: list[str] = []
-    if gpu is None:
-        device = packed.device
-        chosen = choose_backend(
-            *(backend, device.type, tokens, activation),
-            lambda: _of_prompt(packed, tokens, dtype, device, reasons),
-        )
-        return chosen, "; ".join([_REASONS[chosen].format(device.type), *reasons])
-    if backend not in ("auto", "blas", "cuda", "triton"):
-        raise ValueError(
-            f"backend must be 'auto', 'blas', 'cuda' or 'triton' where gpu is given, got {backend!r}"
-        )
-    if isinstance(packed, PrepackedLinear):
-        raise ValueError("packed must be a PackedLinear where gpu is given: prepacked layers are the CPU's")
-    planned = f"planned for gpu={gpu!r}"
-    if backend != "auto":
-        return backend, planned
-    chosen = "cuda"
-    if activation == "auto" and has_many_tokens(tokens):
-        chosen = _of_prompt(packed, tokens, dtype, gpu, reasons)
-    return chosen, "; ".join([planned, _REASONS[chosen].format("cuda"), *reasons])
-
-
-def _of_prompt(
-    packed: PackedLinear | PrepackedLinear,
-    tokens: int,
-    dtype: torch.dtype,
-    gpu: GpuProperties | torch.device | str,
-    reasons: list[str],
-) -> str:
-    """``prompt_backend`` of the call; adds to ``reasons`` why the layer's scales are against unpacking."""
-    sizes = (tokens, dtype, *shape_of(packed), gpu)
-    best = prompt_backend(*sizes)
-    if best != "blas" or dtype != torch.float16 or isinstance(packed, PrepackedLinear):
-        return best
-    found = find_balance(packed.operands)
-    problem = "the scales were not read yet" if found is None else found.problem
-    if problem is None:
-        return best
-    reasons.append(f"unpacking would be faster by its estimate, but does not fit float16: {problem}")
-    return prompt_backend(*sizes, packed.operands)
-
-
-def _of_torch(
-    common: dict[str, Any], packed: PackedLinear | PrepackedLinear, dtype: torch.dtype
-) -> Explanation:
-    """Of a backend made of torch's products: ``reference``, or ``blas``, which shares no first stages."""
-    if common["backend"] == "reference":
-        return Explanation(**common)
-    if dtype == torch.float16:
-        balanced((packed.unpack() if isinstance(packed, PrepackedLinear) else packed).operands)
-    elements = packed.in_features * packed.out_features
-    if not packed.single_stage:
-        elements = sum(packed.ranks) * (packed.in_features + packed.out_features)
-    return Explanation(
-        **common,
-        kernels="matrix products",
-        workspace_bytes=elements * dtype.itemsize,
-        first_stages=len(packed.ranks),
     )
 
 
@@ -325,7 +250,7 @@ def _activation_name(plan: dict[str, Any]) -> str:
     return next(name for name, value in ACTIVATIONS.items() if value == plan["activation"])
 
 
-def _dtype_name(x: torch.Tensor | Sequence[int], dtype: torch.dtype | None) -> str:
+def _dtype_of(x: torch.Tensor | Sequence[int], dtype: torch.dtype | None) -> torch.dtype:
     if isinstance(x, torch.Tensor):
         if dtype not in (None, x.dtype):
             raise ValueError(f"dtype must be that of x, {x.dtype}, or not be given, got {dtype}")
@@ -334,15 +259,15 @@ def _dtype_name(x: torch.Tensor | Sequence[int], dtype: torch.dtype | None) -> s
         dtype = torch.float32
     if dtype not in ACTIVATION_DTYPES:
         raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
-    return str(dtype).removeprefix("torch.")
+    return dtype
 
 
-def _tokens(x: torch.Tensor | Sequence[int], packed: PackedLinear | PrepackedLinear) -> int:
+def _tokens(x: torch.Tensor | Sequence[int], layer: LayerShape, device: torch.device) -> int:
     if isinstance(x, torch.Tensor):
-        check_activation(x, packed.in_features, packed.device)
+        check_x(x, layer, device)
     shape = tuple(x.shape) if isinstance(x, torch.Tensor) else tuple(x)
-    if not shape or shape[-1] != packed.in_features:
-        raise ValueError(f"x.size(-1) must equal K={packed.in_features}, got shape {list(shape)}")
+    if not shape or shape[-1] != layer.in_features:
+        raise ValueError(f"x.size(-1) must equal K={layer.in_features}, got shape {list(shape)}")
     tokens = 1
     for size in shape[:-1]:
         tokens *= size

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from .architecture.select import DEFAULT_EXCLUDE
 from .architecture.tensors import select_layers
-from .checkpoint import check_new_file, open_checkpoint
+from .checkpoint import open_checkpoint
+from .disk import check_new_file
 from .quantize import Importance, check_device, check_dtype, collect_importance, save_importance
 from .train.data import find_files, read_texts
 

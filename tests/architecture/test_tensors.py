@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from littlebit2.architecture.shapes import model_shapes
 from littlebit2.architecture.parts import Whole
+from littlebit2.architecture.shapes import model_shapes
 from littlebit2.architecture.tensors import select_layers
 from littlebit2.plan import load_config, shipped_configs
 
@@ -122,8 +122,16 @@ def test_patterns() -> None:
         select_layers(tensors, {}, exclude=[3])  # type: ignore[list-item]
 
 
-def test_weights_that_cannot_be_quantised_are_refused() -> None:
+def test_weights_that_cannot_be_quantized_are_refused() -> None:
     with pytest.raises(ValueError, match=r"a\.weight must be float64, .* got torch\.float8_e4m3fn"):
         select_layers({"a.weight": ((8, 16), torch.float8_e4m3fn)}, {})
     with pytest.raises(ValueError, match="got 'gpt2', whose Conv1D modules store them"):
         select_layers({"a.weight": DENSE}, {"model_type": "gpt2"})
+
+
+def test_heads_of_any_name_are_dense_by_default() -> None:
+    tensors = {
+        f"{name}.weight": DENSE for name in ("score", "classifier", "qa_outputs", "lm_head", "up_proj")
+    }
+    assert [layer.name for layer in select_layers(tensors, {})] == ["up_proj"]
+    assert len(select_layers(tensors, {}, exclude=())) == 5

@@ -22,6 +22,7 @@ from littlebit2.checkpoint import (
     quantization_config,
 )
 from littlebit2_kernels import PackedLinear, PackedPath, packed_to_state
+from littlebit2_kernels.format import LayerShape
 from littlebit2_kernels.testing import make_packed
 from tests.checkpoint import wild
 
@@ -131,7 +132,7 @@ def test_given_modules_to_not_convert_are_kept(tmp_path: Path, rng: torch.Genera
 
 
 def test_config_of_several_single_stage_paths() -> None:
-    config = quantization_config([LayerSpec("a", 8, 8, None, (0, 1), False)], [])
+    config = quantization_config([LayerSpec("a", LayerShape(8, 8, None, (0, 1)), False)], [])
     assert (config["single_stage"], config["shares"], config["ranks"]) == (["a"], {"a": [0, 1]}, {})
 
 

@@ -12,16 +12,15 @@ from littlebit2_kernels import (
     LittleBitLinear,
     PackedLinear,
     PackedPath,
-    blas,
+    dispatch,
     explain,
-    functional,
-    linear,
     littlebit_linear,
     prepack,
     warmup,
 )
 from littlebit2_kernels.dispatch import ACTIVATIONS
 from littlebit2_kernels.gpu import gpu_properties
+from littlebit2_kernels.ops import calls
 from littlebit2_kernels.reference import dense_weight, linear_reference
 from littlebit2_kernels.testing import TOLERANCE, make_problem, relative_error
 from tests.cuda import problems
@@ -449,10 +448,10 @@ def test_gradients(problem: tuple[torch.Tensor, PackedLinear]) -> None:
 def test_unpacked(problem: tuple[torch.Tensor, PackedLinear], dtype: torch.dtype) -> None:
     """The bits of the CPU's kernel, from words that lie in any way."""
     _, packed = problem
-    expected = blas.unpack(packed.to("cpu").operands, dtype)
+    expected = calls.unpack(packed.to("cpu").operands, dtype)
     for layout in ("dense", "aligned", "misaligned"):
         layer = problems.with_word_layout(packed, layout)
-        for actual, factor in zip(blas.unpack(layer.operands, dtype), expected, strict=True):
+        for actual, factor in zip(calls.unpack(layer.operands, dtype), expected, strict=True):
             assert actual.is_cuda
             assert torch.equal(actual.cpu(), factor)
 
@@ -471,8 +470,7 @@ def test_blas(device: torch.device, rng: torch.Generator, dtype: torch.dtype, to
 def test_auto_unpacks(device: torch.device, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     x, packed = make_problem(200, 1024, 512, [80, 80], dtype=torch.bfloat16, generator=rng)
     on_device, layer = x.to(device), packed.to(device)
-    for module in (functional, linear):
-        monkeypatch.setattr(module, "prompt_backend", lambda *_: "blas")
+    monkeypatch.setattr(dispatch, "prefill_backend", lambda *_: "blas")
     expected = littlebit_linear(on_device, layer, backend="blas")
     assert torch.equal(littlebit_linear(on_device, layer), expected)
     assert torch.equal(LittleBitLinear.from_packed(layer)(on_device), expected)

@@ -1,7 +1,7 @@
-"""``--cpu-seconds=N``: the N tests and files that take the most processor time, child processes included.
+"""``--cpu-seconds=N``: the N tests and files that take the most CPU time, child processes included.
 
-Unlike ``--durations``, the figures mean the same on a busy machine. A child process counts for the test that waits
-for its end.
+Unlike ``--durations``, the figures mean the same on a busy machine. A child process counts for the test that
+waits for its end.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Every test leaves the process as it found it: a pytest plugin that compares, and names what differs.
 
 A test that changes a thread count, a default dtype or an environment variable for good changes the results of
-whichever test follows it in the process, and with it whether the suite passes in another order. The plugin takes
-a snapshot before the set-up of a test and one after its teardown; a difference is an error of that test, and is
-undone where that is possible. Python's warning filters are not looked at: pytest restores them itself.
+whichever test follows it in the process, and then the suite passes in one order only. The plugin takes a
+snapshot before the set-up of a test and one after its teardown; a difference is an error of that test, and is
+undone where that is possible. Python's warning filters are not compared: pytest restores them itself.
 
 What cannot be compared is renewed instead: the global random generators are seeded by the test's id, and what
-Dynamo compiled is dropped, for it recompiles a function a limited number of times in a process.
+Dynamo compiled is dropped, because it recompiles a function only a limited number of times in a process.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import types
 import zlib
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -32,15 +33,15 @@ import torch
 #: Packages whose functions and classes a test may replace only through ``monkeypatch``.
 WATCHED_PACKAGES = ("benchmarks", "littlebit2", "littlebit2_kernels")
 
-#: Variables that pytest and the libraries under test set for themselves, on first use and for good.
-OWN_VARIABLES = {
+#: Variables and folders that pytest and libraries set for themselves, on first use and for good.
+OWN_VARIABLES = (
     "PYTEST_CURRENT_TEST",
     "KINETO_LOG_LEVEL",
-    "TORCHINDUCTOR_CACHE_DIR",
+    "TORCHINDUCTOR_",
+    "_TORCHINDUCTOR_",
     "TRITON_CACHE_DIR",
-}
-
-_MISSING = "(not set)"
+)
+OWN_FOLDERS = ("torchinductor_", "_vendor")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,11 @@ def _set_autocast(value: tuple[Any, ...]) -> None:
 
 
 def _flushes_denormals() -> bool:
-    return bool(torch.tensor(1e-40) * 1.0 == 0)
+    return bool(torch.tensor(1e-40, device="cpu") * 1.0 == 0)
+
+
+def _import_folders() -> tuple[str, ...]:
+    return tuple(folder for folder in sys.path if not Path(folder).name.startswith(OWN_FOLDERS))
 
 
 def _grad_mode() -> tuple[bool, bool]:
@@ -92,7 +97,10 @@ def _precision(backend: str, operation: str) -> Setting:
 SETTINGS: dict[str, Setting] = {
     "torch.get_num_threads()": Setting(torch.get_num_threads, torch.set_num_threads),
     "torch.get_default_dtype()": Setting(torch.get_default_dtype, torch.set_default_dtype),
-    "torch.get_default_device()": Setting(torch.get_default_device, torch.set_default_device),
+    "torch.get_default_device()": Setting(
+        torch.get_default_device,
+        lambda value: torch.set_default_device(None if value.type == "cpu" else value),
+    ),
     "gradient and inference mode": Setting(_grad_mode, lambda value: torch.set_grad_enabled(value[0])),
     "autocast": Setting(_autocast, _set_autocast),
     "torch.is_anomaly_enabled()": Setting(torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
@@ -104,9 +112,7 @@ SETTINGS: dict[str, Setting] = {
         _set_deterministic,
     ),
     "flushing of denormals": Setting(_flushes_denormals, torch.set_flush_denormal),
-    "torch.get_float32_matmul_precision()": Setting(
-        torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
-    ),
+    # What torch.set_float32_matmul_precision sets; its own getter refuses values that one backend was given.
     **{
         f"fp32 precision of {backend}, {operation}": _precision(backend, operation)
         for backend in ("generic", "cuda", "mkldnn")
@@ -120,9 +126,7 @@ SETTINGS: dict[str, Setting] = {
         f"torch.backends.cudnn.{name}": _attribute(torch.backends.cudnn, name)
         for name in ("enabled", "benchmark", "deterministic")
     },
-    "torch.backends.mkldnn.enabled": Setting(
-        lambda: torch._C._get_mkldnn_enabled(), lambda value: torch._C._set_mkldnn_enabled(value)
-    ),
+    "torch.backends.mkldnn.enabled": Setting(torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
     "scaled_dot_product_attention kernels": Setting(
         lambda: (
             torch.backends.cuda.flash_sdp_enabled(),
@@ -136,7 +140,7 @@ SETTINGS: dict[str, Setting] = {
         ),
     ),
     "current directory": Setting(os.getcwd, os.chdir),
-    "sys.path": Setting(lambda: tuple(sys.path), lambda value: sys.path.__setitem__(slice(None), value)),
+    "sys.path": Setting(_import_folders, lambda value: sys.path.__setitem__(slice(None), value)),
     "sys.argv": Setting(lambda: tuple(sys.argv), lambda value: sys.argv.__setitem__(slice(None), value)),
     "sys.excepthook": _attribute(sys, "excepthook"),
     "recursion limit": Setting(sys.getrecursionlimit, sys.setrecursionlimit),
@@ -160,11 +164,7 @@ def _loaded_settings() -> Iterator[tuple[str, Setting]]:
     auto = sys.modules.get("transformers.quantizers.auto")
     if auto is not None:
         for name in ("AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING"):
-            mapping = getattr(auto, name)
-            yield (
-                f"transformers' {name}",
-                Setting(lambda m=mapping: dict(m), lambda v, m=mapping: _refill(m, v)),
-            )
+            yield f"transformers' {name}", _mapping(getattr(auto, name))
     transformers_logging = sys.modules.get("transformers.utils.logging")
     if transformers_logging is not None:
         yield (
@@ -188,9 +188,15 @@ def _loaded_settings() -> Iterator[tuple[str, Setting]]:
         )
 
 
-def _refill(mapping: dict[Any, Any], wanted: dict[Any, Any]) -> None:
-    mapping.clear()
-    mapping.update(wanted)
+def _mapping(held: dict[Any, Any]) -> Setting:
+    def refill(wanted: dict[Any, Any]) -> None:
+        held.clear()
+        held.update(wanted)
+
+    return Setting(lambda: dict(held), refill)
+
+
+_LOGGERS = {*WATCHED_PACKAGES, "accelerate", "transformers"}
 
 
 def _loggers() -> dict[str, tuple[Any, ...]]:
@@ -203,9 +209,6 @@ def _loggers() -> dict[str, tuple[Any, ...]]:
         handlers = [h for h in logger.handlers if not type(h).__module__.startswith("_pytest")]
         found[name or "root"] = (logger.level, logger.propagate, logger.disabled, tuple(handlers))
     return found
-
-
-_LOGGERS = {*WATCHED_PACKAGES, "accelerate", "torch", "transformers"}
 
 
 def _definitions() -> dict[str, tuple[types.ModuleType, dict[str, Any]]]:
@@ -236,7 +239,7 @@ def take() -> Snapshot:
     settings = {**SETTINGS, **dict(_loaded_settings())}
     return Snapshot(
         settings={name: (setting, setting.get()) for name, setting in settings.items()},
-        environment={name: text for name, text in os.environ.items() if name not in OWN_VARIABLES},
+        environment={name: text for name, text in os.environ.items() if not name.startswith(OWN_VARIABLES)},
         loggers=_loggers(),
         modules=dict(sys.modules),
         definitions=_definitions(),
@@ -247,39 +250,62 @@ def take() -> Snapshot:
 
 def undo(before: Snapshot, after: Snapshot) -> list[str]:
     """Say what ``after`` has changed from ``before``, and change it back where that is possible."""
-    found = []
+    return [
+        *_undo_settings(before, after),
+        *_undo_environment(before, after),
+        *_undo_loggers(before, after),
+        *_undo_modules(before, after),
+        *(f"thread {thread.name!r} still runs" for thread in after.threads - before.threads),
+        *(f"process {number} still runs" for number in after.processes - before.processes),
+    ]
+
+
+def _difference(old: Any, new: Any) -> str:
+    if not isinstance(old, tuple | dict) or len(old) == len(new):
+        return f"{old!r} became {new!r}"
+    gained, lost = [part for part in new if part not in old], [part for part in old if part not in new]
+    return f"gained {gained}, lost {lost}"
+
+
+def _undo_settings(before: Snapshot, after: Snapshot) -> Iterator[str]:
     for name, (setting, old) in before.settings.items():
         new = after.settings[name][1]
         if new != old:
-            found.append(f"{name}: {old!r} became {new!r}")
+            yield f"{name}: {_difference(old, new)}"
             setting.set(old)
+
+
+def _undo_environment(before: Snapshot, after: Snapshot) -> Iterator[str]:
     for name in sorted({*before.environment, *after.environment}):
-        old, new = (snapshot.environment.get(name, _MISSING) for snapshot in (before, after))
+        old, new = (snapshot.environment.get(name) for snapshot in (before, after))
         if new != old:
-            found.append(f"environment variable {name}: {old!r} became {new!r}")
-            if old is _MISSING:
+            yield f"environment variable {name}: {old!r} became {new!r}"
+            if old is None:
                 del os.environ[name]
             else:
                 os.environ[name] = old
+
+
+def _undo_loggers(before: Snapshot, after: Snapshot) -> Iterator[str]:
     for name, old in before.loggers.items():
         new = after.loggers[name]
         if new != old:
-            found.append(f"logger {name}: (level, propagate, disabled, handlers) {old} became {new}")
+            yield f"logger {name}: (level, propagate, disabled, handlers) {old} became {new}"
             logger = logging.getLogger("" if name == "root" else name)
             logger.level, logger.propagate, logger.disabled = old[:3]
+
+
+def _undo_modules(before: Snapshot, after: Snapshot) -> Iterator[str]:
     for name, module in before.modules.items():
         if after.modules.get(name) is not module:
-            found.append(f"sys.modules[{name!r}] was {'replaced' if name in after.modules else 'removed'}")
+            yield f"sys.modules[{name!r}] was {'replaced' if name in after.modules else 'removed'}"
             sys.modules[name] = module
     for name, (module, definitions) in before.definitions.items():
         for key, old in definitions.items():
-            new = vars(module).get(key, _MISSING)
+            new = vars(module).get(key, "(deleted)")
             if new is not old:
-                found.append(f"{name}.{key}: {old!r} became {new!r}")
+                yield f"{name}.{key}: {old!r} became {new!r}"
                 setattr(module, key, old)
-    found += [f"thread {thread.name!r} still runs" for thread in after.threads - before.threads]
-    found += [f"process {number} still runs" for number in after.processes - before.processes]
-    return found
 
 
 def renew(seed: int) -> None:
@@ -292,13 +318,15 @@ def renew(seed: int) -> None:
         torch._dynamo.utils.counters.clear()
 
 
-_SNAPSHOT = pytest.StashKey[Snapshot]()
+_LATEST = pytest.StashKey[Snapshot]()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
     """Remember the state before fixtures are set up, those of a module or session included."""
-    item.stash[_SNAPSHOT] = take()
+    # What the test before left is compared already, and nothing runs in between.
+    if _LATEST not in item.config.stash:
+        item.config.stash[_LATEST] = take()
     renew(zlib.crc32(item.nodeid.encode()))
     yield
 
@@ -307,6 +335,9 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
 def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
     """Fail the test if the process is not as it was."""
     yield
-    found = undo(item.stash[_SNAPSHOT], take())
+    before, after = item.config.stash[_LATEST], take()
+    found = undo(before, after)
     if found:
+        del item.config.stash[_LATEST]
         pytest.fail("the test left process-wide state changed:\n  " + "\n  ".join(found), pytrace=False)
+    item.config.stash[_LATEST] = after

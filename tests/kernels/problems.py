@@ -89,7 +89,7 @@ def describe(x: torch.Tensor, packed: PackedLinear) -> str:
     """What a failing assertion says of its problem."""
     return (
         f"x {list(x.shape)} {x.dtype}, N {packed.out_features}, ranks {packed.ranks}, "
-        f"single_stage {packed.single_stage}, leaders {packed.leaders}, bias {packed.bias is not None}"
+        f"single_stage {packed.single_stage}, shares {packed.shares}, bias {packed.bias is not None}"
     )
 
 

@@ -34,8 +34,7 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def assert_same_layer(got: PackedLinear, packed: PackedLinear) -> None:
-    assert got.leaders == packed.leaders
-    assert (got.ranks, got.single_stage) == (packed.ranks, packed.single_stage)
+    assert got.shape == packed.shape
     for one, other in zip(got.paths, packed.paths, strict=True):
         assert one.tensors().keys() == other.tensors().keys()
         for name, tensor in one.tensors().items():
@@ -50,7 +49,7 @@ def test_random_layers(case: int, rng: torch.Generator) -> None:
     x, packed = random_lookup_problem(rng, tokens=(1,))
     prepacked = prepack(packed)
     assert (prepacked.in_features, prepacked.out_features) == (packed.in_features, packed.out_features)
-    assert (prepacked.shares, prepacked.single_stage) == (packed.leaders, packed.single_stage)
+    assert prepacked.shape == packed.shape
     unpacked = prepacked.unpack()
     assert_same_layer(unpacked, packed)
     assert torch.equal(prepack(unpacked).layer, prepacked.layer), describe(x, packed)

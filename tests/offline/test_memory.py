@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-#: Prints the peak of resident memory (bytes) before and after quantising a checkpoint. File pages count.
+#: Prints the peak of resident memory (bytes) before and after quantizing a checkpoint. File pages count.
 MEASURE = """
 import sys
 from pathlib import Path
@@ -103,4 +103,4 @@ def test_the_duals_of_admm_are_no_layer_of_their_own(tmp_path: Path, rng: torch.
     # Rank 1000 is 1.0 bpw: in float32 the duals would take 0.98 of a layer.
     peak = growth(tmp_path, 1, rng, rank=1000, method="admm")
     print(f"peak: {peak:.2f} layers' worth for admm at 1.0 bpw")
-    assert peak < 2.6  # it was 2.95 with them in float32, and with systems factorised in copies
+    assert peak < 2.6  # it was 2.95 with them in float32, and with systems factorized in copies

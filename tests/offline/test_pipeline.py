@@ -1,4 +1,4 @@
-"""Quantising a checkpoint on disk, in one process."""
+"""Quantizing a checkpoint on disk, in one process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from littlebit2.checkpoint import open_checkpoint
-from littlebit2.offline import StreamError, pipeline, quantize_checkpoint, work
+from littlebit2.disk import RunError
+from littlebit2.disk import run as disk_run
+from littlebit2.offline import pipeline, quantize_checkpoint, work
 from littlebit2.quantize import QuantConfig, quantize_linears
 from littlebit2_kernels.format import PackedLinear
 from tests.offline.builders import QUICK, contents, llama_tensors, write_model
@@ -128,7 +130,7 @@ def test_a_finished_run_is_not_repeated(
     replaced = run(model_dir, tmp_path / "out", QuantConfig(ranks=(8,)), overwrite=True)
     assert replaced.layers[0]["ranks"] == [8]
     with open_checkpoint(tmp_path / "out") as checkpoint:
-        assert {spec.ranks for spec in checkpoint.layers.values()} == {(8,)}
+        assert {spec.shape.ranks for spec in checkpoint.layers.values()} == {(8,)}
 
 
 def test_overwriting_takes_only_what_is_a_checkpoint(model_dir: Path, tmp_path: Path) -> None:
@@ -202,13 +204,13 @@ def test_other_settings_are_refused(
     out = tmp_path / "out"
     interrupted(model_dir, out, monkeypatch)
     with pytest.raises(
-        StreamError, match=r"out\.partial holds a run with other settings: seed = 0 there, 7 here; finish it"
+        RunError, match=r"out\.partial holds a run with other settings: seed = 0 there, 7 here; finish it"
     ):
         run(model_dir, out, QuantConfig(**QUICK, seed=7))
-    with pytest.raises(StreamError, match=r"exclude = \[.*\] there, \['x'\] here"):
+    with pytest.raises(RunError, match=r"exclude = \[.*\] there, \['x'\] here"):
         run(model_dir, out, exclude="x")
     other = write_model(tmp_path / "other", llama_tensors(rng))
-    with pytest.raises(StreamError, match="other source weights"):
+    with pytest.raises(RunError, match="other source weights"):
         run(other, out)
     run(other, out, resume=False)
     assert out.exists()
@@ -241,7 +243,7 @@ def test_a_run_goes_on_where_it_stopped(
 def test_one_process_at_a_time(model_dir: Path, tmp_path: Path) -> None:
     holder = work.WorkDirectory(tmp_path / "out")
     holder.open({}, resume=True)
-    with pytest.raises(StreamError, match=r"out\.partial: another process is working in it"):
+    with pytest.raises(RunError, match=r"out\.partial is in use by another process"):
         run(model_dir, tmp_path / "out")
     holder.close()
     run(model_dir, tmp_path / "out", resume=False)
@@ -261,7 +263,10 @@ def test_a_full_disk_says_so_and_keeps_what_is_done(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(StreamError, match=r"no space left to write .*safetensors .*run the same command"):
+        with pytest.raises(
+            RunError,
+            match=r"cannot write .*safetensors \(.* MB\): No space .* free; .*the same command",
+        ):
             run(model_dir, out)
     partial = out.with_name("out.partial")
     assert not out.exists()
@@ -274,8 +279,8 @@ def test_a_full_disk_says_so_and_keeps_what_is_done(
 def test_too_little_space_is_noticed_before_any_work(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: _Usage)
-    with pytest.raises(StreamError, match=r"needs about .* GB free, has 0\.00 GB"):
+    monkeypatch.setattr(disk_run.shutil, "disk_usage", lambda path: _Usage)
+    with pytest.raises(RunError, match=r"needs about .* MB free, has 0\.000 MB"):
         run(model_dir, tmp_path / "out")
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from littlebit2.checkpoint import open_checkpoint
-from littlebit2.offline import StreamError, pipeline, quantize_checkpoint, ranks
+from littlebit2.disk import RunError
+from littlebit2.offline import pipeline, quantize_checkpoint, ranks
 from littlebit2.quantize import Importance, QuantConfig
 from tests.offline.builders import contents
 
@@ -29,7 +30,7 @@ def test_bits_follow_the_spectra_within_the_budget(model_dir: Path, tmp_path: Pa
     assert "mean_predicted_error" in report.totals()
     assert "mean_predicted_error" not in uniform.totals()
     with open_checkpoint(tmp_path / "out") as checkpoint:
-        assert [list(spec.ranks or ()) for spec in checkpoint.layers.values()] == [
+        assert [list(spec.shape.ranks or ()) for spec in checkpoint.layers.values()] == [
             layer["ranks"] for layer in report.layers
         ]
     run(model_dir, tmp_path / "two", workers=2)
@@ -80,7 +81,7 @@ def test_importance_reaches_its_layers_and_is_part_of_the_settings(
         patch.setattr(pipeline, "quantize_together", fail)
         with pytest.raises(RuntimeError, match="stopped"):
             run(model_dir, tmp_path / "other", config, importance=importance)
-    with pytest.raises(StreamError, match="holds a run with other settings: importance = "):
+    with pytest.raises(RunError, match="holds a run with other settings: importance = "):
         run(model_dir, tmp_path / "other", config)
 
 

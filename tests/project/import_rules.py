@@ -66,7 +66,13 @@ class PythonRoom:
 _KERNELS = "littlebit2_kernels"
 _USER_BASE = ("torch", "numpy", "safetensors", "tqdm")
 
-_BELOW_LINEAR = ("dispatch", "format", "functional", "ops", "prepacked", "prompts", "reference", "state")
+_BELOW_LINEAR = ("dispatch", "format", "functional", "ops", "prepacked", "reference", "state")
+
+#: Modules of the Triton kernels: all but ``backend``, which imports them once a call is to run there.
+_TRITON_KERNELS = (
+    *("configs", "forward", "fused", "gemm", "gemv", "launch", "operand", "ops", "plan", "slots"),
+    *("transposed", "unpack", "xnor"),
+)
 
 #: The row with the longest matching prefix applies.
 PYTHON_ROOMS = {
@@ -88,7 +94,15 @@ PYTHON_ROOMS = {
         never=NATIVE,
     ),
     f"{_KERNELS}.triton": PythonRoom(
-        may=("torch", "triton", f"{_KERNELS}.format", f"{_KERNELS}.gpu", f"{_KERNELS}.triton"), never=NATIVE
+        may=(
+            *("torch", "triton", f"{_KERNELS}.format", f"{_KERNELS}.gpu", f"{_KERNELS}.triton"),
+            *(f"{_KERNELS}.ops.autograd", f"{_KERNELS}.ops.operands"),
+        ),
+        never=NATIVE,
+    ),
+    # What the rest of the package imports; it imports the kernels once a call is to run there.
+    f"{_KERNELS}.triton.backend": PythonRoom(
+        may=("torch", f"{_KERNELS}.format", f"{_KERNELS}.gpu"), lazily=(f"{_KERNELS}.triton",), never=NATIVE
     ),
     # What decides needs no Triton, but for the version that a stored configuration was tuned with.
     **{
@@ -99,7 +113,11 @@ PYTHON_ROOMS = {
         )
         for name, lazily in (("configs", ("triton",)), ("plan", ()))
     },
-    _KERNELS: PythonRoom(may=("torch", "numpy", _KERNELS), lazily=("triton", f"{_KERNELS}.triton")),
+    _KERNELS: PythonRoom(
+        may=("torch", "numpy", _KERNELS),
+        lazily=("triton", *(f"{_KERNELS}.triton.{name}" for name in _TRITON_KERNELS)),
+    ),
+    "littlebit2.disk": PythonRoom(may=("littlebit2.disk",)),
     # Names of model parts; what the command line imports of it needs no torch.
     **{
         f"littlebit2.architecture.{name}": PythonRoom(
@@ -114,6 +132,7 @@ PYTHON_ROOMS = {
         may=(
             *_USER_BASE,
             "littlebit2.architecture",
+            "littlebit2.disk",
             "littlebit2.quantize",
             f"{_KERNELS}.format",
             f"{_KERNELS}.reference",
@@ -126,7 +145,24 @@ PYTHON_ROOMS = {
         may=(
             "torch",
             "safetensors",
+            "littlebit2.architecture.names",
             "littlebit2.checkpoint",
+            "littlebit2.disk",
+            f"{_KERNELS}.format",
+            f"{_KERNELS}.packing",
+            f"{_KERNELS}.state",
+        ),
+        never=NATIVE,
+        public_only=True,
+    ),
+    # Layouts know headers and specs, not the reader that uses them.
+    "littlebit2.checkpoint.formats": PythonRoom(
+        may=(
+            "torch",
+            "littlebit2.checkpoint.errors",
+            "littlebit2.checkpoint.formats",
+            "littlebit2.checkpoint.headers",
+            "littlebit2.checkpoint.specs",
             f"{_KERNELS}.format",
             f"{_KERNELS}.packing",
             f"{_KERNELS}.state",
@@ -141,6 +177,7 @@ PYTHON_ROOMS = {
             "tqdm",
             "littlebit2.architecture",
             "littlebit2.checkpoint",
+            "littlebit2.disk",
             "littlebit2.offline",
             "littlebit2.quantize",
             f"{_KERNELS}.format",
@@ -151,7 +188,7 @@ PYTHON_ROOMS = {
         public_only=True,
     ),
     "littlebit2.train": PythonRoom(
-        may=("torch", "numpy", "littlebit2.architecture", "littlebit2.train", _KERNELS),
+        may=("torch", "numpy", "littlebit2.architecture", "littlebit2.disk", "littlebit2.train", _KERNELS),
         never=NATIVE,
         lazily=("pyarrow",),
         public_only=True,
@@ -191,7 +228,7 @@ _STD = rf"[a-z_]+|{_LIBC}"
 _CPU = r"immintrin\.h|arm_neon\.h|cpuid\.h|intrin\.h|sys/auxv\.h|asm/hwcap\.h|sys/sysctl\.h"
 _CUDA = r"cuda\w*\.h|mma\.h|(cuda|cub|nv)/.*"
 #: What the kernels may know of the core, and the shim through which tests execute them on the host.
-_CORE_FOR_CUDA = r"csrc/core/(check|first_stages|status)\.h"
+_CORE_FOR_CUDA = r"csrc/core/(check|shape|status)\.h"
 _STABLE_TORCH = r"torch/csrc/stable/.*|torch/csrc/inductor/aoti_torch/c/.*|torch/headeronly/.*"
 #: Our public headers, the generated ones (which no scan of the tree can find) included.
 _PUBLIC = r"csrc/include/.*|littlebit2/.*"

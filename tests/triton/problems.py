@@ -136,6 +136,6 @@ def describe(x: torch.Tensor, packed: PackedLinear, mode: str) -> str:
     """What a failing assertion says of its problem."""
     return (
         f"{mode}, x {list(x.shape)} {x.dtype} strides {x.stride()}, N {packed.out_features}, "
-        f"ranks {packed.ranks}, single_stage {packed.single_stage}, leaders {packed.leaders}, "
+        f"ranks {packed.ranks}, single_stage {packed.single_stage}, shares {packed.shares}, "
         f"bias {packed.bias is not None}, V pitch {packed.paths[0].v.stride(0)}"
     )

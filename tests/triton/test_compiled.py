@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from littlebit2_kernels import LittleBitLinear, PackedLinear, explain, littlebit_linear, warmup
-from littlebit2_kernels.dispatch import unavailable_reason
-from littlebit2_kernels.prompts import CUDA_TOKENS
+from littlebit2_kernels.dispatch import CUDA_TOKENS, unavailable_reason
 from littlebit2_kernels.testing import make_problem
 from tests.kernels.problems import scaled_down
 from tests.triton import problems

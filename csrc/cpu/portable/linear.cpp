@@ -1,5 +1,5 @@
 // The forward and backward drivers: blocks of tokens, parallel tiles of rows or columns, scales and epilogue.
-// No ISA flags here; everything that is proportional to the number of weights is in the kernels.
+// Built without ISA flags: all work proportional to the number of weights is in the kernels.
 #include <algorithm>
 #include <cinttypes>
 #include <cstring>
@@ -33,7 +33,7 @@ struct Block {
   int64_t first;   // token
   int64_t tokens;  // of this block
 
-  int64_t element_bytes() const { return args.dtype == LB2_FLOAT32 ? 4 : 2; }
+  int64_t element_bytes() const { return lb2::element_bytes(args.dtype); }
   int64_t num_paths() const { return args.num_paths; }
   bool single_stage() const { return args.paths[0].u == nullptr; }
   const char* input_row(int64_t t) const {
@@ -264,10 +264,12 @@ lb2_status backward_block(const Block& block) {
 }
 
 lb2_status run(const lb2_linear_args* args, Direction direction) noexcept {
-  LB2_RETURN_IF_ERROR(check_layer(args));
+  lb2_layer_shape shape;
+  LB2_RETURN_IF_ERROR(check_layer(args, &shape));
   const IsaKernels* kernels;
   LB2_RETURN_IF_ERROR(find_kernels(args->isa, &kernels));
-  const Plan plan = direction == Direction::kForward ? plan_forward(*args) : plan_backward(*args);
+  const Plan plan =
+      direction == Direction::kForward ? plan_forward(shape, args->m) : plan_backward(shape, args->m);
   LB2_RETURN_IF_ERROR(check_buffers(*args, direction, plan.workspace_bytes));
   const uintptr_t address = reinterpret_cast<uintptr_t>(args->workspace);
   float* workspace = reinterpret_cast<float*>((address + 63) & ~uintptr_t{63});
@@ -282,21 +284,23 @@ lb2_status run(const lb2_linear_args* args, Direction direction) noexcept {
 }  // namespace
 }  // namespace lb2::cpu
 
-extern "C" lb2_status lb2_linear_plan_cpu(const lb2_linear_args* args, lb2_cpu_plan* plan) {
+extern "C" lb2_status lb2_linear_plan_cpu(const lb2_layer_shape* shape, int64_t m, lb2_isa isa,
+                                          lb2_cpu_plan* plan) {
   using namespace lb2::cpu;
-  LB2_RETURN_IF_ERROR(lb2::check_layer(args));
+  LB2_RETURN_IF_ERROR(lb2::check_shape(shape));
+  LB2_RETURN_IF_ERROR(lb2::check_tokens(m));
   if (plan == nullptr) return lb2::fail(LB2_ERROR_INVALID_ARGUMENT, "plan must not be NULL");
   if (plan->struct_size != sizeof(lb2_cpu_plan))
     return lb2::fail(LB2_ERROR_INVALID_ARGUMENT,
                      "plan->struct_size must equal sizeof(lb2_cpu_plan) = %zu, got %" PRIu64,
                      sizeof(lb2_cpu_plan), plan->struct_size);
   const IsaKernels* kernels;
-  LB2_RETURN_IF_ERROR(find_kernels(args->isa, &kernels));
-  const Plan forward = plan_forward(*args);
+  LB2_RETURN_IF_ERROR(find_kernels(isa, &kernels));
+  const Plan forward = plan_forward(*shape, m);
   plan->forward_workspace_bytes = forward.workspace_bytes;
-  plan->backward_workspace_bytes = plan_backward(*args).workspace_bytes;
+  plan->backward_workspace_bytes = plan_backward(*shape, m).workspace_bytes;
   plan->token_block = forward.token_block;
-  plan->macs = count_macs(*args, forward);
+  plan->macs = lb2::count_macs(*shape, m);
   plan->isa = kernels->isa;
   plan->first_stages = forward.num_groups;
   return LB2_OK;

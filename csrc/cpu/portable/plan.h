@@ -1,14 +1,14 @@
-// How a CPU call is cut up: blocks of tokens, first stages shared between paths, and the workspace layout.
-// Pure functions of the arguments.
+// Plan of a call on the portable layout: blocks of tokens, shared first stages, and the workspace layout.
+// Pure functions of the shape and the number of tokens.
 #pragma once
 
-#include "core/first_stages.h"
+#include "core/shape.h"
 
 namespace lb2::cpu {
 
-constexpr int64_t kMaxTokenBlock = 96;  // tokens of a block at most; bounds the tile buffers on the stack
+constexpr int64_t kMaxTokenBlock = 96;  // most tokens per block; bounds the tile buffers on the stack
 
-// Rows of fp32 numbers in the workspace, one row per token of a block, padded to whole words of columns.
+// fp32 rows in the workspace, one per token of a block, padded to whole words of columns.
 struct RowBuffer {
   int64_t offset;  // in floats from the start of the workspace
   int64_t stride;  // floats per token, a multiple of 32
@@ -22,7 +22,8 @@ struct Plan : FirstStages {
   int64_t workspace_bytes;
 };
 
-Plan plan_forward(const lb2_linear_args& args) noexcept;
-Plan plan_backward(const lb2_linear_args& args) noexcept;
+// The shape must have passed check_shape.
+Plan plan_forward(const lb2_layer_shape& shape, int64_t m) noexcept;
+Plan plan_backward(const lb2_layer_shape& shape, int64_t m) noexcept;
 
 }  // namespace lb2::cpu

@@ -65,7 +65,7 @@ void pack_tile(const Matrix& m, char* layer, int64_t chunk, int64_t tile, int64_
   });
 }
 
-// Rows start as zeros; chunks add their bits in order, as neighbours can share a byte.
+// Rows start as zeros; chunks add their bits in order, as neighbors can share a byte.
 void unpack_tile(const Matrix& m, const char* layer, int64_t chunk, int64_t tile, int64_t first_row,
                  const PortableRows& to) {
   const int64_t first = m.first_column(chunk), count = m.columns_of(chunk), words = m.words_of(chunk);
@@ -131,7 +131,8 @@ void copy_scale(void* to, const void* from, int64_t n) {
 using namespace lb2::cpu;
 
 extern "C" lb2_status lb2_prepacked_bytes_cpu(const lb2_linear_args* args, int64_t* bytes) {
-  LB2_RETURN_IF_ERROR(lb2::check_layer(args));
+  lb2_layer_shape shape;
+  LB2_RETURN_IF_ERROR(lb2::check_layer(args, &shape));
   if (bytes == nullptr) return lb2::fail(LB2_ERROR_INVALID_ARGUMENT, "bytes must not be NULL");
   Layout layout;
   LB2_RETURN_IF_ERROR(lay_out(make_header(*args), &layout));
@@ -140,7 +141,8 @@ extern "C" lb2_status lb2_prepacked_bytes_cpu(const lb2_linear_args* args, int64
 }
 
 extern "C" lb2_status lb2_prepack_cpu(const lb2_linear_args* args, void* layer, int64_t layer_bytes) {
-  LB2_RETURN_IF_ERROR(lb2::check_layer(args));
+  lb2_layer_shape shape;
+  LB2_RETURN_IF_ERROR(lb2::check_layer(args, &shape));
   const Header header = make_header(*args);
   Layout layout;
   LB2_RETURN_IF_ERROR(lay_out(header, &layout));
@@ -168,23 +170,21 @@ extern "C" lb2_status lb2_prepack_cpu(const lb2_linear_args* args, void* layer, 
   return LB2_OK;
 }
 
-extern "C" lb2_status lb2_prepacked_info_cpu(const void* layer, int64_t layer_bytes,
-                                             lb2_prepacked_info* info) {
-  if (info == nullptr) return lb2::fail(LB2_ERROR_INVALID_ARGUMENT, "info must not be NULL");
-  if (info->struct_size != sizeof(lb2_prepacked_info))
-    return lb2::fail(LB2_ERROR_INVALID_ARGUMENT,
-                     "info->struct_size must equal sizeof(lb2_prepacked_info) = %zu, got %" PRIu64,
-                     sizeof(lb2_prepacked_info), info->struct_size);
+extern "C" lb2_status lb2_prepacked_shape_cpu(const void* layer, int64_t layer_bytes,
+                                              lb2_layer_shape* shape) {
+  LB2_RETURN_IF_ERROR(lb2::check_shape_struct(shape));
   Header header;
   Layout layout;
   LB2_RETURN_IF_ERROR(read_layout(layer, layer_bytes, &header, &layout));
-  info->k = layout.k;
-  info->n = layout.n;
-  info->num_paths = layout.num_paths;
-  info->single_stage = layout.single_stage;
-  for (int p = 0; p < LB2_MAX_PATHS; ++p) {
-    info->ranks[p] = p < layout.num_paths ? header.paths[p].rank : 0;
-    info->shares[p] = p < layout.num_paths ? header.paths[p].v_path : 0;
+  *shape = {};
+  shape->struct_size = sizeof *shape;
+  shape->k = layout.k;
+  shape->n = layout.n;
+  shape->num_paths = layout.num_paths;
+  shape->single_stage = layout.single_stage;
+  for (int p = 0; p < layout.num_paths; ++p) {
+    shape->ranks[p] = header.paths[p].rank;
+    shape->shares[p] = header.paths[p].v_path;
   }
   return LB2_OK;
 }

@@ -20,19 +20,18 @@ namespace {
 // CUDA 13.0).
 constexpr int32_t kLastOneBitCapability = 99;
 
-constexpr int64_t kTokenBlock = 128;  // bounds the workspace
-constexpr int64_t kMostSplits = 32;
-constexpr int64_t kChunkBytes = 96 * 1024;  // of staged activations: room for two blocks on an sm_90
+constexpr int64_t kTokenBlock = 128;        // bounds the workspace
+constexpr int64_t kChunkBytes = 96 * 1024;  // of staged activations: two blocks fit on an SM of sm_90
 
-// Estimated cycles of a stage for one token. Leads from instruction counts, to be replaced by measurements;
-// only their order matters here.
+// Estimated cycles of a stage for one token. From instruction counts, to be replaced by measurements; only
+// the order of estimates matters here.
 int64_t estimated_cycles(const Work& work, int row_warps, int64_t splits, int32_t multiprocessors) {
-  constexpr int64_t kRead = 1100;       // until the first activations and scales are there
-  constexpr int64_t kStageSlice = 350;  // one warp, one slice
+  constexpr int64_t kRead = 1100;       // until the first activations and scales arrive
+  constexpr int64_t kStageSlice = 350;  // per slice of a warp
   constexpr int64_t kMultiplySlice = 120;
-  constexpr int64_t kFinish = 400;      // sums of the warps together, stored
-  constexpr int64_t kReadParts = 270;   // by the next stage, four parts at once
-  constexpr int64_t kBlocksAtOnce = 2;  // of an SM
+  constexpr int64_t kFinish = 400;      // adding and storing the sums of the warps
+  constexpr int64_t kReadParts = 270;   // by the next stage, four parts at a time
+  constexpr int64_t kBlocksAtOnce = 2;  // per SM
   const int64_t blocks = work.row_tiles(kTileRows * row_warps) * splits;
   const int64_t waves = divide_up(blocks, kBlocksAtOnce * multiprocessors);
   const int64_t slices = divide_up(work.block_slices(), splits);
@@ -41,14 +40,14 @@ int64_t estimated_cycles(const Work& work, int row_warps, int64_t splits, int32_
          divide_up(splits - 1, 4) * kReadParts;
 }
 
-// A number that tuning asks for, or the range to choose from.
+// The number that tuning asks for, or the range to choose from.
 struct Range {
   int64_t least, most;
   Range(int32_t wanted, int64_t largest)
       : least(wanted != 0 ? wanted : 1), most(wanted != 0 ? wanted : largest) {}
 };
 
-// Does not look at the number of tokens: it decides the order in which sums are taken.
+// Independent of the number of tokens, because it decides the order of summation.
 void choose_shape(const Work& work, int32_t multiprocessors, int32_t wanted_row_warps, int32_t wanted_splits,
                   lb2_cuda_launch* stage) {
   const Range warps(wanted_row_warps, kWarps);
@@ -59,7 +58,7 @@ void choose_shape(const Work& work, int32_t multiprocessors, int32_t wanted_row_
       const int64_t cycles = estimated_cycles(work, static_cast<int>(row_warps), splits, multiprocessors);
       if (cycles >= best) continue;
       best = cycles;
-      stage->estimated_cycles = static_cast<int32_t>(std::min<int64_t>(cycles, INT32_MAX));
+      stage->estimated_cycles = cap_cycles(cycles);
       stage->row_warps = static_cast<int32_t>(row_warps);
       stage->split_warps = kWarps / stage->row_warps;
       stage->grid_y = static_cast<int32_t>(splits);
@@ -73,7 +72,7 @@ int token_tile(int64_t tokens) {
   return kMaxTokenTile;
 }
 
-// Fills what depends on the tokens: tile, grid_z, chunk and shared memory.
+// Sets the fields that depend on the number of tokens: tile, grid_z, chunk and shared memory.
 void fit_tokens(lb2_activation activation, int64_t tokens, int64_t slices, int64_t shared_bytes,
                 int32_t max_chunk, lb2_cuda_launch* launch) {
   launch->token_tile = token_tile(tokens);
@@ -86,9 +85,9 @@ void fit_tokens(lb2_activation activation, int64_t tokens, int64_t slices, int64
   launch->shared_bytes = static_cast<int32_t>(chunk * slice + sums);
 }
 
-// Adds the launches of one stage, and what they need of the workspace.
+// Adds the launches of a stage and their part of the workspace.
 void add_stage(const Work& work, const lb2_cuda_tuning& tuning, Plan* plan) {
-  const int32_t chained = plan->device.capability >= kLeastChained && !tuning.unchained;
+  const int32_t chained = is_chained(*plan, tuning);
   lb2_cuda_launch decode = {};
   decode.kind = LB2_CUDA_DECODE;
   decode.stage = work.stage;
@@ -124,7 +123,7 @@ void add_stage(const Work& work, const lb2_cuda_tuning& tuning, Plan* plan) {
   }
 }
 
-lb2_status resolve_activation(const lb2_linear_args& args, const lb2_cuda_device& device,
+lb2_status resolve_activation(const CallShape& call, const lb2_cuda_device& device,
                               lb2_activation* activation) {
   if (*activation < LB2_ACTIVATION_AUTO || *activation > LB2_ACTIVATION_FLOAT16)
     return fail(LB2_ERROR_INVALID_ARGUMENT,
@@ -133,34 +132,32 @@ lb2_status resolve_activation(const lb2_linear_args& args, const lb2_cuda_device
                 *activation);
   if (*activation != LB2_ACTIVATION_AUTO) return LB2_OK;
   const bool one_bit = device.capability <= kLastOneBitCapability;
-  *activation = args.dtype == LB2_FLOAT32            ? LB2_ACTIVATION_EXACT
-                : one_bit && args.m <= kMaxTokenTile ? LB2_ACTIVATION_INT16
+  *activation = call.dtype == LB2_FLOAT32            ? LB2_ACTIVATION_EXACT
+                : one_bit && call.m <= kMaxTokenTile ? LB2_ACTIVATION_INT16
                                                      : LB2_ACTIVATION_FLOAT16;
   return LB2_OK;
 }
 
 }  // namespace
 
-lb2_status make_plan(const Layers& layers, lb2_activation activation, const lb2_cuda_device& device,
+lb2_status make_plan(const CallShape& call, lb2_activation activation, const lb2_cuda_device& device,
                      const lb2_cuda_tuning* given, Plan* plan) noexcept {
   *plan = {};
-  const lb2_linear_args& args = layers.front();
-  LB2_RETURN_IF_ERROR(resolve_activation(args, device, &activation));
+  LB2_RETURN_IF_ERROR(resolve_activation(call, device, &activation));
   const lb2_cuda_tuning tuning = given != nullptr ? *given : lb2_cuda_tuning{};
   LB2_RETURN_IF_ERROR(
-      check_tuning(tuning, activation, layers.single_stage ? 1 : divide_up(args.k, kSliceCols)));
+      check_tuning(tuning, activation, call.single_stage ? 1 : divide_up(call.k, kSliceCols)));
   plan->struct_size = sizeof(lb2_cuda_plan);
   plan->device = device;
   plan->activation = activation;
   plan->one_bit_mma = is_one_bit(activation);
-  plan->first = find_first_stages(layers);
-  plan->first_stages = plan->first.num_groups;
-  plan->macs = count_macs(layers);
-  const Stages stages = find_stages(layers, plan->first);
-  if (uses_gemm(activation, args.m, device.shared_bytes)) {
+  plan->first_stages = call.first.num_groups;
+  plan->macs = call.macs;
+  const Stages stages = find_stages(call);
+  if (uses_gemm(activation, call.m, device.shared_bytes)) {
     Plan fused = *plan;
-    const bool fits = add_fused_launch(stages, args.m, tuning, &fused);
-    if (fits) estimate_call(stages, args.m, args.dtype, &fused);
+    const bool fits = add_fused_launch(stages, call.m, tuning, &fused);
+    if (fits) estimate_call(stages, call.m, call.dtype, &fused);
     if (tuning.fused > 0 && !fits)
       return fail(
           LB2_ERROR_UNSUPPORTED,
@@ -169,23 +166,23 @@ lb2_status make_plan(const Layers& layers, lb2_activation activation, const lb2_
           " bytes of shared memory, got %" PRId32,
           device.capability, device.shared_bytes, tuning.fused);
     if (tuning.fused <= 0) {
-      add_gemm_launches(stages, args.m, tuning, plan);
+      add_gemm_launches(stages, call.m, tuning, plan);
       plan->workspace_bytes += kWorkspaceAlignment;
-      estimate_call(stages, args.m, args.dtype, plan);
+      estimate_call(stages, call.m, call.dtype, plan);
     }
     if (tuning.fused > 0 || (fits && fused.estimated_cycles < plan->estimated_cycles)) *plan = fused;
     return LB2_OK;
   }
-  plan->token_block = std::min(args.m, kTokenBlock);
+  plan->token_block = std::min(call.m, kTokenBlock);
   for (int i = 0; i < stages.count; ++i) add_stage(stages.work[i], tuning, plan);
   if (plan->workspace_bytes > 0) plan->workspace_bytes += kWorkspaceAlignment;
   return LB2_OK;
 }
 
-lb2_status resume_plan(const Layers& layers, const lb2_cuda_plan* made, Plan* plan) noexcept {
+lb2_status resume_plan(const CallShape& call, const lb2_cuda_plan* made, Plan* plan) noexcept {
   LB2_RETURN_IF_ERROR(check_plan_struct(made));
   LB2_RETURN_IF_ERROR(check_device(&made->device));
-  // Its choices, to plan with them again: a plan that comes out the same is one that was made for the call.
+  // Plan again with the choices of `made`: it was made for this call if the same plan comes out.
   lb2_cuda_tuning tuning = {};
   tuning.unchained = !made->launches[0].chained;
   read_gemm_tuning(*made, &tuning);
@@ -193,18 +190,17 @@ lb2_status resume_plan(const Layers& layers, const lb2_cuda_plan* made, Plan* pl
   for (const lb2_cuda_launch& launch : made->launches) {
     if (launch.kind != LB2_CUDA_DECODE) continue;
     tuning.row_warps[launch.stage == 1] = launch.row_warps;
-    if (!layers.single_stage && launch.stage == 0) tuning.splits = launch.grid_y;
+    if (!call.single_stage && launch.stage == 0) tuning.splits = launch.grid_y;
     tuning.max_chunk = std::max(tuning.max_chunk, launch.chunk_slices);
   }
-  const bool planned = make_plan(layers, made->activation, made->device, &tuning, plan) == LB2_OK;
+  const bool planned = make_plan(call, made->activation, made->device, &tuning, plan) == LB2_OK;
   // Every member is an integer, and there is no padding: equal plans are equal bytes.
   static_assert(std::has_unique_object_representations_v<lb2_cuda_plan>);
   if (planned && std::memcmp(static_cast<const lb2_cuda_plan*>(plan), made, sizeof *made) == 0) return LB2_OK;
-  const lb2_linear_args& args = layers.front();
   return fail(LB2_ERROR_INVALID_ARGUMENT,
               "plan must be what was made for the sizes and paths of this call (layers=%" PRId32
               ", m=%" PRId64 ", k=%" PRId64 ", n=%" PRId64 ", num_paths=%" PRId32 "), got one that differs",
-              layers.count, args.m, args.k, args.n, layers.num_paths);
+              call.num_layers, call.m, call.k, call.n[0], call.num_paths);
 }
 
 lb2_cuda_launch launch_for(const Plan& plan, int index, int64_t tokens) noexcept {
@@ -215,14 +211,14 @@ lb2_cuda_launch launch_for(const Plan& plan, int index, int64_t tokens) noexcept
 
 namespace {
 
-// What decode and GEMM launches have in common.
+// The parameters that decode and GEMM launches have in common.
 void fill_params(const Layers& layers, const Plan& plan, int index, int64_t first, int64_t tokens,
                  char* workspace, LaunchParams* params) noexcept {
   const lb2_cuda_launch& launch = plan.launches[index];
   const lb2_linear_args& args = layers.front();
-  const bool reads_input = launch.stage == 0, last = launch.stage == 1 || layers.single_stage;
-  const int64_t element_bytes = args.dtype == LB2_FLOAT32 ? 4 : 2;
-  // Of blocks; launches that convert have no rows.
+  const bool reads_input = launch.stage == 0, last = launch.stage == 1 || layers.shape.single_stage;
+  const int64_t element_bytes = lb2::element_bytes(args.dtype);
+  // Rows per block; 0 in launches that convert.
   const int64_t tile_rows = launch.row_tile > 0 ? launch.row_tile : kTileRows * launch.row_warps;
   params->input_dtype = reads_input ? args.dtype : LB2_FLOAT32;
   params->output_dtype = last ? args.dtype : LB2_FLOAT32;
@@ -241,7 +237,7 @@ void fill_params(const Layers& layers, const Plan& plan, int index, int64_t firs
     if (tile_rows > 0) tiles += static_cast<int32_t>(divide_up(rows, tile_rows));
     return group;
   };
-  // Path p, in the last of the groups.
+  // Adds path p to the last group.
   const auto add_term = [&](int p) {
     const lb2_path& path = *layers.paths[p];
     Term& term = params->terms[params->num_terms];
@@ -256,7 +252,7 @@ void fill_params(const Layers& layers, const Plan& plan, int index, int64_t firs
       term.word_stride = path.v_stride;
       term.cols = static_cast<int32_t>(args.k);
     } else {
-      term.input = sums_of(plan.first.group_of[p]);
+      term.input = sums_of(layers.shape.first.group_of[p]);
       term.input_stride = path.rank;
       term.part_stride = tokens * path.rank;
       term.scale = path.latent_scale;
@@ -268,8 +264,9 @@ void fill_params(const Layers& layers, const Plan& plan, int index, int64_t firs
     params->groups[params->num_groups - 1].last_term = ++params->num_terms;
   };
   if (!last) {
-    for (int g = 0; g < plan.first.num_groups; ++g) {
-      const int leader = plan.first.leader_of[g];
+    const FirstStages& stages = layers.shape.first;
+    for (int g = 0; g < stages.num_groups; ++g) {
+      const int leader = stages.leader_of[g];
       Group& group = add_group(layers.paths[leader]->rank);
       group.output = sums_of(g);
       group.output_stride = group.rows;
@@ -277,13 +274,13 @@ void fill_params(const Layers& layers, const Plan& plan, int index, int64_t firs
     }
     return;
   }
-  for (int32_t i = 0; i < layers.count; ++i) {
+  for (int32_t i = 0; i < layers.shape.num_layers; ++i) {
     const lb2_linear_args& layer = layers.args[i];
     Group& group = add_group(layer.n);
     group.output = static_cast<char*>(layer.output) + first * layer.output_stride * element_bytes;
     group.output_stride = layer.output_stride;
     group.bias = layer.bias;
-    for (int32_t p = layers.first_path[i]; p < layers.first_path[i + 1]; ++p) add_term(p);
+    for (int32_t p = layers.shape.first_path[i]; p < layers.shape.first_path[i + 1]; ++p) add_term(p);
   }
 }
 
@@ -316,11 +313,11 @@ char* align_workspace(void* workspace) noexcept {
 
 }  // namespace lb2::cuda
 
-lb2_status lb2_grouped_plan_cuda(const lb2_linear_args* layers, int64_t num_layers, lb2_activation activation,
-                                 const lb2_cuda_device* device, const lb2_cuda_tuning* tuning,
-                                 lb2_cuda_plan* out) {
-  lb2::cuda::Layers gathered;
-  LB2_RETURN_IF_ERROR(lb2::cuda::gather_layers(layers, num_layers, &gathered));
+lb2_status lb2_grouped_plan_cuda(const lb2_layer_shape* shapes, int64_t num_layers, int64_t m,
+                                 lb2_dtype dtype, lb2_activation activation, const lb2_cuda_device* device,
+                                 const lb2_cuda_tuning* tuning, lb2_cuda_plan* out) {
+  lb2::cuda::CallShape call;
+  LB2_RETURN_IF_ERROR(lb2::cuda::gather_shapes(shapes, num_layers, m, dtype, &call));
   LB2_RETURN_IF_ERROR(lb2::cuda::check_device(device));
   LB2_RETURN_IF_ERROR(lb2::cuda::check_plan_struct(out));
   if (tuning != nullptr && tuning->struct_size != sizeof(lb2_cuda_tuning))
@@ -328,13 +325,13 @@ lb2_status lb2_grouped_plan_cuda(const lb2_linear_args* layers, int64_t num_laye
                      "tuning->struct_size must equal sizeof(lb2_cuda_tuning) = %zu, got %" PRIu64,
                      sizeof(lb2_cuda_tuning), tuning->struct_size);
   lb2::cuda::Plan plan;
-  LB2_RETURN_IF_ERROR(lb2::cuda::make_plan(gathered, activation, *device, tuning, &plan));
+  LB2_RETURN_IF_ERROR(lb2::cuda::make_plan(call, activation, *device, tuning, &plan));
   *out = plan;
   return LB2_OK;
 }
 
-lb2_status lb2_linear_plan_cuda(const lb2_linear_args* args, lb2_activation activation,
-                                const lb2_cuda_device* device, const lb2_cuda_tuning* tuning,
-                                lb2_cuda_plan* out) {
-  return lb2_grouped_plan_cuda(args, 1, activation, device, tuning, out);
+lb2_status lb2_linear_plan_cuda(const lb2_layer_shape* shape, int64_t m, lb2_dtype dtype,
+                                lb2_activation activation, const lb2_cuda_device* device,
+                                const lb2_cuda_tuning* tuning, lb2_cuda_plan* out) {
+  return lb2_grouped_plan_cuda(shape, 1, m, dtype, activation, device, tuning, out);
 }

@@ -10,7 +10,7 @@ void add_group(int64_t rows, Work* work) {
   work->first_term[work->num_groups] = work->num_terms;
 }
 
-// To the last of the groups.
+// Adds a term to the last group.
 void add_term(int64_t cols, Work* work) {
   work->cols[work->num_terms++] = cols;
   work->first_term[work->num_groups] = work->num_terms;
@@ -46,21 +46,20 @@ int64_t Work::row_tiles(int64_t tile_rows) const {
   return tiles;
 }
 
-Stages find_stages(const Layers& layers, const FirstStages& first) noexcept {
-  Stages stages = {{}, layers.single_stage ? 1 : 2};
-  const int64_t k = layers.front().k;
-  if (!layers.single_stage)
-    for (int g = 0; g < first.num_groups; ++g) {
-      add_group(layers.paths[first.leader_of[g]]->rank, &stages.work[0]);
-      add_term(k, &stages.work[0]);
+Stages find_stages(const CallShape& call) noexcept {
+  Stages stages = {{}, call.single_stage ? 1 : 2};
+  if (!call.single_stage)
+    for (int g = 0; g < call.first.num_groups; ++g) {
+      add_group(call.ranks[call.first.leader_of[g]], &stages.work[0]);
+      add_term(call.k, &stages.work[0]);
     }
   Work& last = stages.work[stages.count - 1];
   last.stage = stages.count - 1;
   last.last = true;
-  for (int32_t i = 0; i < layers.count; ++i) {
-    add_group(layers.args[i].n, &last);
-    for (int32_t p = layers.first_path[i]; p < layers.first_path[i + 1]; ++p)
-      add_term(layers.single_stage ? k : layers.paths[p]->rank, &last);
+  for (int32_t i = 0; i < call.num_layers; ++i) {
+    add_group(call.n[i], &last);
+    for (int32_t p = call.first_path[i]; p < call.first_path[i + 1]; ++p)
+      add_term(call.single_stage ? call.k : call.ranks[p], &last);
   }
   return stages;
 }

@@ -180,7 +180,7 @@ class LittleBitExperts(nn.Module):
         for name, buffer in source._buffers.items():
             self.register_buffer(name, buffer, persistent=name not in source._non_persistent_buffers_set)
         for name, child in source._modules.items():
-            self.add_module(name, child)  # type: ignore[arg-type]
+            self.add_module(name, child)
         for index in range(layout.experts):
             expert = Expert()
             for projection in layout.projections:
@@ -254,16 +254,24 @@ class LittleBitExperts(nn.Module):
     def _compute(self, index: int, rows: torch.Tensor) -> torch.Tensor:
         expert = self.expert(index)
         inner = expert.up_proj(rows)
-        inner = self._gate(expert.gate_proj(rows), inner) if self.layout.gated else self.act_fn(inner)
+        inner = (
+            self._gate(expert.gate_proj(rows), inner) if self.layout.gated else self._call("act_fn", inner)
+        )
         output: torch.Tensor = expert.down_proj(inner)
         if getattr(self, "has_post_expert_norm", False):
-            output = self.post_expert_norm(output)
+            output = self._call("post_expert_norm", output)
         return output
+
+    def _call(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Call a module or function of the source."""
+        function: Any = getattr(self, name)
+        y: torch.Tensor = function(x)
+        return y
 
     def _gate(self, gate: torch.Tensor, up: torch.Tensor) -> Any:
         apply: Any = getattr(self._source_class, "_apply_gate", None)
         if apply is None:
-            return self.act_fn(gate) * up
+            return self._call("act_fn", gate) * up
         if self.layout.interleaved:
             return apply(self, torch.stack((gate, up), -1).flatten(-2))
         return apply(self, torch.cat((gate, up), -1))
@@ -293,7 +301,7 @@ class LittleBitExperts(nn.Module):
             module.register_buffer(name, buffer, persistent=name not in self._non_persistent_buffers_set)
         for name, child in self._modules.items():
             if not isinstance(child, Expert):
-                module.add_module(name, child)  # type: ignore[arg-type]
+                module.add_module(name, child)
         module.train(self.training)
         return module
 

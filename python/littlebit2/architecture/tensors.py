@@ -64,7 +64,7 @@ def select_layers(
     include: str | Sequence[str] = "*",
     exclude: str | Sequence[str] = DEFAULT_EXCLUDE,
 ) -> list[LayerSource]:
-    """Return the linear layers to quantise, in the order of ``tensors``.
+    """Return the linear layers to quantize, in the order of ``tensors``.
 
     Args:
         tensors: shape and dtype of every tensor of the checkpoint, by full name.
@@ -75,7 +75,7 @@ def select_layers(
     Raises:
         TypeError: a pattern is not a string.
         ValueError: no layer is selected, the family stores its weights transposed, or a selected weight
-            is of a dtype that cannot be quantised (float8, for example).
+            is of a dtype that cannot be quantized (float8, for example).
     """
     includes, excludes = check_patterns("include", include), check_patterns("exclude", exclude)
     if config.get("model_type") in TRANSPOSED:
@@ -96,7 +96,7 @@ def select_layers(
         if dtype not in FLOATS:
             raise ValueError(
                 f"{name} must be float64, float32, float16 or bfloat16, got {dtype}: the model is already "
-                "quantised; start from its dense weights"
+                "quantized; start from its dense weights"
             )
         bias = f"{module}.bias"
         layers.append(

@@ -1,11 +1,10 @@
 """Checkpoints on disk: read every known layout, write ours and the authors'. See docs/checkpoints.md."""
 
-from .atomic import check_new_file, check_replaceable
+from .convert import convert, export_upstream
 from .describe import describe
 from .errors import CheckpointError
-from .reader import Checkpoint, open_checkpoint
+from .reader import Checkpoint, looks_packed, open_checkpoint
 from .specs import LayerSpec
-from .upstream import convert, export_upstream
 from .writer import CheckpointWriter, quantization_config
 
 __all__ = [
@@ -13,11 +12,10 @@ __all__ = [
     "CheckpointError",
     "CheckpointWriter",
     "LayerSpec",
-    "check_new_file",
-    "check_replaceable",
     "convert",
     "describe",
     "export_upstream",
+    "looks_packed",
     "open_checkpoint",
     "quantization_config",
 ]

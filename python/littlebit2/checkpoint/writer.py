@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterable, Sequence
@@ -12,17 +11,18 @@ from typing import Any
 
 import torch
 
+from littlebit2.architecture.names import CAUSAL_HEAD
+from littlebit2.disk import StagedDirectory, explain_errors, write_json
 from littlebit2_kernels.format import FORMAT_VERSION, PackedLinear
 from littlebit2_kernels.state import packed_to_state
 
 from . import settings
-from .atomic import StagedDirectory
 from .files import contained
-from .naming import module_prefix, split_name
+from .formats import module_prefix, split_name
 from .shards import ShardedTensors
 from .specs import LayerSpec
 
-__all__ = ["MAX_SHARD_BYTES", "CheckpointWriter", "copy_extra_files", "quantization_config", "write_json"]
+__all__ = ["MAX_SHARD_BYTES", "CheckpointWriter", "copy_extra_files", "quantization_config"]
 
 MAX_SHARD_BYTES = 5 * 2**30
 
@@ -114,16 +114,7 @@ class CheckpointWriter:
         self._tensors.add(
             {module_prefix(name) + leaf: tensor for leaf, tensor in packed_to_state(packed).items()}
         )
-        self._layers.append(
-            LayerSpec(
-                name,
-                packed.in_features,
-                packed.out_features,
-                None if packed.single_stage else packed.ranks,
-                packed.leaders,
-                packed.bias is not None,
-            )
-        )
+        self._layers.append(LayerSpec(name, packed.shape, packed.bias is not None))
 
     def add_tensor(self, name: str, tensor: torch.Tensor) -> None:
         """Write a dense tensor under its full name, in its dtype.
@@ -167,8 +158,8 @@ class CheckpointWriter:
     def _dense_modules(self) -> list[str]:
         """Modules with a dense matrix; a tied head has none of its own, yet must stay as it is."""
         layers = {layer.name for layer in self._layers}
-        tied = self._config.get("tie_word_embeddings") is True and "lm_head" not in layers
-        head = ["lm_head"] if tied and "lm_head" not in self._matrices else []
+        tied = self._config.get("tie_word_embeddings") is True and CAUSAL_HEAD not in layers
+        head = [CAUSAL_HEAD] if tied and CAUSAL_HEAD not in self._matrices else []
         return [*self._matrices, *head]
 
 
@@ -176,9 +167,5 @@ def copy_extra_files(source: Path, target: Path) -> None:
     """See :meth:`CheckpointWriter.copy_extra_files`."""
     for path in sorted(source.iterdir()):
         if _EXTRA_FILES.fullmatch(path.name) and not path.name.endswith(_WEIGHT_SUFFIXES) and path.is_file():
-            shutil.copyfile(contained(source, path.name), target / path.name)
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write an object as indented JSON."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            with explain_errors(target / path.name, path.stat().st_size):
+                shutil.copyfile(contained(source, path.name), target / path.name)

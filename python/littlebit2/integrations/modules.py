@@ -32,7 +32,7 @@ class FusedLinear(nn.Module):
 
     Args:
         parent: the module that holds the parts.
-        names: of the parts, in the order of the fused outputs.
+        names: names of the parts, in the order of the fused outputs.
     """
 
     def __init__(self, parent: nn.Module, names: Sequence[str]) -> None:
@@ -64,11 +64,11 @@ class PendingLinear(nn.Module):
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.in_features = spec.in_features
-        self.out_features = spec.out_features
+        self.in_features = spec.shape.in_features
+        self.out_features = spec.shape.out_features
         # Plain attributes: registered tensors would be expected in the files.
-        self.__dict__["weight"] = initialized(spec.out_features, spec.in_features)
-        self.__dict__["bias"] = initialized(spec.out_features) if spec.bias else None
+        self.__dict__["weight"] = initialized(spec.shape.out_features, spec.shape.in_features)
+        self.__dict__["bias"] = initialized(spec.shape.out_features) if spec.bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Raise: the layer was never loaded."""
@@ -104,14 +104,7 @@ def layers_of(model: nn.Module) -> dict[str, LittleBitLinear]:
 
 def spec_of(name: str, layer: LittleBitLinear) -> LayerSpec:
     """Describe a module as checkpoints do."""
-    return LayerSpec(
-        name=name,
-        in_features=layer.in_features,
-        out_features=layer.out_features,
-        ranks=layer.ranks,
-        shares=layer.shares,
-        bias=layer.bias is not None,
-    )
+    return LayerSpec(name, layer.shape, layer.bias is not None)
 
 
 def find_places(
@@ -125,8 +118,8 @@ def find_places(
     Args:
         model: as built from its config, dense, with its experts expanded.
         layers: packed layers of the checkpoint by name.
-        prefix: of the base model in a model with a head (``base_model_prefix``); checkpoints of one load
-            into the other, as they do in transformers.
+        prefix: name of the base model inside a model with a head (``base_model_prefix``); checkpoints of
+            one load into the other, as they do in transformers.
         names: modules of layers that are called otherwise in the model, from
             :meth:`.FileNames.modules`.
 
@@ -203,7 +196,7 @@ def _claimed_twice(places: Iterable[Placement]) -> list[str]:
 
 def _disagreement(spec: LayerSpec, linear: nn.Linear) -> list[str]:
     expected = (linear.in_features, linear.out_features, linear.bias is not None)
-    got = (spec.in_features, spec.out_features, spec.bias)
+    got = (spec.shape.in_features, spec.shape.out_features, spec.bias)
     if expected == got:
         return []
     return [f"{spec.name}: (in_features, out_features, bias) must be {expected}, got {got}"]
@@ -219,11 +212,11 @@ def _fused_disagreement(fused: str, members: list[Placement], linear: nn.Module)
     specs = [by_leaf[name] for name in names]
     problems = [
         f"{spec.name}: (in_features, bias) must be {(linear.in_features, linear.bias is not None)}, "
-        f"got {(spec.in_features, spec.bias)}"
+        f"got {(spec.shape.in_features, spec.bias)}"
         for spec in specs
-        if (spec.in_features, spec.bias) != (linear.in_features, linear.bias is not None)
+        if (spec.shape.in_features, spec.bias) != (linear.in_features, linear.bias is not None)
     ]
-    total = sum(spec.out_features for spec in specs)
+    total = sum(spec.shape.out_features for spec in specs)
     if total != linear.out_features:
         problems.append(
             f"{fused}: out_features of {', '.join(names)} must add up to {linear.out_features}, got {total}"

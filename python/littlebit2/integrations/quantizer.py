@@ -16,8 +16,9 @@ from transformers.quantizers.base import HfQuantizer
 from littlebit2.architecture.experts import LittleBitExperts, collapse_experts, expand_experts
 from littlebit2.architecture.projections import fuse_projections
 from littlebit2.checkpoint import Checkpoint, CheckpointError, LayerSpec, open_checkpoint, quantization_config
-from littlebit2.checkpoint.layers import StoredLayer
+from littlebit2.checkpoint.formats.layout import StoredLayer
 from littlebit2_kernels import LittleBitLinear, packed_from_state
+from littlebit2_kernels.format import LayerShape
 
 from .configuration import METHOD, LittleBit2Config
 from .modules import (
@@ -45,7 +46,7 @@ class LittleBit2Quantizer(HfQuantizer):
     buffers are filled like any other tensor.
     """
 
-    # Dense checkpoints are refused with the library's own message: quantise them first.
+    # Dense checkpoints are refused with the library's own message: quantize them first.
     requires_calibration = True
     quantization_config: LittleBit2Config
 
@@ -68,7 +69,7 @@ class LittleBit2Quantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         config = self.quantization_config
-        checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent) if checkpoint_files else None
+        checkpoint = _open(config.source, checkpoint_files)
         # Before anything is replaced: the conversions go by the parameters of the dense model.
         names = FileNames(model)
         expanded = expand_experts(model)
@@ -198,7 +199,7 @@ class LittleBit2Quantizer(HfQuantizer):
 
 
 def attach(model: Any) -> None:
-    """Make ``save_pretrained`` work for a model whose linears were quantised in memory.
+    """Make ``save_pretrained`` work for a model whose linears were quantized in memory.
 
     ``littlebit2.quantize.quantize_linears`` knows nothing of transformers, so a model that it changed would
     be saved without the entry that tells ``from_pretrained`` what the tensors are.
@@ -272,6 +273,21 @@ def _device_of(name: str, device_map: Mapping[str, Any], model: PreTrainedModel)
     return torch.device(device_map[""]) if "" in device_map else model.device
 
 
+def _open(source: str | None, checkpoint_files: Sequence[str] | None) -> Checkpoint | None:
+    if source is not None:
+        return open_checkpoint(source)
+    if not checkpoint_files:
+        return None
+    checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
+    if checkpoint.files.renamed:
+        checkpoint.close()
+        raise CheckpointError(
+            f"{checkpoint.path}: its tensor names are not those of the model: use littlebit2.load, or "
+            "convert it first (littlebit2 convert)"
+        )
+    return checkpoint
+
+
 def _specs_from_config(model: PreTrainedModel, config: LittleBit2Config) -> dict[str, LayerSpec]:
     """Describe the layers where there is no file to look at: the dense model gives the sizes."""
     modules = dict(model.named_modules())
@@ -283,10 +299,12 @@ def _specs_from_config(model: PreTrainedModel, config: LittleBit2Config) -> dict
                 f"quantization_config names {name}, expected an nn.Linear of the model there"
             )
         ranks = tuple(config.ranks[name]) if name in config.ranks else None
-        shares = config.shares.get(name) or range(len(ranks or (0,)))
-        specs[name] = LayerSpec(
-            name, linear.in_features, linear.out_features, ranks, tuple(shares), linear.bias is not None
-        )
+        shares = tuple(config.shares.get(name, ()))
+        try:
+            shape = LayerShape(linear.in_features, linear.out_features, ranks, shares)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"quantization_config: layer {name}: {error}") from error
+        specs[name] = LayerSpec(name, shape, linear.bias is not None)
     return specs
 
 
@@ -310,14 +328,5 @@ def _check_loaded(name: str, layer: LittleBitLinear) -> None:
         packed = packed_from_state(buffers)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"layer {name} was not loaded whole: {error.args[0]}") from error
-    ranks = None if packed.single_stage else packed.ranks
-    if (packed.in_features, packed.out_features, ranks) != (
-        layer.in_features,
-        layer.out_features,
-        layer.ranks,
-    ):
-        raise CheckpointError(
-            f"layer {name}: (in_features, out_features, ranks) must be "
-            f"{(layer.in_features, layer.out_features, layer.ranks)}, "
-            f"got {(packed.in_features, packed.out_features, ranks)}"
-        )
+    if packed.shape != layer.shape:
+        raise CheckpointError(f"layer {name} must have the shape {layer.shape}, got {packed.shape}")

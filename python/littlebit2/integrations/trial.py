@@ -1,8 +1,8 @@
 """What becomes of every weight of a dense checkpoint, settled before any work: from headers and config.json.
 
 The model is built without values, and transformers' own conversion says which tensors of the files its
-modules come from. So a layer is chosen because it is a linear layer of the model, not because of its name, and
-what could not be loaded or run afterwards is not packed.
+modules come from. So a layer is chosen because it is a linear layer of the model, not because of its name,
+and what could not be loaded or run afterwards is not packed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from littlebit2.architecture.linears import HEAD, TIED, dense_reasons
 from littlebit2.architecture.parts import ExpertPart, Load, Part, Whole
 from littlebit2.architecture.select import is_selected, keeps_heads_dense, output_heads
 from littlebit2.architecture.tensors import FLOATS, LayerSource
-from littlebit2.checkpoint.naming import natural_order
+from littlebit2.checkpoint.formats.names import natural_order
 
 from .names import Destination, FileNames
 from .skeleton import skeleton

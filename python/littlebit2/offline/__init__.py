@@ -1,9 +1,8 @@
-"""A whole model, streamed: quantise a checkpoint layer by layer, resumably and in parallel.
+"""A whole model, streamed: quantize a checkpoint layer by layer, resumably and in parallel.
 
 See :func:`.pipeline.quantize_checkpoint`. Transformers is not needed: names and shapes decide.
 """
 
-from .errors import StreamError
 from .pipeline import REPORT_NAME, quantize_checkpoint
 from .ranks import measure_ranks
 from .report import RunReport
@@ -11,7 +10,6 @@ from .report import RunReport
 __all__ = [
     "REPORT_NAME",
     "RunReport",
-    "StreamError",
     "measure_ranks",
     "quantize_checkpoint",
 ]

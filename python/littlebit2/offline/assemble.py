@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from littlebit2.checkpoint import CheckpointWriter, check_replaceable, open_checkpoint
-from littlebit2.checkpoint.atomic import sync_path
+from littlebit2.checkpoint import CheckpointWriter, open_checkpoint
+from littlebit2.disk import RunError, move_into_place, write_json
 
 from .choice import Choice
-from .errors import StreamError
 from .jobs import Job
 from .report import RunReport
-from .work import WorkDirectory, explain_full_disk, write_atomically
+from .work import WorkDirectory, keep_layers
 
 __all__ = ["REPORT_NAME", "assemble"]
 
@@ -37,15 +35,12 @@ def assemble(
     complete.
 
     Raises:
-        StreamError: the disk is full, or a layer file is missing or damaged.
+        RunError: the disk is full, or a layer file is missing or damaged.
         OSError: something cannot be written.
     """
-    report = explain_full_disk(work.assembled, lambda: _write(source, work, jobs, choice, settings))
-    check_replaceable(out, overwrite=overwrite)  # again: hours may have passed
-    if overwrite and out.exists():
-        out.rename(work.path / "replaced")
-    work.assembled.rename(out)
-    sync_path(out.parent)
+    with keep_layers():
+        report = _write(source, work, jobs, choice, settings)
+        move_into_place(work.assembled, out, overwrite=overwrite)
     work.remove()
     return report
 
@@ -74,13 +69,12 @@ def _write(
             writer.copy_extra_files(source)
             writer.finish()
     report = RunReport(settings, tuple(layers), tuple(dense), seconds)
-    text = json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n"
-    write_atomically(work.assembled / REPORT_NAME, text.encode())
+    write_json(work.assembled / REPORT_NAME, report.as_dict())
     return report
 
 
 def _finished(work: WorkDirectory, job: Job) -> tuple[dict[str, Any], float]:
     finished = work.finished(job)
     if finished is None:
-        raise StreamError(f"{work.layer_path(job)}: is missing or damaged; run the same command again")
+        raise RunError(f"{work.layer_path(job)}: is missing or damaged; run the same command again")
     return finished

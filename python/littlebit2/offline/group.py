@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from .errors import StreamError
+from littlebit2.disk import RunError
+
 from .jobs import Job
 from .work import reason_of
 
@@ -43,7 +44,7 @@ class Group:
 
         Raises:
             Exception: what ``action`` raised in this process.
-            StreamError: what it raised in another process; names its rank.
+            RunError: what it raised in another process; names its rank.
         """
         if self.size == 1:
             return action()
@@ -58,7 +59,7 @@ class Group:
             raise failure
         for rank, reason in enumerate(reasons):
             if reason is not None:
-                raise StreamError(f"rank {rank}: {reason}")
+                raise RunError(f"rank {rank}: {reason}")
         return result  # type: ignore[return-value]
 
     def from_leader(self, action: Callable[[], T]) -> T:
@@ -93,7 +94,7 @@ def process_group() -> Iterator[Group]:
     """Yield the :class:`Group` that the environment describes; alone where it describes none.
 
     Raises:
-        StreamError: the environment asks for several processes and torch was built without distributed.
+        RunError: the environment asks for several processes and torch was built without distributed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
         yield Group()
@@ -101,7 +102,7 @@ def process_group() -> Iterator[Group]:
     import torch.distributed as dist  # noqa: PLC0415  # not in every build of torch
 
     if not dist.is_available():
-        raise StreamError("WORLD_SIZE > 1 needs a torch built with torch.distributed")
+        raise RunError("WORLD_SIZE > 1 needs a torch built with torch.distributed")
     ours = not dist.is_initialized()
     if ours:
         dist.init_process_group("gloo", timeout=_PATIENCE)

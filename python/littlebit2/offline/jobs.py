@@ -34,7 +34,7 @@ _SAMPLE = 1024
 
 @dataclass(frozen=True)
 class Job:
-    """One layer to quantise.
+    """One layer to quantize.
 
     Attributes:
         index: position in the run.
@@ -67,7 +67,7 @@ class Job:
 
     @property
     def working_bytes(self) -> int:
-        """About how much memory the layer takes while it is quantised (stated in docs/checkpoints.md)."""
+        """About how much memory the layer takes while it is quantized (stated in docs/checkpoints.md)."""
         assert self.config.ranks is not None
         return working_bytes(self.source.in_features, self.source.out_features, self.config)
 

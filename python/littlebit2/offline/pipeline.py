@@ -1,10 +1,9 @@
-"""Quantise a checkpoint on disk to a checkpoint on disk, layer by layer."""
+"""Quantize a checkpoint on disk to a checkpoint on disk, layer by layer."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,8 @@ from tqdm import tqdm
 
 from littlebit2.architecture.parts import Whole
 from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns
-from littlebit2.checkpoint import check_replaceable, open_checkpoint
+from littlebit2.checkpoint import open_checkpoint
+from littlebit2.disk import check_replaceable, check_space
 from littlebit2.quantize import (
     DenseLayer,
     Importance,
@@ -30,7 +30,6 @@ from littlebit2.quantize import (
 
 from .assemble import REPORT_NAME, assemble
 from .choice import Choice, check_dense_source, choose_layers
-from .errors import StreamError
 from .group import Group, process_group, share_out
 from .jobs import Job, make_jobs, run_settings, with_allocation
 from .ranks import allocation_of
@@ -56,13 +55,12 @@ def quantize_checkpoint(
     resume: bool = True,
     overwrite: bool = False,
 ) -> RunReport:
-    """Quantise the linear layers of a dense checkpoint and write a littlebit2 checkpoint.
+    """Quantize the linear layers of a dense checkpoint and write a littlebit2 checkpoint.
 
     Weights are read tensor by tensor; one layer per worker, or a few small ones of one shape, is in memory.
     Every finished layer is kept in the work directory ``<out>.partial``: after a kill at any moment the same
-    call goes on where it was and ``out`` comes out byte for byte the same. ``out`` appears at the end, whole,
-    with ``quantization_report.json`` in it, and the work directory is removed. Called again after that, it
-    returns the report.
+    call continues from there, and the bytes of ``out`` are the same. ``out`` appears at the end, whole, with
+    ``quantization_report.json`` in it, and the work directory is removed. A further call returns the report.
 
     Where ranks depend on the weights (``budget="spectral"`` or ``energy``), a first pass measures the
     spectra.
@@ -88,7 +86,7 @@ def quantize_checkpoint(
         threads: torch's threads for one layer.
         device: where to compute; ``"cuda"`` is each process's own device under ``torchrun``.
         progress: whether to show a progress bar with the time left, on stderr.
-        resume: whether to go on with a run that was interrupted; otherwise its layers are discarded.
+        resume: continue an interrupted run; otherwise its layers are discarded.
         overwrite: whether ``out`` may exist; it is replaced at the end.
 
     Returns:
@@ -99,13 +97,13 @@ def quantize_checkpoint(
             either ``overwrite`` is off or it is something else than a checkpoint.
         FileNotFoundError: there is no ``model_dir``.
         OSError: a file cannot be read or written.
-        StreamError: the disk is full or too small, the work directory belongs to a run with other settings
+        RunError: the disk is full or too small, the work directory belongs to a run with other settings
             or is in use, or another process failed.
         TypeError: ``config`` is no :class:`.QuantConfig`, or a pattern no string.
         ValueError: ``out`` and ``model_dir`` contain one another, ``workers``, ``threads`` or ``device``
             cannot be, the checkpoint is malformed or not dense, no layer is selected, ``importance`` holds
             none of them, the budget does not fit a layer or is more than any can use, or a layer cannot be
-            quantised; the message names it.
+            quantized; the message names it.
     """
     if not isinstance(config, QuantConfig):
         raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
@@ -128,12 +126,12 @@ def quantize_checkpoint(
         dense_bytes = _dense_bytes(checkpoint.dense, choice)
     work = WorkDirectory(target)
     with process_group() as group:
-        before = group.from_leader(partial(_start, work, target, settings, resume, overwrite))
-        if before is not None:
-            return before
         run = partial(_run_all, group, workers=workers, threads=threads, show=progress)
         weights = importance or {}
         try:
+            before = group.from_leader(partial(_start, work, target, settings, resume, overwrite))
+            if before is not None:
+                return before
             if needs_spectra(config):
                 allocation = allocation_of(
                     group, work, jobs, config, weights, partial(_load, source, place), partial(run, "measure")
@@ -219,12 +217,7 @@ def _dense_bytes(tensors: Any, choice: Choice) -> int:
 def _check_space(work: WorkDirectory, pending: Sequence[Job], jobs: Sequence[Job], dense_bytes: int) -> None:
     """Do not begin hours of work that cannot be written down: every layer is there twice at the end."""
     needed = sum(j.stored_bytes for j in pending) + sum(j.stored_bytes for j in jobs) + dense_bytes
-    free = shutil.disk_usage(work.path).free
-    if free < needed:
-        raise StreamError(
-            f"{work.path.parent}: needs about {needed / 1e9:.2f} GB free, has {free / 1e9:.2f} GB; "
-            "free some and run the same command again"
-        )
+    check_space(work.path, needed)
 
 
 def _run_all(

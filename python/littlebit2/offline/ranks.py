@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns
 from littlebit2.checkpoint import open_checkpoint
+from littlebit2.disk import write_file
 from littlebit2.quantize import (
     Importance,
     LayerSpectrum,
@@ -26,11 +27,11 @@ from littlebit2.quantize import (
 from .choice import check_dense_source, choose_layers
 from .group import Group, share_out
 from .jobs import Job
-from .work import WorkDirectory, write_atomically
+from .work import WorkDirectory, keep_layers
 
 __all__ = ["allocation_of", "measure_ranks"]
 
-#: The settled ranks inside the work directory, so that a run that goes on need not measure again.
+#: The settled ranks inside the work directory, so that a resumed run need not measure again.
 _FILE = "ranks.json"
 
 
@@ -49,14 +50,14 @@ def allocation_of(
         group: the processes, which share the measuring out.
         work: the open work directory.
         jobs: every layer.
-        config: of the model.
+        config: the model's configuration.
         importance: by layer name.
         load: returns the weight of a layer.
         run: runs a function on this process's layers, in batches, as ``run_jobs`` does.
 
     Raises:
         TypeError, ValueError: a weight cannot be measured; the message names the layer.
-        OSError, StreamError: the result cannot be written.
+        OSError, RunError: the result cannot be written.
     """
     path = work.path / _FILE
     known = group.from_leader(lambda: path.read_text("utf-8") if path.exists() else None)
@@ -75,7 +76,12 @@ def allocation_of(
         spectra = {name: found for part in group.collect(measure_share) for name, found in part.items()}
         settled = settle_ranks((spectra[job.source.name] for job in jobs), config)
         known = json.dumps([asdict(one) for one in settled.values()])
-        group.from_leader(lambda: write_atomically(path, known.encode()))
+
+        def write() -> None:
+            with keep_layers():
+                write_file(path, known.encode())
+
+        group.from_leader(write)
     return {one["name"]: RankAllocation(**{**one, "ranks": tuple(one["ranks"])}) for one in json.loads(known)}
 
 
@@ -88,7 +94,7 @@ def measure_ranks(
     importance: Mapping[str, Importance] | None = None,
     progress: bool = True,
 ) -> dict[str, RankAllocation]:
-    """Settle the ranks of a dense checkpoint's layers by the spectra of their weights, and quantise nothing.
+    """Settle the ranks of a dense checkpoint's layers by the spectra of their weights, and quantize nothing.
 
     One weight at a time is in memory, with its smaller Gram matrix in float64.
 

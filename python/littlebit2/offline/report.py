@@ -18,7 +18,7 @@ class RunReport:
 
     Attributes:
         settings: everything that the result's bytes depend on.
-        layers: one JSON object per quantised layer, in the order of the checkpoint: ``name``,
+        layers: one JSON object per quantized layer, in the order of the checkpoint: ``name``,
             ``in_features``, ``out_features``, ``ranks``, ``bias``, ``error`` (squared relative Frobenius
             error), ``predicted_error`` (of the allocation, or null), ``weighted_error`` (with importance, or
             null), ``method``, ``path_errors`` (after each path), ``truncation_errors`` (null without SVD),

@@ -1,43 +1,34 @@
 """The work directory of a run: finished layers, one file each, safe against a kill at any moment.
 
-A file appears under its name only when it is whole and on disk (temporary name, fsync, rename). A manifest
-holds the settings of the run, so that layers of different runs are never mixed, and a lock keeps a second
-process from working in the same directory.
+A file appears under its name only when it is whole and on disk. The settings of the run are in it, so that
+layers of different runs are never mixed, and a lock keeps a second process from working in it.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
-import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from littlebit2.checkpoint.atomic import sync_path
+from littlebit2.disk import FULL, RunDirectory, RunError, write_file
 from littlebit2_kernels.format import PackedLinear
 from littlebit2_kernels.state import packed_from_state, packed_to_state
 
-from .errors import StreamError
 from .jobs import Job
 
-__all__ = ["WorkDirectory", "explain_full_disk", "reason_of", "write_atomically"]
+__all__ = ["WorkDirectory", "keep_layers", "reason_of"]
 
-T = TypeVar("T")
-
-_MANIFEST = "manifest.json"
-_LOCK = "lock"
-_TEMPORARY = ".tmp"
 #: The one metadata key of a layer file: with several, their order in the file would not be fixed.
 _ENTRY = "littlebit2"
 
 
-class WorkDirectory:
+class WorkDirectory(RunDirectory):
     """The directory beside ``out`` that holds a run until it is assembled.
 
     Args:
@@ -45,68 +36,26 @@ class WorkDirectory:
     """
 
     def __init__(self, out: Path) -> None:
-        self.path = out.with_name(out.name + ".partial")
+        super().__init__(out.with_name(out.name + ".partial"))
         self.assembled = self.path / "assembled"
-        self._lock: IO[str] | None = None
 
     def open(self, settings: dict[str, Any], *, resume: bool) -> None:
-        """Make the directory or go on in it; the caller then holds its lock.
+        """Make the directory or continue in it; the caller then holds its lock.
 
         Raises:
-            StreamError: another process works in it, or it belongs to a run with other settings.
+            RunError: another process works in it, or it belongs to a run with other settings.
             OSError: it cannot be made or written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = (self.path / _LOCK).open("w", encoding="utf-8")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.close()
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-            raise StreamError(
-                f"{self.path}: another process is working in it; wait for it, or give another output"
-            ) from error
-        self._lock = lock
-        manifest = self.path / _MANIFEST
-        if not resume:
-            self._clear()
-        if manifest.exists():
-            self._check_manifest(manifest, settings)
-        else:
-            self._clear()  # left by a run that was killed before its manifest was written, or by remove()
-            write_atomically(manifest, json.dumps(settings, indent=2).encode())
-        for leftover in self.path.glob(f"*{_TEMPORARY}"):
-            leftover.unlink(missing_ok=True)
+        self.take()
+        if not resume or self.settings() is None:
+            # Without settings it was left by a run that was killed before it wrote them, or by remove().
+            self.clear()
+            with keep_layers():
+                self.write_settings(settings)
+        differing = self.differing(settings, _difference)
+        if differing:
+            raise self.refuse(differing)
         shutil.rmtree(self.assembled, ignore_errors=True)
-
-    def _check_manifest(self, manifest: Path, settings: dict[str, Any]) -> None:
-        try:
-            found = json.loads(manifest.read_text("utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise StreamError(f"{manifest}: is not JSON: {error}; remove {self.path}") from error
-        if found != settings:
-            raise StreamError(
-                f"{self.path} holds a run with other settings: {describe_difference(found, settings)}; "
-                "finish it with those settings, start over (resume=False, --restart), or give another output"
-            )
-
-    def _clear(self) -> None:
-        for entry in self.path.iterdir():
-            if entry.name != _LOCK:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-
-    def close(self) -> None:
-        """Release the lock."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
-
-    def remove(self) -> None:
-        """Remove the directory; the manifest goes first, so that a rest of it is never resumed from."""
-        (self.path / _MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(self.path, ignore_errors=True)
-        self.close()
 
     def layer_path(self, job: Job) -> Path:
         """Where the file of a finished layer lies."""
@@ -116,12 +65,13 @@ class WorkDirectory:
         """Write a finished layer.
 
         Raises:
-            StreamError: the disk is full.
+            RunError: the disk is full.
             OSError: it cannot be written.
         """
         state = {name: tensor.cpu().contiguous() for name, tensor in packed_to_state(packed).items()}
         metadata = {_ENTRY: json.dumps({"job": _identity(job), "entry": entry, "seconds": seconds})}
-        write_atomically(self.layer_path(job), save(state, metadata))
+        with keep_layers():
+            write_file(self.layer_path(job), save(state, metadata))
 
     def finished(self, job: Job) -> tuple[dict[str, Any], float] | None:
         """Return the report entry and the seconds of a finished layer, ``None`` if it is to be done.
@@ -141,7 +91,7 @@ class WorkDirectory:
         """Read a finished layer back, checked.
 
         Raises:
-            StreamError: the file was damaged; the message names it.
+            RunError: the file was damaged; the message names it.
         """
         path = self.layer_path(job)
         try:
@@ -149,7 +99,7 @@ class WorkDirectory:
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return packed_from_state(state)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise StreamError(f"{path}: is damaged ({reason_of(error)}); remove it and run again") from error
+            raise RunError(f"{path}: is damaged ({reason_of(error)}); remove it and run again") from error
 
 
 def _identity(job: Job) -> dict[str, Any]:
@@ -157,53 +107,20 @@ def _identity(job: Job) -> dict[str, Any]:
     return {"name": job.source.name, "ranks": list(job.config.ranks), "seed": job.config.seed}
 
 
-def describe_difference(found: Any, wanted: dict[str, Any]) -> str:
-    """Name the settings that differ, with both values."""
-    if not isinstance(found, dict):
-        return "it has no settings"
-    differing = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
-    return ", ".join(
-        "other source weights"
-        if name == "source"
-        else f"{name} = {found.get(name)!r} there, {wanted.get(name)!r} here"
-        for name in differing
-    )
+def _difference(name: str, found: Any, wanted: Any) -> str:
+    return "other source weights" if name == "source" else f"{name} = {found!r} there, {wanted!r} here"
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all, whatever happens.
-
-    Raises:
-        StreamError: the disk is full.
-        OSError: it cannot be written.
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{_TEMPORARY}")
-
-    def write() -> None:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_path(path.parent)
-
+@contextmanager
+def keep_layers() -> Iterator[None]:
+    """Turn a full disk (or quota) into a :class:`.RunError` that says how to continue."""
     try:
-        explain_full_disk(path, write)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def explain_full_disk(path: Path, action: Callable[[], T]) -> T:
-    """Run ``action``; a full disk (or quota) becomes a :class:`StreamError` that says how to go on."""
-    try:
-        return action()
+        yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
-        raise StreamError(
-            f"no space left to write {path} ({error.strerror}); free some and run the same command again: "
-            "finished layers are kept"
+        raise RunError(
+            f"{error.strerror}; free some and run the same command again: finished layers are kept"
         ) from error
 
 

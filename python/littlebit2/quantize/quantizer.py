@@ -13,7 +13,7 @@ from littlebit2_kernels.format import PackedLinear
 
 from .allocate import layer_spectrum, ranks_for_energy
 from .batching import keeps_bits
-from .budget import at_largest_rank, counted_bpw, stored_bpw
+from .budget import at_largest_rank, stored_bpw
 from .importance import Importance
 from .methods import Steps
 from .path import MadePath, improve_paths, make_paths
@@ -253,7 +253,7 @@ def _finished(
             )
             for one, error in zip(made, errors, strict=True)
         ),
-        counted_bpw=counted_bpw(k, n, packed.ranks),
+        counted_bpw=packed.shape.counted_bpw,
         stored_bpw=stored_bpw(packed),
         method=steps.method,
         weighted_error=None if layer.importance is None else weighted_error,

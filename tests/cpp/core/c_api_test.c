@@ -81,6 +81,7 @@ static void make_problem(struct problem* p) {
 static void test_forward(const struct problem* p) {
   float y[M * N];
   lb2_cpu_plan plan;
+  lb2_layer_shape shape;
   lb2_linear_args args;
   memset(&args, 0, sizeof args);
   memset(&plan, 0, sizeof plan);
@@ -97,7 +98,10 @@ static void test_forward(const struct problem* p) {
   args.output = y;
   args.output_stride = N;
   args.dtype = LB2_FLOAT32;
-  EXPECT(lb2_linear_plan_cpu(&args, &plan) == LB2_OK);
+  shape.struct_size = sizeof shape;
+  EXPECT(lb2_linear_shape(&args, &shape) == LB2_OK);
+  EXPECT(shape.k == K && shape.n == N && shape.num_paths == 2 && shape.ranks[1] == R1 && !shape.single_stage);
+  EXPECT(lb2_linear_plan_cpu(&shape, M, LB2_ISA_AUTO, &plan) == LB2_OK);
   EXPECT(plan.first_stages == 2);
   EXPECT(plan.macs == (int64_t)M * (R0 + R1) * (K + N));
   args.workspace_bytes = plan.forward_workspace_bytes;
@@ -111,15 +115,17 @@ static void test_forward(const struct problem* p) {
   EXPECT(norm > 0.0 && sqrt(error / norm) < 2e-6);
   free(args.workspace);
 
-  /* Planning for a GPU needs none. */
+  /* Planning needs neither the layer nor a GPU. */
+  lb2_layer_shape planned = {sizeof planned, K, N, 2, {R0, R1}, {0, 1}, 0};
   lb2_cuda_device device = {sizeof device, 90, 132, 232448};
   lb2_cuda_plan cuda;
   memset(&cuda, 0, sizeof cuda);
   cuda.struct_size = sizeof cuda;
-  EXPECT(lb2_linear_plan_cuda(&args, LB2_ACTIVATION_AUTO, &device, NULL, &cuda) == LB2_OK);
+  EXPECT(lb2_linear_plan_cuda(&planned, M, LB2_FLOAT32, LB2_ACTIVATION_AUTO, &device, NULL, &cuda) == LB2_OK);
   EXPECT(cuda.activation == LB2_ACTIVATION_EXACT && cuda.num_launches == 2 && cuda.macs == plan.macs);
   device.capability = 75;
-  EXPECT(lb2_linear_plan_cuda(&args, LB2_ACTIVATION_AUTO, &device, NULL, &cuda) == LB2_ERROR_UNSUPPORTED);
+  EXPECT(lb2_linear_plan_cuda(&planned, M, LB2_FLOAT32, LB2_ACTIVATION_AUTO, &device, NULL, &cuda) ==
+         LB2_ERROR_UNSUPPORTED);
   EXPECT(strstr(lb2_last_error(), "7.5") != NULL);
 
   args.workspace = NULL;

@@ -106,6 +106,100 @@ void test_path_checks() {
   });
 }
 
+lb2_layer_shape good_shape() {
+  lb2_layer_shape shape = {};
+  shape.struct_size = sizeof shape;
+  shape.k = 40;
+  shape.n = 9;
+  shape.num_paths = 3;
+  for (int p = 0; p < 3; ++p) shape.ranks[p] = 8, shape.shares[p] = p;
+  return shape;
+}
+
+void expect_shape_refusal(const char* text, const std::function<void(lb2_layer_shape&)>& spoil) {
+  lb2_layer_shape shape = good_shape();
+  spoil(shape);
+  lb2_cpu_plan plan = {};
+  plan.struct_size = sizeof plan;
+  const lb2_status status = lb2_linear_plan_cpu(&shape, 1, LB2_ISA_AUTO, &plan);
+  expect(status == LB2_ERROR_INVALID_ARGUMENT && std::strstr(lb2_last_error(), text) != nullptr, text);
+}
+
+// Every value of a shape, by planning.
+void test_shape_checks() {
+  expect_shape_refusal("shape->struct_size must equal", [](lb2_layer_shape& s) { s.struct_size = 8; });
+  expect_shape_refusal("k must be between 1 and 2147483647, got 0", [](lb2_layer_shape& s) { s.k = 0; });
+  expect_shape_refusal("k must be between 1", [](lb2_layer_shape& s) { s.k = INT64_MAX; });
+  expect_shape_refusal("n must be between 1 and 2147483647, got -5", [](lb2_layer_shape& s) { s.n = -5; });
+  expect_shape_refusal("num_paths must be between 1 and 16, got 0",
+                       [](lb2_layer_shape& s) { s.num_paths = 0; });
+  expect_shape_refusal("num_paths must be between 1 and 16, got 17",
+                       [](lb2_layer_shape& s) { s.num_paths = 17; });
+  expect_shape_refusal("single_stage must be 0 or 1, got 2", [](lb2_layer_shape& s) { s.single_stage = 2; });
+  expect_shape_refusal("ranks[1] must be between 1 and 2147483647, got 0",
+                       [](lb2_layer_shape& s) { s.ranks[1] = 0; });
+  expect_shape_refusal("ranks[2] must be a multiple of 8, got 12",
+                       [](lb2_layer_shape& s) { s.ranks[2] = 12; });
+  expect_shape_refusal("ranks[0] must equal n = 9 for a single-stage path, got 8",
+                       [](lb2_layer_shape& s) { s.single_stage = 1; });
+  for (const int32_t leader : {-1, 2, 16})  // paths that are not there, or not earlier
+    expect_shape_refusal("shares[1] must name path 1 itself or an earlier unshared path of rank 8, got",
+                         [=](lb2_layer_shape& s) { s.shares[1] = leader; });
+  expect_shape_refusal("shares[2] must name path 2 itself or an earlier unshared path of rank 8, got 1",
+                       [](lb2_layer_shape& s) { s.shares[1] = 0, s.shares[2] = 1; });
+  expect_shape_refusal("shares[1] must name path 1 itself or an earlier unshared path of rank 16, got 0",
+                       [](lb2_layer_shape& s) { s.ranks[1] = 16, s.shares[1] = 0; });
+
+  lb2_cpu_plan plan = {};
+  plan.struct_size = sizeof plan;
+  lb2_layer_shape shape = good_shape();
+  const auto refused = [](lb2_status status, const char* text) {
+    expect(status == LB2_ERROR_INVALID_ARGUMENT && std::strstr(lb2_last_error(), text) != nullptr, text);
+  };
+  refused(lb2_linear_plan_cpu(nullptr, 1, LB2_ISA_AUTO, &plan), "shape must not be NULL");
+  refused(lb2_linear_plan_cpu(&shape, -1, LB2_ISA_AUTO, &plan), "m must be between 0");
+  refused(lb2_linear_plan_cpu(&shape, int64_t{1} << 31, LB2_ISA_AUTO, &plan), "m must be between 0");
+  refused(lb2_linear_plan_cpu(&shape, 1, 99, &plan), "isa");
+  refused(lb2_linear_plan_cpu(&shape, 1, LB2_ISA_AUTO, nullptr), "plan must not be NULL");
+  plan.struct_size = 0;
+  refused(lb2_linear_plan_cpu(&shape, 1, LB2_ISA_AUTO, &plan), "plan->struct_size must equal");
+  plan.struct_size = sizeof plan;
+  // Entries past num_paths are not read.
+  shape.ranks[3] = -1;
+  shape.shares[3] = -1;
+  shape.shares[2] = 0;
+  expect(lb2_linear_plan_cpu(&shape, 2, LB2_ISA_AUTO, &plan) == LB2_OK, "a good shape");
+  expect(plan.first_stages == 2 && plan.macs == 2 * (40 * 16 + 9 * 24), "shared first stages count once");
+}
+
+void test_shape_of_args() {
+  Layer layer;
+  lb2_layer_shape shape = {};
+  expect(lb2_linear_shape(&layer.args, nullptr) == LB2_ERROR_INVALID_ARGUMENT, "shape: NULL");
+  expect(lb2_linear_shape(&layer.args, &shape) == LB2_ERROR_INVALID_ARGUMENT, "shape: struct_size is 0");
+  shape.struct_size = sizeof shape;
+  expect(lb2_linear_shape(nullptr, &shape) == LB2_ERROR_INVALID_ARGUMENT, "shape: args is NULL");
+  layer.args.input = nullptr;  // data is not looked at
+  expect(lb2_linear_shape(&layer.args, &shape) == LB2_OK, "shape of a layer");
+  expect(shape.k == Layer::kK && shape.n == Layer::kN && shape.num_paths == 2 && shape.single_stage == 0 &&
+             shape.ranks[0] == Layer::kR && shape.ranks[1] == Layer::kR && shape.ranks[2] == 0,
+         "sizes of a layer");
+  const auto shared = [&] { return lb2_linear_shape(&layer.args, &shape) == LB2_OK && shape.shares[1] == 0; };
+  expect(shared(), "equal v, v_stride, in_scale and rank are shared");
+  std::vector<float> other_scale = layer.in_scale;  // equal in value
+  layer.paths[1].in_scale = other_scale.data();
+  expect(!shared() && shape.shares[1] == 1, "another in_scale is not shared");
+  layer.paths[1].in_scale = layer.paths[0].in_scale;
+  layer.paths[1].v_stride = 3;
+  expect(!shared(), "another v_stride is not shared");
+  layer.paths[1].v_stride = 2;
+  layer.paths[1].rank = 16;
+  expect(!shared(), "another rank is not shared");
+  layer.paths[1].rank = 8;
+  layer.paths[1].v = layer.single.data();
+  expect(!shared(), "another v is not shared");
+}
+
 void test_buffer_checks() {
   expect_refusal("input must not be NULL", [](Layer& l) { l.args.input = nullptr; });
   expect_refusal("output must not be NULL", [](Layer& l) { l.args.output = nullptr; });
@@ -150,9 +244,6 @@ void test_signs() {
 }
 
 void test_queries() {
-  Layer layer;
-  expect(lb2_linear_plan_cpu(nullptr, nullptr) == LB2_ERROR_INVALID_ARGUMENT, "plan: args is NULL");
-  expect(lb2_linear_plan_cpu(&layer.args, nullptr) == LB2_ERROR_INVALID_ARGUMENT, "plan: plan is NULL");
   expect(lb2_linear_forward_cpu(nullptr) == LB2_ERROR_INVALID_ARGUMENT, "forward: args is NULL");
   expect(lb2_linear_backward_x_cpu(nullptr) == LB2_ERROR_INVALID_ARGUMENT, "backward: args is NULL");
   expect(lb2_cpu_isa(nullptr) == LB2_ERROR_INVALID_ARGUMENT, "isa is NULL");
@@ -161,12 +252,12 @@ void test_queries() {
          "isa_name");
   expect(lb2_cpu_isa_available(LB2_ISA_SCALAR) == 1 && lb2_cpu_isa_available(42) == 0, "isa_available");
   lb2_cpu_plan plan = {};
-  expect(lb2_linear_plan_cpu(&layer.args, &plan) == LB2_ERROR_INVALID_ARGUMENT, "plan: struct_size is 0");
   plan.struct_size = sizeof plan;
-  layer.args.m = INT32_MAX;
-  layer.args.k = layer.args.n = INT32_MAX;
-  for (lb2_path& path : layer.paths) path.rank = 2147483640, path.v_stride = path.u_stride = 67108864;
-  expect(lb2_linear_plan_cpu(&layer.args, &plan) == LB2_OK && plan.macs == INT64_MAX, "huge plans saturate");
+  lb2_layer_shape huge = good_shape();
+  huge.k = huge.n = INT32_MAX;
+  for (int p = 0; p < 3; ++p) huge.ranks[p] = 2147483640;
+  expect(lb2_linear_plan_cpu(&huge, INT32_MAX, LB2_ISA_AUTO, &plan) == LB2_OK && plan.macs == INT64_MAX,
+         "huge plans saturate");
 }
 
 // The prepacked layer of a Layer, and the arguments of a call on it.
@@ -227,10 +318,19 @@ void test_prepacked_checks() {
          "bytes is NULL");
   expect(lb2_prepack_cpu(&prepacked.layer.args, prepacked.bytes.data(), 64) == LB2_ERROR_INVALID_ARGUMENT,
          "prepack: layer_bytes");
-  lb2_prepacked_info info = {};
-  expect(lb2_prepacked_info_cpu(prepacked.args.layer, prepacked.args.layer_bytes, &info) ==
-             LB2_ERROR_INVALID_ARGUMENT,
-         "info: struct_size is 0");
+  lb2_layer_shape shape = {};
+  const auto shape_of = [&] {
+    return lb2_prepacked_shape_cpu(prepacked.args.layer, prepacked.args.layer_bytes, &shape);
+  };
+  expect(shape_of() == LB2_ERROR_INVALID_ARGUMENT, "prepacked shape: struct_size is 0");
+  shape.struct_size = sizeof shape;
+  lb2_layer_shape portable = shape;
+  expect(shape_of() == LB2_OK && lb2_linear_shape(&prepacked.layer.args, &portable) == LB2_OK &&
+             shape.k == portable.k && shape.n == portable.n && shape.num_paths == portable.num_paths &&
+             shape.single_stage == portable.single_stage &&
+             std::memcmp(shape.ranks, portable.ranks, sizeof shape.ranks) == 0 &&
+             std::memcmp(shape.shares, portable.shares, sizeof shape.shares) == 0,
+         "the shape survives prepacking");
   expect(lb2_unprepack_cpu(prepacked.args.layer, prepacked.args.layer_bytes, 2, nullptr, nullptr, nullptr,
                            nullptr, nullptr, nullptr, nullptr) == LB2_ERROR_INVALID_ARGUMENT,
          "unprepack: path");
@@ -248,6 +348,8 @@ int main() {
   test_accepted();
   test_layer_checks();
   test_path_checks();
+  test_shape_checks();
+  test_shape_of_args();
   test_buffer_checks();
   test_signs();
   test_queries();

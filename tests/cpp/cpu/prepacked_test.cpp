@@ -29,14 +29,16 @@ bool same_signs(const std::vector<double>& dense, const std::vector<int32_t>& wo
 }
 
 bool round_trip(int index, const Problem& problem, const Buffer& layer, int64_t bytes) {
-  lb2_prepacked_info info = {};
-  info.struct_size = sizeof info;
-  if (failed_call(index, "info", lb2_prepacked_info_cpu(layer.data, bytes, &info))) return false;
-  bool same = info.k == problem.k && info.n == problem.n && info.num_paths == problem.num_paths &&
-              info.single_stage == problem.single_stage;
+  lb2_layer_shape shape = {};
+  shape.struct_size = sizeof shape;
+  if (failed_call(index, "shape", lb2_prepacked_shape_cpu(layer.data, bytes, &shape))) return false;
+  // What was shared still is; paths of a single stage never are.
+  bool same = shape.k == problem.k && shape.n == problem.n && shape.num_paths == problem.num_paths &&
+              shape.single_stage == problem.single_stage;
   for (int64_t p = 0; p < problem.num_paths && same; ++p) {
     const Path& path = problem.paths[p];
-    same = info.ranks[p] == path.rank && info.shares[p] <= p;
+    const bool shared = !problem.single_stage && problem.args_paths[0].v == problem.args_paths[p].v;
+    same = shape.ranks[p] == path.rank && shape.shares[p] == (shared ? 0 : p);
     std::vector<int32_t> v(static_cast<size_t>(path.rank * lb2_words_per_row(problem.k)), -1);
     std::vector<int32_t> u(static_cast<size_t>(problem.n * lb2_words_per_row(path.rank)), -1);
     std::vector<float> in_scale(static_cast<size_t>(problem.k)), out_scale(static_cast<size_t>(problem.n));
@@ -127,14 +129,14 @@ bool survives_damage(const Buffer& layer, int64_t bytes) {
     for (int flips = 0; flips < 3 && length > 0; ++flips)
       damaged.data[engine() % static_cast<uint64_t>(std::min<int64_t>(length, 80))] ^=
           static_cast<char>(1u << engine() % 8);
-    lb2_prepacked_info info = {};
-    info.struct_size = sizeof info;
-    const lb2_status status = lb2_prepacked_info_cpu(damaged.data, length, &info);
+    lb2_layer_shape shape = {};
+    shape.struct_size = sizeof shape;
+    const lb2_status status = lb2_prepacked_shape_cpu(damaged.data, length, &shape);
     if (status != LB2_OK && status != LB2_ERROR_INVALID_ARGUMENT) return false;
     if (status != LB2_OK) continue;
     if (length != bytes) return false;
-    const std::vector<float> x(static_cast<size_t>(info.k), 1.0f);
-    std::vector<float> y(static_cast<size_t>(info.n));
+    const std::vector<float> x(static_cast<size_t>(shape.k), 1.0f);
+    std::vector<float> y(static_cast<size_t>(shape.n));
     lb2_prepacked_args args = {};
     args.struct_size = sizeof args;
     args.layer = damaged.data;

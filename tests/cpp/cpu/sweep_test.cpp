@@ -28,7 +28,10 @@ bool run_problem(int index) {
     if (engine() % 2) args.parallel_for = parallel_for;
     lb2_cpu_plan plan = {};
     plan.struct_size = sizeof plan;
-    if (lb2_linear_plan_cpu(&args, &plan) != LB2_OK) {
+    lb2_layer_shape shape;
+    shape.struct_size = sizeof shape;
+    if (lb2_linear_shape(&args, &shape) != LB2_OK ||
+        lb2_linear_plan_cpu(&shape, args.m, isa, &plan) != LB2_OK) {
       std::fprintf(stderr, "problem %d: plan: %s\n", index, lb2_last_error());
       return false;
     }

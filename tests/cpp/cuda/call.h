@@ -82,14 +82,28 @@ inline bool forward(std::vector<lb2_linear_args> layers, const lb2_cuda_plan& pl
   return true;
 }
 
+inline std::vector<lb2_layer_shape> shapes_of(const std::vector<lb2_linear_args>& layers) {
+  std::vector<lb2_layer_shape> shapes(layers.size());
+  for (size_t i = 0; i < layers.size(); ++i) {
+    shapes[i].struct_size = sizeof shapes[i];
+    if (lb2_linear_shape(&layers[i], &shapes[i]) == LB2_OK) continue;
+    std::fprintf(stderr, "shape: %s\n", lb2_last_error());
+    std::abort();
+  }
+  return shapes;
+}
+
 inline lb2_cuda_plan make_plan(const std::vector<lb2_linear_args>& layers, lb2_activation activation,
                                const lb2_cuda_device& device, const lb2_cuda_tuning* tuning) {
   lb2_cuda_plan plan = {};
   plan.struct_size = sizeof plan;
-  const lb2_status status = layers.size() == 1
-                                ? lb2_linear_plan_cuda(layers.data(), activation, &device, tuning, &plan)
-                                : lb2_grouped_plan_cuda(layers.data(), static_cast<int64_t>(layers.size()),
-                                                        activation, &device, tuning, &plan);
+  const std::vector<lb2_layer_shape> shapes = shapes_of(layers);
+  const int64_t m = layers[0].m;
+  const lb2_dtype dtype = layers[0].dtype;
+  const lb2_status status =
+      shapes.size() == 1 ? lb2_linear_plan_cuda(shapes.data(), m, dtype, activation, &device, tuning, &plan)
+                         : lb2_grouped_plan_cuda(shapes.data(), static_cast<int64_t>(shapes.size()), m, dtype,
+                                                 activation, &device, tuning, &plan);
   if (status == LB2_OK) return plan;
   std::fprintf(stderr, "plan: %s\n", lb2_last_error());
   std::abort();

@@ -25,8 +25,9 @@ bool plan_fused(const std::vector<lb2_linear_args>& layers, lb2_activation activ
   const lb2_cuda_tuning tuning = tuning_of(blocks);
   *plan = {};
   plan->struct_size = sizeof *plan;
-  const lb2_status status = lb2_grouped_plan_cuda(layers.data(), static_cast<int64_t>(layers.size()),
-                                                  activation, &device, &tuning, plan);
+  const lb2_status status =
+      lb2_grouped_plan_cuda(shapes_of(layers).data(), static_cast<int64_t>(layers.size()), layers[0].m,
+                            layers[0].dtype, activation, &device, &tuning, plan);
   return status == LB2_OK;
 }
 

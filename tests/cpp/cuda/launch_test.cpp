@@ -69,7 +69,11 @@ struct Call {
     lb2_cuda_device device = {};
     device.struct_size = sizeof device;
     EXPECT(lb2_cuda_get_device(runtime().current, &device) == LB2_OK);
-    EXPECT(lb2_linear_plan_cuda(&args, LB2_ACTIVATION_AUTO, &device, nullptr, &plan) == LB2_OK);
+    lb2_layer_shape shape = {};
+    shape.struct_size = sizeof shape;
+    EXPECT(lb2_linear_shape(&args, &shape) == LB2_OK);
+    EXPECT(lb2_linear_plan_cuda(&shape, m, args.dtype, LB2_ACTIVATION_AUTO, &device, nullptr, &plan) ==
+           LB2_OK);
     workspace.resize(static_cast<size_t>(plan.workspace_bytes));
     args.workspace = workspace.data();
     args.workspace_bytes = plan.workspace_bytes;

@@ -14,6 +14,37 @@
 
 namespace {
 
+// The arguments of a call on a layer, with addresses that nothing reads.
+struct Arguments {
+  int32_t words[LB2_MAX_PATHS] = {};
+  float scale = 0.0f;
+  lb2_path paths[LB2_MAX_PATHS] = {};
+  lb2_linear_args args = {};
+  explicit Arguments(const Layer& layer) {
+    const lb2_layer_shape& shape = layer.shape;
+    for (int64_t p = 0; p < shape.num_paths; ++p) {
+      paths[p] = {words + shape.shares[p],
+                  lb2_words_per_row(shape.k),
+                  words,
+                  lb2_words_per_row(shape.ranks[p]),
+                  &scale,
+                  &scale,
+                  &scale,
+                  shape.ranks[p]};
+      if (shape.single_stage) paths[p].u = nullptr, paths[p].latent_scale = nullptr;
+    }
+    args.struct_size = sizeof args;
+    args.m = layer.m;
+    args.k = shape.k;
+    args.n = shape.n;
+    args.paths = paths;
+    args.num_paths = shape.num_paths;
+    args.dtype = layer.dtype;
+  }
+  Arguments(const Arguments&) = delete;  // args points into it
+  Arguments& operator=(const Arguments&) = delete;
+};
+
 const lb2_cuda_launch& decode_of(const lb2_cuda_plan& plan, int stage) {
   for (const lb2_cuda_launch& launch : plan.launches)
     if (launch.kind == LB2_CUDA_DECODE && launch.stage == stage) return launch;
@@ -126,23 +157,21 @@ void test_errors() {
   lb2_cuda_plan plan = {};
   plan.struct_size = sizeof plan;
   lb2_cuda_device old = gpu(75, 40, 65536), tiny = gpu(80, 0, 166912), wrong = gpu(80, 1, 166912);
-  expect_error(lb2_linear_plan_cuda(&layer.args, 0, &old, nullptr, &plan), LB2_ERROR_UNSUPPORTED,
-               "8.0 or newer, got 7.5");
-  expect_error(lb2_linear_plan_cuda(&layer.args, 0, &tiny, nullptr, &plan), LB2_ERROR_INVALID_ARGUMENT,
-               "multiprocessors");
-  expect_error(lb2_linear_plan_cuda(&layer.args, 6, &wrong, nullptr, &plan), LB2_ERROR_INVALID_ARGUMENT,
-               "activation");
-  expect_error(lb2_linear_plan_cuda(&layer.args, 0, nullptr, nullptr, &plan), LB2_ERROR_INVALID_ARGUMENT,
-               "device");
-  expect_error(lb2_linear_plan_cuda(&layer.args, 0, &wrong, nullptr, nullptr), LB2_ERROR_INVALID_ARGUMENT,
-               "plan");
-  expect_error(lb2_linear_plan_cuda(nullptr, 0, &wrong, nullptr, &plan), LB2_ERROR_INVALID_ARGUMENT, "args");
+  expect_error(try_plan(layer, 0, &old, nullptr, &plan), LB2_ERROR_UNSUPPORTED, "8.0 or newer, got 7.5");
+  expect_error(try_plan(layer, 0, &tiny, nullptr, &plan), LB2_ERROR_INVALID_ARGUMENT, "multiprocessors");
+  expect_error(try_plan(layer, 6, &wrong, nullptr, &plan), LB2_ERROR_INVALID_ARGUMENT, "activation");
+  expect_error(try_plan(layer, 0, nullptr, nullptr, &plan), LB2_ERROR_INVALID_ARGUMENT, "device");
+  expect_error(try_plan(layer, 0, &wrong, nullptr, nullptr), LB2_ERROR_INVALID_ARGUMENT, "plan");
+  expect_error(lb2_linear_plan_cuda(nullptr, 1, LB2_FLOAT16, 0, &wrong, nullptr, &plan),
+               LB2_ERROR_INVALID_ARGUMENT, "shape must not be NULL");
+  expect_error(lb2_linear_plan_cuda(&layer.shape, -1, LB2_FLOAT16, 0, &wrong, nullptr, &plan),
+               LB2_ERROR_INVALID_ARGUMENT, "m must be between 0");
+  expect_error(lb2_linear_plan_cuda(&layer.shape, 1, LB2_INT8, 0, &wrong, nullptr, &plan),
+               LB2_ERROR_INVALID_ARGUMENT, "dtype must be");
   wrong.shared_bytes = 1024;
-  expect_error(lb2_linear_plan_cuda(&layer.args, 0, &wrong, nullptr, &plan), LB2_ERROR_INVALID_ARGUMENT,
-               "shared_bytes");
+  expect_error(try_plan(layer, 0, &wrong, nullptr, &plan), LB2_ERROR_INVALID_ARGUMENT, "shared_bytes");
   wrong.struct_size = 1;
-  expect_error(lb2_linear_plan_cuda(&layer.args, 0, &wrong, nullptr, &plan), LB2_ERROR_INVALID_ARGUMENT,
-               "struct_size");
+  expect_error(try_plan(layer, 0, &wrong, nullptr, &plan), LB2_ERROR_INVALID_ARGUMENT, "struct_size");
 }
 
 // Every shape that tuning allows is planned as asked for, and a call accepts it; a plan of anything else it
@@ -164,7 +193,7 @@ void test_tuning() {
                                           0};
           lb2_cuda_plan plan = {};
           plan.struct_size = sizeof plan;
-          expect(lb2_linear_plan_cuda(&layer.args, 0, &device, &tuning, &plan) == LB2_OK, lb2_last_error());
+          expect(try_plan(layer, 0, &device, &tuning, &plan) == LB2_OK, lb2_last_error());
           const lb2_cuda_launch &first = decode_of(plan, 0), &last = decode_of(plan, 1);
           expect(row_warps == 0 || (first.row_warps == row_warps && last.row_warps == row_warps),
                  "row warps are those asked for", row_warps, last.row_warps);
@@ -173,8 +202,7 @@ void test_tuning() {
           expect(plan.num_launches == 4, "five tokens are converted ahead");
           expect(last.chained == !unchained, "chained unless asked not to be", unchained);
           lb2::cuda::Plan resumed;
-          lb2::cuda::Layers layers;
-          expect(resume(layer, &plan, &resumed, &layers) == LB2_OK, lb2_last_error());
+          expect(resume(layer, &plan, &resumed) == LB2_OK, lb2_last_error());
         }
 }
 
@@ -182,12 +210,14 @@ void test_plans_are_checked() {
   const Layer layer(3, 4096, 1024, {80, 296}, LB2_FLOAT16), other(3, 4096, 1024, {80, 304}, LB2_FLOAT16);
   const lb2_cuda_plan plan = plan_of(layer, LB2_ACTIVATION_AUTO, kGpus[3]);
   lb2::cuda::Plan resumed;
-  lb2::cuda::Layers layers;
-  expect_error(resume(other, &plan, &resumed, &layers), LB2_ERROR_INVALID_ARGUMENT,
+  expect_error(resume(other, &plan, &resumed), LB2_ERROR_INVALID_ARGUMENT,
                "plan must be what was made for the sizes and paths of this call");
-  expect_error(resume(layer, nullptr, &resumed, &layers), LB2_ERROR_INVALID_ARGUMENT, "plan");
-  expect(resume(layer, &plan, &resumed, &layers) == LB2_OK, lb2_last_error());
+  expect_error(resume(layer, nullptr, &resumed), LB2_ERROR_INVALID_ARGUMENT, "plan");
+  expect(resume(layer, &plan, &resumed) == LB2_OK, lb2_last_error());
   // The first launch may follow a kernel that wrote the layer; the others follow one of ours.
+  const Arguments arguments(layer);
+  lb2::cuda::Layers layers;
+  expect(lb2::cuda::gather_layers(&arguments.args, 1, &layers) == LB2_OK, lb2_last_error());
   for (int i = 0; i < resumed.num_launches; ++i)
     expect(lb2::cuda::decode_params(layers, resumed, i, 0, 3, nullptr).signs_early == (i > 0), "signs early",
            i);
@@ -196,8 +226,7 @@ void test_plans_are_checked() {
     if (at >= offsetof(lb2_cuda_plan, device) && at < offsetof(lb2_cuda_plan, workspace_bytes)) continue;
     lb2_cuda_plan wrong = plan;
     reinterpret_cast<unsigned char*>(&wrong)[at] ^= 0x10;
-    expect(resume(layer, &wrong, &resumed, &layers) != LB2_OK, "a changed plan is refused",
-           static_cast<int64_t>(at));
+    expect(resume(layer, &wrong, &resumed) != LB2_OK, "a changed plan is refused", static_cast<int64_t>(at));
   }
 }
 
@@ -206,8 +235,7 @@ void test_tuning_errors() {
   lb2_cuda_plan plan = {};
   plan.struct_size = sizeof plan;
   const auto error_of = [&](lb2_cuda_tuning tuning, const char* part) {
-    expect_error(lb2_linear_plan_cuda(&layer.args, 0, kGpus, &tuning, &plan), LB2_ERROR_INVALID_ARGUMENT,
-                 part);
+    expect_error(try_plan(layer, 0, kGpus, &tuning, &plan), LB2_ERROR_INVALID_ARGUMENT, part);
   };
   error_of({1, {0, 0}, 0, 0, 0, {0, 0}, {0, 0}, 0}, "tuning->struct_size");
   error_of({sizeof(lb2_cuda_tuning), {0, 3}, 0, 0, 0, {0, 0}, {0, 0}, 0},
@@ -226,17 +254,17 @@ void test_sizes_and_addresses() {
   const Layer huge(1, INT32_MAX - 5, 64, {8}, LB2_FLOAT32);
   lb2_cuda_plan plan = {};
   plan.struct_size = sizeof plan;
-  expect_error(lb2_linear_plan_cuda(&huge.args, 0, kGpus, nullptr, &plan), LB2_ERROR_UNSUPPORTED,
+  expect_error(try_plan(huge, 0, kGpus, nullptr, &plan), LB2_ERROR_UNSUPPORTED,
                "must be at most 536869888 on CUDA, got 2147483642");
-  Layer layer(1, 64, 64, {8, 8}, LB2_FLOAT16);
-  layer.args.input = reinterpret_cast<const void*>(uintptr_t{1026});
-  expect(lb2::cuda::check_addresses(layer.args) == LB2_OK, lb2_last_error());
-  layer.args.input = reinterpret_cast<const void*>(uintptr_t{1025});
-  expect_error(lb2::cuda::check_addresses(layer.args), LB2_ERROR_INVALID_ARGUMENT,
+  Arguments call(Layer(1, 64, 64, {8, 8}, LB2_FLOAT16));
+  call.args.input = reinterpret_cast<const void*>(uintptr_t{1026});
+  expect(lb2::cuda::check_addresses(call.args) == LB2_OK, lb2_last_error());
+  call.args.input = reinterpret_cast<const void*>(uintptr_t{1025});
+  expect_error(lb2::cuda::check_addresses(call.args), LB2_ERROR_INVALID_ARGUMENT,
                "input must be aligned to 2 bytes");
-  layer.args.input = nullptr;
-  layer.paths[1].u = reinterpret_cast<const int32_t*>(uintptr_t{1026});
-  expect_error(lb2::cuda::check_addresses(layer.args), LB2_ERROR_INVALID_ARGUMENT,
+  call.args.input = nullptr;
+  call.paths[1].u = reinterpret_cast<const int32_t*>(uintptr_t{1026});
+  expect_error(lb2::cuda::check_addresses(call.args), LB2_ERROR_INVALID_ARGUMENT,
                "paths[1].u must be aligned to 4 bytes");
 }
 
@@ -244,13 +272,13 @@ void test_sizes_and_addresses() {
 void test_grouped() {
   const Layer q(1, 4096, 4096, {144, 144}, LB2_BFLOAT16), k(1, 4096, 1024, {80, 80}, LB2_BFLOAT16),
       v(1, 4096, 1024, {304}, LB2_BFLOAT16);
-  lb2_linear_args layers[3] = {q.args, k.args, v.args};
+  const lb2_layer_shape shapes[3] = {q.shape, k.shape, v.shape};
   lb2_cuda_plan plan = {};
   plan.struct_size = sizeof plan;
   for (const lb2_cuda_device& device : kGpus)
     for (const int64_t m : {0, 1, 4, 5, 16, 700}) {
-      for (lb2_linear_args& layer : layers) layer.m = m;
-      expect(lb2_grouped_plan_cuda(layers, 3, 0, &device, nullptr, &plan) == LB2_OK, lb2_last_error());
+      expect(lb2_grouped_plan_cuda(shapes, 3, m, LB2_BFLOAT16, 0, &device, nullptr, &plan) == LB2_OK,
+             lb2_last_error());
       // As many launches as one layer has, and blocks for all rows.
       if (lb2::cuda::is_fused(plan)) {
         expect(m == 700 && device.capability >= 90, "both stages of all layers in one", m, device.capability);
@@ -276,45 +304,89 @@ void test_grouped() {
         macs += one.macs * m;
       }
       expect(plan.macs == macs, "operations of all layers", plan.macs, macs);
-      lb2::cuda::Layers gathered;
+      lb2::cuda::CallShape call;
       lb2::cuda::Plan resumed;
-      expect(lb2::cuda::gather_layers(layers, 3, &gathered) == LB2_OK, lb2_last_error());
-      expect(lb2::cuda::resume_plan(gathered, &plan, &resumed) == LB2_OK, lb2_last_error());
-      expect(lb2::cuda::gather_layers(layers, 2, &gathered) == LB2_OK, lb2_last_error());
-      expect(lb2::cuda::resume_plan(gathered, &plan, &resumed) != LB2_OK,
-             "a plan of other layers is refused");
+      expect(lb2::cuda::gather_shapes(shapes, 3, m, LB2_BFLOAT16, &call) == LB2_OK, lb2_last_error());
+      expect(lb2::cuda::resume_plan(call, &plan, &resumed) == LB2_OK, lb2_last_error());
+      expect(lb2::cuda::gather_shapes(shapes, 2, m, LB2_BFLOAT16, &call) == LB2_OK, lb2_last_error());
+      expect(lb2::cuda::resume_plan(call, &plan, &resumed) != LB2_OK, "a plan of other layers is refused");
     }
+}
+
+// First stages that the paths of a layer share, in a group too; layers share none with each other.
+void test_shared_first_stages() {
+  Layer layer(3, 600, 64, {16, 8, 16, 16}, LB2_FLOAT16);
+  layer.shape.shares[2] = 0;
+  const Layer apart(3, 600, 64, {16, 8, 16, 16}, LB2_FLOAT16);
+  const int64_t last = 64 * (16 + 8 + 16 + 16);
+  expect(plan_of(layer, 0, kGpus[0]).first_stages == 3 && plan_of(apart, 0, kGpus[0]).first_stages == 4,
+         "first stages");
+  expect(plan_of(layer, 0, kGpus[0]).macs == 3 * (600 * (16 + 8 + 16) + last), "operations");
+  const Arguments arguments(layer);
+  const lb2_linear_args twice[2] = {arguments.args, arguments.args};
+  lb2::cuda::Layers layers;
+  expect(lb2::cuda::gather_layers(twice, 2, &layers) == LB2_OK, lb2_last_error());
+  const lb2::FirstStages& first = layers.shape.first;
+  const int leaders[] = {0, 1, 3, 4, 5, 7}, groups[] = {0, 1, 0, 2, 3, 4, 3, 5};
+  expect(first.num_groups == 6, "first stages of a group", first.num_groups);
+  expect(std::equal(leaders, leaders + 6, first.leader_of), "leaders");
+  expect(std::equal(groups, groups + 8, first.group_of), "groups");
 }
 
 void test_grouped_errors() {
   const Layer one(1, 64, 64, {8}, LB2_FLOAT16), wide(1, 96, 64, {8}, LB2_FLOAT16),
       many(2, 64, 64, {8}, LB2_FLOAT16), single(1, 64, 64, {0}, LB2_FLOAT16),
-      exact(1, 64, 64, {8}, LB2_FLOAT32), nine(1, 64, 64, std::vector<int64_t>(9, 8), LB2_FLOAT16);
-  Layer apart(1, 64, 64, {8}, LB2_FLOAT16), nowhere(1, 64, 64, {8}, LB2_FLOAT16);
-  apart.args.input_stride = 7;
-  nowhere.paths[0].v = nullptr;
+      exact(1, 64, 64, {8}, LB2_FLOAT32), nine(1, 64, 64, std::vector<int64_t>(9, 8), LB2_FLOAT16),
+      odd(1, 64, 64, {12}, LB2_FLOAT16), huge(1, 64, INT32_MAX, {8}, LB2_FLOAT16);
+  const lb2_status invalid = LB2_ERROR_INVALID_ARGUMENT;
   lb2_cuda_plan plan = {};
   plan.struct_size = sizeof plan;
-  const auto error_of = [&](const Layer& first, const Layer& second, lb2_status status, const char* part) {
-    const lb2_linear_args layers[2] = {first.args, second.args};
-    expect_error(lb2_grouped_plan_cuda(layers, 2, 0, kGpus, nullptr, &plan), status, part);
+  const auto shapes_error = [&](const Layer& first, const Layer& second, lb2_status status,
+                                const char* part) {
+    const lb2_layer_shape shapes[2] = {first.shape, second.shape};
+    expect_error(lb2_grouped_plan_cuda(shapes, 2, 1, LB2_FLOAT16, 0, kGpus, nullptr, &plan), status, part);
   };
-  const lb2_status invalid = LB2_ERROR_INVALID_ARGUMENT;
-  error_of(one, wide, invalid, "layers[1].k must equal that of layers[0], 64, got 96");
-  error_of(one, many, invalid, "layers[1].m must equal that of layers[0], 1, got 2");
-  error_of(one, exact, invalid, "layers[1].dtype must equal that of layers[0], 1, got 0");
-  error_of(one, apart, invalid, "layers[1].input_stride must equal that of layers[0], 0, got 7");
-  error_of(one, single, invalid, "layers[1] must have two stages like layers[0]");
-  error_of(one, nowhere, invalid, "layers[1]: paths[0].v must not be NULL");
-  error_of(nine, nine, LB2_ERROR_UNSUPPORTED, "at most 16 paths in all, got 18 by layers[1]");
-  apart.args.input_stride = 0;
-  apart.args.input = &plan;
-  error_of(one, apart, invalid, "layers[1].input must be that of layers[0]");
+  shapes_error(one, wide, invalid, "shapes[1].k must equal that of shapes[0], 64, got 96");
+  shapes_error(one, single, invalid, "shapes[1] must have two stages like shapes[0]");
+  shapes_error(single, one, invalid, "shapes[1] must have a single stage like shapes[0]");
+  shapes_error(one, odd, invalid, "shapes[1]: ranks[0] must be a multiple of 8, got 12");
+  shapes_error(one, huge, LB2_ERROR_UNSUPPORTED, "shapes[1]: k, n and every rank must be at most");
+  shapes_error(nine, nine, LB2_ERROR_UNSUPPORTED, "at most 16 paths in all, got 18 by shapes[1]");
   for (const int64_t count : {0, 17})
-    expect_error(lb2_grouped_plan_cuda(&one.args, count, 0, kGpus, nullptr, &plan), invalid,
+    expect_error(lb2_grouped_plan_cuda(&one.shape, count, 1, LB2_FLOAT16, 0, kGpus, nullptr, &plan), invalid,
                  "num_layers must be between 1 and 16");
-  expect_error(lb2_grouped_plan_cuda(nullptr, 2, 0, kGpus, nullptr, &plan), invalid,
-               "layers must not be NULL");
+  expect_error(lb2_grouped_plan_cuda(nullptr, 2, 1, LB2_FLOAT16, 0, kGpus, nullptr, &plan), invalid,
+               "shapes must not be NULL");
+
+  const auto args_error = [](const lb2_linear_args& first, const lb2_linear_args& second, lb2_status status,
+                             const char* part) {
+    const lb2_linear_args args[2] = {first, second};
+    lb2::cuda::Layers layers;
+    expect_error(lb2::cuda::gather_layers(args, 2, &layers), status, part);
+  };
+  const Arguments call(one);
+  args_error(call.args, Arguments(wide).args, invalid,
+             "layers[1].k must equal that of layers[0], 64, got 96");
+  args_error(call.args, Arguments(many).args, invalid, "layers[1].m must equal that of layers[0], 1, got 2");
+  args_error(call.args, Arguments(exact).args, invalid,
+             "layers[1].dtype must equal that of layers[0], 1, got 0");
+  args_error(call.args, Arguments(single).args, invalid, "layers[1] must have two stages like layers[0]");
+  args_error(Arguments(nine).args, Arguments(nine).args, LB2_ERROR_UNSUPPORTED,
+             "at most 16 paths in all, got 18 by layers[1]");
+  Arguments other(one);
+  other.args.input_stride = 7;
+  args_error(call.args, other.args, invalid, "layers[1].input_stride must equal that of layers[0], 0, got 7");
+  other.args.input_stride = 0;
+  other.args.input = &plan;
+  args_error(call.args, other.args, invalid, "layers[1].input must be that of layers[0]");
+  other.args.input = nullptr;
+  other.paths[0].v = nullptr;
+  args_error(call.args, other.args, invalid, "layers[1]: paths[0].v must not be NULL");
+  lb2::cuda::Layers layers;
+  expect_error(lb2::cuda::gather_layers(nullptr, 2, &layers), invalid, "layers must not be NULL");
+  expect_error(lb2::cuda::gather_layers(nullptr, 1, &layers), invalid, "args must not be NULL");
+  expect_error(lb2::cuda::gather_layers(&call.args, 17, &layers), invalid,
+               "num_layers must be between 1 and 16");
 }
 
 }  // namespace
@@ -330,6 +402,7 @@ int main() {
   test_tuning_errors();
   test_plans_are_checked();
   test_grouped();
+  test_shared_first_stages();
   test_grouped_errors();
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

@@ -24,48 +24,42 @@ inline lb2_cuda_device gpu(int32_t capability, int32_t multiprocessors, int64_t 
 inline const lb2_cuda_device kGpus[] = {gpu(80, 108, 166912), gpu(86, 84, 101376),   gpu(89, 128, 101376),
                                         gpu(90, 132, 232448), gpu(100, 148, 232448), gpu(120, 170, 101376)};
 
-// A layer without data: planning looks at sizes and at which pointers are equal.
+// A layer to plan, and what is planned for. A rank of 0 stands for a path of a single-stage layer.
 struct Layer {
-  int32_t word = 0;
-  float scale = 0.0f;
-  std::vector<lb2_path> paths;
-  lb2_linear_args args = {};
-  Layer(int64_t m, int64_t k, int64_t n, const std::vector<int64_t>& ranks, lb2_dtype dtype) {
-    for (const int64_t rank : ranks) {
-      lb2_path path = {};
-      path.rank = rank == 0 ? n : rank;
-      path.v = &word + paths.size();
-      path.v_stride = lb2_words_per_row(k);
-      path.in_scale = path.out_scale = &scale;
-      if (rank != 0) {
-        path.u = &word;
-        path.u_stride = lb2_words_per_row(rank);
-        path.latent_scale = &scale;
-      }
-      paths.push_back(path);
+  int64_t m;
+  lb2_dtype dtype;
+  lb2_layer_shape shape = {};
+  Layer(int64_t tokens, int64_t k, int64_t n, const std::vector<int64_t>& ranks, lb2_dtype type)
+      : m(tokens), dtype(type) {
+    shape.struct_size = sizeof shape;
+    shape.k = k;
+    shape.n = n;
+    shape.num_paths = static_cast<int64_t>(ranks.size());
+    shape.single_stage = ranks[0] == 0;
+    for (size_t p = 0; p < ranks.size(); ++p) {
+      shape.ranks[p] = ranks[p] == 0 ? n : ranks[p];
+      shape.shares[p] = static_cast<int32_t>(p);
     }
-    args.struct_size = sizeof args;
-    args.m = m;
-    args.k = k;
-    args.n = n;
-    args.paths = paths.data();
-    args.num_paths = static_cast<int64_t>(paths.size());
-    args.dtype = dtype;
   }
 };
+
+inline lb2_status try_plan(const Layer& layer, lb2_activation activation, const lb2_cuda_device* device,
+                           const lb2_cuda_tuning* tuning, lb2_cuda_plan* plan) {
+  return lb2_linear_plan_cuda(&layer.shape, layer.m, layer.dtype, activation, device, tuning, plan);
+}
 
 inline lb2_cuda_plan plan_of(const Layer& layer, lb2_activation activation, const lb2_cuda_device& device) {
   lb2_cuda_plan plan = {};
   plan.struct_size = sizeof plan;
-  expect(lb2_linear_plan_cuda(&layer.args, activation, &device, nullptr, &plan) == LB2_OK, lb2_last_error());
+  expect(try_plan(layer, activation, &device, nullptr, &plan) == LB2_OK, lb2_last_error());
   return plan;
 }
 
 // Whether a plan is taken for a call of the layer, and how it is resumed.
-inline lb2_status resume(const Layer& layer, const lb2_cuda_plan* plan, lb2::cuda::Plan* resumed,
-                         lb2::cuda::Layers* layers) {
-  expect(lb2::cuda::gather_layers(&layer.args, 1, layers) == LB2_OK, lb2_last_error());
-  return lb2::cuda::resume_plan(*layers, plan, resumed);
+inline lb2_status resume(const Layer& layer, const lb2_cuda_plan* plan, lb2::cuda::Plan* resumed) {
+  lb2::cuda::CallShape call;
+  expect(lb2::cuda::gather_shapes(&layer.shape, 1, layer.m, layer.dtype, &call) == LB2_OK, lb2_last_error());
+  return lb2::cuda::resume_plan(call, plan, resumed);
 }
 
 inline void expect_error(lb2_status got, lb2_status status, const char* part) {

@@ -15,22 +15,23 @@ lb2_cuda_plan plan_of(const Layer& layer, lb2_activation activation, const lb2_c
   const lb2_cuda_tuning tuning = {sizeof(lb2_cuda_tuning), {0, 0}, 0, 0, 0, {0, 0}, {0, 0}, fused};
   lb2_cuda_plan plan = {};
   plan.struct_size = sizeof plan;
-  expect(lb2_linear_plan_cuda(&layer.args, activation, &device, &tuning, &plan) == LB2_OK, lb2_last_error());
+  expect(try_plan(layer, activation, &device, &tuning, &plan) == LB2_OK, lb2_last_error());
   return plan;
 }
 
 // What must hold of a plan with the GEMM.
 void check_gemm(const Layer& layer, const lb2_cuda_plan& plan) {
-  const lb2_linear_args& args = layer.args;
-  const int stages = layer.paths[0].u == nullptr ? 1 : 2;
+  const lb2_layer_shape& shape = layer.shape;
+  const std::vector<int64_t> ranks(shape.ranks, shape.ranks + shape.num_paths);
+  const int stages = shape.single_stage ? 1 : 2;
   expect(plan.num_launches == 2 * stages, "number of launches", plan.num_launches);
   int64_t multiplying = 0;
   for (const lb2_cuda_launch& launch : plan.launches) multiplying += launch.estimated_cycles;
   expect(plan.estimated_cycles > multiplying, "launches and conversions are estimated too",
          plan.estimated_cycles, multiplying);
-  expect((plan.unpack_cycles > 0) == (args.dtype != LB2_FLOAT32), "unpacking is estimated in half precision",
+  expect((plan.unpack_cycles > 0) == (layer.dtype != LB2_FLOAT32), "unpacking is estimated in half precision",
          plan.unpack_cycles);
-  expect(plan.token_block <= args.m && plan.token_block >= std::min<int64_t>(args.m, 128),
+  expect(plan.token_block <= layer.m && plan.token_block >= std::min<int64_t>(layer.m, 128),
          "tokens of a round", plan.token_block);
   const int64_t block = lb2::cuda::gemm_block_bytes(plan.activation);
   const int64_t groups = (plan.token_block + 7) / 8;
@@ -53,17 +54,17 @@ void check_gemm(const Layer& layer, const lb2_cuda_plan& plan) {
     }
     expect(s.kind == LB2_CUDA_GEMM && lb2::cuda::has_gemm_tile(plan.activation, s.row_tile, s.token_tile),
            "a tile that there is", s.row_tile, s.token_tile);
-    const int64_t cols = stages == 1 || first ? args.k : 0;
+    const int64_t cols = stages == 1 || first ? shape.k : 0;
     int64_t slices = (cols + 511) / 512, rows = 0, sums = 0;
     if (!first) {
       slices = 0;
-      for (const lb2_path& path : layer.paths) slices += ((stages == 1 ? args.k : path.rank) + 511) / 512;
-      rows = (args.n + s.row_tile - 1) / s.row_tile;
+      for (const int64_t rank : ranks) slices += ((stages == 1 ? shape.k : rank) + 511) / 512;
+      rows = (shape.n + s.row_tile - 1) / s.row_tile;
       expect(s.grid_y == 1, "the last stage adds no parts");
     } else {
-      for (const lb2_path& path : layer.paths) {
-        rows += (path.rank + s.row_tile - 1) / s.row_tile;
-        sums += path.rank;
+      for (const int64_t rank : ranks) {
+        rows += (rank + s.row_tile - 1) / s.row_tile;
+        sums += rank;
       }
       expect(s.grid_y <= slices, "no part without a slice", s.grid_y);
       least_bytes += (s.grid_y > 1 ? slices : 1) * plan.token_block * sums * 4;
@@ -83,27 +84,28 @@ void check_gemm(const Layer& layer, const lb2_cuda_plan& plan) {
 // What must hold of a plan with one kernel for both stages.
 void check_fused(const Layer& layer, const lb2_cuda_plan& plan) {
   const lb2_cuda_launch& s = plan.launches[0];
-  const lb2_linear_args& args = layer.args;
+  const lb2_layer_shape& shape = layer.shape;
   expect(s.stage == 0 && s.threads == 256 && s.row_warps == 0 && s.row_tile == 0, "one launch", s.stage);
   expect(s.chained == (plan.device.capability >= 90), "chained from sm_90 on", plan.device.capability);
   expect(s.grid_y == 1 || s.grid_y == 2 || s.grid_y == 4 || s.grid_y == 8, "blocks of a cluster", s.grid_y);
   expect(s.grid_y == 1 || plan.device.capability >= 90, "clusters from sm_90 on", s.grid_y);
   expect(s.grid_y <= plan.device.multiprocessors, "blocks of a cluster run at the same time", s.grid_y);
   expect(s.grid_x == 1 && s.token_tile == 32 && s.grid_z <= 65535, "grid", s.grid_z);
-  expect(plan.token_block == std::min<int64_t>(args.m, 16384), "tokens of a round", plan.token_block);
+  expect(plan.token_block == std::min<int64_t>(layer.m, 16384), "tokens of a round", plan.token_block);
   expect(int64_t{s.grid_z} * 32 >= plan.token_block && int64_t{s.grid_z - 1} * 32 < plan.token_block,
          "all tokens of a round", s.grid_z);
   expect(plan.workspace_bytes == 0, "no workspace", plan.workspace_bytes);
   expect(plan.estimated_cycles > s.estimated_cycles, "its start is estimated too", plan.estimated_cycles);
-  expect((plan.unpack_cycles > 0) == (args.dtype != LB2_FLOAT32), "unpacking is estimated in half precision",
+  expect((plan.unpack_cycles > 0) == (layer.dtype != LB2_FLOAT32), "unpacking is estimated in half precision",
          plan.unpack_cycles);
   int64_t pitch = 4, latents = 0;
-  const int64_t slices = (args.k + 511) / 512;
-  for (const lb2_path& path : layer.paths) {
-    expect(path.u != nullptr, "two stages", path.rank);
-    pitch += (path.rank + 15) / 16 * 16;
-    const int64_t last = path.rank - (path.rank - 1) / 512 * 512;
-    latents += (path.rank - 1) / 512 * lb2::cuda::fused_buffer_bytes(plan.activation) +
+  const int64_t slices = (shape.k + 511) / 512;
+  expect(!shape.single_stage, "two stages");
+  for (int64_t p = 0; p < shape.num_paths; ++p) {
+    const int64_t rank = shape.ranks[p];
+    pitch += (rank + 15) / 16 * 16;
+    const int64_t last = rank - (rank - 1) / 512 * 512;
+    latents += (rank - 1) / 512 * lb2::cuda::fused_buffer_bytes(plan.activation) +
                4 * ((last + 127) / 128 * lb2::cuda::fused_index_bytes(plan.activation) + 64);
   }
   const int64_t parts = s.grid_y == 1 ? 1 : (slices + s.grid_y - 1) / s.grid_y;
@@ -163,14 +165,12 @@ void test_unpacking_is_for_many_tokens() {
 
 // A call accepts the plan as it is, and not with a bit changed.
 void check_resumed(const Layer& layer, const lb2_cuda_plan& plan) {
-  lb2::cuda::Layers layers;
   lb2::cuda::Plan resumed;
-  expect(resume(layer, &plan, &resumed, &layers) == LB2_OK, lb2_last_error());
+  expect(resume(layer, &plan, &resumed) == LB2_OK, lb2_last_error());
   for (size_t at = offsetof(lb2_cuda_plan, workspace_bytes); at < sizeof plan; ++at) {
     lb2_cuda_plan wrong = plan;
     reinterpret_cast<unsigned char*>(&wrong)[at] ^= 0x10;
-    expect(resume(layer, &wrong, &resumed, &layers) != LB2_OK, "a changed plan is refused",
-           static_cast<int64_t>(at));
+    expect(resume(layer, &wrong, &resumed) != LB2_OK, "a changed plan is refused", static_cast<int64_t>(at));
   }
 }
 
@@ -185,7 +185,7 @@ void test_gemm_tuning() {
                                           {tile.tokens, tile.tokens}, 0};
           lb2_cuda_plan plan = {};
           plan.struct_size = sizeof plan;
-          const lb2_status got = lb2_linear_plan_cuda(&layer.args, mode, &device, &tuning, &plan);
+          const lb2_status got = try_plan(layer, mode, &device, &tuning, &plan);
           if (!lb2::cuda::has_gemm_tile(mode, tile.rows, tile.tokens)) {
             expect(got == LB2_ERROR_INVALID_ARGUMENT, "no such tile in this mode", tile.rows, tile.tokens);
             continue;
@@ -210,7 +210,7 @@ void test_fused_tuning() {
         const lb2_cuda_tuning tuning = {sizeof(lb2_cuda_tuning), {0, 0}, 0, 0, 0, {0, 0}, {0, 0}, fused};
         lb2_cuda_plan plan = {};
         plan.struct_size = sizeof plan;
-        const lb2_status got = lb2_linear_plan_cuda(&layer.args, mode, &device, &tuning, &plan);
+        const lb2_status got = try_plan(layer, mode, &device, &tuning, &plan);
         if (fused > 1 && device.capability < 90) {
           expect_error(got, LB2_ERROR_UNSUPPORTED, "tuning->fused");
           continue;
@@ -243,10 +243,10 @@ void test_fused_tuning() {
     lb2_cuda_tuning both = {sizeof(lb2_cuda_tuning), {0, 0}, 2, 0, 0, {0, 0}, {0, 0}, 1};
     lb2_cuda_plan plan = {};
     plan.struct_size = sizeof plan;
-    expect_error(lb2_linear_plan_cuda(&layer.args, LB2_ACTIVATION_FLOAT16, &kGpus[3], &both, &plan),
-                 LB2_ERROR_INVALID_ARGUMENT, "tuning->splits, gemm_rows and gemm_tokens must be 0");
+    expect_error(try_plan(layer, LB2_ACTIVATION_FLOAT16, &kGpus[3], &both, &plan), LB2_ERROR_INVALID_ARGUMENT,
+                 "tuning->splits, gemm_rows and gemm_tokens must be 0");
     both.fused = 0;
-    expect(lb2_linear_plan_cuda(&layer.args, LB2_ACTIVATION_FLOAT16, &kGpus[3], &both, &plan) == LB2_OK &&
+    expect(try_plan(layer, LB2_ACTIVATION_FLOAT16, &kGpus[3], &both, &plan) == LB2_OK &&
                lb2::cuda::is_gemm(plan) && plan.launches[1].grid_y == 2,
            "a GEMM that is asked for");
   }
@@ -257,8 +257,8 @@ void test_fused_tuning() {
     const Layer layer(700, 4096, 1024, ranks, LB2_FLOAT16);
     lb2_cuda_plan plan = {};
     plan.struct_size = sizeof plan;
-    expect_error(lb2_linear_plan_cuda(&layer.args, LB2_ACTIVATION_FLOAT16, &kGpus[3], &one, &plan),
-                 LB2_ERROR_UNSUPPORTED, "do not fit into one kernel");
+    expect_error(try_plan(layer, LB2_ACTIVATION_FLOAT16, &kGpus[3], &one, &plan), LB2_ERROR_UNSUPPORTED,
+                 "do not fit into one kernel");
     expect(!lb2::cuda::is_fused(plan_of(layer, LB2_ACTIVATION_FLOAT16, kGpus[3])), "it has no room",
            ranks[0]);
   }

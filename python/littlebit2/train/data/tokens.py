@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,9 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from littlebit2.disk import new_file, write_json
+
 __all__ = ["TokenFile", "write_tokens"]
 
-#: Texts that are tokenised at a time: a fast tokenizer spreads them over threads.
+#: Texts that are tokenized at a time: a fast tokenizer spreads them over threads.
 _BATCH = 256
 _BATCH_CHARACTERS = 4 << 20
 
@@ -63,15 +64,15 @@ class TokenFile:
 def write_tokens(
     path: Path, texts: Iterable[tuple[str, bool]], tokenizer: Any, *, max_tokens: int | None = None
 ) -> TokenFile:
-    """Tokenise a stream of texts into a file that appears whole or not at all.
+    """Tokenize a stream of texts into a file that appears whole or not at all.
 
     Documents follow one another. Each is opened and closed by what the tokenizer puts around a text by
     itself; if that is nothing, it is closed by the end-of-text token, where there is one.
 
     Args:
-        path: of the file.
+        path: file to write.
         texts: pieces of documents, and whether the document ends there.
-        tokenizer: of transformers.
+        tokenizer: a tokenizer of transformers.
         max_tokens: stop after so many.
 
     Raises:
@@ -83,9 +84,8 @@ def write_tokens(
     before, after = _surroundings(tokenizer)
     dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
     tokens = documents = characters = 0
-    partial = path.with_name(path.name + ".partial")
     opened = False
-    with open(partial, "wb") as out:
+    with new_file(path) as out:
         for batch in _batches(texts):
             ids = tokenizer([text for text, _ in batch], add_special_tokens=False)["input_ids"]
             for (text, ends), row in zip(batch, ids, strict=True):
@@ -99,17 +99,11 @@ def write_tokens(
                 opened = not ends
             if max_tokens is not None and tokens >= max_tokens:
                 break
-        out.flush()
-        os.fsync(out.fileno())
-    if not characters:
-        partial.unlink()
-        raise ValueError("data must hold text, got none")
+        if not characters:
+            raise ValueError("data must hold text, got none")
     found = TokenFile(path, tokens, dtype, documents, characters)
-    os.replace(partial, path)
     entry = {key: value for key, value in asdict(found).items() if key != "path"}
-    temporary = path.with_name(path.name + ".json.partial")
-    temporary.write_text(json.dumps(entry) + "\n", "utf-8")
-    os.replace(temporary, _description(path))
+    write_json(_description(path), entry)
     return found
 
 

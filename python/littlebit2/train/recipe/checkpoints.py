@@ -2,7 +2,7 @@
 
 ``Trainer`` writes a checkpoint file by file into its final folder. A process that is killed meanwhile leaves
 a folder that looks like a checkpoint. So the last thing written into one is a mark, once every file is on the
-disk; folders without it are removed before training goes on.
+disk; folders without it are removed before training continues.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 import shutil
 from pathlib import Path
 
-from littlebit2.checkpoint.atomic import sync_path
+from littlebit2.disk import sync_tree, write_file
 
 __all__ = ["latest_checkpoint", "mark_complete", "remove_incomplete"]
 
@@ -21,11 +21,8 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 def mark_complete(checkpoint: Path) -> None:
     """Bring all files of a checkpoint to the disk, then say that it is whole."""
-    for file in checkpoint.rglob("*"):
-        sync_path(file)
-    sync_path(checkpoint)
-    (checkpoint / _MARK).touch()
-    sync_path(checkpoint)
+    sync_tree(checkpoint)
+    write_file(checkpoint / _MARK, b"")
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

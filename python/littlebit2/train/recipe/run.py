@@ -1,8 +1,7 @@
-"""A whole run: quantise, train against the teacher, pack, and check what was written."""
+"""A whole run: quantize, train against the teacher, pack, and check what was written."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -20,12 +19,12 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from littlebit2.architecture.select import DEFAULT_EXCLUDE
-from littlebit2.checkpoint import check_replaceable
+from littlebit2.disk import check_replaceable, write_json
 from littlebit2.integrations.bars import no_bars_in_logs
 from littlebit2.integrations.loading import load
 from littlebit2.offline import quantize_checkpoint
 from littlebit2.offline.group import Group, process_group
-from littlebit2.quantize import QuantConfig, check_device, counted_bpw
+from littlebit2.quantize import QuantConfig, check_device
 from littlebit2.train.data import TokenBlocks, TokenFile, find_files, read_texts, write_tokens
 from littlebit2.train.model import trainable_layers
 from littlebit2.train.perplexity import perplexity
@@ -37,7 +36,7 @@ from .progress import Progress
 from .settings import Recipe
 from .student import build_student, check_dense, check_export, export_student, round_dense
 from .trainer import DistillationTrainer, MetricsLog, StopAfter
-from .work import RunDirectory, describe_files
+from .work import FinetuneDirectory, describe_files
 
 __all__ = ["REPORT_NAME", "FinetuneReport", "finetune"]
 
@@ -58,7 +57,7 @@ class FinetuneReport:
         perplexity: on the held-out text: ``teacher`` (without for a stored one), ``start``, ``trained`` (in
             the precision of training), ``packed`` (the checkpoint on the packed kernels, float32).
         agreement: largest relative difference of logits, trained against packed; ``None`` if sharded.
-        seconds: of this call.
+        seconds: duration of this call.
         history: all entries of the metrics.
     """
 
@@ -89,10 +88,10 @@ def finetune(
 ) -> FinetuneReport:
     """Train a packed model to do what a dense one does (LittleBit, arXiv 2506.13771, distillation).
 
-    The dense model is quantised (or a packed checkpoint taken), its signs become float latents, these are
+    The dense model is quantized (or a packed checkpoint taken), its signs become float latents, these are
     trained against the dense model, and the result is packed again, evaluated as it was written, and
     compared with what was trained. Everything the run needs lies in ``<out>.finetune``: killed at any
-    moment, the same call goes on from the last whole checkpoint and logs the losses that it would have
+    moment, the same call continues from the last whole checkpoint and logs the losses that it would have
     logged. When ``out`` is written, that folder keeps the TensorBoard files alone.
 
     Under ``torchrun`` the processes share every step; ``recipe.fsdp`` shards the model over them too.
@@ -101,21 +100,21 @@ def finetune(
         teacher: directory of a dense checkpoint with a tokenizer.
         out: directory to make.
         data: files or directories of text, JSON lines, Parquet or Arrow (:func:`.find_files`).
-        config: how to quantise; all methods. Either this or ``start``.
+        config: how to quantize; all methods. Either this or ``start``.
         start: a packed checkpoint of the same model, in any layout that is read.
         recipe: how to train.
         eval_data: held-out text; by default the last blocks of ``data`` (``recipe.hold_out``).
         text_field: name of the text in JSON lines and tables.
-        include: patterns of modules to quantise, as of :func:`.quantize_checkpoint`.
+        include: patterns of modules to quantize, as of :func:`.quantize_checkpoint`.
         exclude: likewise.
         device: ``"cpu"`` or ``"cuda"``.
-        resume: whether to go on with a run that was interrupted; otherwise it is discarded.
+        resume: continue an interrupted run; otherwise it is discarded.
         overwrite: whether ``out`` may be a checkpoint, which is replaced at the end.
 
     Raises:
         FileExistsError: ``out`` exists and may not be replaced.
         FileNotFoundError: a directory or data file is not there.
-        FinetuneError: the folder of the run is in use or of other settings; or a loss is not finite.
+        RunError: the folder of the run is in use or of other settings; or a loss is not finite.
         ImportError: TensorBoard or pyarrow is needed and not installed.
         ValueError: any other argument that cannot be; the message names it.
     """
@@ -146,7 +145,7 @@ def finetune(
         patterns=(include, exclude),
         device=device,
         overwrite=overwrite,
-        work=RunDirectory(target),
+        work=FinetuneDirectory(target),
     )
     run.check()
     with _processes(device, recipe) as group:
@@ -188,7 +187,7 @@ class _Run:
     patterns: tuple[str | Sequence[str], str | Sequence[str]]
     device: str
     overwrite: bool
-    work: RunDirectory
+    work: FinetuneDirectory
 
     def check(self) -> None:
         """Raise what can be told before anything is computed."""
@@ -218,7 +217,7 @@ class _Run:
             "data": describe_files(self.files),
             "eval_data": None if self.eval_files is None else describe_files(self.eval_files),
             "text_field": self.text_field,
-            "quantisation": None
+            "quantization": None
             if self.config is None
             else {k: str(v) for k, v in vars(self.config).items()},
             "start": start,
@@ -266,7 +265,7 @@ class _Run:
         return report
 
     def blocks(self, group: Group) -> tuple[TokenBlocks, TokenBlocks | None]:
-        """Return training and held-out blocks, tokenised by the first process."""
+        """Return training and held-out blocks, tokenized by the first process."""
 
         def write() -> None:
             tokenizer = load_tokenizer(self.teacher)
@@ -448,16 +447,14 @@ class _Run:
         """Write the report beside the weights and clear the folder of the run."""
         entry = {
             "recipe": vars(self.recipe),
-            "quantisation": None
+            "quantization": None
             if self.config is None
             else {k: _plain(v) for k, v in vars(self.config).items()},
             **{k: v for k, v in asdict(report).items() if k not in ("out", "seconds")},
         }
-        temporary = self.out / f".{REPORT_NAME}.partial"
-        temporary.write_text(json.dumps(entry, indent=1) + "\n", "utf-8")
-        os.replace(temporary, self.out / REPORT_NAME)
+        write_json(self.out / REPORT_NAME, entry)
         if not self.recipe.keep_work:
-            self.work.clear(keep_logs=True)
+            self.work.clear(self.work.logs)
             self.work.remove_if_empty()
 
 
@@ -487,9 +484,6 @@ def _stored_dtype(teacher: Path) -> torch.dtype:
 
 
 def _bits_per_weight(model: Any) -> float:
-    bits = weights = 0.0
-    for layer in trainable_layers(model).values():
-        size = layer.in_features * layer.out_features
-        bits += counted_bpw(layer.in_features, layer.out_features, layer.ranks) * size
-        weights += size
-    return bits / weights
+    shapes = [layer.shape for layer in trainable_layers(model).values()]
+    weights = sum(shape.in_features * shape.out_features for shape in shapes)
+    return sum(shape.counted_bits for shape in shapes) / weights

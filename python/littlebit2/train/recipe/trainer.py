@@ -11,6 +11,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerCallback, TrainerState
 
+from littlebit2.disk import RunError
 from littlebit2.train.data import TokenBlocks
 from littlebit2.train.flips import FlipMeter
 from littlebit2.train.losses import token_nll
@@ -19,7 +20,6 @@ from littlebit2.train.perplexity import Perplexity
 from littlebit2.train.teacher import LiveTeacher, Teacher
 
 from .checkpoints import mark_complete
-from .settings import FinetuneError
 
 __all__ = ["DistillationTrainer"]
 
@@ -30,17 +30,17 @@ class DistillationTrainer(Trainer):
     The loss is ``KL(logits) + hidden_weight * sum over layers of hidden-state MSE`` (LittleBit, arXiv
     2506.13771). Logged with every entry: both parts, the share of signs that changed since the entry before
     (``flip_rate``) and since the start (``flipped``). A loss or gradient that is not finite ends the run
-    before the optimiser has taken it.
+    before the optimizer has taken it.
 
     Args:
         model: the student, a causal language model of transformers.
-        args: of the ``Trainer``.
+        args: arguments for the ``Trainer``.
         teacher: see :class:`.Teacher`.
         train_blocks: training data.
         eval_blocks: held-out text whose perplexity :meth:`evaluate` measures.
         hidden_weight: 0 without a hidden-state loss.
         rate: peak learning rate by kind of parameter (:func:`.parameter_kind`); default ``args``'s.
-        callbacks: of the ``Trainer``.
+        callbacks: callbacks for the ``Trainer``.
 
     Raises:
         ValueError: ``hidden_weight`` asks for hidden states that the teacher does not have.
@@ -123,14 +123,14 @@ class DistillationTrainer(Trainer):
         self._teacher_placed = True
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        # After backward and the exchange of gradients, before the optimiser: the last moment at which the
+        # After backward and the exchange of gradients, before the optimizer: the last moment at which the
         # parameters are still good. A scaler of float16 gradients skips such steps by itself.
         norm = super()._get_grad_norm(model, grad_norm)
         if self.accelerator.scaler is None:
             values = [("loss", self._last_loss), ("norm of the gradients", norm)]
             for name, value in values:
                 if value is not None and not bool(torch.isfinite(torch.as_tensor(value)).all()):
-                    raise FinetuneError(self._not_finite(name, float(torch.as_tensor(value))))
+                    raise RunError(self._not_finite(name, float(torch.as_tensor(value))))
         return norm
 
     def _not_finite(self, name: str, value: float) -> str:
@@ -141,10 +141,10 @@ class DistillationTrainer(Trainer):
             "(--lr), a longer warm-up or float32 may help; the last checkpoint is whole"
         )
 
-    # --- the optimiser -----------------------------------------------------------------------------------
+    # --- the optimizer -----------------------------------------------------------------------------------
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Make the optimiser, with a group for each kind of parameter."""
+        """Make the optimizer, with a group for each kind of parameter."""
         if self.optimizer is None:
             groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
             student: Any = self.model if model is None else model
@@ -233,7 +233,7 @@ class DistillationTrainer(Trainer):
 
         Args:
             checkpoint: whole.
-            steps: of the run.
+            steps: total steps of the run.
         """
         if self.is_fsdp_enabled:
             self._prepare_for_training(steps, self.get_train_dataloader(), str(checkpoint))
@@ -282,8 +282,8 @@ class MetricsLog(TrainerCallback):
     """Writes every entry to TensorBoard.
 
     Args:
-        folder: of the event files.
-        resumed: step that the run goes on from; entries after it, from a process that was killed, go.
+        folder: where the event files go.
+        resumed: step that the run continues from; later entries, from a killed process, are purged.
     """
 
     def __init__(self, folder: Path, resumed: int = 0) -> None:

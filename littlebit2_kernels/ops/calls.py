@@ -1,0 +1,192 @@
+"""Calls of the operators, which load them first; everything here is traceable by ``torch.compile``.
+
+The operators check their arguments themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from . import dense
+from .autograd import call_operator, requires_grad
+from .library import load_for
+from .operands import Operands
+
+__all__ = [
+    "dense_linear",
+    "grouped_linear",
+    "grouped_linear_prepacked",
+    "linear",
+    "linear_prepacked",
+    "triton_linear",
+    "unpack",
+]
+
+#: The lb2_activation (littlebit2.h) of exact sums, which derivatives use.
+_EXACT = 1
+
+
+def linear(
+    x: torch.Tensor, operands: Operands, bias: torch.Tensor | None, activation: int = 0
+) -> torch.Tensor:
+    """Call ``torch.ops.littlebit2.linear``: a packed layer by the native kernels of its device.
+
+    Args:
+        x: ``[..., K]``.
+        operands: the lists of :data:`Operands`.
+        bias: float32 ``[N]`` or ``None``.
+        activation: a value of :data:`littlebit2_kernels.dispatch.ACTIVATIONS` that the device serves.
+
+    Returns:
+        ``[..., N]`` in the dtype of ``x``.
+    """
+    return call_operator("linear", x, (*operands, bias), (activation,), (_EXACT,))
+
+
+def linear_prepacked(
+    x: torch.Tensor, layer: torch.Tensor, bias: torch.Tensor | None, out_features: int, activation: int
+) -> torch.Tensor:
+    """Call ``torch.ops.littlebit2.linear_prepacked``: a prepacked layer on the CPU.
+
+    Args:
+        x: ``[..., K]``.
+        layer: uint8 ``[bytes]`` of a :class:`PrepackedLinear`.
+        bias: float32 ``[N]`` or ``None``.
+        out_features: N.
+        activation: a value of :data:`littlebit2_kernels.dispatch.ACTIVATIONS`.
+
+    Returns:
+        ``[..., N]`` in the dtype of ``x``.
+    """
+    return call_operator(
+        "linear_prepacked", x, (layer, bias), (out_features, activation), (out_features, _EXACT)
+    )
+
+
+def dense_linear(x: torch.Tensor, operands: Operands, bias: torch.Tensor | None) -> torch.Tensor:
+    """Dequantize a layer and apply it to ``x`` ``[..., K]`` by one or two calls of torch.matmul.
+
+    Everything is rounded to the dtype of ``x``: the factors (which hold the scales), the latents and the
+    bias. Products of ``latent_scale`` and ``out_scale`` must fit this dtype. Sums are torch's, with its
+    settings of TF32 and of reduced precision. In float16, scales are normalized first
+    (:mod:`littlebit2_kernels.ops.balance` has the accuracy); what overflows is infinite.
+
+    Args:
+        x: float32, float16 or bfloat16.
+        operands: ``(v, u, in_scale, latent_scale, out_scale)``.
+        bias: float32 ``[N]`` or ``None``.
+
+    Returns:
+        ``[..., N]`` in the dtype of ``x``. Differentiable in ``x`` and ``bias``; gradients are computed in
+        bfloat16 for bfloat16, else in float32. The backward call dequantizes the factors again.
+    """
+    # Below autograd the kernel itself, without the dispatch to it.
+    return call_operator("blas_linear", x, (*operands, bias), (), (), dense.dense_kernel)
+
+
+def unpack(operands: Operands, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Dequantize a layer to dense matrices of ``dtype``, contiguous, on the layer's device.
+
+    Returns:
+        ``[first, last]`` with ``y = (x @ first.T) @ last.T``: ``sign(V) * in_scale`` of all paths,
+        ``[R, K]``, and ``out_scale * sign(U) * latent_scale`` of all paths, ``[N, R]``. For a single-stage
+        layer ``[last]``, ``[N, K]``, the sum of its paths.
+
+    Raises:
+        RuntimeError: an operand does not fit.
+    """
+    load_for(operands[0][0])
+    return dense.unpack(operands, dtype)
+
+
+def grouped_linear(
+    x: torch.Tensor,
+    layers: Sequence[Operands],
+    bias: Sequence[torch.Tensor | None],
+    activation: int = 0,
+) -> list[torch.Tensor]:
+    """Call ``torch.ops.littlebit2.grouped_linear``: several packed layers on one ``x``.
+
+    Args:
+        x: ``[..., K]``.
+        layers: the operands of each layer, all single-stage or all two-stage.
+        bias: float32 ``[N]`` or ``None`` of each layer.
+        activation: a value of :data:`littlebit2_kernels.dispatch.ACTIVATIONS` that the device serves.
+
+    Returns:
+        ``[..., N_i]`` of each layer, in the dtype of ``x``.
+    """
+    if torch.is_grad_enabled() and requires_grad(bias):  # the grouped operator has no gradient of biases
+        return [linear(x, *layer, activation) for layer in zip(layers, bias, strict=True)]
+    lists = [
+        None if layers[0][i] is None else [tensor for operands in layers for tensor in operands[i] or ()]
+        for i in range(5)
+    ]
+    paths = [len(operands[0]) for operands in layers]
+    return call_operator("grouped_linear", x, (*lists, list(bias)), (paths, activation), (paths, _EXACT))
+
+
+def grouped_linear_prepacked(
+    x: torch.Tensor,
+    layers: Sequence[torch.Tensor],
+    bias: Sequence[torch.Tensor | None],
+    out_features: Sequence[int],
+    activation: int,
+) -> list[torch.Tensor]:
+    """Call ``torch.ops.littlebit2.grouped_linear_prepacked``: several prepacked layers on one ``x``.
+
+    Args:
+        x: ``[..., K]``.
+        layers: uint8 ``[bytes]`` of each :class:`PrepackedLinear`.
+        bias: float32 ``[N]`` or ``None`` of each layer.
+        out_features: N of each layer.
+        activation: a value of :data:`littlebit2_kernels.dispatch.ACTIVATIONS`.
+
+    Returns:
+        ``[..., N_i]`` of each layer, in the dtype of ``x``.
+    """
+    if torch.is_grad_enabled() and requires_grad(bias):
+        return [
+            linear_prepacked(x, *layer, activation) for layer in zip(layers, bias, out_features, strict=True)
+        ]
+    sizes = list(out_features)
+    return call_operator(
+        "grouped_linear_prepacked", x, (list(layers), list(bias)), (sizes, activation), (sizes, _EXACT)
+    )
+
+
+def triton_linear(
+    x: torch.Tensor, operands: Operands, bias: torch.Tensor | None, activation: str
+) -> torch.Tensor:
+    """Call ``torch.ops.littlebit2.triton_linear``: a packed layer by the Triton kernels.
+
+    Args:
+        x: ``[..., K]``.
+        operands: ``(v, u, in_scale, latent_scale, out_scale)`` of :attr:`PackedLinear.operands`.
+        bias: float32 ``[N]`` or ``None``.
+        activation: a name that the backend serves.
+    """
+    v, u, in_scale, latent_scale, out_scale = operands
+    lists = (v, u or [], in_scale, latent_scale or [], out_scale)
+    if torch.compiler.is_compiling():
+        _load_triton_while_tracing()
+        return torch.ops.littlebit2.triton_linear(x, *lists, bias, activation)
+    return _triton_operators().linear(x, lists, bias, activation)
+
+
+def _triton_operators() -> Any:
+    from ..triton import ops  # noqa: PLC0415  # Triton is imported once a call is to run there
+
+    return ops
+
+
+def _load_triton_while_tracing() -> bool:
+    _triton_operators()
+    return True
+
+
+# torch.compile runs it while tracing and keeps nothing of it in the graph (see library.py).
+_load_triton_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
