@@ -65,18 +65,18 @@ def expected(x: torch.Tensor, packed: PackedLinear, mode: str) -> torch.Tensor:
 
 
 def sign_reference(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
-    """The layer with every operand binarised: its signs, times its mean magnitude per token and slice."""
+    """The layer with every operand binarized: its signs, times its mean magnitude per token and slice."""
     x = x.double()
     y = x.new_zeros((*x.shape[:-1], packed.out_features))
     for path in packed.paths:
-        z = multiply_binarised(x * path.in_scale.double(), path.v)
+        z = multiply_binarized(x * path.in_scale.double(), path.v)
         if path.u is not None and path.latent_scale is not None:
-            z = multiply_binarised(z * path.latent_scale.double(), path.u)
+            z = multiply_binarized(z * path.latent_scale.double(), path.u)
         y = y + z * path.out_scale.double()
     return y if packed.bias is None else y + packed.bias.double()
 
 
-def multiply_binarised(z: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+def multiply_binarized(z: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     """Signs of ``z`` (of zero: +1) times those of ``words``, counted, times the mean magnitude of the slice.
 
     Counted before they are scaled: a count of zero must be zero, for the sign that is taken of it next.
