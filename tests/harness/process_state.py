@@ -188,11 +188,14 @@ def _loaded_settings() -> Iterator[tuple[str, Setting]]:
 
 
 def _mapping(held: dict[Any, Any]) -> Setting:
+    """What transformers has registered, without our own entry: whatever loads a packed model adds it."""
+
     def refill(wanted: dict[Any, Any]) -> None:
-        held.clear()
+        for name in [name for name in held if name != "littlebit2"]:
+            del held[name]
         held.update(wanted)
 
-    return Setting(lambda: dict(held), refill)
+    return Setting(lambda: {name: value for name, value in held.items() if name != "littlebit2"}, refill)
 
 
 _LOGGERS = {*WATCHED_PACKAGES, "accelerate", "transformers"}
