@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from littlebit2.architecture.parts import Whole
 from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns
 from littlebit2.checkpoint import Checkpoint, find_side_files, open_checkpoint
 from littlebit2.disk import check_replaceable, check_space
@@ -28,6 +29,7 @@ from littlebit2.quantize import (
 )
 
 from .assemble import REPORT_NAME, assemble
+from .choice import Choice, check_dense_source, choose_layers
 from .group import Group, process_group, share_out
 from .jobs import Job, make_jobs, run_settings, with_allocation
 from .ranks import allocation_of
@@ -114,14 +116,14 @@ def quantize_checkpoint(
     _check_apart(source, target)
     includes, excludes = check_patterns("include", include), check_patterns("exclude", exclude)
     with open_checkpoint(source) as checkpoint:
-        if checkpoint.format != "dense" or "quantization_config" in checkpoint.config:
-            raise ValueError(f"{source}: must be a dense checkpoint, got one that is quantized already")
-        jobs = make_jobs(checkpoint, config, includes, excludes)
+        check_dense_source(checkpoint)
+        choice = choose_layers(checkpoint, config, include=includes, exclude=excludes)
+        jobs = make_jobs(choice.layers, config)
         _check_importance(importance, jobs)
         settings = run_settings(
             checkpoint, config, includes, excludes, importance, device=device, threads=threads
         )
-        dense_bytes = _dense_bytes(checkpoint.dense, jobs)
+        dense_bytes = _dense_bytes(checkpoint.dense, choice)
     work = WorkDirectory(target)
     reading = open_checkpoint(source)  # once: its headers name every tensor
     with process_group() as group:
@@ -149,7 +151,7 @@ def quantize_checkpoint(
             do = partial(_quantize_batch, reading, work, weights, place)
             group.together(partial(run, "quantize", batches, do))
             return group.from_leader(
-                partial(assemble, source, target, work, jobs, settings, overwrite=overwrite)
+                partial(assemble, source, target, work, jobs, choice, settings, overwrite=overwrite)
             )
         finally:
             work.close()
@@ -219,12 +221,11 @@ def _device(device: str) -> torch.device:
     return check_device(device)
 
 
-def _dense_bytes(tensors: Any, jobs: Sequence[Job]) -> int:
-    packed = {name for job in jobs for name in (job.source.weight, job.source.bias)}
+def _dense_bytes(tensors: Any, choice: Choice) -> int:
     return sum(
         torch.Size(shape).numel() * dtype.itemsize
         for name, (shape, dtype) in tensors.items()
-        if name not in packed
+        if name not in choice.replaced
     )
 
 
@@ -269,7 +270,10 @@ def _run_all(
 
 def _load(checkpoint: Checkpoint, device: torch.device, job: Job) -> torch.Tensor:
     # In memory of its own, which the quantizer may overwrite: a mapping would count beside its working copy.
-    return checkpoint.read_tensor(job.source.weight).to(device)
+    part = job.source.weight
+    if isinstance(part, Whole):
+        return checkpoint.read_tensor(part.name).to(device)
+    return part.read(checkpoint.load_tensor).to(device, copy=True).contiguous()
 
 
 def _quantize_batch(
@@ -300,4 +304,4 @@ def _quantize_batch(
 def _bias(checkpoint: Checkpoint, device: torch.device, job: Job) -> torch.Tensor | None:
     if job.source.bias is None:
         return None
-    return checkpoint.load_tensor(job.source.bias).to(device, copy=True)
+    return job.source.bias.read(checkpoint.load_tensor).to(device, copy=True)
