@@ -26,7 +26,7 @@ from littlebit2.quantize import (
 from littlebit2_kernels.format import RANK_MULTIPLE
 from littlebit2_kernels.version import __version__
 
-__all__ = ["Job", "make_jobs", "run_settings", "source_digest", "with_allocation"]
+__all__ = ["Job", "importance_digest", "make_jobs", "run_settings", "source_digest", "with_allocation"]
 
 #: Entries of a tensor that its digest looks at, at the beginning, in the middle and at the end.
 _SAMPLE = 1024
@@ -146,7 +146,7 @@ def run_settings(
         "compute_dtype": str(config.compute_dtype).removeprefix("torch."),
         "include": list(include),
         "exclude": list(exclude),
-        "importance": None if importance is None else _importance_digest(importance),
+        "importance": None if importance is None else importance_digest(importance),
         "device": device,
         "threads": threads,
         "littlebit2": __version__,
@@ -155,7 +155,8 @@ def run_settings(
     }
 
 
-def _importance_digest(importance: Mapping[str, Importance]) -> str:
+def importance_digest(importance: Mapping[str, Importance]) -> str:
+    """Return a digest of all names and values."""
     digest = hashlib.sha256()
     for name, tensor in sorted(importance_tensors(importance).items()):
         digest.update(f"{name} {list(tensor.shape)}\n".encode())

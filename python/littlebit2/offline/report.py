@@ -52,6 +52,9 @@ class RunReport:
             return sum(layer[name] * w for layer, w in zip(self.layers, weights, strict=True)) / total
 
         predicted = {}
+        if all(layer["weighted_error"] is not None for layer in self.layers):
+            # What a prediction is of, where errors are weighed.
+            predicted["mean_weighted_error"] = mean("weighted_error")
         if all(layer["predicted_error"] is not None for layer in self.layers):
             predicted["mean_predicted_error"] = mean("predicted_error")
         worst = max(self.layers, key=lambda layer: layer["error"])

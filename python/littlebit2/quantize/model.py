@@ -18,6 +18,7 @@ from littlebit2_kernels.format import PackedLinear
 
 from .allocate import LayerSpectrum, RankAllocation, allocate_ranks, layer_spectrum, ranks_for_energy
 from .batching import batch_key, batch_size, in_batches
+from .budget import largest_rank
 from .config import QuantConfig
 from .device import check_device
 from .importance import Importance
@@ -167,7 +168,7 @@ def _plan(
 
 
 def check_budget(config: QuantConfig, layers: Iterable[tuple[str, int, int]]) -> None:
-    """Raise ``ValueError`` if the bits per weight of a model are more than any of its layers can use.
+    """Raise ``ValueError`` if the bits per weight or ranks are more than any layer of a model can use.
 
     A layer that cannot use them all where others can is no error: reports and plans say ``at_largest_rank``.
 
@@ -175,7 +176,13 @@ def check_budget(config: QuantConfig, layers: Iterable[tuple[str, int, int]]) ->
         config: of the model.
         layers: name, K and N of every layer that is to be quantised.
     """
-    config.check_usable((k, n, is_key_or_value(name)) for name, k, n in layers)
+    shapes = list(layers)
+    config.check_usable((k, n, is_key_or_value(name)) for name, k, n in shapes)
+    most = max((largest_rank(k, n) for _, k, n in shapes), default=None)
+    if config.ranks is not None and most is not None and max(config.ranks) > most:
+        raise ValueError(
+            f"ranks must be at most {most}, the largest that any layer can use, got {list(config.ranks)}"
+        )
 
 
 def needs_spectra(config: QuantConfig) -> bool:
