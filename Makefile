@@ -118,7 +118,7 @@ format: $(STAMPS)/dev ## rewrite sources in the project's format
 # --- demo --------------------------------------------------------------------------------------------
 
 demo: $(STAMPS)/demo build/.built ## quantise a small real model and time one layer (BPW=1.0)
-	@$(PY) -m benchmarks.demo
+	@$(PY) -m benchmarks.quality.demo
 
 # --- cleaning ----------------------------------------------------------------------------------------
 

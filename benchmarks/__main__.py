@@ -19,10 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import PROCESSORS, commands, predict, whole_model
-from benchmarks.goals import BPWS
-from benchmarks.llama import LLAMA_SHAPES
-from benchmarks.llama_options import OPTIONS
+from benchmarks import PROCESSORS, commands
+from benchmarks.estimates import predict
+from benchmarks.layers.goals import BPWS
+from benchmarks.models import whole_model
+from benchmarks.models.llama import LLAMA_SHAPES
+from benchmarks.models.llama_options import OPTIONS
 from benchmarks.problems import LARGE_SHAPES, SHAPES
 
 __all__ = ["main"]

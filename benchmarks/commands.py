@@ -10,14 +10,14 @@ import torch
 
 from benchmarks import PROCESSORS
 from benchmarks.caches import default_cold_bytes
-from benchmarks.candidates import Candidate, dtype_name, parse_candidate
-from benchmarks.floors import floors_table, measure_floors
-from benchmarks.goals import by_bpw_table, evaluate, goals_table
-from benchmarks.goals_run import METHOD_DTYPES, measure_goals
+from benchmarks.layers.candidates import Candidate, dtype_name, parse_candidate
+from benchmarks.layers.floors import floors_table, measure_floors
+from benchmarks.layers.goals import by_bpw_table, evaluate, goals_table
+from benchmarks.layers.goals_run import METHOD_DTYPES, measure_goals
+from benchmarks.layers.sweep import Case, Entry, Settings, Sweep, available
 from benchmarks.plots import write_plots
 from benchmarks.problems import LARGE_SHAPES, SHAPES, Problem, Shape, parse_dtype, parse_shape
 from benchmarks.records import Document, Row, environment, load_document, write_csv, write_json
-from benchmarks.sweep import Case, Entry, Settings, Sweep, available
 from benchmarks.tables import describe_environment, rows_table
 from benchmarks.timing import UnitTimer
 from benchmarks.timing_cuda import timer_for

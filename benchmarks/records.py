@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import PROCESSORS
-from benchmarks.floors import Floor
+from benchmarks.layers.floors import Floor
 from littlebit2_kernels import diagnostics
 
 __all__ = [

@@ -11,7 +11,7 @@ from .functional import littlebit_linear
 from .fusion import LinearGroup, fuse_linears, grouped_linear, unfuse_linears
 from .gpu import GpuProperties
 from .linear import LittleBitLinear
-from .ops import load
+from .ops.library import load
 from .packing import pack_signs, unpack_signs
 from .prepacked import PrepackedLinear, prepack
 from .state import packed_from_state, packed_to_state

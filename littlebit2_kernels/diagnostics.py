@@ -18,10 +18,10 @@ from .dispatch import BACKENDS, unavailable_reason
 from .format import FORMAT_VERSION
 from .functional import littlebit_linear
 from .gpu import gpu_properties
-from .ops import load
+from .ops.library import load
 from .reference import linear_reference
 from .testing import TOLERANCE, make_problem, relative_error
-from .triton_backend import no_triton_reason
+from .triton.backend import no_triton_reason
 from .version import __version__
 
 __all__ = ["collect", "main"]

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 
 from ._native import NativeLibraryError, core, no_cuda_reason
-from .triton_backend import no_triton_reason
+from .ops.operands import ACTIVATION_DTYPES
+from .triton.backend import no_triton_reason
 
 __all__ = [
     "ACTIVATIONS",
-    "ACTIVATION_DTYPES",
     "BACKENDS",
     "FEW_TOKENS",
     "BackendUnavailableError",
@@ -27,9 +27,6 @@ BACKENDS = ("auto", "cpu", "cuda", "triton", "blas", "reference")
 
 #: Names that ``activation=`` accepts, and the lb2_activation (littlebit2.h, cuda.h) of each.
 ACTIVATIONS = {"auto": 0, "exact": 1, "int16": 2, "int8": 3, "sign": 4, "float16": 5}
-
-#: Dtypes of x that every backend takes.
-ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 #: Most tokens of a call that ``auto`` always gives to the CUDA kernels where these can run.
 FEW_TOKENS = 16

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 
 from ._native import NativeLibraryError, core
-from .balance import balanced, find_balance
 from .dispatch import (
-    ACTIVATION_DTYPES,
     ACTIVATIONS,
     BackendUnavailableError,
     check_activation,
@@ -22,9 +20,11 @@ from .dispatch import (
 from .format import MAX_DIM, PackedLinear
 from .functional import shape_of
 from .gpu import GpuProperties, gpu_properties
+from .ops.balance import balanced, find_balance
+from .ops.operands import ACTIVATION_DTYPES
 from .prepacked import PrepackedLinear
 from .prompts import prompt_backend, unpack_cycles
-from .triton_backend import TritonLaunch, plan_triton
+from .triton.backend import TritonLaunch, plan_triton
 
 __all__ = ["Explanation", "Launch", "explain"]
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from .blas import blas_linear
 from .dispatch import ACTIVATIONS, check_activation, check_activation_mode, choose_backend
 from .format import PackedLinear
-from .ops import Operands, linear_from_operands, linear_from_prepacked
+from .ops.calls import blas_linear, linear_from_operands, linear_from_prepacked, triton_linear
+from .ops.operands import Operands
 from .prepacked import PrepackedLinear
 from .prompts import prompt_backend
 from .reference import linear_reference
-from .triton_backend import triton_linear
 
 __all__ = ["apply_operands", "littlebit_linear"]
 
@@ -45,7 +44,8 @@ def littlebit_linear(
             prepacked; else int16, or float16 on GPUs for more than 16 tokens, on those without 1-bit tensor
             cores, and with Triton, which has no int16. On the CPU, int16, int8 and sign need a prepacked
             layer. ``blas``, which ``auto`` may take on GPUs for many 16-bit tokens, computes in the dtype
-            of x (:func:`littlebit2_kernels.blas.blas_linear`). Gradients are those of exact sums, but those
+            of x (:func:`littlebit2_kernels.ops.calls.blas_linear`).
+            Gradients are those of exact sums, but those
             of ``blas``, and on CUDA all, by torch's products: in bfloat16 for bfloat16, else in float32 with
             torch's setting of TF32.
 

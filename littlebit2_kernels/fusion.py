@@ -10,7 +10,6 @@ import torch
 from torch.autograd import forward_ad
 
 from .dispatch import (
-    ACTIVATION_DTYPES,
     ACTIVATIONS,
     check_activation,
     check_activation_mode,
@@ -19,9 +18,9 @@ from .dispatch import (
 )
 from .format import PackedLinear
 from .functional import littlebit_linear, shape_of
-from .grouped_ops import grouped_from_operands, grouped_from_prepacked
 from .linear import LittleBitLinear
-from .ops import Operands
+from .ops.calls import grouped_from_operands, grouped_from_prepacked
+from .ops.operands import ACTIVATION_DTYPES, Operands
 from .prepacked import PrepackedLinear
 from .prompts import prompt_backend
 

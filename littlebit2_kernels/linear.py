@@ -14,7 +14,8 @@ from torch import nn
 from .dispatch import ACTIVATIONS, BACKENDS, check_activation, check_activation_mode, choose_backend
 from .format import RANK_MULTIPLE, PackedLinear, PackedPath, check_dim, pitched_words, words_per_row
 from .functional import apply_operands, littlebit_linear
-from .ops import Operands, linear_from_prepacked
+from .ops.calls import linear_from_prepacked
+from .ops.operands import Operands
 from .prepacked import PrepackedLinear, prepack
 from .prompts import prompt_backend
 from .reference import dense_weight

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .format import PackedLinear, PackedPath
-from .ops import load
+from .ops.library import load
 
 __all__ = ["PrepackedLinear", "prepack"]
 

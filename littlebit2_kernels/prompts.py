@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from ._native import core
-from .balance import fits_float16
 from .gpu import GpuProperties, gpu_properties
-from .ops import Operands
+from .ops.balance import fits_float16
+from .ops.operands import Operands
 
 __all__ = [
     "CUDA_TOKENS",
@@ -22,7 +22,7 @@ __all__ = [
     "unpack_cycles",
 ]
 
-#: Of a GPU that can be planned for (csrc/cuda/check.cpp).
+#: Of a GPU that can be planned for (csrc/cuda/plan/check.cpp).
 _LEAST_CAPABILITY = 80
 
 #: Fewest tokens that are unpacked for: of fewer, what a call takes the host is the larger part.
@@ -32,7 +32,7 @@ MARGIN = 1.1
 #: Most bytes of unpacked factors that ``auto`` makes; about as much as the kernels' workspace.
 FACTOR_BYTES = 128 * 2**20
 #: Cycles of the launch that balances the scales of a layer of two stages for float16: a start and a latency
-#: (csrc/cuda/estimate.cpp), its bytes being few.
+#: (csrc/cuda/plan/estimate.cpp), its bytes being few.
 BALANCE_CYCLES = 2800
 
 #: Most tokens of a call that are never Triton's where the CUDA kernels can run: launches and latencies weigh
@@ -69,7 +69,7 @@ def prompt_backend(
         ranks: of the paths, ``None`` for a single stage.
         shares: for each path, the path whose first stage it uses.
         gpu: as for :func:`littlebit2_kernels.gpu.gpu_properties`.
-        operands: of the layer, looked at for float16 alone, and once (:mod:`littlebit2_kernels.balance`);
+        operands: of the layer, looked at for float16 alone, and once (:mod:`littlebit2_kernels.ops.balance`);
             without them, it is taken to fit.
 
     Returns:

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from ._native import no_cuda_reason
-from .balance import fits_float16
 from .format import PackedLinear
 from .functional import littlebit_linear
 from .linear import LittleBitLinear
-from .ops import Operands
+from .ops.balance import fits_float16
+from .ops.operands import Operands
 
 __all__ = ["WARMUP_TOKENS", "warmup"]
 

@@ -11,6 +11,8 @@ import hypothesis
 import pytest
 import torch
 
+from tests.harness import cpu_seconds, process_state
+
 # Shared machines stall for long moments: a time limit per example would only make tests flaky.
 hypothesis.settings.register_profile("littlebit2", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("littlebit2")
@@ -25,6 +27,12 @@ _LONGEST = (
 
 _SEED_VARIABLE = "LB2_TEST_SEED"
 _SEED = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Load the plugins of the suite."""
+    pluginmanager.register(process_state, "process-state")
+    pluginmanager.register(cpu_seconds, "cpu-seconds")
 
 
 def pytest_configure(config: pytest.Config) -> None:

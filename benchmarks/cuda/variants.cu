@@ -256,10 +256,13 @@ class Layer {
 
   lb2_status try_plan(lb2_activation mode, const lb2_cuda_device& device, const lb2_cuda_tuning& tuning,
                       lb2_cuda_plan* plan) {
-    lb2_path paths[kPaths];
-    const lb2_linear_args args = arguments(0, paths, nullptr, 0);
+    lb2_layer_shape shape = {sizeof shape, shape_.k, shape_.n, kPaths, {}, {}, 0};
+    for (int p = 0; p < kPaths; ++p) {
+      shape.ranks[p] = shape_.rank;
+      shape.shares[p] = p;
+    }
     plan->struct_size = sizeof *plan;
-    return lb2_linear_plan_cuda(&args, mode, &device, &tuning, plan);
+    return lb2_linear_plan_cuda(&shape, tokens_, LB2_FLOAT16, mode, &device, &tuning, plan);
   }
 
   std::vector<uint16_t> outputs() const {

@@ -1,8 +1,9 @@
 #include "core/check.h"
 
 #include <cinttypes>
-#include <cstddef>
+#include <cstdio>
 
+#include "core/shape.h"
 #include "core/status.h"
 
 namespace lb2 {
@@ -13,12 +14,6 @@ constexpr int64_t kMaxDim = INT32_MAX;
 lb2_status invalid_size(const char* name, int64_t got, int64_t low) {
   return fail(LB2_ERROR_INVALID_ARGUMENT, "%s must be between %" PRId64 " and %" PRId64 ", got %" PRId64,
               name, low, kMaxDim, got);
-}
-
-lb2_status check_dtype(lb2_dtype dtype) {
-  if (dtype == LB2_FLOAT32 || dtype == LB2_FLOAT16 || dtype == LB2_BFLOAT16) return LB2_OK;
-  return fail(LB2_ERROR_INVALID_ARGUMENT,
-              "dtype must be LB2_FLOAT32 (0), LB2_FLOAT16 (1) or LB2_BFLOAT16 (2), got %" PRId32, dtype);
 }
 
 lb2_status check_workspace(const void* workspace, int64_t got, int64_t needed) {
@@ -47,7 +42,54 @@ lb2_status check_stride(int64_t path, const char* field, int64_t stride, int64_t
   return LB2_OK;
 }
 
-lb2_status check_path(const lb2_linear_args& args, int64_t index) {
+lb2_status check_path_count(int64_t num_paths) {
+  if (num_paths >= 1 && num_paths <= LB2_MAX_PATHS) return LB2_OK;
+  return fail(LB2_ERROR_INVALID_ARGUMENT, "num_paths must be between 1 and %d, got %" PRId64, LB2_MAX_PATHS,
+              num_paths);
+}
+
+// What the rank of a path is called in messages: the field of the argument that it was given in.
+struct RankName {
+  char text[32];
+  RankName(bool of_args, int path) {
+    std::snprintf(text, sizeof text, of_args ? "paths[%d].rank" : "ranks[%d]", path);
+  }
+};
+
+lb2_status check_rank(const lb2_layer_shape& shape, bool of_args, int path) {
+  const int64_t rank = shape.ranks[path];
+  if (rank < 1 || rank > kMaxDim) return invalid_size(RankName(of_args, path).text, rank, 1);
+  if (shape.single_stage && rank != shape.n)
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "%s must equal n = %" PRId64 " for a single-stage path, got %" PRId64,
+                RankName(of_args, path).text, shape.n, rank);
+  if (!shape.single_stage && rank % LB2_RANK_MULTIPLE != 0)
+    return fail(LB2_ERROR_INVALID_ARGUMENT, "%s must be a multiple of %d, got %" PRId64,
+                RankName(of_args, path).text, LB2_RANK_MULTIPLE, rank);
+  return LB2_OK;
+}
+
+// The values of a shape whose num_paths is in range. `of_args`: it is that of an lb2_linear_args.
+lb2_status check_values(const lb2_layer_shape& shape, bool of_args) {
+  if (shape.k < 1 || shape.k > kMaxDim) return invalid_size("k", shape.k, 1);
+  if (shape.n < 1 || shape.n > kMaxDim) return invalid_size("n", shape.n, 1);
+  if (shape.single_stage != 0 && shape.single_stage != 1)
+    return fail(LB2_ERROR_INVALID_ARGUMENT, "single_stage must be 0 or 1, got %" PRId32, shape.single_stage);
+  for (int p = 0; p < static_cast<int>(shape.num_paths); ++p) {
+    LB2_RETURN_IF_ERROR(check_rank(shape, of_args, p));
+    const int32_t leader = shape.shares[p];
+    if (leader == p) continue;
+    if (leader < 0 || leader > p || shape.shares[leader] != leader || shape.ranks[leader] != shape.ranks[p])
+      return fail(LB2_ERROR_INVALID_ARGUMENT,
+                  "shares[%d] must name path %d itself or an earlier unshared path of rank %" PRId64
+                  ", got %" PRId32,
+                  p, p, shape.ranks[p], leader);
+  }
+  return LB2_OK;
+}
+
+// Which of a path's pointers are NULL says how many stages there are.
+lb2_status check_stages(const lb2_linear_args& args, int64_t index) {
   const lb2_path& path = args.paths[index];
   const bool single_stage = path.u == nullptr;
   if (single_stage != (args.paths[0].u == nullptr))
@@ -56,24 +98,17 @@ lb2_status check_path(const lb2_linear_args& args, int64_t index) {
   if (single_stage != (path.latent_scale == nullptr))
     return fail(LB2_ERROR_INVALID_ARGUMENT,
                 "paths[%" PRId64 "].latent_scale must be NULL exactly when u is NULL", index);
-  if (path.rank < 1 || path.rank > kMaxDim)
-    return fail(LB2_ERROR_INVALID_ARGUMENT,
-                "paths[%" PRId64 "].rank must be between 1 and %" PRId64 ", got %" PRId64, index, kMaxDim,
-                path.rank);
-  if (single_stage && path.rank != args.n)
-    return fail(LB2_ERROR_INVALID_ARGUMENT,
-                "paths[%" PRId64 "].rank must equal n = %" PRId64 " for a single-stage path, got %" PRId64,
-                index, args.n, path.rank);
-  if (!single_stage && path.rank % LB2_RANK_MULTIPLE != 0)
-    return fail(LB2_ERROR_INVALID_ARGUMENT, "paths[%" PRId64 "].rank must be a multiple of %d, got %" PRId64,
-                index, LB2_RANK_MULTIPLE, path.rank);
+  return LB2_OK;
+}
+
+lb2_status check_operands(const lb2_linear_args& args, int64_t index) {
+  const lb2_path& path = args.paths[index];
   if (path.v == nullptr) return null_path_field(index, "v");
   if (path.in_scale == nullptr) return null_path_field(index, "in_scale");
   if (path.out_scale == nullptr) return null_path_field(index, "out_scale");
   LB2_RETURN_IF_ERROR(check_stride(index, "v_stride", path.v_stride, lb2_words_per_row(args.k), path.rank));
-  if (!single_stage)
-    LB2_RETURN_IF_ERROR(check_stride(index, "u_stride", path.u_stride, lb2_words_per_row(path.rank), args.n));
-  return LB2_OK;
+  if (path.u == nullptr) return LB2_OK;
+  return check_stride(index, "u_stride", path.u_stride, lb2_words_per_row(path.rank), args.n);
 }
 
 lb2_status check_rows(const char* name, const void* data, int64_t rows, int64_t cols, int64_t stride,
@@ -93,7 +128,31 @@ lb2_status check_rows(const char* name, const void* data, int64_t rows, int64_t 
 
 }  // namespace
 
-lb2_status check_layer(const lb2_linear_args* args) noexcept {
+lb2_status check_tokens(int64_t m) noexcept {
+  return m < 0 || m > kMaxDim ? invalid_size("m", m, 0) : LB2_OK;
+}
+
+lb2_status check_dtype(lb2_dtype dtype) noexcept {
+  if (dtype == LB2_FLOAT32 || dtype == LB2_FLOAT16 || dtype == LB2_BFLOAT16) return LB2_OK;
+  return fail(LB2_ERROR_INVALID_ARGUMENT,
+              "dtype must be LB2_FLOAT32 (0), LB2_FLOAT16 (1) or LB2_BFLOAT16 (2), got %" PRId32, dtype);
+}
+
+lb2_status check_shape_struct(const lb2_layer_shape* shape) noexcept {
+  if (shape == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "shape must not be NULL");
+  if (shape->struct_size == sizeof(lb2_layer_shape)) return LB2_OK;
+  return fail(LB2_ERROR_INVALID_ARGUMENT,
+              "shape->struct_size must equal sizeof(lb2_layer_shape) = %zu, got %" PRIu64,
+              sizeof(lb2_layer_shape), shape->struct_size);
+}
+
+lb2_status check_shape(const lb2_layer_shape* shape) noexcept {
+  LB2_RETURN_IF_ERROR(check_shape_struct(shape));
+  LB2_RETURN_IF_ERROR(check_path_count(shape->num_paths));
+  return check_values(*shape, false);
+}
+
+lb2_status check_layer(const lb2_linear_args* args, lb2_layer_shape* shape) noexcept {
   if (args == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "args must not be NULL");
   if (args->struct_size != sizeof(lb2_linear_args))
     return fail(LB2_ERROR_INVALID_ARGUMENT,
@@ -101,14 +160,13 @@ lb2_status check_layer(const lb2_linear_args* args) noexcept {
                 " (header and library of different versions?)",
                 sizeof(lb2_linear_args), args->struct_size);
   LB2_RETURN_IF_ERROR(check_dtype(args->dtype));
-  if (args->m < 0 || args->m > kMaxDim) return invalid_size("m", args->m, 0);
-  if (args->k < 1 || args->k > kMaxDim) return invalid_size("k", args->k, 1);
-  if (args->n < 1 || args->n > kMaxDim) return invalid_size("n", args->n, 1);
+  LB2_RETURN_IF_ERROR(check_tokens(args->m));
   if (args->paths == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "paths must not be NULL");
-  if (args->num_paths < 1 || args->num_paths > LB2_MAX_PATHS)
-    return fail(LB2_ERROR_INVALID_ARGUMENT, "num_paths must be between 1 and %d, got %" PRId64, LB2_MAX_PATHS,
-                args->num_paths);
-  for (int64_t p = 0; p < args->num_paths; ++p) LB2_RETURN_IF_ERROR(check_path(*args, p));
+  LB2_RETURN_IF_ERROR(check_path_count(args->num_paths));
+  for (int64_t p = 0; p < args->num_paths; ++p) LB2_RETURN_IF_ERROR(check_stages(*args, p));
+  *shape = shape_of(*args);
+  LB2_RETURN_IF_ERROR(check_values(*shape, true));
+  for (int64_t p = 0; p < args->num_paths; ++p) LB2_RETURN_IF_ERROR(check_operands(*args, p));
   return LB2_OK;
 }
 
@@ -151,3 +209,11 @@ lb2_status check_prepacked_buffers(const lb2_prepacked_args& args, int64_t k, in
 }
 
 }  // namespace lb2
+
+extern "C" lb2_status lb2_linear_shape(const lb2_linear_args* args, lb2_layer_shape* shape) {
+  lb2_layer_shape found;
+  LB2_RETURN_IF_ERROR(lb2::check_layer(args, &found));
+  LB2_RETURN_IF_ERROR(lb2::check_shape_struct(shape));
+  *shape = found;
+  return LB2_OK;
+}

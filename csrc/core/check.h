@@ -1,5 +1,4 @@
-// The one full argument check of the layer calls. LB2_API here and in other internal headers is for
-// liblittlebit2_cuda, which shares these with the core library.
+// The argument checks of the C ABI.
 #pragma once
 
 #include "littlebit2/littlebit2.h"
@@ -8,12 +7,22 @@ namespace lb2 {
 
 enum class Direction { kForward, kBackward };
 
-// Checks everything that describes the layer: sizes, dtype, paths. Data pointers are not looked at.
-LB2_API lb2_status check_layer(const lb2_linear_args* args) noexcept;
+// Tokens and element type of a call.
+lb2_status check_tokens(int64_t m) noexcept;
+lb2_status check_dtype(lb2_dtype dtype) noexcept;
 
-// Checks input, output and workspace of a call; check_layer must have passed.
-LB2_API lb2_status check_buffers(const lb2_linear_args& args, Direction direction,
-                                 int64_t workspace_bytes) noexcept;
+// A shape that a caller gave, its values included.
+lb2_status check_shape(const lb2_layer_shape* shape) noexcept;
+
+// A shape that is to be filled.
+lb2_status check_shape_struct(const lb2_layer_shape* shape) noexcept;
+
+// Everything in args that describes the layer, by check_shape's rules, and m and dtype. Fills *shape. Data
+// pointers are not looked at.
+lb2_status check_layer(const lb2_linear_args* args, lb2_layer_shape* shape) noexcept;
+
+// Input, output and workspace of a call; check_layer must have passed.
+lb2_status check_buffers(const lb2_linear_args& args, Direction direction, int64_t workspace_bytes) noexcept;
 
 // The same for calls on a prepacked layer, whose bytes are checked where they are read.
 lb2_status check_prepacked(const lb2_prepacked_args* args) noexcept;

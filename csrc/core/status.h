@@ -1,4 +1,5 @@
-// Status helpers of the core: record a message for this thread and hand back the code.
+// Status helpers of the core: record a message for this thread and return the code. LB2_API in internal
+// headers exports what liblittlebit2_cuda uses of the core library.
 #pragma once
 
 #include "littlebit2/littlebit2.h"

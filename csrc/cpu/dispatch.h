@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/kernels.h"
-#include "cpu/lookup.h"
+#include "cpu/prepacked/lookup.h"
 
 namespace lb2::cpu {
 

@@ -44,7 +44,7 @@ struct Kernels {
   void (*store)(lb2_dtype dtype, const float* in, int64_t n, void* out);
 };
 
-// Each defined by its kernels_<isa>.cpp, where that is built.
+// Each defined by its isa/kernels_<isa>.cpp, where that is built.
 extern const Kernels kScalarKernels, kAvx2Kernels, kAvx512Kernels;
 
 }  // namespace lb2::cpu

@@ -2,15 +2,15 @@
 #include <cinttypes>
 
 #include "core/status.h"
-#include "cuda/check.h"
+#include "cuda/decode/kernels.h"
 #include "cuda/failure.h"
-#include "cuda/fused_kernels.h"
-#include "cuda/fused_plan.h"
-#include "cuda/gemm_kernels.h"
-#include "cuda/gemm_plan.h"
-#include "cuda/kernels.h"
-#include "cuda/layers.h"
-#include "cuda/plan.h"
+#include "cuda/fused/kernels.h"
+#include "cuda/gemm/kernels.h"
+#include "cuda/plan/check.h"
+#include "cuda/plan/fused.h"
+#include "cuda/plan/gemm.h"
+#include "cuda/plan/layers.h"
+#include "cuda/plan/plan.h"
 
 namespace lb2::cuda {
 
@@ -218,14 +218,14 @@ lb2_status lb2_grouped_forward_cuda(const lb2_linear_args* args, int64_t num_lay
   Layers layers;
   LB2_RETURN_IF_ERROR(gather_layers(args, num_layers, &layers));
   Plan plan;
-  LB2_RETURN_IF_ERROR(resume_plan(layers, made, &plan));
+  LB2_RETURN_IF_ERROR(resume_plan(layers.shape, made, &plan));
   int32_t ordinal;
   lb2_cuda_device device;
   LB2_RETURN_IF_ERROR(current_device(&ordinal, &device));
   LB2_RETURN_IF_ERROR(check_same_device(device, plan.device));
   LB2_RETURN_IF_ERROR(check_data(layers, plan.workspace_bytes));
   char* workspace = align_workspace(layers.front().workspace);
-  const int64_t m = layers.front().m;
+  const int64_t m = layers.shape.m;
   for (int64_t first = 0; first < m; first += plan.token_block) {
     const int64_t left = m - first, tokens = left < plan.token_block ? left : plan.token_block;
     for (int i = 0; i < plan.num_launches; ++i) {

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "cuda/device.h"
-#include "cuda/instances.h"
+#include "cuda/params.h"
 
 namespace lb2::cuda {
 

@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -89,40 +88,23 @@ void unpack_signs(const py::array_t<int32_t>& words, const py::array& out, const
   throw py::value_error("dtype must be float32, float16, bfloat16 or int8, got " + dtype);
 }
 
-// A call of M tokens as planning sees it, which looks at which pointers are equal and NULL, never at what
-// they point to. `shares` gives for each path the path whose first stage it uses.
-struct Shapes {
-  lb2_linear_args args = {};
-  lb2_path paths[LB2_MAX_PATHS] = {};
-  int32_t word[LB2_MAX_PATHS] = {};
-  float scale[LB2_MAX_PATHS] = {};
-
-  Shapes(int64_t m, int64_t k, int64_t n, const std::vector<int64_t>& ranks, bool single_stage,
-         const std::vector<int64_t>& shares) {
-    if (ranks.size() > LB2_MAX_PATHS || shares.size() != ranks.size())
-      throw py::value_error("ranks must hold at most 16 entries, and shares as many");
-    for (size_t p = 0; p < ranks.size(); ++p) {
-      if (shares[p] < 0 || shares[p] >= LB2_MAX_PATHS) throw py::value_error("shares must name paths");
-      paths[p].v = &word[shares[p]];
-      paths[p].v_stride = lb2_words_per_row(k);
-      paths[p].in_scale = &scale[shares[p]];
-      paths[p].out_scale = scale;
-      paths[p].rank = ranks[p];
-      if (single_stage) continue;
-      paths[p].u = word;
-      paths[p].u_stride = lb2_words_per_row(ranks[p]);
-      paths[p].latent_scale = scale;
-    }
-    args.struct_size = sizeof args;
-    args.m = m;
-    args.k = k;
-    args.n = n;
-    args.paths = paths;
-    args.num_paths = static_cast<int64_t>(ranks.size());
+lb2_layer_shape make_shape(int64_t k, int64_t n, const std::vector<int64_t>& ranks, bool single_stage,
+                           const std::vector<int64_t>& shares) {
+  if (ranks.size() > LB2_MAX_PATHS || shares.size() != ranks.size())
+    throw py::value_error("ranks must hold at most 16 entries, and shares as many");
+  lb2_layer_shape shape = {};
+  shape.struct_size = sizeof shape;
+  shape.k = k;
+  shape.n = n;
+  shape.num_paths = static_cast<int64_t>(ranks.size());
+  shape.single_stage = single_stage;
+  for (size_t p = 0; p < ranks.size(); ++p) {
+    if (shares[p] < 0 || shares[p] >= LB2_MAX_PATHS) throw py::value_error("shares must name paths");
+    shape.ranks[p] = ranks[p];
+    shape.shares[p] = static_cast<int32_t>(shares[p]);
   }
-  Shapes(const Shapes&) = delete;  // args points into it
-  Shapes& operator=(const Shapes&) = delete;
-};
+  return shape;
+}
 
 lb2_dtype dtype_from_name(const std::string& name) {
   if (name == "float32") return LB2_FLOAT32;
@@ -133,10 +115,10 @@ lb2_dtype dtype_from_name(const std::string& name) {
 
 py::dict plan_cpu(int64_t m, int64_t k, int64_t n, const std::vector<int64_t>& ranks, bool single_stage,
                   const std::vector<int64_t>& shares) {
-  const Shapes shapes(m, k, n, ranks, single_stage, shares);
+  const lb2_layer_shape shape = make_shape(k, n, ranks, single_stage, shares);
   lb2_cpu_plan plan = {};
   plan.struct_size = sizeof plan;
-  throw_on_error(lb2_linear_plan_cpu(&shapes.args, &plan));
+  throw_on_error(lb2_linear_plan_cpu(&shape, m, LB2_ISA_AUTO, &plan));
   py::dict result;
   result["isa"] = lb2_isa_name(plan.isa);
   result["token_block"] = plan.token_block;
@@ -192,25 +174,21 @@ lb2_cuda_device device_of(int32_t capability, int32_t multiprocessors, int64_t s
   return device;
 }
 
-// N, ranks, whether there is a single stage, and shares of a layer.
+// A layer: N, ranks, whether it has a single stage, and shares.
 using LayerShape = std::tuple<int64_t, std::vector<int64_t>, bool, std::vector<int64_t>>;
 
 // Plans a forward call of M tokens of layers on one input, on a GPU of the given properties.
 py::dict plan_grouped_cuda(int64_t m, int64_t k, const std::vector<LayerShape>& layers,
                            const std::string& dtype, int32_t activation, int32_t capability,
                            int32_t multiprocessors, int64_t shared_bytes) {
-  std::vector<std::unique_ptr<Shapes>> shapes;
-  std::vector<lb2_linear_args> args;
-  for (const auto& [n, ranks, single_stage, shares] : layers) {
-    shapes.push_back(std::make_unique<Shapes>(m, k, n, ranks, single_stage, shares));
-    args.push_back(shapes.back()->args);
-    args.back().dtype = dtype_from_name(dtype);
-  }
+  std::vector<lb2_layer_shape> shapes;
+  for (const auto& [n, ranks, single_stage, shares] : layers)
+    shapes.push_back(make_shape(k, n, ranks, single_stage, shares));
   const lb2_cuda_device device = device_of(capability, multiprocessors, shared_bytes);
   lb2_cuda_plan plan = {};
   plan.struct_size = sizeof plan;
-  throw_on_error(lb2_grouped_plan_cuda(args.data(), static_cast<int64_t>(args.size()), activation, &device,
-                                       nullptr, &plan));
+  throw_on_error(lb2_grouped_plan_cuda(shapes.data(), static_cast<int64_t>(shapes.size()), m,
+                                       dtype_from_name(dtype), activation, &device, nullptr, &plan));
   return describe(plan);
 }
 

@@ -138,6 +138,13 @@ void set_layer(lb2_linear_args& args, lb2_path* paths, const LayerTensors& tenso
 
 void throw_on_error(lb2_status status) { LB2_CHECK(status == LB2_OK, lb2_last_error()); }
 
+lb2_layer_shape shape_of_layer(const lb2_linear_args& args) {
+  lb2_layer_shape shape;
+  shape.struct_size = sizeof shape;
+  throw_on_error(lb2_linear_shape(&args, &shape));
+  return shape;
+}
+
 lb2_activation activation_mode(int64_t activation) {
   LB2_CHECK(activation >= LB2_ACTIVATION_AUTO && activation <= LB2_ACTIVATION_FLOAT16,
             "activation must be between ", LB2_ACTIVATION_AUTO, " and ", LB2_ACTIVATION_FLOAT16, ", got ",

@@ -80,6 +80,9 @@ LayerTensors all_paths(const std::vector<Tensor>& v, const OptionalTensors& u,
 // Fills the layer's part of `args`: sizes and paths, which point into the tensors. `paths` has room for them.
 void set_layer(lb2_linear_args& args, lb2_path* paths, const LayerTensors& tensors, const Place& place);
 
+// The shape of a layer whose `args` are set. Raises for what set_layer leaves to the core to check.
+lb2_layer_shape shape_of_layer(const lb2_linear_args& args);
+
 // An lb2_activation from an operator's argument; the modes that a kernel does not serve are its to refuse.
 lb2_activation activation_mode(int64_t activation);
 

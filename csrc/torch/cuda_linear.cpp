@@ -1,4 +1,4 @@
-// The operators on CUDA tensors, but the gradient of x, which is made of unpack (littlebit2_kernels/blas.py):
+// The operators on CUDA tensors, but the gradient of x, which is made of unpack (littlebit2_kernels/ops/dense.py):
 // arguments of the C ABI, device guard, stream. A library of its own, loaded only where torch has CUDA; it is
 // compiled without torch's CUDA headers or libraries, against any build of torch.
 #include <dlfcn.h>
@@ -58,10 +58,14 @@ std::vector<Tensor> forward_cuda(std::vector<lb2_linear_args>& layers, const Ten
     args.input_stride = rows.stride;
   }
   const int64_t count = static_cast<int64_t>(layers.size());
+  std::vector<lb2_layer_shape> shapes;
+  shapes.reserve(layers.size());
+  for (const lb2_linear_args& args : layers) shapes.push_back(shape_of_layer(args));
   const lb2_cuda_device device = describe_gpu(place.gpu);
   lb2_cuda_plan plan = {};
   plan.struct_size = sizeof plan;
-  throw_on_error(lb2_grouped_plan_cuda(layers.data(), count, mode, &device, nullptr, &plan));
+  throw_on_error(
+      lb2_grouped_plan_cuda(shapes.data(), count, rows.count, rows.dtype, mode, &device, nullptr, &plan));
   std::vector<Tensor> outputs;
   outputs.reserve(layers.size());
   for (lb2_linear_args& args : layers) {

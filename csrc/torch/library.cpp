@@ -1,5 +1,5 @@
 // Registration of the operators through the LibTorch stable ABI: one binary serves torch 2.11 and newer.
-// Fakes and autograd are registered from Python (littlebit2_kernels/ops.py), CUDA in cuda_linear.cpp.
+// Fakes and autograd are registered from Python (littlebit2_kernels/ops), CUDA in cuda_linear.cpp.
 #include <torch/csrc/stable/library.h>
 
 #include "torch/grouped.h"
@@ -25,7 +25,7 @@ STABLE_TORCH_LIBRARY(littlebit2, m) {
       "unpack(Tensor[] v, Tensor[]? u, Tensor[] in_scale, Tensor[]? latent_scale, Tensor[] out_scale, int "
       "dtype) -> Tensor[]");
   // linear and its gradient by unpack and torch's matrix products, in the dtype of x
-  // (littlebit2_kernels/blas.py).
+  // (littlebit2_kernels/ops/dense.py).
   m.def(
       "blas_linear(Tensor x, Tensor[] v, Tensor[]? u, Tensor[] in_scale, Tensor[]? latent_scale, Tensor[] "
       "out_scale, Tensor? bias=None) -> Tensor");

@@ -14,9 +14,10 @@ Tensor run(lb2_linear_args& args, const char* name, const Tensor& input, int64_t
   args.input = rows.tensor.const_data_ptr();
   args.input_stride = rows.stride;
 
+  const lb2_layer_shape shape = shape_of_layer(args);
   lb2_cpu_plan plan = {};
   plan.struct_size = sizeof plan;
-  throw_on_error(lb2_linear_plan_cpu(&args, &plan));
+  throw_on_error(lb2_linear_plan_cpu(&shape, args.m, args.isa, &plan));
   Tensor output = new_output(input, out_cols);
   args.output = output.mutable_data_ptr();
   args.output_stride = out_cols;

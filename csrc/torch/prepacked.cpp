@@ -38,12 +38,12 @@ void check_layer_tensor(const Tensor& layer) {
             torch::headeronly::toString(layer.scalar_type()), " ", shape_of(layer));
 }
 
-lb2_prepacked_info describe(const Tensor& layer) {
+lb2_layer_shape shape_of_prepacked(const Tensor& layer) {
   check_layer_tensor(layer);
-  lb2_prepacked_info info = {};
-  info.struct_size = sizeof info;
-  throw_on_error(lb2_prepacked_info_cpu(layer.const_data_ptr(), layer.numel(), &info));
-  return info;
+  lb2_layer_shape shape;
+  shape.struct_size = sizeof shape;
+  throw_on_error(lb2_prepacked_shape_cpu(layer.const_data_ptr(), layer.numel(), &shape));
+  return shape;
 }
 
 template <typename T>
@@ -56,7 +56,7 @@ struct Operands {
 };
 
 // Paths that share a first stage get one tensor for it if `share`, else one each.
-Operands unprepack(const Tensor& layer, const lb2_prepacked_info& info, bool share) {
+Operands unprepack(const Tensor& layer, const lb2_layer_shape& layer_shape, bool share) {
   const auto words = [&](int64_t rows, int64_t cols) {
     const std::array<int64_t, 2> shape = {rows, lb2_words_per_row(cols)};
     return torch::stable::new_empty(layer, shape, ScalarType::Int);
@@ -66,21 +66,21 @@ Operands unprepack(const Tensor& layer, const lb2_prepacked_info& info, bool sha
     return torch::stable::new_empty(layer, shape, ScalarType::Float);
   };
   Operands operands;
-  for (int64_t p = 0; p < info.num_paths; ++p) {
-    const size_t leader = static_cast<size_t>(info.shares[p]);
-    const bool shared = share && info.shares[p] != p;
-    operands.v.push_back(shared ? operands.v[leader] : words(info.ranks[p], info.k));
-    operands.in_scale.push_back(shared ? operands.in_scale[leader] : scale(info.k));
-    operands.out_scale.push_back(scale(info.n));
-    if (!info.single_stage) {
-      operands.u.push_back(words(info.n, info.ranks[p]));
-      operands.latent_scale.push_back(scale(info.ranks[p]));
+  for (int64_t p = 0; p < layer_shape.num_paths; ++p) {
+    const size_t leader = static_cast<size_t>(layer_shape.shares[p]);
+    const bool shared = share && layer_shape.shares[p] != p;
+    operands.v.push_back(shared ? operands.v[leader] : words(layer_shape.ranks[p], layer_shape.k));
+    operands.in_scale.push_back(shared ? operands.in_scale[leader] : scale(layer_shape.k));
+    operands.out_scale.push_back(scale(layer_shape.n));
+    if (!layer_shape.single_stage) {
+      operands.u.push_back(words(layer_shape.n, layer_shape.ranks[p]));
+      operands.latent_scale.push_back(scale(layer_shape.ranks[p]));
     }
     throw_on_error(lb2_unprepack_cpu(
         layer.const_data_ptr(), layer.numel(), p, shared ? nullptr : data_of<int32_t>(operands.v.back()),
-        info.single_stage ? nullptr : data_of<int32_t>(operands.u.back()),
+        layer_shape.single_stage ? nullptr : data_of<int32_t>(operands.u.back()),
         shared ? nullptr : data_of<float>(operands.in_scale.back()),
-        info.single_stage ? nullptr : data_of<float>(operands.latent_scale.back()),
+        layer_shape.single_stage ? nullptr : data_of<float>(operands.latent_scale.back()),
         data_of<float>(operands.out_scale.back()), torch_parallel, nullptr));
   }
   return operands;
@@ -103,14 +103,14 @@ Tensor prepack_cpu(const std::vector<Tensor>& v, const OptionalTensors& u,
 }
 
 std::vector<Tensor> unprepack_cpu(const Tensor& layer) {
-  const lb2_prepacked_info info = describe(layer);
-  const Operands operands = unprepack(layer, info, false);
+  const lb2_layer_shape layer_shape = shape_of_prepacked(layer);
+  const Operands operands = unprepack(layer, layer_shape, false);
   std::vector<Tensor> flat;
-  for (size_t p = 0; p < static_cast<size_t>(info.num_paths); ++p) {
+  for (size_t p = 0; p < static_cast<size_t>(layer_shape.num_paths); ++p) {
     flat.push_back(operands.v[p]);
-    if (!info.single_stage) flat.push_back(operands.u[p]);
+    if (!layer_shape.single_stage) flat.push_back(operands.u[p]);
     flat.push_back(operands.in_scale[p]);
-    if (!info.single_stage) flat.push_back(operands.latent_scale[p]);
+    if (!layer_shape.single_stage) flat.push_back(operands.latent_scale[p]);
     flat.push_back(operands.out_scale[p]);
   }
   return flat;
@@ -156,12 +156,13 @@ Tensor linear_prepacked_cpu(const Tensor& x, const Tensor& layer, const std::opt
 }
 
 Tensor linear_prepacked_backward_x_cpu(const Tensor& grad, const Tensor& layer, int64_t in_features) {
-  const lb2_prepacked_info info = describe(layer);
-  LB2_CHECK(in_features == info.k, "in_features must be ", info.k, " as the layer says, got ", in_features);
+  const lb2_layer_shape layer_shape = shape_of_prepacked(layer);
+  LB2_CHECK(in_features == layer_shape.k, "in_features must be ", layer_shape.k, " as the layer says, got ",
+            in_features);
   // The transposed product reads portable words. Unpacking costs about as much as the product of one token.
-  const Operands operands = unprepack(layer, info, true);
+  const Operands operands = unprepack(layer, layer_shape, true);
   OptionalTensors u, latent_scale;
-  if (!info.single_stage) {
+  if (!layer_shape.single_stage) {
     u = operands.u;
     latent_scale = operands.latent_scale;
   }

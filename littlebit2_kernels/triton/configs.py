@@ -1,6 +1,6 @@
 """Tuned configurations: measured once per GPU, kept in the user's cache folder, looked up by nearest shape.
 
-``benchmarks/tune_triton.py`` measures and stores them. Without a file, or where it has nothing close, the
+``python -m benchmarks.layers.tune_triton`` measures and stores them. Without a file, or where it has nothing close, the
 defaults of plan.py apply. A file is read at the first call on a GPU, never at import, and never while kernels
 run for the first time under capture: nothing is tuned at run time.
 """

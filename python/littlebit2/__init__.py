@@ -10,13 +10,13 @@ from ._lazy import import_on_use
 if TYPE_CHECKING:
     from littlebit2_kernels.version import __version__
 
+    from .architecture.projections import fuse_projections
     from .integrations.generation import generate
     from .integrations.loading import load
     from .integrations.synthesis import synthesize
     from .integrations.transformers import register
-    from .projections import fuse_projections
+    from .offline import quantize_checkpoint
     from .quantize import QuantConfig, analyze_weight, quantize_linears, quantize_weight, rank_for_bpw
-    from .stream import quantize_checkpoint
     from .train.recipe import Recipe, evaluate_model, finetune
 
 __all__ = [
@@ -45,10 +45,10 @@ _HOMES = {
     "analyze_weight": ".quantize",
     "evaluate_model": ".train.recipe",
     "finetune": ".train.recipe",
-    "fuse_projections": ".projections",
+    "fuse_projections": ".architecture.projections",
     "generate": ".integrations.generation",
     "load": ".integrations.loading",
-    "quantize_checkpoint": ".stream",
+    "quantize_checkpoint": ".offline",
     "quantize_linears": ".quantize",
     "quantize_weight": ".quantize",
     "rank_for_bpw": ".quantize",

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .checkpoint import check_new_file, open_checkpoint
+from .architecture.select import DEFAULT_EXCLUDE
+from .architecture.tensors import select_layers
+from .checkpoint import open_checkpoint
+from .disk import check_new_file
 from .quantize import Importance, check_device, check_dtype, collect_importance, save_importance
-from .stream import DEFAULT_EXCLUDE, select_layers
 from .train.data import find_files, read_texts
 
 __all__ = ["Calibration", "calibrate"]

@@ -1,7 +1,7 @@
 """What a model will weigh at a number of bits per weight, from its ``config.json`` alone.
 
-Nothing is built: shapes come from :mod:`.shapes`, ranks from :mod:`.quantize.budget`. Weights are read only
-where the ranks depend on their spectra. Sizes are in bytes, GB are 1e9 bytes.
+Nothing is built: shapes come from :mod:`.architecture.shapes`, ranks from :mod:`.quantize.budget`. Weights
+are read only where the ranks depend on their spectra. Sizes are in bytes, GB are 1e9 bytes.
 """
 
 from __future__ import annotations
@@ -16,18 +16,16 @@ from typing import Any
 
 from littlebit2_kernels.format import words_per_row
 
+from .architecture.select import DEFAULT_EXCLUDE, check_patterns, is_selected
+from .architecture.shapes import DenseShape, LinearShape, ModelShapes, model_shapes
 from .quantize import (
-    DEFAULT_EXCLUDE,
     QuantConfig,
     RankAllocation,
     at_largest_rank,
     check_budget,
-    check_patterns,
     counted_bpw,
-    is_selected,
     layer_config,
 )
-from .shapes import DenseShape, LinearShape, ModelShapes, model_shapes
 
 __all__ = ["LayerPlan", "ModelPlan", "load_config", "plan_model", "shipped_configs"]
 
@@ -174,7 +172,7 @@ def plan_model(
         exclude: likewise, of layers that stay dense; wins. Heads of other names than ``lm_head``
             stay dense too.
         allocation: ranks by layer where they depend on the weights (``budget="spectral"``, ``energy``), from
-            :func:`littlebit2.stream.measure_ranks`.
+            :func:`littlebit2.offline.measure_ranks`.
 
     Raises:
         FileNotFoundError: there is no such file or shipped configuration.

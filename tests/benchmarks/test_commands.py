@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import candidates as candidates_module
 from benchmarks.__main__ import main
-from benchmarks.goals import GOALS
+from benchmarks.layers import candidates as candidates_module
+from benchmarks.layers.goals import GOALS
 from benchmarks.records import load_document
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.floors import Floor
+from benchmarks.layers.floors import Floor
 from benchmarks.plots import series, write_plots
 from benchmarks.records import (
     SCHEMA,

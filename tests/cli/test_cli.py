@@ -15,13 +15,13 @@ from typing import get_args
 import pytest
 import torch
 
-from littlebit2 import stream
+from littlebit2 import offline
 from littlebit2.cli import main
 from littlebit2.cli.common import METHODS
 from littlebit2.plan import load_config, shipped_configs
 from littlebit2.quantize import Importance, save_importance
 from littlebit2.quantize.methods import Method
-from tests.stream.builders import contents, llama_tensors, write_model
+from tests.offline.builders import contents, llama_tensors, write_model
 
 COMMANDS = ("quantize", "calibrate", "convert", "inspect", "plan", "generate", "synthesize", "bench")
 QUICK = (
@@ -357,7 +357,7 @@ def test_an_interrupt_is_clean(
     def interrupt(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stream, "quantize_checkpoint", interrupt)
+    monkeypatch.setattr(offline, "quantize_checkpoint", interrupt)
     assert main(["quantize", "model", "out"]) == 130
     assert capsys.readouterr().err == (
         "littlebit2 quantize: interrupted; the same command goes on from here\n"

@@ -9,7 +9,6 @@ from littlebit2_kernels import (
     LittleBitLinear,
     PackedLinear,
     PackedPath,
-    balance,
     functional,
     linear,
     littlebit_linear,
@@ -17,6 +16,7 @@ from littlebit2_kernels import (
     warmup,
 )
 from littlebit2_kernels.format import unpack_signs_reference
+from littlebit2_kernels.ops import balance
 from littlebit2_kernels.reference import dense_weight, linear_reference
 from littlebit2_kernels.testing import TOLERANCE, make_packed, make_problem, relative_error
 from tests.cuda import problems

@@ -12,7 +12,6 @@ from littlebit2_kernels import (
     LittleBitLinear,
     PackedLinear,
     PackedPath,
-    blas,
     explain,
     functional,
     linear,
@@ -22,6 +21,7 @@ from littlebit2_kernels import (
 )
 from littlebit2_kernels.dispatch import ACTIVATIONS
 from littlebit2_kernels.gpu import gpu_properties
+from littlebit2_kernels.ops import calls
 from littlebit2_kernels.reference import dense_weight, linear_reference
 from littlebit2_kernels.testing import TOLERANCE, make_problem, relative_error
 from tests.cuda import problems
@@ -449,10 +449,10 @@ def test_gradients(problem: tuple[torch.Tensor, PackedLinear]) -> None:
 def test_unpacked(problem: tuple[torch.Tensor, PackedLinear], dtype: torch.dtype) -> None:
     """The bits of the CPU's kernel, from words that lie in any way."""
     _, packed = problem
-    expected = blas.unpack(packed.to("cpu").operands, dtype)
+    expected = calls.unpack(packed.to("cpu").operands, dtype)
     for layout in ("dense", "aligned", "misaligned"):
         layer = problems.with_word_layout(packed, layout)
-        for actual, factor in zip(blas.unpack(layer.operands, dtype), expected, strict=True):
+        for actual, factor in zip(calls.unpack(layer.operands, dtype), expected, strict=True):
             assert actual.is_cuda
             assert torch.equal(actual.cpu(), factor)
 

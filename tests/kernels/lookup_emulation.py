@@ -1,4 +1,4 @@
-"""The arithmetic contract of the lookup kernels (csrc/cpu/lookup.h, layout.h) once more, in numpy.
+"""The arithmetic contract of the lookup kernels (csrc/cpu/prepacked/lookup.h, layout.h) once more, in numpy.
 
 Nothing of the layout in memory, of tiles, tasks or vectors is here: only which numbers are rounded, and in
 which order floats are added. Results must agree with those of the kernels in every bit.

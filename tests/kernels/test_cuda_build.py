@@ -1,6 +1,6 @@
 """The CUDA kernels compile for every architecture, without spills, and export what the C ABI promises.
 
-What they compute is proven elsewhere by executing them on the host (tests/cpp/cuda_decode_test.cpp).
+What they compute is proven elsewhere by executing them on the host (tests/cpp/cuda/decode_test.cpp).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kernel_report import GEMM_POLICIES, POLICIES, TOKEN_TILES, gemm_tiles, parse_ptxas
+from benchmarks.cuda.kernel_report import GEMM_POLICIES, POLICIES, TOKEN_TILES, gemm_tiles, parse_ptxas
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)

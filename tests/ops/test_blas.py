@@ -14,7 +14,6 @@ from littlebit2_kernels import (
     LittleBitLinear,
     PackedLinear,
     PackedPath,
-    blas,
     explain,
     grouped_linear,
     littlebit_linear,
@@ -23,6 +22,7 @@ from littlebit2_kernels import (
 )
 from littlebit2_kernels.dispatch import unavailable_reason
 from littlebit2_kernels.format import unpack_signs_reference
+from littlebit2_kernels.ops import calls, dense
 from littlebit2_kernels.reference import dense_weight, linear_reference
 from littlebit2_kernels.testing import TOLERANCE, make_packed, make_problem, relative_error, typical_norm
 
@@ -68,7 +68,7 @@ def two_single_stages(rng: torch.Generator) -> PackedLinear:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_unpack(problem: tuple[torch.Tensor, PackedLinear], dtype: torch.dtype) -> None:
     _, packed = problem
-    for actual, exact in zip(blas.unpack(packed.operands, dtype), factors_of(packed), strict=True):
+    for actual, exact in zip(calls.unpack(packed.operands, dtype), factors_of(packed), strict=True):
         assert actual.dtype == dtype
         assert actual.is_contiguous()
         torch.testing.assert_close(actual.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
@@ -76,7 +76,7 @@ def test_unpack(problem: tuple[torch.Tensor, PackedLinear], dtype: torch.dtype) 
 
 def test_paths_of_a_single_stage_are_one_matrix(rng: torch.Generator) -> None:
     packed = two_single_stages(rng)
-    (actual,) = blas.unpack(packed.operands, torch.float32)
+    (actual,) = calls.unpack(packed.operands, torch.float32)
     torch.testing.assert_close(actual.double(), dense_weight(packed), rtol=1e-6, atol=1e-6)
 
 
@@ -233,7 +233,7 @@ def test_gradients(problem: tuple[torch.Tensor, PackedLinear], rng: torch.Genera
 def test_gradient_of_the_bias(rng: torch.Generator) -> None:
     x, packed = make_problem(2, 40, 30, [8], bias=True, dtype=torch.bfloat16, generator=rng)
     bias = packed.bias.clone().requires_grad_()
-    blas.blas_linear(x.view(1, 2, 40), packed.operands, bias).sum().backward()
+    calls.blas_linear(x.view(1, 2, 40), packed.operands, bias).sum().backward()
     assert torch.equal(bias.grad, torch.full((30,), 2.0))
 
 
@@ -277,7 +277,7 @@ def test_gradient_that_the_cuda_kernels_take(
 ) -> None:
     _, packed = problem
     grad = torch.randn(5, 70, generator=rng).to(dtype)
-    actual = blas._backward_x(grad, *packed.operands)
+    actual = dense._backward_x(grad, *packed.operands)
     assert actual.dtype == dtype
     truth = grad.double() @ dense_weight(packed)
     allowed = {torch.float32: 2e-6, torch.float16: TOLERANCE[dtype], torch.bfloat16: 2.5 * TOLERANCE[dtype]}
@@ -287,7 +287,7 @@ def test_gradient_that_the_cuda_kernels_take(
 def test_gradients_are_checked(rng: torch.Generator) -> None:
     _, packed = make_problem(2, 40, 30, [8], generator=rng)
     load()
-    for operator in (blas._backward_x, torch.ops.littlebit2.blas_linear_backward_x):
+    for operator in (dense._backward_x, torch.ops.littlebit2.blas_linear_backward_x):
         with pytest.raises(RuntimeError, match=r"grad must be float32, float16 or bfloat16, got"):
             operator(torch.ones(2, 30).double(), *packed.operands)
         with pytest.raises(RuntimeError, match=r"grad.size\(-1\) must equal 30, got shape \[2, 31\]"):

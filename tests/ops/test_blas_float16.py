@@ -14,8 +14,6 @@ from littlebit2_kernels import (
     LittleBitLinear,
     PackedLinear,
     PackedPath,
-    balance,
-    blas,
     explain,
     explanation,
     functional,
@@ -26,6 +24,7 @@ from littlebit2_kernels import (
 )
 from littlebit2_kernels.format import unpack_signs_reference
 from littlebit2_kernels.gpu import GPUS
+from littlebit2_kernels.ops import balance, calls
 from littlebit2_kernels.reference import dense_weight, linear_reference
 from littlebit2_kernels.testing import TOLERANCE, make_packed, make_problem, relative_error, typical_norm
 from tests.ops.test_blas import problem
@@ -154,7 +153,7 @@ def test_moved_scales_are_the_same_function(rng: torch.Generator) -> None:
         assert not torch.equal(moved, path.in_scale)
     assert latent_scale is not None
     assert out_scale is packed.operands[4]
-    assert torch.equal(blas.blas_linear(x, operands, None), blas.blas_linear(x, packed.operands, None))
+    assert torch.equal(calls.blas_linear(x, operands, None), calls.blas_linear(x, packed.operands, None))
     # Scales that are right as they are stay what they are.
     assert balance.balanced(operands) is operands
 

@@ -68,6 +68,12 @@ _USER_BASE = ("torch", "numpy", "safetensors", "tqdm")
 
 _BELOW_LINEAR = ("dispatch", "format", "functional", "ops", "prepacked", "prompts", "reference", "state")
 
+#: Modules of the Triton kernels: all but ``backend``, which imports them once a call is to run there.
+_TRITON_KERNELS = (
+    *("configs", "forward", "fused", "gemm", "gemv", "launch", "operand", "ops", "plan", "slots"),
+    *("transposed", "unpack", "xnor"),
+)
+
 #: The row with the longest matching prefix applies.
 PYTHON_ROOMS = {
     f"{_KERNELS}.version": PythonRoom(may=()),
@@ -88,7 +94,15 @@ PYTHON_ROOMS = {
         never=NATIVE,
     ),
     f"{_KERNELS}.triton": PythonRoom(
-        may=("torch", "triton", f"{_KERNELS}.format", f"{_KERNELS}.gpu", f"{_KERNELS}.triton"), never=NATIVE
+        may=(
+            *("torch", "triton", f"{_KERNELS}.format", f"{_KERNELS}.gpu", f"{_KERNELS}.ops.operands"),
+            f"{_KERNELS}.triton",
+        ),
+        never=NATIVE,
+    ),
+    # What the rest of the package imports; it imports the kernels once a call is to run there.
+    f"{_KERNELS}.triton.backend": PythonRoom(
+        may=("torch", f"{_KERNELS}.format", f"{_KERNELS}.gpu"), lazily=(f"{_KERNELS}.triton",), never=NATIVE
     ),
     # What decides needs no Triton, but for the version that a stored configuration was tuned with.
     **{
@@ -99,10 +113,27 @@ PYTHON_ROOMS = {
         )
         for name, lazily in (("configs", ("triton",)), ("plan", ()))
     },
-    _KERNELS: PythonRoom(may=("torch", "numpy", _KERNELS), lazily=("triton", f"{_KERNELS}.triton")),
+    _KERNELS: PythonRoom(
+        may=("torch", "numpy", _KERNELS),
+        lazily=("triton", *(f"{_KERNELS}.triton.{name}" for name in _TRITON_KERNELS)),
+    ),
+    "littlebit2.disk": PythonRoom(may=("littlebit2.disk",)),
+    # Names of model parts; what the command line imports of it needs no torch.
+    **{
+        f"littlebit2.architecture.{name}": PythonRoom(
+            may=("littlebit2.architecture.names",), lazily=("torch",), public_only=True
+        )
+        for name in ("names", "select")
+    },
+    "littlebit2.architecture": PythonRoom(
+        may=("torch", "littlebit2.architecture", _KERNELS), never=NATIVE, public_only=True
+    ),
     "littlebit2.quantize": PythonRoom(
         may=(
             *_USER_BASE,
+            "littlebit2.architecture.names",
+            "littlebit2.architecture.select",
+            "littlebit2.disk",
             "littlebit2.quantize",
             f"{_KERNELS}.format",
             f"{_KERNELS}.reference",
@@ -115,7 +146,9 @@ PYTHON_ROOMS = {
         may=(
             "torch",
             "safetensors",
+            "littlebit2.architecture.names",
             "littlebit2.checkpoint",
+            "littlebit2.disk",
             f"{_KERNELS}.format",
             f"{_KERNELS}.packing",
             f"{_KERNELS}.state",
@@ -123,14 +156,16 @@ PYTHON_ROOMS = {
         never=NATIVE,
         public_only=True,
     ),
-    "littlebit2.stream": PythonRoom(
+    "littlebit2.offline": PythonRoom(
         may=(
             "torch",
             "safetensors",
             "tqdm",
+            "littlebit2.architecture",
             "littlebit2.checkpoint",
+            "littlebit2.disk",
+            "littlebit2.offline",
             "littlebit2.quantize",
-            "littlebit2.stream",
             f"{_KERNELS}.format",
             f"{_KERNELS}.state",
             f"{_KERNELS}.version",
@@ -139,7 +174,7 @@ PYTHON_ROOMS = {
         public_only=True,
     ),
     "littlebit2.train": PythonRoom(
-        may=("torch", "numpy", "littlebit2.train", _KERNELS),
+        may=("torch", "numpy", "littlebit2.architecture", "littlebit2.disk", "littlebit2.train", _KERNELS),
         never=NATIVE,
         lazily=("pyarrow",),
         public_only=True,
@@ -152,11 +187,11 @@ PYTHON_ROOMS = {
     ),
     # `--help` and usage errors do not wait for torch.
     "littlebit2.cli": PythonRoom(
-        may=("littlebit2.cli",),
+        may=("littlebit2.architecture.names", "littlebit2.architecture.select", "littlebit2.cli"),
         lazily=(
             *(
                 f"littlebit2.{name}"
-                for name in ("calibrate", "checkpoint", "generate", "plan", "quantize", "stream")
+                for name in ("calibrate", "checkpoint", "generate", "offline", "plan", "quantize")
             ),
             "littlebit2.synthesize",
             "littlebit2.train",
@@ -179,7 +214,7 @@ _STD = rf"[a-z_]+|{_LIBC}"
 _CPU = r"immintrin\.h|arm_neon\.h|cpuid\.h|intrin\.h|sys/auxv\.h|asm/hwcap\.h|sys/sysctl\.h"
 _CUDA = r"cuda\w*\.h|mma\.h|(cuda|cub|nv)/.*"
 #: What the kernels may know of the core, and the shim through which tests execute them on the host.
-_CORE_FOR_CUDA = r"csrc/core/(check|first_stages|status)\.h"
+_CORE_FOR_CUDA = r"csrc/core/(check|shape|status)\.h"
 _STABLE_TORCH = r"torch/csrc/stable/.*|torch/csrc/inductor/aoti_torch/c/.*|torch/headeronly/.*"
 #: Our public headers, the generated ones (which no scan of the tree can find) included.
 _PUBLIC = r"csrc/include/.*|littlebit2/.*"

@@ -24,7 +24,7 @@ def test_c_program_against_the_installed_headers_and_library(tmp_path: Path) -> 
     assert compiler is not None, "a C compiler is needed to build this package"
     program = tmp_path / "client"
     libraries = littlebit2_kernels.get_library_dir()
-    source = ROOT / "tests/cpp/c_api_test.c"
+    source = ROOT / "tests/cpp/core/c_api_test.c"
     flags = ["-std=c99", "-Wall", "-Wextra", "-Werror", f"-I{littlebit2_kernels.get_include()}"]
     link = [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-llittlebit2", "-lm", "-o", program]
     subprocess.run([compiler, *flags, source, *link], check=True)

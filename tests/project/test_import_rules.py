@@ -92,8 +92,8 @@ PYTHON_OFFENDERS = {
         "must not refer to littlebit2_kernels._native",
     ),
     "ops-imports-triton-eagerly": (
-        "littlebit2_kernels/ops.py",
-        "from .triton import launch",
+        "littlebit2_kernels/ops/calls.py",
+        "from ..triton import launch",
         "may import littlebit2_kernels.triton.launch only inside a function",
     ),
     "package-imports-triton-eagerly": (
@@ -106,7 +106,11 @@ PYTHON_OFFENDERS = {
         "def f():\n    import littlebit2.quantize",
         "must not refer to littlebit2.quantize",
     ),
-    "kernels-import-third-party": ("littlebit2_kernels/ops.py", "import scipy", "must not refer to scipy"),
+    "kernels-import-third-party": (
+        "littlebit2_kernels/dispatch.py",
+        "import scipy",
+        "must not refer to scipy",
+    ),
     "quantize-imports-transformers": (
         "python/littlebit2/quantize/pipeline.py",
         "def f():\n    from transformers import AutoModel",
@@ -128,7 +132,7 @@ PYTHON_OFFENDERS = {
         "must not refer to transformers",
     ),
     "checkpoint-imports-the-quantizer": (
-        "python/littlebit2/checkpoint/bits.py",
+        "python/littlebit2/checkpoint/specs.py",
         "from littlebit2.quantize import counted_bpw",
         "must not refer to littlebit2.quantize.counted_bpw",
     ),
@@ -162,9 +166,24 @@ PYTHON_OFFENDERS = {
         "from littlebit2.quantize import QuantConfig",
         "may import littlebit2.quantize.QuantConfig only inside a function",
     ),
-    "stream-imports-transformers": (
-        "python/littlebit2/stream/select.py",
+    "architecture-imports-transformers": (
+        "python/littlebit2/architecture/tensors.py",
         "def select():\n    import transformers",
+        "must not refer to transformers",
+    ),
+    "architecture-names-import-torch-eagerly": (
+        "python/littlebit2/architecture/select.py",
+        "from torch import nn",
+        "may import torch.nn only inside a function",
+    ),
+    "disk-imports-torch": (
+        "python/littlebit2/disk/files.py",
+        "def save(tensor):\n    import torch",
+        "must not refer to torch",
+    ),
+    "offline-imports-transformers": (
+        "python/littlebit2/offline/pipeline.py",
+        "def run():\n    import transformers",
         "must not refer to transformers",
     ),
 }
@@ -184,9 +203,12 @@ PYTHON_PERMITTED = {
         "python/littlebit2/quantize/quantizer.py",
         "import torch\nfrom littlebit2_kernels.packing import pack_signs\nfrom .spectrum import f",
     ),
-    "ops-imports-triton-lazily": ("littlebit2_kernels/ops.py", "def f():\n    from .triton import launch"),
+    "ops-imports-triton-lazily": (
+        "littlebit2_kernels/ops/calls.py",
+        "def f():\n    from ..triton import launch",
+    ),
     "type-checking-only": (
-        "littlebit2_kernels/ops.py",
+        "littlebit2_kernels/ops/calls.py",
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import triton",
     ),
     "dunder-is-public": (
@@ -211,13 +233,13 @@ INCLUDE_OFFENDERS = {
     "core-uses-python": ("csrc/core/forward.cpp", "<Python.h>"),
     "core-uses-cuda": ("csrc/core/forward.cpp", "<cuda_fp16.h>"),
     "core-uses-intrinsics": ("csrc/core/forward.cpp", "<immintrin.h>"),
-    "cpu-uses-torch": ("csrc/cpu/kernels_avx2.cpp", "<ATen/Parallel.h>"),
-    "cpu-uses-cuda": ("csrc/cpu/kernels_avx2.cpp", "<cuda.h>"),
+    "cpu-uses-torch": ("csrc/cpu/isa/kernels_avx2.cpp", "<ATen/Parallel.h>"),
+    "cpu-uses-cuda": ("csrc/cpu/isa/kernels_avx2.cpp", "<cuda.h>"),
     "cuda-uses-torch": ("csrc/cuda/gemv.cu", "<c10/cuda/CUDAStream.h>"),
     "cuda-uses-python": ("csrc/cuda/gemv.cu", "<pybind11/pybind11.h>"),
-    "cuda-uses-cpu": ("csrc/cuda/plan.cpp", '"cpu/plan.h"'),
-    "cuda-uses-more-of-core": ("csrc/cuda/plan.cpp", '"core/signs.h"'),
-    "cuda-uses-the-host-shim": ("csrc/cuda/decode.h", '"cuda_host/device.h"'),
+    "cuda-uses-cpu": ("csrc/cuda/plan/plan.cpp", '"cpu/plan.h"'),
+    "cuda-uses-more-of-core": ("csrc/cuda/plan/plan.cpp", '"core/signs.h"'),
+    "cuda-uses-the-host-shim": ("csrc/cuda/decode/decode.h", '"cuda_host/device.h"'),
     "torch-uses-cuda": ("csrc/torch/cuda_linear.cpp", "<cuda_runtime.h>"),
     "torch-uses-unstable-headers": ("csrc/torch/ops.cpp", "<torch/extension.h>"),
     "torch-uses-kernels": ("csrc/torch/ops.cpp", '"core/status.h"'),

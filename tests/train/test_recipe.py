@@ -15,10 +15,11 @@ from transformers import LlamaModel
 
 import littlebit2
 from littlebit2.checkpoint import open_checkpoint
+from littlebit2.disk import RunError
 from littlebit2.quantize import QuantConfig
 from littlebit2.train import pack_model, trainable_layers
 from littlebit2.train.perplexity import perplexity
-from littlebit2.train.recipe import FinetuneError, FinetuneReport, Recipe, finetune, run
+from littlebit2.train.recipe import FinetuneReport, Recipe, finetune, run
 from littlebit2.train.recipe.student import build_student
 from littlebit2_kernels import LittleBitLinear
 from tests.train.builders import llama_config, write_teacher, write_text
@@ -154,18 +155,16 @@ def test_other_settings_are_not_mixed(case: Case) -> None:
     out = case.folder / "mixed"
     finetune(case.teacher, out, case.data, CONFIG, recipe=dataclasses.replace(RECIPE, stop_after=2))
     other = dataclasses.replace(RECIPE, lr=1e-3)
-    with pytest.raises(
-        FinetuneError, match=r"same settings, got other values of lr \(0\.002 before, now 0\.001\)"
-    ):
+    with pytest.raises(RunError, match=r"holds a run with other settings: lr = 0\.002 there, 0\.001 here"):
         finetune(case.teacher, out, case.data, CONFIG, recipe=other)
     report = finetune(case.teacher, out, case.data, CONFIG, recipe=other, resume=False)
     assert report.out == out
 
 
 def test_a_run_in_use_is_left_alone(case: Case) -> None:
-    work = run.RunDirectory(case.folder / "used")
+    work = run.FinetuneDirectory(case.folder / "used")
     work.open({}, resume=True)
-    with pytest.raises(FinetuneError, match=r"used\.finetune is in use by another process"):
+    with pytest.raises(RunError, match=r"used\.finetune is in use by another process"):
         finetune(case.teacher, case.folder / "used", case.data, CONFIG, recipe=RECIPE)
     work.close()
 
@@ -224,7 +223,7 @@ def test_half_precision_teacher_stays_half(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_ends_the_run(case: Case, tmp_path: Path) -> None:
     recipe = dataclasses.replace(QUICK, steps=6, lr=1e30, warmup=0.0)
-    with pytest.raises(FinetuneError, match=r"must be finite, got (nan|inf) at step \d.*--lr"):
+    with pytest.raises(RunError, match=r"must be finite, got (nan|inf) at step \d.*--lr"):
         finetune(case.teacher, tmp_path / "out", case.data, CONFIG, recipe=recipe)
     assert not (tmp_path / "out").exists()
 
@@ -242,9 +241,7 @@ def test_export_that_differs_is_noticed(case: Case, tmp_path: Path, monkeypatch:
 
     right = student.export_student
     monkeypatch.setattr(run, "export_student", wrong)
-    with pytest.raises(
-        FinetuneError, match=r"must give the trained model's logits within 0\.001, got a relative"
-    ):
+    with pytest.raises(RunError, match=r"must give the trained model's logits within 0\.001, got a relative"):
         finetune(case.teacher, tmp_path / "out", case.data, CONFIG, recipe=QUICK)
 
 

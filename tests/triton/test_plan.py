@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from littlebit2_kernels import BackendUnavailableError, dispatch, explain, triton_backend
+from littlebit2_kernels import BackendUnavailableError, dispatch, explain
 from littlebit2_kernels.gpu import GPUS, GpuProperties
 from littlebit2_kernels.testing import make_packed
+from littlebit2_kernels.triton import backend as triton_backend
 from littlebit2_kernels.triton import plan
 from littlebit2_kernels.triton.plan import (
     StageShape,

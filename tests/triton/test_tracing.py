@@ -16,7 +16,7 @@ import torch
 from littlebit2_kernels import LittleBitLinear, PackedLinear, littlebit_linear
 from littlebit2_kernels.gpu import GPUS
 from littlebit2_kernels.testing import make_packed, make_problem
-from littlebit2_kernels.triton_backend import interpreting
+from littlebit2_kernels.triton.backend import interpreting
 
 triton = pytest.importorskip("triton")
 

@@ -93,22 +93,22 @@ typedef struct lb2_cuda_tuning {
   int32_t fused;
 } lb2_cuda_tuning;
 
-/* Fill *plan for args on `device`: a pure function of its arguments. isa, parallel_for and the data pointers
- * of args are not looked at, but for which are equal. tuning may be NULL. What else there is in a batch
- * changes no bit of a token's result, nor does M, but that sums are taken in another order, and AUTO may mean
- * another mode, above 16 tokens: EXACT, FLOAT16 and INT8 are then a GEMM. INT16 and SIGN are the same at any
- * M. */
-LB2_API lb2_status lb2_linear_plan_cuda(const lb2_linear_args* args, lb2_activation activation,
-                                        const lb2_cuda_device* device, const lb2_cuda_tuning* tuning,
-                                        lb2_cuda_plan* plan);
+/* Fill *plan for calls with m tokens of `dtype` on a layer of this shape, on `device`: a pure function of its
+ * arguments. tuning may be NULL. A token's result has the same bits whatever other tokens are in the batch.
+ * Their number M changes nothing up to 16. Above 16 tokens, EXACT, FLOAT16 and INT8 take a GEMM, which adds
+ * in another order, and AUTO may choose another mode; INT16 and SIGN are the same at any M. */
+LB2_API lb2_status lb2_linear_plan_cuda(const lb2_layer_shape* shape, int64_t m, lb2_dtype dtype,
+                                        lb2_activation activation, const lb2_cuda_device* device,
+                                        const lb2_cuda_tuning* tuning, lb2_cuda_plan* plan);
 
-/* Layers on one input, as the projections of an attention or of a gated MLP are, in the launches of one: fill
- * *plan for [num_layers] of them. All have the same m, k, dtype, input and input_stride, all one stage or all
- * two, and at most LB2_MAX_PATHS paths together; n, ranks, bias and output are each layer's own. The plan is
- * that of the group: sums may be taken in another order than by a layer on its own. */
-LB2_API lb2_status lb2_grouped_plan_cuda(const lb2_linear_args* layers, int64_t num_layers,
-                                         lb2_activation activation, const lb2_cuda_device* device,
-                                         const lb2_cuda_tuning* tuning, lb2_cuda_plan* plan);
+/* Plan several layers with the same input, such as the projections of an attention or of a gated MLP, in the
+ * launches of one layer. shapes [num_layers] must have equal k, all one stage or all two, and at most
+ * LB2_MAX_PATHS paths together. Layers share no first stage with each other. The plan is that of the group: a
+ * layer's sums may be taken in another order than in a call of its own. */
+LB2_API lb2_status lb2_grouped_plan_cuda(const lb2_layer_shape* shapes, int64_t num_layers, int64_t m,
+                                         lb2_dtype dtype, lb2_activation activation,
+                                         const lb2_cuda_device* device, const lb2_cuda_tuning* tuning,
+                                         lb2_cuda_plan* plan);
 
 /* ---- liblittlebit2_cuda ---- */
 

@@ -63,6 +63,21 @@ typedef struct lb2_path {
   int64_t rank;              /* R, a multiple of LB2_RANK_MULTIPLE; N for a single-stage path */
 } lb2_path;
 
+/* The sizes of a layer and which paths share a first stage: what planning needs to know. It holds no
+ * pointers, so that a layer can be planned before it exists. Set struct_size = sizeof(lb2_layer_shape);
+ * entries of ranks and shares past num_paths are ignored. littlebit2_kernels.format.LayerShape is the same in
+ * Python. */
+typedef struct lb2_layer_shape {
+  uint64_t struct_size;
+  int64_t k;                     /* in_features, >= 1 */
+  int64_t n;                     /* out_features, >= 1 */
+  int64_t num_paths;             /* 1 .. LB2_MAX_PATHS */
+  int64_t ranks[LB2_MAX_PATHS];  /* R of each path; N in a single-stage layer */
+  int32_t shares[LB2_MAX_PATHS]; /* for each path, the path whose first stage (v and in_scale) it uses:
+                                    itself, or an earlier path of equal rank that uses its own */
+  int32_t single_stage;          /* 1 if no path has a U, else 0 */
+} lb2_layer_shape;
+
 /* Work on [begin, end) of a range that was handed to lb2_parallel_for. */
 typedef void (*lb2_task)(int64_t begin, int64_t end, void* task_context);
 
@@ -92,7 +107,11 @@ typedef struct lb2_linear_args {
   void* parallel_context;
 } lb2_linear_args;
 
-/* What a call will do; filled by lb2_linear_plan_cpu. Set struct_size = sizeof(lb2_cpu_plan) before. */
+/* Fill *shape with the shape of the layer of args. Set its struct_size first. Input, output and workspace are
+ * not read. */
+LB2_API lb2_status lb2_linear_shape(const lb2_linear_args* args, lb2_layer_shape* shape);
+
+/* What a call will do; filled by lb2_linear_plan_cpu. Set struct_size = sizeof(lb2_cpu_plan) first. */
 typedef struct lb2_cpu_plan {
   uint64_t struct_size;
   int64_t forward_workspace_bytes;
@@ -103,8 +122,9 @@ typedef struct lb2_cpu_plan {
   int32_t first_stages; /* first stages that are computed (paths that share one count once) */
 } lb2_cpu_plan;
 
-/* Fill *plan for args; data pointers (input, output, workspace) are not looked at. */
-LB2_API lb2_status lb2_linear_plan_cpu(const lb2_linear_args* args, lb2_cpu_plan* plan);
+/* Fill *plan for calls with m tokens on a layer of this shape. isa is that of lb2_linear_args. */
+LB2_API lb2_status lb2_linear_plan_cpu(const lb2_layer_shape* shape, int64_t m, lb2_isa isa,
+                                       lb2_cpu_plan* plan);
 
 /* y = layer(x). fp32 accumulation; the same bits whatever the ISA, the thread count and the other tokens, as
  * long as all threads of parallel_for run in one floating-point mode (rounding, flushing of subnormals). */
@@ -129,15 +149,6 @@ typedef int32_t lb2_activation;
   3                           /* activations and latents in 8 bits, a scale per chunk of 720 channels; 1e-2 \
                                */
 #define LB2_ACTIVATION_SIGN 4 /* their signs, times the mean magnitude per token: XNOR and popcount */
-
-typedef struct lb2_prepacked_info {
-  uint64_t struct_size;
-  int64_t k, n;
-  int64_t num_paths;
-  int32_t single_stage;          /* 1 if there is no U */
-  int32_t shares[LB2_MAX_PATHS]; /* for each path, the path whose V and in_scale it uses */
-  int64_t ranks[LB2_MAX_PATHS];
-} lb2_prepacked_info;
 
 /* Arguments of a call. Zero-initialise, then set struct_size = sizeof(lb2_prepacked_args). */
 typedef struct lb2_prepacked_args {
@@ -170,16 +181,16 @@ typedef struct lb2_prepacked_plan {
   lb2_activation activation; /* AUTO resolved */
 } lb2_prepacked_plan;
 
-/* Bytes of the prepacked layer; only the layer's part of args is looked at: k, n, paths, num_paths, dtype
- * (any). */
+/* Bytes of the prepacked layer. They depend on more than its shape: in_scales that are equal in value are
+ * stored once. Of args, the fields that describe the layer are read: k, n, paths and num_paths. */
 LB2_API lb2_status lb2_prepacked_bytes_cpu(const lb2_linear_args* args, int64_t* bytes);
 
-/* Prepack the layer of args into `layer`, [layer_bytes] as lb2_prepacked_bytes_cpu says, over
- * args->parallel_for. */
+/* Prepack the layer of args into `layer`, over args->parallel_for. layer_bytes must be what
+ * lb2_prepacked_bytes_cpu says. */
 LB2_API lb2_status lb2_prepack_cpu(const lb2_linear_args* args, void* layer, int64_t layer_bytes);
 
-/* Describe a prepacked layer. */
-LB2_API lb2_status lb2_prepacked_info_cpu(const void* layer, int64_t layer_bytes, lb2_prepacked_info* info);
+/* Fill *shape with the shape of a prepacked layer. Set its struct_size first. */
+LB2_API lb2_status lb2_prepacked_shape_cpu(const void* layer, int64_t layer_bytes, lb2_layer_shape* shape);
 
 /* Write one path of a prepacked layer back to contiguous portable tensors, over parallel_for unless that is
  * NULL; a NULL tensor is skipped. Pad bits become 0. */

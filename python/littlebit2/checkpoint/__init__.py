@@ -1,6 +1,5 @@
 """Checkpoints on disk: read every known layout, write ours and the authors'. See docs/checkpoints.md."""
 
-from .atomic import check_new_file, check_replaceable
 from .describe import describe
 from .errors import CheckpointError
 from .reader import Checkpoint, open_checkpoint
@@ -13,8 +12,6 @@ __all__ = [
     "CheckpointError",
     "CheckpointWriter",
     "LayerSpec",
-    "check_new_file",
-    "check_replaceable",
     "convert",
     "describe",
     "export_upstream",

@@ -12,6 +12,8 @@ from typing import BinaryIO
 
 import torch
 
+from littlebit2.disk import explain_errors, write_json
+
 from .headers import DTYPES
 
 __all__ = ["ShardedTensors"]
@@ -69,8 +71,9 @@ class ShardedTensors:
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         if self._spooled and self._position + size > self._limit:
             self._close_shard()
-        for name, tensor in tensors.items():
-            self._write(name, tensor)
+        with explain_errors(self._directory, size):
+            for name, tensor in tensors.items():
+                self._write(name, tensor)
 
     def finish(self) -> None:
         """Write the last shard, give all their final names, and write the index if there are several.
@@ -91,9 +94,9 @@ class ShardedTensors:
             weight_map.update((item.name, final) for item in spooled)
             total += sum(item.nbytes for item in spooled)
         if count > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            (self._directory / "model.safetensors.index.json").write_text(text, "utf-8")
+            ordered = dict(sorted(weight_map.items()))
+            index = {"metadata": {"total_size": total}, "weight_map": ordered}
+            write_json(self._directory / "model.safetensors.index.json", index)
 
     def close(self) -> None:
         """Close the files; what was not finished is of no use."""
@@ -140,7 +143,7 @@ class ShardedTensors:
         text = json.dumps(header, separators=(",", ":")).encode("utf-8")
         text += b" " * (-len(text) % 8)
         path = self._directory / f"shard-{len(self._shards)}"
-        with path.open("wb") as file:
+        with explain_errors(path, len(text) + position), path.open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             file.flush()
             for item in ordered:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from littlebit2.disk import StagedDirectory, write_json
 from littlebit2_kernels.format import PackedLinear
 from littlebit2_kernels.state import path_suffix
 
-from .atomic import StagedDirectory
 from .bits import counted_bits
 from .errors import CheckpointError
 from .naming import split_name, upstream_leaf
@@ -19,7 +19,7 @@ from .reader import Checkpoint, open_checkpoint
 from .settings import KEPT_SETTINGS, UPSTREAM_SETTINGS, summary
 from .shards import ShardedTensors
 from .specs import LayerSpec
-from .writer import MAX_SHARD_BYTES, CheckpointWriter, copy_extra_files, write_json
+from .writer import MAX_SHARD_BYTES, CheckpointWriter, copy_extra_files
 
 __all__ = ["convert", "export_upstream"]
 

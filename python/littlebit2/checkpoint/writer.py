@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterable, Sequence
@@ -12,17 +11,17 @@ from typing import Any
 
 import torch
 
+from littlebit2.disk import StagedDirectory, explain_errors, write_json
 from littlebit2_kernels.format import FORMAT_VERSION, PackedLinear
 from littlebit2_kernels.state import packed_to_state
 
 from . import settings
-from .atomic import StagedDirectory
 from .files import contained
 from .naming import module_prefix, split_name
 from .shards import ShardedTensors
 from .specs import LayerSpec
 
-__all__ = ["MAX_SHARD_BYTES", "CheckpointWriter", "copy_extra_files", "quantization_config", "write_json"]
+__all__ = ["MAX_SHARD_BYTES", "CheckpointWriter", "copy_extra_files", "quantization_config"]
 
 MAX_SHARD_BYTES = 5 * 2**30
 
@@ -176,9 +175,5 @@ def copy_extra_files(source: Path, target: Path) -> None:
     """See :meth:`CheckpointWriter.copy_extra_files`."""
     for path in sorted(source.iterdir()):
         if _EXTRA_FILES.fullmatch(path.name) and not path.name.endswith(_WEIGHT_SUFFIXES) and path.is_file():
-            shutil.copyfile(contained(source, path.name), target / path.name)
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write an object as indented JSON."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            with explain_errors(target / path.name, path.stat().st_size):
+                shutil.copyfile(contained(source, path.name), target / path.name)

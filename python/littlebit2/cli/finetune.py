@@ -158,7 +158,7 @@ def _run(args: argparse.Namespace) -> int:
     config = None if args.start is not None else quant_config(args, seed=args.quant_seed)
     exclude: dict[str, Any] = {}
     if args.include_heads or args.exclude:
-        from littlebit2.stream import DEFAULT_EXCLUDE  # noqa: PLC0415  # imports torch
+        from littlebit2.architecture.select import DEFAULT_EXCLUDE  # noqa: PLC0415
 
         exclude = {"exclude": excluded(args, DEFAULT_EXCLUDE)}
     report = finetune(

@@ -59,8 +59,8 @@ def add_parser(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from littlebit2.architecture.select import DEFAULT_EXCLUDE  # noqa: PLC0415
     from littlebit2.plan import plan_model  # noqa: PLC0415  # imports torch
-    from littlebit2.stream import DEFAULT_EXCLUDE  # noqa: PLC0415  # imports torch
 
     config = quant_config(args, energy=args.energy, budget=args.budget)
     exclude = excluded(args, DEFAULT_EXCLUDE)
@@ -100,8 +100,8 @@ def _run(args: argparse.Namespace) -> int:
 def _allocation(
     args: argparse.Namespace, config: QuantConfig, exclude: list[str]
 ) -> dict[str, RankAllocation] | None:
+    from littlebit2.offline import measure_ranks  # noqa: PLC0415  # imports torch
     from littlebit2.quantize import load_importance, needs_spectra  # noqa: PLC0415  # imports torch
-    from littlebit2.stream import measure_ranks  # noqa: PLC0415  # imports torch
 
     if not needs_spectra(config):
         if args.importance is not None:

@@ -86,8 +86,9 @@ def add_parser(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from littlebit2.architecture.select import DEFAULT_EXCLUDE  # noqa: PLC0415
+    from littlebit2.offline import quantize_checkpoint  # noqa: PLC0415  # imports torch
     from littlebit2.quantize import load_importance  # noqa: PLC0415  # imports torch
-    from littlebit2.stream import DEFAULT_EXCLUDE, quantize_checkpoint  # noqa: PLC0415  # imports torch
 
     report = quantize_checkpoint(
         args.model_dir,

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from littlebit2.architecture.names import FUSED
 from littlebit2.checkpoint import CheckpointError, LayerSpec
 from littlebit2_kernels import LittleBitLinear
 
 __all__ = [
-    "FUSED",
     "FusedLinear",
     "PendingLinear",
     "Placement",
@@ -21,13 +21,6 @@ __all__ = [
     "layers_of",
     "spec_of",
 ]
-
-#: Fused projections and the separate ones that a checkpoint may hold in their place, in the order of the
-#: fused rows: the authors split them before they quantise.
-FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
 
 
 class FusedLinear(nn.Module):

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
+from littlebit2.architecture.projections import fuse_projections
 from littlebit2.checkpoint import Checkpoint, CheckpointError, LayerSpec, open_checkpoint, quantization_config
-from littlebit2.projections import fuse_projections
 from littlebit2_kernels import LittleBitLinear, packed_from_state
 
 from .configuration import METHOD, LittleBit2Config

@@ -12,14 +12,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns, is_selected
 from littlebit2.checkpoint import CheckpointWriter
 from littlebit2.plan import load_config
 from littlebit2.quantize import (
-    DEFAULT_EXCLUDE,
     QuantConfig,
     check_budget,
-    check_patterns,
-    is_selected,
     layer_config,
 )
 from littlebit2_kernels.format import WORD_BITS, PackedLinear, PackedPath, words_per_row

@@ -31,10 +31,7 @@ from .importance import (
 from .memory import working_bytes
 from .methods import Steps
 from .model import (
-    DEFAULT_EXCLUDE,
     check_budget,
-    check_patterns,
-    is_selected,
     layer_config,
     needs_spectra,
     quantize_linears,
@@ -60,7 +57,6 @@ from .solvers.svd import TruncatedFactors, truncated_factors
 from .spectrum import Coherence, SpectralReport, StageReport, analyze_weight, energy_share, latent_coherence
 
 __all__ = [
-    "DEFAULT_EXCLUDE",
     "BinaryPath",
     "Coherence",
     "DenseLayer",
@@ -85,7 +81,6 @@ __all__ = [
     "check_budget",
     "check_device",
     "check_dtype",
-    "check_patterns",
     "collect_importance",
     "counted_bpw",
     "dual_svid",
@@ -93,7 +88,6 @@ __all__ = [
     "importance_tensors",
     "in_batches",
     "is_partial",
-    "is_selected",
     "joint_itq",
     "largest_bpw",
     "largest_rank",

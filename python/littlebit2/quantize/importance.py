@@ -7,7 +7,6 @@ weight ``diag(o) W diag(i)``, whose scales are divided by ``o`` and ``i`` afterw
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
+
+from littlebit2.disk import write_file
 
 from .solvers.numerics import check_finite, squared_norm
 
@@ -161,13 +162,7 @@ def save_importance(path: str | Path, importance: Mapping[str, Importance]) -> N
     Raises:
         OSError: it cannot be written.
     """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(save(importance_tensors(importance)))
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(Path(path), save(importance_tensors(importance)))
 
 
 def load_importance(path: str | Path) -> dict[str, Importance]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from littlebit2.architecture.names import is_key_or_value
+from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns, is_selected
 from littlebit2_kernels.format import PackedLinear
 
 from .allocate import LayerSpectrum, RankAllocation, allocate_ranks, layer_spectrum, ranks_for_energy
@@ -21,22 +22,14 @@ from .importance import Importance
 from .quantizer import DenseLayer, LayerReport, QuantizedLayer, quantize_together
 
 __all__ = [
-    "DEFAULT_EXCLUDE",
     "Replace",
     "check_budget",
-    "check_patterns",
-    "is_selected",
     "layer_config",
     "needs_spectra",
     "quantize_linears",
     "settle_ranks",
     "spectrum_of",
 ]
-
-#: The papers leave the output head dense.
-DEFAULT_EXCLUDE = ("*lm_head*",)
-
-_KV_SUFFIXES = ("k_proj", "v_proj")
 
 #: Makes the module that takes the place of a quantised ``nn.Linear``.
 Replace = Callable[[nn.Linear, PackedLinear], nn.Module]
@@ -128,15 +121,6 @@ def quantize_linears(
     return [reports[job.names[0]] for job in jobs]
 
 
-def check_patterns(name: str, patterns: str | Sequence[str]) -> tuple[str, ...]:
-    """Return ``patterns`` as a tuple; ``TypeError`` naming the argument ``name`` unless all are strings."""
-    listed = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-    for pattern in listed:
-        if not isinstance(pattern, str):
-            raise TypeError(f"{name} must hold strings, got {pattern!r}")
-    return listed
-
-
 def _plan(
     model: nn.Module,
     config: QuantConfig,
@@ -185,7 +169,7 @@ def check_budget(config: QuantConfig, layers: Iterable[tuple[str, int, int]]) ->
         config: of the model.
         layers: name, K and N of every layer that is to be quantised.
     """
-    config.check_usable((k, n, name.endswith(_KV_SUFFIXES)) for name, k, n in layers)
+    config.check_usable((k, n, is_key_or_value(name)) for name, k, n in layers)
 
 
 def needs_spectra(config: QuantConfig) -> bool:
@@ -261,7 +245,7 @@ def layer_config(
         raise ValueError(f"layer {name!r}: budget='spectral' and energy need its weight, got shapes alone")
     else:
         try:
-            ranks = config.ranks_for(in_features, out_features, is_kv=name.endswith(_KV_SUFFIXES))
+            ranks = config.ranks_for(in_features, out_features, is_kv=is_key_or_value(name))
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
     digest = hashlib.sha256(f"{config.seed}:{name}".encode()).digest()
@@ -308,12 +292,3 @@ def _quantize(
             for job in batch
         ]
     )
-
-
-def is_selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    """Whether ``name`` matches a shell-style pattern of ``include`` and none of ``exclude``."""
-
-    def matches(patterns: Sequence[str]) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-    return matches(include) and not matches(exclude)

@@ -7,7 +7,6 @@ token of training data, and the memory of the dense model is free while training
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import nn
+
+from littlebit2.disk import sync, write_json
 
 from .data import TokenBlocks
 from .losses import TopK, distillation_kl, hidden_mse, top_k, top_k_kl
@@ -153,9 +154,9 @@ def store_teacher(
             progress(stop, len(blocks))
     values.flush()
     tokens.flush()
-    temporary = path / "teacher.json.partial"
-    temporary.write_text(json.dumps(description) + "\n", "utf-8")
-    os.replace(temporary, path / "teacher.json")
+    for name in ("log_probabilities.npy", "tokens.npy"):
+        sync(path / name)
+    write_json(path / "teacher.json", description)
     return StoredTeacher(path)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from littlebit2_kernels.triton_backend import interpreting, no_triton_reason
+from littlebit2_kernels.triton.backend import interpreting, no_triton_reason
 
 if interpreting():
     # With every launch and every call of a device function, the interpreter patches triton.language anew, and

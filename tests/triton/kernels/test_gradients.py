@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from littlebit2_kernels import PackedLinear, littlebit_linear
 from littlebit2_kernels.reference import dense_weight
 from littlebit2_kernels.testing import TOLERANCE, make_problem, relative_error, typical_norm
-from littlebit2_kernels.triton_backend import interpreting
+from littlebit2_kernels.triton.backend import interpreting
 from tests.cuda.problems import with_word_layout
 from tests.kernels.problems import scaled_down
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from littlebit2.disk import new_file, write_json
 
 __all__ = ["TokenFile", "write_tokens"]
 
@@ -83,9 +84,8 @@ def write_tokens(
     before, after = _surroundings(tokenizer)
     dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
     tokens = documents = characters = 0
-    partial = path.with_name(path.name + ".partial")
     opened = False
-    with open(partial, "wb") as out:
+    with new_file(path) as out:
         for batch in _batches(texts):
             ids = tokenizer([text for text, _ in batch], add_special_tokens=False)["input_ids"]
             for (text, ends), row in zip(batch, ids, strict=True):
@@ -99,17 +99,11 @@ def write_tokens(
                 opened = not ends
             if max_tokens is not None and tokens >= max_tokens:
                 break
-        out.flush()
-        os.fsync(out.fileno())
-    if not characters:
-        partial.unlink()
-        raise ValueError("data must hold text, got none")
+        if not characters:
+            raise ValueError("data must hold text, got none")
     found = TokenFile(path, tokens, dtype, documents, characters)
-    os.replace(partial, path)
     entry = {key: value for key, value in asdict(found).items() if key != "path"}
-    temporary = path.with_name(path.name + ".json.partial")
-    temporary.write_text(json.dumps(entry) + "\n", "utf-8")
-    os.replace(temporary, _description(path))
+    write_json(_description(path), entry)
     return found
 
 

@@ -10,13 +10,12 @@ from littlebit2._lazy import import_on_use
 if TYPE_CHECKING:
     from .evaluation import Evaluation, evaluate_model
     from .run import FinetuneReport, finetune
-    from .settings import FinetuneError, Recipe
+    from .settings import Recipe
     from .trainer import DistillationTrainer
 
 __all__ = [
     "DistillationTrainer",
     "Evaluation",
-    "FinetuneError",
     "FinetuneReport",
     "Recipe",
     "evaluate_model",
@@ -27,7 +26,6 @@ __all__ = [
 _HOMES = {
     "DistillationTrainer": ".trainer",
     "Evaluation": ".evaluation",
-    "FinetuneError": ".settings",
     "FinetuneReport": ".run",
     "Recipe": ".settings",
     "evaluate_model": ".evaluation",

@@ -11,7 +11,7 @@ import re
 import shutil
 from pathlib import Path
 
-from littlebit2.checkpoint.atomic import sync_path
+from littlebit2.disk import sync_tree, write_file
 
 __all__ = ["latest_checkpoint", "mark_complete", "remove_incomplete"]
 
@@ -21,11 +21,8 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 def mark_complete(checkpoint: Path) -> None:
     """Bring all files of a checkpoint to the disk, then say that it is whole."""
-    for file in checkpoint.rglob("*"):
-        sync_path(file)
-    sync_path(checkpoint)
-    (checkpoint / _MARK).touch()
-    sync_path(checkpoint)
+    sync_tree(checkpoint)
+    write_file(checkpoint / _MARK, b"")
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

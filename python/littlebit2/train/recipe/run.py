@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -19,12 +18,13 @@ from tqdm import tqdm
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
-from littlebit2.checkpoint import check_replaceable
+from littlebit2.architecture.select import DEFAULT_EXCLUDE
+from littlebit2.disk import check_replaceable, write_json
 from littlebit2.integrations.bars import no_bars_in_logs
 from littlebit2.integrations.loading import load
+from littlebit2.offline import quantize_checkpoint
+from littlebit2.offline.group import Group, process_group
 from littlebit2.quantize import QuantConfig, check_device, counted_bpw
-from littlebit2.stream import DEFAULT_EXCLUDE, quantize_checkpoint
-from littlebit2.stream.group import Group, process_group
 from littlebit2.train.data import TokenBlocks, TokenFile, find_files, read_texts, write_tokens
 from littlebit2.train.model import trainable_layers
 from littlebit2.train.perplexity import perplexity
@@ -36,7 +36,7 @@ from .progress import Progress
 from .settings import Recipe
 from .student import build_student, check_dense, check_export, export_student, round_dense
 from .trainer import DistillationTrainer, MetricsLog, StopAfter
-from .work import RunDirectory, describe_files
+from .work import FinetuneDirectory, describe_files
 
 __all__ = ["REPORT_NAME", "FinetuneReport", "finetune"]
 
@@ -114,7 +114,7 @@ def finetune(
     Raises:
         FileExistsError: ``out`` exists and may not be replaced.
         FileNotFoundError: a directory or data file is not there.
-        FinetuneError: the folder of the run is in use or of other settings; or a loss is not finite.
+        RunError: the folder of the run is in use or of other settings; or a loss is not finite.
         ImportError: TensorBoard or pyarrow is needed and not installed.
         ValueError: any other argument that cannot be; the message names it.
     """
@@ -145,7 +145,7 @@ def finetune(
         patterns=(include, exclude),
         device=device,
         overwrite=overwrite,
-        work=RunDirectory(target),
+        work=FinetuneDirectory(target),
     )
     run.check()
     with _processes(device, recipe) as group:
@@ -187,7 +187,7 @@ class _Run:
     patterns: tuple[str | Sequence[str], str | Sequence[str]]
     device: str
     overwrite: bool
-    work: RunDirectory
+    work: FinetuneDirectory
 
     def check(self) -> None:
         """Raise what can be told before anything is computed."""
@@ -452,11 +452,9 @@ class _Run:
             else {k: _plain(v) for k, v in vars(self.config).items()},
             **{k: v for k, v in asdict(report).items() if k not in ("out", "seconds")},
         }
-        temporary = self.out / f".{REPORT_NAME}.partial"
-        temporary.write_text(json.dumps(entry, indent=1) + "\n", "utf-8")
-        os.replace(temporary, self.out / REPORT_NAME)
+        write_json(self.out / REPORT_NAME, entry)
         if not self.recipe.keep_work:
-            self.work.clear(keep_logs=True)
+            self.work.clear(self.work.logs)
             self.work.remove_if_empty()
 
 

@@ -10,16 +10,12 @@ from littlebit2.train.latents import MAGNITUDE
 from littlebit2.train.model import Dense
 from littlebit2.train.surrogate import Surrogate, check_surrogate
 
-__all__ = ["FinetuneError", "Precision", "Recipe"]
+__all__ = ["Precision", "Recipe"]
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
 #: Settings that may differ between a run and its continuation: they change no result.
 _WITHOUT_EFFECT = ("eval_batch_size", "keep_work", "quiet", "tensorboard", "save_steps", "stop_after")
-
-
-class FinetuneError(RuntimeError):
-    """Training cannot go on; the message says why and what would help."""
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from littlebit2.checkpoint import CheckpointWriter, open_checkpoint
+from littlebit2.disk import RunError
 from littlebit2.integrations.loading import load
 from littlebit2.train.model import make_trainable, packed_layers, select_dense, trainable_layers
 
-from .settings import FinetuneError, Recipe
+from .settings import Recipe
 
 __all__ = ["build_student", "check_dense", "check_export", "export_student", "round_dense"]
 
@@ -133,7 +134,7 @@ def check_export(model: Any, packed: Any, ids: torch.Tensor) -> float:
         ids: a few tokens ``[B, T]``.
 
     Raises:
-        FinetuneError: it is more than rounding explains.
+        RunError: it is more than rounding explains.
     """
     ids = ids[:, :_CHECKED_TOKENS]
     training = model.training
@@ -144,7 +145,7 @@ def check_export(model: Any, packed: Any, ids: torch.Tensor) -> float:
     model.train(training)
     difference = float((trained - exported).abs().max() / trained.abs().max().clamp_min(1e-30))
     if not difference <= _AGREEMENT:
-        raise FinetuneError(
+        raise RunError(
             f"the exported model must give the trained model's logits within {_AGREEMENT}, got a relative "
             f"difference of {difference:g}: the checkpoint was written, but is not what was trained"
         )

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerCallback, TrainerState
 
+from littlebit2.disk import RunError
 from littlebit2.train.data import TokenBlocks
 from littlebit2.train.flips import FlipMeter
 from littlebit2.train.losses import token_nll
@@ -19,7 +20,6 @@ from littlebit2.train.perplexity import Perplexity
 from littlebit2.train.teacher import LiveTeacher, Teacher
 
 from .checkpoints import mark_complete
-from .settings import FinetuneError
 
 __all__ = ["DistillationTrainer"]
 
@@ -130,7 +130,7 @@ class DistillationTrainer(Trainer):
             values = [("loss", self._last_loss), ("norm of the gradients", norm)]
             for name, value in values:
                 if value is not None and not bool(torch.isfinite(torch.as_tensor(value)).all()):
-                    raise FinetuneError(self._not_finite(name, float(torch.as_tensor(value))))
+                    raise RunError(self._not_finite(name, float(torch.as_tensor(value))))
         return norm
 
     def _not_finite(self, name: str, value: float) -> str:

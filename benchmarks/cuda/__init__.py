@@ -1,0 +1,1 @@
+"""Programs and steps that need nvcc or a GPU."""

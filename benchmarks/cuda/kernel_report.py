@@ -1,0 +1,158 @@
+"""``python -m benchmarks.cuda.kernel_report``: registers and local memory of every CUDA kernel, as a table.
+
+Compiles the kernels with nvcc, which needs no GPU, and reads what ptxas says of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import PROCESSORS
+from benchmarks.markdown import markdown
+
+__all__ = [
+    "GEMM_POLICIES",
+    "GEMM_TILES",
+    "POLICIES",
+    "TOKEN_TILES",
+    "Kernel",
+    "gemm_tiles",
+    "main",
+    "parse_ptxas",
+]
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Activation modes, and the template argument by which a kernel's mangled name tells its mode.
+POLICIES = {
+    "exact": "SignHalvesILi2E",
+    "float16": "SignHalvesILi1E",
+    "int16": "BitPlanesILi16E",
+    "int8": "BitPlanesILi8E",
+    "sign": "BitPlanesILi2E",
+}
+TOKEN_TILES = (1, 2, 4, 8, 16)
+#: The same of the GEMM, and its tiles of rows and tokens.
+GEMM_POLICIES = {"exact": "GemmHalvesILi2E", "float16": "GemmHalvesILi1E", "int8": "GemmInt8"}
+GEMM_TILES = ((64, 32), (128, 32), (128, 64), (128, 128))
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What ptxas said of one kernel: bytes of stack frame and spills together, and registers of a thread.
+
+    ``row_tile`` is 0 but for a GEMM, ``token_tile`` that of its conversion and of the kernel of both stages,
+    ``fused``, 0 as well; ``unpack`` has no mode.
+    """
+
+    kind: str
+    mode: str
+    token_tile: int
+    capability: int
+    local_bytes: int
+    registers: int
+    row_tile: int = 0
+
+
+def gemm_tiles(mode: str) -> tuple[tuple[int, int], ...]:
+    """Tiles that are compiled for a mode."""
+    return tuple(tile for tile in GEMM_TILES if mode != "exact" or tile[1] < 128)
+
+
+def parse_ptxas(log: str) -> Iterator[Kernel]:
+    """The kernels in the output of ``nvcc -Xptxas=-v``."""
+    pattern = re.compile(
+        r"Compiling entry function '(\w+)' for 'sm_(\d+)a?'.*?"
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+        r"Used (\d+) registers",
+        re.DOTALL,
+    )
+    for match in pattern.finditer(log):
+        name = match[1]
+        prompts = {"4gemmI": "gemm", "12gemm_convertI": "gemm_convert", "5fusedI": "fused"}
+        prompt = next((kind for part, kind in prompts.items() if part in name), None)
+        policies = POLICIES if prompt is None else GEMM_POLICIES
+        mode = next((mode for mode, policy in policies.items() if policy in name), None)
+        shape = re.search(r"GemmShapeILi(\d+)ELi(\d+)E", name)
+        tile = re.search(r"EELi(\d+)EE", name)
+        local = sum(int(match[group]) for group in (3, 4, 5))
+        if mode is not None and shape is not None:
+            yield Kernel("gemm", mode, int(shape[2]), int(match[2]), local, int(match[6]), int(shape[1]))
+        elif mode is not None and prompt is not None:
+            yield Kernel(prompt, mode, 0, int(match[2]), local, int(match[6]))
+        elif mode is not None and tile is not None:
+            kind = "convert" if "7convert" in name else "decode"
+            yield Kernel(kind, mode, int(tile[1]), int(match[2]), local, int(match[6]))
+        elif "6unpackE" in name:
+            yield Kernel("unpack", "", 0, int(match[2]), local, int(match[6]))
+        else:
+            raise ValueError(f"kernel names must hold an activation mode and a tile, got {name}")
+
+
+def _compile(file: str, capability: int, folder: Path) -> str:
+    command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{capability}", "-Xptxas=-v", "-cubin"]
+    command += [
+        f"-I{ROOT / 'csrc'}",
+        f"-I{ROOT / 'csrc' / 'include'}",
+        "-o",
+        str(folder / f"{Path(file).stem}_{capability}"),
+    ]
+    command.append(str(ROOT / "csrc" / "cuda" / f"{file}.cu"))
+    return subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
+    ).stdout
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table; 1 if a kernel uses local memory."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda.kernel_report", description=__doc__)
+    parser.add_argument("--archs", nargs="+", type=int, default=[80, 90, 120])
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(PROCESSORS)) as pool:
+        files = [*(f"instances/decode_{mode}" for mode in POLICIES), "unpack/unpack"]
+        files += [f"instances/{kind}_{mode}" for kind in ("gemm", "fused") for mode in GEMM_POLICIES]
+        jobs = [(file, capability, Path(folder)) for file in files for capability in options.archs]
+        logs = pool.map(lambda job: _compile(*job), jobs)
+        kernels = [kernel for log in logs for kernel in parse_ptxas(log)]
+    found = {(k.kind, k.mode, k.row_tile, k.token_tile, k.capability): k for k in kernels}
+
+    def cell(kind: str, mode: str, rows: int, tokens: int) -> str:
+        names = [(kind, mode, rows, tokens, arch) for arch in options.archs]
+        return "/".join(str(found[name].registers) if name in found else "" for name in names).strip("/")
+
+    rows = []
+    for kind, tiles in (("decode", TOKEN_TILES), ("convert", TOKEN_TILES[3:])):
+        for mode in POLICIES:
+            cells = [cell(kind, mode, 0, tile) for tile in tiles]
+            rows.append([kind, mode, *[""] * (len(TOKEN_TILES) - len(tiles)), *cells])
+    print(markdown(["registers", "mode", *map(str, TOKEN_TILES)], rows))
+    rows = [
+        [
+            mode,
+            cell("gemm_convert", mode, 0, 0),
+            *(cell("gemm", mode, *tile) for tile in GEMM_TILES),
+            cell("fused", mode, 0, 0),
+        ]
+        for mode in GEMM_POLICIES
+    ]
+    print()
+    print(
+        markdown(["GEMM", "convert", *(f"{rows} x {tokens}" for rows, tokens in GEMM_TILES), "fused"], rows)
+    )
+    print(f"\nunpack: {cell('unpack', '', 0, 0)} registers")
+    spilled = [kernel for kernel in kernels if kernel.local_bytes]
+    print(f"\n{len(kernels)} kernels, {len(spilled)} with local memory")
+    for kernel in spilled:
+        print(kernel)
+    return int(bool(spilled))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

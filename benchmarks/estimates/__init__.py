@@ -1,0 +1,1 @@
+"""Predicted costs of GPU calls: counted, not measured."""

@@ -1,0 +1,1 @@
+"""Layers: candidates beside their peers, the goals, the machine's floors, overhead."""

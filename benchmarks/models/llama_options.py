@@ -1,0 +1,190 @@
+"""What can be done about the time outside the packed linear layers, with transformers and torch as they are.
+
+An option changes a model that shares its weights with others (:func:`benchmarks.models.llama.twin`). Several are
+joined by ``+``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.models.llama import WEIGHT_STD, LlamaShape, random_packed, twin
+from littlebit2.quantize import rank_for_bpw
+from littlebit2_kernels import LittleBitLinear
+
+__all__ = ["DEFAULT", "OPTIONS", "FlatLinear", "Int8Linear", "Option", "apply_options", "parse_options"]
+
+#: The name of a model without options.
+DEFAULT = "as is"
+HEAD_BPW = 1.0
+
+
+class FlatLinear(nn.Module):
+    """A linear layer of dense weights that multiplies matrices, whatever the dimensions of its input.
+
+    After the prompt, ``generate`` hands lm_head the last position of ``[1, T, K]``, whose strides are not
+    those of a matrix of rows. torch then takes a batched product, and copies bfloat16 weights for it.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map ``x`` ``[..., K]`` to ``[..., N]``."""
+        return self.linear(x.reshape(-1, x.shape[-1])).unflatten(0, x.shape[:-1])
+
+
+class Int8Linear(nn.Module):
+    """A dense layer rounded to int8 with one scale per row: half of the bytes of bfloat16."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        scale = (weight.abs().amax(1).float() / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        rounded = torch.empty(weight.shape, dtype=torch.int8)
+        # In pieces: a float32 copy of lm_head is as large as everything else.
+        for target, source, s in zip(rounded.split(1024), weight.split(1024), scale.split(1024), strict=True):
+            target.copy_((source.float() / s[:, None]).round())
+        self.register_buffer("weight", rounded)
+        self.register_buffer("scale", scale.to(weight.dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map ``x`` ``[..., K]`` to ``[..., N]``."""
+        y = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), self.weight, self.scale)
+        return y.unflatten(0, x.shape[:-1])
+
+
+@dataclass
+class _Changes:
+    """What :func:`apply_options` does to a model."""
+
+    attention: str | None = None
+    head: Callable[[nn.Linear], nn.Module] | None = None
+    compiled: bool = False
+    generate: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One change.
+
+    Attributes:
+        help: what it does, in a line.
+        change: notes it in the changes.
+        compiled: whether it leaves modules whose calls cannot be told apart.
+    """
+
+    help: str
+    change: Callable[[_Changes], None]
+    compiled: bool = False
+
+
+def _packed_head(linear: nn.Linear) -> nn.Module:
+    k, n = linear.in_features, linear.out_features
+    rank = rank_for_bpw(k, n, HEAD_BPW, paths=2)
+    generator = torch.Generator().manual_seed(0)
+    packed = random_packed(k, n, [rank, rank], std=WEIGHT_STD, generator=generator)
+    return LittleBitLinear.from_packed(packed).prepack_()
+
+
+def _eager_attention(changes: _Changes) -> None:
+    changes.attention = "eager"
+
+
+def _flat_head(changes: _Changes) -> None:
+    changes.head = FlatLinear
+
+
+def _int8_head(changes: _Changes) -> None:
+    changes.head = Int8Linear
+
+
+def _pack_head(changes: _Changes) -> None:
+    changes.head = _packed_head
+
+
+def _static_cache(changes: _Changes) -> None:
+    changes.generate["cache_implementation"] = "static"
+
+
+def _compile(changes: _Changes) -> None:
+    _static_cache(changes)
+    changes.compiled = True
+
+
+OPTIONS = {
+    "eager-attention": Option(
+        "attention of plain matrix products instead of torch's fused one", _eager_attention
+    ),
+    "flat-head": Option("lm_head is given matrices, also after the prompt", _flat_head),
+    "int8-head": Option("lm_head rounded to int8, one scale per row", _int8_head),
+    "packed-head": Option(f"lm_head packed at {HEAD_BPW:g} bpw (another model: train it so)", _pack_head),
+    "static-cache": Option("keys and values in a cache of fixed size", _static_cache),
+    "compile": Option("steps through torch.compile, with the static cache", _compile, compiled=True),
+}
+
+
+def parse_options(text: str) -> list[str]:
+    """Names of options joined by ``+``; none for :data:`DEFAULT`.
+
+    Raises:
+        ValueError: a name is unknown, or two of them exclude each other.
+    """
+    if text == DEFAULT:
+        return []
+    names = text.split("+")
+    for name in names:
+        if name not in OPTIONS:
+            raise ValueError(
+                f"option must be one of {', '.join(OPTIONS)}, or several joined by +, got {name!r}"
+            )
+    heads = [name for name in names if name.endswith("-head")]
+    if len(heads) > 1:
+        raise ValueError(f"option must change lm_head once, got {text!r}")
+    return names
+
+
+def apply_options(model: Any, shape: LlamaShape, text: str) -> tuple[Any, dict[str, Any]]:
+    """Make a model with the options of ``text`` that shares the other weights of ``model``.
+
+    Returns:
+        The model, and further arguments of its ``generate``.
+
+    Raises:
+        ValueError: see :func:`parse_options`, or an option does not fit the model.
+    """
+    names = parse_options(text)
+    changes = _Changes()
+    for name in names:
+        OPTIONS[name].change(changes)
+    if changes.head is Int8Linear and model.dtype == torch.float32:
+        # torch has no fast kernel for it: ten times slower than what it replaces.
+        raise ValueError("int8-head needs a model in bfloat16 or float16, got one in float32")
+    changed = twin(model, shape, attention=changes.attention)
+    if changes.head is not None:
+        changed.lm_head = changes.head(model.lm_head)
+    if changes.compiled:
+        _compile_steps(changed)
+    return changed, changes.generate
+
+
+def _compile_steps(model: Any) -> None:
+    plain = model.forward
+    compiled = torch.compile(plain, dynamic=False)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        # Prompts are of many lengths, and compiling for each takes longer than running them.
+        ids = kwargs.get("input_ids")
+        step = ids is not None and ids.shape[1] == 1
+        return (compiled if step else plain)(*args, **kwargs)
+
+    model.forward = forward

@@ -1,0 +1,1 @@
+"""Errors and perplexities of quantized and trained models."""

@@ -1,0 +1,32 @@
+// AVX2 + FMA + F16C kernels. Built with flags of its own and reached only after detect_features().
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "cpu/kernels.h"
+#include "cpu/prepacked/lookup.h"
+
+namespace lb2::cpu {
+namespace {
+
+#include "cpu/isa/vec_avx2.h"
+
+// 16 ymm registers: 4 rows x 1 token or 2 rows x 3 tokens of two-register sums, plus signs and operands.
+constexpr int kDotRows1 = 4;
+constexpr int kDotRows = 2;
+constexpr int kDotTokens = 3;
+constexpr int kSumTokens = 3;
+
+// clang-format off: the order matters
+#include "cpu/isa/elementwise_body.h"
+#include "cpu/portable/kernel_body.h"
+#include "cpu/prepacked/lookup_body.h"
+#include "cpu/prepacked/lookup_avx2_body.h"
+// clang-format on
+
+}  // namespace
+
+const Kernels kAvx2Kernels = {load_scaled, sign_dots, sign_sums, store};
+const LookupKernels kAvx2Lookup = kLookup;
+
+}  // namespace lb2::cpu

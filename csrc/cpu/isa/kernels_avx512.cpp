@@ -1,0 +1,33 @@
+// AVX-512 (F, BW, DQ, VL) kernels. Built with flags of its own and reached only after detect_features().
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "cpu/kernels.h"
+#include "cpu/prepacked/lookup.h"
+
+namespace lb2::cpu {
+namespace {
+
+#include "cpu/isa/vec_avx512.h"
+
+// 32 zmm registers: 16 rows x 1 token, or 4 rows x 6 tokens, plus signs, operands and the constants +1 and
+// -1.
+constexpr int kDotRows1 = 16;
+constexpr int kDotRows = 4;
+constexpr int kDotTokens = 6;
+constexpr int kSumTokens = 8;
+
+// clang-format off: the order matters
+#include "cpu/isa/elementwise_body.h"
+#include "cpu/portable/kernel_body.h"
+#include "cpu/prepacked/lookup_body.h"
+#include "cpu/prepacked/lookup_avx512_body.h"
+// clang-format on
+
+}  // namespace
+
+const Kernels kAvx512Kernels = {load_scaled, sign_dots, sign_sums, store};
+const LookupKernels kAvx512Lookup = kLookup;
+
+}  // namespace lb2::cpu

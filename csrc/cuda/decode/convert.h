@@ -1,0 +1,71 @@
+// Activations of whole slices as the tensor cores take them: made by the blocks that use them, in shared
+// memory, or, where many blocks would make those of many tokens, once by a launch of their own.
+#pragma once
+
+#include "cuda/decode/bit_planes.h"
+#include "cuda/decode/sign_halves.h"
+
+namespace lb2::cuda {
+
+// What a slice of a tile of kTokens tokens takes: tiles of the MMA's columns, a scale and a sum per token.
+template <typename Mma, int kTokens>
+struct SliceLayout {
+  static constexpr int kTiles = Mma::template kTiles<kTokens>;
+  static constexpr int kScales = kTiles * Mma::kTokensPerTile;
+  static constexpr bool kConvertedAhead = converts_ahead(kTokens);
+  static constexpr int kBytes = slice_bytes(Mma::kActivation, kTokens);
+  static_assert(kScales >= kTokens && kBytes == kTiles * Mma::kTileBytes + (kScales * 8 + 15) / 16 * 16,
+                "planning and kernel disagree about a slice");
+  LB2_DEVICE static float* scales(unsigned char* slice) {
+    return reinterpret_cast<float*>(slice + kTiles * Mma::kTileBytes);
+  }
+  LB2_DEVICE static const float* scales(const unsigned char* slice) {
+    return reinterpret_cast<const float*>(slice + kTiles * Mma::kTileBytes);
+  }
+};
+
+// One warp: one slice of token `first_token + token` into that token's columns of `slice_data`. Columns of
+// tokens past the last one keep whatever is in them: columns of an MMA do not mix.
+template <typename Mma, int kTokens>
+LB2_DEVICE void convert_slice(const DecodeParams& params, const Term& term, int slice, int first_token,
+                              int token, unsigned char* slice_data) {
+  using Layout = SliceLayout<Mma, kTokens>;
+  const int lane = thread_id() % kWarpLanes;
+  const int first = slice * kSliceCols, left = term.cols - first;
+  const int cols[2] = {first + Mma::first_run(lane), first + Mma::second_run(lane)};
+  float values[kLaneCols];
+  load_runs(slice_source(params, term, first_token + token), cols, values);
+  float* scales = Layout::scales(slice_data);
+  Mma::stage(values, lane, left < kSliceCols ? left : kSliceCols, token, slice_data, scales + token,
+             reinterpret_cast<int32_t*>(scales + Layout::kScales) + token);
+}
+
+// Where a launch of convert leaves a slice of a tile of tokens.
+template <typename Mma, int kTokens>
+LB2_DEVICE unsigned char* converted_slice(const Term& term, int token_tile, int slice) {
+  return term.converted +
+         (static_cast<int64_t>(token_tile) * term.slices + slice) * SliceLayout<Mma, kTokens>::kBytes;
+}
+
+// All slices of all terms; blocks are [warps of slices and tokens, 1, tiles of tokens].
+template <typename Mma, int kTokens>
+LB2_KERNEL(kThreads)
+convert(const LB2_GRID_CONSTANT DecodeParams params) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const int item = block_x() * kWarps + thread_id() / kWarpLanes;
+  const int token = item % kTokens, first_token = block_z() * kTokens;
+  if (first_token + token >= params.m) return;
+  int slice = item / kTokens;
+  for (int i = 0; i < params.num_terms; ++i) {
+    const Term& term = params.terms[i];
+    if (slice < term.slices) {
+      convert_slice<Mma, kTokens>(params, term, slice, first_token, token,
+                                  converted_slice<Mma, kTokens>(term, block_z(), slice));
+      return;
+    }
+    slice -= term.slices;
+  }
+}
+
+}  // namespace lb2::cuda

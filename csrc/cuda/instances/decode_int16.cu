@@ -1,0 +1,8 @@
+// Kernels with activations as 16-bit integers, a slice with a common scale.
+#include "cuda/instances/decode.h"
+
+namespace lb2::cuda {
+
+Kernels kernels_int16(int token_tile) noexcept { return kernel_instances<BitPlanes<16>>(token_tile); }
+
+}  // namespace lb2::cuda

@@ -1,9 +1,0 @@
-// Both stages in one kernel, activations as one float16 number each.
-#include "cuda/fused.h"
-#include "cuda/fused_kernels.h"
-
-namespace lb2::cuda {
-
-FusedKernel fused_kernel_float16() noexcept { return fused<GemmHalves<1>>; }
-
-}  // namespace lb2::cuda

@@ -1,0 +1,338 @@
+#include "cuda/plan/plan.h"
+
+#include <algorithm>
+#include <cinttypes>
+#include <cstring>
+#include <type_traits>
+
+#include "core/check.h"
+#include "core/status.h"
+#include "cuda/decode/sizes.h"
+#include "cuda/plan/check.h"
+#include "cuda/plan/estimate.h"
+#include "cuda/plan/fused.h"
+#include "cuda/plan/gemm.h"
+
+namespace lb2::cuda {
+namespace {
+
+// From 100 on, the compiler emulates 1-bit MMAs with integer instructions (seen in the machine code of
+// CUDA 13.0).
+constexpr int32_t kLastOneBitCapability = 99;
+
+constexpr int64_t kTokenBlock = 128;  // bounds the workspace
+constexpr int64_t kMostSplits = 32;
+constexpr int64_t kChunkBytes = 96 * 1024;  // of staged activations: room for two blocks on an sm_90
+
+// Estimated cycles of a stage for one token. Leads from instruction counts, to be replaced by measurements;
+// only their order matters here.
+int64_t estimated_cycles(const Work& work, int row_warps, int64_t splits, int32_t multiprocessors) {
+  constexpr int64_t kRead = 1100;       // until the first activations and scales are there
+  constexpr int64_t kStageSlice = 350;  // one warp, one slice
+  constexpr int64_t kMultiplySlice = 120;
+  constexpr int64_t kFinish = 400;      // sums of the warps together, stored
+  constexpr int64_t kReadParts = 270;   // by the next stage, four parts at once
+  constexpr int64_t kBlocksAtOnce = 2;  // of an SM
+  const int64_t blocks = work.row_tiles(kTileRows * row_warps) * splits;
+  const int64_t waves = divide_up(blocks, kBlocksAtOnce * multiprocessors);
+  const int64_t slices = divide_up(work.block_slices(), splits);
+  return waves * (kRead + divide_up(slices, kWarps) * kStageSlice +
+                  divide_up(slices, kWarps / row_warps) * kMultiplySlice + kFinish) +
+         divide_up(splits - 1, 4) * kReadParts;
+}
+
+// A number that tuning asks for, or the range to choose from.
+struct Range {
+  int64_t least, most;
+  Range(int32_t wanted, int64_t largest)
+      : least(wanted != 0 ? wanted : 1), most(wanted != 0 ? wanted : largest) {}
+};
+
+// Does not look at the number of tokens: it decides the order in which sums are taken.
+void choose_shape(const Work& work, int32_t multiprocessors, int32_t wanted_row_warps, int32_t wanted_splits,
+                  lb2_cuda_launch* stage) {
+  const Range warps(wanted_row_warps, kWarps);
+  const Range parts(wanted_splits, work.last ? 1 : std::min(work.block_slices(), kMostSplits));
+  int64_t best = INT64_MAX;
+  for (int64_t row_warps = warps.least; row_warps <= warps.most; row_warps *= 2)
+    for (int64_t splits = parts.least; splits <= parts.most; splits *= 2) {
+      const int64_t cycles = estimated_cycles(work, static_cast<int>(row_warps), splits, multiprocessors);
+      if (cycles >= best) continue;
+      best = cycles;
+      stage->estimated_cycles = static_cast<int32_t>(std::min<int64_t>(cycles, INT32_MAX));
+      stage->row_warps = static_cast<int32_t>(row_warps);
+      stage->split_warps = kWarps / stage->row_warps;
+      stage->grid_y = static_cast<int32_t>(splits);
+      stage->grid_x = static_cast<int32_t>(work.row_tiles(kTileRows * row_warps));
+    }
+}
+
+int token_tile(int64_t tokens) {
+  for (const int tile : kTokenTiles)
+    if (tokens <= tile) return tile;
+  return kMaxTokenTile;
+}
+
+// Fills what depends on the tokens: tile, grid_z, chunk and shared memory.
+void fit_tokens(lb2_activation activation, int64_t tokens, int64_t slices, int64_t shared_bytes,
+                int32_t max_chunk, lb2_cuda_launch* launch) {
+  launch->token_tile = token_tile(tokens);
+  launch->grid_z = static_cast<int32_t>(std::max<int64_t>(1, divide_up(tokens, launch->token_tile)));
+  const int64_t slice = slice_bytes(activation, launch->token_tile), sums = sums_bytes(launch->token_tile);
+  const int64_t room = std::min(kChunkBytes, shared_bytes - sums) / slice;
+  const int64_t wanted = max_chunk != 0 ? std::min<int64_t>(max_chunk, room) : room;
+  const int64_t chunk = std::max<int64_t>(1, std::min(wanted, divide_up(slices, launch->grid_y)));
+  launch->chunk_slices = static_cast<int32_t>(chunk);
+  launch->shared_bytes = static_cast<int32_t>(chunk * slice + sums);
+}
+
+// Adds the launches of one stage, and what they need of the workspace.
+void add_stage(const Work& work, const lb2_cuda_tuning& tuning, Plan* plan) {
+  const int32_t chained = plan->device.capability >= kLeastChained && !tuning.unchained;
+  lb2_cuda_launch decode = {};
+  decode.kind = LB2_CUDA_DECODE;
+  decode.stage = work.stage;
+  decode.threads = kThreads;
+  decode.chained = chained;
+  choose_shape(work, plan->device.multiprocessors, tuning.row_warps[work.stage],
+               work.last ? 0 : tuning.splits, &decode);
+  fit_tokens(plan->activation, plan->token_block, work.block_slices(), plan->device.shared_bytes,
+             tuning.max_chunk, &decode);
+  if (converts_ahead(decode.token_tile)) {
+    lb2_cuda_launch convert = {};
+    convert.kind = LB2_CUDA_CONVERT;
+    convert.stage = work.stage;
+    convert.grid_x = static_cast<int32_t>(divide_up(work.all_slices() * decode.token_tile, kWarps));
+    convert.grid_y = 1;
+    convert.grid_z = decode.grid_z;
+    convert.threads = kThreads;
+    convert.token_tile = decode.token_tile;
+    convert.chained = chained;
+    plan->launches[plan->num_launches++] = convert;
+    const int64_t slice = slice_bytes(plan->activation, decode.token_tile);
+    for (int i = 0; i < work.num_terms; ++i) {
+      plan->converted_offset[work.stage][i] = plan->workspace_bytes;
+      plan->workspace_bytes += align_bytes(decode.grid_z * work.slices(i) * slice);
+    }
+  }
+  plan->launches[plan->num_launches++] = decode;
+  if (work.last) return;
+  plan->sum_parts = decode.grid_y;
+  for (int i = 0; i < work.num_groups; ++i) {
+    plan->sums_offset[i] = plan->workspace_bytes;
+    plan->workspace_bytes += align_bytes(decode.grid_y * plan->token_block * work.rows[i] * 4);
+  }
+}
+
+lb2_status resolve_activation(const CallShape& call, const lb2_cuda_device& device,
+                              lb2_activation* activation) {
+  if (*activation < LB2_ACTIVATION_AUTO || *activation > LB2_ACTIVATION_FLOAT16)
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "activation must be LB2_ACTIVATION_AUTO (0), _EXACT (1), _INT16 (2), _INT8 (3), _SIGN (4) or "
+                "_FLOAT16 (5), got %" PRId32,
+                *activation);
+  if (*activation != LB2_ACTIVATION_AUTO) return LB2_OK;
+  const bool one_bit = device.capability <= kLastOneBitCapability;
+  *activation = call.dtype == LB2_FLOAT32            ? LB2_ACTIVATION_EXACT
+                : one_bit && call.m <= kMaxTokenTile ? LB2_ACTIVATION_INT16
+                                                     : LB2_ACTIVATION_FLOAT16;
+  return LB2_OK;
+}
+
+}  // namespace
+
+lb2_status make_plan(const CallShape& call, lb2_activation activation, const lb2_cuda_device& device,
+                     const lb2_cuda_tuning* given, Plan* plan) noexcept {
+  *plan = {};
+  LB2_RETURN_IF_ERROR(resolve_activation(call, device, &activation));
+  const lb2_cuda_tuning tuning = given != nullptr ? *given : lb2_cuda_tuning{};
+  LB2_RETURN_IF_ERROR(
+      check_tuning(tuning, activation, call.single_stage ? 1 : divide_up(call.k, kSliceCols)));
+  plan->struct_size = sizeof(lb2_cuda_plan);
+  plan->device = device;
+  plan->activation = activation;
+  plan->one_bit_mma = is_one_bit(activation);
+  plan->first_stages = call.first.num_groups;
+  plan->macs = call.macs;
+  const Stages stages = find_stages(call);
+  if (uses_gemm(activation, call.m, device.shared_bytes)) {
+    Plan fused = *plan;
+    const bool fits = add_fused_launch(stages, call.m, tuning, &fused);
+    if (fits) estimate_call(stages, call.m, call.dtype, &fused);
+    if (tuning.fused > 0 && !fits)
+      return fail(
+          LB2_ERROR_UNSUPPORTED,
+          "tuning->fused must be -1 or 0, as layers of these ranks and sizes do not fit into one kernel "
+          "with clusters of that many blocks on a GPU of capability %" PRId32 " with %" PRId64
+          " bytes of shared memory, got %" PRId32,
+          device.capability, device.shared_bytes, tuning.fused);
+    if (tuning.fused <= 0) {
+      add_gemm_launches(stages, call.m, tuning, plan);
+      plan->workspace_bytes += kWorkspaceAlignment;
+      estimate_call(stages, call.m, call.dtype, plan);
+    }
+    if (tuning.fused > 0 || (fits && fused.estimated_cycles < plan->estimated_cycles)) *plan = fused;
+    return LB2_OK;
+  }
+  plan->token_block = std::min(call.m, kTokenBlock);
+  for (int i = 0; i < stages.count; ++i) add_stage(stages.work[i], tuning, plan);
+  if (plan->workspace_bytes > 0) plan->workspace_bytes += kWorkspaceAlignment;
+  return LB2_OK;
+}
+
+lb2_status resume_plan(const CallShape& call, const lb2_cuda_plan* made, Plan* plan) noexcept {
+  LB2_RETURN_IF_ERROR(check_plan_struct(made));
+  LB2_RETURN_IF_ERROR(check_device(&made->device));
+  // Its choices, to plan with them again: a plan that comes out the same is one that was made for the call.
+  lb2_cuda_tuning tuning = {};
+  tuning.unchained = !made->launches[0].chained;
+  read_gemm_tuning(*made, &tuning);
+  read_fused_tuning(*made, &tuning);
+  for (const lb2_cuda_launch& launch : made->launches) {
+    if (launch.kind != LB2_CUDA_DECODE) continue;
+    tuning.row_warps[launch.stage == 1] = launch.row_warps;
+    if (!call.single_stage && launch.stage == 0) tuning.splits = launch.grid_y;
+    tuning.max_chunk = std::max(tuning.max_chunk, launch.chunk_slices);
+  }
+  const bool planned = make_plan(call, made->activation, made->device, &tuning, plan) == LB2_OK;
+  // Every member is an integer, and there is no padding: equal plans are equal bytes.
+  static_assert(std::has_unique_object_representations_v<lb2_cuda_plan>);
+  if (planned && std::memcmp(static_cast<const lb2_cuda_plan*>(plan), made, sizeof *made) == 0) return LB2_OK;
+  return fail(LB2_ERROR_INVALID_ARGUMENT,
+              "plan must be what was made for the sizes and paths of this call (layers=%" PRId32
+              ", m=%" PRId64 ", k=%" PRId64 ", n=%" PRId64 ", num_paths=%" PRId32 "), got one that differs",
+              call.num_layers, call.m, call.k, call.n[0], call.num_paths);
+}
+
+lb2_cuda_launch launch_for(const Plan& plan, int index, int64_t tokens) noexcept {
+  lb2_cuda_launch launch = plan.launches[index];
+  launch.grid_z = static_cast<int32_t>(divide_up(tokens, launch.token_tile));
+  return launch;
+}
+
+namespace {
+
+// What decode and GEMM launches have in common.
+void fill_params(const Layers& layers, const Plan& plan, int index, int64_t first, int64_t tokens,
+                 char* workspace, LaunchParams* params) noexcept {
+  const lb2_cuda_launch& launch = plan.launches[index];
+  const lb2_linear_args& args = layers.front();
+  const bool reads_input = launch.stage == 0, last = launch.stage == 1 || layers.shape.single_stage;
+  const int64_t element_bytes = args.dtype == LB2_FLOAT32 ? 4 : 2;
+  // Of blocks; launches that convert have no rows.
+  const int64_t tile_rows = launch.row_tile > 0 ? launch.row_tile : kTileRows * launch.row_warps;
+  params->input_dtype = reads_input ? args.dtype : LB2_FLOAT32;
+  params->output_dtype = last ? args.dtype : LB2_FLOAT32;
+  params->num_parts = reads_input ? 1 : static_cast<int32_t>(plan.sum_parts);
+  params->m = static_cast<int32_t>(tokens);
+  params->splits = launch.grid_y;
+  const auto sums_of = [&](int stage) {
+    return reinterpret_cast<float*>(workspace + plan.sums_offset[stage]);
+  };
+  int32_t tiles = 0;
+  const auto add_group = [&](int64_t rows) -> Group& {
+    Group& group = params->groups[params->num_groups++];
+    group.rows = static_cast<int32_t>(rows);
+    group.first_tile = tiles;
+    group.first_term = group.last_term = params->num_terms;
+    if (tile_rows > 0) tiles += static_cast<int32_t>(divide_up(rows, tile_rows));
+    return group;
+  };
+  // Path p, in the last of the groups.
+  const auto add_term = [&](int p) {
+    const lb2_path& path = *layers.paths[p];
+    Term& term = params->terms[params->num_terms];
+    term.row_scale = last ? path.out_scale : nullptr;
+    term.converted =
+        reinterpret_cast<unsigned char*>(workspace) + plan.converted_offset[launch.stage][params->num_terms];
+    if (reads_input) {
+      term.input = static_cast<const char*>(args.input) + first * args.input_stride * element_bytes;
+      term.input_stride = args.input_stride;
+      term.scale = path.in_scale;
+      term.words = reinterpret_cast<const uint32_t*>(path.v);
+      term.word_stride = path.v_stride;
+      term.cols = static_cast<int32_t>(args.k);
+    } else {
+      term.input = sums_of(layers.shape.first.group_of[p]);
+      term.input_stride = path.rank;
+      term.part_stride = tokens * path.rank;
+      term.scale = path.latent_scale;
+      term.words = reinterpret_cast<const uint32_t*>(path.u);
+      term.word_stride = path.u_stride;
+      term.cols = static_cast<int32_t>(path.rank);
+    }
+    term.slices = static_cast<int32_t>(divide_up(term.cols, kSliceCols));
+    params->groups[params->num_groups - 1].last_term = ++params->num_terms;
+  };
+  if (!last) {
+    const FirstStages& stages = layers.shape.first;
+    for (int g = 0; g < stages.num_groups; ++g) {
+      const int leader = stages.leader_of[g];
+      Group& group = add_group(layers.paths[leader]->rank);
+      group.output = sums_of(g);
+      group.output_stride = group.rows;
+      add_term(leader);
+    }
+    return;
+  }
+  for (int32_t i = 0; i < layers.shape.num_layers; ++i) {
+    const lb2_linear_args& layer = layers.args[i];
+    Group& group = add_group(layer.n);
+    group.output = static_cast<char*>(layer.output) + first * layer.output_stride * element_bytes;
+    group.output_stride = layer.output_stride;
+    group.bias = layer.bias;
+    for (int32_t p = layers.shape.first_path[i]; p < layers.shape.first_path[i + 1]; ++p) add_term(p);
+  }
+}
+
+}  // namespace
+
+DecodeParams decode_params(const Layers& layers, const Plan& plan, int index, int64_t first, int64_t tokens,
+                           char* workspace) noexcept {
+  const lb2_cuda_launch& launch = plan.launches[index];
+  DecodeParams params = {};
+  fill_params(layers, plan, index, first, tokens, workspace, &params);
+  params.row_warps = launch.row_warps;
+  while (kTileRows * launch.row_warps > 1 << params.block_rows_log2) ++params.block_rows_log2;
+  params.chunk_slices = launch.chunk_slices;
+  params.signs_early = index > 0;
+  return params;
+}
+
+LaunchParams gemm_params(const Layers& layers, const Plan& plan, int index, int64_t first, int64_t tokens,
+                         char* workspace) noexcept {
+  LaunchParams params = {};
+  fill_params(layers, plan, index, first, tokens, workspace, &params);
+  return params;
+}
+
+char* align_workspace(void* workspace) noexcept {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(workspace);
+  return static_cast<char*>(workspace) +
+         (kWorkspaceAlignment - address % kWorkspaceAlignment) % kWorkspaceAlignment;
+}
+
+}  // namespace lb2::cuda
+
+lb2_status lb2_grouped_plan_cuda(const lb2_layer_shape* shapes, int64_t num_layers, int64_t m,
+                                 lb2_dtype dtype, lb2_activation activation, const lb2_cuda_device* device,
+                                 const lb2_cuda_tuning* tuning, lb2_cuda_plan* out) {
+  lb2::cuda::CallShape call;
+  LB2_RETURN_IF_ERROR(lb2::cuda::gather_shapes(shapes, num_layers, m, dtype, &call));
+  LB2_RETURN_IF_ERROR(lb2::cuda::check_device(device));
+  LB2_RETURN_IF_ERROR(lb2::cuda::check_plan_struct(out));
+  if (tuning != nullptr && tuning->struct_size != sizeof(lb2_cuda_tuning))
+    return lb2::fail(LB2_ERROR_INVALID_ARGUMENT,
+                     "tuning->struct_size must equal sizeof(lb2_cuda_tuning) = %zu, got %" PRIu64,
+                     sizeof(lb2_cuda_tuning), tuning->struct_size);
+  lb2::cuda::Plan plan;
+  LB2_RETURN_IF_ERROR(lb2::cuda::make_plan(call, activation, *device, tuning, &plan));
+  *out = plan;
+  return LB2_OK;
+}
+
+lb2_status lb2_linear_plan_cuda(const lb2_layer_shape* shape, int64_t m, lb2_dtype dtype,
+                                lb2_activation activation, const lb2_cuda_device* device,
+                                const lb2_cuda_tuning* tuning, lb2_cuda_plan* out) {
+  return lb2_grouped_plan_cuda(shape, 1, m, dtype, activation, device, tuning, out);
+}

@@ -1,0 +1,44 @@
+// How a CUDA call is cut up: pure functions of the layer and the GPU's properties, tested without a GPU.
+#pragma once
+
+#include "cuda/params.h"
+#include "cuda/plan/layers.h"
+#include "littlebit2/cuda.h"
+
+namespace lb2::cuda {
+
+constexpr int32_t kLeastChained = 90;  // capability with programmatic dependent launch
+
+struct Plan : lb2_cuda_plan {  // launches for token_block tokens, or fewer where there are fewer
+  int64_t sum_parts;           // of the first of two stages: what the second one adds up
+  // Bytes into the workspace: [sum_parts, tokens, rank] fp32 partial latents of each first stage, and the
+  // converted slices of each term of a stage.
+  int64_t sums_offset[LB2_MAX_PATHS];
+  int64_t converted_offset[2][LB2_MAX_PATHS];
+};
+
+// The device must have passed check_device; tuning may be NULL.
+lb2_status make_plan(const CallShape& call, lb2_activation activation, const lb2_cuda_device& device,
+                     const lb2_cuda_tuning* tuning, Plan* plan) noexcept;
+
+// The whole plan of a call from what lb2_grouped_plan_cuda gave for it, of which nothing is trusted.
+LB2_API lb2_status resume_plan(const CallShape& call, const lb2_cuda_plan* made, Plan* plan) noexcept;
+
+// Geometry and parameters of one launch for the tokens [first, first + tokens) of the call; `workspace` is
+// aligned.
+LB2_API lb2_cuda_launch launch_for(const Plan& plan, int launch, int64_t tokens) noexcept;
+LB2_API DecodeParams decode_params(const Layers& layers, const Plan& plan, int launch, int64_t first,
+                                   int64_t tokens, char* workspace) noexcept;
+LB2_API LaunchParams gemm_params(const Layers& layers, const Plan& plan, int launch, int64_t first,
+                                 int64_t tokens, char* workspace) noexcept;
+
+constexpr int64_t kWorkspaceAlignment = 256;
+
+inline int64_t align_bytes(int64_t bytes) {
+  return divide_up(bytes, kWorkspaceAlignment) * kWorkspaceAlignment;
+}
+
+// The first aligned byte of a workspace.
+LB2_API char* align_workspace(void* workspace) noexcept;
+
+}  // namespace lb2::cuda

@@ -1,0 +1,65 @@
+"""Loads the library of operators and registers what Python adds to it: fakes, gradients, and ``dense``."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from .._native import load_cuda_ops, load_ops
+from . import dense, grouped, packed, prepacked
+
+__all__ = ["load", "load_for"]
+
+_lock = threading.Lock()
+_registered = False
+
+
+def load(device_type: str = "cpu") -> None:
+    """Define ``torch.ops.littlebit2.*`` in this process: load the library, register fakes and autograd.
+
+    Called on first use by everything in this package; call it yourself before running an exported
+    or AOTInductor-compiled program that uses the operators. Later calls do nothing.
+
+    Args:
+        device_type: ``"cuda"`` loads the kernels for CUDA tensors too.
+
+    Raises:
+        NativeLibraryError: a compiled library is missing or cannot be loaded.
+    """
+    global _registered
+    if not _registered:
+        with _lock:
+            if not _registered:
+                load_ops()
+                for room in (packed, prepacked, dense, grouped):
+                    room.register()
+                _registered = True
+    if device_type == "cuda":
+        load_cuda_ops()
+
+
+def _load_while_tracing() -> bool:
+    load()
+    return True
+
+
+def _load_cuda_while_tracing() -> bool:
+    load("cuda")
+    return True
+
+
+# Run at trace time, leave nothing in the graph. This is what torch.compiler.assume_constant_result marks a
+# function with; calling that would import the compiler (a second) together with this package.
+_load_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_load_cuda_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def load_for(x: torch.Tensor) -> None:
+    """:func:`load` what the device of ``x`` needs, also while tracing."""
+    if not torch.compiler.is_compiling():
+        load("cuda" if x.is_cuda else "cpu")
+    elif x.is_cuda:
+        _load_cuda_while_tracing()
+    else:
+        _load_while_tracing()

@@ -1,0 +1,26 @@
+"""Writing to disk: files and directories that appear whole or not at all, and the folders of runs.
+
+Every writer of this package goes through here. Needs the standard library alone.
+"""
+
+from .directory import StagedDirectory, check_replaceable, move_into_place
+from .errors import FULL, RunError, explain_errors
+from .files import check_new_file, new_file, sync, sync_tree, write_file, write_json
+from .run import RunDirectory, check_space
+
+__all__ = [
+    "FULL",
+    "RunDirectory",
+    "RunError",
+    "StagedDirectory",
+    "check_new_file",
+    "check_replaceable",
+    "check_space",
+    "explain_errors",
+    "move_into_place",
+    "new_file",
+    "sync",
+    "sync_tree",
+    "write_file",
+    "write_json",
+]

@@ -1,0 +1,153 @@
+"""The folder of a run that may be killed at any moment and resumed: locked, with its settings in it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import RunError, size_text
+from .files import TEMPORARY, write_json
+
+__all__ = ["RunDirectory", "check_space"]
+
+_SETTINGS = "settings.json"
+_LOCK = "lock"
+
+
+class RunDirectory:
+    """A folder that one process works in at a time.
+
+    Args:
+        path: of the folder; it is made by :meth:`take`.
+
+    Attributes:
+        path: as given.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: int | None = None
+
+    def take(self) -> None:
+        """Make the folder, lock it, and remove temporary files that a killed process left in it.
+
+        Raises:
+            RunError: another process works in it.
+            OSError: it cannot be made or written.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(lock)
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            raise RunError(
+                f"{self.path} is in use by another process; wait for it, or give another output"
+            ) from error
+        self._lock = lock
+        for leftover in self.path.glob(f"*{TEMPORARY}"):
+            leftover.unlink(missing_ok=True)
+
+    def settings(self) -> dict[str, Any] | None:
+        """Return the settings of the run in the folder, ``None`` where there is none.
+
+        Raises:
+            RunError: they are damaged.
+        """
+        file = self.path / _SETTINGS
+        if not file.is_file():
+            return None
+        try:
+            found = json.loads(file.read_text("utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise RunError(
+                f"{file} must be JSON, got {error}; start over (--restart), or remove {self.path}"
+            ) from error
+        if not isinstance(found, dict):
+            raise RunError(f"{file} must hold a JSON object, got {type(found).__name__}; remove {self.path}")
+        return found
+
+    def write_settings(self, settings: Mapping[str, Any]) -> None:
+        """Write the settings of the run, JSON values by name."""
+        write_json(self.path / _SETTINGS, dict(settings))
+
+    def differing(
+        self, settings: Mapping[str, Any], describe: Callable[[str, Any, Any], str] | None = None
+    ) -> dict[str, str]:
+        """Return, by name, how the settings of the run in the folder differ from ``settings``.
+
+        Args:
+            settings: JSON values by name.
+            describe: returns the text for a name, the value in the folder and the wanted one.
+
+        Raises:
+            RunError: the settings in the folder are damaged.
+        """
+        found = self.settings() or {}
+        wanted = json.loads(json.dumps(dict(settings)))
+        return {
+            name: (describe or _values)(name, found.get(name), wanted.get(name))
+            for name in {**found, **wanted}
+            if found.get(name) != wanted.get(name)
+        }
+
+    def refuse(self, differing: Mapping[str, str]) -> RunError:
+        """Return the error for a folder that belongs to a run with other settings."""
+        return RunError(
+            f"{self.path} holds a run with other settings: {', '.join(differing.values())}; finish it with "
+            "those settings, start over (resume=False, --restart), or give another output"
+        )
+
+    def clear(self, *keep: Path) -> None:
+        """Remove everything in the folder but ``keep`` and the lock; the settings go first."""
+        (self.path / _SETTINGS).unlink(missing_ok=True)
+        for entry in self.path.iterdir():
+            if entry.name != _LOCK and entry not in keep:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def remove(self) -> None:
+        """Remove the folder; its settings go first, so that a remainder is never resumed from."""
+        (self.path / _SETTINGS).unlink(missing_ok=True)
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.close()
+
+    def remove_if_empty(self) -> None:
+        """Remove the folder if nothing is left in it."""
+        if [path.name for path in self.path.iterdir()] == [_LOCK]:
+            self.remove()
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise unless the disk of ``folder`` has room.
+
+    Args:
+        folder: an existing directory.
+        needed: bytes that are about to be written.
+
+    Raises:
+        RunError: less is free; the message has both sizes.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise RunError(
+            f"{folder}: needs about {size_text(needed)} free, has {size_text(free)}; "
+            "free some and run the same command again"
+        )
+
+
+def _values(name: str, found: Any, wanted: Any) -> str:
+    return f"{name} = {found!r:.200} there, {wanted!r:.200} here"

@@ -1,0 +1,15 @@
+"""A whole model, streamed: quantise a checkpoint layer by layer, resumably and in parallel.
+
+See :func:`.pipeline.quantize_checkpoint`. Transformers is not needed: names and shapes decide.
+"""
+
+from .pipeline import REPORT_NAME, quantize_checkpoint
+from .ranks import measure_ranks
+from .report import RunReport
+
+__all__ = [
+    "REPORT_NAME",
+    "RunReport",
+    "measure_ranks",
+    "quantize_checkpoint",
+]

@@ -1,0 +1,167 @@
+"""What a run consists of: its layers with their settings, and the fingerprint that no two runs share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from littlebit2.architecture.tensors import LayerSource, select_layers
+from littlebit2.checkpoint import Checkpoint
+from littlebit2.quantize import (
+    Importance,
+    QuantConfig,
+    RankAllocation,
+    check_budget,
+    importance_tensors,
+    layer_config,
+    needs_spectra,
+    planned_stored_bpw,
+    working_bytes,
+)
+from littlebit2_kernels.format import RANK_MULTIPLE
+from littlebit2_kernels.version import __version__
+
+__all__ = ["Job", "make_jobs", "run_settings", "source_digest", "with_allocation"]
+
+#: Entries of a tensor that its digest looks at, at the beginning, in the middle and at the end.
+_SAMPLE = 1024
+
+
+@dataclass(frozen=True)
+class Job:
+    """One layer to quantise.
+
+    Attributes:
+        index: position in the run.
+        source: where its weight lies.
+        config: with ranks and seed settled.
+        predicted_error: where the ranks come from the spectra.
+    """
+
+    index: int
+    source: LayerSource
+    config: QuantConfig
+    predicted_error: float | None = None
+
+    @property
+    def weights(self) -> int:
+        """Number of weights, N K."""
+        return self.source.in_features * self.source.out_features
+
+    @property
+    def cost(self) -> float:
+        """How long the layer takes, relative to others: its decomposition."""
+        return float(self.weights * min(self.source.in_features, self.source.out_features))
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the packed layer, bias excluded."""
+        assert self.config.ranks is not None
+        k, n = self.source.in_features, self.source.out_features
+        return int(planned_stored_bpw(k, n, self.config.ranks) * self.weights / 8)
+
+    @property
+    def working_bytes(self) -> int:
+        """About how much memory the layer takes while it is quantised (stated in docs/checkpoints.md)."""
+        assert self.config.ranks is not None
+        return working_bytes(self.source.in_features, self.source.out_features, self.config)
+
+
+def make_jobs(
+    checkpoint: Checkpoint, config: QuantConfig, include: Sequence[str], exclude: Sequence[str]
+) -> list[Job]:
+    """Select the layers and settle the ranks of all of them, so that a budget that does not fit fails early.
+
+    Where the ranks depend on spectra, they are for now the uniform or the least ones: see
+    :func:`with_allocation`.
+
+    Raises:
+        ValueError: as :func:`.select_layers`, or the budget does not fit a layer (the message names it) or is
+            more than any layer can use.
+    """
+    sources = select_layers(checkpoint.dense, checkpoint.config, include=include, exclude=exclude)
+    check_budget(config, ((s.name, s.in_features, s.out_features) for s in sources))
+    if config.energy is not None:
+        assert config.paths is not None  # set by QuantConfig
+        config = replace(config, energy=None, ranks=(RANK_MULTIPLE,) * config.paths)
+    elif needs_spectra(config):
+        config = replace(config, budget="uniform")
+    return [
+        Job(index, s, layer_config(s.name, s.in_features, s.out_features, config))
+        for index, s in enumerate(sources)
+    ]
+
+
+def with_allocation(
+    jobs: Sequence[Job], config: QuantConfig, allocation: Mapping[str, RankAllocation]
+) -> list[Job]:
+    """Return the jobs with the ranks that the spectra of their weights have led to."""
+    return [
+        replace(
+            job,
+            config=layer_config(
+                job.source.name, job.source.in_features, job.source.out_features, config, settled
+            ),
+            predicted_error=settled.predicted_error,
+        )
+        for job in jobs
+        for settled in [allocation[job.source.name]]
+    ]
+
+
+def source_digest(checkpoint: Checkpoint) -> str:
+    """Return a digest of the source: its configuration, every tensor's name, shape, dtype and sampled values.
+
+    It does not depend on where the files lie or when they were written, and does not read them whole.
+    """
+    digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
+    for name, (shape, dtype) in checkpoint.dense.items():
+        digest.update(f"{name} {list(shape)} {dtype}\n".encode())
+        flat = checkpoint.load_tensor(name).flatten()
+        middle = max(flat.numel() // 2 - _SAMPLE // 2, 0)
+        for part in (flat[:_SAMPLE], flat[middle : middle + _SAMPLE], flat[-_SAMPLE:]):
+            digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def run_settings(
+    checkpoint: Checkpoint,
+    config: QuantConfig,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    importance: Mapping[str, Importance] | None,
+    *,
+    device: str,
+    threads: int,
+) -> dict[str, Any]:
+    """Return everything that the bytes of the result depend on, as JSON values by name."""
+    quant = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in asdict(config).items()
+        if name != "compute_dtype"
+    }
+    return {
+        **quant,
+        "compute_dtype": str(config.compute_dtype).removeprefix("torch."),
+        "include": list(include),
+        "exclude": list(exclude),
+        "importance": None if importance is None else _importance_digest(importance),
+        "device": device,
+        "threads": threads,
+        "littlebit2": __version__,
+        "torch": torch.__version__,
+        "source": source_digest(checkpoint),
+    }
+
+
+def _importance_digest(importance: Mapping[str, Importance]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(importance_tensors(importance).items()):
+        digest.update(f"{name} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.double().numpy().tobytes())
+    return digest.hexdigest()

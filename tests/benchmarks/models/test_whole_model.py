@@ -1,0 +1,388 @@
+"""The whole-model benchmark on a tiny Llama; nothing here looks at a measured time."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.__main__ import main
+from benchmarks.models import llama_options
+from benchmarks.models.decode import PARTS, Decode, DecodeTimer, Profile, generate, profile_decode
+from benchmarks.models.llama import (
+    LLAMA_SHAPES,
+    LlamaShape,
+    build_dense,
+    build_packed,
+    linear_macs,
+    parse_llama_shape,
+    random_packed,
+    twin,
+    weight_bytes,
+)
+from benchmarks.models.llama_options import DEFAULT, FlatLinear, Int8Linear, apply_options, parse_options
+from benchmarks.models.whole_model import extrapolate
+from benchmarks.timing import Timing
+from littlebit2_kernels import LittleBitLinear
+from littlebit2_kernels.testing import relative_error
+
+TINY = LLAMA_SHAPES["tiny"]
+PROMPT = torch.arange(5)[None]
+needs_transformers = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="needs transformers"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def packed() -> Any:
+    pytest.importorskip("transformers")
+    return build_packed(TINY, 2, 1.0, torch.float32)
+
+
+# --- models --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("k", "n", "ranks"), [(256, 704, [40, 40]), (100, 64, [24]), (64, 96, [32, 32, 32])])
+def test_random_layers_have_ordinary_weights(k: int, n: int, ranks: list[int], rng: torch.Generator) -> None:
+    layer = random_packed(k, n, ranks, std=0.02, generator=rng)
+    weight = LittleBitLinear.from_packed(layer).dequantize()
+    assert weight.shape == (n, k)
+    assert 0.01 < weight.std() < 0.04
+    assert abs(weight.mean()) < 0.005
+    for path in layer.paths:
+        # Pad bits are 0 in the format.
+        assert k % 32 == 0 or not (path.v[:, -1] >> k % 32).any()
+
+
+def test_packed_model(packed: Any) -> None:
+    layers = {name: m for name, m in packed.named_modules() if isinstance(m, LittleBitLinear)}
+    assert len(layers) == 2 * 7
+    assert not any("lm_head" in name for name in layers)
+    assert {name for name, m in packed.named_modules() if isinstance(m, nn.Linear)} == {"lm_head"}
+    assert all("prepacked" in layer._buffers for layer in layers.values())
+    macs = sum(layer.in_features * layer.out_features for layer in layers.values())
+    assert macs == linear_macs(TINY, 2)
+    assert weight_bytes(packed) < weight_bytes(build_dense(TINY, 2, torch.float32)) / 2
+
+
+def test_rotary_frequencies_are_those_of_transformers(packed: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    usual = transformers.LlamaForCausalLM(packed.config)
+    torch.testing.assert_close(packed.model.rotary_emb.inv_freq, usual.model.rotary_emb.inv_freq)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_finite(dtype: torch.dtype) -> None:
+    pytest.importorskip("transformers")
+    for model in (build_packed(TINY, 2, 0.5, dtype), build_dense(TINY, 2, dtype)):
+        with torch.inference_mode():
+            logits = model(PROMPT).logits
+        assert logits.dtype == dtype
+        assert logits.isfinite().all()
+        assert logits.std() > 0.01
+
+
+def test_same_tokens_as_the_reference_backend(packed: Any) -> None:
+    reference = build_packed(TINY, 2, 1.0, torch.float32, backend="reference")
+    expected = generate(reference, PROMPT, 12)
+    actual = generate(packed, PROMPT, 12)
+    assert actual.tokens == expected.tokens
+    assert len(set(actual.tokens)) > 1
+    assert len(actual.steps) == 11
+
+
+def test_twins_share_weights(packed: Any) -> None:
+    other = twin(packed, TINY, layers=1, attention="eager")
+    assert other.config.num_hidden_layers == len(other.model.layers) == 1
+    assert packed.config.num_hidden_layers == len(packed.model.layers) == 2
+    name = "model.layers.0.mlp.up_proj"
+    assert other.get_submodule(name) is packed.get_submodule(name)
+    assert other.lm_head is packed.lm_head
+    assert (other.config._attn_implementation, packed.config._attn_implementation) == ("eager", "sdpa")
+    assert generate(twin(packed, TINY), PROMPT, 4).tokens == generate(packed, PROMPT, 4).tokens
+
+
+def test_tensors_that_would_stay_empty_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    modeling = pytest.importorskip("transformers.models.llama.modeling_llama")
+    plain = modeling.LlamaMLP.__init__
+
+    def with_more(self: Any, config: Any) -> None:
+        plain(self, config)
+        self.register_buffer("unknown", torch.zeros(3))
+
+    monkeypatch.setattr(modeling.LlamaMLP, "__init__", with_more)
+    with pytest.raises(RuntimeError, match=r"does not fill: model\.layers\.0\.mlp\.unknown"):
+        build_dense(TINY, 1, torch.float32)
+
+
+# --- options -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["eager-attention", "flat-head", "static-cache", "static-cache+flat-head"])
+def test_exact_options_keep_the_tokens(packed: Any, text: str) -> None:
+    model, extra = apply_options(packed, TINY, text)
+    assert generate(model, PROMPT, 8, extra).tokens == generate(packed, PROMPT, 8).tokens
+
+
+def test_compiled_steps(packed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = []
+
+    def compiler(function: Any, **_: Any) -> Any:
+        def compiled(*args: Any, **kwargs: Any) -> Any:
+            steps.append(kwargs["input_ids"].shape[1])
+            return function(*args, **kwargs)
+
+        return compiled
+
+    # Compiling takes a C++ compiler and half a minute; what it is given is what is tested.
+    monkeypatch.setattr(torch, "compile", compiler)
+    model, extra = apply_options(packed, TINY, "compile")
+    assert extra == {"cache_implementation": "static"}
+    assert generate(model, PROMPT, 4, extra).tokens == generate(packed, PROMPT, 4).tokens
+    assert steps == [1, 1, 1]
+
+
+def test_packed_head(packed: Any) -> None:
+    model, _ = apply_options(packed, TINY, "packed-head")
+    assert isinstance(model.lm_head, LittleBitLinear)
+    assert isinstance(packed.lm_head, nn.Linear)
+    assert len(generate(model, PROMPT, 3).tokens) == 3
+
+
+def test_int8_linear(rng: torch.Generator) -> None:
+    linear = nn.Linear(64, 1100, bias=False, dtype=torch.bfloat16)
+    linear.weight.data.normal_(0, 0.02, generator=rng)
+    linear.weight.data[3] = 0
+    x = torch.randn(2, 3, 64, generator=rng).bfloat16()
+    rounded = Int8Linear(linear)(x)
+    assert rounded.shape == (2, 3, 1100)
+    truth = x.double() @ linear.weight.detach().double().T
+    assert relative_error(rounded, truth) < 0.02
+    assert not rounded[..., 3].any()
+
+
+def test_int8_head_needs_16_bits(packed: Any) -> None:
+    with pytest.raises(
+        ValueError, match="int8-head needs a model in bfloat16 or float16, got one in float32"
+    ):
+        apply_options(packed, TINY, "int8-head")
+
+
+def test_flat_linear(rng: torch.Generator) -> None:
+    linear = nn.Linear(64, 48)
+    x = torch.randn(2, 5, 64, generator=rng)[:, -1:]
+    torch.testing.assert_close(FlatLinear(linear)(x), linear(x))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fast", "option must be one of .* got 'fast'"),
+        ("flat-head+", "option must be one of .* got ''"),
+        ("flat-head+int8-head", "option must change lm_head once"),
+    ],
+)
+def test_bad_options(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_options(text)
+
+
+def test_no_options() -> None:
+    assert parse_options(DEFAULT) == []
+
+
+# --- steps and parts -----------------------------------------------------------------------------------
+
+
+def test_profile_sums_to_the_step(packed: Any) -> None:
+    model, extra = apply_options(packed, TINY, "flat-head")
+    decode = Decode(model, PROMPT, 6, extra)
+    forwards = [module.__dict__.get("forward") for module in model.modules()]
+    profile = profile_decode(decode)
+    assert [module.__dict__.get("forward") for module in model.modules()] == forwards
+    assert decode.generations == []
+    assert tuple(profile.parts) == PARTS
+    assert sum(profile.shares.values()) == pytest.approx(1)
+    assert sum(profile.parts.values()) == pytest.approx(profile.step)
+    assert all(seconds > 0 for seconds in profile.parts.values())
+
+
+def test_profile_restores_what_was_replaced(packed: Any) -> None:
+    model = twin(packed, TINY)
+    plain = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if kwargs["input_ids"].shape[1] == 1:
+            raise RuntimeError("stop")
+        return plain(*args, **kwargs)
+
+    model.forward = forward
+    with pytest.raises(RuntimeError, match="stop"):
+        profile_decode(Decode(model, PROMPT, 3))
+    assert model.__dict__["forward"] is forward
+    assert "forward" not in model.lm_head.__dict__
+
+
+def test_shares() -> None:
+    assert Profile(4.0, {"a": 1.0, "b": 3.0}, plain=3.9).shares == {"a": 0.25, "b": 0.75}
+
+
+def test_decode_timer(packed: Any) -> None:
+    decode = Decode(packed, PROMPT, 3)
+    turn = DecodeTimer().prepare([decode], seconds=1, cold=True, setup=None)
+    assert decode.generations == []
+    assert turn() > 0
+    assert len(decode.generations) == 1
+    assert len(decode.steps) == 2
+    with pytest.raises(TypeError, match="runs must hold one Decode, got function"):
+        DecodeTimer().prepare([lambda: None], seconds=1, cold=True, setup=None)
+
+
+def test_too_few_tokens(packed: Any) -> None:
+    with pytest.raises(ValueError, match=r"tokens must be at least 2, .* got 1"):
+        generate(packed, PROMPT, 1)
+
+
+def test_a_model_that_stops(packed: Any) -> None:
+    third = generate(packed, PROMPT, 3).tokens[-1]
+    with pytest.raises(ValueError, match="generate must make 8 tokens, it stopped after"):
+        generate(packed, PROMPT, 8, {"eos_token_id": third})
+
+
+# --- arithmetic and the command ------------------------------------------------------------------------
+
+
+def test_extrapolation() -> None:
+    fixed, layer = 0.009, 0.0125
+    step, own_fixed, own_layer = extrapolate(fixed + 2 * layer, fixed + 4 * layer, (2, 4), 32)
+    assert step == pytest.approx(fixed + 32 * layer)
+    assert own_fixed == pytest.approx(fixed)
+    assert own_layer == pytest.approx(layer)
+
+
+@pytest.mark.parametrize("counts", [(4, 2), (2, 2), (0, 2)])
+def test_bad_counts(counts: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="counts must be two increasing positive numbers"):
+        extrapolate(1.0, 2.0, counts, 32)
+
+
+WHOLE = ["whole-model", "--shape", "tiny", "--bpw", "1", "--prompt", "4", "--tokens", "3", "--rounds", "2"]
+WHOLE += ["--threads", "1"]
+
+
+@needs_transformers
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "whole.json"
+    options = [
+        "--layers",
+        "4",
+        "--dense-layers",
+        "2",
+        "--options",
+        "flat-head",
+        "--dense-options",
+        "flat-head",
+    ]
+    before = torch.get_num_threads()
+    assert main([*WHOLE, *options, "--profile", "--json", str(path)]) == 0
+    assert torch.get_num_threads() == before
+    output = capsys.readouterr().out
+    assert "4, extrapolated from 1 and 2 layers" in output
+    assert "vs dense bfloat16 (extrapolated)" in output
+    assert "vs dense bfloat16, flat-head (extrapolated)" in output
+    content = json.loads(path.read_text("utf-8"))
+    assert content["benchmark"] == "whole-model"
+    assert content["environment"]["threads"] == [1]
+    rows = {row["name"]: row for row in content["rows"]}
+    assert set(rows) == {
+        "packed 1 bpw",
+        "packed 1 bpw, flat-head",
+        "dense bfloat16, 1 layers",
+        "dense bfloat16, 2 layers",
+        "dense bfloat16, 1 layers, flat-head",
+        "dense bfloat16, 2 layers, flat-head",
+        "dense bfloat16",
+        "dense bfloat16, flat-head",
+    }
+    few, many = (rows[f"dense bfloat16, {count} layers"]["samples"] for count in (1, 2))
+    expected = [extrapolate(a, b, (1, 2), 4)[0] for a, b in zip(few, many, strict=True)]
+    dense = rows["dense bfloat16"]
+    assert dense["samples"] == pytest.approx(expected)
+    assert dense["measured_layers"] == [1, 2]
+    assert dense["weight_bytes"] == weight_bytes(build_dense(TINY, 4, torch.bfloat16))
+    mine = rows["packed 1 bpw"]
+    ratio = Timing(tuple(mine["samples"])).speedup_over(Timing(tuple(dense["samples"])))
+    assert mine["speedups"]["dense bfloat16"][0] == pytest.approx(ratio)
+    assert set(rows["packed 1 bpw, flat-head"]["speedups"]) == {
+        "packed 1 bpw",
+        "dense bfloat16",
+        "dense bfloat16, flat-head",
+    }
+    assert set(content["profiles"]) == {"packed 1 bpw", "packed 1 bpw, flat-head"}
+
+
+@needs_transformers
+def test_dense_measured_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*WHOLE, "--layers", "1", "--dense", "float32", "--dtype", "float32"]) == 0
+    output = capsys.readouterr().out
+    assert "| dense float32 " in output
+    assert "extrapolated" not in output
+
+
+@needs_transformers
+def test_an_option_that_fails_leaves_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--dtype", "float32", "--dense", "--options", "int8-head", "flat-head"]
+    assert main([*WHOLE, *options]) == 0
+    output = capsys.readouterr()
+    assert "not measured: packed 1 bpw, int8-head: ValueError: int8-head needs" in output.err
+    assert "packed 1 bpw, flat-head" in output.out
+
+
+@needs_transformers
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "llama9"], "shape must be one of llama2-7b, llama2-13b, llama3-8b, tiny, got 'llama9'"),
+        (["--dtype", "int8"], "dtype must be one of .* got 'int8'"),
+        (["--dense", "int4"], "dtype must be one of .* got 'int4'"),
+        (["--options", "fast"], "option must be one of .* got 'fast'"),
+        (["--options", DEFAULT], "options must name changes, 'as is' is always measured"),
+        (["--tokens", "1"], "tokens must be at least 2"),
+        (["--threads", "100000"], "threads must be at most .* got 100000"),
+        (["--layers", "8", "--dense-layers", "1"], "dense-layers must be at least 2 .* to 8 layers, got 1"),
+        (["--memory-gib", "1e-6"], "linear layers of all models must fit into 1e-06 GiB"),
+        (["--bpw", "0.1"], "bpw must be above 0.25"),
+        (["--bpw", "--dense"], "bpw and dense must name one model at least"),
+    ],
+)
+def test_bad_requests(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*WHOLE, *arguments]) == 2
+    assert re.search("error: .*" + message, capsys.readouterr().err)
+
+
+def test_without_transformers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(WHOLE) == 2
+    assert "whole-model needs the package transformers: pip install" in capsys.readouterr().err
+
+
+def test_shapes() -> None:
+    shape = parse_llama_shape("llama2-7b")
+    assert isinstance(shape, LlamaShape)
+    assert linear_macs(shape, shape.layers) == 6_476_005_376
+    assert llama_options.OPTIONS.keys().isdisjoint({DEFAULT})
