@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from littlebit2.quantize import SpectralReport, truncated_factors
+from littlebit2.quantize import SpectralReport
+from littlebit2.quantize.solvers.svd import truncated_factors
 
 __all__ = ["write_plot"]
 

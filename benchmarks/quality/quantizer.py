@@ -16,7 +16,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,25 +25,23 @@ import torch
 
 from benchmarks.markdown import markdown
 from benchmarks.quality.minilm import CALIBRATION, EVALUATION, embed, encoder, encoder_weights, load_model
+from littlebit2 import quantize_
 from littlebit2.quantize import (
-    BinaryPath,
-    DenseLayer,
     Importance,
     LayerReport,
     QuantConfig,
     QuantizedLayer,
-    admm,
     collect_importance,
-    dual_svid,
-    energy_share,
-    joint_itq,
-    quantize_linears,
-    quantize_together,
     rank_for_bpw,
-    refine,
-    truncated_factors,
 )
-from littlebit2_kernels import LittleBitLinear
+from littlebit2.quantize.quantizer import DenseLayer, quantize_together
+from littlebit2.quantize.solvers.admm import admm
+from littlebit2.quantize.solvers.binary_path import BinaryPath
+from littlebit2.quantize.solvers.dual_svid import dual_svid
+from littlebit2.quantize.solvers.joint_itq import joint_itq
+from littlebit2.quantize.solvers.refine import refine
+from littlebit2.quantize.solvers.svd import truncated_factors
+from littlebit2.quantize.spectrum import energy_share
 from littlebit2_kernels.format import PackedLinear, PackedPath
 from littlebit2_kernels.reference import dense_weight
 
@@ -353,7 +351,7 @@ def model(args: argparse.Namespace) -> list[dict[str, Any]]:
     truth = embed(dense, EVALUATION)
     importance = measure_importance(dense)
     results: list[Agreement] = []
-    chosen: dict[str, list[LayerReport]] = {}
+    chosen: dict[str, Sequence[LayerReport]] = {}
     for bpw in args.bpw:
         for activations in (None, importance):
             for budget in ("uniform", "spectral"):
@@ -406,18 +404,13 @@ def agreement(
     name: str,
     config: QuantConfig,
     importance: dict[str, Importance] | None,
-) -> tuple[Agreement, list[LayerReport]]:
+) -> tuple[Agreement, tuple[LayerReport, ...]]:
     """Quantise a copy of the model and compare its embeddings with the dense ones."""
     packed = copy.deepcopy(dense)
     start = time.perf_counter()
-    reports = quantize_linears(
-        encoder(packed),
-        config,
-        lambda _, layer: LittleBitLinear.from_packed(layer),
-        include="encoder.*",
-        importance=importance,
-        progress=False,
-    )
+    reports = quantize_(
+        encoder(packed), config, include="encoder.*", importance=importance, progress=False
+    ).layers
     seconds = time.perf_counter() - start
     cosines = (truth * embed(packed, EVALUATION)).sum(1)
     sizes = torch.tensor([report.in_features * report.out_features for report in reports]).double()

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from littlebit2.quantize import LayerReport, LayerSpectrum, energy_share, layer_spectrum, predicted_error
+from littlebit2.quantize import LayerReport
+from littlebit2.quantize.allocate import LayerSpectrum, layer_spectrum, predicted_error
+from littlebit2.quantize.spectrum import energy_share
 
 __all__ = ["write_plots"]
 

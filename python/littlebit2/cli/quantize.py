@@ -62,12 +62,6 @@ def add_parser(commands: Commands) -> None:
         "--refine-rounds", type=int, default=12, metavar="N", help="most rounds of refinement (default 12)"
     )
     parser.add_argument("--admm-iterations", type=int, default=300, metavar="N", help="of admm (default 300)")
-    parser.add_argument(
-        "--admm-start",
-        choices=("random", "joint-itq"),
-        default="random",
-        help="where admm starts: random signs (default), or an SVD and Joint-ITQ",
-    )
     parser.add_argument("--seed", type=int, default=0, help="of rotations and random signs (default 0)")
     add_pattern_options(parser)
     parser.add_argument(
@@ -101,7 +95,6 @@ def _run(args: argparse.Namespace) -> int:
             itq_iterations=args.itq_iterations,
             refine_rounds=args.refine_rounds,
             admm_iterations=args.admm_iterations,
-            admm_start=args.admm_start,
             seed=args.seed,
         ),
         include=args.include,

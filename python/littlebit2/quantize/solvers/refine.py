@@ -184,9 +184,13 @@ def _error(target: Target, path: BinaryPath, axis: int, latent: torch.Tensor) ->
 def _errors(rows: torch.Tensor, parts: Parts, columns: torch.Tensor) -> torch.Tensor:
     """Return ``|rows - columns^T F|^2`` of every row, float64 ``[B, c]``, for ``F`` given by parts."""
     total = torch.zeros(rows.shape[:2], dtype=torch.float64, device=rows.device)
+    # On a CPU one layer after the other: a product rounds by where in memory its result lies.
+    step = 1 if rows.device.type == "cpu" else len(rows)
     for entries, part in parts:
-        left = torch.baddbmm(rows[:, :, entries], columns.mT, part, alpha=-1)
-        total += torch.linalg.vector_norm(left, dim=2, dtype=torch.float64).square_()
+        for at in range(0, len(rows), step):
+            one = slice(at, at + step)
+            left = torch.baddbmm(rows[one, :, entries], columns[one].mT, part[one], alpha=-1)
+            total[one] += torch.linalg.vector_norm(left, dim=2, dtype=torch.float64).square_()
     return total
 
 

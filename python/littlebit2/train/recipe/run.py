@@ -24,11 +24,13 @@ from littlebit2.integrations.bars import no_bars_in_logs
 from littlebit2.integrations.loading import load
 from littlebit2.offline import quantize_checkpoint
 from littlebit2.offline.group import Group, process_group
-from littlebit2.quantize import QuantConfig, check_device, counted_bpw
+from littlebit2.quantize import QuantConfig
+from littlebit2.quantize.device import check_device
 from littlebit2.train.data import TokenBlocks, TokenFile, find_files, read_texts, write_tokens
 from littlebit2.train.model import trainable_layers
 from littlebit2.train.perplexity import perplexity
 from littlebit2.train.teacher import LiveTeacher, StoredTeacher, Teacher, check_logits, store_teacher
+from littlebit2_kernels.format import LayerShape
 
 from .checkpoints import latest_checkpoint, remove_incomplete
 from .evaluation import load_tokenizer
@@ -484,9 +486,8 @@ def _stored_dtype(teacher: Path) -> torch.dtype:
 
 
 def _bits_per_weight(model: Any) -> float:
-    bits = weights = 0.0
+    bits = weights = 0
     for layer in trainable_layers(model).values():
-        size = layer.in_features * layer.out_features
-        bits += counted_bpw(layer.in_features, layer.out_features, layer.ranks) * size
-        weights += size
+        bits += LayerShape(layer.in_features, layer.out_features, layer.ranks).counted_bits
+        weights += layer.in_features * layer.out_features
     return bits / weights
