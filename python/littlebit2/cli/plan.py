@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from .common import (
@@ -27,7 +26,8 @@ from .common import (
 
 if TYPE_CHECKING:
     from littlebit2.plan import LayerPlan, ModelPlan
-    from littlebit2.quantize import QuantConfig, RankAllocation
+    from littlebit2.quantize import QuantConfig
+    from littlebit2.quantize.allocate import RankAllocation
 
 _DESCRIPTION = """\
 Ranks and sizes of a model at a number of bits per weight, from its config.json alone: nothing is downloaded,
@@ -77,10 +77,6 @@ def _run(args: argparse.Namespace) -> int:
         allocation=_allocation(args, config, exclude),
     )
     if args.json:
-        layers = [
-            {**asdict(layer), "stored_bpw": layer.stored_bpw, "at_largest_rank": layer.at_largest_rank}
-            for layer in plan.layers
-        ]
         emit_json(
             {
                 "model_type": plan.shapes.model_type,
@@ -89,7 +85,7 @@ def _run(args: argparse.Namespace) -> int:
                 "bytes": plan.bytes(),
                 "tied_head": plan.shapes.tied_head,
                 "left_dense": [shape.name for shape in plan.left_dense],
-                "layers": layers,
+                "layers": [layer.as_dict() for layer in plan.layers],
             }
         )
         return 0
@@ -106,7 +102,8 @@ def _allocation(
     args: argparse.Namespace, config: QuantConfig, exclude: list[str]
 ) -> dict[str, RankAllocation] | None:
     from littlebit2.offline import measure_ranks  # noqa: PLC0415  # imports torch
-    from littlebit2.quantize import load_importance, needs_spectra  # noqa: PLC0415  # imports torch
+    from littlebit2.quantize import load_importance  # noqa: PLC0415  # imports torch
+    from littlebit2.quantize.ranks import needs_spectra  # noqa: PLC0415  # imports torch
 
     if not needs_spectra(config):
         if args.importance is not None:

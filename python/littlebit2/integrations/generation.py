@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 from littlebit2._messages import hub_hint
-from littlebit2.quantize import check_device
+from littlebit2.quantize.device import check_device
 
 from .decoding import STEPS, StaticDecoder
 from .loading import load

@@ -12,18 +12,12 @@ import torch
 
 from littlebit2.architecture.tensors import LayerSource
 from littlebit2.checkpoint import Checkpoint
-from littlebit2.quantize import (
-    Importance,
-    QuantConfig,
-    RankAllocation,
-    check_budget,
-    importance_tensors,
-    layer_config,
-    needs_spectra,
-    planned_stored_bpw,
-    working_bytes,
-)
-from littlebit2_kernels.format import RANK_MULTIPLE
+from littlebit2.quantize import Importance, QuantConfig
+from littlebit2.quantize.allocate import RankAllocation
+from littlebit2.quantize.importance import importance_tensors
+from littlebit2.quantize.memory import working_bytes
+from littlebit2.quantize.ranks import check_budget, layer_config, needs_spectra
+from littlebit2_kernels.format import RANK_MULTIPLE, LayerShape
 from littlebit2_kernels.version import __version__
 
 __all__ = ["Job", "importance_digest", "make_jobs", "run_settings", "source_digest", "with_allocation"]
@@ -63,7 +57,7 @@ class Job:
         """Bytes of the packed layer, bias excluded."""
         assert self.config.ranks is not None
         k, n = self.source.in_features, self.source.out_features
-        return int(planned_stored_bpw(k, n, self.config.ranks) * self.weights / 8)
+        return LayerShape(k, n, self.config.ranks).stored_bits // 8
 
     @property
     def working_bytes(self) -> int:

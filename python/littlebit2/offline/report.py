@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from littlebit2.quantize import LayerReport, at_largest_rank
+from littlebit2.quantize import LayerReport
+from littlebit2.quantize.budget import at_largest_rank
 
 __all__ = ["RunReport", "layer_entry"]
 

@@ -26,7 +26,8 @@ from littlebit2.integrations.bars import no_bars_in_logs
 from littlebit2.integrations.loading import load
 from littlebit2.offline import importance_digest, quantize_checkpoint
 from littlebit2.offline.group import Group, process_group
-from littlebit2.quantize import Importance, QuantConfig, check_device
+from littlebit2.quantize import Importance, QuantConfig
+from littlebit2.quantize.device import check_device
 from littlebit2.train.data import TokenBlocks, TokenFile, find_files, read_texts, write_tokens
 from littlebit2.train.model import trainable_layers
 from littlebit2.train.perplexity import perplexity
