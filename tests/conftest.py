@@ -17,12 +17,19 @@ from tests.harness import cpu_seconds, process_state
 hypothesis.settings.register_profile("littlebit2", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("littlebit2")
 
-#: Files that take minutes come first, lest one process end alone with them.
+#: The files that take longest come first, so that no process is left alone with one of them.
 _LONGEST = (
     "tests/kernels/test_cuda_build.py",
     "tests/triton/test_interpreter.py",
+    "tests/train/test_processes.py",
     "tests/triton/test_ahead.py",
-    "tests/train/test_recipe.py",
+    "tests/ops/test_operators.py",
+    "tests/offline/test_kill.py",
+    "tests/offline/test_memory.py",
+    "tests/cli/test_cli.py",
+    "tests/train/test_kill.py",
+    "tests/kernels/test_prepacked_sweep.py",
+    "tests/kernels/test_prepacked_guarantees.py",
 )
 
 _SEED_VARIABLE = "LB2_TEST_SEED"
