@@ -111,7 +111,8 @@ def _measure(
 
 _INDEXLESS = (PYTHON, "-m", "pip", "install", "-q", "--no-index")
 _PIP = (*_INDEXLESS, "--no-deps", "--no-build-isolation")
-_PYTEST = (PYTHON, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider")
+#: The slow tests too: on a GPU their sweeps take seconds.
+_PYTEST = (PYTHON, "-m", "pytest", "-q", "-m", "", "--maxfail=20", "-p", "no:cacheprovider")
 #: What a measurement needs: one wrong result in a thousand problems is no reason to measure nothing.
 _USABLE = ("build", "diagnostics")
 

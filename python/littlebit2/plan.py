@@ -16,6 +16,7 @@ from typing import Any
 
 from littlebit2_kernels.format import words_per_row
 
+from ._messages import hub_hint
 from .architecture.select import DEFAULT_EXCLUDE, check_patterns, is_selected
 from .architecture.shapes import DenseShape, LinearShape, ModelShapes, model_shapes
 from .quantize import (
@@ -243,7 +244,7 @@ def load_config(source: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(
             f"{source}: expected a config.json, a directory with one, or one of "
-            f"{', '.join(shipped_configs())}"
+            f"{', '.join(shipped_configs())}{hub_hint(source)}"
         )
     if path.suffix in _WEIGHT_SUFFIXES:
         raise ValueError(f"{path}: must be a config.json or a directory with one, got a file of weights")

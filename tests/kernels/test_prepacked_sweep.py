@@ -18,6 +18,7 @@ from littlebit2_kernels.testing import (
     relative_error,
     typical_norm,
 )
+from tests.harness.sweeps import cases
 from tests.kernels.lookup_emulation import emulate, segments_of
 from tests.problems import PREPACKED, describe, random_problem, with_equal_in_scales
 
@@ -32,7 +33,7 @@ def error_of(y: torch.Tensor, x: torch.Tensor, packed: PackedLinear) -> float:
     return relative_error(y, linear_reference(x, packed), typical_norm(x, packed))
 
 
-@pytest.mark.parametrize("case", range(40))
+@cases(40, sample=20)
 def test_exact_is_as_exact_as_torch(case: int, isa: str, rng: torch.Generator) -> None:
     x, packed = random_problem(rng, PREPACKED)
     y = littlebit_linear(x, prepack(packed), backend="cpu", activation="exact")
@@ -44,7 +45,7 @@ def test_exact_is_as_exact_as_torch(case: int, isa: str, rng: torch.Generator) -
     assert error <= max_allowed_error(x, packed, truth), describe(x, packed)
 
 
-@pytest.mark.parametrize("case", range(20))
+@cases(20, sample=10)
 def test_exact_on_the_problems_of_the_portable_kernels(case: int, isa: str, rng: torch.Generator) -> None:
     x, packed = random_problem(rng)
     y = littlebit_linear(x, prepack(packed), activation="exact")
@@ -53,14 +54,14 @@ def test_exact_on_the_problems_of_the_portable_kernels(case: int, isa: str, rng:
     assert error <= max_allowed_error(x, packed, truth), describe(x, packed)
 
 
-@pytest.mark.parametrize("case", range(30))
+@cases(30, sample=15)
 def test_int16_is_as_exact_as_promised(case: int, isa: str, rng: torch.Generator) -> None:
     x, packed = random_problem(rng, dataclasses.replace(PREPACKED, outliers=(0,)))
     error = error_of(littlebit_linear(x, prepack(packed), activation="int16"), x, packed)
     assert error <= INT16_ERROR + TOLERANCE[x.dtype], describe(x, packed)
 
 
-@pytest.mark.parametrize("case", range(25))
+@cases(25, sample=12)
 def test_int16_with_outliers_is_no_worse_than_torch_in_bfloat16(
     case: int, isa: str, rng: torch.Generator
 ) -> None:
@@ -104,7 +105,7 @@ def test_sign_is_a_binarised_layer(isa: str, rng: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", range(20))
+@cases(20, sample=10)
 def test_every_isa_keeps_the_contract_to_the_bit(
     case: int, mode: str, every_isa: list[str], rng: torch.Generator
 ) -> None:

@@ -347,6 +347,6 @@ def test_a_single_unsharded_file_and_other_dtypes(tmp_path: Path, rng: torch.Gen
         "b.weight": torch.randn(16, 24, generator=rng).half(),
     }
     save_file(tensors, model_dir / "model.safetensors")
-    (model_dir / "config.json").write_text("{}")
+    (model_dir / "config.json").write_text('{"model_type": "of_its_own"}')
     report = run(model_dir, tmp_path / "out")
     assert [layer["name"] for layer in report.layers] == ["a", "b"]

@@ -131,8 +131,7 @@ PYTHON_ROOMS = {
     "littlebit2.quantize": PythonRoom(
         may=(
             *_USER_BASE,
-            "littlebit2.architecture.names",
-            "littlebit2.architecture.select",
+            "littlebit2.architecture",
             "littlebit2.disk",
             "littlebit2.quantize",
             f"{_KERNELS}.format",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from littlebit2._messages import hub_hint
 from littlebit2.architecture.names import (
     CAUSAL_HEAD,
     EMBEDDING_WEIGHTS,
@@ -20,20 +20,17 @@ from littlebit2.architecture.names import (
 )
 from littlebit2_kernels.format import PackedLinear
 
+from .checksums import matches
 from .errors import CheckpointError
 from .files import TensorFiles, contained, open_files
-from .formats import StoredLayer, build_layer, find_layers, has_packed, natural_order
+from .formats import LAYOUTS, StoredLayer, build_layer, find_layers, has_packed, natural_order
 from .formats.littlebit import authors_settings
 from .headers import TensorEntry
 from .jsonfile import read_object
-from .settings import check_layers, check_version, is_ours, summary
+from .settings import QUANT_METHOD, check_layers, check_version, is_ours, summary
 from .specs import LayerSpec
 
 __all__ = ["Checkpoint", "looks_packed", "open_checkpoint"]
-
-
-#: ``organization/model``, as hubs name models.
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class Checkpoint:
@@ -42,7 +39,8 @@ class Checkpoint:
     Attributes:
         path: the directory.
         format: ``"littlebit2"`` (ours), ``"littlebit"`` (the authors'), ``"littlebit-latent"`` (their
-            unpacked float latents), ``"nanoquant"``, ``"dbf"``, ``"onebit"`` or ``"dense"``.
+            unpacked float latents), ``"nanoquant"``, ``"dbf"``, ``"onebit"``, ``"dense"``, or ``"other"``:
+            packed by another method, which config.json names and transformers may know.
         config: contents of config.json; empty where there is none.
         layers: packed layers by module name, in the order of the model.
         dense: every other tensor by full name: its shape and dtype.
@@ -138,6 +136,18 @@ class Checkpoint:
             raise KeyError(f"name must be a dense tensor of {self.path}, got {name!r}; {_some(self.dense)}")
         return self.files.read_own(name)
 
+    def verify(self) -> dict[str, bool | None]:
+        """Read every file of weights and compare it with its checksum.
+
+        Returns:
+            By file name: whether it is what was written, ``None`` where it holds no checksum.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        files = sorted({entry.file for entry in self.files.entries.values()})
+        return {file.name: matches(file) if file.suffix == ".safetensors" else None for file in files}
+
     def tied(self) -> dict[str, str]:
         """Return absent tensors that the config ties to present ones.
 
@@ -166,13 +176,23 @@ class Checkpoint:
         return read_object(contained(self.path, name))
 
     def _examine(self, ours: bool) -> dict[str, StoredLayer]:
-        found, faults = find_layers(self.files.entries, self._read_ints, strict=ours)
+        found, faults, unknown = find_layers(self.files.entries, self._read_ints, strict=ours)
+        self._other = bool(unknown) and not found and self._other_method() is not None
+        if unknown and not self._other:
+            known = ", ".join(layout.name for layout in LAYOUTS)
+            what = f"expected packed layers of a layout that is read ({known}), got what looks like others"
+            faults = [f"{what}: {unknown[0]}", *unknown[1:], *faults]
         if faults:
-            quantization = self.config.get("quantization_config")
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-            said = "" if ours or method is None else f"config.json declares quant_method {method!r:.80}; "
-            raise CheckpointError(f"{self.path}: {said}{summary(faults)}")
+            raise CheckpointError(f"{self.path}: {summary(faults)}")
         return found
+
+    def _other_method(self) -> str | None:
+        """The ``quant_method`` of a quantization of another kind than those that are read here."""
+        quantization = self.config.get("quantization_config")
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        return (
+            str(method) if method not in (None, QUANT_METHOD, *(layout.name for layout in LAYOUTS)) else None
+        )
 
     def _read_ints(self, entry: TensorEntry) -> list[int]:
         return [int(value) for value in self.files.read([entry.name])[entry.name].flatten()]
@@ -190,7 +210,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.path}: expected layers of one layout, got {sorted(layout.name for layout in kinds)}"
             )
-        return kinds.pop().name if kinds else "dense"
+        return kinds.pop().name if kinds else "other" if self._other else "dense"
 
     def _settings(self, ours: bool) -> dict[str, Any]:
         """Quantization settings beside the tensors, with their file under ``source``."""
@@ -227,13 +247,6 @@ class Checkpoint:
             self.problems.append("quantization settings were found, but no packed layer")
 
 
-def _hub_hint(path: str | Path) -> str:
-    """What to say where a path may be meant as the name of a model on a hub."""
-    if not isinstance(path, str) or not _HUB_ID.fullmatch(path):
-        return ""
-    return f". Nothing is downloaded: if {path} is a model of a hub, download it first (hf download {path})"
-
-
 def _some(names: Mapping[str, object]) -> str:
     first = ", ".join(list(names)[:5]) or "none"
     return f"there are {len(names)}: {first}{', ...' if len(names) > 5 else ''}"
@@ -268,7 +281,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     directory = Path(path)
     if not directory.exists():
         raise FileNotFoundError(
-            f"path must name a checkpoint directory, got {directory}, which does not exist{_hub_hint(path)}"
+            f"path must name a checkpoint directory, got {directory}, which does not exist{hub_hint(path)}"
         )
     if not directory.is_dir():
         raise NotADirectoryError(f"path must name a checkpoint directory, got the file {directory}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from .common import (
     Commands,
     add_command,
+    add_method_options,
     add_pattern_options,
     add_size_options,
     add_spectral_options,
@@ -19,6 +20,7 @@ from .common import (
     emit_json,
     excluded,
     gigabytes,
+    method_options,
     quant_config,
     table,
 )
@@ -54,6 +56,8 @@ def add_parser(commands: Commands) -> None:
         "config", metavar="CONFIG_OR_NAME", help="a config.json, a directory with one, or a shipped name"
     )
     add_spectral_options(parser, add_size_options(parser))
+    add_method_options(parser)
+    parser.add_argument("--seed", type=int, default=0, help="as of quantize; changes no rank and no size")
     add_pattern_options(parser)
     parser.add_argument("--json", action="store_true", help="print every layer and all sizes as JSON")
 
@@ -61,7 +65,9 @@ def add_parser(commands: Commands) -> None:
 def _run(args: argparse.Namespace) -> int:
     from littlebit2.plan import plan_model  # noqa: PLC0415  # imports torch
 
-    config = quant_config(args, energy=args.energy, budget=args.budget)
+    config = quant_config(
+        args, energy=args.energy, budget=args.budget, seed=args.seed, **method_options(args)
+    )
     exclude = excluded(args)
     plan = plan_model(
         args.config,

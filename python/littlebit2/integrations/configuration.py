@@ -35,8 +35,6 @@ class LittleBit2Config(QuantizationConfigMixin):
         prepack: whether layers on the CPU are brought to the kernels' layout while loading; not stored.
         fuse: whether projections that share their input are computed together on CUDA
             (:func:`littlebit2.fuse_projections`); not stored.
-        stream: whether packed layers are read one by one after everything else, which is how layouts other
-            than ours are always read; not stored.
         source: directory of the checkpoint, where its files are not those that transformers finds; not
             stored.
 
@@ -60,7 +58,6 @@ class LittleBit2Config(QuantizationConfigMixin):
         activation: str = "auto",
         prepack: bool = True,
         fuse: bool = True,
-        stream: bool = False,
         source: str | None = None,
         **unknown: Any,
     ) -> None:
@@ -89,7 +86,6 @@ class LittleBit2Config(QuantizationConfigMixin):
         self.activation = activation
         self.prepack = prepack
         self.fuse = fuse
-        self.stream = stream
         self.source = source
 
     @classmethod

@@ -83,7 +83,6 @@ def load(
         "activation": activation,
         "prepack": wanted.type == "cpu",
         "fuse": fuse,
-        "stream": True,
     }
     LittleBit2Config(**how)  # checks the two that are the caller's before anything is read
     with open_checkpoint(path) as checkpoint:

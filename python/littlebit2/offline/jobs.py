@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from littlebit2.architecture.tensors import LayerSource, select_layers
+from littlebit2.architecture.tensors import LayerSource
 from littlebit2.checkpoint import Checkpoint
 from littlebit2.quantize import (
     Importance,
@@ -26,7 +26,7 @@ from littlebit2.quantize import (
 from littlebit2_kernels.format import RANK_MULTIPLE
 from littlebit2_kernels.version import __version__
 
-__all__ = ["Job", "make_jobs", "run_settings", "source_digest", "with_allocation"]
+__all__ = ["Job", "importance_digest", "make_jobs", "run_settings", "source_digest", "with_allocation"]
 
 #: Entries of a tensor that its digest looks at, at the beginning, in the middle and at the end.
 _SAMPLE = 1024
@@ -72,19 +72,15 @@ class Job:
         return working_bytes(self.source.in_features, self.source.out_features, self.config)
 
 
-def make_jobs(
-    checkpoint: Checkpoint, config: QuantConfig, include: Sequence[str], exclude: Sequence[str]
-) -> list[Job]:
-    """Select the layers and settle the ranks of all of them, so that a budget that does not fit fails early.
+def make_jobs(sources: Sequence[LayerSource], config: QuantConfig) -> list[Job]:
+    """Settle the ranks of all layers, so that a budget that does not fit fails early.
 
     Where the ranks depend on spectra, they are for now the uniform or the least ones: see
     :func:`with_allocation`.
 
     Raises:
-        ValueError: as :func:`.select_layers`, or the budget does not fit a layer (the message names it) or is
-            more than any layer can use.
+        ValueError: the budget does not fit a layer (the message names it) or is more than any layer can use.
     """
-    sources = select_layers(checkpoint.dense, checkpoint.config, include=include, exclude=exclude)
     check_budget(config, ((s.name, s.in_features, s.out_features) for s in sources))
     if config.energy is not None:
         assert config.paths is not None  # set by QuantConfig
@@ -150,7 +146,7 @@ def run_settings(
         "compute_dtype": str(config.compute_dtype).removeprefix("torch."),
         "include": list(include),
         "exclude": list(exclude),
-        "importance": None if importance is None else _importance_digest(importance),
+        "importance": None if importance is None else importance_digest(importance),
         "device": device,
         "threads": threads,
         "littlebit2": __version__,
@@ -159,7 +155,8 @@ def run_settings(
     }
 
 
-def _importance_digest(importance: Mapping[str, Importance]) -> str:
+def importance_digest(importance: Mapping[str, Importance]) -> str:
+    """Return a digest of all names and values."""
     digest = hashlib.sha256()
     for name, tensor in sorted(importance_tensors(importance).items()):
         digest.update(f"{name} {list(tensor.shape)}\n".encode())

@@ -11,7 +11,6 @@ import torch
 from tqdm import tqdm
 
 from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns
-from littlebit2.architecture.tensors import select_layers
 from littlebit2.checkpoint import open_checkpoint
 from littlebit2.disk import write_file
 from littlebit2.quantize import (
@@ -25,6 +24,7 @@ from littlebit2.quantize import (
     spectrum_of,
 )
 
+from .choice import check_dense_source, choose_layers
 from .group import Group, share_out
 from .jobs import Job
 from .work import WorkDirectory, keep_layers
@@ -116,11 +116,10 @@ def measure_ranks(
     includes, excludes = check_patterns("include", include), check_patterns("exclude", exclude)
     spectra = []
     with open_checkpoint(model_dir) as checkpoint:
-        if checkpoint.format != "dense" or "quantization_config" in checkpoint.config:
-            raise ValueError(f"{model_dir}: must be a dense checkpoint, got one that is quantized already")
-        sources = select_layers(checkpoint.dense, checkpoint.config, include=includes, exclude=excludes)
+        check_dense_source(checkpoint)
+        sources = choose_layers(checkpoint, config, include=includes, exclude=excludes).layers
         check_budget(config, ((s.name, s.in_features, s.out_features) for s in sources))
         for one in tqdm(sources, desc="measure", unit="layer", disable=None if progress else True):
-            weight = checkpoint.load_tensor(one.weight)
+            weight = one.weight.read(checkpoint.load_tensor)
             spectra.append(spectrum_of(one.name, weight, config, (importance or {}).get(one.name)))
     return settle_ranks(spectra, config)

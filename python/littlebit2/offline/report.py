@@ -25,12 +25,14 @@ class RunReport:
             ``itq_iterations`` and ``itq_converged`` (per path), ``counted_bpw``, ``stored_bpw``.
         dense: names of the tensors that were copied.
         seconds: per layer, as measured; empty for a run that had been finished before.
+        left: files beside the weights that were not copied, and why.
     """
 
     settings: dict[str, Any]
     layers: tuple[dict[str, Any], ...]
     dense: tuple[str, ...]
     seconds: dict[str, float] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
 
     @property
     def at_largest_rank(self) -> tuple[str, ...]:
@@ -50,6 +52,9 @@ class RunReport:
             return sum(layer[name] * w for layer, w in zip(self.layers, weights, strict=True)) / total
 
         predicted = {}
+        if all(layer["weighted_error"] is not None for layer in self.layers):
+            # What a prediction is of, where errors are weighed.
+            predicted["mean_weighted_error"] = mean("weighted_error")
         if all(layer["predicted_error"] is not None for layer in self.layers):
             predicted["mean_predicted_error"] = mean("predicted_error")
         worst = max(self.layers, key=lambda layer: layer["error"])
@@ -73,6 +78,7 @@ class RunReport:
             "totals": self.totals(),
             "layers": list(self.layers),
             "dense": list(self.dense),
+            "left": dict(self.left),
         }
         return {**content, "seconds": self.seconds} if timings else content
 

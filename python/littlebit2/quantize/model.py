@@ -10,12 +10,15 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from littlebit2.architecture.experts import collapse_experts, expand_experts
+from littlebit2.architecture.linears import choose_linears
 from littlebit2.architecture.names import is_key_or_value
-from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns, is_selected
+from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns
 from littlebit2_kernels.format import PackedLinear
 
 from .allocate import LayerSpectrum, RankAllocation, allocate_ranks, layer_spectrum, ranks_for_energy
 from .batching import batch_key, batch_size, in_batches
+from .budget import largest_rank
 from .config import QuantConfig
 from .device import check_device
 from .importance import Importance
@@ -57,8 +60,10 @@ def quantize_linears(
 ) -> list[LayerReport]:
     """Quantise the selected linear modules of ``model`` in place.
 
-    Selected is every module of exactly the type ``nn.Linear`` (a subclass may compute something
-    else) with a name that matches a pattern of ``include`` and none of ``exclude``. Ranks of all
+    Selected is every linear module with a name that matches a pattern of ``include`` and none of
+    ``exclude``, unless it is tied, a router, the head (see ``exclude``) or read as a tensor by the model's
+    own code (:func:`.dense_reasons`). Experts that the model holds as fused tensors become modules of their
+    own (:class:`.LittleBitExperts`). Ranks of all
     layers are settled before the first one is touched, so that a budget that does not fit leaves the
     model as it was. Each layer's seed comes from ``config.seed`` and its name: the result depends
     neither on the order nor on the selection, nor on which small layers of one shape are worked on together
@@ -91,33 +96,37 @@ def quantize_linears(
     weights = importance or {}
     if device is not None:
         device = check_device(device)
-    jobs = _plan(
-        model, config, check_patterns("include", include), check_patterns("exclude", exclude), weights
-    )
-    reports: dict[str, LayerReport] = {}
+    experts = expand_experts(model)
+    try:
+        jobs = _plan(
+            model, config, check_patterns("include", include), check_patterns("exclude", exclude), weights
+        )
+        reports: dict[str, LayerReport] = {}
 
-    def shape_of(job: _Job) -> tuple[int, int]:
-        linear = _linear(model, job)
-        return linear.in_features, linear.out_features
+        def shape_of(job: _Job) -> tuple[int, int]:
+            linear = _linear(model, job)
+            return linear.in_features, linear.out_features
 
-    def where(job: _Job) -> torch.device:
-        return torch.device(device or _linear(model, job).weight.device)
+        def where(job: _Job) -> torch.device:
+            return torch.device(device or _linear(model, job).weight.device)
 
-    batches = in_batches(
-        jobs,
-        lambda job: (batch_key(*shape_of(job), job.config), where(job), _linear(model, job).weight.dtype),
-        lambda job: batch_size(*shape_of(job), job.config, where(job)),
-    )
-    with tqdm(total=len(jobs), desc="quantize", unit="layer", disable=None if progress else True) as bar:
-        for batch in batches:
-            for job, quantized in zip(batch, _quantize(model, batch, weights, device), strict=True):
-                linear = _linear(model, job)
-                substitute = replace_module(linear, quantized.packed.to(linear.weight.device))
-                del linear
-                for name in job.names:
-                    model.set_submodule(name, substitute)
-                reports[job.names[0]] = replace(quantized.report, predicted_error=job.predicted_error)
-                bar.update()
+        batches = in_batches(
+            jobs,
+            lambda job: (batch_key(*shape_of(job), job.config), where(job), _linear(model, job).weight.dtype),
+            lambda job: batch_size(*shape_of(job), job.config, where(job)),
+        )
+        with tqdm(total=len(jobs), desc="quantize", unit="layer", disable=None if progress else True) as bar:
+            for batch in batches:
+                for job, quantized in zip(batch, _quantize(model, batch, weights, device), strict=True):
+                    linear = _linear(model, job)
+                    substitute = replace_module(linear, quantized.packed.to(linear.weight.device))
+                    del linear
+                    for name in job.names:
+                        model.set_submodule(name, substitute)
+                    reports[job.names[0]] = replace(quantized.report, predicted_error=job.predicted_error)
+                    bar.update()
+    finally:
+        collapse_experts(model, experts)
     return [reports[job.names[0]] for job in jobs]
 
 
@@ -128,14 +137,12 @@ def _plan(
     exclude: Sequence[str],
     importance: Mapping[str, Importance],
 ) -> list[_Job]:
-    names_of: dict[nn.Linear, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) is nn.Linear and is_selected(name, include, exclude):
-            names_of.setdefault(module, []).append(name)
+    names_of, dense = choose_linears(model, include, exclude)
     if not names_of:
+        kept = "".join(f"; {name} stays dense: {reason}" for name, reason in list(dense.items())[:3])
         raise ValueError(
             f"include must select at least one nn.Linear of the model, got include={list(include)}, "
-            f"exclude={list(exclude)}"
+            f"exclude={list(exclude)}{kept}"
         )
     if isinstance(model, nn.Linear):
         raise ValueError("model must hold its linear modules below its root, got an nn.Linear itself")
@@ -161,7 +168,7 @@ def _plan(
 
 
 def check_budget(config: QuantConfig, layers: Iterable[tuple[str, int, int]]) -> None:
-    """Raise ``ValueError`` if the bits per weight of a model are more than any of its layers can use.
+    """Raise ``ValueError`` if the bits per weight or ranks are more than any layer of a model can use.
 
     A layer that cannot use them all where others can is no error: reports and plans say ``at_largest_rank``.
 
@@ -169,7 +176,13 @@ def check_budget(config: QuantConfig, layers: Iterable[tuple[str, int, int]]) ->
         config: of the model.
         layers: name, K and N of every layer that is to be quantised.
     """
-    config.check_usable((k, n, is_key_or_value(name)) for name, k, n in layers)
+    shapes = list(layers)
+    config.check_usable((k, n, is_key_or_value(name)) for name, k, n in shapes)
+    most = max((largest_rank(k, n) for _, k, n in shapes), default=None)
+    if config.ranks is not None and most is not None and max(config.ranks) > most:
+        raise ValueError(
+            f"ranks must be at most {most}, the largest that any layer can use, got {list(config.ranks)}"
+        )
 
 
 def needs_spectra(config: QuantConfig) -> bool:

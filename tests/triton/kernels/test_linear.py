@@ -34,7 +34,7 @@ def problem(request: pytest.FixtureRequest, rng: torch.Generator) -> tuple[torch
 # --- results -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch", range(3))
+@pytest.mark.parametrize("batch", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_random_problems(device: torch.device, rng: torch.Generator, batch: int) -> None:
     for _ in range(6 if device.type == "cpu" else 60):
         x, packed = problems.random_problem(rng, problems.TRITON)
@@ -45,7 +45,7 @@ def test_random_problems(device: torch.device, rng: torch.Generator, batch: int)
         assert error <= modes.allowed(x, packed, mode), f"{mode}, {problems.describe(x, packed)}"
 
 
-@pytest.mark.parametrize("batch", range(2))
+@pytest.mark.parametrize("batch", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_one_launch_and_two_give_the_same_bits(
     device: torch.device, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch, batch: int
 ) -> None:
