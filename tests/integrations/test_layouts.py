@@ -155,7 +155,7 @@ def test_packed_layers_of_an_unknown_layout_are_refused(tmp_path: Path, said: st
 
 @pytest.mark.parametrize("foreign", [False, True])
 @pytest.mark.parametrize(
-    "given", [{"activation": "int8"}, {"backend": "reference"}, {"prepack": False}, {"stream": True}, {}]
+    "given", [{"activation": "int8"}, {"backend": "reference"}, {"prepack": False}, {"fuse": False}, {}]
 )
 def test_settings_given_to_from_pretrained(
     path: Path, tmp_path: Path, given: dict[str, Any], foreign: bool, monkeypatch: pytest.MonkeyPatch
@@ -178,7 +178,7 @@ def test_settings_given_to_from_pretrained(
     assert (layer in prepacked) == (given.get("prepack", True) and layer.backend == "auto")
     model.save_pretrained(tmp_path / "again")
     stored = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
-    assert not stored.keys() & {"activation", "backend", "prepack", "fuse", "stream", "source"}
+    assert not stored.keys() & {"activation", "backend", "prepack", "fuse", "source"}
     assert stored["ranks"][LAYER] == [40, 8]
 
 
