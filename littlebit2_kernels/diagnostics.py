@@ -19,7 +19,7 @@ from .format import FORMAT_VERSION, LayerShape
 from .functional import littlebit_linear
 from .gpu import gpu_properties
 from .ops.library import load
-from .planning import plan_cuda
+from .planning.native import plan_cuda
 from .reference import linear_reference
 from .testing import TOLERANCE, make_problem, relative_error
 from .triton.backend import no_triton_reason
@@ -32,7 +32,7 @@ def collect() -> dict[str, Any]:
     """Gather the report; nothing in it raises.
 
     Returns:
-        JSON-serialisable sections ``package``, ``native``, ``cpu``, ``gpu``, ``backends`` and ``self_test``.
+        JSON-serializable sections ``package``, ``native``, ``cpu``, ``gpu``, ``backends`` and ``self_test``.
         ``self_test`` is ``"ok"`` or the reason why the CPU kernels do not work.
     """
     return {

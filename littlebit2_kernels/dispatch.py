@@ -11,7 +11,7 @@ import torch
 from ._native import NativeLibraryError, core, no_cuda_reason
 from .format import LayerShape
 from .gpu import GpuProperties, gpu_properties
-from .planning import plan_cuda, unpack_cycles
+from .planning.native import plan_cuda, unpack_cycles
 from .triton.backend import no_triton_reason
 
 __all__ = [

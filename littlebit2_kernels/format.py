@@ -3,7 +3,7 @@
 The normative description is ``docs/format.md``; the constants mirror
 ``csrc/include/littlebit2/format.h``. Terms: ``M`` tokens, ``K`` in_features, ``N`` out_features,
 ``R`` rank, ``P`` paths. A layer computes, for every path ``p`` (LittleBit, arXiv 2506.13771, eq. of
-the factorised forward; residual paths add up)::
+the factorized forward; residual paths add up)::
 
     y[M,N] += out_scale[N] * ((latent_scale[R] * ((x[M,K] * in_scale[K]) @ sign(V)[R,K].T)) @ sign(U)[N,R].T)
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -229,12 +229,6 @@ def check_dim(name: str, size: int, multiple: int = 1) -> None:
         raise ValueError(f"{name} must be between 1 and {MAX_DIM}{of}, got {size}")
 
 
-#: Bits that the papers count for one entry of a scale vector (LittleBit, arXiv 2506.13771).
-COUNTED_SCALE_BITS = 16
-#: Bits of one entry of a scale vector in the packed format.
-STORED_SCALE_BITS = 32
-
-
 @dataclass(frozen=True)
 class LayerShape:
     """The sizes of a layer without its tensors: what planning, reports and file headers need to know.
@@ -255,6 +249,11 @@ class LayerShape:
     out_features: int
     ranks: tuple[int, ...] | None
     shares: tuple[int, ...] = ()
+
+    #: Bits that the papers count for one entry of a scale vector (LittleBit, arXiv 2506.13771).
+    COUNTED_SCALE_BITS: ClassVar[int] = 16
+    #: Bits of one entry of a scale vector in the packed format.
+    STORED_SCALE_BITS: ClassVar[int] = 32
 
     def __post_init__(self) -> None:
         check_dim("in_features", self.in_features)
@@ -325,14 +324,14 @@ class LayerShape:
     @property
     def counted_bits(self) -> int:
         """Bits by the papers' count: one per sign, 16 per entry of a scale vector, shared tensors once."""
-        return self.macs + COUNTED_SCALE_BITS * self._scale_entries
+        return self.macs + self.COUNTED_SCALE_BITS * self._scale_entries
 
     @property
     def stored_bits(self) -> int:
         """Bits of the portable tensors without the bias: sign rows padded to words, float32 scales."""
         words = sum(self.own_rows) * words_per_row(self.in_features)
         words += self.out_features * sum(map(words_per_row, self.ranks or ()))
-        return WORD_BITS * words + STORED_SCALE_BITS * self._scale_entries
+        return WORD_BITS * words + self.STORED_SCALE_BITS * self._scale_entries
 
     @property
     def counted_bpw(self) -> float:

@@ -18,7 +18,7 @@ from benchmarks.estimates.rates import rates_of
 from benchmarks.markdown import markdown
 from benchmarks.problems import Problem
 from littlebit2_kernels import PackedLinear, explain
-from littlebit2_kernels.explanation import Explanation
+from littlebit2_kernels.planning.explanation import Explanation
 
 __all__ = ["Prediction", "predict", "rows", "table"]
 

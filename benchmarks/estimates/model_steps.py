@@ -19,7 +19,7 @@ from littlebit2.quantize import rank_for_bpw
 from littlebit2_kernels.dispatch import ACTIVATIONS
 from littlebit2_kernels.format import LayerShape
 from littlebit2_kernels.gpu import gpu_properties
-from littlebit2_kernels.planning import plan_grouped_cuda
+from littlebit2_kernels.planning.native import plan_grouped_cuda
 
 __all__ = ["ModelPrediction", "predict_group", "predict_model", "rows", "table"]
 

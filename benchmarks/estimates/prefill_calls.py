@@ -18,7 +18,7 @@ from benchmarks.estimates.rates import LAUNCH, PEER_RATE, Rates, rates_of
 from benchmarks.markdown import markdown
 from benchmarks.problems import Problem
 from littlebit2_kernels import PackedLinear, explain
-from littlebit2_kernels.explanation import Explanation, Launch
+from littlebit2_kernels.planning.explanation import Explanation, Launch
 
 __all__ = ["PrefillPrediction", "predict_prefill", "rows", "table"]
 

@@ -91,8 +91,8 @@ def tune(
 ) -> list[tuple[str, StageShape, int, Config]]:
     """Measure every choice of every problem for ``kernels``, by default all.
 
-    A default is kept unless it is beaten by 3 %, and is then stored as well: otherwise its shape would get the
-    best choice of a neighbor.
+    A default is kept unless it is beaten by 3 %, and is then stored as well: otherwise its shape would get
+    the best choice of a neighbor.
 
     Returns:
         Entries for ``store_table``.

@@ -363,7 +363,7 @@ def test_an_interrupt_is_clean(
 
 
 def test_control_c_during_the_work_leaves_it_resumable(tmp_path: Path, rng: torch.Generator) -> None:
-    model_dir = write_model(tmp_path / "many", llama_tensors(rng, layers=30))
+    model_dir = write_model(tmp_path / "many", llama_tensors(rng, layers=12))
     options = [
         "--ranks",
         "16",

@@ -16,7 +16,8 @@ from littlebit2_kernels import (
 from littlebit2_kernels.format import unpack_signs_reference
 from littlebit2_kernels.reference import dense_weight, linear_reference
 from littlebit2_kernels.testing import TOLERANCE, make_packed, make_problem, relative_error
-from tests.cuda import problems
+from tests import problems
+from tests.cuda import modes
 
 HALF = torch.float16
 #: Of factors, latents and outputs, and of a library's partial sums.
@@ -54,7 +55,7 @@ def test_results(device: torch.device, rng: torch.Generator, layer: str, tokens:
     packed = rescaled(problems.scaled_down(packed), factor)
     y = littlebit_linear(x.to(device), packed.to(device), backend="blas")
     assert (y.shape, y.dtype) == ((tokens, 333), HALF)
-    assert problems.error_of(y, x, packed, "exact") <= ALLOWED
+    assert modes.error_of(y, x, packed, "exact") <= ALLOWED
 
 
 def test_tokens_as_long_as_promised(device: torch.device, rng: torch.Generator) -> None:
@@ -117,7 +118,7 @@ def test_captured(device: torch.device, rng: torch.Generator) -> None:
     layer.paths[0].in_scale.mul_(0.7)
     layer.paths[1].latent_scale.mul_(-1.3)
     graph.replay()
-    assert problems.error_of(y, static, layer, "exact") <= ALLOWED
+    assert modes.error_of(y, static, layer, "exact") <= ALLOWED
 
 
 def test_capture_of_a_first_call(device: torch.device, rng: torch.Generator) -> None:

@@ -143,7 +143,6 @@ SETTINGS: dict[str, Setting] = {
     "sys.path": Setting(_import_folders, lambda value: sys.path.__setitem__(slice(None), value)),
     "sys.argv": Setting(lambda: tuple(sys.argv), lambda value: sys.argv.__setitem__(slice(None), value)),
     "sys.excepthook": _attribute(sys, "excepthook"),
-    "recursion limit": Setting(sys.getrecursionlimit, sys.setrecursionlimit),
     "garbage collection": Setting(gc.isenabled, lambda value: gc.enable() if value else gc.disable()),
     "logging.disable()": Setting(lambda: logging.root.manager.disable, logging.disable),
     **{
@@ -215,10 +214,24 @@ def _definitions() -> dict[str, tuple[types.ModuleType, dict[str, Any]]]:
     """Functions, classes and modules by the module of ours that holds them."""
     kinds = (types.FunctionType, types.ModuleType, type)
     return {
-        name: (module, {key: value for key, value in vars(module).items() if isinstance(value, kinds)})
+        name: (
+            module,
+            # Dynamo keeps what it compiled under names of two underscores.
+            {
+                key: value
+                for key, value in vars(module).items()
+                if isinstance(value, kinds) and key[:2] != "__"
+            },
+        )
         for name, module in list(sys.modules.items())
         if module is not None and name.partition(".")[0] in WATCHED_PACKAGES
     }
+
+
+def _threads() -> Iterator[threading.Thread]:
+    """Threads that keep a process from ending, without those of Inductor's pool."""
+    pooled = "ThreadPoolExecutor" if "torch._inductor" in sys.modules else ()
+    return (t for t in threading.enumerate() if not t.daemon and not t.name.startswith(pooled))
 
 
 @dataclass(frozen=True)
@@ -243,7 +256,7 @@ def take() -> Snapshot:
         loggers=_loggers(),
         modules=dict(sys.modules),
         definitions=_definitions(),
-        threads=frozenset(thread for thread in threading.enumerate() if not thread.daemon),
+        threads=frozenset(_threads()),
         processes=frozenset(process.pid for process in multiprocessing.active_children()),
     )
 

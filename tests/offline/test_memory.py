@@ -86,11 +86,11 @@ def growth(
     return (after - before) / LAYER_BYTES
 
 
-def test_twenty_layers_take_less_than_two(tmp_path: Path, rng: torch.Generator) -> None:
-    one, twenty = growth(tmp_path, 1, rng), growth(tmp_path, 20, rng)
-    print(f"peak: {one:.2f} layers' worth for 1 layer, {twenty:.2f} for 20")
-    assert twenty < 2
-    assert twenty < one + 0.2
+def test_eight_layers_take_less_than_two(tmp_path: Path, rng: torch.Generator) -> None:
+    one, eight = growth(tmp_path, 1, rng), growth(tmp_path, 8, rng)
+    print(f"peak: {one:.2f} layers' worth for 1 layer, {eight:.2f} for 8")
+    assert eight < 2
+    assert eight < one + 0.2
 
 
 def test_a_float32_source_is_not_held_twice(tmp_path: Path, rng: torch.Generator) -> None:

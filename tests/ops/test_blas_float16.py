@@ -17,12 +17,12 @@ from littlebit2_kernels import (
     functional,
     linear,
     littlebit_linear,
-    planning,
     warming,
 )
 from littlebit2_kernels.dispatch import BLAS_TOKENS, Call, Choice, choose, prefill_backend
 from littlebit2_kernels.format import LayerShape, unpack_signs_reference
 from littlebit2_kernels.ops import balance, calls
+from littlebit2_kernels.planning import native
 from littlebit2_kernels.reference import dense_weight, linear_reference
 from littlebit2_kernels.testing import TOLERANCE, make_packed, make_problem, relative_error, typical_norm
 from tests.ops.test_blas import problem
@@ -309,9 +309,9 @@ def test_float16_pays_a_little_later_than_bfloat16() -> None:
         assert (prefill_backend(shape, tokens, half, "H200") == "blas") == pays == (tokens >= 4096)
     assert prefill_backend(shape, 4096, single, "H200") != "blas"
     plan = {"unpack_cycles": 10_000}
-    assert planning.unpack_cycles(plan, bfloat, shape) == planning.unpack_cycles(plan, half, single_stage)
-    assert planning.unpack_cycles(plan, half, shape) == 10_000 + 8 * planning.BALANCE_CYCLES
-    assert planning.unpack_cycles({"unpack_cycles": 0}, half, shape) == 0
+    assert native.unpack_cycles(plan, bfloat, shape) == native.unpack_cycles(plan, half, single_stage)
+    assert native.unpack_cycles(plan, half, shape) == 10_000 + 8 * native.BALANCE_CYCLES
+    assert native.unpack_cycles({"unpack_cycles": 0}, half, shape) == 0
 
 
 class CountLaunches(TorchDispatchMode):
@@ -364,7 +364,7 @@ def test_auto_is_explained(monkeypatch: pytest.MonkeyPatch, rng: torch.Generator
     )
     assert half.unpack_cycles is not None
     assert bfloat.unpack_cycles is not None
-    assert half.unpack_cycles == bfloat.unpack_cycles + 7 * planning.BALANCE_CYCLES
+    assert half.unpack_cycles == bfloat.unpack_cycles + 7 * native.BALANCE_CYCLES
     monkeypatch.setattr(dispatch, "_estimates", lambda *call: (2, 1))
     taken = explain((600, 100), packed, dtype=torch.float16, gpu="H200")
     assert (taken.backend, taken.kernels) == ("blas", "matrix products")

@@ -11,7 +11,7 @@ import torch
 import littlebit2_kernels
 from littlebit2_kernels import PackedLinear, littlebit_linear, prepack
 from littlebit2_kernels.testing import make_packed, make_problem
-from tests.kernels.problems import with_equal_in_scales
+from tests.problems import with_equal_in_scales
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ from .convert import convert, export_upstream
 from .describe import describe
 from .errors import CheckpointError
 from .reader import Checkpoint, looks_packed, open_checkpoint
+from .side_files import SideFiles, find_side_files
 from .specs import LayerSpec
 from .writer import CheckpointWriter, quantization_config
 
@@ -12,9 +13,11 @@ __all__ = [
     "CheckpointError",
     "CheckpointWriter",
     "LayerSpec",
+    "SideFiles",
     "convert",
     "describe",
     "export_upstream",
+    "find_side_files",
     "looks_packed",
     "open_checkpoint",
     "quantization_config",

@@ -19,13 +19,14 @@ from .formats.littlebit import KEPT_SETTINGS, SETTINGS, authors_leaf
 from .reader import Checkpoint, open_checkpoint
 from .settings import summary
 from .shards import ShardedTensors
+from .side_files import SideFiles, copy_side_files, find_side_files
 from .specs import LayerSpec
-from .writer import MAX_SHARD_BYTES, CheckpointWriter, copy_extra_files
+from .writer import MAX_SHARD_BYTES, CheckpointWriter
 
 __all__ = ["convert", "export_upstream"]
 
 
-def export_upstream(checkpoint: Checkpoint, out: str | Path, *, overwrite: bool = False) -> None:
+def export_upstream(checkpoint: Checkpoint, out: str | Path, *, overwrite: bool = False) -> SideFiles:
     """Write a checkpoint in the layout of the LittleBit authors' code.
 
     ``v1`` gets our ``latent_scale`` and ``u2`` ones, both float32, so that their product is exact. Settings
@@ -35,6 +36,9 @@ def export_upstream(checkpoint: Checkpoint, out: str | Path, *, overwrite: bool 
         checkpoint: an opened checkpoint with packed layers.
         out: directory to make; must not exist (or be empty) unless ``overwrite``.
         overwrite: replace an existing checkpoint directory, at the end.
+
+    Returns:
+        Which of the files beside the weights were copied, and which were not and why.
 
     Raises:
         CheckpointError: the layout cannot hold a layer: more than two paths, unequal ranks, a shared first
@@ -46,7 +50,8 @@ def export_upstream(checkpoint: Checkpoint, out: str | Path, *, overwrite: bool 
         raise CheckpointError(f"{checkpoint.path}: the authors' layout cannot hold it: {summary(faults)}")
     kept = {key: checkpoint.metadata[key] for key in SETTINGS if key in checkpoint.metadata}
     described = {**_described(checkpoint), **kept}
-    with StagedDirectory(out, overwrite=overwrite) as staged:
+    replaces = find_side_files(checkpoint.path).in_folders
+    with StagedDirectory(out, overwrite=overwrite, replaces=replaces) as staged:
         tensors = ShardedTensors(staged.path, MAX_SHARD_BYTES, {"format": "pt"})
         try:
             for name, spec in checkpoint.layers.items():
@@ -58,11 +63,12 @@ def export_upstream(checkpoint: Checkpoint, out: str | Path, *, overwrite: bool 
             tensors.close()
         write_json(staged.path / "config.json", _plain_config(checkpoint.config))
         write_json(staged.path / "littlebit_config.json", described)
-        copy_extra_files(checkpoint.path, staged.path)
+        found = copy_side_files(checkpoint.path, staged.path)
         staged.publish()
+    return found
 
 
-def convert(source: str | Path, out: str | Path, to: str, *, overwrite: bool = False) -> None:
+def convert(source: str | Path, out: str | Path, to: str, *, overwrite: bool = False) -> SideFiles:
     """Convert a checkpoint directory, one layer in memory at a time.
 
     Args:
@@ -70,6 +76,9 @@ def convert(source: str | Path, out: str | Path, to: str, *, overwrite: bool = F
         out: directory to make; must not exist (or be empty) unless ``overwrite``.
         to: ``"littlebit2"`` (ours) or ``"littlebit"`` (the authors').
         overwrite: replace an existing checkpoint directory, at the end.
+
+    Returns:
+        Which of the files beside the weights were copied, and which were not and why.
 
     Raises:
         ValueError: ``to`` is unknown.
@@ -80,25 +89,31 @@ def convert(source: str | Path, out: str | Path, to: str, *, overwrite: bool = F
         raise ValueError(f"to must be 'littlebit2' or 'littlebit', got {to!r}")
     with open_checkpoint(source) as checkpoint:
         if not checkpoint.layers:
-            raise CheckpointError(
-                f"{checkpoint.path}: expected packed layers, got a dense model: quantize it"
-            )
+            raise CheckpointError(f"{checkpoint.path}: expected packed layers, got {_got(checkpoint)}")
         if to == "littlebit":
-            export_upstream(checkpoint, out, overwrite=overwrite)
-            return
+            return export_upstream(checkpoint, out, overwrite=overwrite)
         config = dict(checkpoint.config)
         if checkpoint.format != "littlebit2":
             config = _plain_config(config)
             kept = {key: value for key, value in checkpoint.metadata.items() if key in SETTINGS}
             if kept:
                 config[KEPT_SETTINGS] = kept
-        with CheckpointWriter(out, config, overwrite=overwrite) as writer:
+        replaces = find_side_files(checkpoint.path).in_folders
+        with CheckpointWriter(out, config, overwrite=overwrite, replaces=replaces) as writer:
             for name in checkpoint.layers:
                 writer.add_layer(name, checkpoint.load_layer(name))
             for name in checkpoint.dense:
                 writer.add_tensor(name, checkpoint.load_tensor(name))
-            writer.copy_extra_files(checkpoint.path)
+            found = writer.copy_side_files(checkpoint.path)
             writer.finish()
+    return found
+
+
+def _got(checkpoint: Checkpoint) -> str:
+    if checkpoint.format == "dense":
+        return "a dense model: quantize it"
+    method = checkpoint.config["quantization_config"]["quant_method"]
+    return f"a model that another method has packed (quant_method {method!r:.80})"
 
 
 def _unfit(checkpoint: Checkpoint) -> Iterator[str]:

@@ -20,13 +20,14 @@ from littlebit2.architecture.names import (
 )
 from littlebit2_kernels.format import PackedLinear
 
+from .checksums import matches
 from .errors import CheckpointError
 from .files import TensorFiles, contained, open_files
-from .formats import StoredLayer, build_layer, find_layers, has_packed, natural_order
+from .formats import LAYOUTS, StoredLayer, build_layer, find_layers, has_packed, natural_order
 from .formats.littlebit import authors_settings
 from .headers import TensorEntry
 from .jsonfile import read_object
-from .settings import check_layers, check_version, is_ours, summary
+from .settings import QUANT_METHOD, check_layers, check_version, is_ours, summary
 from .specs import LayerSpec
 
 __all__ = ["Checkpoint", "looks_packed", "open_checkpoint"]
@@ -42,7 +43,8 @@ class Checkpoint:
     Attributes:
         path: the directory.
         format: ``"littlebit2"`` (ours), ``"littlebit"`` (the authors'), ``"littlebit-latent"`` (their
-            unpacked float latents), ``"nanoquant"``, ``"dbf"``, ``"onebit"`` or ``"dense"``.
+            unpacked float latents), ``"nanoquant"``, ``"dbf"``, ``"onebit"``, ``"dense"``, or ``"other"``:
+            packed by another method, which config.json names and transformers may know.
         config: contents of config.json; empty where there is none.
         layers: packed layers by module name, in the order of the model.
         dense: every other tensor by full name: its shape and dtype.
@@ -138,6 +140,18 @@ class Checkpoint:
             raise KeyError(f"name must be a dense tensor of {self.path}, got {name!r}; {_some(self.dense)}")
         return self.files.read_own(name)
 
+    def verify(self) -> dict[str, bool | None]:
+        """Read every file of weights and compare it with its checksum.
+
+        Returns:
+            By file name: whether it is what was written, ``None`` where it holds no checksum.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        files = sorted({entry.file for entry in self.files.entries.values()})
+        return {file.name: matches(file) if file.suffix == ".safetensors" else None for file in files}
+
     def tied(self) -> dict[str, str]:
         """Return absent tensors that the config ties to present ones.
 
@@ -166,13 +180,23 @@ class Checkpoint:
         return read_object(contained(self.path, name))
 
     def _examine(self, ours: bool) -> dict[str, StoredLayer]:
-        found, faults = find_layers(self.files.entries, self._read_ints, strict=ours)
+        found, faults, unknown = find_layers(self.files.entries, self._read_ints, strict=ours)
+        self._other = bool(unknown) and not found and self._other_method() is not None
+        if unknown and not self._other:
+            known = ", ".join(layout.name for layout in LAYOUTS)
+            what = f"expected packed layers of a layout that is read ({known}), got what looks like others"
+            faults = [f"{what}: {unknown[0]}", *unknown[1:], *faults]
         if faults:
-            quantization = self.config.get("quantization_config")
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-            said = "" if ours or method is None else f"config.json declares quant_method {method!r:.80}; "
-            raise CheckpointError(f"{self.path}: {said}{summary(faults)}")
+            raise CheckpointError(f"{self.path}: {summary(faults)}")
         return found
+
+    def _other_method(self) -> str | None:
+        """The ``quant_method`` of a quantization of another kind than those that are read here."""
+        quantization = self.config.get("quantization_config")
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        return (
+            str(method) if method not in (None, QUANT_METHOD, *(layout.name for layout in LAYOUTS)) else None
+        )
 
     def _read_ints(self, entry: TensorEntry) -> list[int]:
         return [int(value) for value in self.files.read([entry.name])[entry.name].flatten()]
@@ -190,7 +214,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.path}: expected layers of one layout, got {sorted(layout.name for layout in kinds)}"
             )
-        return kinds.pop().name if kinds else "dense"
+        return kinds.pop().name if kinds else "other" if self._other else "dense"
 
     def _settings(self, ours: bool) -> dict[str, Any]:
         """Quantization settings beside the tensors, with their file under ``source``."""

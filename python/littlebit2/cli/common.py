@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from littlebit2.architecture.select import DEFAULT_EXCLUDE
@@ -31,6 +31,7 @@ __all__ = [
     "gigabytes",
     "load_options",
     "note",
+    "note_left",
     "one_line",
     "quant_config",
     "table",
@@ -65,6 +66,16 @@ def note(text: str) -> None:
 
 #: Extra of this package that installs a missing module.
 _EXTRAS = {"accelerate": "train", "peft": "train", "tensorboard": "train", "transformers": "models"}
+
+
+def note_left(left: Mapping[str, str]) -> None:
+    """Say which files beside the weights were not copied, and why."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in left.items():
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        note(f"not copied ({reason}): {', '.join(names[:8])}{more}")
 
 
 def one_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from .common import (
     emit,
     emit_json,
     excluded,
+    note_left,
     quant_config,
 )
 
@@ -138,6 +139,7 @@ def _run(args: argparse.Namespace) -> int:
     full = at_largest_rank(report.at_largest_rank, args)
     if full is not None:
         emit(full)
+    note_left(report.left)
     if "mean_predicted_error" in totals:
         emit(f"predicted from the spectra: mean {totals['mean_predicted_error']:.4f}")
     return 0

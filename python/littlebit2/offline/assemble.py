@@ -66,9 +66,9 @@ def _write(
             for name, part in choice.extra.items():
                 dense.append(name)
                 writer.add_tensor(name, part.read(checkpoint.load_tensor).contiguous())
-            writer.copy_extra_files(source)
+            side = writer.copy_side_files(source)
             writer.finish()
-    report = RunReport(settings, tuple(layers), tuple(dense), seconds)
+    report = RunReport(settings, tuple(layers), tuple(dense), seconds, dict(side.left))
     write_json(work.assembled / REPORT_NAME, report.as_dict())
     return report
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from littlebit2.architecture.parts import Whole
 from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns
-from littlebit2.checkpoint import open_checkpoint
+from littlebit2.checkpoint import Checkpoint, find_side_files, open_checkpoint
 from littlebit2.disk import check_replaceable, check_space
 from littlebit2.quantize import (
     DenseLayer,
@@ -125,29 +125,37 @@ def quantize_checkpoint(
         )
         dense_bytes = _dense_bytes(checkpoint.dense, choice)
     work = WorkDirectory(target)
+    reading = open_checkpoint(source)  # once: its headers name every tensor
     with process_group() as group:
         run = partial(_run_all, group, workers=workers, threads=threads, show=progress)
         weights = importance or {}
         try:
-            before = group.from_leader(partial(_start, work, target, settings, resume, overwrite))
+            before = group.from_leader(partial(_start, work, source, target, settings, resume, overwrite))
             if before is not None:
                 return before
             if needs_spectra(config):
                 allocation = allocation_of(
-                    group, work, jobs, config, weights, partial(_load, source, place), partial(run, "measure")
+                    group,
+                    work,
+                    jobs,
+                    config,
+                    weights,
+                    partial(_load, reading, place),
+                    partial(run, "measure"),
                 )
                 jobs = with_allocation(jobs, config, allocation)
             pending = group.from_leader(lambda: [job.index for job in jobs if work.finished(job) is None])
             group.together(partial(_check_space, work, [jobs[i] for i in pending], jobs, dense_bytes))
             mine = share_out([jobs[i] for i in pending], group.size)[group.rank]
             batches = make_batches(mine, workers, threads, device)
-            do = partial(_quantize_batch, source, work, weights, place)
+            do = partial(_quantize_batch, reading, work, weights, place)
             group.together(partial(run, "quantize", batches, do))
             return group.from_leader(
                 partial(assemble, source, target, work, jobs, choice, settings, overwrite=overwrite)
             )
         finally:
             work.close()
+            reading.close()
 
 
 def _check_importance(importance: Mapping[str, Importance] | None, jobs: Sequence[Job]) -> None:
@@ -170,7 +178,12 @@ def _check_apart(source: Path, target: Path) -> None:
 
 
 def _start(
-    work: WorkDirectory, target: Path, settings: dict[str, Any], resume: bool, overwrite: bool
+    work: WorkDirectory,
+    source: Path,
+    target: Path,
+    settings: dict[str, Any],
+    resume: bool,
+    overwrite: bool,
 ) -> RunReport | None:
     """Take the work directory, unless there is nothing left to do: then return the report."""
     if os.path.lexists(target):
@@ -180,7 +193,7 @@ def _start(
                 work.remove()  # the run was killed between its last two steps
             return report
         try:
-            check_replaceable(target, overwrite=overwrite)
+            check_replaceable(target, overwrite=overwrite, replaces=find_side_files(source).in_folders)
         except FileExistsError as error:
             raise FileExistsError(
                 f"{error}; what is there is not the finished result of this command"
@@ -194,7 +207,9 @@ def finished_report(out: Path, settings: dict[str, Any]) -> RunReport | None:
     try:
         content = json.loads((out / REPORT_NAME).read_text("utf-8"))
         if content["settings"] == settings:
-            return RunReport(settings, tuple(content["layers"]), tuple(content["dense"]))
+            return RunReport(
+                settings, tuple(content["layers"]), tuple(content["dense"]), left=content.get("left", {})
+            )
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return None
@@ -253,17 +268,16 @@ def _run_all(
         run_jobs(mine, do, done, workers=size, threads=threads)
 
 
-def _load(source: Path, device: torch.device, job: Job) -> torch.Tensor:
+def _load(checkpoint: Checkpoint, device: torch.device, job: Job) -> torch.Tensor:
     # In memory of its own, which the quantizer may overwrite: a mapping would count beside its working copy.
-    with open_checkpoint(source) as checkpoint:
-        part = job.source.weight
-        if isinstance(part, Whole):
-            return checkpoint.read_tensor(part.name).to(device)
-        return part.read(checkpoint.load_tensor).to(device, copy=True).contiguous()
+    part = job.source.weight
+    if isinstance(part, Whole):
+        return checkpoint.read_tensor(part.name).to(device)
+    return part.read(checkpoint.load_tensor).to(device, copy=True).contiguous()
 
 
 def _quantize_batch(
-    source: Path,
+    checkpoint: Checkpoint,
     work: WorkDirectory,
     importance: Mapping[str, Importance],
     device: torch.device,
@@ -272,9 +286,9 @@ def _quantize_batch(
     start = time.perf_counter()
     layers = [
         DenseLayer(
-            partial(_load, source, device, job),
+            partial(_load, checkpoint, device, job),
             job.config,
-            _bias(source, device, job),
+            _bias(checkpoint, device, job),
             importance.get(job.source.name),
             name=job.source.name,
         )
@@ -287,8 +301,7 @@ def _quantize_batch(
         work.write_layer(job, one.packed, layer_entry(report, bias=layer.bias is not None), seconds)
 
 
-def _bias(source: Path, device: torch.device, job: Job) -> torch.Tensor | None:
+def _bias(checkpoint: Checkpoint, device: torch.device, job: Job) -> torch.Tensor | None:
     if job.source.bias is None:
         return None
-    with open_checkpoint(source) as checkpoint:
-        return job.source.bias.read(checkpoint.load_tensor).to(device, copy=True)
+    return job.source.bias.read(checkpoint.load_tensor).to(device, copy=True)

@@ -25,12 +25,14 @@ class RunReport:
             ``itq_iterations`` and ``itq_converged`` (per path), ``counted_bpw``, ``stored_bpw``.
         dense: names of the tensors that were copied.
         seconds: per layer, as measured; empty for a run that had been finished before.
+        left: files beside the weights that were not copied, and why.
     """
 
     settings: dict[str, Any]
     layers: tuple[dict[str, Any], ...]
     dense: tuple[str, ...]
     seconds: dict[str, float] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
 
     @property
     def at_largest_rank(self) -> tuple[str, ...]:
@@ -73,6 +75,7 @@ class RunReport:
             "totals": self.totals(),
             "layers": list(self.layers),
             "dense": list(self.dense),
+            "left": dict(self.left),
         }
         return {**content, "seconds": self.seconds} if timings else content
 

@@ -32,7 +32,7 @@ LAYOUTS: tuple[Layout, ...] = (
 
 def find_layers(
     entries: Mapping[str, TensorEntry], read_ints: ReadInts, *, strict: bool
-) -> tuple[dict[str, StoredLayer], list[str]]:
+) -> tuple[dict[str, StoredLayer], list[str], list[str]]:
     """Find the packed layers among the tensors of a checkpoint and check their headers.
 
     Args:
@@ -41,8 +41,8 @@ def find_layers(
         strict: whether the checkpoint declares this project's format.
 
     Returns:
-        The layers by module path, in the order of the model, and everything that is wrong, one line each:
-        faults of layers, and tensors that look like packed signs and fit no layout.
+        The layers by module path, in the order of the model; what is wrong with others, one line each; and
+        tensors that look like packed weights and fit no layout, one line each.
     """
     claimed, modules = _claim(entries)
     found: dict[str, StoredLayer] = {}
@@ -56,11 +56,7 @@ def find_layers(
         f"{entry.file.name}: {entry.name} ({entry.dtype} of shape {list(entry.shape)})"
         for entry in _unknown(modules)
     ]
-    if unknown:
-        known = ", ".join(layout.name for layout in LAYOUTS)
-        what = f"expected packed layers of a layout that is read ({known}), got what looks like others"
-        faults = [f"{what}: {unknown[0]}", *unknown[1:], *faults]
-    return found, faults
+    return found, faults, unknown
 
 
 def has_packed(entries: Mapping[str, TensorEntry]) -> bool:

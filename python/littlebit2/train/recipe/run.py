@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from littlebit2.architecture.select import DEFAULT_EXCLUDE
+from littlebit2.checkpoint import find_side_files
 from littlebit2.disk import check_replaceable, write_json
 from littlebit2.integrations.bars import no_bars_in_logs
 from littlebit2.integrations.loading import load
@@ -191,8 +192,9 @@ class _Run:
 
     def check(self) -> None:
         """Raise what can be told before anything is computed."""
-        check_replaceable(self.out, overwrite=self.overwrite)
         stored = check_dense(self.teacher)
+        replaces = find_side_files(self.teacher).in_folders
+        check_replaceable(self.out, overwrite=self.overwrite, replaces=replaces)
         if self.start is not None and not self.start.is_dir():
             raise FileNotFoundError(f"start must be a checkpoint directory, got {self.start}, which is none")
         most = stored.get("max_position_embeddings")

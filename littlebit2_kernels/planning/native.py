@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from ._native import core
-from .format import LayerShape
-from .gpu import GpuProperties
-from .ops.balance import balance_launches
+from .._native import core
+from ..format import LayerShape
+from ..gpu import GpuProperties
+from ..ops.balance import balance_launches
 
 __all__ = ["BALANCE_CYCLES", "plan_cpu", "plan_cuda", "plan_grouped_cuda", "unpack_cycles"]
 

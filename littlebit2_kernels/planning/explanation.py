@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from ._native import NativeLibraryError, core
-from .dispatch import ACTIVATIONS, BackendUnavailableError, Call, choose
-from .format import MAX_DIM, LayerShape, PackedLinear
-from .functional import check_x
-from .gpu import GpuProperties, gpu_properties
-from .ops.operands import ACTIVATION_DTYPES
-from .planning import plan_cpu, plan_cuda, unpack_cycles
-from .prepacked import PrepackedLinear
-from .triton.backend import TritonLaunch, plan_triton
+from .._native import NativeLibraryError, core
+from ..dispatch import ACTIVATIONS, BackendUnavailableError, Call, choose
+from ..format import MAX_DIM, LayerShape, PackedLinear
+from ..functional import check_x
+from ..gpu import GpuProperties, gpu_properties
+from ..ops.operands import ACTIVATION_DTYPES
+from ..prepacked import PrepackedLinear
+from ..triton.backend import TritonLaunch, plan_triton
+from .native import plan_cpu, plan_cuda, unpack_cycles
 
 __all__ = ["Explanation", "Launch", "explain"]
 
