@@ -1,4 +1,4 @@
-"""What becomes of every weight is settled before the work: heads, ties, missing weights, code that reads them."""
+"""What becomes of every weight is settled before the work: heads, ties, what is missing, what code reads."""
 
 from __future__ import annotations
 

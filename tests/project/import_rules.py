@@ -187,6 +187,20 @@ PYTHON_ROOMS = {
         never=NATIVE,
         public_only=True,
     ),
+    **{
+        f"littlebit2.offline.{name}": PythonRoom(
+            may=(
+                "littlebit2.architecture",
+                "littlebit2.checkpoint",
+                "littlebit2.quantize",
+                f"{_KERNELS}.format",
+            ),
+            never=NATIVE,
+            lazily=("littlebit2.integrations", "transformers"),
+            public_only=True,
+        )
+        for name in ("choice", "rehearsal")
+    },
     "littlebit2.train": PythonRoom(
         may=("torch", "numpy", "littlebit2.architecture", "littlebit2.disk", "littlebit2.train", _KERNELS),
         never=NATIVE,
