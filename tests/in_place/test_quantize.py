@@ -397,7 +397,7 @@ def test_importance_weighs_one_layer(rng: torch.Generator) -> None:
     ("arguments", "error", "message"),
     [
         ({"linear": nn.Conv1d(1, 1, 1)}, TypeError, r"linear must be a torch\.nn\.Linear, .* got Conv1d"),
-        ({"linear": Subclass(8, 8)}, TypeError, "subclass that computes the same, got Subclass; .*quantize_weight"),
+        ({"linear": Subclass(8, 8)}, TypeError, "that computes the same, got Subclass; .*quantize_weight"),
         ({"config": "small"}, TypeError, "config must be a QuantConfig, .* got str"),
         ({"importance": {}}, TypeError, "importance must be an Importance or None, got dict"),
         ({"config": 0.1}, ValueError, "bpw must be above 0.5, what the scales of one path cost"),

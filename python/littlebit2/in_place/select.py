@@ -154,10 +154,10 @@ def _unsupported(model: nn.Module, names_of: Mapping[nn.Module, Sequence[str]]) 
         elif isinstance(module, nn.Linear):
             reason = next((reasons[name] for name in names if name in reasons), None)
             weight = module._parameters.get("weight")
-            if not isinstance(weight, nn.Parameter):
-                found[module] = "its weight is not a parameter of its own, but computed"
-            elif is_lazy(weight):
+            if isinstance(weight, nn.UninitializedParameter):
                 found[module] = "its weight has no size before the model's first call"
+            elif not isinstance(weight, nn.Parameter):
+                found[module] = "its weight is not a parameter of its own, but computed"
             elif reason is not None:
                 found.setdefault(module, reason)
         elif type(module).__name__ == "Conv1D" and len(_weight_shape(module)) == 2:
