@@ -153,7 +153,7 @@ def _unsupported(model: nn.Module, names_of: Mapping[nn.Module, Sequence[str]]) 
                 found[part] = "nn.TransformerEncoderLayer reads its weight"
         elif isinstance(module, nn.Linear):
             reason = next((reasons[name] for name in names if name in reasons), None)
-            weight = module._parameters.get("weight")
+            weight: object = module._parameters.get("weight")
             if isinstance(weight, nn.UninitializedParameter):
                 found[module] = "its weight has no size before the model's first call"
             elif not isinstance(weight, nn.Parameter):
