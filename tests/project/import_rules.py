@@ -187,6 +187,20 @@ PYTHON_ROOMS = {
         never=NATIVE,
         public_only=True,
     ),
+    **{
+        f"littlebit2.offline.{name}": PythonRoom(
+            may=(
+                "littlebit2.architecture",
+                "littlebit2.checkpoint",
+                "littlebit2.quantize",
+                f"{_KERNELS}.format",
+            ),
+            never=NATIVE,
+            lazily=("littlebit2.integrations", "transformers"),
+            public_only=True,
+        )
+        for name in ("choice", "rehearsal")
+    },
     "littlebit2.train": PythonRoom(
         may=("torch", "numpy", "littlebit2.architecture", "littlebit2.disk", "littlebit2.train", _KERNELS),
         never=NATIVE,
@@ -201,7 +215,12 @@ PYTHON_ROOMS = {
     ),
     # `--help` and usage errors do not wait for torch.
     "littlebit2.cli": PythonRoom(
-        may=("littlebit2.architecture.names", "littlebit2.architecture.select", "littlebit2.cli"),
+        may=(
+            "littlebit2._messages",
+            "littlebit2.architecture.names",
+            "littlebit2.architecture.select",
+            "littlebit2.cli",
+        ),
         lazily=(
             *(
                 f"littlebit2.{name}"
@@ -214,7 +233,13 @@ PYTHON_ROOMS = {
         public_only=True,
     ),
     "littlebit2.integrations": PythonRoom(
-        may=(*_USER_BASE, "peft", "transformers", "vllm", "sglang", "littlebit2", _KERNELS), public_only=True
+        may=(
+            *_USER_BASE,
+            *("accelerate", "peft", "transformers", "vllm", "sglang"),
+            "littlebit2",
+            _KERNELS,
+        ),
+        public_only=True,
     ),
     "littlebit2": PythonRoom(
         may=(*_USER_BASE, "littlebit2", _KERNELS),

@@ -153,8 +153,11 @@ def _unsupported(model: nn.Module, names_of: Mapping[nn.Module, Sequence[str]]) 
                 found[part] = "nn.TransformerEncoderLayer reads its weight"
         elif isinstance(module, nn.Linear):
             reason = next((reasons[name] for name in names if name in reasons), None)
-            if not isinstance(module._parameters.get("weight"), nn.Parameter):
+            weight = module._parameters.get("weight")
+            if not isinstance(weight, nn.Parameter):
                 found[module] = "its weight is not a parameter of its own, but computed"
+            elif is_lazy(weight):
+                found[module] = "its weight has no size before the model's first call"
             elif reason is not None:
                 found.setdefault(module, reason)
         elif type(module).__name__ == "Conv1D" and len(_weight_shape(module)) == 2:
