@@ -4,8 +4,9 @@
 #   PYTHON=python3.12   interpreter that makes the environment
 #   VENV=path           where the environment lives (default .venv)
 #   BPW=0.55            bits per weight of `make demo`
-#   PYTEST_ARGS=...     extra arguments of pytest in `make test`
+#   PYTEST_ARGS=...     extra arguments of pytest in `make test` and `make test-slow`
 #   TEST_PROCESSES=1    how many processes share its files (default: one for each core)
+#   MATRIX=...          rows of `make test-matrix` (default: all)
 #
 # pip's own variables (PIP_INDEX_URL, PIP_FIND_LINKS, ...) select where packages come from, for instance a
 # CPU-only or a CUDA build of torch.
@@ -20,7 +21,9 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
-TEST_PROCESSES ?= $(shell nproc)
+# nproc answers OMP_NUM_THREADS where that is set.
+CORES := $(shell env -u OMP_NUM_THREADS nproc)
+TEST_PROCESSES ?= $(CORES)
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -33,17 +36,26 @@ CXX_FILES := $(shell find csrc tests/cpp -type f \
 
 # The CUDA kernels are compiled by pytest (tests/kernels/test_cuda_build.py); ctest executes them on the host.
 CORE_ONLY := -G Ninja -DLB2_BUILD_TESTS=ON -DLB2_BUILD_TORCH=OFF -DLB2_BUILD_PYTHON=OFF -DLB2_CUDA=off
-# Each its own build; "+" joins what one build can have.
-SANITIZERS := address+undefined thread
 comma := ,
 
 # $(call quietly,LOG,COMMAND): run COMMAND with its output in LOG, and show the log only if it fails.
 quietly = mkdir -p $(dir $(1)); { $(2); } >$(1) 2>&1 || { status=$$?; cat $(1); exit $$status; }
 
-.PHONY: help venv build test pytest ctest sanitize demo lint format clean distclean
+# $(call ctest,FOLDER,OPTIONS): build the C and C++ tests in build/FOLDER, and run them.
+define ctest
+@$(call quietly,build/$(1)/configure.log,cmake -S . -B build/$(1) $(CORE_ONLY) $(2))
+@$(call quietly,build/$(1)/build.log,cmake --build build/$(1))
+@ctest --test-dir build/$(1) --output-on-failure --no-tests=error --parallel $(CORES)
+endef
+
+# One thread for each process, because the processes fill the cores already.
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
+.PHONY: help venv build test test-slow test-matrix pytest pytest-slow ctest ctest-cuda sanitize demo lint format \
+  clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # --- environment: one stamp per set of packages ------------------------------------------------------
 
@@ -84,25 +96,36 @@ build: build/.built ## compile the native libraries and install the package in p
 
 # --- checks ------------------------------------------------------------------------------------------
 
-test: ctest sanitize pytest ## run all tests: C and C++, the same under sanitizers, Python
+test: ctest sanitize pytest ## run the tests: C and C++, the same under sanitizers, Python
+
+test-slow: ctest-cuda sanitize-thread pytest-slow ## run what `make test` leaves out: exhaustive sweeps, ThreadSanitizer
+
+test-matrix: $(STAMPS)/dev build/.built ## run the Python tests in random orders, with other threads and instruction sets
+	@$(PY) .ci/matrix.py --processes $(TEST_PROCESSES) $(MATRIX)
 
 pytest: $(STAMPS)/dev build/.built ## run the Python tests
 	@echo "== pytest"
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	@$(PYTEST) $(PYTEST_ARGS)
+
+pytest-slow: $(STAMPS)/dev build/.built
+	@echo "== pytest, exhaustive sweeps"
+	@$(PYTEST) -m slow $(PYTEST_ARGS)
 
 ctest: $(STAMPS)/base ## run the C and C++ tests of the torch-free core
 	@echo "== ctest"
-	@$(call quietly,build/cpp/configure.log,cmake -S . -B build/cpp $(CORE_ONLY) -DCMAKE_BUILD_TYPE=Release)
-	@$(call quietly,build/cpp/build.log,cmake --build build/cpp)
-	@ctest --test-dir build/cpp --output-on-failure --no-tests=error --parallel $$(nproc)
+	$(call ctest,cpp,-DCMAKE_BUILD_TYPE=Release -DLB2_TEST_CUDA=OFF)
 
-sanitize: $(addprefix sanitize-,$(SANITIZERS)) ## run the C and C++ tests under sanitizers
+# The CUDA kernels on the host as the compiler optimizes them; `make test` runs the same programs under sanitizers.
+ctest-cuda: $(STAMPS)/base
+	@echo "== ctest, with the CUDA kernels"
+	$(call ctest,cpp,-DCMAKE_BUILD_TYPE=Release -DLB2_TEST_CUDA=ON)
 
+sanitize: sanitize-address+undefined ## run all C and C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
+
+# "+" joins what one build can have.
 sanitize-%: $(STAMPS)/base
 	@echo "== ctest, sanitizer: $*"
-	@$(call quietly,build/sanitize-$*/configure.log,cmake -S . -B build/sanitize-$* $(CORE_ONLY) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DLB2_SANITIZE=$(subst +,$(comma),$*))
-	@$(call quietly,build/sanitize-$*/build.log,cmake --build build/sanitize-$*)
-	@ctest --test-dir build/sanitize-$* --output-on-failure --no-tests=error --parallel $$(nproc)
+	$(call ctest,sanitize-$*,-DCMAKE_BUILD_TYPE=RelWithDebInfo -DLB2_TEST_CUDA=ON -DLB2_SANITIZE=$(subst +,$(comma),$*))
 
 lint: $(STAMPS)/dev ## check style, formatting and types
 	@ruff check .
@@ -117,8 +140,8 @@ format: $(STAMPS)/dev ## rewrite sources in the project's format
 
 # --- demo --------------------------------------------------------------------------------------------
 
-demo: $(STAMPS)/demo build/.built ## quantise a small real model and time one layer (BPW=1.0)
-	@$(PY) -m benchmarks.quality.demo
+demo: $(STAMPS)/demo build/.built ## quantize a small real model and time one layer (BPW=1.0)
+	@$(PY) -m benchmarks demo --bpw $(or $(BPW),1.0)
 
 # --- cleaning ----------------------------------------------------------------------------------------
 

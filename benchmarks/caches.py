@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["default_cold_bytes", "last_level_cache"]
 
@@ -21,8 +23,10 @@ def last_level_cache(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) 
 
 
 def default_cold_bytes(device: torch.device) -> int:
-    """Bytes that the copies of a cold candidate occupy together: 8 times the last cache, at least 256 MiB."""
+    """Bytes of all copies of a cold candidate together: 8 times the last cache, at least 256 MiB."""
     if device.type == "cuda":
+        import torch
+
         cache: int | None = int(torch.cuda.get_device_properties(device).L2_cache_size)
     else:
         cache = last_level_cache()

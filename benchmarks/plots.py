@@ -1,20 +1,105 @@
-"""Plots of a run: roofline, speed-up against bits per weight, latency against tokens."""
+"""Plot a JSON of `sweep` or `goals` as PNG files: roofline, speedup by bits per weight, latency by tokens.
+
+Every figure of the benchmarks is drawn here, one function each, with one style.
+"""
 
 from __future__ import annotations
 
+import argparse
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.records import Document, Row
+if TYPE_CHECKING:
+    import torch
 
-__all__ = ["series", "write_plots"]
+    from benchmarks.layers.rows import Document, Row
+    from littlebit2.quantize import LayerReport, SpectralReport
+    from littlebit2.quantize.allocate import LayerSpectrum
 
-DPI = 120
+__all__ = [
+    "add_arguments",
+    "demo_figure",
+    "document_figures",
+    "finetune_figure",
+    "run",
+    "series",
+    "spectra_figure",
+]
 
+#: Inches of one panel.
+PANEL = (5.6, 4.8)
+DPI = 100
+#: Colors by what is drawn; whatever is not listed takes the next color of matplotlib's cycle.
+COLORS = {
+    "ours": "tab:blue",
+    "peer": "tab:gray",
+    "mark": "tab:orange",
+    "dual-svid": "tab:red",
+    "joint-itq": "tab:orange",
+    "admm": "tab:blue",
+    "attention": "tab:blue",
+    "intermediate": "tab:orange",
+    "output": "tab:green",
+}
+FINE_LINE = {"linewidth": 0.8, "alpha": 0.7}
 
 Key = tuple[str, str, int]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("json", type=Path)
+    parser.add_argument(
+        "--out", type=Path, default=Path("build/benchmarks"), help="folder (default %(default)s)"
+    )
+
+
+def run(options: Namespace) -> int:
+    """Write the figures and print their paths."""
+    from benchmarks.layers.rows import load_document
+
+    for path in document_figures(load_document(options.json), options.out):
+        print(path)
+    return 0
+
+
+@contextmanager
+def _figure(path: Path, rows: int, columns: int, *, title: str = "", sharex: bool = False) -> Iterator[Any]:
+    """A grid of axes ``[rows][columns]``; written to ``path`` as PNG, atomically, at the end of the block.
+
+    Raises:
+        RuntimeError: matplotlib is missing.
+    """
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise RuntimeError(
+            "plots need matplotlib, which is not installed: pip install 'littlebit2-kernels[plot]'"
+        ) from error
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    size = (PANEL[0] * columns, PANEL[1] * rows)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=size, layout="constrained", squeeze=False, sharex=sharex
+    )
+    try:
+        yield grid
+        if title:
+            figure.suptitle(title, fontsize=9)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(path.name + ".part")
+        figure.savefig(unfinished, dpi=DPI, format="png")
+        unfinished.replace(path)
+    finally:
+        plt.close(figure)
+
+
+# --- sweep and goals -----------------------------------------------------------------------------------
 
 
 def series(
@@ -38,7 +123,7 @@ def _key(row: Row) -> Key:
 
 
 class _Style:
-    """A colour for every candidate, a line for every mode, a marker for every number of threads."""
+    """A color for every candidate, a line for every mode, a marker for every number of threads."""
 
     def __init__(self, rows: Iterable[Row]) -> None:
         self._labels = list(dict.fromkeys(row.label for row in rows))
@@ -61,15 +146,12 @@ def _legend(axes: Any) -> None:
     axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
 
 
-def write_plots(document: Document, folder: Path) -> list[Path]:
-    """Write the plots that the rows allow as PNG files, atomically.
+def document_figures(document: Document, folder: Path) -> list[Path]:
+    """Write the figures that the rows allow; returns the files.
 
     Args:
         document: what was measured.
-        folder: where to; it is made.
-
-    Returns:
-        The files.
+        folder: the folder for the files; it is made.
 
     Raises:
         RuntimeError: matplotlib is missing.
@@ -77,17 +159,12 @@ def write_plots(document: Document, folder: Path) -> list[Path]:
     """
     if not document.rows:
         raise ValueError("the document must have rows to plot, it has none")
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise RuntimeError(
-            "plots need matplotlib, which is not installed: pip install 'littlebit2-kernels[plot]'"
-        ) from error
-    mpl.use("agg")
-    folder.mkdir(parents=True, exist_ok=True)
 
     def save(name: str, draw: Callable[..., None], panels: int) -> Path:
-        return _save(folder / f"{name}.png", draw, panels, _title(name, document))
+        path = folder / f"{name}.png"
+        with _figure(path, 1, panels, title=_title(name, document)) as grid:
+            draw(*grid[0])
+        return path
 
     paths = [save("roofline", lambda axes: _roofline(axes, document), 1)]
     peers = list(dict.fromkeys(peer for row in document.rows if row.ours for peer in row.speedups))
@@ -99,21 +176,8 @@ def write_plots(document: Document, folder: Path) -> list[Path]:
     return paths
 
 
-def _save(path: Path, draw: Callable[..., None], panels: int, title: str) -> Path:
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, panels, figsize=(6.4 * panels, 5.8), layout="constrained", squeeze=False)
-    draw(*axes[0])
-    figure.suptitle(title, fontsize=9)
-    unfinished = path.with_name(path.name + ".part")
-    figure.savefig(unfinished, dpi=DPI, format="png")
-    plt.close(figure)
-    unfinished.replace(path)
-    return path
-
-
 _CAPTIONS = {
-    "roofline": "accumulates a second against accumulates per weight byte; lines: the measured floors",
+    "roofline": "accumulates per second against accumulates per weight byte; lines: the measured floors",
     "speedup": "fewest tokens measured, geometric mean over shapes",
     "latency": "median time of a call",
 }
@@ -135,10 +199,10 @@ def _roofline(axes: Any, document: Document) -> None:
     ends = [min(intensities) / 2, max(intensities) * 2]
     for floor in document.floors:
         threads = f"{floor.threads} threads" if floor.threads else "device"
-        axes.plot(ends, [floor.read_gbs * end for end in ends], "--", color="gray", linewidth=1)
+        axes.plot(ends, [floor.read_gbs * end for end in ends], "--", color=COLORS["peer"], linewidth=1)
         axes.annotate(f"read, {threads}", (ends[0], floor.read_gbs * ends[0]), fontsize=7)
         for dtype, gmacs in floor.matmul_gmacs.items():
-            axes.axhline(gmacs, color="gray", linewidth=1, linestyle=":")
+            axes.axhline(gmacs, color=COLORS["peer"], linewidth=1, linestyle=":")
             axes.annotate(f"matmul {dtype}, {threads}", (ends[0], gmacs), fontsize=7)
     axes.set(xscale="log", yscale="log", xlabel="accumulates per weight byte", ylabel="GMAC/s")
     _legend(axes)
@@ -150,13 +214,13 @@ def _speedups(panels: Sequence[Any], document: Document, peers: Sequence[str]) -
 
 
 def _speedup_panel(axes: Any, document: Document, peer: str) -> None:
-    axes.axhline(1, color="gray", linewidth=1)
+    axes.axhline(1, color=COLORS["peer"], linewidth=1)
     style = _Style(document.rows)
     fewest = min(row.tokens for row in document.rows)
     rows = [row for row in document.rows if row.ours and row.tokens == fewest and peer in row.speedups]
     for key, points in series(rows, lambda r: r.bpw, lambda r: r.speedups[peer][0]).items():
         axes.plot(*zip(*points, strict=True), **style.of(key))
-    axes.set(yscale="log", xlabel="counted bits per weight", ylabel=f"speed-up over {peer}, M = {fewest}")
+    axes.set(yscale="log", xlabel="counted bits per weight", ylabel=f"speedup over {peer}, M = {fewest}")
     _legend(axes)
 
 
@@ -168,3 +232,199 @@ def _latency(panels: Sequence[Any], document: Document, chosen: Sequence[tuple[s
             axes.plot(*zip(*points, strict=True), **style.of(key))
         axes.set(xscale="log", yscale="log", xlabel="M", ylabel="us per call", title=f"{shape}, {bpw:g} bpw")
         _legend(axes)
+
+
+# --- demo ----------------------------------------------------------------------------------------------
+
+
+def demo_figure(
+    path: Path,
+    *,
+    layer: str,
+    weight: torch.Tensor,
+    spectrum: SpectralReport,
+    bpw: float,
+    dense: float,
+    latencies: Sequence[tuple[float, float]],
+) -> Path:
+    """Write the spectrum and the errors of one layer, and the latency of another; returns ``path``.
+
+    Args:
+        path: the file to write; its folder is made.
+        layer: name of the analyzed layer.
+        weight: its dense weight ``[N, K]``.
+        spectrum: its analysis at ``bpw``.
+        bpw: counted bits per weight of the analysis.
+        dense: seconds of the dense layer.
+        latencies: ``(bpw, seconds)`` of the packed layers.
+    """
+    with _figure(path, 1, 3) as ((energy, errors, times),):
+        _plot_energy(energy, layer, weight, spectrum)
+        _plot_errors(errors, spectrum, bpw)
+        _plot_latencies(times, dense, latencies)
+    return path
+
+
+def _plot_energy(axes: Any, layer: str, weight: torch.Tensor, spectrum: SpectralReport) -> None:
+    from littlebit2.quantize.solvers.svd import truncated_factors
+
+    values = truncated_factors(weight.float(), min(weight.shape)).singular_values
+    share = (values.square().cumsum(0) / values.square().sum()).tolist()
+    axes.plot(range(1, len(share) + 1), share, color=COLORS["ours"])
+    for rank, kept, text in (
+        (spectrum.rank, spectrum.kept, f"R = {spectrum.rank}: {spectrum.kept:.2f}"),
+        (
+            spectrum.rank / 16,
+            spectrum.kept_tiny,
+            f"FP16 of equal bits, R/16 = {spectrum.rank / 16:g}: {spectrum.kept_tiny:.2f}",
+        ),
+    ):
+        axes.plot([rank], [kept], "o", color=COLORS["mark"])
+        axes.annotate(text, (rank, kept), xytext=(8, -12), textcoords="offset points", fontsize=9)
+    axes.set(xlabel="rank", ylabel="share of energy", ylim=(0, 1.02), title=f"singular-value energy\n{layer}")
+
+
+def _plot_errors(axes: Any, spectrum: SpectralReport, bpw: float) -> None:
+    stages = {
+        "truncated SVD": spectrum.truncation_error,
+        "Dual-SVID": spectrum.dual_svid.error,
+        "random\nrotation": spectrum.random_rotation.error,
+        "Joint-ITQ": spectrum.joint_itq.error,
+    }
+    stages["stored"] = spectrum.path_errors[-1]
+    bars = axes.bar(
+        list(stages), list(stages.values()), color=[COLORS["peer"], *[COLORS["ours"]] * (len(stages) - 1)]
+    )
+    axes.bar_label(bars, fmt="%.2f", fontsize=9)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set(ylabel="|W - Q|² / |W|²", ylim=(0, 1.08), title=f"error by stage at {bpw:g} bpw")
+
+
+def _plot_latencies(axes: Any, dense: float, latencies: Sequence[tuple[float, float]]) -> None:
+    labels = ["dense\nfp32", *[f"{bpw:g}\nbpw" for bpw, _ in latencies]]
+    micros = [dense * 1e6, *[seconds * 1e6 for _, seconds in latencies]]
+    bars = axes.bar(labels, micros, color=[COLORS["peer"], *[COLORS["ours"]] * len(latencies)])
+    axes.bar_label(bars, [f"{value:.0f} us\n{micros[0] / value:.0f}x" for value in micros], fontsize=9)
+    axes.set_yscale("log")
+    axes.set_ylim(min(micros) / 3, max(micros) * 3)
+    axes.set(ylabel="us per call, cold weights", title="4096 -> 11008, batch 1, CPU")
+
+
+# --- finetune ------------------------------------------------------------------------------------------
+
+
+def finetune_figure(path: Path, outcomes: Sequence[Mapping[str, Any]], teacher: float) -> Path:
+    """Write a row of three panels for each bpw: perplexity, loss and flip rate by step; returns ``path``.
+
+    Args:
+        path: the file to write.
+        outcomes: fields of :class:`benchmarks.quality.training.Outcome`.
+        teacher: perplexity of the dense model.
+    """
+    bpws = list(dict.fromkeys(o["bpw"] for o in outcomes))
+    with _figure(path, len(bpws), 3, sharex=True) as grid:
+        for row, bpw in zip(grid, bpws, strict=True):
+            for outcome in outcomes:
+                if outcome["bpw"] == bpw:
+                    _curves(row, outcome)
+            row[0].axhline(teacher, color="black", linewidth=0.8, linestyle="--", label="dense")
+            row[0].set(ylabel=f"{bpw:g} bpw: perplexity, held out", yscale="log")
+            row[1].set(ylabel="training loss", yscale="log")
+            row[2].set(ylabel="signs flipped per step (%)")
+            row[0].legend(fontsize=8)
+        for axes in grid[-1]:
+            axes.set(xlabel="step")
+    return path
+
+
+def _curves(row: Sequence[Any], outcome: Mapping[str, Any]) -> None:
+    label = outcome["method"]
+    color = COLORS[label]
+
+    def series(key: str) -> tuple[list[int], list[float]]:
+        points = {entry["step"]: entry[key] for entry in outcome["history"] if key in entry}
+        return list(points), list(points.values())
+
+    steps, values = series("eval_perplexity")
+    row[0].plot(steps, values, marker="o", markersize=3, color=color, label=label)
+    row[1].plot(*series("loss"), color=color, linewidth=1, label=label)
+    steps, rates = series("flip_rate")
+    widths = [step - before for step, before in zip(steps, [0, *steps], strict=False)]
+    row[2].plot(steps, [100 * r / w for r, w in zip(rates, widths, strict=True)], color=color, label=label)
+
+
+# --- quantizer -----------------------------------------------------------------------------------------
+
+
+def spectra_figure(
+    path: Path, weights: Mapping[str, torch.Tensor], chosen: Mapping[str, Sequence[LayerReport]]
+) -> Path:
+    """Write the layers' spectra, their ranks by budget, and the gain over a tiny FP16 pair; returns ``path``.
+
+    Args:
+        path: the file to write.
+        weights: the dense weights ``[N, K]`` by layer name.
+        chosen: reports of every quantized model, by its description.
+    """
+    from littlebit2.quantize.allocate import layer_spectrum
+
+    spectra = {name: layer_spectrum(name, weight, 8) for name, weight in weights.items()}
+    with _figure(path, 1, 3) as ((left, middle, right),):
+        _plot_spectra(left, spectra)
+        _plot_ranks(middle, chosen)
+        _plot_gain(right, spectra)
+    return path
+
+
+def _plot_spectra(axes: Any, spectra: Mapping[str, LayerSpectrum]) -> None:
+    for name, layer in spectra.items():
+        share = layer.energies.cumsum(0)
+        x = [(i + 1) / len(share) for i in range(len(share))]
+        axes.plot(x, share, color=_layer_color(name), **FINE_LINE)
+    axes.set(
+        xlabel="share of the directions", ylabel="share of the energy", title="spectra of MiniLM's layers"
+    )
+    axes.legend(handles=_handles(), fontsize=8)
+
+
+def _plot_ranks(axes: Any, chosen: Mapping[str, Sequence[LayerReport]]) -> None:
+    for label, reports in chosen.items():
+        if label.startswith("spectral") and "0.55" in label:
+            axes.plot(
+                [sum(r.ranks) / min(r.in_features, r.out_features) for r in reports], "o", ms=4, label=label
+            )
+    names = [report.name.removeprefix("encoder.layer.") for report in next(iter(chosen.values()))]
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=5)
+    axes.set(ylabel="rank / smaller dimension", title="ranks by layer")
+    axes.legend(fontsize=8)
+
+
+def _plot_gain(axes: Any, spectra: Mapping[str, LayerSpectrum]) -> None:
+    """Energy that binary paths keep, predicted, minus the energy that an FP16 pair of equal bits keeps."""
+    from littlebit2.quantize.allocate import predicted_error
+    from littlebit2.quantize.spectrum import energy_share
+
+    for name, layer in spectra.items():
+        ranks = list(range(8, len(layer.energies) + 1, 8))
+        tiny = [energy_share(layer.energies.sqrt(), rank / 16) for rank in ranks]
+        kept = [1 - error for error in predicted_error(layer.energies, ranks)]
+        x = [rank / len(layer.energies) for rank in ranks]
+        gain = [a - b for a, b in zip(kept, tiny, strict=True)]
+        axes.plot(x, gain, color=_layer_color(name), **FINE_LINE)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set(
+        xlabel="rank / smaller dimension",
+        ylabel="energy kept, minus that of FP16 rank R / 16",
+        title="spectral energy gain at equal bits (predicted)",
+    )
+
+
+def _layer_color(name: str) -> str:
+    return next(COLORS[part] for part in ("attention", "intermediate", "output") if part in name)
+
+
+def _handles() -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    parts = ("attention", "intermediate", "output")
+    return [Line2D([], [], color=COLORS[part], label=part) for part in parts]

@@ -1,41 +1,50 @@
-"""What a run leaves behind: rows with their circumstances, as JSON and CSV."""
+"""The one format of results: JSON that says what ran, where, and at which commit.
+
+``schema``, ``benchmark`` (the command's name), ``command`` (the whole command line), ``environment``
+(machine, versions, commit) and ``settings`` (the options' values) are in every file; the other keys are
+the benchmark's own.
+"""
 
 from __future__ import annotations
 
-import csv
 import datetime
-import io
 import json
 import os
 import platform
+import shlex
 import subprocess
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from argparse import Namespace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import PROCESSORS
-from benchmarks.layers.floors import Floor
-from littlebit2_kernels import diagnostics
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
+    "ROOT",
     "SCHEMA",
-    "Check",
-    "Document",
-    "Row",
+    "describe_environment",
     "environment",
-    "load_document",
-    "write_csv",
-    "write_json",
+    "git_state",
+    "host_environment",
+    "read_result",
+    "result",
+    "write_result",
     "write_text",
 ]
 
-#: Version of the JSON document; a reader takes no other.
-SCHEMA = 1
+#: Version of the format; a reader takes no other.
+SCHEMA = 2
+#: The checkout.
+ROOT = Path(__file__).resolve().parents[1]
 
+_HEAD = ("schema", "benchmark", "command", "environment", "settings")
+_PACKAGES = ("torch", "triton", "numpy", "transformers", "gemlite", "littlebit2-kernels")
 _VARIABLES = (
     "OMP_NUM_THREADS",
     "OMP_PROC_BIND",
@@ -48,147 +57,42 @@ _VARIABLES = (
 )
 
 
-@dataclass(frozen=True)
-class Row:
-    """One candidate on one problem, timed together with the other rows of its ``group``.
-
-    Attributes:
-        group: rows of one group were interleaved, so that their samples pair up.
-        candidate: its name.
-        dtype: of the activations.
-        ours: whether it is this project's.
-        shape: name of the shape.
-        in_features: K.
-        out_features: N.
-        bpw: counted bits per weight asked for.
-        ranks: of every path.
-        tokens: M.
-        mode: ``hot``, ``cold``, or ``warm``: asked for cold, but the copies do not make up the cold size.
-        threads: of torch's pool; 0 on a GPU.
-        copies: distinct copies of the weights in use.
-        weight_bytes: bytes of one copy, all of which a call reads.
-        macs: multiply- or sign-accumulates of a call.
-        samples: seconds of a call, one per repetition.
-        median: their median.
-        low: their lower quartile.
-        high: their upper quartile.
-        floor_fraction: time that the weights need at the measured read floor over ``median``; cold only.
-        error: relative error against the float64 reference, where it was checked.
-        error_bound: documented bound of that error, where there is one.
-        speedups: by peer, ``[median, lower quartile, upper quartile]`` of the ratios within repetitions.
-    """
-
-    group: str
-    candidate: str
-    dtype: str
-    ours: bool
-    shape: str
-    in_features: int
-    out_features: int
-    bpw: float
-    ranks: list[int]
-    tokens: int
-    mode: str
-    threads: int
-    copies: int
-    weight_bytes: int
-    macs: int
-    samples: list[float]
-    median: float
-    low: float
-    high: float
-    floor_fraction: float | None = None
-    error: float | None = None
-    error_bound: float | None = None
-    speedups: dict[str, list[float]] = field(default_factory=dict)
-
-    @property
-    def label(self) -> str:
-        """Candidate and dtype."""
-        return f"{self.candidate} {self.dtype}"
-
-    @property
-    def gmacs(self) -> float:
-        """1e9 accumulates a second."""
-        return self.macs / self.median / 1e9
-
-    @property
-    def gbs(self) -> float:
-        """GB/s of weight bytes."""
-        return self.weight_bytes / self.median / 1e9
-
-
-@dataclass(frozen=True)
-class Check:
-    """Error of one candidate on one problem against the float64 reference.
-
-    Attributes:
-        candidate: its name.
-        dtype: of the activations.
-        shape: name of the shape.
-        bpw: counted bits per weight.
-        inputs: ``normal``, values that bfloat16 holds; ``full``, all bits of float32; ``outliers``, some
-            channels 50 times larger.
-        error: relative Frobenius error.
-        torch_error: that of torch computing the same formula in ``dtype``, where it was measured.
-    """
-
-    candidate: str
-    dtype: str
-    shape: str
-    bpw: float
-    inputs: str
-    error: float
-    torch_error: float | None = None
-
-
-@dataclass
-class Document:
-    """Everything that one run measured.
-
-    Attributes:
-        environment: see :func:`environment`.
-        floors: measured limits of the machine.
-        rows: timings.
-        checks: errors.
-        unavailable: candidates that could not run, with the reason.
-        goals: goals beside what was measured, of ``python -m benchmarks goals``.
-    """
-
-    environment: dict[str, Any]
-    floors: list[Floor] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
-    checks: list[Check] = field(default_factory=list)
-    unavailable: dict[str, str] = field(default_factory=dict)
-    goals: list[dict[str, Any]] = field(default_factory=list)
+def host_environment() -> dict[str, Any]:
+    """Describe machine, versions, variables that pin threads, load and commit; needs no torch."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": cpu_model(Path("/proc/cpuinfo")) or platform.processor() or platform.machine(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        "affinity": list(PROCESSORS),
+        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        "load_average": list(os.getloadavg()),
+        "git": git_state(ROOT),
+    }
 
 
 def environment(device: torch.device, threads: Sequence[int]) -> dict[str, Any]:
-    """Describe the machine, the versions, the pinning of threads and the commit.
+    """:func:`host_environment`, and what torch and the kernels say of ``device``.
 
     Args:
-        device: what is measured.
-        threads: numbers of threads in use.
+        device: the device that is measured.
+        threads: numbers of threads in use; ``[0]`` on a GPU.
     """
+    import torch
+
+    from littlebit2_kernels import diagnostics
+
     cpu = diagnostics.collect()["cpu"]
+    about = host_environment()
+    if device.type == "cuda":
+        about["device"] = torch.cuda.get_device_name(device)
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": _device_name(device),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {
-            name: version
-            for name in ("torch", "triton", "numpy", "transformers", "gemlite", "littlebit2-kernels")
-            if (version := _version(name)) is not None
-        },
+        **about,
         "cuda": torch.version.cuda,
         "isa": cpu.get("isa"),
         "available_isas": cpu.get("available_isas"),
         "threads": list(threads),
-        "affinity": list(PROCESSORS),
-        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
-        "load_average": list(os.getloadavg()),
-        "git": git_state(Path(__file__).resolve().parents[1]),
     }
 
 
@@ -199,14 +103,8 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return cpu_model(Path("/proc/cpuinfo")) or platform.processor() or platform.machine()
-
-
 def cpu_model(cpuinfo: Path) -> str | None:
-    """The model name and family of the first processor, where the system tells them."""
+    """Model name and family of the first processor, or ``None`` if ``cpuinfo`` does not have them."""
     try:
         lines = cpuinfo.read_text("utf-8").splitlines()
     except OSError:
@@ -237,6 +135,79 @@ def git_state(root: Path) -> dict[str, Any] | None:
         return None
 
 
+def describe_environment(about: Mapping[str, Any]) -> str:
+    """What a reader needs to know about the circumstances, as lines of text."""
+    git = about.get("git") or {}
+    commit = str(git.get("commit") or "unknown")[:12] + (" with local changes" if git.get("dirty") else "")
+    variables = " ".join(f"{name}={value}" for name, value in about.get("variables", {}).items())
+    versions = ", ".join(f"{name} {version}" for name, version in about.get("versions", {}).items())
+    return "\n".join(
+        (
+            f"{about.get('device')}, CPU kernels {about.get('isa')}, {about.get('platform')}",
+            f"{versions}, commit {commit}, {about.get('date')}",
+            f"threads {about.get('threads')} on processors {about.get('affinity')}; "
+            f"{variables or 'no variables for pinning set'}; load average {about.get('load_average')}",
+        )
+    )
+
+
+def result(options: Namespace, about: Mapping[str, Any], **contents: Any) -> dict[str, Any]:
+    """The JSON object of one run.
+
+    Args:
+        options: what ``python -m benchmarks`` parsed.
+        about: see :func:`environment`.
+        contents: the benchmark's own keys; dataclasses become objects.
+    """
+    settings = {k: v for k, v in vars(options).items() if k not in ("arguments", "command", "run")}
+    return {
+        "schema": SCHEMA,
+        "benchmark": options.command,
+        "command": shlex.join(("python", "-m", "benchmarks", *options.arguments)),
+        "environment": dict(about),
+        "settings": settings,
+        **contents,
+    }
+
+
+def write_result(path: Path, options: Namespace, about: Mapping[str, Any], **contents: Any) -> Path:
+    """Write :func:`result` atomically; returns ``path``."""
+    content = result(options, about, **contents)
+    return write_text(path, json.dumps(content, indent=1, default=_encoded) + "\n")
+
+
+def _encoded(value: object) -> object:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return str(value)
+
+
+def read_result(path: Path, benchmarks: Collection[str]) -> dict[str, Any]:
+    """Read what :func:`write_result` wrote.
+
+    Args:
+        path: the file.
+        benchmarks: names of commands whose results will do.
+
+    Raises:
+        ValueError: it is no result, one of another schema, or one of another benchmark.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} must be a JSON file of `python -m benchmarks`: {error}") from error
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"{path} must have schema {SCHEMA}, got {schema!r}: run the benchmark again")
+    missing = [key for key in _HEAD if key not in content]
+    if missing:
+        raise ValueError(f"{path} must have the keys {', '.join(_HEAD)}, it lacks {', '.join(missing)}")
+    if content["benchmark"] not in benchmarks:
+        wanted = " or ".join(benchmarks)
+        raise ValueError(f"{path} must be a result of {wanted}, got one of {content['benchmark']!r}")
+    return content
+
+
 def write_text(path: Path, text: str) -> Path:
     """Write a file atomically, with its folders; returns ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -244,60 +215,3 @@ def write_text(path: Path, text: str) -> Path:
     unfinished.write_text(text, "utf-8")
     unfinished.replace(path)
     return path
-
-
-def write_json(path: Path, document: Document) -> Path:
-    """Write everything, atomically; returns ``path``."""
-    return write_text(path, json.dumps({"schema": SCHEMA, **asdict(document)}, indent=1) + "\n")
-
-
-def load_document(path: Path) -> Document:
-    """Read what :func:`write_json` wrote.
-
-    Raises:
-        ValueError: it is no such document, or one of another version.
-    """
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} must be a JSON document of this harness: {error}") from error
-    schema = content.get("schema") if isinstance(content, dict) else None
-    if schema != SCHEMA:
-        raise ValueError(f"{path} must have schema {SCHEMA}, got {schema!r}: run the benchmark again")
-    del content["schema"]
-    try:
-        content["floors"] = [Floor(**entry) for entry in content["floors"]]
-        content["rows"] = [Row(**entry) for entry in content["rows"]]
-        content["checks"] = [Check(**entry) for entry in content["checks"]]
-        return Document(**content)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} does not hold what schema {SCHEMA} has: {error}") from error
-
-
-def write_csv(path: Path, document: Document) -> Path:
-    """Write the rows without their samples, with device and commit in every row, atomically."""
-    peers = list(dict.fromkeys(peer for row in document.rows for peer in row.speedups))
-    names = [f.name for f in fields(Row) if f.name not in ("samples", "speedups")]
-    git = document.environment.get("git") or {}
-    common = {
-        "device": document.environment.get("device"),
-        "torch": document.environment.get("versions", {}).get("torch"),
-        "isa": document.environment.get("isa"),
-        "commit": git.get("commit"),
-        "dirty": git.get("dirty"),
-        "date": document.environment.get("date"),
-    }
-    text = io.StringIO()
-    columns = [*names, "gmacs", "gbs", *(f"{q} vs {peer}" for peer in peers for q in _QUANTITIES), *common]
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    for row in document.rows:
-        cells: dict[str, Any] = {name: getattr(row, name) for name in names}
-        cells["ranks"] = "+".join(map(str, row.ranks))
-        for peer, values in row.speedups.items():
-            cells.update({f"{q} vs {peer}": v for q, v in zip(_QUANTITIES, values, strict=True)})
-        writer.writerow({**cells, "gmacs": row.gmacs, "gbs": row.gbs, **common})
-    return write_text(path, text.getvalue())
-
-
-_QUANTITIES = ("median", "low", "high")

@@ -2,7 +2,7 @@
 
 A candidate is a call, or a list of calls on distinct copies of its weights that are used in turn. With one
 copy the weights are *hot*; with more copies than the caches hold they are *cold*. Ratios are formed within a
-repetition, where candidates ran close together, and summarised by their median and quartiles.
+repetition, where candidates ran close together, and summarized by their median and quartiles.
 """
 
 from __future__ import annotations

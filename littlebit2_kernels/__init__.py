@@ -5,7 +5,6 @@ Importing is free: the native library is loaded on first use.
 
 from ._native import NativeLibraryError, get_include, get_library_dir
 from .dispatch import BackendUnavailableError
-from .explanation import Explanation, explain
 from .format import FORMAT_VERSION, PackedLinear, PackedPath
 from .functional import littlebit_linear
 from .fusion import LinearGroup, fuse_linears, grouped_linear, unfuse_linears
@@ -13,6 +12,7 @@ from .gpu import GpuProperties
 from .linear import LittleBitLinear
 from .ops.library import load
 from .packing import pack_signs, unpack_signs
+from .planning.explanation import Explanation, explain
 from .prepacked import PrepackedLinear, prepack
 from .state import packed_from_state, packed_to_state
 from .version import __version__

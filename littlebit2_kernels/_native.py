@@ -144,7 +144,7 @@ def load_cuda_ops() -> None:
         NativeLibraryError: they cannot run here, or the library is missing or cannot be loaded.
     """
     global _cuda_ops_loaded
-    if not _cuda_ops_loaded:  # this is on the way of every call
+    if not _cuda_ops_loaded:  # every call on CUDA comes here
         with _lock:
             if not _cuda_ops_loaded:
                 _load_cuda_library()

@@ -15,10 +15,11 @@ import torch
 
 from ._native import NativeLibraryError, core, no_cuda_reason, ops_library_path
 from .dispatch import BACKENDS, unavailable_reason
-from .format import FORMAT_VERSION
+from .format import FORMAT_VERSION, LayerShape
 from .functional import littlebit_linear
 from .gpu import gpu_properties
 from .ops.library import load
+from .planning.native import plan_cuda
 from .reference import linear_reference
 from .testing import TOLERANCE, make_problem, relative_error
 from .triton.backend import no_triton_reason
@@ -31,7 +32,7 @@ def collect() -> dict[str, Any]:
     """Gather the report; nothing in it raises.
 
     Returns:
-        JSON-serialisable sections ``package``, ``native``, ``cpu``, ``gpu``, ``backends`` and ``self_test``.
+        JSON-serializable sections ``package``, ``native``, ``cpu``, ``gpu``, ``backends`` and ``self_test``.
         ``self_test`` is ``"ok"`` or the reason why the CPU kernels do not work.
     """
     return {
@@ -120,7 +121,7 @@ def _device(index: int) -> str:
 
 def _cuda_self_test(device: torch.device) -> str:
     # Planning says why a GPU is not served.
-    core().plan_cuda(1, 512, 512, [8], False, [0], "float32", 0, *gpu_properties(device).for_cuda())
+    plan_cuda(LayerShape(512, 512, (8,)), 1, torch.float32, 0, gpu_properties(device))
     return _gpu_self_test(device, "cuda")
 
 

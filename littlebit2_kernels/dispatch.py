@@ -1,24 +1,39 @@
-"""Which backend runs a call, and whether it can."""
+"""The only place that decides how a call runs: :func:`choose`. The rule is told in docs/dispatch.md."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from ._native import NativeLibraryError, core, no_cuda_reason
-from .ops.operands import ACTIVATION_DTYPES
+from .format import LayerShape
+from .gpu import GpuProperties, gpu_properties
+from .planning.native import plan_cuda, unpack_cycles
 from .triton.backend import no_triton_reason
 
 __all__ = [
     "ACTIVATIONS",
     "BACKENDS",
+    "BLAS_BYTES",
+    "BLAS_MARGIN",
+    "BLAS_TOKENS",
+    "CUDA_TOKENS",
     "FEW_TOKENS",
+    "PREPACKED",
     "BackendUnavailableError",
-    "check_activation",
+    "Call",
+    "Choice",
+    "call_of",
     "check_activation_mode",
-    "choose_backend",
-    "has_many_tokens",
+    "choose",
+    "choose_for",
+    "choose_for_all",
+    "choose_for_group",
+    "may_choose_blas",
+    "prefill_backend",
     "unavailable_reason",
 ]
 
@@ -30,10 +45,271 @@ ACTIVATIONS = {"auto": 0, "exact": 1, "int16": 2, "int8": 3, "sign": 4, "float16
 
 #: Most tokens of a call that ``auto`` always gives to the CUDA kernels where these can run.
 FEW_TOKENS = 16
+#: Fewest tokens that ``auto`` dequantizes for: below, host time is the larger part of a call.
+BLAS_TOKENS = 128
+#: How many times the estimate of ``blas`` that of the CUDA kernels must be, so that noise does not decide.
+BLAS_MARGIN = 1.1
+#: Most bytes of dense factors that ``auto`` makes; about as much as the kernels' workspace.
+BLAS_BYTES = 128 * 2**20
+#: Most tokens of a call that are never Triton's where the CUDA kernels can run: launches and latencies weigh
+#: more than the rate of the tensor cores, and the launches of the CUDA kernels are chained.
+CUDA_TOKENS = 512
+
+#: GPUs that the CUDA kernels can be planned for (csrc/cuda/plan/check.cpp).
+_LEAST_CAPABILITY = 80
+#: GPUs where mma.sync, which the CUDA kernels use, cannot reach peak throughput (Triton emits wgmma and
+#: tcgen05). From instruction counts, not yet measured.
+_SLOW_MMA_SYNC = range(90, 120)
+#: Dtypes with the full rate of a library's tensor cores.
+_BLAS_DTYPES = (torch.float16, torch.bfloat16)
+
+#: What :func:`choose` comes to for a prepacked layer on the CPU, as a table for the path of every such call:
+#: the operator's activation by (backend, activation) as asked. Other pairs are not as simple, or errors.
+PREPACKED = {
+    (backend, name): code
+    for backend in ("auto", "cpu")
+    for name, code in ACTIVATIONS.items()
+    if name != "float16"
+}
+
+_ASKED = {name: f"asked for by name ({name!r})" for name in BACKENDS}
+_REASONS = {
+    "cpu": "native kernels for CPU tensors",
+    "cuda": "native kernels for CUDA tensors",
+    "triton": "Triton kernels: mma.sync (CUDA kernels) cannot reach peak throughput on this GPU",
+    "blas": "for this many tokens, dequantizing and calling torch.matmul is estimated to be faster",
+}
+_NO_NATIVE = "Triton kernels: there are no native kernels for this GPU here"
 
 
 class BackendUnavailableError(RuntimeError):
     """A backend that was asked for, or the only one that would do, cannot run; the message says why."""
+
+
+class Call(NamedTuple):
+    """What the choice depends on.
+
+    Attributes:
+        shape: of the layer.
+        tokens: M.
+        dtype: of the activations.
+        device: of the activations and the layer.
+        backend: as asked for, a name of :data:`BACKENDS`.
+        activation: as asked for, a name of :data:`ACTIVATIONS`.
+        prepacked: whether the layer is prepacked, or will be before it runs on the CPU.
+        compiling: whether the call is being traced by ``torch.compile``; then the number of tokens does not
+            matter, which would make one graph for few and one for many.
+        gpu: what to plan for in place of ``device``, with every backend taken to be installed: properties, or
+            a name of :data:`littlebit2_kernels.gpu.GPUS`.
+    """
+
+    shape: LayerShape
+    tokens: int
+    dtype: torch.dtype
+    device: torch.device
+    backend: str = "auto"
+    activation: str = "auto"
+    prepacked: bool = False
+    compiling: bool = False
+    gpu: GpuProperties | str | None = None
+
+
+class Choice(NamedTuple):
+    """How a call runs.
+
+    Attributes:
+        backend: a name of :data:`BACKENDS` other than ``"auto"``.
+        activation: how activations enter the sums. ``"auto"`` where this is left to the plan of the call (on
+            ``cuda`` and ``triton``), where there are no modes (``blas``), and while compiling.
+        reason: why, for people.
+    """
+
+    backend: str
+    activation: str
+    reason: str
+
+
+#: Choices for CPU tensors by (backend, activation, prepacked, dtype); nothing else enters them.
+_on_cpu: dict[tuple[str, str, bool, torch.dtype], Choice] = {}
+
+
+def call_of(x: torch.Tensor, shape: LayerShape, backend: str, activation: str, prepacked: bool) -> Call:
+    """Describe the call of a layer on ``x`` ``[..., K]``."""
+    tokens = x.numel() // shape.in_features
+    compiling = torch.compiler.is_compiling()
+    return Call(shape, tokens, x.dtype, x.device, backend, activation, prepacked, compiling)
+
+
+def choose(call: Call) -> Choice:
+    """Choose how a call runs; never falls back to a slower backend silently.
+
+    Raises:
+        ValueError: a name is unknown, or the backend does not serve the activation for such a layer.
+        BackendUnavailableError: the backend cannot run there, with the reason and what would help.
+    """
+    device_type = call.device.type
+    backend, reason = _choose_backend(call, device_type) if call.gpu is None else _choose_planned(call)
+    activation = call.activation
+    # A layer without values has nothing to prepack; only the shape of the result matters.
+    check_activation_mode(activation, backend, call.prepacked or device_type == "meta")
+    if activation == "auto" and not call.compiling:
+        if backend == "cpu":
+            activation = "int16" if call.prepacked and call.dtype != torch.float32 else "exact"
+        elif backend == "reference":
+            activation = "exact"
+    return Choice(backend, activation, reason)
+
+
+def choose_for(x: torch.Tensor, shape: LayerShape, backend: str, activation: str, prepacked: bool) -> Choice:
+    """:func:`choose` for the call of a layer on ``x``, which on the CPU is no more than a look-up."""
+    if not x.is_cpu or torch.compiler.is_compiling():
+        return choose(call_of(x, shape, backend, activation, prepacked))
+    key = (backend, activation, prepacked, x.dtype)
+    try:
+        known = _on_cpu.get(key)
+    except TypeError:  # a name that is no name, which choose refuses
+        known = None
+    if known is not None:
+        return known
+    choice = choose(call_of(x, shape, backend, activation, prepacked))
+    if choice.backend in ("blas", "cpu", "reference"):  # whether Triton runs there depends on the environment
+        _on_cpu[key] = choice
+    return choice
+
+
+def choose_for_group(
+    x: torch.Tensor, shapes: Sequence[LayerShape], backend: str, activation: str, prepacked: bool
+) -> Choice | None:
+    """:func:`choose_for_all` for several layers on ``x``."""
+    if x.is_cpu:
+        return choose_for(x, shapes[0], backend, activation, prepacked)
+    return choose_for_all(call_of(x, shapes[0], backend, activation, prepacked), shapes)
+
+
+def choose_for_all(call: Call, shapes: Sequence[LayerShape]) -> Choice | None:
+    """Choose once for several layers of one input, or return ``None`` if their choices differ.
+
+    Args:
+        call: the call of any of them.
+        shapes: of all.
+
+    Raises:
+        ValueError, BackendUnavailableError: as :func:`choose`.
+    """
+    if call.device.type in ("cpu", "meta") or not _by_estimate(call):
+        return choose(call)
+    choices = {choose(call._replace(shape=shape)) for shape in shapes}
+    return choices.pop() if len(choices) == 1 else None
+
+
+def _choose_backend(call: Call, device_type: str) -> tuple[str, str]:
+    asked = call.backend
+    if asked != "auto":
+        reason = _unsupported(asked, device_type)
+        if reason is not None:
+            raise BackendUnavailableError(f"backend={asked!r} cannot run: {reason}")
+        return asked, _ASKED[asked]
+    if device_type in ("cpu", "meta"):
+        return "cpu", _REASONS["cpu"]
+    no_cuda = _unsupported("cuda", device_type)
+    if no_cuda is None:
+        best = "cuda"
+        if _by_estimate(call):
+            best = prefill_backend(call.shape, call.tokens, call.dtype, call.device)
+            if _unsupported(best, device_type) is not None:
+                best = "cuda"
+        return best, _REASONS[best]
+    no_triton = _unsupported("triton", device_type)
+    if no_triton is None:
+        return "triton", _NO_NATIVE
+    raise BackendUnavailableError(
+        f"no kernels for tensors on {device_type}: cuda: {no_cuda}; triton: {no_triton}. Move the "
+        "layer and x to the CPU, or ask for backend='reference' (plain PyTorch on unpacked signs: "
+        "right, but slow)."
+    )
+
+
+def _choose_planned(call: Call) -> tuple[str, str]:
+    planned = f"planned for gpu={call.gpu!r}"
+    if call.backend not in ("auto", "blas", "cuda", "triton"):
+        raise ValueError(
+            f"backend must be 'auto', 'blas', 'cuda' or 'triton' where gpu is given, got {call.backend!r}"
+        )
+    if call.prepacked:
+        raise ValueError("packed must be a PackedLinear where gpu is given: prepacked layers are the CPU's")
+    if call.backend != "auto":
+        return call.backend, planned
+    best = "cuda"
+    if _by_estimate(call) and call.gpu is not None:
+        best = prefill_backend(call.shape, call.tokens, call.dtype, call.gpu)
+    return best, f"{planned}; {_REASONS[best]}"
+
+
+def _by_estimate(call: Call) -> bool:
+    """Whether ``auto`` compares estimates for the call, on a GPU where the CUDA kernels run.
+
+    A mode that is named gives the same bits for every number of tokens.
+    """
+    return (
+        not call.compiling
+        and call.backend == "auto"
+        and call.activation == "auto"
+        and call.tokens > FEW_TOKENS
+    )
+
+
+def prefill_backend(
+    shape: LayerShape, tokens: int, dtype: torch.dtype, gpu: GpuProperties | torch.device | str
+) -> str:
+    """Name the backend that should be the fastest for many tokens: ``"blas"``, ``"cuda"`` or ``"triton"``.
+
+    docs/dispatch.md tells the rule. It compares the planner's estimates of the CUDA kernels and of
+    dequantizing, which are counts, not measurements.
+
+    Args:
+        shape: of the layer.
+        tokens: M.
+        dtype: of the activations.
+        gpu: as for :func:`littlebit2_kernels.gpu.gpu_properties`.
+    """
+    properties = _properties(gpu) if isinstance(gpu, torch.device) else gpu_properties(gpu)
+    if tokens < BLAS_TOKENS or properties.capability < _LEAST_CAPABILITY:
+        return "cuda"
+    ours, dense = _estimates(shape, tokens, dtype, properties)
+    # A call without a GEMM (no shared memory for it) has no estimates.
+    if (
+        dtype in _BLAS_DTYPES
+        and shape.factor_elements * dtype.itemsize <= BLAS_BYTES
+        and BLAS_MARGIN * dense < ours
+    ):
+        return "blas"
+    if tokens <= CUDA_TOKENS or properties.capability not in _SLOW_MMA_SYNC or 0 < ours <= dense:
+        return "cuda"
+    return "triton"
+
+
+def may_choose_blas(call: Call) -> bool:
+    """Whether the same call with another number of tokens may go to ``blas`` without being asked to."""
+    return (
+        call.backend == "auto"
+        and call.activation == "auto"
+        and call.dtype in _BLAS_DTYPES
+        and call.device.type == "cuda"
+        and no_cuda_reason() is None
+    )
+
+
+@functools.cache
+def _properties(device: torch.device) -> GpuProperties:
+    return gpu_properties(device)
+
+
+# Models have few shapes, and prefills as many lengths as there are requests.
+@functools.lru_cache(maxsize=4096)
+def _estimates(shape: LayerShape, tokens: int, dtype: torch.dtype, gpu: GpuProperties) -> tuple[int, int]:
+    """Cycles of the CUDA kernels, and of dequantizing and torch.matmul; 0 where there is no estimate."""
+    plan = plan_cuda(shape, tokens, dtype, ACTIVATIONS["auto"], gpu)
+    return plan["estimated_cycles"], unpack_cycles(plan, dtype, shape)
 
 
 def unavailable_reason(backend: str, device_type: str) -> str | None:
@@ -52,7 +328,7 @@ def unavailable_reason(backend: str, device_type: str) -> str | None:
 
 
 def _unsupported(backend: str, device_type: str) -> str | None:
-    # By name and device alone: this is on the way of every call, and a missing library speaks for itself.
+    # From name and device alone: every call comes here, and a missing library raises by itself.
     if backend == "reference":
         return None
     if backend == "cpu":
@@ -68,73 +344,6 @@ def _unsupported(backend: str, device_type: str) -> str | None:
             return no_cuda_reason()
         return f"it runs on CPU and CUDA tensors, not on {device_type}"
     raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-
-
-def has_many_tokens(tokens: int) -> bool:
-    """Whether a call may be served otherwise than one of few tokens; never while it is being compiled."""
-    return not torch.compiler.is_compiling() and tokens > FEW_TOKENS
-
-
-def choose_backend(
-    backend: str,
-    device_type: str,
-    tokens: int = 1,
-    activation: str = "auto",
-    of_prompt: Callable[[], str] = lambda: "cuda",
-) -> str:
-    """Resolve ``backend`` for tensors on ``device_type``; never falls back to a slower one silently.
-
-    ``auto`` takes the native kernels of the device. On a GPU where there are none, as on AMD's, it takes
-    Triton's. Where there are, and for more than :data:`FEW_TOKENS` ``tokens``, it takes what ``of_prompt``
-    says; but not if ``activation`` names a mode (which then is the same bits for every number of tokens) or
-    the call is being compiled (which would make one graph for few and one for many).
-
-    Args:
-        backend: a name of :data:`BACKENDS`.
-        device_type: ``"cpu"``, ``"cuda"``, ...
-        tokens: M of the call.
-        activation: a name of :data:`ACTIVATIONS`.
-        of_prompt: :func:`littlebit2_kernels.prompts.prompt_backend` of the call; asked where it matters.
-
-    Raises:
-        ValueError: the name is unknown.
-        BackendUnavailableError: the backend cannot run there, with the reason and what would help.
-    """
-    if backend != "auto":
-        reason = _unsupported(backend, device_type)
-        if reason is not None:
-            raise BackendUnavailableError(f"backend={backend!r} cannot run: {reason}")
-        return backend
-    if device_type in ("cpu", "meta"):
-        return "cpu"
-    no_cuda = _unsupported("cuda", device_type)
-    if no_cuda is None:
-        if activation != "auto" or not has_many_tokens(tokens):
-            return "cuda"
-        best = of_prompt()
-        return best if _unsupported(best, device_type) is None else "cuda"
-    no_triton = _unsupported("triton", device_type)
-    if no_triton is None:
-        return "triton"
-    raise BackendUnavailableError(
-        f"no kernels for tensors on {device_type}: cuda: {no_cuda}; triton: {no_triton}. Move the "
-        "layer and x to the CPU, or ask for backend='reference' (plain PyTorch on unpacked signs: "
-        "right, but slow)."
-    )
-
-
-def check_activation(x: torch.Tensor, in_features: int, device: torch.device) -> None:
-    """Raise unless ``x`` is ``[..., K]`` of a supported dtype on ``device``; see ``littlebit_linear``."""
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in ACTIVATION_DTYPES:
-        raise TypeError(f"x must be float32, float16 or bfloat16, got {x.dtype}")
-    if x.layout != torch.strided:
-        raise TypeError(f"x must be a dense tensor, got {x.layout}")
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(f"x.size(-1) must equal K={in_features}, got shape {list(x.shape)}")
-    if x.device != device:
-        raise ValueError(f"x must be on {device} like the packed layer, got {x.device}")
 
 
 def check_activation_mode(activation: str, backend: str, prepacked: bool) -> None:
@@ -156,6 +365,7 @@ def check_activation_mode(activation: str, backend: str, prepacked: bool) -> Non
         raise ValueError("activation='float16' is served on CUDA only; on the CPU, 'int16' is as accurate")
     if not prepacked:
         raise ValueError(
-            f"activation={activation!r} needs a prepacked layer: pass littlebit2_kernels.prepack(packed), or "
-            "use LittleBitLinear, which prepacks itself on the CPU"
+            f"activation={activation!r} needs a prepacked layer on the CPU: pass "
+            "littlebit2_kernels.prepack(packed). LittleBitLinear prepacks itself at the first call, unless "
+            "auto_prepack is off or the call is traced: call prepack_() before"
         )

@@ -3,7 +3,7 @@
 The normative description is ``docs/format.md``; the constants mirror
 ``csrc/include/littlebit2/format.h``. Terms: ``M`` tokens, ``K`` in_features, ``N`` out_features,
 ``R`` rank, ``P`` paths. A layer computes, for every path ``p`` (LittleBit, arXiv 2506.13771, eq. of
-the factorised forward; residual paths add up)::
+the factorized forward; residual paths add up)::
 
     y[M,N] += out_scale[N] * ((latent_scale[R] * ((x[M,K] * in_scale[K]) @ sign(V)[R,K].T)) @ sign(U)[N,R].T)
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -229,12 +229,6 @@ def check_dim(name: str, size: int, multiple: int = 1) -> None:
         raise ValueError(f"{name} must be between 1 and {MAX_DIM}{of}, got {size}")
 
 
-#: Bits that the papers count for one entry of a scale vector (LittleBit, arXiv 2506.13771).
-COUNTED_SCALE_BITS = 16
-#: Bits of one entry of a scale vector in the packed format.
-STORED_SCALE_BITS = 32
-
-
 @dataclass(frozen=True)
 class LayerShape:
     """The sizes of a layer without its tensors: what planning, reports and file headers need to know.
@@ -255,6 +249,11 @@ class LayerShape:
     out_features: int
     ranks: tuple[int, ...] | None
     shares: tuple[int, ...] = ()
+
+    #: Bits that the papers count for one entry of a scale vector (LittleBit, arXiv 2506.13771).
+    COUNTED_SCALE_BITS: ClassVar[int] = 16
+    #: Bits of one entry of a scale vector in the packed format.
+    STORED_SCALE_BITS: ClassVar[int] = 32
 
     def __post_init__(self) -> None:
         check_dim("in_features", self.in_features)
@@ -282,13 +281,13 @@ class LayerShape:
 
     def _check_shares(self) -> None:
         rows = self.rows
-        for p, leader in enumerate(self.shares):
-            if isinstance(leader, bool) or not isinstance(leader, int):
-                raise TypeError(f"shares[{p}] must be an integer, got {leader!r}")
-            if not 0 <= leader <= p or self.shares[leader] != leader or rows[leader] != rows[p]:
+        for p, source in enumerate(self.shares):
+            if isinstance(source, bool) or not isinstance(source, int):
+                raise TypeError(f"shares[{p}] must be an integer, got {source!r}")
+            if not 0 <= source <= p or self.shares[source] != source or rows[source] != rows[p]:
                 raise ValueError(
                     f"shares[{p}] must name path {p} itself or an earlier unshared path of rank {rows[p]}, "
-                    f"got {leader}"
+                    f"got {source}"
                 )
 
     @property
@@ -312,6 +311,12 @@ class LayerShape:
         return tuple(rows for p, rows in enumerate(self.rows) if self.shares[p] == p)
 
     @property
+    def factor_elements(self) -> int:
+        """Elements of the dense factors: each path has its own; a single-stage layer has one dense matrix."""
+        sizes = self.in_features + self.out_features
+        return self.in_features * self.out_features if self.ranks is None else sum(self.ranks) * sizes
+
+    @property
     def macs(self) -> int:
         """Sign-accumulate operations for one token, all stages and paths."""
         return self.in_features * sum(self.own_rows) + self.out_features * sum(self.ranks or ())
@@ -319,14 +324,14 @@ class LayerShape:
     @property
     def counted_bits(self) -> int:
         """Bits by the papers' count: one per sign, 16 per entry of a scale vector, shared tensors once."""
-        return self.macs + COUNTED_SCALE_BITS * self.scale_entries
+        return self.macs + self.COUNTED_SCALE_BITS * self.scale_entries
 
     @property
     def stored_bits(self) -> int:
         """Bits of the portable tensors without the bias: sign rows padded to words, float32 scales."""
         words = sum(self.own_rows) * words_per_row(self.in_features)
         words += self.out_features * sum(map(words_per_row, self.ranks or ()))
-        return WORD_BITS * words + STORED_SCALE_BITS * self.scale_entries
+        return WORD_BITS * words + self.STORED_SCALE_BITS * self.scale_entries
 
     @property
     def counted_bpw(self) -> float:
@@ -439,6 +444,7 @@ class PackedLinear:
     Attributes:
         paths: one or more :class:`PackedPath` with equal K and N; ranks may differ. Held as a tuple.
         bias: float32 ``[N]`` or ``None``.
+        shape: sizes and structure; paths that hold the same ``v`` and ``in_scale`` share them.
 
     Raises:
         TypeError: an element of ``paths`` is not a :class:`PackedPath`.
@@ -447,6 +453,7 @@ class PackedLinear:
 
     paths: Sequence[PackedPath]
     bias: torch.Tensor | None = None
+    shape: LayerShape = field(init=False, repr=False)
     _operands: tuple[Any, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -467,6 +474,13 @@ class PackedLinear:
                     )
             if path.v.device != first.v.device:
                 raise ValueError(f"paths[{i}] must be on {first.v.device} like paths[0], got {path.v.device}")
+        shares = [
+            next(i for i, other in enumerate(self.paths) if path.shares_first_stage(other))
+            for path in self.paths
+        ]
+        ranks = None if first.single_stage else tuple(path.rank for path in self.paths)
+        shape = LayerShape(first.in_features, first.out_features, ranks, tuple(shares))
+        object.__setattr__(self, "shape", shape)
         if self.bias is not None:
             _check_scale("bias", self.bias, self.out_features)
             if self.bias.device != self.device:
@@ -487,30 +501,27 @@ class PackedLinear:
     @property
     def in_features(self) -> int:
         """K."""
-        return self.paths[0].in_features
+        return self.shape.in_features
 
     @property
     def out_features(self) -> int:
         """N."""
-        return self.paths[0].out_features
+        return self.shape.out_features
 
     @property
-    def ranks(self) -> tuple[int, ...]:
-        """Rank of every path (N for single-stage paths)."""
-        return tuple(p.rank for p in self.paths)
+    def ranks(self) -> tuple[int, ...] | None:
+        """Rank of every path, or ``None`` for a single-stage layer."""
+        return self.shape.ranks
 
     @property
-    def leaders(self) -> tuple[int, ...]:
-        """For each path, the first path that has the same first stage: itself unless it shares one."""
-        return tuple(
-            next(i for i, other in enumerate(self.paths) if path.shares_first_stage(other))
-            for path in self.paths
-        )
+    def shares(self) -> tuple[int, ...]:
+        """For each path, the path whose first stage it uses: itself unless it shares one."""
+        return self.shape.shares
 
     @property
     def single_stage(self) -> bool:
         """Whether the layer has no second sign matrix (OneBit-like)."""
-        return self.paths[0].single_stage
+        return self.shape.single_stage
 
     @property
     def device(self) -> torch.device:
@@ -524,13 +535,6 @@ class PackedLinear:
         One tensor per path; ``u`` and ``latent_scale`` are ``None`` for a single-stage layer.
         """
         return self._operands
-
-    @property
-    def shape(self) -> LayerShape:
-        """Sizes and structure of the layer."""
-        return LayerShape(
-            self.in_features, self.out_features, None if self.single_stage else self.ranks, self.leaders
-        )
 
     def unique_tensors(self) -> list[torch.Tensor]:
         """Every tensor of the layer once, shared ones not repeated."""

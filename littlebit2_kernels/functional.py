@@ -1,18 +1,24 @@
-"""``littlebit_linear``: a packed or prepacked layer applied to activations."""
+"""The only place that executes a choice: :func:`run` and its siblings; and ``littlebit_linear``."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from .dispatch import ACTIVATIONS, check_activation, check_activation_mode, choose_backend
-from .format import PackedLinear
-from .ops.calls import blas_linear, linear_from_operands, linear_from_prepacked, triton_linear
-from .ops.operands import Operands
+from .dispatch import ACTIVATIONS, PREPACKED, Choice, check_activation_mode, choose_for
+from .format import LayerShape, PackedLinear
+from .ops import calls
+from .ops.operands import ACTIVATION_DTYPES, Operands
 from .prepacked import PrepackedLinear
-from .prompts import prompt_backend
-from .reference import linear_reference
+from .reference import reference_from_operands
 
-__all__ = ["apply_operands", "littlebit_linear"]
+__all__ = ["Layer", "check_x", "littlebit_linear", "run", "run_group", "run_prepacked"]
+
+#: The tensors of a layer: operands, or the bytes of a prepacked one.
+Layer = Operands | torch.Tensor
+
+_LAYERS = (PackedLinear, PrepackedLinear)
 
 
 def littlebit_linear(
@@ -31,83 +37,114 @@ def littlebit_linear(
         x: ``[..., K]`` float32, float16 or bfloat16; any strides, any number of tokens (also none).
         packed: the layer, on the device of ``x``; prepacked (:func:`littlebit2_kernels.prepack`) for speed on
             the CPU, as it is on CUDA.
-        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"``, ``"blas"`` (signs unpacked for each call,
-            then torch's matrix products; float16 if the layer fits) or ``"reference"`` (plain PyTorch in
-            float32).
-            ``auto`` takes the kernels that were compiled for the device, Triton's on a GPU where there are
-            none, and for many tokens whichever of these and ``blas`` should be the fastest on the GPU
-            (:func:`littlebit2_kernels.prompts.prompt_backend`). A backend asked for by name that cannot run
-            raises.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"``, ``"blas"`` (dequantizes in each call, then
+            calls torch.matmul) or ``"reference"`` (plain PyTorch in float32). docs/dispatch.md tells what
+            ``auto`` chooses. A backend that is asked for by name and cannot run raises.
         activation: how activations enter the sums (docs/kernels.md): ``"exact"`` in float32, ``"int16"``
-            (error about 3e-4), ``"int8"`` (about 1e-2), ``"sign"`` (binarised), ``"float16"`` (CUDA only,
-            about 2e-4), or ``"auto"``: exact for float32, and on the CPU for layers that are not
-            prepacked; else int16, or float16 on GPUs for more than 16 tokens, on those without 1-bit tensor
-            cores, and with Triton, which has no int16. On the CPU, int16, int8 and sign need a prepacked
-            layer. ``blas``, which ``auto`` may take on GPUs for many 16-bit tokens, computes in the dtype
-            of x (:func:`littlebit2_kernels.ops.calls.blas_linear`).
-            Gradients are those of exact sums, but those
-            of ``blas``, and on CUDA all, by torch's products: in bfloat16 for bfloat16, else in float32 with
-            torch's setting of TF32.
+            (error about 3e-4), ``"int8"`` (about 1e-2), ``"sign"`` (binarized), ``"float16"`` (CUDA and
+            Triton, about 2e-4), or ``"auto"`` (docs/dispatch.md). On the CPU, int16, int8 and sign need a
+            prepacked layer. ``blas`` has no modes: it computes in the dtype of x
+            (:func:`littlebit2_kernels.ops.calls.dense_linear`).
 
     Returns:
-        ``[..., N]`` in the dtype of ``x``; accumulation is in float32 or exact, of ``blas`` torch's.
+        ``[..., N]`` in the dtype of ``x``. Sums are exact or accumulate in float32; those of ``blas`` are
+        torch's. grad_x uses exact fp32 sums; ``blas``, and every backend but Triton on CUDA, dequantizes and
+        calls torch.matmul: in bfloat16 for bfloat16, else in float32 with torch's setting of TF32.
 
     Raises:
         TypeError: ``x`` is not a tensor of a supported dtype, or ``packed`` not a layer.
         ValueError: the last dimension of ``x`` is not K, devices differ, ``backend`` or ``activation`` is
-            unknown, or this layer or backend cannot serve ``activation`` or the dtype of ``x`` (float16 by
-            ``blas`` where factors do not fit).
+            unknown, or this layer or backend cannot serve ``activation``.
         BackendUnavailableError: the backend cannot run here.
         NativeLibraryError: the compiled library is missing.
-        RuntimeError: ``backend="blas"``, and the first float16 call of a layer is captured into a CUDA graph.
     """
-    if not isinstance(packed, PackedLinear | PrepackedLinear):
+    if not isinstance(packed, _LAYERS):
         raise TypeError(f"packed must be a PackedLinear or a PrepackedLinear, got {type(packed).__name__}")
-    check_activation(x, packed.in_features, packed.device)
-    prepacked = isinstance(packed, PrepackedLinear)
-    tokens = x.numel() // packed.in_features
-    chosen = choose_backend(
-        backend,
-        x.device.type,
-        tokens,
-        activation,
-        lambda: prompt_backend(tokens, x.dtype, *shape_of(packed), x.device, _operands_of(packed)),
-    )
-    check_activation_mode(activation, chosen, prepacked)
-    if chosen == "reference":
-        layer = packed.unpack() if isinstance(packed, PrepackedLinear) else packed
-        return linear_reference(x, layer, torch.float32).to(x.dtype)
-    if chosen == "triton" and isinstance(packed, PrepackedLinear):
+    shape = packed.shape
+    check_x(x, shape, packed.device)
+    if isinstance(packed, PackedLinear):
+        choice = choose_for(x, shape, backend, activation, prepacked=False)
+        return run(x, packed.operands, packed.bias, shape, choice)
+    choice = choose_for(x, shape, backend, activation, prepacked=True)
+    if choice.backend == "triton":
         raise ValueError("packed must be a PackedLinear for backend='triton': prepacked layers are the CPU's")
-    if chosen == "blas" and isinstance(packed, PrepackedLinear):
-        return blas_linear(x, packed.unpack().operands, packed.bias)
-    if isinstance(packed, PrepackedLinear):
-        return linear_from_prepacked(
-            x, packed.layer, packed.bias, packed.out_features, ACTIVATIONS[activation]
-        )
-    return apply_operands(x, packed.operands, packed.bias, chosen, activation)
+    return run(x, packed.layer, packed.bias, shape, choice)
 
 
-def shape_of(
-    packed: PackedLinear | PrepackedLinear,
-) -> tuple[int, int, tuple[int, ...] | None, tuple[int, ...]]:
-    """K, N, the ranks (``None`` of a single stage), and for each path whose first stage it uses."""
-    shares = packed.shares if isinstance(packed, PrepackedLinear) else packed.leaders
-    ranks = None if packed.single_stage else packed.ranks
-    return packed.in_features, packed.out_features, ranks, shares
-
-
-def _operands_of(packed: PackedLinear | PrepackedLinear) -> Operands | None:
-    # Prepacked layers are on the CPU, where nobody asks.
-    return packed.operands if isinstance(packed, PackedLinear) else None
-
-
-def apply_operands(
-    x: torch.Tensor, operands: Operands, bias: torch.Tensor | None, backend: str, activation: str
+def run(
+    x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, shape: LayerShape, choice: Choice
 ) -> torch.Tensor:
-    """Run a layer that is not prepacked by the chosen ``backend``, in a mode that this has."""
+    """Apply a layer to ``x`` ``[..., K]`` as chosen. All backends but the CPU's unpack a prepacked layer."""
+    backend, activation, _ = choice
+    if isinstance(layer, torch.Tensor):
+        if backend == "cpu":
+            return calls.linear_prepacked(x, layer, bias, shape.out_features, ACTIVATIONS[activation])
+        layer = PrepackedLinear(layer, bias, shape).unpack().operands
+    if backend in ("cpu", "cuda"):
+        return calls.linear(x, layer, bias, ACTIVATIONS[activation])
     if backend == "triton":
-        return triton_linear(x, operands, bias, activation)
+        return calls.triton_linear(x, layer, bias, activation)
     if backend == "blas":
-        return blas_linear(x, operands, bias)
-    return linear_from_operands(x, operands, bias, ACTIVATIONS[activation])
+        return calls.dense_linear(x, layer, bias)
+    return reference_from_operands(x, layer, bias, torch.float32).to(x.dtype)
+
+
+def run_prepacked(
+    x: torch.Tensor,
+    layer: torch.Tensor,
+    bias: torch.Tensor | None,
+    shape: LayerShape,
+    backend: str,
+    activation: str,
+) -> torch.Tensor | None:
+    """The short path of a prepacked module on the CPU: :func:`choose` and :func:`run` without their overhead.
+
+    Follows autocast. The operator checks ``x``; if it refuses, the checks of the general path say why.
+
+    Returns:
+        ``[..., N]``, or ``None`` if the choice takes more than a look at the names.
+    """
+    try:
+        code = PREPACKED.get((backend, activation))
+        if code is None:
+            return None
+        if torch.is_autocast_enabled("cpu"):
+            check_x(x, shape, layer.device)
+            x = x.to(torch.get_autocast_dtype("cpu"))
+        return calls.linear_prepacked(x, layer, bias, shape.out_features, code)
+    except (AttributeError, RuntimeError, TypeError):
+        check_x(x, shape, layer.device)
+        check_activation_mode(activation, backend, prepacked=True)
+        raise
+
+
+def run_group(
+    x: torch.Tensor,
+    layers: Sequence[Layer],
+    bias: Sequence[torch.Tensor | None],
+    shapes: Sequence[LayerShape],
+    choice: Choice,
+) -> list[torch.Tensor]:
+    """Apply several layers, all prepacked or none, to one ``x``: in one call if an operator takes them."""
+    activation = ACTIVATIONS[choice.activation]
+    if choice.backend == "cpu" and isinstance(layers[0], torch.Tensor):
+        sizes = [shape.out_features for shape in shapes]
+        return calls.grouped_linear_prepacked(x, layers, bias, sizes, activation)  # type: ignore[arg-type]
+    one_kind = len({shape.single_stage for shape in shapes}) == 1
+    if choice.backend in ("cpu", "cuda") and one_kind:
+        return calls.grouped_linear(x, layers, bias, activation)  # type: ignore[arg-type]
+    return [run(x, *layer, choice) for layer in zip(layers, bias, shapes, strict=True)]
+
+
+def check_x(x: torch.Tensor, shape: LayerShape, device: torch.device) -> None:
+    """Raise unless ``x`` is ``[..., K]`` of a supported dtype on ``device``; see ``littlebit_linear``."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in ACTIVATION_DTYPES:
+        raise TypeError(f"x must be float32, float16 or bfloat16, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"x must be a dense tensor, got {x.layout}")
+    if x.dim() == 0 or x.shape[-1] != shape.in_features:
+        raise ValueError(f"x.size(-1) must equal K={shape.in_features}, got shape {list(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"x must be on {device} like the packed layer, got {x.device}")

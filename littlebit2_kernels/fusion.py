@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
-from .dispatch import (
-    ACTIVATIONS,
-    check_activation,
-    check_activation_mode,
-    choose_backend,
-    has_many_tokens,
-)
+from .dispatch import choose_for_group
 from .format import PackedLinear
-from .functional import littlebit_linear, shape_of
+from .functional import check_x, littlebit_linear, run_group
 from .linear import LittleBitLinear
-from .ops.calls import grouped_from_operands, grouped_from_prepacked
-from .ops.operands import ACTIVATION_DTYPES, Operands
+from .ops.operands import ACTIVATION_DTYPES
 from .prepacked import PrepackedLinear
-from .prompts import prompt_backend
 
 __all__ = ["LinearGroup", "fuse_linears", "grouped_linear", "unfuse_linears"]
 
@@ -35,10 +26,10 @@ def grouped_linear(
 ) -> list[torch.Tensor]:
     """Apply several packed layers to one ``x``, as the projections of an attention are.
 
-    On CUDA the layers share their launches, if all have one stage or all two, at most 16 paths together, and
-    with more than 16 tokens no other backend for any of them; up to 16 tokens, sums may be taken in another
-    order than by each layer on its own. Everywhere else the layers run one after another, with the very
-    results that they have on their own.
+    On CUDA the layers share their launches if all are single-stage or all two-stage, they have at most 16
+    paths together, and all come to the same choice of backend (docs/dispatch.md). Up to 16 tokens, sums may
+    then be added in another order than in a call of each layer. In all other cases results are the same bits
+    as those of one call per layer.
 
     Args:
         x: ``[..., K]`` float32, float16 or bfloat16.
@@ -50,7 +41,7 @@ def grouped_linear(
         ``[..., N_i]`` of each layer, in the dtype of ``x``. Differentiable in ``x`` and the biases.
 
     Raises:
-        TypeError: ``layers`` holds anything else, or both kinds; or as ``littlebit_linear``.
+        TypeError: ``layers`` holds something else, or both kinds; or as ``littlebit_linear``.
         ValueError: ``layers`` is empty; or as ``littlebit_linear``.
         BackendUnavailableError, NativeLibraryError, RuntimeError: as ``littlebit_linear``.
     """
@@ -60,43 +51,29 @@ def grouped_linear(
     if not (kinds <= {PackedLinear} or kinds <= {PrepackedLinear}):
         names = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise TypeError(f"layers must be all PackedLinear or all PrepackedLinear, got {names}")
+    shapes = [layer.shape for layer in layers]
     for layer in layers:
-        check_activation(x, layer.in_features, layer.device)
-    chosen = choose_backend(backend, x.device.type, activation=activation)
+        check_x(x, layer.shape, layer.device)
     prepacked = [layer for layer in layers if isinstance(layer, PrepackedLinear)]
-    packed = [layer for layer in layers if isinstance(layer, PackedLinear)]
-    check_activation_mode(activation, chosen, bool(prepacked))
-    one_kind = len({layer.single_stage for layer in layers}) == 1
-    apart = False
-    if chosen == "cuda" and has_many_tokens(x.numel() // layers[0].in_features):
-        shapes = [(*shape_of(layer), layer.operands) for layer in packed]
-        apart = not _all_take_cuda(x, shapes, backend, activation)
-    if apart or chosen in ("blas", "reference", "triton") or (packed and not one_kind):
+    choice = choose_for_group(x, shapes, backend, activation, bool(prepacked))
+    if choice is None or (prepacked and choice.backend != "cpu"):
         return [littlebit_linear(x, layer, backend, activation) for layer in layers]
-    if packed:
-        operands = [layer.operands for layer in packed]
-        return grouped_from_operands(x, operands, [layer.bias for layer in packed], ACTIVATIONS[activation])
-    return grouped_from_prepacked(
-        x,
-        [layer.layer for layer in prepacked],
-        [layer.bias for layer in prepacked],
-        [layer.out_features for layer in prepacked],
-        ACTIVATIONS[activation],
-    )
+    tensors = [layer.layer if isinstance(layer, PrepackedLinear) else layer.operands for layer in layers]
+    return run_group(x, tensors, [layer.bias for layer in layers], shapes, choice)
 
 
 class LinearGroup:
     """Layers that a model calls one after another with the same input; made by :func:`fuse_linears`.
 
-    The first one that is called computes all of them, the others hand out what is there, if they are called
-    with the very same tensor. A layer that is called with another one is computed on its own, and so are all
-    until they have been seen to go together again. Results do not depend on that but in the order of sums on
-    CUDA.
+    The first layer that is called computes all of them; the others return its results if they are called with
+    the same tensor object. A layer that is called with another tensor is computed on its own, and so are all
+    layers until calls have been seen to go together again. Except for the order of sums on CUDA, results do
+    not depend on that.
 
     Attributes:
         members: the layers.
-        on_cpu: whether prepacked layers go together too.
-        together: whether the last calls did.
+        on_cpu: whether prepacked layers are computed together too.
+        together: whether the last calls were.
     """
 
     def __init__(self, members: Sequence[LittleBitLinear], on_cpu: bool) -> None:
@@ -110,7 +87,7 @@ class LinearGroup:
         self._seen: tuple[torch.Tensor, set[int]] | None = None
 
     def take(self, member: LittleBitLinear, x: torch.Tensor) -> torch.Tensor | None:
-        """Return ``member(x)`` as one of the group, or ``None`` if it is to be computed on its own."""
+        """Return ``member(x)`` as one of the group, or ``None`` if the member must compute it itself."""
         if _needs_its_own(x):
             return None
         index = self._index(member)
@@ -155,52 +132,42 @@ class LinearGroup:
             self.together = True
 
     def _compute(self, x: torch.Tensor) -> list[torch.Tensor] | None:
-        """Return the results of all members, unless they are not of one kind just now."""
+        """Return the results of all members, or ``None`` if they do not run in one call just now."""
         first = self.members[0]
         for member in self.members:
             if member.activation != first.activation or member.backend != first.backend:
                 return None
         states: list[dict[str, Any]] = [member._buffers for member in self.members]
         device = next(buffer for buffer in states[0].values() if buffer is not None).device
-        activation = ACTIVATIONS.get(first.activation)
-        wrong = x.device != device or x.dim() == 0 or x.shape[-1] != first.in_features
-        if wrong or x.dtype not in ACTIVATION_DTYPES or activation is None:
-            return None  # an error, which is the layer's to raise
-        bias = [state["bias"] for state in states]
-        layers = [state.get("prepacked") for state in states]
-        if all(layer is not None for layer in layers):
-            if first.backend not in ("auto", "cpu"):
-                return None
-            check_activation_mode(first.activation, "cpu", prepacked=True)
-            sizes = [member.out_features for member in self.members]
-            return grouped_from_prepacked(x, layers, bias, sizes, activation)  # type: ignore[arg-type]
-        if x.device.type != "cuda" or any(layer is not None for layer in layers):
+        if x.device != device or x.dim() == 0 or x.shape[-1] != first.in_features:
+            return None  # an error, which the layer raises
+        if x.dtype not in ACTIVATION_DTYPES:
             return None
-        if choose_backend(first.backend, "cuda", activation=first.activation) != "cuda":
+        layers: list[Any] = [state.get("prepacked") for state in states]
+        prepacked = all(layer is not None for layer in layers)
+        if not prepacked:
+            if x.device.type != "cuda" or any(layer is not None for layer in layers):
+                return None  # on the CPU, each prepacks itself first
+            layers = [member._operands(state) for member, state in zip(self.members, states, strict=True)]
+        shapes = [member.shape for member in self.members]
+        choice = choose_for_group(x, shapes, first.backend, first.activation, prepacked)
+        if choice is None or choice.backend not in ("cpu", "cuda"):
             return None
-        operands = [member._operands(state) for member, state in zip(self.members, states, strict=True)]
-        if has_many_tokens(x.numel() // first.in_features):
-            shapes = [
-                (member.in_features, member.out_features, member.ranks, member.shares, own)
-                for member, own in zip(self.members, operands, strict=True)
-            ]
-            if not _all_take_cuda(x, shapes, first.backend, first.activation):
-                return None
-        return grouped_from_operands(x, operands, bias, activation)
+        return run_group(x, layers, [state["bias"] for state in states], shapes, choice)
 
 
 def fuse_linears(modules: Sequence[LittleBitLinear], *, on_cpu: bool = False) -> LinearGroup:
-    """Let layers that a model calls with the same input, one after another, be computed by one call.
+    """Compute layers that a model calls one after another with the same input in one call.
 
-    For CUDA, where they then share their launches (:func:`grouped_linear`). The modules stay where they are,
-    with their ``state_dict``; copies and pickles of them are not fused. Calls that want a gradient or run
-    under autocast are each layer's own, as are those that do not go together (:class:`LinearGroup`). Between
-    the calls, a model must not change the shared input in place: outside of inference mode and
-    ``torch.compile`` that is noticed, within them it is not. Groups that the layers were in are dissolved.
+    This is for CUDA, where they then share their launches (:func:`grouped_linear`). The modules stay where
+    they are, with their ``state_dict``; copies and pickles of them are not fused. Each layer runs on its own
+    in calls that need a gradient, run under autocast, or do not go together (:class:`LinearGroup`). Between
+    the calls, a model must not change the shared input in place: that is noticed outside of inference mode
+    and ``torch.compile``, not within them. Groups that the layers were in are dissolved.
 
     Args:
         modules: at least two, of the same ``in_features``, all with one stage or all with two.
-        on_cpu: fuse on the CPU too. There it saves nothing (docs/performance.md), but all else is the same.
+        on_cpu: fuse on the CPU too. It saves nothing there (docs/performance.md); all else is the same.
 
     Returns:
         The group.
@@ -216,7 +183,7 @@ def fuse_linears(modules: Sequence[LittleBitLinear], *, on_cpu: bool = False) ->
         raise ValueError(f"modules must be two or more different layers, got {len(modules)}")
     for name, values in (
         ("in_features", [module.in_features for module in modules]),
-        ("number of stages", [1 if module.ranks is None else 2 for module in modules]),
+        ("number of stages", [1 if module.shape.single_stage else 2 for module in modules]),
     ):
         if len(set(values)) > 1:
             raise ValueError(f"modules must have the same {name}, got {values}")
@@ -233,23 +200,6 @@ def unfuse_linears(modules: Sequence[LittleBitLinear]) -> None:
         group = module._group
         for member in () if group is None else group.members:
             member._group = None
-
-
-def _all_take_cuda(
-    x: torch.Tensor, layers: Sequence[tuple[int, int, Any, Any, Operands]], backend: str, activation: str
-) -> bool:
-    """Whether the CUDA kernels serve every layer: with many tokens each has a choice of its own.
-
-    ``layers`` are K, N, ranks, shares and operands of each.
-    """
-    tokens = x.numel() // layers[0][0]
-
-    def choice(k: int, n: int, ranks: Any, shares: Any, operands: Operands) -> str:
-        sizes = (tokens, x.dtype, k, n, ranks, shares)
-        best = functools.partial(prompt_backend, *sizes, x.device, operands)
-        return choose_backend(backend, x.device.type, tokens, activation, best)
-
-    return all(choice(*layer) == "cuda" for layer in layers)
 
 
 def _needs_its_own(x: Any) -> bool:

@@ -17,7 +17,7 @@ class GpuProperties:
         capability: ``10 * major + minor``, for example 90.
         multiprocessors: streaming multiprocessors.
         shared_bytes: shared memory that one block can have (opt-in).
-        warp_lanes: threads of a warp: 32, or the 64 of AMD's data-centre GPUs.
+        warp_lanes: threads of a warp: 32, or the 64 of AMD's data-center GPUs.
     """
 
     capability: int

@@ -11,13 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from .dispatch import ACTIVATIONS, BACKENDS, check_activation, check_activation_mode, choose_backend
-from .format import RANK_MULTIPLE, PackedLinear, PackedPath, check_dim, pitched_words, words_per_row
-from .functional import apply_operands, littlebit_linear
-from .ops.calls import linear_from_prepacked
+from .dispatch import BACKENDS, check_activation_mode, choose_for
+from .format import LayerShape, PackedLinear, PackedPath, pitched_words, words_per_row
+from .functional import check_x, run, run_prepacked
 from .ops.operands import Operands
 from .prepacked import PrepackedLinear, prepack
-from .prompts import prompt_backend
 from .reference import dense_weight
 from .state import (
     UPSTREAM_EXTRAS,
@@ -29,7 +27,7 @@ from .state import (
     portable_name,
 )
 
-__all__ = ["LittleBitLinear", "WeightPacker"]
+__all__ = ["LittleBitLinear"]
 
 #: Devices whose kernels read rows of words fastest at multiples of 16 bytes.
 _PITCHED_DEVICES = ("cuda",)
@@ -45,14 +43,6 @@ def _renew_lock() -> None:
 
 # A thread that held it does not exist in a forked child.
 os.register_at_fork(after_in_child=_renew_lock)
-
-
-class WeightPacker(Protocol):
-    """What :meth:`LittleBitLinear.from_linear` needs; ``littlebit2.quantize.QuantConfig`` is one."""
-
-    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
-        """Quantise ``weight`` ``[N, K]`` and an optional ``bias`` ``[N]`` to a packed layer."""
-        ...
 
 
 class _Group(Protocol):
@@ -74,15 +64,15 @@ class LittleBitLinear(nn.Module):
     are frozen, the input is differentiable. There is no ``weight`` attribute: see :meth:`dequantize`.
 
     On the CPU, the first eager call replaces the buffers by one in the layout that the kernels read fastest
-    (:meth:`prepack_`), so that the weights exist once. ``state_dict``, pickling, :meth:`packed` and reading a
+    (:meth:`prepack_`), so the weights exist once. ``state_dict``, pickling, :meth:`packed` and reading a
     buffer by its portable name still give the portable tensors, as copies: what is written into those is
     lost (assigning a new tensor to the name is not). Loading, and moving to another device, bring the buffers
     back. Code that walks ``buffers()`` of two copies in step, such as averaging, needs ``auto_prepack=False``
-    or both prepacked. Tracing keeps what it finds: call :meth:`prepack_` (or the layer) once before
-    ``torch.compile``, else the trace holds the slower kernels with exact sums for every dtype, and
+    or both prepacked. Tracing keeps what it finds. Call :meth:`prepack_` (or the layer) once before
+    ``torch.compile``: else the trace holds the slower kernels, with exact sums for every dtype. Call
     :meth:`unpack_` before ``torch.export``, whose file must hold the portable tensors. On a GPU, rows of
-    words are held at multiples of 16 bytes, with room in between where the rank asks for it; ``state_dict``
-    then has copies of those tensors, without the room.
+    words start at multiples of 16 bytes, with padding between them where the rank needs it; ``state_dict``
+    has copies of those tensors without the padding.
 
     Args:
         in_features: K.
@@ -92,7 +82,8 @@ class LittleBitLinear(nn.Module):
         shares: for each path, the path whose first stage (``V`` and ``in_scale``) it uses, itself by
             default. Only equal ranks can share.
         backend: backend of every call, see :func:`littlebit2_kernels.littlebit_linear`.
-        activation: how activations enter the sums, see there too; an attribute that may be changed.
+        activation: how activations enter the sums, see there too; an attribute that may be changed. Which
+            backend and mode run: docs/dispatch.md.
         auto_prepack: whether CPU calls prepack the layer; an attribute that may be changed.
         device: where the (all-zero) buffers are made; ``"meta"`` for loading without a copy.
 
@@ -120,7 +111,8 @@ class LittleBitLinear(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        packed = _zero_layer(in_features, out_features, ranks, bias, shares, device)
+        shape = LayerShape(in_features, out_features, ranks, () if shares is None else shares)  # type: ignore[arg-type]
+        packed = _zero_layer(shape, bias, device)
         self._set_packed(packed, backend, activation, auto_prepack)
 
     @classmethod
@@ -148,51 +140,22 @@ class LittleBitLinear(nn.Module):
         module._set_packed(packed, backend, activation, auto_prepack)
         return module
 
-    @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        config: WeightPacker,
-        *,
-        backend: str = "auto",
-        activation: str = "auto",
-        auto_prepack: bool = True,
-    ) -> LittleBitLinear:
-        """Quantise a dense layer, for example with ``config = littlebit2.quantize.QuantConfig(bpw=0.55)``.
-
-        Raises:
-            TypeError: ``linear`` is not an ``nn.Linear``, or ``config`` cannot pack weights.
-        """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
-        if not callable(getattr(config, "pack", None)):
-            raise TypeError(
-                "config must have a method pack(weight, bias), as littlebit2.quantize.QuantConfig has; "
-                f"got {type(config).__name__}"
-            )
-        bias = None if linear.bias is None else linear.bias.detach()
-        packed = config.pack(linear.weight.detach(), bias)
-        return cls.from_packed(packed, backend=backend, activation=activation, auto_prepack=auto_prepack)
-
     def _set_packed(self, packed: PackedLinear, backend: str, activation: str, auto_prepack: bool) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
         check_activation_mode(activation, backend, prepacked=True)
         self.activation = activation
         self.auto_prepack = auto_prepack
+        self.backend = backend
+        self.shape = packed.shape
         self.in_features = packed.in_features
         self.out_features = packed.out_features
-        self.ranks = None if packed.single_stage else packed.ranks
-        self.backend = backend
-        #: For each path, the path whose V and in_scale it uses.
-        self.shares = packed.leaders
         buffers = _portable_buffers(packed)
-        self._portable_bits = 8 * sum(b.numel() * b.element_size() for b in buffers.values() if b is not None)
         self._portable_names = frozenset(buffers) - {"bias"}
         for name, tensor in buffers.items():
             self.register_buffer(name, None if tensor is None else _placed(tensor))
         own = [path_suffix(p) for p in range(len(packed.paths))]
-        first = [path_suffix(leader) for leader in self.shares]
+        first = [path_suffix(source) for source in self.shape.shares]
         # Buffer names of each operand; buffers themselves may be replaced by .to() or loading.
         self._operand_names = tuple(
             None
@@ -279,9 +242,10 @@ class LittleBitLinear(nn.Module):
         return module
 
     def _operands(self, buffers: dict[str, Any]) -> Operands:
-        return tuple(  # type: ignore[return-value]
+        lists = [
             None if names is None else [buffers[name] for name in names] for names in self._operand_names
-        )
+        ]
+        return tuple(lists)  # type: ignore[return-value]
 
     @property
     def packed(self) -> PackedLinear:
@@ -292,11 +256,11 @@ class LittleBitLinear(nn.Module):
             return self._as_prepacked(buffers).unpack()
         v, u, in_scale, latent_scale, out_scale = self._operands(buffers)
         paths: list[PackedPath] = []
-        for p, leader in enumerate(self.shares):
+        for p, source in enumerate(self.shape.shares):
             paths.append(
                 PackedPath(
                     v=v[p],
-                    in_scale=in_scale[p].flatten() if leader == p else paths[leader].in_scale,
+                    in_scale=in_scale[p].flatten() if source == p else paths[source].in_scale,
                     out_scale=out_scale[p].flatten(),
                     u=u[p] if u else None,
                     latent_scale=latent_scale[p].flatten() if latent_scale else None,
@@ -305,16 +269,7 @@ class LittleBitLinear(nn.Module):
         return PackedLinear(tuple(paths), buffers["bias"])
 
     def _as_prepacked(self, buffers: dict[str, Any]) -> PrepackedLinear:
-        ranks = self.ranks if self.ranks is not None else (self.out_features,) * len(self.shares)
-        return PrepackedLinear(
-            buffers["prepacked"],
-            buffers["bias"],
-            self.in_features,
-            self.out_features,
-            ranks,
-            self.shares,
-            single_stage=self.ranks is None,
-        )
+        return PrepackedLinear(buffers["prepacked"], buffers["bias"], self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -335,66 +290,39 @@ class LittleBitLinear(nn.Module):
             y = group.take(self, x)
             if y is not None:
                 return y
-        if layer is None or self.backend not in ("auto", "cpu"):
-            return self._general_forward(x)
-        # The way of every call on the CPU: the operator checks what is checked elsewhere up front.
-        try:
-            activation = ACTIVATIONS.get(self.activation, -1)
-            if torch.is_autocast_enabled("cpu"):
-                check_activation(x, self.in_features, layer.device)
-                x = x.to(torch.get_autocast_dtype("cpu"))
-            return linear_from_prepacked(x, layer, buffers["bias"], self.out_features, activation)
-        except (AttributeError, RuntimeError, TypeError):
-            check_activation(x, self.in_features, layer.device)
-            check_activation_mode(self.activation, "cpu", prepacked=True)
-            raise
+        if layer is not None:
+            y = run_prepacked(x, layer, buffers["bias"], self.shape, self.backend, self.activation)
+            if y is not None:
+                return y
+        return self._general_forward(x)
 
     def _general_forward(self, x: torch.Tensor) -> torch.Tensor:
         buffers: dict[str, Any] = self._buffers
         layer = buffers.get("prepacked")
-        check_activation(x, self.in_features, (buffers["u1"] if layer is None else layer).device)
+        check_x(x, self.shape, (buffers["u1"] if layer is None else layer).device)
         device_type = x.device.type
         if device_type != "meta" and torch.is_autocast_enabled(device_type):
             x = x.to(torch.get_autocast_dtype(device_type))
-        tokens = x.numel() // self.in_features
-        shape = (self.in_features, self.out_features, self.ranks, self.shares)
-        backend = choose_backend(
-            self.backend,
-            device_type,
-            tokens,
-            self.activation,
-            lambda: prompt_backend(
-                tokens, x.dtype, *shape, x.device, None if layer is not None else self._operands(buffers)
-            ),
-        )
-        if backend == "reference" or (backend in ("blas", "triton") and layer is not None):
-            return littlebit_linear(x, self.packed, backend, self.activation)
-        if layer is None and backend == "cpu" and self._may_prepack(x, buffers):
-            with _prepacking:  # so that nobody unpacks it again in between
+        prepacks = layer is None and self._may_prepack(x, buffers)
+        prepacked = layer is not None or prepacks
+        choice = choose_for(x, self.shape, self.backend, self.activation, prepacked)
+        if prepacks and choice.backend == "cpu":
+            with _prepacking:  # so that no other thread unpacks it again in between
                 buffers = self.prepack_()._buffers
-        if "prepacked" in buffers:
-            return littlebit_linear(x, self._as_prepacked(buffers), backend, self.activation)
-        if backend in ("blas", "cuda", "triton"):
-            check_activation_mode(self.activation, backend, prepacked=False)
-            return apply_operands(x, self._operands(buffers), buffers["bias"], backend, self.activation)
-        if device_type != "meta" and self.activation not in ("auto", "exact"):
-            check_activation_mode(self.activation, backend, prepacked=True)
-            raise ValueError(
-                f"activation={self.activation!r} needs a prepacked layer: call prepack_() before tracing, or "
-                "leave auto_prepack on"
-            )
-        return apply_operands(x, self._operands(buffers), buffers["bias"], backend, "auto")
+            layer = buffers["prepacked"]
+        tensors = self._operands(buffers) if layer is None else layer
+        return run(x, tensors, buffers["bias"], self.shape, choice)
 
     def _may_prepack(self, x: torch.Tensor, buffers: dict[str, Any]) -> bool:
         # What is traced keeps the buffers it was given, fake tensors have no values to move, and scales that
         # require a gradient are the operator's to refuse.
         return (
             self.auto_prepack
+            and x.is_cpu
             and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()
             and torch._C._len_torch_dispatch_stack() == 0
             and type(x) is torch.Tensor
-            and x.device.type == "cpu"
             and all(
                 type(buffers[name]) is torch.Tensor and not buffers[name].requires_grad
                 for name in self._portable_names
@@ -406,12 +334,13 @@ class LittleBitLinear(nn.Module):
         return dense_weight(self.packed, dtype)
 
     def extra_repr(self) -> str:
-        """Shape, ranks and stored bits per weight."""
-        bits = self._portable_bits / (self.in_features * self.out_features)
-        kind = "single_stage=True" if self.ranks is None else f"ranks={list(self.ranks)}"
+        """Sizes, and bits per weight: by the papers' count and as stored, without the bias."""
+        shape = self.shape
+        kind = "single_stage=True" if shape.ranks is None else f"ranks={list(shape.ranks)}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, {kind}, "
-            f"bias={self._buffers['bias'] is not None}, stored_bpw={bits:.3g}"
+            f"bias={self._buffers['bias'] is not None}, "
+            f"counted_bpw={shape.counted_bpw:.3g}, stored_bpw={shape.stored_bpw:.3g}"
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LittleBitLinear:
@@ -454,7 +383,7 @@ class LittleBitLinear(nn.Module):
         # leaves the layer as it was. Keys that are missing or unexpected are torch's to report.
         own = {prefix + name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         try:
-            self._normalise(state_dict, prefix, own)
+            self._normalize(state_dict, prefix, own)
         except (KeyError, TypeError, ValueError) as error:
             error_msgs.append(str(error.args[0]))
             return
@@ -474,9 +403,9 @@ class LittleBitLinear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self._place_buffers()  # assign=True puts tensors as they are stored in place of the layer's own
+        self._place_buffers()  # assign=True replaces the buffers by tensors as they are stored
 
-    def _normalise(self, state_dict: dict[str, Any], prefix: str, own: dict[str, torch.Tensor]) -> None:
+    def _normalize(self, state_dict: dict[str, Any], prefix: str, own: dict[str, torch.Tensor]) -> None:
         """Bring stored entries to the names, dtypes and layout of the module's buffers, in place."""
         for name in UPSTREAM_EXTRAS:
             state_dict.pop(prefix + name, None)
@@ -486,7 +415,7 @@ class LittleBitLinear(nn.Module):
                 if ours in state_dict:
                     raise ValueError(f"{ours} must not be stored twice, under its own and the authors' name")
                 state_dict[ours] = state_dict.pop(key)
-        for suffix in map(path_suffix, range(len(self.shares))):
+        for suffix in map(path_suffix, range(self.shape.num_paths)):
             pair = (f"{prefix}v1{suffix}", f"{prefix}u2{suffix}")
             if any(name in state_dict for name in pair):
                 folded = load_latent_scale(state_dict, prefix, suffix)
@@ -506,12 +435,9 @@ class LittleBitLinear(nn.Module):
                 raise TypeError(f"{key} must be a torch.Tensor, got {type(stored).__name__}")
 
     def _mismatch(self, loaded: PackedLinear) -> str | None:
-        expected = (self.in_features, self.out_features, self.ranks, self.shares)
-        ranks = None if loaded.single_stage else loaded.ranks
-        got = (loaded.in_features, loaded.out_features, ranks, loaded.leaders)
-        if expected == got:
+        if loaded.shape == self.shape:
             return None
-        return f"the layer must have (in_features, out_features, ranks, shares) = {expected}, got {got}"
+        return f"the layer must have the shape {self.shape}, got {loaded.shape}"
 
 
 def _placed(tensor: torch.Tensor) -> torch.Tensor:
@@ -535,48 +461,25 @@ def _portable_buffers(packed: PackedLinear) -> dict[str, torch.Tensor | None]:
     return buffers
 
 
-def _zero_layer(
-    in_features: int,
-    out_features: int,
-    ranks: Sequence[int] | None,
-    bias: bool,
-    shares: Sequence[int] | None,
-    device: torch.device | str | None,
-) -> PackedLinear:
-    """A layer of the given structure whose signs are all +1 and whose scales are all zero."""
-    # Checked before anything is allocated.
-    check_dim("in_features", in_features)
-    check_dim("out_features", out_features)
-    if ranks is not None and not isinstance(ranks, Sequence):
-        raise TypeError(f"ranks must be a sequence of integers or None, got {type(ranks).__name__}")
-    for p, rank in enumerate(ranks or ()):
-        check_dim(f"ranks[{p}]", rank, RANK_MULTIPLE)
-    rows = [out_features] if ranks is None else list(ranks)
-    leaders = list(range(len(rows))) if shares is None else list(shares)
-    if len(leaders) != len(rows):
-        raise ValueError(f"shares must name one path per rank ({len(rows)}), got {len(leaders)}")
+def _zero_layer(shape: LayerShape, bias: bool, device: torch.device | str | None) -> PackedLinear:
+    """A layer of this shape whose signs are all +1 and whose scales are all zero."""
 
-    def words(count: int, cols: int) -> torch.Tensor:
-        return torch.zeros(count, words_per_row(cols), dtype=torch.int32, device=device)
+    def words(rows: int, cols: int) -> torch.Tensor:
+        return torch.zeros(rows, words_per_row(cols), dtype=torch.int32, device=device)
 
     def scale(size: int) -> torch.Tensor:
         return torch.zeros(size, dtype=torch.float32, device=device)
 
     paths: list[PackedPath] = []
-    for p, rank in enumerate(rows):
-        if not 0 <= leaders[p] <= p or leaders[leaders[p]] != leaders[p] or rows[leaders[p]] != rank:
-            raise ValueError(
-                f"shares[{p}] must name path {p} itself or an earlier unshared path of rank {rank}, "
-                f"got {leaders[p]}"
-            )
-        leader = paths[leaders[p]] if leaders[p] < p else None
+    for p, (rows, source) in enumerate(zip(shape.rows, shape.shares, strict=True)):
+        shared = paths[source] if source < p else None
         paths.append(
             PackedPath(
-                v=leader.v if leader else words(rank, in_features),
-                in_scale=leader.in_scale if leader else scale(in_features),
-                out_scale=scale(out_features),
-                u=None if ranks is None else words(out_features, rank),
-                latent_scale=None if ranks is None else scale(rank),
+                v=shared.v if shared else words(rows, shape.in_features),
+                in_scale=shared.in_scale if shared else scale(shape.in_features),
+                out_scale=scale(shape.out_features),
+                u=None if shape.ranks is None else words(shape.out_features, rows),
+                latent_scale=None if shape.ranks is None else scale(rows),
             )
         )
-    return PackedLinear(tuple(paths), scale(out_features) if bias else None)
+    return PackedLinear(tuple(paths), scale(shape.out_features) if bias else None)

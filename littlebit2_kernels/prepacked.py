@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .format import PackedLinear, PackedPath
+from .format import LayerShape, PackedLinear, PackedPath
 from .ops.library import load
 
 __all__ = ["PrepackedLinear", "prepack"]
@@ -24,24 +24,26 @@ class PrepackedLinear:
     Attributes:
         layer: uint8 ``[bytes]``, what ``torch.ops.littlebit2.linear_prepacked`` takes.
         bias: float32 ``[N]`` or ``None``.
-        in_features: K.
-        out_features: N.
-        ranks: rank of every path (N for single-stage paths).
-        shares: for each path, the path whose first stage it uses.
-        single_stage: whether the layer has no second sign matrix.
+        shape: sizes and structure of the layer.
     """
 
     layer: torch.Tensor
     bias: torch.Tensor | None
-    in_features: int
-    out_features: int
-    ranks: tuple[int, ...]
-    shares: tuple[int, ...]
-    single_stage: bool
+    shape: LayerShape
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Pickled as the packed layer: the layout is for this process.
         return prepack, (self.unpack(),)
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.shape.in_features
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.shape.out_features
 
     @property
     def device(self) -> torch.device:
@@ -58,15 +60,15 @@ class PrepackedLinear:
         """Return the packed layer: the same signs and scales, in new tensors; pad bits are zero."""
         load()
         tensors = torch.ops.littlebit2.unprepack(self.layer)
-        per_path = len(tensors) // len(self.shares)
+        per_path = len(tensors) // self.shape.num_paths
         paths: list[PackedPath] = []
-        for index, leader in enumerate(self.shares):
+        for index, source in enumerate(self.shape.shares):
             own = tensors[index * per_path : (index + 1) * per_path]
             v, u, in_scale, latent_scale, out_scale = (
-                (own[0], None, own[1], None, own[2]) if self.single_stage else own
+                (own[0], None, own[1], None, own[2]) if self.shape.single_stage else own
             )
-            if leader < index:
-                v, in_scale = paths[leader].v, paths[leader].in_scale
+            if source < index:
+                v, in_scale = paths[source].v, paths[source].in_scale
             paths.append(PackedPath(v, in_scale, out_scale, u, latent_scale))
         return PackedLinear(tuple(paths), self.bias)
 
@@ -89,12 +91,4 @@ def prepack(packed: PackedLinear) -> PrepackedLinear:
     if any(tensor.requires_grad for tensor in packed.unique_tensors() if tensor is not packed.bias):
         raise ValueError("packed layers are frozen, but a scale of packed requires a gradient")
     load()
-    return PrepackedLinear(
-        torch.ops.littlebit2.prepack(*packed.operands),
-        packed.bias,
-        packed.in_features,
-        packed.out_features,
-        packed.ranks,
-        packed.leaders,
-        packed.single_stage,
-    )
+    return PrepackedLinear(torch.ops.littlebit2.prepack(*packed.operands), packed.bias, packed.shape)

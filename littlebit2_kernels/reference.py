@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .format import PackedLinear, PackedPath, unpack_signs_reference
 
-__all__ = ["dense_weight", "linear_reference"]
+__all__ = ["dense_weight", "linear_reference", "reference_from_operands"]
 
 
 def linear_reference(
@@ -23,14 +25,24 @@ def linear_reference(
     Returns:
         ``[..., N]`` of ``dtype``.
     """
+    return reference_from_operands(x, packed.operands, packed.bias, dtype)
+
+
+def reference_from_operands(
+    x: torch.Tensor, operands: tuple[Any, ...], bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """The same of ``(v, u, in_scale, latent_scale, out_scale)``; scales may be ``[1, size]``."""
+    v, u, in_scale, latent_scale, out_scale = operands
     x = x.to(dtype)
-    y = x.new_zeros((*x.shape[:-1], packed.out_features))
-    for path in packed.paths:
-        z = (x * path.in_scale.to(dtype)) @ unpack_signs_reference(path.v, path.in_features, dtype).T
-        if path.u is not None and path.latent_scale is not None:
-            z = (z * path.latent_scale.to(dtype)) @ unpack_signs_reference(path.u, path.rank, dtype).T
-        y = y + z * path.out_scale.to(dtype)
-    return y if packed.bias is None else y + packed.bias.to(dtype)
+    y = x.new_zeros((*x.shape[:-1], out_scale[0].shape[-1]))
+    for p in range(len(v)):
+        signs = unpack_signs_reference(v[p], in_scale[p].shape[-1], dtype)
+        z = (x * in_scale[p].flatten().to(dtype)) @ signs.T
+        if u is not None and latent_scale is not None:
+            signs = unpack_signs_reference(u[p], latent_scale[p].shape[-1], dtype)
+            z = (z * latent_scale[p].flatten().to(dtype)) @ signs.T
+        y = y + z * out_scale[p].flatten().to(dtype)
+    return y if bias is None else y + bias.to(dtype)
 
 
 def dense_weight(layer: PackedLinear | PackedPath, dtype: torch.dtype = torch.float64) -> torch.Tensor:

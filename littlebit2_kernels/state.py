@@ -39,7 +39,7 @@ def path_suffix(path: int) -> str:
 
 
 def portable_name(name: str) -> str:
-    """Our name of a layer's tensor: ``U_packed_R`` for the authors' ``U_R_packed``, others as they are."""
+    """The name in this format of a stored tensor: ``U_packed_R`` for ``U_R_packed``; others do not change."""
     match = _UPSTREAM_MATRIX.fullmatch(name)
     return f"{match[1]}_{match[3]}{match[2]}" if match else name
 
@@ -106,13 +106,13 @@ def packed_to_state(packed: PackedLinear) -> dict[str, torch.Tensor]:
     for index, path in enumerate(packed.paths):
         s = path_suffix(index)
         device = path.v.device
-        leader = packed.leaders[index]
-        if leader == index:
+        source = packed.shares[index]
+        if source == index:
             state[f"V_packed{s}"] = path.v
             state[f"V_shape{s}"] = torch.tensor([path.rank, path.in_features], device=device)
             state[f"v2{s}"] = path.in_scale.unsqueeze(0)
         else:
-            state[f"V_shared{s}"] = torch.tensor([leader], device=device)
+            state[f"V_shared{s}"] = torch.tensor([source], device=device)
         if path.u is not None and path.latent_scale is not None:
             state[f"U_packed{s}"] = path.u
             state[f"U_shape{s}"] = torch.tensor([path.out_features, path.rank], device=device)
@@ -165,10 +165,10 @@ def packed_from_state(state: Mapping[str, torch.Tensor], prefix: str = "") -> Pa
     while not paths or has(f"u1{path_suffix(len(paths))}"):
         s = path_suffix(len(paths))
         if has(f"V_shared{s}"):
-            leader = _stored_ints(f"{prefix}V_shared{s}", take(f"V_shared{s}"), 1)[0]
-            if not 0 <= leader < len(paths):
-                raise ValueError(f"{prefix}V_shared{s} must name an earlier path, got {leader}")
-            v, in_scale = paths[leader].v, paths[leader].in_scale
+            source = _stored_ints(f"{prefix}V_shared{s}", take(f"V_shared{s}"), 1)[0]
+            if not 0 <= source < len(paths):
+                raise ValueError(f"{prefix}V_shared{s} must name an earlier path, got {source}")
+            v, in_scale = paths[source].v, paths[source].in_scale
         else:
             v, in_scale = take(f"V_packed{s}"), scale(f"v2{s}")
             shape = _stored_ints(f"{prefix}V_shape{s}", take(f"V_shape{s}"), 2)

@@ -9,16 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._native import no_cuda_reason
-from .format import PackedLinear
+from .dispatch import Call, may_choose_blas
+from .format import LayerShape, PackedLinear
 from .functional import littlebit_linear
 from .linear import LittleBitLinear
-from .ops.balance import fits_float16
-from .ops.operands import Operands
 
 __all__ = ["WARMUP_TOKENS", "warmup"]
 
-#: A call, the columns that it takes, where, and the same call by ``blas`` if it may come to that.
+#: A call, its K, its device, and the same call by ``blas`` if ``auto`` may choose that.
 _Call = Callable[[torch.Tensor], Any]
 _Case = tuple[_Call, int, torch.device, _Call | None]
 
@@ -37,18 +35,19 @@ def warmup(
     """Run a layer, or every :class:`LittleBitLinear` of a model, on zeros, and wait until that is done.
 
     What a backend does on a first call (Triton compiles a kernel for each configuration, libraries are
-    loaded, tuned configurations are read, the scales of each layer for ``blas`` in float16) may not happen
-    while a CUDA graph is captured, and takes seconds elsewhere.
+    loaded, tuned configurations are read) must not happen while a CUDA graph is captured, and takes seconds
+    elsewhere.
 
     Args:
         layer: a packed layer, or a module.
-        dtype: of the activations.
-        tokens: the M to run; the default reaches every kernel, and every configuration that is not tuned.
+        dtype: dtype of the activations.
+        tokens: numbers of tokens to run. The default reaches every kernel, and every configuration that is
+            not tuned.
         backend: for a packed layer; modules have their own.
         activation: likewise.
 
     Returns:
-        Calls made: layers of the same shape and layout are run once; the scales are read of each.
+        Calls made: layers of the same shape and layout are run once.
 
     Raises:
         TypeError: ``layer`` is neither.
@@ -75,13 +74,16 @@ def warmup(
 def _distinct(
     layer: PackedLinear | nn.Module, backend: str, activation: str, dtype: torch.dtype
 ) -> Iterator[_Case]:
+    def may_dequantize(shape: LayerShape, device: torch.device, backend: str, activation: str) -> bool:
+        return may_choose_blas(Call(shape, 1, dtype, device, backend, activation))
+
     if isinstance(layer, PackedLinear):
-        free = _may_unpack(backend, activation, layer.device, dtype, lambda: layer.operands)
+        dequantizes = may_dequantize(layer.shape, layer.device, backend, activation)
         yield (
             lambda x: littlebit_linear(x, layer, backend, activation),
             layer.in_features,
             layer.device,
-            (lambda x: littlebit_linear(x, layer, "blas")) if free else None,
+            (lambda x: littlebit_linear(x, layer, "blas")) if dequantizes else None,
         )
         return
     if not isinstance(layer, nn.Module):
@@ -92,36 +94,16 @@ def _distinct(
             buffers = list(module.buffers())
             device = buffers[0].device
             native = device.type == "cpu" and module.backend != "triton"
-            free = _may_unpack(
-                *(module.backend, module.activation, device, dtype),
-                functools.partial(module._operands, module._buffers),
-            )
             key = (
-                *(module.in_features, module.out_features, module.ranks, module.shares),
-                *(module.backend, module.activation, module.bias is None, device, free),
+                *(module.shape, module.backend, module.activation, module.bias is None, device),
                 # Kernels are compiled for what addresses and pitches are multiples of.
                 *((buffer.stride(), buffer.data_ptr() % 16) for buffer in buffers if not native),
             )
             if key not in seen:
                 seen.add(key)
-                yield (
-                    module,
-                    module.in_features,
-                    device,
-                    functools.partial(_by_blas, module) if free else None,
-                )
-
-
-def _may_unpack(
-    backend: str, activation: str, device: torch.device, dtype: torch.dtype, operands: Callable[[], Operands]
-) -> bool:
-    """Whether ``auto`` may give calls to ``blas``; reads the scales that this takes."""
-    if device.type != "cuda" or backend not in ("auto", "blas") or activation != "auto":
-        return False
-    if dtype not in (torch.bfloat16, torch.float16) or no_cuda_reason() is not None:
-        return False
-    fits = dtype == torch.bfloat16 or fits_float16(operands())
-    return fits and backend == "auto"
+                dequantizes = may_dequantize(module.shape, device, module.backend, module.activation)
+                by_blas = functools.partial(_by_blas, module) if dequantizes else None
+                yield module, module.in_features, device, by_blas
 
 
 def _by_blas(module: LittleBitLinear, x: torch.Tensor) -> torch.Tensor:

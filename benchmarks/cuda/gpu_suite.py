@@ -1,10 +1,10 @@
-"""``python3 -m benchmarks.cuda.gpu_suite``: on a GPU machine without a network, builds, tests and measures.
+"""On a GPU machine without a network: build, test and measure everything.
 
-Every step is a command with a limit of its own; a step that fails does not stop those that do without it.
-Steps come in groups, each with the steps that set the machine up, each within ten minutes.
-The JSON of the measurements, the results of all steps (``suite.json``) and their output (``suite.log``) go to
-``--out``, a table of the steps is printed last. ``--dry-run`` prints the commands, and runs the measurements
-without a GPU, on small layers with pretended times.
+Every step is a command with a time limit of its own; a step that fails stops only the steps that need it.
+Steps come in groups; each group, with the steps that set the machine up, fits into ten minutes. The JSON
+files of the measurements, the results of all steps (suite.json) and their output (suite.log) go to --out;
+a table of the steps is printed last. --dry-run prints the commands, and runs the measurements without a
+GPU on small problems.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import math
 import os
 import shutil
@@ -21,13 +20,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["STEPS", "Folders", "Result", "Step", "main", "run_step"]
+from benchmarks.records import ROOT, host_environment, write_result
 
-ROOT = Path(__file__).resolve().parents[2]
+__all__ = ["STEPS", "Folders", "Result", "Step", "add_arguments", "run", "run_step"]
+
 PYTHON = sys.executable or "python3"
 OURS = [f"littlebit2:cuda:{mode}" for mode in ("int16", "float16", "int8", "sign")]
 TRITON = [f"littlebit2:triton:{mode}" for mode in ("exact", "float16", "int8", "sign")]
@@ -43,11 +44,14 @@ MODEL_SHAPES = [
 ]
 
 
-PROMPT_SHAPES = ["llama2-70b-up", "llama2-7b-qo", "llama2-7b-up"]
+PREFILL_SHAPES = ["llama2-70b-up", "llama2-7b-qo", "llama2-7b-up"]
 
-#: What makes a measurement a dry run: from end to end on the CPU, small, without taking times.
-SMALL = ["--device", "cpu", "--shapes", "256,128", "--tokens", "1", "--bpw", "1"]
-SMALL += ["--cold-mib", "0.05", "--unit-times"]
+#: Options that make a step's command a dry run: from end to end on the CPU, small, without taking times.
+SMALL = {
+    "sweep": "--device cpu --shapes 256,128 --tokens 1 --bpw 1 --cold-mib 0.05 --unit-times",
+    "tune-triton": "--dry-run --shapes 2048,2048",
+    "whole-model": "--device cpu --shape tiny --steps generate --bpw 1 --prompt 4 --tokens 3 --rounds 1",
+}
 
 
 @dataclass(frozen=True)
@@ -64,12 +68,12 @@ class Step:
     """One command of the suite.
 
     Attributes:
-        name: as in ``--steps``.
-        group: as in ``--groups``; ``"setup"`` is part of every group.
+        name: name for ``--steps``.
+        group: name for ``--groups``; ``"setup"`` is part of every group.
         command: arguments; ``{out}``, ``{work}`` and ``{wheels}`` stand for folders.
-        seconds: limit.
-        needs: steps that must have succeeded, where they were asked for.
-        variables: added to the environment.
+        seconds: time limit.
+        needs: steps that must have passed, if they were asked for.
+        variables: variables added to the environment.
     """
 
     name: str
@@ -98,7 +102,7 @@ class Result:
 def _measure(
     name: str, tokens: Sequence[int], candidates: Sequence[str], *more: str, shapes: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    command = (PYTHON, "-m", "benchmarks", "run", "--device", "cuda", "--dtypes", "float16", "--no-floors")
+    command = (PYTHON, "-m", "benchmarks", "sweep", "--device", "cuda", "--dtypes", "float16", "--no-floors")
     command += ("--candidates", *candidates, "--shapes", *(shapes or MODEL_SHAPES))
     command += ("--tokens", *map(str, tokens))
     command += ("--repetitions", "5")
@@ -144,12 +148,12 @@ def _program(
     return first, Step(name, group, (f"{{work}}/{name}", *arguments), seconds, (first.name,))
 
 
-_TUNE = (PYTHON, "-m", "benchmarks.layers.tune_triton", "--bpw", "0.1")
+_TUNE = (PYTHON, "-m", "benchmarks", "tune-triton", "--bpw", "0.1")
 
 
 def _model(shape: str, seconds: int, *more: str) -> Step:
-    command = (PYTHON, "-m", "benchmarks.models.model_steps", "--shape", shape, "--repetitions", "3")
-    command += (*more, "--json", f"{{out}}/{shape}.json")
+    command = (PYTHON, "-m", "benchmarks", "whole-model", "--device", "cuda", "--shape", shape)
+    command += ("--rounds", "3", "--tokens", "64", *more, "--json", f"{{out}}/{shape}.json")
     return Step(f"model-{shape}", "models", command, seconds, ("build", "diagnostics", "transformers"))
 
 
@@ -222,7 +226,7 @@ STEPS = (
         40,
         _USABLE,
     ),
-    # The GEMM beside every other way to take a prompt: whether `auto` is right to take it, Triton's or BLAS.
+    # The GEMM beside every other backend for prefill: whether `auto` chooses the fastest.
     Step(
         "prefill",
         "prefill",
@@ -231,7 +235,7 @@ STEPS = (
             [32, 128, 512, 2048, 8192],
             [OURS[1], TRITON[1], "littlebit2:blas:auto", *PEERS, "unpack", OURS[2], TRITON[2]],
             *("--bpw", "0.1", "1.0", "--modes", "hot", "--dtypes", "bfloat16"),
-            shapes=PROMPT_SHAPES,
+            shapes=PREFILL_SHAPES,
         ),
         230,
         _USABLE,
@@ -241,7 +245,7 @@ STEPS = (
         "prefill-small",
         "prefill",
         _measure(
-            "prefill-small", [16, 17, 24, 48, 64], [*OURS[:2], *PEERS], "--bpw", "0.1", shapes=PROMPT_SHAPES
+            "prefill-small", [16, 17, 24, 48, 64], [*OURS[:2], *PEERS], "--bpw", "0.1", shapes=PREFILL_SHAPES
         ),
         60,
         _USABLE,
@@ -254,43 +258,55 @@ STEPS = (
             [32, 512, 2048],
             [OURS[1], "littlebit2:blas:auto", "dense", "gemlite"],
             *("--bpw", "0.1", "--modes", "hot"),
-            shapes=PROMPT_SHAPES[-1:],
+            shapes=PREFILL_SHAPES[-1:],
         ),
         90,
         _USABLE,
     ),
-    # Triton's kernels at the sizes at which it has been tuned, and by how much they could be.
+    # Triton's kernels at the sizes that have tuned configurations, and how much tuning gains.
     Step(
-        "prompts",
-        "prompts",
-        _measure("prompts", [32, 128, 512, 2048], [OURS[1], *TRITON[1:3], *PEERS], "--bpw", "0.1"),
+        "prefill-triton",
+        "prefill-triton",
+        _measure("prefill-triton", [32, 128, 512, 2048], [OURS[1], *TRITON[1:3], *PEERS], "--bpw", "0.1"),
         200,
         _USABLE,
     ),
     Step(
         "triton-tune",
-        "prompts",
+        "prefill-triton",
         (*_TUNE, "--shapes", "llama2-7b-up", "--tokens", "1", "64"),
         170,
         _USABLE,
     ),
-    # What the planner could have chosen better for a prompt: tiles, splits, one kernel for both stages, whose
+    # What the planner could have chosen better for prefill: tiles, splits, one kernel for both stages, whose
     # clusters must all give the bits of the GEMM.
     *_program(
-        "prompt-variants",
+        "prefill-variants",
         240,
-        "{out}/prompt_variants.jsonl",
+        "{out}/prefill_variants.jsonl",
         *("--tokens", "64", "512", "2048", "--modes", "float16", "--repetitions", "3"),
         source="variants",
-        group="prompt-variants",
+        group="prefill-variants",
     ),
     # Whole models of random weights beside dense ones: tokens per second and memory.
     Step("transformers", "models", (*_INDEXLESS, "--find-links", "{wheels}", "transformers"), 40, ()),
     _model(
-        "llama2-7b", 170, "--bpw", "0.1", "1.0", "--steps", "graph", "compile", "--unfused", "--prompt", "512"
+        "llama2-7b",
+        170,
+        "--bpw",
+        "0.1",
+        "1.0",
+        "--steps",
+        "graph",
+        "compile",
+        "--projections",
+        "fused",
+        "apart",
+        "--prompt",
+        "512",
     ),
-    _model("llama2-13b", 90, "--bpw", "0.1", "--steps", "graph"),
-    _model("llama3-8b", 70, "--bpw", "0.1", "--steps", "graph"),
+    _model("llama2-13b", 90, "--bpw", "0.1", "--prompt", "128"),
+    _model("llama3-8b", 70, "--bpw", "0.1", "--prompt", "128"),
 )
 
 
@@ -349,12 +365,8 @@ def run_step(step: Step, folders: Folders, done: dict[str, Result], seconds: flo
     return Result(step.name, state, time.monotonic() - start, str(log))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python3 -m benchmarks.cuda.gpu_suite",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
     names = [step.name for step in STEPS]
     groups = [group for group in dict.fromkeys(step.group for step in STEPS) if group != "setup"]
     parser.add_argument("--groups", nargs="+", choices=groups, default=groups, help="default: all")
@@ -370,18 +382,19 @@ def _parser() -> argparse.ArgumentParser:
         help="folder with pybind11, gemlite, and transformers with what it needs",
     )
     parser.add_argument("--dry-run", action="store_true")
-    return parser
 
 
 def _dry_run(steps: Sequence[Step], folders: Folders) -> int:
-    from benchmarks.__main__ import main as harness
+    from benchmarks.__main__ import main
 
     for step in steps:
         arguments = step.arguments(folders)
         print(f"{step.name} (at most {step.seconds} s): {' '.join(arguments)}")
         if arguments[1:3] == ["-m", "benchmarks"]:
+            small = SMALL[arguments[3]].split()
             with tempfile.TemporaryDirectory() as folder:
-                status = harness([*arguments[3:], *SMALL, "--json", f"{folder}/rows.json"])
+                output = ["--json", f"{folder}/rows.json"] if "--json" in arguments else []
+                status = main([*arguments[3:], *small, *output])
             if status != 0:
                 return status
         elif shutil.which(arguments[0]) is None and not arguments[0].startswith(str(folders.work)):
@@ -389,9 +402,8 @@ def _dry_run(steps: Sequence[Step], folders: Folders) -> int:
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the chosen steps; return 1 if one did not pass."""
-    options = _parser().parse_args(arguments)
+def run(options: Namespace) -> int:
+    """Run the chosen steps; returns 1 if one did not pass."""
     wanted = {*options.groups, "setup"}
     steps = [
         step for step in STEPS if (step.name in options.steps if options.steps else step.group in wanted)
@@ -408,14 +420,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result = done[step.name] = run_step(step, folders, done, end - time.monotonic())
             output = Path(result.log).read_text("utf-8", "replace") if result.log else ""
             print(f"=== {step.name}: {result.state}\n{output}", file=together, flush=True)
-            report = [asdict(result) for result in done.values()]
-            (folders.out / "suite.json").write_text(json.dumps(report, indent=2))
+            results = list(done.values())
+            write_result(folders.out / "suite.json", options, host_environment(), steps=results)
             if result.state != "passed":
                 print(f"--- end of {step.name}\n{output[-1500:]}", flush=True)
     for result in done.values():
         print(f"{result.name:<16} {result.seconds:7.1f} s  {result.state}")
     return int(any(result.state != "passed" for result in done.values()))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
-"""``python -m benchmarks.cuda.kernel_report``: registers and local memory of every CUDA kernel, as a table.
+"""List registers and local memory of every CUDA kernel, as a table; exit 1 if a kernel uses local memory.
 
-Compiles the kernels with nvcc, which needs no GPU, and reads what ptxas says of them.
+Compiles the kernels with nvcc, which needs no GPU, and reads what ptxas reports.
 """
 
 from __future__ import annotations
@@ -8,15 +8,17 @@ from __future__ import annotations
 import argparse
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import PROCESSORS
 from benchmarks.markdown import markdown
+from benchmarks.options import add_json
+from benchmarks.records import ROOT, host_environment, write_result
 
 __all__ = [
     "GEMM_POLICIES",
@@ -24,12 +26,12 @@ __all__ = [
     "POLICIES",
     "TOKEN_TILES",
     "Kernel",
+    "add_arguments",
     "gemm_tiles",
-    "main",
     "parse_ptxas",
+    "run",
 ]
 
-ROOT = Path(__file__).resolve().parents[2]
 #: Activation modes, and the template argument by which a kernel's mangled name tells its mode.
 POLICIES = {
     "exact": "SignHalvesILi2E",
@@ -39,17 +41,17 @@ POLICIES = {
     "sign": "BitPlanesILi2E",
 }
 TOKEN_TILES = (1, 2, 4, 8, 16)
-#: The same of the GEMM, and its tiles of rows and tokens.
+#: The same for the GEMM, and its tiles of rows and tokens.
 GEMM_POLICIES = {"exact": "GemmHalvesILi2E", "float16": "GemmHalvesILi1E", "int8": "GemmInt8"}
 GEMM_TILES = ((64, 32), (128, 32), (128, 64), (128, 128))
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What ptxas said of one kernel: bytes of stack frame and spills together, and registers of a thread.
+    """What ptxas reports of one kernel: bytes of stack frame and spills together, registers per thread.
 
-    ``row_tile`` is 0 but for a GEMM, ``token_tile`` that of its conversion and of the kernel of both stages,
-    ``fused``, 0 as well; ``unpack`` has no mode.
+    ``row_tile`` is 0 except for a GEMM. ``token_tile`` is 0 for a GEMM's conversion and for ``fused``, the
+    kernel of both stages. ``unpack`` has no mode.
     """
 
     kind: str
@@ -76,17 +78,17 @@ def parse_ptxas(log: str) -> Iterator[Kernel]:
     )
     for match in pattern.finditer(log):
         name = match[1]
-        prompts = {"4gemmI": "gemm", "12gemm_convertI": "gemm_convert", "5fusedI": "fused"}
-        prompt = next((kind for part, kind in prompts.items() if part in name), None)
-        policies = POLICIES if prompt is None else GEMM_POLICIES
+        prefill = {"4gemmI": "gemm", "12gemm_convertI": "gemm_convert", "5fusedI": "fused"}
+        prefill_kind = next((kind for part, kind in prefill.items() if part in name), None)
+        policies = POLICIES if prefill_kind is None else GEMM_POLICIES
         mode = next((mode for mode, policy in policies.items() if policy in name), None)
         shape = re.search(r"GemmShapeILi(\d+)ELi(\d+)E", name)
         tile = re.search(r"EELi(\d+)EE", name)
         local = sum(int(match[group]) for group in (3, 4, 5))
         if mode is not None and shape is not None:
             yield Kernel("gemm", mode, int(shape[2]), int(match[2]), local, int(match[6]), int(shape[1]))
-        elif mode is not None and prompt is not None:
-            yield Kernel(prompt, mode, 0, int(match[2]), local, int(match[6]))
+        elif mode is not None and prefill_kind is not None:
+            yield Kernel(prefill_kind, mode, 0, int(match[2]), local, int(match[6]))
         elif mode is not None and tile is not None:
             kind = "convert" if "7convert" in name else "decode"
             yield Kernel(kind, mode, int(tile[1]), int(match[2]), local, int(match[6]))
@@ -110,11 +112,14 @@ def _compile(file: str, capability: int, folder: Path) -> str:
     ).stdout
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; 1 if a kernel uses local memory."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda.kernel_report", description=__doc__)
-    parser.add_argument("--archs", nargs="+", type=int, default=[80, 90, 120])
-    options = parser.parse_args(arguments)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--archs", nargs="+", type=int, default=[80, 90, 120], help="default: 80 90 120")
+    add_json(parser)
+
+
+def run(options: Namespace) -> int:
+    """Print the table."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(PROCESSORS)) as pool:
         files = [*(f"instances/decode_{mode}" for mode in POLICIES), "unpack/unpack"]
         files += [f"instances/{kind}_{mode}" for kind in ("gemm", "fused") for mode in GEMM_POLICIES]
@@ -151,8 +156,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"\n{len(kernels)} kernels, {len(spilled)} with local memory")
     for kernel in spilled:
         print(kernel)
+    if options.json is not None:
+        write_result(options.json, options, host_environment(), kernels=kernels)
     return int(bool(spilled))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

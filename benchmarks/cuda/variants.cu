@@ -103,7 +103,7 @@ std::string describe(const lb2_cuda_tuning& t) {
   return text;
 }
 
-// What a plan chose, spelt out so that the rest of it stays when one number is varied.
+// What a plan chose, spelled out so that the rest of it stays when one number is varied.
 lb2_cuda_tuning spell_out(const lb2_cuda_plan& planned) {
   lb2_cuda_tuning base = {};
   base.struct_size = sizeof base;
@@ -121,10 +121,10 @@ lb2_cuda_tuning spell_out(const lb2_cuda_plan& planned) {
   return base;
 }
 
-// Of a prompt: the planner's choice, its kernel in other clusters, and what it would have the GEMM be, with
+// For prefill: the planner's choice, its kernel in other clusters, and the GEMM that it would choose, with
 // other tiles of either stage and other splits. Those that there is no room for are left out later.
-std::vector<lb2_cuda_tuning> prompt_tunings(int64_t k, const lb2_cuda_tuning& base,
-                                            const lb2_cuda_tuning& gemm) {
+std::vector<lb2_cuda_tuning> prefill_tunings(int64_t k, const lb2_cuda_tuning& base,
+                                             const lb2_cuda_tuning& gemm) {
   std::vector<lb2_cuda_tuning> all = {base};
   for (const int blocks : {1, 2, 4, 8}) {
     lb2_cuda_tuning fused = {};
@@ -186,7 +186,7 @@ lb2_cuda_tuning combine(const std::vector<lb2_cuda_tuning>& all, const std::vect
   take([](auto& t) -> auto& { return t.max_chunk; });
   take([](auto& t) -> auto& { return t.unchained; });
   if (all[0].fused == 0) return best;
-  // Numbers of a prompt's launches are of different kernels: the best of all as it is.
+  // In prefill the numbers belong to launches of different kernels: the best of all as it is.
   const auto least = std::min_element(ratios.begin(), ratios.end());
   return *least < kGain ? all[static_cast<size_t>(least - ratios.begin())] : all[0];
 }
@@ -341,7 +341,7 @@ Measured measure(Layer& layer, lb2_activation mode, const lb2_cuda_device& devic
                  const std::vector<lb2_cuda_tuning>& all, int repetitions) {
   std::vector<Runner> runners;
   for (const lb2_cuda_tuning& tuning : all) runners.emplace_back(layer, layer.plan(mode, device, tuning));
-  // Launches of a prompt give the same bits, however it is cut up.
+  // Prefill launches give the same bits, however the tokens are cut up.
   std::vector<uint16_t> expected;
   for (size_t i = 0; i < all.size() && all[i].fused != 0; ++i) {
     runners[i].graph->seconds();
@@ -444,7 +444,7 @@ void measure_shape(const Shape& shape, int64_t tokens, const Mode& mode, const l
     none.fused = -1;
     lb2_cuda_plan plan = {};
     for (const lb2_cuda_tuning& tuning :
-         prompt_tunings(shape.k, base, spell_out(layer.plan(mode.value, device, none))))
+         prefill_tunings(shape.k, base, spell_out(layer.plan(mode.value, device, none))))
       if (layer.try_plan(mode.value, device, tuning, &plan) == LB2_OK) all.push_back(tuning);
   }
   Measured measured = measure(layer, mode.value, device, all, repetitions);

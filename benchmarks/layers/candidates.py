@@ -15,19 +15,14 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from benchmarks.problems import Problem
+from benchmarks.problems import Problem, dtype_name
 from littlebit2_kernels import LittleBitLinear, littlebit_linear, unpack_signs
 from littlebit2_kernels.dispatch import ACTIVATIONS, BACKENDS
 from littlebit2_kernels.testing import make_packed
 
-__all__ = ["PEERS", "Built", "Candidate", "dtype_name", "parse_candidate"]
+__all__ = ["PEERS", "Built", "Candidate", "parse_candidate"]
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``float32`` for ``torch.float32``."""
-    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)

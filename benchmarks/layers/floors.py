@@ -1,42 +1,68 @@
-"""What the machine itself can do: reading memory as a stream, copying it, multiplying matrices."""
+"""Measure what the machine can do: GB/s of reading and copying memory, GMAC/s of matrix products."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import argparse
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
-import torch
-
+from benchmarks import PROCESSORS
 from benchmarks.caches import default_cold_bytes
-from benchmarks.markdown import markdown
+from benchmarks.layers.rows import Floor, floors_table
+from benchmarks.options import add_json, cpu_threads, positive, usable_device
+from benchmarks.records import environment, write_result
 from benchmarks.timing import Timer, Timing, time_interleaved
 
-__all__ = ["Floor", "floor_fraction", "floors_table", "measure_floors"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["add_arguments", "measure_floors", "run"]
 
 #: Least bytes of the stream.
 LEAST_BYTES = 512 * 2**20
-DEFAULT_SIZE = 2048
 
 
-@dataclass(frozen=True)
-class Floor:
-    """Measured limits for one number of threads.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--threads", nargs="+", type=positive(int), help="default: 1 and all")
+    parser.add_argument("--dtypes", nargs="+", default=["float32"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--mib",
+        type=positive(float),
+        help="size of the stream (default: 8 times the last cache, 512 or more)",
+    )
+    parser.add_argument("--size", type=positive(int), default=2048, help="rows of the square matrices")
+    add_json(parser)
 
-    Attributes:
-        threads: threads of torch's pool; 0 on a GPU.
-        read_gbs: GB/s of the fastest reduction over a tensor that no cache holds.
-        copy_gbs: GB/s of a copy of it, bytes read plus bytes written.
-        matmul_gmacs: 1e9 multiply-accumulates a second of a square matrix product, by dtype.
-    """
 
-    threads: int
-    read_gbs: float
-    copy_gbs: float
-    matmul_gmacs: dict[str, float]
+def run(options: Namespace) -> int:
+    """Print the floors."""
+    from benchmarks.problems import parse_dtype
+    from benchmarks.timing_cuda import timer_for
+
+    device = usable_device(options.device)
+    wanted = options.threads or sorted({1, len(PROCESSORS)})
+    threads = cpu_threads(wanted) if device.type == "cpu" else [0]
+    floors = measure_floors(
+        threads,
+        device=device,
+        timer=timer_for(device),
+        dtypes=[parse_dtype(text) for text in options.dtypes],
+        nbytes=None if options.mib is None else int(options.mib * 2**20),
+        size=options.size,
+    )
+    print(floors_table(floors))
+    if options.json is not None:
+        write_result(options.json, options, environment(device, threads), floors=floors)
+    return 0
 
 
 def _readers(values: torch.Tensor) -> dict[str, Callable[[], object]]:
+    import torch
+
     # No single reduction is the fastest everywhere.
     return {
         "read sum int64": lambda: values.view(torch.int64).sum(),
@@ -51,28 +77,30 @@ def measure_floors(
     *,
     device: torch.device,
     timer: Timer,
-    dtypes: Sequence[torch.dtype] = (torch.float32,),
+    dtypes: Sequence[torch.dtype] | None = None,
     nbytes: int | None = None,
-    size: int = DEFAULT_SIZE,
+    size: int = 2048,
     repetitions: int = 5,
 ) -> list[Floor]:
     """Measure the limits, for each number of threads.
 
     Args:
         threads: numbers of threads; ``[0]`` on a GPU.
-        device: which machine.
+        device: the device.
         timer: what measures.
-        dtypes: of the matrix products.
+        dtypes: dtypes of the matrix products; float32 by default.
         nbytes: bytes of the stream; by default 8 times the last cache, at least 512 MiB.
         size: rows and columns of the square matrices.
         repetitions: turns of each measurement.
     """
+    import torch
+
     if nbytes is None:
         nbytes = max(LEAST_BYTES, default_cold_bytes(device))
     values = torch.empty(nbytes // 8 * 2, device=device).uniform_(-1, 1)
     target = torch.empty_like(values)
     candidates = {**_readers(values), "copy": lambda: target.copy_(values)}
-    for dtype in dtypes:
+    for dtype in (torch.float32,) if dtypes is None else dtypes:
         a, b = (torch.empty(size, size, device=device).uniform_(-1, 1).to(dtype) for _ in range(2))
         candidates[f"matmul {dtype}"] = partial(torch.matmul, a, b)
     before = torch.get_num_threads()
@@ -100,27 +128,4 @@ def _floor(threads: int, timings: Mapping[str, Timing], *, nbytes: int, macs: in
             for name, timing in timings.items()
             if name.startswith("matmul ")
         },
-    )
-
-
-def floor_fraction(nbytes: int, seconds: float, floor: Floor) -> float:
-    """The time that reading ``nbytes`` takes at the measured floor, as a share of ``seconds``."""
-    return nbytes / (floor.read_gbs * 1e9) / seconds
-
-
-def floors_table(floors: Iterable[Floor]) -> str:
-    """The floors as a markdown table."""
-    floors = list(floors)
-    dtypes = list(dict.fromkeys(dtype for floor in floors for dtype in floor.matmul_gmacs))
-    return markdown(
-        ["threads", "read GB/s", "copy GB/s", *(f"matmul {dtype} GMAC/s" for dtype in dtypes)],
-        [
-            [
-                str(floor.threads or "-"),
-                f"{floor.read_gbs:.1f}",
-                f"{floor.copy_gbs:.1f}",
-                *(f"{floor.matmul_gmacs[d]:.0f}" if d in floor.matmul_gmacs else "" for d in dtypes),
-            ]
-            for floor in floors
-        ],
     )

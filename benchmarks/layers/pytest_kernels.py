@@ -1,7 +1,7 @@
 """Core cases for pytest-benchmark, which stores runs and compares them with earlier ones.
 
-``pytest benchmarks/layers/pytest_kernels.py --benchmark-enable --benchmark-only``; not part of ``make test``. For
-ratios against peers use ``python -m benchmarks``, which interleaves what it compares.
+Not part of ``make test``: ``pytest benchmarks/layers/pytest_kernels.py --benchmark-enable --benchmark-only``.
+For ratios to peers use ``python -m benchmarks sweep``, which interleaves what it compares.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from benchmarks.layers.candidates import parse_candidate
-from benchmarks.problems import SHAPES, Problem, parse_dtype
+from benchmarks.problems import Problem, parse_dtype
+from benchmarks.shapes import SHAPES
 
 CANDIDATES = {
     "littlebit2:cpu:exact": "float32",

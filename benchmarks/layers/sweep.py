@@ -1,265 +1,127 @@
-"""Measures groups of candidates on one problem after the other."""
+"""Time candidates on every combination of shapes, bits per weight, tokens and dtypes.
+
+Candidates take turns in rotating order, and ratios are formed within a repetition. "Cold" calls find
+their weights in memory, "hot" ones in the caches. Prints a markdown table; --json and --csv keep
+everything.
+"""
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+import argparse
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
+from benchmarks.layers.requests import (
+    add_measuring,
+    add_outputs,
+    parse_shapes,
+    report_unavailable,
+    settings,
+    write_outputs,
+)
+from benchmarks.options import cpu_threads, note, positive, usable_device
+from benchmarks.shapes import SHAPES
 
-from benchmarks.layers.candidates import Candidate, Forward
-from benchmarks.layers.floors import Floor, floor_fraction
-from benchmarks.layers.refcheck import error_bound, error_of
-from benchmarks.problems import Problem, Shape
-from benchmarks.records import Row
-from benchmarks.timing import Timer, Timing, time_interleaved
-from benchmarks.timing_cuda import CALLS_PER_GRAPH
-from littlebit2_kernels.reference import linear_reference
+if TYPE_CHECKING:
+    import torch
 
-__all__ = [
-    "Case",
-    "Entry",
-    "Settings",
-    "Sweep",
-    "available",
-]
+    from benchmarks.layers.candidates import Candidate
+    from benchmarks.layers.rows import Row
 
-#: Most copies of one layer, for making one takes time; a layer that needs more to be cold is marked warm.
-MAX_COPIES = 16384
+__all__ = ["add_arguments", "run"]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How to measure.
-
-    Attributes:
-        device: where.
-        timer: by what.
-        repetitions: rounds of every group.
-        seconds: least duration of one candidate's turn.
-        cold_bytes: bytes that the copies of a cold candidate occupy together.
-        memory_bytes: most bytes that all weights of one problem may take.
-        refcheck: whether to compare our candidates with the float64 reference.
-    """
-
-    device: torch.device
-    timer: Timer
-    repetitions: int = 11
-    seconds: float = 0.02
-    cold_bytes: int = 2**28
-    memory_bytes: int = 12 * 2**30
-    refcheck: bool = False
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A candidate on a number of threads (0 on a GPU)."""
-
-    candidate: Candidate
-    threads: int
-
-    @property
-    def label(self) -> str:
-        """Unique within a group."""
-        return f"{self.candidate.label} {self.threads}"
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "--candidates",
+        nargs="+",
+        default=["littlebit2:cpu:auto", "littlebit2:portable", "dense", "low-rank", "gemlite"],
+        help="littlebit2:BACKEND:ACTIVATION, littlebit2:portable, dense, low-rank, unpack, gemlite",
+    )
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        default=["llama2-7b-up"],
+        help=f"K,N, or one of {', '.join(SHAPES)}, large, all (default: llama2-7b-up)",
+    )
+    parser.add_argument("--bpw", nargs="+", type=positive(float), default=[0.1, 0.55, 1.0])
+    parser.add_argument("--tokens", nargs="+", type=positive(int), default=[1, 8], metavar="M")
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], help="float32, bfloat16, float16")
+    parser.add_argument("--modes", nargs="+", choices=("hot", "cold"), default=["cold", "hot"])
+    parser.add_argument("--threads", nargs="+", type=positive(int), default=[1], help="interleaved too")
+    parser.add_argument("--paths", type=positive(int), default=2, help="P (default %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--no-graphs", action="store_true", help="launch calls one by one on a GPU")
+    parser.add_argument(
+        "--refcheck", action="store_true", help="compare with float64; exit 1 if an error passes its bound"
+    )
+    parser.add_argument(
+        "--unit-times", action="store_true", help="dry run: call once, and pretend that it took 1 us"
+    )
+    add_measuring(parser, repetitions=11)
+    add_outputs(parser)
 
 
-@dataclass(frozen=True)
-class Case:
-    """A group of entries to interleave on one problem.
+def run(options: Namespace) -> int:
+    """Measure; returns 1 if ``--refcheck`` finds an error past its bound."""
+    from benchmarks.layers.floors import measure_floors
+    from benchmarks.layers.rows import Document, floors_table, rows_table, write_document
+    from benchmarks.layers.sweeping import Case, Entry, Sweep, available
+    from benchmarks.problems import Problem, parse_dtype
+    from benchmarks.records import describe_environment, environment
 
-    Attributes:
-        tokens: M.
-        mode: ``hot`` or ``cold``.
-        entries: what to time.
-        repetitions: rounds, where they differ from the settings'.
-    """
+    device = usable_device(options.device)
+    threads = cpu_threads(options.threads) if device.type == "cpu" else [0]
+    shapes = parse_shapes(options.shapes)
+    dtypes = [parse_dtype(text) for text in options.dtypes]
+    candidates, unavailable = available(_candidates(options.candidates, dtypes, device), device)
+    document = Document(environment(device, threads), unavailable=unavailable)
+    report_unavailable(document)
+    if not candidates:
+        raise RuntimeError("candidates must hold one that can run, none of them can")
+    how = settings(options, device)
+    print(describe_environment(document.environment))
+    if not options.no_floors:
+        document.floors = measure_floors(threads, device=device, timer=how.timer, dtypes=dtypes)
+        print(f"\n{floors_table(document.floors)}")
+    sweep = Sweep(how, document.floors)
+    entries = [Entry(candidate, count) for candidate in candidates for count in threads]
+    cases = [Case(tokens, mode, entries) for tokens in options.tokens for mode in options.modes]
+    for shape in shapes:
+        for bpw in options.bpw:
+            rows = list(sweep.measure(Problem(shape, bpw, options.paths, device), cases))
+            print(f"\n{rows_table(rows)}", flush=True)
+            document.rows += rows
+            if options.json is not None:
+                write_document(options.json, options, document)  # kept if the run is stopped
+    write_outputs(options, document)
+    return _refcheck_status(document.rows) if options.refcheck else 0
 
-    tokens: int
-    mode: str
-    entries: Sequence[Entry]
-    repetitions: int | None = None
+
+def _candidates(names: Sequence[str], dtypes: Sequence[torch.dtype], device: torch.device) -> list[Candidate]:
+    """Every candidate in every dtype; on the CPU dense and low-rank in float32 as well."""
+    import torch
+
+    from benchmarks.layers.candidates import parse_candidate
+
+    wanted = {}
+    for name in dict.fromkeys(names):
+        always = [torch.float32] if device.type == "cpu" and name in ("dense", "low-rank") else []
+        for dtype in dict.fromkeys([*dtypes, *always]):
+            candidate = parse_candidate(name, dtype)
+            wanted[candidate.label] = candidate
+    return list(wanted.values())
 
 
-@dataclass
-class _Layers:
-    """Forward calls of the copies of one candidate."""
-
-    forwards: list[Forward]
-    nbytes: int
-
-
-@dataclass
-class Sweep:
-    """Measures problem after problem; keeps a peer's weights while they fit the next problem too."""
-
-    settings: Settings
-    floors: Sequence[Floor] = ()
-    _kept: dict[tuple[str, Shape], _Layers] = field(default_factory=dict)
-
-    def measure(self, problem: Problem, cases: Sequence[Case]) -> Iterator[Row]:
-        """Measure the cases; yields the rows of one group after the other.
-
-        Raises:
-            ValueError: the weights would take more memory than the settings allow.
-        """
-        cold = any(case.mode == "cold" for case in cases)
-        candidates = {e.candidate.label: e.candidate for case in cases for e in case.entries}
-        self._check_memory(problem, candidates.values(), cold=cold)
-        self._kept = {key: kept for key, kept in self._kept.items() if key[1] == problem.shape}
-        layers = {label: self._layers(c, problem, cold=cold) for label, c in candidates.items()}
-        for case in cases:
-            yield from self._group(problem, case, layers)
-        del layers
-        gc.collect()
-
-    def copies(self, nbytes: int) -> int:
-        """How many copies of ``nbytes`` make up the cold size."""
-        # On a GPU the cache is flushed between graphs, and a graph uses a copy once.
-        most = CALLS_PER_GRAPH if self.settings.device.type == "cuda" else MAX_COPIES
-        return min(most, max(1, -(-self.settings.cold_bytes // max(nbytes, 1))))
-
-    def mode(self, wanted: str, nbytes: int) -> str:
-        """``wanted``, but ``warm`` for cold where the copies of ``nbytes`` do not make up the cold size."""
-        if wanted != "cold" or self.settings.device.type == "cuda":
-            return wanted
-        return "cold" if self.copies(nbytes) * nbytes >= self.settings.cold_bytes else "warm"
-
-    def _check_memory(self, problem: Problem, candidates: Iterable[Candidate], *, cold: bool) -> None:
-        planned = 0
-        for candidate in candidates:
-            nbytes = candidate.planned_bytes(problem)
-            planned += nbytes * (self.copies(nbytes) if cold else 1)
-        if planned > self.settings.memory_bytes:
-            raise ValueError(
-                f"weights of {problem.shape.name} at {problem.bpw:g} bpw must fit "
-                f"{self.settings.memory_bytes / 2**30:.1f} GiB, they would take {planned / 2**30:.1f}: "
-                "compare fewer candidates at once, or allow more memory"
+def _refcheck_status(rows: Sequence[Row]) -> int:
+    status = 0
+    for row in rows:
+        if row.past_bound:
+            note(
+                f"error: {row.label} on {row.group}: relative error must be at most {row.error_bound:.1e}, "
+                f"got {row.error:.1e}"
             )
-
-    def _layers(self, candidate: Candidate, problem: Problem, *, cold: bool) -> _Layers:
-        key = (candidate.label, problem.shape)
-        if key in self._kept:
-            return self._kept[key]
-        built = candidate.build(problem)
-        layers = _Layers(built.forwards(self.copies(built.nbytes) if cold else 1), built.nbytes)
-        if not candidate.uses_signs:
-            self._kept[key] = layers
-        return layers
-
-    def _group(self, problem: Problem, case: Case, layers: dict[str, _Layers]) -> Iterator[Row]:
-        x = problem.activations(case.tokens)
-        inputs = {e.candidate.dtype: x.to(e.candidate.dtype) for e in case.entries}
-        runs: dict[str, list[Callable[[], object]]] = {}
-        for entry in case.entries:
-            forwards = layers[entry.candidate.label].forwards
-            used = forwards if case.mode == "cold" else forwards[:1]
-            runs[entry.label] = [partial(forward, inputs[entry.candidate.dtype]) for forward in used]
-        errors = self._errors(problem, case, layers, inputs)
-        before = torch.get_num_threads()
-        try:
-            with torch.inference_mode():
-                timings = time_interleaved(
-                    runs,
-                    repetitions=case.repetitions or self.settings.repetitions,
-                    seconds=self.settings.seconds,
-                    cold=case.mode == "cold",
-                    timer=self.settings.timer,
-                    setups={
-                        e.label: partial(torch.set_num_threads, e.threads) for e in case.entries if e.threads
-                    },
-                )
-        finally:
-            torch.set_num_threads(before)
-        for entry in case.entries:
-            yield self._row(problem, case, entry, timings, layers, errors.get(entry.candidate.label))
-
-    def _errors(
-        self,
-        problem: Problem,
-        case: Case,
-        layers: dict[str, _Layers],
-        inputs: dict[torch.dtype, torch.Tensor],
-    ) -> dict[str, tuple[float, float | None]]:
-        """Error and bound of our candidates, by label."""
-        if not self.settings.refcheck:
-            return {}
-        ours = {e.candidate.label: e.candidate for e in case.entries if e.candidate.ours}
-        truths = {c.dtype: linear_reference(inputs[c.dtype], problem.packed) for c in ours.values()}
-        errors = {}
-        for label, candidate in ours.items():
-            x, truth = inputs[candidate.dtype], truths[candidate.dtype]
-            with torch.inference_mode():
-                actual = layers[label].forwards[0](x)
-            error = error_of(actual, truth, x, problem.packed)
-            errors[label] = (error, error_bound(candidate, truth, x, problem.packed))
-        return errors
-
-    def _row(
-        self,
-        problem: Problem,
-        case: Case,
-        entry: Entry,
-        timings: dict[str, Timing],
-        layers: dict[str, _Layers],
-        error: tuple[float, float | None] | None,
-    ) -> Row:
-        candidate = entry.candidate
-        timing = timings[entry.label]
-        spread = timing.spread
-        own = layers[candidate.label]
-        mode = self.mode(case.mode, own.nbytes)
-        floor = next((floor for floor in self.floors if floor.threads == entry.threads), None)
-        speedups = {}
-        for other in case.entries:
-            if other.candidate.ours or other.threads != entry.threads or other.label == entry.label:
-                continue
-            # A warm row beside a cold one says nothing about either candidate.
-            if self.mode(case.mode, layers[other.candidate.label].nbytes) != mode:
-                continue
-            ratio = timing.speedup_spread(timings[other.label])
-            speedups[other.candidate.label] = [ratio.median, ratio.low, ratio.high]
-        fraction = None
-        if mode == "cold" and floor is not None:
-            fraction = floor_fraction(own.nbytes, spread.median, floor)
-        return Row(
-            group=f"{problem.shape.name} bpw={problem.bpw:g} M={case.tokens} {case.mode}",
-            candidate=candidate.name,
-            dtype=candidate.label.rpartition(" ")[2],
-            ours=candidate.ours,
-            shape=problem.shape.name,
-            in_features=problem.shape.in_features,
-            out_features=problem.shape.out_features,
-            bpw=problem.bpw,
-            ranks=problem.ranks,
-            tokens=case.tokens,
-            mode=mode,
-            threads=entry.threads,
-            copies=len(own.forwards) if case.mode == "cold" else 1,
-            weight_bytes=own.nbytes,
-            macs=case.tokens * candidate.macs(problem),
-            samples=list(timing.samples),
-            median=spread.median,
-            low=spread.low,
-            high=spread.high,
-            floor_fraction=fraction,
-            error=None if error is None else error[0],
-            error_bound=None if error is None else error[1],
-            speedups=speedups,
-        )
-
-
-def available(
-    candidates: Iterable[Candidate], device: torch.device
-) -> tuple[list[Candidate], dict[str, str]]:
-    """Split candidates into those that can run and the reasons of the others, by label."""
-    usable, reasons = [], {}
-    for candidate in candidates:
-        reason = candidate.unavailable(device)
-        if reason is None:
-            usable.append(candidate)
-        else:
-            reasons[candidate.label] = reason
-    return usable, reasons
+            status = 1
+    return status

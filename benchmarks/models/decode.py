@@ -1,12 +1,13 @@
-"""Decode through ``generate``: seconds of every step, and the parts of a model in which they are spent.
+"""Decode with a model: seconds of the steps, and the parts of the model in which they are spent.
 
-Steps are told apart by a streamer, which ``generate`` calls once per token: a step is everything from one
-token to the next, the code of ``generate`` itself included.
+Two ways to decode: ``generate`` of transformers, whose steps a streamer tells apart (a step is everything
+from one token to the next, the code of ``generate`` included), and ``littlebit2``'s static cache, whose
+steps run by Python, through ``torch.compile`` or as one CUDA graph.
 
-The profile wraps the forward methods of modules with two readings of the clock each. A module's share is its
-own time, without that of wrapped modules inside it, and what no module accounts for is a part of its own, so
-that the parts sum to the step. With a few hundred wrapped calls a step this costs some tenths of a percent;
-``torch.profiler`` records every operator, thousands of them, and inflates exactly the short ones.
+The profile wraps the forward methods of modules with two clock readings each. A module's share is its own
+time, without the wrapped modules inside it, and the rest of a step is a part of its own, so that the
+parts sum to the step. With a few hundred wrapped calls a step this costs some tenths of a percent;
+``torch.profiler`` records thousands of operators and inflates exactly the short ones.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +27,17 @@ from torch import nn
 from benchmarks.timing import Call, Setup, Turn
 from littlebit2_kernels import LittleBitLinear
 
-__all__ = ["PARTS", "Decode", "DecodeTimer", "Generation", "Profile", "generate", "profile_decode"]
+__all__ = [
+    "PARTS",
+    "Decode",
+    "DecodeTimer",
+    "GenerateDecode",
+    "Generation",
+    "Profile",
+    "StaticDecode",
+    "generate",
+    "profile_decode",
+]
 
 LINEAR, HEAD, ATTENTION, NORMS, EMBEDDING, GLUE, LOOP = PARTS = (
     "linear layers",
@@ -40,11 +52,11 @@ LINEAR, HEAD, ATTENTION, NORMS, EMBEDDING, GLUE, LOOP = PARTS = (
 
 @dataclass(frozen=True)
 class Generation:
-    """What one call of ``generate`` did.
+    """What one call of a :class:`Decode` did.
 
     Attributes:
-        tokens: the new ones.
-        prefill: seconds up to the first token, the set-up of ``generate`` included.
+        tokens: the new tokens of the first row.
+        prefill: seconds up to the first token.
         steps: seconds of each further token.
     """
 
@@ -75,17 +87,18 @@ def generate(
     model: Any,
     prompt: torch.Tensor,
     tokens: int,
-    options: Mapping[str, Any] | None = None,
+    *,
     on_token: Callable[[], object] = lambda: None,
+    **more: Any,
 ) -> Generation:
     """Decode greedily.
 
     Args:
-        model: a transformers model for causal language modelling.
+        model: a transformers model for causal language modeling.
         prompt: ``[1, T]`` token ids.
         tokens: number of new tokens, at least 2.
-        options: further arguments of the model's ``generate``.
         on_token: called after each new token.
+        more: further arguments of the model's ``generate``.
 
     Raises:
         ValueError: ``tokens`` is below 2, or the model stopped early.
@@ -100,7 +113,7 @@ def generate(
         max_new_tokens=tokens,
         do_sample=False,
         streamer=clock,
-        **(options or {}),
+        **more,
     )
     if len(clock.times) != tokens:
         raise ValueError(f"generate must make {tokens} tokens, it stopped after {len(clock.times)}")
@@ -109,27 +122,32 @@ def generate(
     return Generation(output[0, prompt.shape[1] :].tolist(), times[0] - start, steps)
 
 
-@dataclass
-class Decode:
+class Decode(ABC):
     """A candidate for :func:`benchmarks.timing.time_interleaved`; remembers all that it measured.
 
     Attributes:
-        model: see :func:`generate`.
-        prompt: ``[1, T]`` token ids.
-        tokens: new tokens of one call.
-        options: further arguments of ``generate``.
+        model: a transformers model for causal language modeling.
+        prompt: ``[rows, T]`` token ids.
+        tokens: new tokens of one call, the first of which ends the prefill.
         generations: one per call.
     """
 
-    model: Any
-    prompt: torch.Tensor
-    tokens: int
-    options: Mapping[str, Any] = field(default_factory=dict)
-    generations: list[Generation] = field(default_factory=list)
+    #: Calls before anything is measured.
+    warm_ups = 1
+
+    def __init__(self, model: Any, prompt: torch.Tensor, tokens: int) -> None:
+        self.model = model
+        self.prompt = prompt
+        self.tokens = tokens
+        self.generations: list[Generation] = []
+
+    @abstractmethod
+    def run(self) -> Generation:
+        """Decode once."""
 
     def __call__(self) -> float:
         """Decode once; returns the median of the seconds per step."""
-        generation = generate(self.model, self.prompt, self.tokens, self.options)
+        generation = self.run()
         self.generations.append(generation)
         return statistics.median(generation.steps)
 
@@ -139,15 +157,64 @@ class Decode:
         return [seconds for generation in self.generations for seconds in generation.steps]
 
 
+class GenerateDecode(Decode):
+    """Decodes through ``generate``."""
+
+    def run(self, on_token: Callable[[], object] = lambda: None) -> Generation:
+        """See :class:`Decode`; ``on_token`` is called after each new token."""
+        return generate(self.model, self.prompt, self.tokens, on_token=on_token)
+
+
+class StaticDecode(Decode):
+    """Decodes through ``littlebit2``'s static cache; all steps of a call have the same, mean time.
+
+    A step takes its token from the one before it on the device: nothing waits for the host except what this
+    kind of step itself waits for.
+
+    Args:
+        model: see :class:`Decode`.
+        prompt: see :class:`Decode`.
+        tokens: see :class:`Decode`.
+        step: ``eager``, ``compile`` or ``graph``.
+    """
+
+    #: Steps are compiled in the first call and captured in the second.
+    warm_ups = 2
+
+    def __init__(self, model: Any, prompt: torch.Tensor, tokens: int, step: str) -> None:
+        from littlebit2.integrations.decoding import StaticDecoder
+
+        super().__init__(model, prompt, tokens)
+        rows, length = prompt.shape
+        self._decoder = StaticDecoder(model, length + tokens, rows=rows, step=step)
+
+    def run(self) -> Generation:
+        """See :class:`Decode`."""
+        start = self._now()
+        token = self._decoder.prefill(self.prompt).argmax(-1)
+        begun = self._now()
+        made = [token]
+        for _ in range(self.tokens - 1):
+            made.append(self._decoder.step(made[-1]).argmax(-1))
+        step = (self._now() - begun) / (self.tokens - 1)
+        return Generation(torch.stack(made, 1)[0].tolist(), begun - start, [step] * (self.tokens - 1))
+
+    def _now(self) -> float:
+        if self.prompt.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
 class DecodeTimer:
     """A :class:`benchmarks.timing.Timer` of :class:`Decode`: a turn is one call, which times itself."""
 
     def prepare(self, runs: Sequence[Call], *, seconds: float, cold: bool, setup: Setup | None) -> Turn:
-        """Decode once to warm up. A step reads all weights of its model, so nothing needs to be made cold."""
+        """Warm up. A step reads all weights of its model, so nothing needs to be made cold."""
         (decode,) = runs
         if not isinstance(decode, Decode):
             raise TypeError(f"runs must hold one Decode, got {type(decode).__name__}")
-        decode()
+        for _ in range(decode.warm_ups):
+            decode()
         decode.generations.clear()
         return decode
 
@@ -235,20 +302,20 @@ def _wrapped(model: nn.Module, spans: _Spans) -> Iterator[None]:
                 module.__dict__["forward"] = forward
 
 
-def profile_decode(decode: Decode, rounds: int = 3) -> Profile:
+def profile_decode(decode: GenerateDecode, rounds: int = 3) -> Profile:
     """Decode with and without clocks in the modules, and tell in which parts the steps are spent.
 
     The figures are means over the faster half of all steps: medians would not sum up, and on a shared machine
-    what disturbs a step falls on one part by chance.
+    a disturbance hits one part by chance.
 
     Args:
-        decode: of a model that is not compiled; its ``generations`` stay as they are.
+        decode: its ``generations`` stay as they are.
         rounds: how often to decode with the clocks, and without.
     """
     plain: list[float] = []
     steps: list[tuple[float, dict[str, float]]] = []
     for _ in range(rounds):
-        plain += generate(decode.model, decode.prompt, decode.tokens, decode.options).steps
+        plain += decode.run().steps
         steps += _clocked_steps(decode)
     faster = sorted(steps, key=lambda step: step[0])[: (len(steps) + 1) // 2]
     step = statistics.fmean(seconds for seconds, _ in faster)
@@ -257,16 +324,10 @@ def profile_decode(decode: Decode, rounds: int = 3) -> Profile:
     return Profile(step, parts, statistics.fmean(sorted(plain)[: (len(plain) + 1) // 2]))
 
 
-def _clocked_steps(decode: Decode) -> list[tuple[float, dict[str, float]]]:
+def _clocked_steps(decode: GenerateDecode) -> list[tuple[float, dict[str, float]]]:
     spans = _Spans()
     taken: list[dict[str, float]] = []
     with _wrapped(decode.model, spans):
-        generation = generate(
-            decode.model,
-            decode.prompt,
-            decode.tokens,
-            decode.options,
-            on_token=lambda: taken.append(spans.take()),
-        )
+        generation = decode.run(on_token=lambda: taken.append(spans.take()))
     # The first token ends the prefill.
     return list(zip(generation.steps, taken[1:], strict=True))

@@ -1,8 +1,8 @@
-"""Llama models with random weights, packed or dense, of any number of layers; nothing is downloaded.
+"""Llama models with random weights, packed or dense, with any number of layers; nothing is downloaded.
 
-A model is made on the meta device and filled module by module, so that dense weights of a packed model never
-exist. Weights are random with the magnitude that Llama is initialised with: what is timed does not depend on
-them, as long as activations stay finite.
+A model is made on the meta device and filled module by module, so that a packed model never has dense
+weights. Weights have the magnitude of Llama's own initialization: times do not depend on them, as long as
+activations stay finite.
 """
 
 from __future__ import annotations
@@ -10,76 +10,29 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from benchmarks.problems import random_packed
+from benchmarks.shapes import LlamaShape
 from littlebit2.quantize import rank_for_bpw
-from littlebit2_kernels import LittleBitLinear, PackedLinear
-from littlebit2_kernels.format import PackedPath, words_per_row
+from littlebit2_kernels import LittleBitLinear
 
 __all__ = [
-    "LLAMA_SHAPES",
-    "LlamaShape",
+    "WEIGHT_STD",
     "build_dense",
     "build_packed",
-    "linear_macs",
-    "parse_llama_shape",
-    "random_packed",
     "require_transformers",
     "twin",
     "weight_bytes",
 ]
 
-#: Standard deviation of a weight, that of Llama's own initialisation.
+#: Standard deviation of a weight, as Llama initializes it.
 WEIGHT_STD = 0.02
-#: Standard deviation of the logarithm of a random scale.
-SCALE_SPREAD = 0.3
 
 LayerMaker = Callable[[nn.Linear], nn.Module]
-
-
-@dataclass(frozen=True)
-class LlamaShape:
-    """Sizes of a Llama model; ``kv_heads`` heads for keys and values, by default as many as for queries."""
-
-    name: str
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    vocabulary: int
-    kv_heads: int | None = None
-
-    @property
-    def kv_size(self) -> int:
-        """Outputs of the projection to keys, or values."""
-        return self.hidden // self.heads * (self.kv_heads or self.heads)
-
-
-LLAMA_SHAPES = {
-    shape.name: shape
-    for shape in (
-        LlamaShape("llama2-7b", 4096, 11008, 32, 32, 32000),
-        LlamaShape("llama2-13b", 5120, 13824, 40, 40, 32000),
-        LlamaShape("llama3-8b", 4096, 14336, 32, 32, 128256, kv_heads=8),
-        # For tests and trials: everything is there, nothing takes long.
-        LlamaShape("tiny", 256, 704, 2, 4, 512),
-    )
-}
-
-
-def parse_llama_shape(text: str) -> LlamaShape:
-    """Return a shape by its name.
-
-    Raises:
-        ValueError: the name is unknown.
-    """
-    if text not in LLAMA_SHAPES:
-        raise ValueError(f"shape must be one of {', '.join(LLAMA_SHAPES)}, got {text!r}")
-    return LLAMA_SHAPES[text]
 
 
 def require_transformers() -> None:
@@ -90,57 +43,6 @@ def require_transformers() -> None:
     """
     if importlib.util.find_spec("transformers") is None:
         raise RuntimeError("whole-model needs the package transformers: pip install 'transformers>=5.17'")
-
-
-def random_packed(
-    in_features: int, out_features: int, ranks: list[int], *, std: float, generator: torch.Generator
-) -> PackedLinear:
-    """Make a packed layer of random signs whose dense weight has standard deviation ``std``.
-
-    Signs are drawn as words: one number per sign, as :func:`littlebit2_kernels.testing.make_packed` draws
-    them, takes minutes for a model.
-
-    Args:
-        in_features: K.
-        out_features: N.
-        ranks: one per path, equal ones.
-        std: of an element of the dense weight.
-        generator: source of randomness; the layer is made on its device.
-    """
-
-    def signs(rows: int, cols: int) -> torch.Tensor:
-        words = torch.randint(
-            -(2**31),
-            2**31,
-            (rows, words_per_row(cols)),
-            dtype=torch.int32,
-            generator=generator,
-            device=generator.device,
-        )
-        if cols % 32:
-            words[:, -1] &= (1 << cols % 32) - 1
-        return words
-
-    def scale(size: int, magnitude: float = 1.0) -> torch.Tensor:
-        normal = torch.randn(size, generator=generator, device=generator.device)
-        values = torch.exp(SCALE_SPREAD * normal - SCALE_SPREAD**2)
-        return magnitude * values
-
-    # A sum of as many +-1 products as all ranks together, each scaled three times with root mean square 1.
-    latent = std / sum(ranks) ** 0.5
-    return PackedLinear(
-        tuple(
-            PackedPath(
-                v=signs(rank, in_features),
-                in_scale=scale(in_features),
-                out_scale=scale(out_features),
-                u=signs(out_features, rank),
-                latent_scale=scale(rank, latent),
-            )
-            for rank in ranks
-        ),
-        None,
-    )
 
 
 def build_packed(
@@ -285,9 +187,3 @@ def twin(model: Any, shape: LlamaShape, *, layers: int | None = None, attention:
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers."""
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-
-
-def linear_macs(shape: LlamaShape, layers: int) -> int:
-    """Weights of the dense linear layers without lm_head, that is multiply-accumulates of one token."""
-    attention = 2 * shape.hidden * (shape.hidden + shape.kv_size)
-    return layers * (attention + 3 * shape.hidden * shape.intermediate)

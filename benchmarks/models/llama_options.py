@@ -1,19 +1,21 @@
-"""What can be done about the time outside the packed linear layers, with transformers and torch as they are.
+"""Changes that any user can make to the time outside the packed linear layers.
 
-An option changes a model that shares its weights with others (:func:`benchmarks.models.llama.twin`). Several are
-joined by ``+``.
+An option changes a model that shares its weights with others (:func:`benchmarks.models.llama.twin`).
+Several are joined by ``+``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.models.llama import WEIGHT_STD, LlamaShape, random_packed, twin
+from benchmarks.models.llama import WEIGHT_STD, twin
+from benchmarks.problems import random_packed
+from benchmarks.shapes import LlamaShape
 from littlebit2.quantize import rank_for_bpw
 from littlebit2_kernels import LittleBitLinear
 
@@ -27,8 +29,8 @@ HEAD_BPW = 1.0
 class FlatLinear(nn.Module):
     """A linear layer of dense weights that multiplies matrices, whatever the dimensions of its input.
 
-    After the prompt, ``generate`` hands lm_head the last position of ``[1, T, K]``, whose strides are not
-    those of a matrix of rows. torch then takes a batched product, and copies bfloat16 weights for it.
+    After the prompt, ``generate`` passes lm_head the last position of ``[1, T, K]``, whose strides are not
+    those of a matrix of rows: torch then calls a batched product, and copies bfloat16 weights for it.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -50,7 +52,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight = linear.weight.detach()
         scale = (weight.abs().amax(1).float() / 127).clamp(min=torch.finfo(torch.float32).tiny)
-        rounded = torch.empty(weight.shape, dtype=torch.int8)
+        rounded = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
         # In pieces: a float32 copy of lm_head is as large as everything else.
         for target, source, s in zip(rounded.split(1024), weight.split(1024), scale.split(1024), strict=True):
             target.copy_((source.float() / s[:, None]).round())
@@ -69,8 +71,6 @@ class _Changes:
 
     attention: str | None = None
     head: Callable[[nn.Linear], nn.Module] | None = None
-    compiled: bool = False
-    generate: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,20 +80,19 @@ class Option:
     Attributes:
         help: what it does, in a line.
         change: notes it in the changes.
-        compiled: whether it leaves modules whose calls cannot be told apart.
     """
 
     help: str
     change: Callable[[_Changes], None]
-    compiled: bool = False
 
 
 def _packed_head(linear: nn.Linear) -> nn.Module:
     k, n = linear.in_features, linear.out_features
     rank = rank_for_bpw(k, n, HEAD_BPW, paths=2)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(linear.weight.device).manual_seed(0)
     packed = random_packed(k, n, [rank, rank], std=WEIGHT_STD, generator=generator)
-    return LittleBitLinear.from_packed(packed).prepack_()
+    layer = LittleBitLinear.from_packed(packed)
+    return layer.prepack_() if linear.weight.device.type == "cpu" else layer
 
 
 def _eager_attention(changes: _Changes) -> None:
@@ -112,24 +111,13 @@ def _pack_head(changes: _Changes) -> None:
     changes.head = _packed_head
 
 
-def _static_cache(changes: _Changes) -> None:
-    changes.generate["cache_implementation"] = "static"
-
-
-def _compile(changes: _Changes) -> None:
-    _static_cache(changes)
-    changes.compiled = True
-
-
 OPTIONS = {
     "eager-attention": Option(
-        "attention of plain matrix products instead of torch's fused one", _eager_attention
+        "attention by plain matrix products instead of torch's fused one", _eager_attention
     ),
-    "flat-head": Option("lm_head is given matrices, also after the prompt", _flat_head),
-    "int8-head": Option("lm_head rounded to int8, one scale per row", _int8_head),
-    "packed-head": Option(f"lm_head packed at {HEAD_BPW:g} bpw (another model: train it so)", _pack_head),
-    "static-cache": Option("keys and values in a cache of fixed size", _static_cache),
-    "compile": Option("steps through torch.compile, with the static cache", _compile, compiled=True),
+    "flat-head": Option("pass lm_head contiguous rows, also after the prompt", _flat_head),
+    "int8-head": Option("round lm_head to int8, one scale per row", _int8_head),
+    "packed-head": Option(f"pack lm_head at {HEAD_BPW:g} bpw (another model: train it so)", _pack_head),
 }
 
 
@@ -153,11 +141,8 @@ def parse_options(text: str) -> list[str]:
     return names
 
 
-def apply_options(model: Any, shape: LlamaShape, text: str) -> tuple[Any, dict[str, Any]]:
+def apply_options(model: Any, shape: LlamaShape, text: str) -> Any:
     """Make a model with the options of ``text`` that shares the other weights of ``model``.
-
-    Returns:
-        The model, and further arguments of its ``generate``.
 
     Raises:
         ValueError: see :func:`parse_options`, or an option does not fit the model.
@@ -172,19 +157,4 @@ def apply_options(model: Any, shape: LlamaShape, text: str) -> tuple[Any, dict[s
     changed = twin(model, shape, attention=changes.attention)
     if changes.head is not None:
         changed.lm_head = changes.head(model.lm_head)
-    if changes.compiled:
-        _compile_steps(changed)
-    return changed, changes.generate
-
-
-def _compile_steps(model: Any) -> None:
-    plain = model.forward
-    compiled = torch.compile(plain, dynamic=False)
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        # Prompts are of many lengths, and compiling for each takes longer than running them.
-        ids = kwargs.get("input_ids")
-        step = ids is not None and ids.shape[1] == 1
-        return (compiled if step else plain)(*args, **kwargs)
-
-    model.forward = forward
+    return changed

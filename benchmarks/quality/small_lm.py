@@ -97,7 +97,7 @@ def train_small_lm(
     Args:
         blocks: :class:`littlebit2.train.data.TokenBlocks` of the training text.
         size: of the model.
-        steps: of the optimiser.
+        steps: of the optimizer.
         batch_size: blocks in a step.
         lr: peak learning rate, after a warm-up of 5%.
         seed: of weights and order.
@@ -120,10 +120,10 @@ def train_small_lm(
             eos_token_id=0,
         )
     )
-    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
     warmup = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser,
+        optimizer,
         lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))),
     )
     began = time.perf_counter()
@@ -133,9 +133,9 @@ def train_small_lm(
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
         schedule.step()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         progress(step + 1, float(loss.detach()), time.perf_counter() - began)
     return model.eval()
 

@@ -174,10 +174,10 @@ lb2_status check_buffers(const lb2_linear_args& args, Direction direction, int64
   if (args.m == 0) return LB2_OK;
   const int64_t in_cols = direction == Direction::kForward ? args.k : args.n;
   const int64_t out_cols = direction == Direction::kForward ? args.n : args.k;
-  const int64_t element_bytes = args.dtype == LB2_FLOAT32 ? 4 : 2;
-  LB2_RETURN_IF_ERROR(check_rows("input", args.input, args.m, in_cols, args.input_stride, 0, element_bytes));
+  const int64_t bytes = element_bytes(args.dtype);
+  LB2_RETURN_IF_ERROR(check_rows("input", args.input, args.m, in_cols, args.input_stride, 0, bytes));
   LB2_RETURN_IF_ERROR(
-      check_rows("output", args.output, args.m, out_cols, args.output_stride, out_cols, element_bytes));
+      check_rows("output", args.output, args.m, out_cols, args.output_stride, out_cols, bytes));
   return check_workspace(args.workspace, args.workspace_bytes, workspace_bytes);
 }
 
@@ -202,9 +202,9 @@ lb2_status check_prepacked(const lb2_prepacked_args* args) noexcept {
 lb2_status check_prepacked_buffers(const lb2_prepacked_args& args, int64_t k, int64_t n,
                                    int64_t workspace_bytes) noexcept {
   if (args.m == 0) return LB2_OK;
-  const int64_t element_bytes = args.dtype == LB2_FLOAT32 ? 4 : 2;
-  LB2_RETURN_IF_ERROR(check_rows("input", args.input, args.m, k, args.input_stride, 0, element_bytes));
-  LB2_RETURN_IF_ERROR(check_rows("output", args.output, args.m, n, args.output_stride, n, element_bytes));
+  const int64_t bytes = element_bytes(args.dtype);
+  LB2_RETURN_IF_ERROR(check_rows("input", args.input, args.m, k, args.input_stride, 0, bytes));
+  LB2_RETURN_IF_ERROR(check_rows("output", args.output, args.m, n, args.output_stride, n, bytes));
   return check_workspace(args.workspace, args.workspace_bytes, workspace_bytes);
 }
 

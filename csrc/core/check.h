@@ -17,8 +17,8 @@ lb2_status check_shape(const lb2_layer_shape* shape) noexcept;
 // A shape that is to be filled.
 lb2_status check_shape_struct(const lb2_layer_shape* shape) noexcept;
 
-// Everything in args that describes the layer, by check_shape's rules, and m and dtype. Fills *shape. Data
-// pointers are not looked at.
+// Everything in args that describes the layer, by the rules of check_shape, and m and dtype. Fills *shape.
+// Does not check input, output and workspace.
 lb2_status check_layer(const lb2_linear_args* args, lb2_layer_shape* shape) noexcept;
 
 // Input, output and workspace of a call; check_layer must have passed.

@@ -5,6 +5,9 @@
 
 namespace lb2 {
 
+// Bytes of an activation; check_dtype must have passed.
+constexpr int64_t element_bytes(lb2_dtype dtype) { return dtype == LB2_FLOAT32 ? 4 : 2; }
+
 // The distinct first stages of some paths.
 struct FirstStages {
   int num_groups;                // distinct first stages

@@ -1,4 +1,4 @@
-// Packing and unpacking of sign matrices: portable, memory-bound, used when layers are made and loaded.
+// Packing and unpacking of sign matrices: portable and memory-bound. Used when layers are made and loaded.
 #include <cinttypes>
 #include <cstddef>
 #include <cstring>
@@ -38,7 +38,8 @@ uint32_t pack_word(const uint8_t* negative, int64_t count) {
   return word;
 }
 
-// Element: an unsigned integer as wide as the output type; the two values are its bit patterns of +1 and -1.
+// Element: an unsigned integer of the width of the output type; plus and minus are the bit patterns of +1 and
+// -1.
 template <typename Element>
 void unpack_rows(const int32_t* words, int64_t words_stride, int64_t rows, int64_t cols, Element plus,
                  Element minus, char* out, int64_t out_stride) {
@@ -68,7 +69,7 @@ extern "C" lb2_status lb2_pack_signs(const uint8_t* negative, int64_t negative_s
     for (int64_t begin = 0; begin < cols; begin += LB2_WORD_BITS) {
       const int64_t count = cols - begin < LB2_WORD_BITS ? cols - begin : LB2_WORD_BITS;
       const uint8_t* source = negative + r * negative_stride + begin;
-      // The constant count lets the compiler unroll and vectorise the common case.
+      // The constant count lets the compiler unroll and vectorize the common case.
       const uint32_t word =
           count == LB2_WORD_BITS ? lb2::pack_word(source, LB2_WORD_BITS) : lb2::pack_word(source, count);
       std::memcpy(reinterpret_cast<char*>(words) + (r * words_stride + begin / LB2_WORD_BITS) * 4, &word, 4);

@@ -1,4 +1,4 @@
-// Choice of the instruction set: what was asked for, what LB2_CPU_ISA says, what the machine can run.
+// Chooses the instruction set: the one requested, else the one of LB2_CPU_ISA, else the best that can run.
 #pragma once
 
 #include "cpu/kernels.h"

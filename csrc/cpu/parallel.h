@@ -1,4 +1,4 @@
-// Running work through the caller's parallel_for.
+// Runs work through the caller's parallel_for.
 #pragma once
 
 #include <atomic>
@@ -26,10 +26,10 @@ lb2_status run_parallel(lb2_parallel_for parallel_for, void* context, int64_t co
   return LB2_OK;
 }
 
-// Phases of tasks in one parallel region: the tasks of a phase start when all of the phase before are done.
-// A worker takes the tasks of a range of its own in order, as neighbours are neighbours in memory, then those
-// left in the other ranges. It waits only for tasks that another thread is running at that moment, so it does
-// not matter how many threads serve the workers: a single one runs all tasks in order.
+// Phases of tasks in one parallel region: the tasks of a phase start when all tasks of the previous phase are
+// done. A worker first takes the tasks of its own range in order, because neighbors are neighbors in memory,
+// then those left in other ranges. It waits only for tasks that another thread is running at that moment, so
+// any number of threads can serve the workers: a single thread runs all tasks in order.
 class Phases {
  public:
   static constexpr int kMost = 2;
@@ -40,14 +40,14 @@ class Phases {
       for (int64_t range = 0; range < ranges_; ++range) next_[phase][range].value = begin(phase, range);
   }
 
-  // Runs run(phase, task, worker) for what is left; to be called once for every worker.
+  // Runs run(phase, task, worker) for the tasks left. Call it once per worker.
   template <typename Run>
   void work(int64_t worker, const Run& run) {
     for (int phase = 0; phase < kMost; ++phase) {
       for (int64_t i = 0; i < ranges_; ++i) {
         const int64_t range = (worker + i) % ranges_, end = begin(phase, range + 1);
         std::atomic<int64_t>& next = next_[phase][range].value;
-        // Looked at first: adding to an empty range would take its cache line from the others.
+        // Checked first: adding to an empty range would take its cache line from the other threads.
         while (next.load(std::memory_order_relaxed) < end) {
           const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
           if (task >= end) break;
@@ -55,7 +55,7 @@ class Phases {
           done_[phase].value.fetch_add(1, std::memory_order_release);
         }
       }
-      // What the last phase leaves running, parallel_for waits for.
+      // parallel_for waits for the tasks that the last phase leaves running.
       if (phase + 1 == kMost) return;
       for (int spins = 0; done_[phase].value.load(std::memory_order_acquire) < counts_[phase];) pause(&spins);
     }

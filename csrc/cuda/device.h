@@ -95,7 +95,7 @@ LB2_DEVICE uint16_t float_to_half(float value) { return __half_as_ushort(__float
 LB2_DEVICE uint16_t float_to_bfloat(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
 
 // Weights are read once: 16 bytes at a multiple of 16, past the L1 cache; or 4 bytes, which leave their
-// neighbours in it.
+// neighbors in it.
 LB2_DEVICE Words4 load_stream(const uint32_t* p) {
   Words4 r;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"

@@ -1,4 +1,4 @@
-// What the CUDA runtime says, as a status of the C ABI.
+// Errors of the CUDA runtime as a status of the C ABI.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,7 +7,7 @@
 
 namespace lb2::cuda {
 
-// `what` was being done. Defined in launch.cu.
+// `what` says what was being done. Defined in launch.cu.
 lb2_status cuda_failure(const char* what, cudaError_t error) noexcept;
 
 }  // namespace lb2::cuda

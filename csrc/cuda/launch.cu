@@ -33,7 +33,7 @@ lb2_status cuda_failure(const char* what, cudaError_t error) noexcept {
 
 namespace {
 
-// Properties of one device do not change: they are asked for once.
+// Properties of a device do not change: they are queried once.
 constexpr int kMaxDevices = 64;
 
 lb2_status query_device(int32_t ordinal, lb2_cuda_device* device) {
@@ -67,7 +67,7 @@ lb2_status current_device(int32_t* ordinal, lb2_cuda_device* device) {
   return LB2_OK;
 }
 
-// A plan may have been made on another machine, or before another GPU became the current one.
+// A plan may have been made on another machine, or for a GPU that is not the current one.
 lb2_status check_same_device(const lb2_cuda_device& current, const lb2_cuda_device& planned) {
   if (current.capability == planned.capability && current.shared_bytes >= planned.shared_bytes) return LB2_OK;
   return fail(LB2_ERROR_INVALID_ARGUMENT,
@@ -76,24 +76,24 @@ lb2_status check_same_device(const lb2_cuda_device& current, const lb2_cuda_devi
               current.capability, current.shared_bytes, planned.capability, planned.shared_bytes);
 }
 
-// What is found out about a kernel once per thread and device.
+// Properties of a kernel, queried once per thread and device.
 struct KernelState {
   bool ready;
-  bool waits;  // its code has the wait that lets it start before the kernel before it has ended
+  bool waits;  // its code waits for the previous kernel itself, so it may start early
 };
 
-// Also allows the kernel the shared memory that it may ever be planned with.
+// Also allows the kernel all the shared memory that a plan may use.
 lb2_status prepare_kernel(const void* function, const lb2_cuda_device& device, KernelState* state) {
   const char* what = "preparing a kernel";
   cudaFuncAttributes attributes;
   LB2_RETURN_IF_CUDA_ERROR(what, cudaFuncGetAttributes(&attributes, function));
   LB2_RETURN_IF_CUDA_ERROR(what, cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                       static_cast<int>(device.shared_bytes)));
-  // One division of L1 and shared memory for all: an SM that must change it drains first.
+  // The same split of L1 and shared memory for all kernels: an SM drains before it changes the split.
   LB2_RETURN_IF_CUDA_ERROR(what,
                            cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
                                                 cudaSharedmemCarveoutMaxShared));
-  // Older PTX may have been compiled for this GPU by the driver.
+  // The driver may have compiled older PTX for this GPU.
   *state = {true, attributes.ptxVersion >= kLeastChained};
   return LB2_OK;
 }
@@ -147,13 +147,13 @@ cudaLaunchAttribute cluster_of(int32_t blocks) {
   return attribute;
 }
 
-// Makes the launch one without clusters, which gives the same bits in no more shared memory, where the kernel
-// has none (its code was made of older PTX) or the GPU, or the part of it that this process has, no room for
-// one.
+// Replaces the launch by one without clusters, which gives the same bits and takes no more shared memory, if
+// the kernel has no clusters (compiled from older PTX), or if the GPU, or the part of it that this process
+// may use, has no room for a cluster.
 lb2_status fit_cluster(int32_t ordinal, FusedKernel kernel, const KernelState& state,
                        lb2_activation activation, lb2_cuda_launch* launch) {
   if (launch->grid_y == 1) return LB2_OK;
-  // Of the last launch of a mode and a cluster: shared memory that there was room for.
+  // Shared memory per mode and cluster size that is known to fit.
   thread_local int32_t fits[kMaxDevices][LB2_ACTIVATION_FLOAT16 + 1][kFusedMostBlocks + 1] = {};
   int32_t unknown = 0;
   int32_t& kept = ordinal < kMaxDevices ? fits[ordinal][activation][launch->grid_y] : unknown;

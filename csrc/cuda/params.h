@@ -1,4 +1,4 @@
-// What one launch of a kernel gets, by value.
+// Parameters of a kernel launch, passed by value.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,8 @@ constexpr int kWarpLanes = 32;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpLanes;
 constexpr int kTileRows = 16;  // rows of signs of one MMA
-constexpr int kSliceCols =
-    512;  // columns with a common activation scale; 16 words, 4 of them for each lane of a quad
+// Columns with one activation scale: 16 words, 4 for each lane of a quad.
+constexpr int kSliceCols = 512;
 constexpr int kSliceWords = kSliceCols / LB2_WORD_BITS;
 constexpr int kMaxTokenTile = 16;
 
@@ -24,44 +24,44 @@ struct Term {
   const float* scale;
   const uint32_t* words;
   const float* row_scale;    // [rows], or NULL for 1
-  unsigned char* converted;  // [tile of tokens, slice], where a launch of its own makes what blocks stage
+  unsigned char* converted;  // [tile of tokens, slice], if a CONVERT launch wrote it, else unused
   int64_t word_stride;
   int64_t input_stride;  // elements between tokens
   int64_t part_stride;   // elements between the parts of input
   int32_t cols, slices;
 };
 
-// Rows that a launch computes: the sum of its terms, each times its row_scale, and a bias. In a first stage,
-// one distinct V; in a last one, the outputs of one layer.
+// Rows of a launch: the sum of the terms, each times its row_scale, plus a bias. In a first stage a group is
+// one distinct V, in the last stage the outputs of one layer.
 struct Group {
   void* output;       // [parts, m, rows]
   const float* bias;  // [rows] or NULL
   int64_t output_stride;
   int32_t rows;
-  int32_t first_tile;  // of blocks in x
+  int32_t first_tile;  // its first block in x
   int32_t first_term, last_term;
 };
 
-// What every kernel gets, and all that those of the GEMM get.
+// Parameters of every kernel. The GEMM needs no others.
 struct LaunchParams {
   Term terms[LB2_MAX_PATHS];
   Group groups[LB2_MAX_PATHS];
   int32_t num_terms;
   int32_t num_groups;
-  int32_t num_parts;  // of the inputs
+  int32_t num_parts;  // parts of the inputs, to be added
   int32_t m;
-  // Blocks that the columns are split over. Each stores a part of the output; of the GEMM, one for each
+  // Blocks that the columns are split over. Each stores one part of the output; in the GEMM, one part per
   // slice.
   int32_t splits;
   lb2_dtype input_dtype, output_dtype;
 };
 
-// Of the decode kernels, and those that convert for them.
+// Parameters of the decode kernels and of the kernels that convert for them.
 struct DecodeParams : LaunchParams {
   int32_t row_warps;
-  int32_t block_rows_log2;  // of kTileRows * row_warps
+  int32_t block_rows_log2;  // log2(kTileRows * row_warps)
   int32_t chunk_slices;
-  int32_t signs_early;  // 1: signs and scales are older than the kernel before this one
+  int32_t signs_early;  // 1: the previous kernel did not write signs and scales
 };
 
 }  // namespace lb2::cuda

@@ -1,7 +1,7 @@
-// Activations of one slice into registers: read, scaled, their largest magnitude found.
+// Loads one slice of activations into registers, scales it and finds its largest magnitude.
 //
-// One warp takes one slice (512 columns) of one token; a lane takes two runs of 8 columns. The columns past
-// the end are zero, which makes the pad bits of signs, and words past the end of a row, of no account.
+// A warp handles one slice (512 columns) of one token; a lane handles two runs of 8 columns. Columns past the
+// end are zero, so the pad bits of signs and words past the end of a row do not matter.
 #pragma once
 
 #include "cuda/device.h"
@@ -15,7 +15,7 @@ constexpr int kLaneCols = 2 * kRunCols;
 // What reading one token's slice takes.
 struct SliceSource {
   const char* row;     // of the token, in part 0
-  const float* scale;  // not looked at by what does not scale
+  const float* scale;  // unused where nothing is scaled
   int64_t part_bytes;
   int32_t num_parts;
   int32_t cols;

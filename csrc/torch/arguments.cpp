@@ -34,7 +34,7 @@ bool is_vector(const Tensor& tensor) {
   return tensor.dim() == 1 || (tensor.dim() == 2 && tensor.size(0) == 1);
 }
 
-// Where a tensor is, in words.
+// The device of a tensor, for messages.
 std::string place_of(const Tensor& tensor) {
   if (tensor.is_cpu()) return "the CPU";
   if (tensor.is_cuda()) return "cuda:" + std::to_string(tensor.get_device_index());
@@ -159,7 +159,7 @@ Rows rows_of(const char* name, const Tensor& input, int64_t columns, const Place
   const int64_t dims = input.dim();
   LB2_CHECK(dims >= 1 && input.size(dims - 1) == columns, name, ".size(-1) must equal ", columns,
             ", got shape ", shape_of(input));
-  // Rows of a matrix may be apart; anything else is used if it is dense, and made so if it is not.
+  // A matrix may have padded rows. Any other tensor is used as it is if dense, else copied.
   const bool matrix = dims == 2 && (columns == 1 || input.stride(1) == 1);
   Tensor tensor = matrix || input.is_contiguous() ? input : torch::stable::contiguous(input);
   const int64_t stride = matrix ? tensor.stride(0) : columns;
@@ -168,7 +168,7 @@ Rows rows_of(const char* name, const Tensor& input, int64_t columns, const Place
 
 namespace {
 
-// Through the C shim and not the dispatcher: this is on the way of every call.
+// Uses the C shim, not the dispatcher, because every call gets here.
 Tensor new_empty(const Tensor& like, const std::vector<int64_t>& shape, int32_t dtype) {
   std::vector<int64_t> strides(shape.size(), 1);
   for (size_t d = shape.size() - 1; d > 0; --d) strides[d - 1] = strides[d] * std::max<int64_t>(1, shape[d]);

@@ -1,4 +1,4 @@
-// Tensors in, arguments of the C ABI out: what the operators share. Every error names the argument, what was
+// Converts tensors to arguments of the C ABI, for all operators. Every error names the argument, what was
 // expected and what was got.
 #pragma once
 
@@ -22,7 +22,7 @@ using torch::stable::Tensor;
 using OptionalTensors = std::optional<std::vector<Tensor>>;
 using Paths = std::array<lb2_path, LB2_MAX_PATHS>;
 
-// Name of a tensor in messages: "bias", or "v[1]" of a list.
+// Name of a tensor in messages: "bias", or "v[1]" for an element of a list.
 struct Name {
   const char* text;
   int64_t index = -1;
@@ -40,8 +40,8 @@ template <typename... Parts>
   throw std::runtime_error(message.str());
 }
 
-// Raises with the parts of a message unless the condition holds. A macro: the parts cost more than a small
-// layer.
+// Raises with the parts of a message unless the condition holds. A macro, because evaluating the parts costs
+// more than a small layer.
 #define LB2_CHECK(condition, ...)                           \
   do {                                                      \
     if (!(condition)) ::lb2::torch_ops::raise(__VA_ARGS__); \
@@ -59,7 +59,7 @@ struct Place {
 };
 constexpr Place kCpu = {true, 0};
 
-// Data of a scale: [size], or [1, size] as checkpoints store them.
+// The data of a scale of shape [size], or [1, size] as in checkpoints.
 const float* scale_data(const Name& name, const Tensor& scale, int64_t size, const Place& place);
 
 // The tensors of a layer: `count` of each list, from index `first` on.
@@ -72,7 +72,7 @@ struct LayerTensors {
   size_t first, count;
 };
 
-// All of the lists, once their lengths are known to agree.
+// All paths of the lists, after checking that the lists have equal lengths.
 LayerTensors all_paths(const std::vector<Tensor>& v, const OptionalTensors& u,
                        const std::vector<Tensor>& in_scale, const OptionalTensors& latent_scale,
                        const std::vector<Tensor>& out_scale);
@@ -83,7 +83,7 @@ void set_layer(lb2_linear_args& args, lb2_path* paths, const LayerTensors& tenso
 // The shape of a layer whose `args` are set. Raises for what set_layer leaves to the core to check.
 lb2_layer_shape shape_of_layer(const lb2_linear_args& args);
 
-// An lb2_activation from an operator's argument; the modes that a kernel does not serve are its to refuse.
+// The lb2_activation of an operator's argument. Each kernel refuses the modes that it does not support.
 lb2_activation activation_mode(int64_t activation);
 
 // Activations [..., columns] as rows of a matrix.
@@ -94,10 +94,10 @@ struct Rows {
 };
 Rows rows_of(const char* name, const Tensor& input, int64_t columns, const Place& place);
 
-// An uninitialised [..., columns] for the rows of `input`, on its device.
+// An uninitialized [..., columns] for the rows of `input`, on its device.
 Tensor new_output(const Tensor& input, int64_t columns);
 
-// Uninitialised bytes on the device of `input`.
+// Uninitialized bytes on the device of `input`.
 Tensor new_bytes(const Tensor& input, int64_t bytes);
 
 // torch's thread pool as an lb2_parallel_for.

@@ -1,6 +1,6 @@
-// The operators on CUDA tensors, but the gradient of x, which is made of unpack (littlebit2_kernels/ops/dense.py):
-// arguments of the C ABI, device guard, stream. A library of its own, loaded only where torch has CUDA; it is
-// compiled without torch's CUDA headers or libraries, against any build of torch.
+// The operators on CUDA tensors: arguments of the C ABI, device guard, stream. The gradient of x is computed
+// with unpack, in Python (littlebit2_kernels/ops/dense.py). This is a separate library, loaded only if torch
+// has CUDA. It is compiled without torch's CUDA headers and libraries, against any build of torch.
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -13,8 +13,8 @@
 namespace lb2::torch_ops {
 namespace {
 
-// aoti_torch_get_current_cuda_stream: part of the stable shim, but only in libtorch_cuda, which is not there
-// to link with when torch is a CPU build. Where there are CUDA tensors, it is loaded.
+// aoti_torch_get_current_cuda_stream is part of the stable shim, but only in libtorch_cuda, with which a
+// build against a CPU torch cannot link. It is loaded wherever there are CUDA tensors.
 using CurrentStream = AOTITorchError (*)(int32_t device_index, void** stream);
 
 CurrentStream find_current_stream() {
@@ -33,7 +33,7 @@ void* current_stream(int32_t gpu) {
   return stream;
 }
 
-// Properties of a GPU do not change: asked for once per thread.
+// Properties of a GPU do not change: they are queried once per thread.
 lb2_cuda_device describe_gpu(int32_t gpu) {
   thread_local std::vector<lb2_cuda_device> known;
   const size_t index = static_cast<size_t>(gpu);
@@ -46,7 +46,8 @@ lb2_cuda_device describe_gpu(int32_t gpu) {
   return device;
 }
 
-// Layers of one call, whose `args` say all but m and what lies in memory, on rows of x: one output each.
+// Runs layers on the rows of x and returns one output each. `layers` have all fields set but m, dtype, input
+// and output.
 std::vector<Tensor> forward_cuda(std::vector<lb2_linear_args>& layers, const Tensor& x, const Place& place,
                                  lb2_activation mode) {
   const torch::stable::accelerator::DeviceGuard guard(place.gpu);
@@ -73,7 +74,7 @@ std::vector<Tensor> forward_cuda(std::vector<lb2_linear_args>& layers, const Ten
     args.output = outputs.back().mutable_data_ptr();
     args.output_stride = args.n;
   }
-  // Given back on return: the allocator hands it out again in the order of this stream.
+  // Freed on return, which is safe: the allocator reuses it in the order of this stream.
   Tensor workspace = new_bytes(x, plan.workspace_bytes);
   layers[0].workspace = workspace.mutable_data_ptr();
   layers[0].workspace_bytes = plan.workspace_bytes;
@@ -82,7 +83,7 @@ std::vector<Tensor> forward_cuda(std::vector<lb2_linear_args>& layers, const Ten
 }
 
 Place gpu_of(const char* name, const Tensor& tensor) {
-  // One CUDA tensor is enough to get here with the others elsewhere.
+  // Torch dispatches here if any tensor is on CUDA; the others may be elsewhere.
   LB2_CHECK(tensor.is_cuda(), name, " must be on the GPU that holds the layer, got a tensor elsewhere");
   return {false, tensor.get_device_index()};
 }

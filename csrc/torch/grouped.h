@@ -1,4 +1,4 @@
-// Several layers on one input in one operator call, on the CPU: one after another.
+// Operators on several layers with one input, on the CPU: the layers run one after another.
 #pragma once
 
 #include "torch/layers.h"

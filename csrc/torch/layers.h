@@ -1,4 +1,5 @@
-// The layers of an operator call on several: lists of tensors that hold those of one after another.
+// Splits the tensor lists of an operator on several layers, which hold the tensors of one layer after
+// another.
 #pragma once
 
 #include "torch/arguments.h"
@@ -14,7 +15,7 @@ std::vector<LayerTensors> split_layers(const std::vector<Tensor>& v, const Optio
                                        const std::vector<Tensor>& out_scale, const Biases& bias,
                                        const std::vector<int64_t>& paths);
 
-// Of layer i.
+// The bias of layer i, or NULL.
 const float* bias_data(const Biases& bias, size_t i, int64_t size, const Place& place);
 
 }  // namespace lb2::torch_ops

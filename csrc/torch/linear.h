@@ -1,11 +1,12 @@
-// The operators of library.cpp: tensors in, arguments of the C ABI out. No kernel code here.
+// The operators on packed words of library.cpp: they convert tensors to arguments of the C ABI. No kernel
+// code here.
 #pragma once
 
 #include "torch/arguments.h"
 
 namespace lb2::torch_ops {
 
-// y[..., N] of the layer for x[..., K], in exact sums; see the schema in library.cpp.
+// y[..., N] for x[..., K] with exact sums; see the schema in library.cpp.
 Tensor linear_cpu(const Tensor& x, const std::vector<Tensor>& v, const OptionalTensors& u,
                   const std::vector<Tensor>& in_scale, const OptionalTensors& latent_scale,
                   const std::vector<Tensor>& out_scale, const std::optional<Tensor>& bias,
@@ -16,8 +17,8 @@ Tensor linear_backward_x_cpu(const Tensor& grad, const std::vector<Tensor>& v, c
                              const std::vector<Tensor>& in_scale, const OptionalTensors& latent_scale,
                              const std::vector<Tensor>& out_scale);
 
-// The parts of linear_cpu: raises unless packed words on the CPU serve the mode; and the call of a layer that
-// `args` describe.
+// Parts of linear_cpu. The first raises unless the mode is supported for packed words on the CPU; the second
+// runs the layer that `args` describe.
 void check_portable_activation(int64_t activation);
 Tensor forward_cpu(lb2_linear_args& args, const Tensor& x);
 

@@ -8,8 +8,8 @@
 namespace lb2::torch_ops {
 namespace {
 
-// Scratch memory of a thread's calls, kept between them: making a tensor costs as much as a small layer. What
-// would be large to keep is not kept.
+// Scratch memory that a thread keeps between calls, because making a tensor costs as much as a small layer.
+// Large workspaces are not kept.
 class Workspace {
  public:
   explicit Workspace(int64_t bytes) {
@@ -55,7 +55,7 @@ struct Operands {
   std::vector<Tensor> v, u, in_scale, latent_scale, out_scale;
 };
 
-// Paths that share a first stage get one tensor for it if `share`, else one each.
+// With `share`, paths that share a first stage get one tensor for it, else one each.
 Operands unprepack(const Tensor& layer, const lb2_layer_shape& layer_shape, bool share) {
   const auto words = [&](int64_t rows, int64_t cols) {
     const std::array<int64_t, 2> shape = {rows, lb2_words_per_row(cols)};
@@ -140,7 +140,7 @@ Tensor linear_prepacked_cpu(const Tensor& x, const Tensor& layer, const std::opt
   lb2_prepacked_plan plan = {};
   plan.struct_size = sizeof plan;
   throw_on_error(lb2_prepacked_plan_cpu(&args, &plan));
-  args.isa = plan.isa;  // whatever happens to the choice of this process meanwhile
+  args.isa = plan.isa;  // the choice of this process may change meanwhile
   LB2_CHECK(columns == plan.k, "x.size(-1) must equal ", plan.k, ", got shape ", shape_of(x));
   LB2_CHECK(out_features == plan.n, "out_features must be ", plan.n, " as the layer says, got ",
             out_features);

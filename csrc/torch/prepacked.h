@@ -17,7 +17,7 @@ std::vector<Tensor> unprepack_cpu(const Tensor& layer);
 Tensor linear_prepacked_cpu(const Tensor& x, const Tensor& layer, const std::optional<Tensor>& bias,
                             int64_t out_features, int64_t activation);
 
-// Gradient of x[..., K] from that of y[..., N], as if sums were exact.
+// Gradient of x[..., K] from that of y[..., N], with exact sums.
 Tensor linear_prepacked_backward_x_cpu(const Tensor& grad, const Tensor& layer, int64_t in_features);
 
 }  // namespace lb2::torch_ops

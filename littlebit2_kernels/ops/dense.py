@@ -1,8 +1,8 @@
-"""The backend ``blas``: signs and scales unpacked for each call, then torch's own matrix products.
+"""``littlebit2::blas_linear`` and its gradient: backend ``blas``, which dequantizes and calls torch.matmul.
 
-Where there are many tokens, a vendor's library on dense factors can be faster than kernels that expand signs
-as they go: unpacking costs the same for one token as for thousands. In float16 the scales are balanced first
-(:mod:`littlebit2_kernels.ops.balance`), and layers that do not fit are refused.
+With many tokens, a vendor's library on dense factors can be faster than kernels that expand signs as they go:
+dequantizing costs the same for one token as for thousands. In float16 the scales are normalized first
+(:mod:`littlebit2_kernels.ops.balance`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from .balance import balanced
 from .operands import bias_gradient, check_fake, no_gradients, save_operands, saved_operands
 from .packed import linear_backward_x_fake, linear_fake
 
-__all__ = ["DTYPES", "dense_kernel", "register"]
+__all__ = ["dense_kernel", "register", "unpack"]
 
 #: The lb2_dtype (littlebit2.h) of each dtype that factors can have.
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def register() -> None:
@@ -41,14 +41,15 @@ def dense_kernel(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     """Kernel of ``littlebit2::blas_linear``, for the CPU and CUDA."""
     operands, bias = arguments[:5], arguments[5] if len(arguments) > 5 else None
     check_fake("x", x, operands[2][0].shape[-1], operands, bias)
-    *first, last = _unpack(balanced(operands) if x.dtype == torch.float16 else operands, x.dtype)
+    *first, last = unpack(balanced(operands) if x.dtype == torch.float16 else operands, x.dtype)
     with _without_autocast(x):
         bias = None if bias is None else bias.flatten().to(x.dtype)
         return F.linear(F.linear(x, first[0]) if first else x, last, bias)
 
 
-def _unpack(operands: Any, dtype: torch.dtype) -> list[torch.Tensor]:
-    return torch.ops.littlebit2.unpack(*operands, DTYPES[dtype])
+def unpack(operands: Any, dtype: torch.dtype) -> list[torch.Tensor]:
+    """The dense factors; the operators must be loaded. See :func:`littlebit2_kernels.ops.calls.unpack`."""
+    return torch.ops.littlebit2.unpack(*operands, _DTYPES[dtype])
 
 
 def _backward_x(grad: torch.Tensor, *operands: Any) -> torch.Tensor:
@@ -56,7 +57,7 @@ def _backward_x(grad: torch.Tensor, *operands: Any) -> torch.Tensor:
     check_fake("grad", grad, operands[4][0].shape[-1], operands, None)
     # Gradients are small: of latents, float16 would hold few bits.
     dtype = torch.bfloat16 if grad.dtype == torch.bfloat16 else torch.float32
-    *first, last = _unpack(operands, dtype)
+    *first, last = unpack(operands, dtype)
     with _without_autocast(grad):
         product = grad.to(dtype) @ last
         return (product @ first[0] if first else product).to(grad.dtype)
@@ -97,9 +98,9 @@ def _unpack_fake(
     out_scale: list[torch.Tensor],
     dtype: int,
 ) -> list[torch.Tensor]:
-    torch_dtype = next((name for name, value in DTYPES.items() if value == dtype), None)
+    torch_dtype = next((name for name, value in _DTYPES.items() if value == dtype), None)
     if torch_dtype is None:
-        raise RuntimeError(f"littlebit2: dtype must be one of {DTYPES}, got {dtype}")
+        raise RuntimeError(f"littlebit2: dtype must be one of {_DTYPES}, got {dtype}")
     k, n = in_scale[0].shape[-1], out_scale[0].shape[-1]
     if u is None or latent_scale is None:
         return [in_scale[0].new_empty((n, k), dtype=torch_dtype)]

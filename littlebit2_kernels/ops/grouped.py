@@ -1,7 +1,8 @@
-"""The operators on several layers that share x: fakes, gradients of x, and the calls.
+"""``littlebit2::grouped_linear`` and ``grouped_linear_prepacked``: fakes, and gradients of x.
 
-One call computes ``[..., N_i]`` for each layer. On CUDA the layers share their launches, which is what a
-decoding step of a small batch takes its time for; on the CPU they run one after another.
+One call computes ``[..., N_i]`` for each of several layers that share x. On CUDA the layers share their
+launches, which take most of the time of a decoding step with a small batch. On the CPU they run one after
+another.
 """
 
 from __future__ import annotations

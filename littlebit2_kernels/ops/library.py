@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from .._native import load_cuda_ops, load_ops
 from . import dense, grouped, packed, prepacked
 
-__all__ = ["load", "load_for"]
+__all__ = ["eager_operators", "load", "load_for", "load_operator"]
 
 _lock = threading.Lock()
 _registered = False
+#: What :func:`load_operator` has loaded, by name; for CUDA tensors there may be more to load.
+eager_operators: dict[str, Callable[..., Any]] = {}
 
 
 def load(device_type: str = "cpu") -> None:
@@ -32,8 +36,8 @@ def load(device_type: str = "cpu") -> None:
         with _lock:
             if not _registered:
                 load_ops()
-                for room in (packed, prepacked, dense, grouped):
-                    room.register()
+                for operators in (packed, prepacked, dense, grouped):
+                    operators.register()
                 _registered = True
     if device_type == "cuda":
         load_cuda_ops()
@@ -57,9 +61,20 @@ _load_cuda_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-def
 
 def load_for(x: torch.Tensor) -> None:
     """:func:`load` what the device of ``x`` needs, also while tracing."""
-    if not torch.compiler.is_compiling():
-        load("cuda" if x.is_cuda else "cpu")
-    elif x.is_cuda:
-        _load_cuda_while_tracing()
+    if torch.compiler.is_compiling():
+        if x.is_cuda:
+            _load_cuda_while_tracing()
+        else:
+            _load_while_tracing()
     else:
-        _load_while_tracing()
+        load("cuda" if x.is_cuda else "cpu")
+
+
+def load_operator(name: str, x: torch.Tensor) -> Callable[..., Any]:
+    """Load ``torch.ops.littlebit2.<name>`` for calls on ``x`` that are not traced."""
+    load_for(x)
+    operator = eager_operators.get(name)
+    if operator is None:
+        # What the operator calls in C++: a call through torch.ops spends half a microsecond in Python.
+        operator = eager_operators[name] = getattr(torch.ops.littlebit2, name).default._op
+    return operator

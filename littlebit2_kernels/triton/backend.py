@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+
+from ..format import LayerShape
+from ..gpu import GpuProperties
 
 __all__ = ["TritonLaunch", "interpreting", "no_triton_reason", "plan_triton"]
 
@@ -69,15 +71,7 @@ no_triton_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def plan_triton(
-    tokens: int,
-    in_features: int,
-    out_features: int,
-    ranks: Sequence[int],
-    single_stage: bool,
-    leaders: Sequence[int],
-    dtype_name: str,
-    activation: str,
-    gpu: Any,
+    shape: LayerShape, tokens: int, dtype: torch.dtype, activation: str, gpu: GpuProperties | torch.device
 ) -> dict[str, Any]:
     """What a call would do on ``gpu``: properties, or a device, whose tuned configurations are used.
 
@@ -86,11 +80,11 @@ def plan_triton(
     """
     from . import configs, plan
 
-    method = plan.choose_method(tokens, activation, dtype_name == "float32")
-    own = [rank for p, rank in enumerate(ranks) if leaders[p] == p]
-    first = None if single_stage else plan.StageShape(tuple(own), (in_features,) * len(own), last=False)
-    cols = (in_features,) * len(ranks) if single_stage else tuple(ranks)
-    last = plan.StageShape((out_features,) * len(ranks), cols, last=True)
+    method = plan.choose_method(tokens, activation, dtype == torch.float32)
+    own, paths, k = shape.own_rows, shape.num_paths, shape.in_features
+    first = None if shape.ranks is None else plan.StageShape(own, (k,) * len(own), last=False)
+    cols = (k,) * paths if shape.ranks is None else shape.ranks
+    last = plan.StageShape((shape.out_features,) * paths, cols, last=True)
     properties, lookup = configs.for_device(gpu)
     launches = plan.layer_launches(method, first, last, tokens, properties, lookup)
     return {

@@ -1,8 +1,8 @@
 """Tuned configurations: measured once per GPU, kept in the user's cache folder, looked up by nearest shape.
 
-``python -m benchmarks.layers.tune_triton`` measures and stores them. Without a file, or where it has nothing close, the
-defaults of plan.py apply. A file is read at the first call on a GPU, never at import, and never while kernels
-run for the first time under capture: nothing is tuned at run time.
+``python -m benchmarks tune-triton`` measures and stores them. Without a file, or where it has nothing close,
+the defaults of plan.py apply. A file is read at the first call on a GPU, never at import, and never while
+kernels run for the first time under capture: nothing is tuned at run time.
 """
 
 from __future__ import annotations

@@ -50,11 +50,11 @@ class Layer:
             return
         self.last = []
         terms: dict[int, Term] = {}
-        for p, leader in enumerate(distinct_first_stages(v, in_scale)):
-            if leader == p:
+        for p, source in enumerate(distinct_first_stages(v, in_scale)):
+            if source == p:
                 terms[p] = Term(v[p], cols, in_scale[p], None, result=self.latents, stage=len(terms))
                 self.latents += _room(terms[p].rows)
-            own = terms[leader]
+            own = terms[source]
             last = Term(u[p], own.rows, latent_scale[p], out_scale[p], source=own.result, stage=own.stage)
             self.last.append(last)
         self.first = list(terms.values())

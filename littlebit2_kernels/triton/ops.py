@@ -6,27 +6,25 @@ passes empty lists for ``u`` and ``latent_scale``, as ``triton_op`` knows no opt
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from ..format import RANK_MULTIPLE, words_per_row
+from ..ops.autograd import call_operator
+from ..ops.operands import ACTIVATION_DTYPES, bias_gradient, no_gradients, save_operands, saved_operands
 from .forward import Layer, backward_x, forward
 from .launch import direct_launches, on_device
 from .plan import choose_method
 
 __all__ = ["linear", "triton_linear", "triton_linear_backward_x"]
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
 _Operand = list[torch.Tensor]
 _Operands = tuple[_Operand, _Operand, _Operand, _Operand, _Operand]
 
 
 def linear(x: torch.Tensor, operands: _Operands, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
-    """Apply a layer to ``x`` ``[..., K]``: by the operator where something watches, else by launches alone.
+    """Apply a layer to ``x`` ``[..., K]``, without the operator where neither autograd nor tracing needs it.
 
     Args:
         x: float32, float16 or bfloat16, any strides.
@@ -38,17 +36,14 @@ def linear(x: torch.Tensor, operands: _Operands, bias: torch.Tensor | None, acti
         RuntimeError: an argument does not fit; the message names it.
         ValueError: ``activation`` is unknown.
     """
-    if forward_ad._current_level >= 0:
-        primal, tangent = forward_ad.unpack_dual(x)
-        if tangent is not None:
-            # The layer is linear in x. Derivatives are those of exact sums.
-            y = linear(primal, operands, bias, activation)
-            return forward_ad.make_dual(y, linear(tangent, operands, None, "exact"))
     watched = type(x) is not torch.Tensor or x.is_meta or torch._C._len_torch_dispatch_stack() > 0
-    if watched or (torch.is_grad_enabled() and _wants_gradient(x, operands, bias)):
-        return triton_linear(x, *operands, bias, activation)
-    with torch._C._AutoDispatchBelowAutograd(), direct_launches():
-        return _linear(x, *operands, bias, activation)
+    kernel = None if watched else _launch
+    return call_operator(triton_linear, x, (*operands, bias), (activation,), ("exact",), kernel)
+
+
+def _launch(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    with direct_launches():
+        return _linear(x, *arguments)
 
 
 def _linear(
@@ -96,9 +91,9 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
 
 
 def _check(name: str, x: torch.Tensor, size: int, operands: _Operands, bias: torch.Tensor | None) -> None:
-    """Raise unless the arguments are a layer and something to apply it to: the operators are public doors."""
+    """Raise unless the arguments are a layer and activations that fit it: anyone may call the operators."""
     v, u, in_scale, latent_scale, out_scale = operands
-    if x.dtype not in _DTYPES:
+    if x.dtype not in ACTIVATION_DTYPES:
         raise RuntimeError(f"littlebit2: {name} must be float32, float16 or bfloat16, got {x.dtype}")
     if x.dim() == 0 or x.shape[-1] != size:
         raise RuntimeError(f"littlebit2: {name}.size(-1) must equal {size}, got shape {list(x.shape)}")
@@ -144,12 +139,6 @@ def _expect(
         )
 
 
-def _wants_gradient(x: torch.Tensor, operands: _Operands, bias: torch.Tensor | None) -> bool:
-    if x.requires_grad or (bias is not None and bias.requires_grad):
-        return True
-    return any(tensor.requires_grad for tensors in operands for tensor in tensors)
-
-
 triton_linear: Any = torch.library.triton_op("littlebit2::triton_linear", _linear, mutates_args=())
 triton_linear_backward_x: Any = torch.library.triton_op(
     "littlebit2::triton_linear_backward_x", _linear_backward_x, mutates_args=()
@@ -168,49 +157,20 @@ def _backward_fake(grad: torch.Tensor, *operands: Any) -> torch.Tensor:
     return grad.new_empty((*grad.shape[:-1], in_scale[0].shape[-1]))
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    names = ("v", "u", "in_scale", "latent_scale", "out_scale")
-    operands = inputs[1:6]
-    for name, tensors in zip(names, operands, strict=True):
-        for p, tensor in enumerate(tensors):
-            if tensor.requires_grad:
-                raise RuntimeError(
-                    f"littlebit2: {name}[{p}] requires a gradient, but packed layers are frozen"
-                )
-    # Saved, not kept: autograd then notices when they are changed in place before the backward call.
-    ctx.save_for_backward(*(tensor for tensors in operands for tensor in tensors))
-    ctx.lengths = [len(tensors) for tensors in operands]
-    bias = inputs[6] if len(inputs) > 6 else None
-    ctx.bias_like = None if bias is None else (bias.shape, bias.dtype)
-
-
-def _saved(ctx: Any) -> list[Any]:
-    saved = iter(ctx.saved_tensors)
-    return [list(itertools.islice(saved, length)) for length in ctx.lengths]
-
-
-def _no_gradients(ctx: Any) -> list[Any]:
-    # Autograd wants a gradient, here none, for every element of every list.
-    return [[None] * length for length in ctx.lengths]
-
-
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-    grad_x = triton_linear_backward_x(grad, *_saved(ctx)) if ctx.needs_input_grad[0] else None
-    grad_bias = None
-    if ctx.needs_input_grad[6]:
-        shape, dtype = ctx.bias_like
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=dtype).reshape(shape)
-    return (grad_x, *_no_gradients(ctx), grad_bias, None)
+    grad_x = triton_linear_backward_x(grad, *saved_operands(ctx)) if ctx.needs_input_grad[0] else None
+    grad_bias = bias_gradient(ctx, grad) if ctx.needs_input_grad[6] else None
+    return (grad_x, *no_gradients(ctx), grad_bias, None)
 
 
 def _backward_of_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     # The transpose of the transpose: the layer without its bias, with exact sums as the gradient assumes.
-    grad_grad = triton_linear(grad, *_saved(ctx), None, "exact") if ctx.needs_input_grad[0] else None
-    return (grad_grad, *_no_gradients(ctx))
+    grad_grad = triton_linear(grad, *saved_operands(ctx), None, "exact") if ctx.needs_input_grad[0] else None
+    return (grad_grad, *no_gradients(ctx))
 
 
 # The fakes that triton_op makes would launch kernels on fake tensors; shapes are all they need to tell.
 triton_linear.register_fake(_fake)
 triton_linear_backward_x.register_fake(_backward_fake)
-triton_linear.register_autograd(_backward, setup_context=_setup)
-triton_linear_backward_x.register_autograd(_backward_of_backward, setup_context=_setup)
+triton_linear.register_autograd(_backward, setup_context=save_operands)
+triton_linear_backward_x.register_autograd(_backward_of_backward, setup_context=save_operands)

@@ -1,4 +1,4 @@
-"""Binarised activations for few tokens: xor of signs with signs, and population counts.
+"""Binarized activations for few tokens: xor of signs with signs, and population counts.
 
 A program takes one token and ``BLOCK_ROWS`` rows. Of a chunk of 512 columns, ``valid - 2 popcount(signs ^
 x)`` is the sum of products exactly, as the int8 GEMM has it for ``activation="sign"``; chunks are scaled and

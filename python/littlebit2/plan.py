@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from littlebit2_kernels.format import STORED_SCALE_BITS, LayerShape
+from littlebit2_kernels.format import LayerShape
 
 from .architecture.select import DEFAULT_EXCLUDE, check_patterns, is_selected
 from .architecture.shapes import DenseShape, LinearShape, ModelShapes, model_shapes
@@ -76,7 +76,7 @@ class LayerPlan:
     @property
     def word_bytes(self) -> int:
         """Bytes of sign words, rows padded to 32 bits."""
-        return (self.shape.stored_bits - STORED_SCALE_BITS * self.scale_entries) // 8
+        return (self.shape.stored_bits - LayerShape.STORED_SCALE_BITS * self.scale_entries) // 8
 
     def stored_bytes(self, scales: str = "fp32") -> int:
         """Bytes of words and scales, bias excluded; ``scales`` is ``"fp32"`` (as loaded) or ``"fp16"``."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
+
 import pytest
 from torch import nn
 
@@ -13,6 +16,9 @@ from littlebit2.architecture.select import (
     output_heads,
     tied_names,
 )
+from littlebit2.cli.common import add_pattern_options, excluded
+from littlebit2.offline import measure_ranks, quantize_checkpoint
+from littlebit2.plan import plan_model
 
 
 class Model(nn.Module):
@@ -77,3 +83,23 @@ def test_patterns_are_strings() -> None:
     assert check_patterns("include", "*.up") == ("*.up",)
     with pytest.raises(TypeError, match=r"exclude must hold strings, got 3"):
         check_patterns("exclude", ["a", 3])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("function", [quantize_checkpoint, measure_ranks, plan_model])
+def test_the_api_has_one_default(function: object) -> None:
+    assert inspect.signature(function).parameters["exclude"].default is DEFAULT_EXCLUDE  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], [*DEFAULT_EXCLUDE]),
+        (["--exclude", "*.down_proj"], [*DEFAULT_EXCLUDE, "*.down_proj"]),
+        (["--include-heads"], []),
+        (["--include-heads", "--exclude", "score"], ["score"]),
+    ],
+)
+def test_the_command_line_has_the_default_of_the_api(arguments: list[str], expected: list[str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_pattern_options(parser)
+    assert excluded(parser.parse_args(arguments)) == expected

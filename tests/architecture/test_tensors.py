@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from littlebit2.architecture.parts import Whole
 from littlebit2.architecture.shapes import model_shapes
 from littlebit2.architecture.tensors import select_layers
 from littlebit2.plan import load_config, shipped_configs
@@ -53,7 +54,7 @@ def test_names_and_shapes_find_the_linear_layers_of_every_family(config: str) ->
     for layer in found:
         linear = by_name[layer.name]
         assert (layer.in_features, layer.out_features) == (linear.in_features, linear.out_features)
-        assert layer.bias == (f"{layer.name}.bias" if linear.bias else None)
+        assert layer.bias == (Whole(f"{layer.name}.bias") if linear.bias else None)
 
 
 DENSE = ((8, 16), torch.float32)
@@ -79,7 +80,7 @@ def test_what_is_no_linear_weight_is_left_alone() -> None:
         "model.classifier.weight": DENSE,
     }
     found = select_layers(tensors, {"vocab_size": 40, "hidden_size": 16})
-    assert [(layer.name, layer.bias) for layer in found] == [
+    assert [(layer.name, layer.bias and layer.bias.files[0]) for layer in found] == [
         ("a", "a.bias"),
         ("wrong_bias", None),
         ("model.classifier", None),
@@ -121,8 +122,16 @@ def test_patterns() -> None:
         select_layers(tensors, {}, exclude=[3])  # type: ignore[list-item]
 
 
-def test_weights_that_cannot_be_quantised_are_refused() -> None:
+def test_weights_that_cannot_be_quantized_are_refused() -> None:
     with pytest.raises(ValueError, match=r"a\.weight must be float64, .* got torch\.float8_e4m3fn"):
         select_layers({"a.weight": ((8, 16), torch.float8_e4m3fn)}, {})
     with pytest.raises(ValueError, match="got 'gpt2', whose Conv1D modules store them"):
         select_layers({"a.weight": DENSE}, {"model_type": "gpt2"})
+
+
+def test_heads_of_any_name_are_dense_by_default() -> None:
+    tensors = {
+        f"{name}.weight": DENSE for name in ("score", "classifier", "qa_outputs", "lm_head", "up_proj")
+    }
+    assert [layer.name for layer in select_layers(tensors, {})] == ["up_proj"]
+    assert len(select_layers(tensors, {}, exclude=())) == 5

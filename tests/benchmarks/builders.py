@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.records import Row
+from benchmarks.layers.rows import Row
 
 
 def row(**changes: Any) -> Row:

@@ -13,16 +13,51 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
+from benchmarks.commands import COMMANDS
 from benchmarks.layers import candidates as candidates_module
-from benchmarks.layers.goals import GOALS
-from benchmarks.records import load_document
+from benchmarks.layers.goal_results import GOALS
+from benchmarks.layers.rows import load_document
+from benchmarks.records import read_result
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--repetitions", "1", "--seconds", "1e-6", "--cold-mib", "0.05", "--no-floors"]
-RUN = ["run", "--shapes", "128,96", "--bpw", "1", "--tokens", "1", "3", *TINY]
+RUN = ["sweep", "--shapes", "128,96", "--bpw", "1", "--tokens", "1", "3", *TINY]
 
 
-def test_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_help_without_heavy_imports() -> None:
+    code = """
+import sys
+from benchmarks.commands import COMMANDS, command_parser, overview_parser
+overview_parser().format_help()
+for name in COMMANDS:
+    assert "usage: python -m benchmarks " + name in command_parser(name).format_help()
+print([name for name in ("torch", "numpy", "matplotlib", "littlebit2_kernels") if name in sys.modules])
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "[]\n"
+
+
+def test_the_overview_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    for name, command in COMMANDS.items():
+        assert re.search(rf"^    {name} +{re.escape(command.help)}$", printed, re.MULTILINE)
+    for arguments in ([], ["no-such-command"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+
+
+def test_there_is_one_way_in() -> None:
+    entries = [p for p in (ROOT / "benchmarks").rglob("*.py") if "__name__ ==" in p.read_text("utf-8")]
+    assert entries == [ROOT / "benchmarks" / "__main__.py"]
+
+
+def test_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     json, table = tmp_path / "rows.json", tmp_path / "rows.csv"
     names = ["littlebit2:portable", "dense", "low-rank", "gemlite"]
     before = torch.get_num_threads()
@@ -52,7 +87,7 @@ def test_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.count("| 128->96 |") == len(document.rows)
 
 
-def test_run_with_an_error_past_its_bound(
+def test_sweep_with_an_error_past_its_bound(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def wrong(x: torch.Tensor, packed: object) -> torch.Tensor:
@@ -106,9 +141,14 @@ def test_goals_without_the_candidates(
     assert f"0 of {len(GOALS)} goals met, 0 measured in part, {len(GOALS)} not measured" in output
 
 
-def test_floors(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["floors", "--threads", "1", "--mib", "0.01", "--size", "8"]) == 0
+def test_floors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "floors.json"
+    assert main(["floors", "--threads", "1", "--mib", "0.01", "--size", "8", "--json", str(path)]) == 0
     assert "matmul float32 GMAC/s" in capsys.readouterr().out
+    content = read_result(path, ("floors",))
+    assert [floor["threads"] for floor in content["floors"]] == [1]
+    assert content["command"].startswith("python -m benchmarks floors --threads 1")
+    assert content["settings"]["size"] == 8
 
 
 def test_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,7 +188,7 @@ def test_bad_requests(arguments: list[str], message: str, capsys: pytest.Capture
 @pytest.mark.parametrize("value", ["0", "-1", "x", "nan"])
 def test_numbers_must_be_positive(value: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["run", f"--seconds={value}"])
+        main(["sweep", f"--seconds={value}"])
     assert f"must be a positive float, got '{value}'" in capsys.readouterr().err
 
 

@@ -1,89 +1,73 @@
-"""Documents: round trips, atomic writing, refusals, and what describes the machine."""
+"""The format of results: round trips, atomic writing, refusals, and what describes the machine."""
 
 from __future__ import annotations
 
-import csv
-import dataclasses
 import json
 import subprocess
-import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.layers.floors import Floor
-from benchmarks.plots import series, write_plots
+from benchmarks.layers.rows import Check
 from benchmarks.records import (
     SCHEMA,
-    Check,
-    Document,
     cpu_model,
+    describe_environment,
     environment,
     git_state,
-    load_document,
-    write_csv,
-    write_json,
+    host_environment,
+    read_result,
+    write_result,
 )
-from benchmarks.tables import describe_environment, rows_table
-from tests.benchmarks.builders import row
+
+OPTIONS = Namespace(
+    command="sweep", arguments=["sweep", "--shapes", "a b"], run=print, out=Path("x"), tokens=[1]
+)
+HEAD = {"schema": SCHEMA, "benchmark": "sweep", "command": "", "environment": {}, "settings": {}}
 
 
-@pytest.fixture
-def document() -> Document:
-    peer = row(candidate="dense", ours=False, samples=[0.01, 0.02, 0.03], macs=45_000_000)
-    ours = row(
-        speedups={"dense float32": [10.0, 9.0, 11.0]}, floor_fraction=0.25, error=1e-7, error_bound=2e-6
-    )
-    return Document(
-        environment=environment(torch.device("cpu"), [1]),
-        floors=[Floor(1, 30.0, 25.0, {"float32": 100.0})],
-        rows=[ours, peer, dataclasses.replace(ours, tokens=8, mode="hot", threads=2)],
-        checks=[Check("littlebit2:cpu:int16", "bfloat16", "llama2-7b-up", 0.1, "outliers", 1e-3, 2e-3)],
-        unavailable={"gemlite float32": "no"},
-        goals=[{"text": "fast", "met": False}],
-    )
-
-
-def test_json_round_trip(document: Document, tmp_path: Path) -> None:
-    path = write_json(tmp_path / "deep" / "rows.json", document)
-    assert load_document(path) == document
+def test_round_trip(tmp_path: Path) -> None:
+    check = Check("a", "float32", "s", 1.0, "normal", 1e-7)
+    path = write_result(tmp_path / "deep" / "rows.json", OPTIONS, {"device": "d"}, checks=[check], count=3)
     assert [p.name for p in path.parent.iterdir()] == ["rows.json"]
+    content = read_result(path, ("sweep", "goals"))
+    assert content["command"] == "python -m benchmarks sweep --shapes 'a b'"
+    assert content["environment"] == {"device": "d"}
+    assert content["settings"] == {"out": "x", "tokens": [1]}
+    assert Check(**content["checks"][0]) == check
+    assert content["count"] == 3
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "must be a JSON document"),
+        ("{", "must be a JSON file of `python -m benchmarks`"),
         ("[]", f"must have schema {SCHEMA}, got None"),
         (json.dumps({"schema": SCHEMA + 1}), f"must have schema {SCHEMA}, got {SCHEMA + 1}"),
-        (json.dumps({"schema": SCHEMA}), "does not hold what schema"),
+        (json.dumps({"schema": SCHEMA}), "it lacks benchmark, command, environment, settings"),
         (
-            json.dumps({"schema": SCHEMA, "floors": [], "rows": [{"group": "g"}], "checks": []}),
-            "does not hold what schema .* missing",
+            json.dumps({**HEAD, "benchmark": "predict"}),
+            "must be a result of sweep or goals, got one of 'predict'",
         ),
     ],
 )
-def test_unreadable_documents_are_refused(content: str, message: str, tmp_path: Path) -> None:
+def test_unreadable_results_are_refused(content: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text(content, "utf-8")
     with pytest.raises(ValueError, match=message):
-        load_document(path)
+        read_result(path, ("sweep", "goals"))
 
 
-def test_csv(document: Document, tmp_path: Path) -> None:
-    path = write_csv(tmp_path / "rows.csv", document)
-    with path.open(newline="", encoding="utf-8") as file:
-        lines = list(csv.DictReader(file))
-    assert len(lines) == 3
-    assert lines[0]["median vs dense float32"] == "10.0"
-    assert lines[1]["median vs dense float32"] == ""
-    assert float(lines[0]["gmacs"]) == pytest.approx(4.0)
-    assert float(lines[0]["gbs"]) == pytest.approx(0.5)
-    assert lines[0]["ranks"] == "136+136"
-    assert lines[0]["device"] == document.environment["device"]
-    assert "samples" not in lines[0]
-    assert not list(tmp_path.glob("*.part"))
+def test_stored_results_can_be_read() -> None:
+    folder = Path(__file__).parents[2] / "benchmarks" / "results"
+    paths = sorted(folder.glob("*.json"))
+    assert paths
+    for path in paths:
+        content = read_result(path, ("goals", "whole-model", "predict"))
+        assert content["command"].startswith(f"python -m benchmarks {content['benchmark']}")
+        assert content["environment"]["git"]["commit"]
 
 
 def test_environment_tells_what_a_figure_needs() -> None:
@@ -91,7 +75,8 @@ def test_environment_tells_what_a_figure_needs() -> None:
     assert about["versions"]["torch"]
     assert about["threads"] == [1, 2]
     assert {"device", "isa", "affinity", "variables", "date", "git", "load_average"} <= set(about)
-    assert about["device"] in describe_environment(Document(about))
+    assert about["device"] in describe_environment(about)
+    assert set(host_environment()) < set(about)
 
 
 def test_git_state(tmp_path: Path) -> None:
@@ -116,39 +101,3 @@ def test_cpu_model(tmp_path: Path) -> None:
         "model name\t: Chip: fast\ncpu family\t: 6\nmodel\t\t: 106\n\nmodel name\t: other\n", "utf-8"
     )
     assert cpu_model(path) == "Chip: fast (family 6, model 106)"
-
-
-def test_table(document: Document) -> None:
-    lines = rows_table(document.rows).splitlines()
-    assert len({len(line) for line in lines}) == 1
-    assert "10x (9-11)" in lines[2]
-    assert "25%" in lines[2]
-    assert "1.0e-07" in lines[2]
-    past = dataclasses.replace(document.rows[0], error=1.0)
-    assert "> bound" in rows_table([past])
-
-
-def test_series_average_over_shapes() -> None:
-    rows = [row(shape=shape, bpw=bpw, tokens=1) for shape in ("a", "b") for bpw in (1.0, 0.1)]
-    values = iter((2.0, 3.0, 8.0, 12.0))
-    points = series(rows, lambda r: r.bpw, lambda r: next(values))
-    assert points == {
-        ("littlebit2:cpu:exact float32", "cold", 1): [(0.1, pytest.approx(6.0)), (1.0, pytest.approx(4.0))]
-    }
-
-
-def test_plots(document: Document, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    paths = write_plots(document, tmp_path / "plots")
-    assert [path.name for path in paths] == ["roofline.png", "speedup.png", "latency.png"]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
-    with pytest.raises(ValueError, match="document must have rows to plot, it has none"):
-        write_plots(Document({}), tmp_path)
-
-
-def test_plots_without_matplotlib(
-    document: Document, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(RuntimeError, match="plots need matplotlib, which is not installed"):
-        write_plots(document, tmp_path)

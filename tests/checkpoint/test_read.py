@@ -11,6 +11,7 @@ import torch
 
 from littlebit2.checkpoint import Checkpoint, LayerSpec, open_checkpoint
 from littlebit2_kernels import PackedLinear, packed_to_state
+from littlebit2_kernels.format import LayerShape
 from littlebit2_kernels.reference import dense_weight
 from tests.checkpoint import wild
 from tests.checkpoint.wild import UP, Q
@@ -41,7 +42,7 @@ def test_authors_layout(
         assert checkpoint.metadata["source"] == "littlebit_config.json"
         assert checkpoint.problems == []
         assert set(checkpoint.layers) == {Q, UP}
-        assert checkpoint.layers[UP] == LayerSpec(UP, 48, 100, (40,) * paths, tuple(range(paths)), False)
+        assert checkpoint.layers[UP] == LayerSpec(UP, LayerShape(48, 100, (40,) * paths), False)
         assert checkpoint.layers[Q].bias
         for name, layer in layers.items():
             check_layer(checkpoint, name, layer)
@@ -70,7 +71,7 @@ def test_three_paths_and_unequal_ranks(tmp_path: Path, nprng: np.random.Generato
     state = layer.upstream() | {"_split_dim_R_final": torch.tensor(40)}
     wild.write(tmp_path, wild.prefixed({"a": state}))
     with open_checkpoint(tmp_path) as checkpoint:
-        assert checkpoint.layers["a"].ranks == (8, 40, 16)
+        assert checkpoint.layers["a"].shape.ranks == (8, 40, 16)
         check_layer(checkpoint, "a", layer)
 
 
@@ -92,7 +93,7 @@ def test_no_config_at_all(tmp_path: Path, nprng: np.random.Generator) -> None:
     wild.write(tmp_path, wild.prefixed({"a.b": layer.upstream(extras=False)}))
     with open_checkpoint(tmp_path) as checkpoint:
         assert checkpoint.format == "littlebit"
-        assert checkpoint.layers["a.b"].ranks == (24, 24)
+        assert checkpoint.layers["a.b"].shape.ranks == (24, 24)
         assert checkpoint.metadata == {}
         assert any("config.json is missing" in problem for problem in checkpoint.problems)
         check_layer(checkpoint, "a.b", layer)
@@ -114,7 +115,7 @@ def test_kv_factor_means_ranks_by_layer(tmp_path: Path, nprng: np.random.Generat
         littlebit=wild.SETTINGS | {"kv_factor": 2.0},
     )
     with open_checkpoint(tmp_path) as checkpoint:
-        assert [spec.ranks for spec in checkpoint.layers.values()] == [(32,), (16,)]
+        assert [spec.shape.ranks for spec in checkpoint.layers.values()] == [(32,), (16,)]
         assert checkpoint.metadata["kv_factor"] == 2.0
         check_layer(checkpoint, "m.k_proj", k)
 
@@ -131,7 +132,7 @@ def test_nanoquant(tmp_path: Path, nprng: np.random.Generator, mid: bool, rank: 
         assert checkpoint.format == "nanoquant"
         assert checkpoint.metadata["bits"] == 1.0
         padded = -(-rank // 8) * 8
-        assert checkpoint.layers["a.b"].ranks == (padded,)
+        assert checkpoint.layers["a.b"].shape.ranks == (padded,)
         assert bool(checkpoint.problems) == (padded != rank)
         check_layer(checkpoint, "a.b", layer)
 
@@ -147,7 +148,7 @@ def test_single_stage(tmp_path: Path, nprng: np.random.Generator) -> None:
     wild.write(tmp_path, wild.prefixed({"a": state}))
     with open_checkpoint(tmp_path) as checkpoint:
         assert checkpoint.format == "onebit"
-        assert checkpoint.layers["a"] == LayerSpec("a", 40, 24, None, (0,), False)
+        assert checkpoint.layers["a"] == LayerSpec("a", LayerShape(40, 24, None), False)
         weight = dense_weight(checkpoint.load_layer("a"), torch.float64).numpy()
         np.testing.assert_allclose(weight, signs * h[:, None] * g, rtol=1e-6)
 

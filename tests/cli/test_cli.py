@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -23,7 +22,17 @@ from littlebit2.quantize import Importance, save_importance
 from littlebit2.quantize.methods import Method
 from tests.offline.builders import contents, llama_tensors, write_model
 
-COMMANDS = ("quantize", "calibrate", "convert", "inspect", "plan", "generate", "synthesize", "bench")
+COMMANDS = (
+    "quantize",
+    "calibrate",
+    "finetune",
+    "evaluate",
+    "convert",
+    "inspect",
+    "plan",
+    "generate",
+    "synthesize",
+)
 QUICK = (
     *("--ranks", "16", "8", "--method", "joint-itq", "--itq-iterations", "3"),
     *("--workers", "1", "--quiet"),
@@ -340,17 +349,6 @@ def test_synthesize_and_generate(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "has no tokenizer" in capsys.readouterr().err
 
 
-def test_bench_needs_the_repository(tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root / "python")}
-    result = python("-P", "-m", "littlebit2", "bench", cwd=tmp_path, env=environment)
-    assert result.returncode == 1
-    assert result.stderr.startswith("littlebit2 bench: error: the benchmarks package is not importable here")
-    result = python("-m", "littlebit2", "bench", "--", "--help", cwd=root)
-    assert result.returncode == 0
-    assert "usage" in result.stdout
-
-
 def test_an_interrupt_is_clean(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -360,12 +358,12 @@ def test_an_interrupt_is_clean(
     monkeypatch.setattr(offline, "quantize_checkpoint", interrupt)
     assert main(["quantize", "model", "out"]) == 130
     assert capsys.readouterr().err == (
-        "littlebit2 quantize: interrupted; the same command goes on from here\n"
+        "littlebit2 quantize: interrupted; the same command continues from here\n"
     )
 
 
 def test_control_c_during_the_work_leaves_it_resumable(tmp_path: Path, rng: torch.Generator) -> None:
-    model_dir = write_model(tmp_path / "many", llama_tensors(rng, layers=30))
+    model_dir = write_model(tmp_path / "many", llama_tensors(rng, layers=12))
     options = [
         "--ranks",
         "16",
@@ -393,7 +391,7 @@ def test_control_c_during_the_work_leaves_it_resumable(tmp_path: Path, rng: torc
             break
     assert process.returncode == 130, errors
     assert output == ""
-    assert errors == "littlebit2 quantize: interrupted; the same command goes on from here\n"
+    assert errors == "littlebit2 quantize: interrupted; the same command continues from here\n"
     assert not out.exists()
     assert main(["quantize", str(model_dir), str(out), *options]) == 0
     assert main(["quantize", str(model_dir), str(tmp_path / "whole"), *options]) == 0

@@ -9,17 +9,15 @@ from littlebit2_kernels import (
     LittleBitLinear,
     PackedLinear,
     PackedPath,
-    functional,
-    linear,
+    dispatch,
     littlebit_linear,
-    prompts,
     warmup,
 )
 from littlebit2_kernels.format import unpack_signs_reference
-from littlebit2_kernels.ops import balance
 from littlebit2_kernels.reference import dense_weight, linear_reference
 from littlebit2_kernels.testing import TOLERANCE, make_packed, make_problem, relative_error
-from tests.cuda import problems
+from tests import problems
+from tests.cuda import modes
 
 HALF = torch.float16
 #: Of factors, latents and outputs, and of a library's partial sums.
@@ -57,7 +55,7 @@ def test_results(device: torch.device, rng: torch.Generator, layer: str, tokens:
     packed = rescaled(problems.scaled_down(packed), factor)
     y = littlebit_linear(x.to(device), packed.to(device), backend="blas")
     assert (y.shape, y.dtype) == ((tokens, 333), HALF)
-    assert problems.error_of(y, x, packed, "exact") <= ALLOWED
+    assert modes.error_of(y, x, packed, "exact") <= ALLOWED
 
 
 def test_tokens_as_long_as_promised(device: torch.device, rng: torch.Generator) -> None:
@@ -75,24 +73,17 @@ def test_tokens_as_long_as_promised(device: torch.device, rng: torch.Generator) 
     assert relative_error(y, truth) <= ALLOWED
 
 
-def test_layers_that_do_not_fit(
-    device: torch.device, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_factors_beyond_float16_overflow(device: torch.device, rng: torch.Generator) -> None:
     x, packed = make_problem(200, 1024, 512, [80], dtype=HALF, generator=rng)
-    path = packed.paths[0]
-    path.latent_scale.mul_(1e-5)
+    packed.paths[0].latent_scale.mul_(1e8)
     x, layer = x.to(device), packed.to(device)
-    with pytest.raises(ValueError, match="output channels have factors below"):
-        littlebit_linear(x, layer, backend="blas")
-    monkeypatch.setattr(prompts, "_estimates", lambda *sizes: (2, 1))
-    assert torch.equal(littlebit_linear(x, layer), littlebit_linear(x, layer, backend="cuda"))
+    assert not bool(torch.isfinite(littlebit_linear(x, layer, backend="blas")).any())
 
 
 def test_auto_unpacks(device: torch.device, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     x, packed = make_problem(200, 1024, 512, [80, 80], dtype=HALF, generator=rng)
     x, layer = x.to(device), problems.scaled_down(packed).to(device)
-    monkeypatch.setattr(prompts, "_estimates", lambda *sizes: (2, 1))
-    assert functional.prompt_backend is linear.prompt_backend is prompts.prompt_backend
+    monkeypatch.setattr(dispatch, "_estimates", lambda *sizes: (2, 1))
     expected = littlebit_linear(x, layer, backend="blas")
     assert not torch.equal(expected, littlebit_linear(x, layer, backend="cuda"))
     assert torch.equal(littlebit_linear(x, layer), expected)
@@ -101,7 +92,6 @@ def test_auto_unpacks(device: torch.device, rng: torch.Generator, monkeypatch: p
 
 @pytest.mark.parametrize("backend", ["auto", "blas"])
 def test_calls_do_not_wait(device: torch.device, rng: torch.Generator, backend: str) -> None:
-    """But for the first one of a layer."""
     x, packed = make_problem(700, 1024, 512, [80, 80], dtype=HALF, generator=rng)
     x = x.to(device)
     module = LittleBitLinear.from_packed(problems.scaled_down(packed).to(device), backend=backend)
@@ -128,34 +118,24 @@ def test_captured(device: torch.device, rng: torch.Generator) -> None:
     layer.paths[0].in_scale.mul_(0.7)
     layer.paths[1].latent_scale.mul_(-1.3)
     graph.replay()
-    assert problems.error_of(y, static, layer, "exact") <= ALLOWED
+    assert modes.error_of(y, static, layer, "exact") <= ALLOWED
 
 
-def test_capture_of_a_first_call(
-    device: torch.device, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_capture_of_a_first_call(device: torch.device, rng: torch.Generator) -> None:
     x, packed = make_problem(200, 1024, 512, [80], dtype=HALF, generator=rng)
     static, layer = x.to(device), problems.scaled_down(packed).to(device)
     warmup(problems.scaled_down(packed).to(device), HALF, [200])  # libraries, but not this layer
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        with pytest.raises(RuntimeError, match="a CUDA graph cannot capture"):
-            littlebit_linear(static, layer, backend="blas")
-        assert not balance.fits_float16(layer.operands)
-        monkeypatch.setattr(prompts, "_estimates", lambda *sizes: (2, 1))
-        y = littlebit_linear(static, layer)
+        y = littlebit_linear(static, layer, backend="blas")
     graph.replay()
-    assert torch.equal(y, littlebit_linear(static, layer, backend="cuda"))
+    assert torch.equal(y, littlebit_linear(static, layer, backend="blas"))
 
 
-def test_models_are_warmed_up_layer_by_layer(device: torch.device, rng: torch.Generator) -> None:
+def test_models_are_warmed_up_once_per_shape(device: torch.device, rng: torch.Generator) -> None:
     layers = [make_packed(1024, 512, [80], generator=rng).to(device) for _ in range(3)]
     model = torch.nn.Sequential(*(LittleBitLinear.from_packed(layer) for layer in layers))
-    assert warmup(model, HALF, [1, 200]) == 3  # and one by blas: layers of one shape run once
-    before = dict(balance._known)
-    for layer in layers:
-        assert balance.find_balance(layer.operands) is not None
-    assert balance._known == before
+    assert warmup(model, HALF, [1, 200]) == 3  # and one by blas
 
 
 def test_gradients(device: torch.device, rng: torch.Generator) -> None:

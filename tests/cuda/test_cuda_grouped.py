@@ -7,8 +7,9 @@ import torch
 
 from littlebit2_kernels import LittleBitLinear, PackedLinear, fuse_linears, grouped_linear, littlebit_linear
 from littlebit2_kernels.testing import TOLERANCE, make_packed
-from tests.cuda import problems
-from tests.cuda.problems import MODES
+from tests import problems
+from tests.cuda import modes
+from tests.cuda.modes import MODES
 
 GROUPS = {
     "qkv": [(70, [520, 16], True), (33, [40], False), (257, [8], True)],
@@ -38,8 +39,8 @@ def test_against_float64(
         for y, layer in zip(outputs, layers, strict=True):
             assert (y.shape, y.dtype) == ((tokens, layer.out_features), dtype)
             if tokens > 0:
-                error = problems.error_of(y, x, layer, mode)
-                assert error <= problems.allowed(dtype, mode, y.numel()), (tokens, layer.out_features)
+                error = modes.error_of(y, x, layer, mode)
+                assert error <= modes.allowed(dtype, mode, y.numel()), (tokens, layer.out_features)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -54,7 +55,7 @@ def test_a_token_does_not_depend_on_the_others(
             assert torch.equal(y, all_tokens[first:])
 
 
-@pytest.mark.parametrize("mode", problems.GEMM_MODES)
+@pytest.mark.parametrize("mode", modes.GEMM_MODES)
 def test_prompts_have_the_bits_of_layers_alone(
     device: torch.device, layers: list[PackedLinear], rng: torch.Generator, mode: str
 ) -> None:

@@ -12,9 +12,8 @@ from littlebit2_kernels import (
     LittleBitLinear,
     PackedLinear,
     PackedPath,
+    dispatch,
     explain,
-    functional,
-    linear,
     littlebit_linear,
     prepack,
     warmup,
@@ -24,8 +23,9 @@ from littlebit2_kernels.gpu import gpu_properties
 from littlebit2_kernels.ops import calls
 from littlebit2_kernels.reference import dense_weight, linear_reference
 from littlebit2_kernels.testing import TOLERANCE, make_problem, relative_error
-from tests.cuda import problems
-from tests.cuda.problems import MODES
+from tests import problems
+from tests.cuda import modes
+from tests.cuda.modes import MODES
 
 DTYPES = tuple(TOLERANCE)
 LAYERS = {
@@ -51,11 +51,12 @@ def problem(
 @pytest.mark.parametrize("batch", range(12))
 def test_random_problems(device: torch.device, rng: torch.Generator, batch: int) -> None:
     for _ in range(40):
-        (x, packed), mode = problems.random_problem(rng)
+        x, packed = problems.random_problem(rng, problems.CUDA)
+        mode = problems.pick(rng, MODES)
         y = littlebit_linear(x.to(device), packed.to(device), activation=mode)
         assert (y.shape, y.dtype) == ((*x.shape[:-1], packed.out_features), x.dtype)
-        error = problems.error_of(y, x, packed, mode)
-        assert error <= problems.allowed(x.dtype, mode, y.numel()), problems.describe(x, packed, mode)
+        error = modes.error_of(y, x, packed, mode)
+        assert error <= modes.allowed(x.dtype, mode, y.numel()), f"{mode}, {problems.describe(x, packed)}"
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -67,17 +68,17 @@ def test_every_number_of_tokens(
     packed = problems.scaled_down(packed)
     on_device, layer = x.to(device), packed.to(device)
     whole = littlebit_linear(on_device, layer, activation=mode)
-    assert problems.error_of(whole, x, packed, mode) <= problems.allowed(dtype, mode, whole.numel())
-    few = littlebit_linear(on_device[: problems.SWITCH], layer, activation=mode)
+    assert modes.error_of(whole, x, packed, mode) <= modes.allowed(dtype, mode, whole.numel())
+    few = littlebit_linear(on_device[: modes.SWITCH], layer, activation=mode)
     for tokens in range(41):
         y = littlebit_linear(on_device[:tokens], layer, activation=mode)
-        same = few if tokens <= problems.SWITCH else whole
+        same = few if tokens <= modes.SWITCH else whole
         assert torch.equal(y, same[:tokens]), f"{tokens} tokens differ from the first {tokens} of more"
-    if mode not in problems.GEMM_MODES:
-        assert torch.equal(few, whole[: problems.SWITCH])
+    if mode not in modes.GEMM_MODES:
+        assert torch.equal(few, whole[: modes.SWITCH])
 
 
-@pytest.mark.parametrize("mode", problems.GEMM_MODES)
+@pytest.mark.parametrize("mode", modes.GEMM_MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_prompts(device: torch.device, rng: torch.Generator, dtype: torch.dtype, mode: str) -> None:
     """Enough tokens and rows for every tile, with both ends ragged."""
@@ -85,13 +86,13 @@ def test_prompts(device: torch.device, rng: torch.Generator, dtype: torch.dtype,
     packed = problems.scaled_down(packed)
     on_device, layer = x.to(device), packed.to(device)
     y = littlebit_linear(on_device, layer, activation=mode)
-    assert problems.error_of(y, x, packed, mode) <= problems.allowed(dtype, mode, y.numel())
+    assert modes.error_of(y, x, packed, mode) <= modes.allowed(dtype, mode, y.numel())
     # Other numbers of tokens have other tiles and splits, and the same bits.
     for tokens in (17, 33, 64, 100, 128, 129, 300):
         assert torch.equal(littlebit_linear(on_device[:tokens], layer, activation=mode), y[:tokens])
 
 
-@pytest.mark.parametrize("mode", problems.GEMM_MODES)
+@pytest.mark.parametrize("mode", modes.GEMM_MODES)
 @pytest.mark.parametrize("ranks", [[80, 72], [264], [624, 40]], ids=str)
 def test_both_stages_in_one_kernel(
     device: torch.device, rng: torch.Generator, ranks: list[int], mode: str
@@ -112,8 +113,8 @@ def test_both_stages_in_one_kernel(
         assert "fused" in kernels
         # What a cluster and its shared memory do cannot be seen elsewhere.
         assert max(clusters) > 1 or gpu_properties(device).capability < 90
-    error = problems.error_of(y[-70:], x[-70:], packed, mode)
-    assert error <= problems.allowed(x.dtype, mode, 70 * 2050)
+    error = modes.error_of(y[-70:], x[-70:], packed, mode)
+    assert error <= modes.allowed(x.dtype, mode, 70 * 2050)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -126,8 +127,8 @@ def test_more_tokens_than_one_round_serves(device: torch.device, rng: torch.Gene
     x = torch.randn(2 * block + 3, 256, generator=rng).half()
     packed = problems.scaled_down(packed)
     y = littlebit_linear(x.to(device), packed.to(device), activation=mode)
-    assert problems.error_of(y, x, packed, mode) <= problems.allowed(x.dtype, mode, y.numel())
-    count = problems.SWITCH + 1 if mode in problems.GEMM_MODES else 1
+    assert modes.error_of(y, x, packed, mode) <= modes.allowed(x.dtype, mode, y.numel())
+    count = modes.SWITCH + 1 if mode in modes.GEMM_MODES else 1
     for token in (0, block - 1, block, 2 * block + 3 - count):
         own = littlebit_linear(x[token : token + count].to(device), packed.to(device), activation=mode)
         assert torch.equal(own, y[token : token + count])
@@ -140,7 +141,7 @@ def test_shapes_of_models(
 ) -> None:
     x, packed = make_problem(3, k, n, [rank], dtype=torch.bfloat16, outliers=4, generator=rng)
     y = littlebit_linear(x.to(device), packed.to(device), activation=mode)
-    assert problems.error_of(y, x, packed, mode) <= problems.allowed(x.dtype, mode, y.numel())
+    assert modes.error_of(y, x, packed, mode) <= modes.allowed(x.dtype, mode, y.numel())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -198,8 +199,8 @@ def test_extreme_scales(device: torch.device, rng: torch.Generator, scale: float
     """Scales of activations far outside the range of float16 cost no accuracy."""
     x, packed = make_problem(3, 1100, 70, [136], outliers=5, generator=rng)
     y = littlebit_linear((x * scale).to(device), packed.to(device), activation=mode)
-    error = problems.error_of(y, x * scale, packed, mode)
-    assert error <= problems.allowed(torch.float32, mode, y.numel())
+    error = modes.error_of(y, x * scale, packed, mode)
+    assert error <= modes.allowed(torch.float32, mode, y.numel())
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -207,7 +208,7 @@ def test_outliers_in_their_own_slice(device: torch.device, rng: torch.Generator,
     x, packed = make_problem(3, 1536, 70, [520], dtype=torch.bfloat16, generator=rng)
     x[:, 700] *= 1000
     y = littlebit_linear(x.to(device), packed.to(device), activation=mode)
-    assert problems.error_of(y, x, packed, mode) <= problems.allowed(x.dtype, mode, y.numel())
+    assert modes.error_of(y, x, packed, mode) <= modes.allowed(x.dtype, mode, y.numel())
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -247,11 +248,11 @@ def test_results_do_not_depend_on_the_batch(
     whole = littlebit_linear(x, packed, activation=mode)
     order = torch.randperm(37, generator=rng).to(packed.device)
     assert torch.equal(littlebit_linear(x[order], packed, activation=mode), whole[order])
-    if mode in problems.GEMM_MODES:
-        for first in range(37 - problems.SWITCH):
-            part = slice(first, first + problems.SWITCH + 1)
+    if mode in modes.GEMM_MODES:
+        for first in range(37 - modes.SWITCH):
+            part = slice(first, first + modes.SWITCH + 1)
             assert torch.equal(littlebit_linear(x[part], packed, activation=mode), whole[part])
-        whole = littlebit_linear(x[: problems.SWITCH], packed, activation=mode)
+        whole = littlebit_linear(x[: modes.SWITCH], packed, activation=mode)
     for token in range(whole.shape[0]):
         assert torch.equal(littlebit_linear(x[token], packed, activation=mode), whole[token])
 
@@ -424,7 +425,7 @@ def test_another_device(device: torch.device, rng: torch.Generator) -> None:
     y = littlebit_linear(x.to(other), packed.to(other))
     assert y.device == other
     assert torch.cuda.current_device() == device.index
-    assert problems.error_of(y, x, packed, "exact") <= problems.allowed(x.dtype, "exact", y.numel())
+    assert modes.error_of(y, x, packed, "exact") <= modes.allowed(x.dtype, "exact", y.numel())
     with pytest.raises(RuntimeError, match=rf"in_scale\[0\] must be on {device} like x, got {other}"):
         torch.ops.littlebit2.linear(x.to(device), *packed.to(other).operands)
 
@@ -465,14 +466,13 @@ def test_blas(device: torch.device, rng: torch.Generator, dtype: torch.dtype, to
     y = littlebit_linear(x.to(device), packed.to(device), backend="blas")
     # Three roundings of bfloat16 beside that of the output.
     allowed = 3e-6 if dtype == torch.float32 else 2.5 * TOLERANCE[dtype]
-    assert problems.error_of(y, x, packed, "exact") <= allowed
+    assert modes.error_of(y, x, packed, "exact") <= allowed
 
 
 def test_auto_unpacks(device: torch.device, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     x, packed = make_problem(200, 1024, 512, [80, 80], dtype=torch.bfloat16, generator=rng)
     on_device, layer = x.to(device), packed.to(device)
-    for module in (functional, linear):
-        monkeypatch.setattr(module, "prompt_backend", lambda *_: "blas")
+    monkeypatch.setattr(dispatch, "prefill_backend", lambda *_: "blas")
     expected = littlebit_linear(on_device, layer, backend="blas")
     assert torch.equal(littlebit_linear(on_device, layer), expected)
     assert torch.equal(LittleBitLinear.from_packed(layer)(on_device), expected)

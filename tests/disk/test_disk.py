@@ -48,9 +48,14 @@ def test_file_and_folder_are_synced_before_and_after_the_rename(
 def test_a_failure_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "a"
     write_file(path, b"old")
-    with pytest.raises(ValueError, match="stop"), new_file(path) as file:
-        file.write(b"new")
-        raise ValueError("stop")
+
+    def write_half() -> None:
+        with new_file(path) as file:
+            file.write(b"new")
+            raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        write_half()
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -76,7 +81,7 @@ def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
 
 
 def test_a_new_file_may_not_be_there(tmp_path: Path) -> None:
-    with pytest.raises(FileExistsError, match="out must be a file, got .*, which is a directory"):
+    with pytest.raises(FileExistsError, match=r"out must be a file, got .*, which is a directory"):
         check_new_file(tmp_path, overwrite=True)
     (tmp_path / "a").touch()
     check_new_file(tmp_path / "a", overwrite=True)

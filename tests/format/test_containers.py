@@ -253,7 +253,8 @@ def test_fake_tensors_are_checked_but_not_read(fields: Fields) -> None:
 def test_valid_layer(ranks: list[int] | None, share_v: bool, bias: bool, rng: torch.Generator) -> None:
     layer = make_packed(K, N, ranks, bias=bias, share_v=share_v, generator=rng)
     assert (layer.in_features, layer.out_features) == (K, N)
-    assert layer.ranks == tuple(ranks or [N])
+    assert layer.ranks == (None if ranks is None else tuple(ranks))
+    assert layer.shape.rows == tuple(ranks or [N])
     assert layer.single_stage == (ranks is None)
     assert layer.device == torch.device("cpu")
     v, u, in_scale, latent_scale, out_scale = layer.operands

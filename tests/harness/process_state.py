@@ -23,6 +23,7 @@ import types
 import zlib
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -32,13 +33,15 @@ import torch
 #: Packages whose functions and classes a test may replace only through ``monkeypatch``.
 WATCHED_PACKAGES = ("benchmarks", "littlebit2", "littlebit2_kernels")
 
-#: Variables that pytest and the libraries under test set for themselves, on first use and for good.
-OWN_VARIABLES = {
+#: Variables and folders that pytest and libraries set for themselves, on first use and for good.
+OWN_VARIABLES = (
     "PYTEST_CURRENT_TEST",
     "KINETO_LOG_LEVEL",
-    "TORCHINDUCTOR_CACHE_DIR",
+    "TORCHINDUCTOR_",
+    "_TORCHINDUCTOR_",
     "TRITON_CACHE_DIR",
-}
+)
+OWN_FOLDERS = ("torchinductor_", "_vendor")
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,10 @@ def _set_autocast(value: tuple[Any, ...]) -> None:
 
 def _flushes_denormals() -> bool:
     return bool(torch.tensor(1e-40, device="cpu") * 1.0 == 0)
+
+
+def _import_folders() -> tuple[str, ...]:
+    return tuple(folder for folder in sys.path if not Path(folder).name.startswith(OWN_FOLDERS))
 
 
 def _grad_mode() -> tuple[bool, bool]:
@@ -133,10 +140,9 @@ SETTINGS: dict[str, Setting] = {
         ),
     ),
     "current directory": Setting(os.getcwd, os.chdir),
-    "sys.path": Setting(lambda: tuple(sys.path), lambda value: sys.path.__setitem__(slice(None), value)),
+    "sys.path": Setting(_import_folders, lambda value: sys.path.__setitem__(slice(None), value)),
     "sys.argv": Setting(lambda: tuple(sys.argv), lambda value: sys.argv.__setitem__(slice(None), value)),
     "sys.excepthook": _attribute(sys, "excepthook"),
-    "recursion limit": Setting(sys.getrecursionlimit, sys.setrecursionlimit),
     "garbage collection": Setting(gc.isenabled, lambda value: gc.enable() if value else gc.disable()),
     "logging.disable()": Setting(lambda: logging.root.manager.disable, logging.disable),
     **{
@@ -208,10 +214,24 @@ def _definitions() -> dict[str, tuple[types.ModuleType, dict[str, Any]]]:
     """Functions, classes and modules by the module of ours that holds them."""
     kinds = (types.FunctionType, types.ModuleType, type)
     return {
-        name: (module, {key: value for key, value in vars(module).items() if isinstance(value, kinds)})
+        name: (
+            module,
+            # Dynamo keeps what it compiled under names of two underscores.
+            {
+                key: value
+                for key, value in vars(module).items()
+                if isinstance(value, kinds) and key[:2] != "__"
+            },
+        )
         for name, module in list(sys.modules.items())
         if module is not None and name.partition(".")[0] in WATCHED_PACKAGES
     }
+
+
+def _threads() -> Iterator[threading.Thread]:
+    """Threads that keep a process from ending, without those of Inductor's pool."""
+    pooled = "ThreadPoolExecutor" if "torch._inductor" in sys.modules else ()
+    return (t for t in threading.enumerate() if not t.daemon and not t.name.startswith(pooled))
 
 
 @dataclass(frozen=True)
@@ -232,11 +252,11 @@ def take() -> Snapshot:
     settings = {**SETTINGS, **dict(_loaded_settings())}
     return Snapshot(
         settings={name: (setting, setting.get()) for name, setting in settings.items()},
-        environment={name: text for name, text in os.environ.items() if name not in OWN_VARIABLES},
+        environment={name: text for name, text in os.environ.items() if not name.startswith(OWN_VARIABLES)},
         loggers=_loggers(),
         modules=dict(sys.modules),
         definitions=_definitions(),
-        threads=frozenset(thread for thread in threading.enumerate() if not thread.daemon),
+        threads=frozenset(_threads()),
         processes=frozenset(process.pid for process in multiprocessing.active_children()),
     )
 
@@ -253,11 +273,18 @@ def undo(before: Snapshot, after: Snapshot) -> list[str]:
     ]
 
 
+def _difference(old: Any, new: Any) -> str:
+    if not isinstance(old, tuple | dict) or len(old) == len(new):
+        return f"{old!r} became {new!r}"
+    gained, lost = [part for part in new if part not in old], [part for part in old if part not in new]
+    return f"gained {gained}, lost {lost}"
+
+
 def _undo_settings(before: Snapshot, after: Snapshot) -> Iterator[str]:
     for name, (setting, old) in before.settings.items():
         new = after.settings[name][1]
         if new != old:
-            yield f"{name}: {old!r} became {new!r}"
+            yield f"{name}: {_difference(old, new)}"
             setting.set(old)
 
 

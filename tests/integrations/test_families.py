@@ -49,7 +49,7 @@ def test_outputs_are_those_of_the_reconstructed_weights(saved: tuple[str, Any, P
         name for name, m in reference.named_modules() if type(m) is torch.nn.Linear and name != "lm_head"
     ]
     assert [n for n, m in model.named_modules() if isinstance(m, LittleBitLinear)] == linears
-    assert {m.ranks for m in model.modules() if isinstance(m, LittleBitLinear)} == {(40, 8)}
+    assert {m.shape.ranks for m in model.modules() if isinstance(m, LittleBitLinear)} == {(40, 8)}
     ids = token_ids(rows=2)
     assert relative_error(outputs(model, ids), outputs(reference, ids)) < 2e-5
 

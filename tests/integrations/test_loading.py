@@ -196,7 +196,7 @@ def test_dense_checkpoint(tmp_path: Path) -> None:
         littlebit2.load(tmp_path)
 
 
-def test_dense_checkpoint_is_not_quantised_on_the_fly(tmp_path: Path) -> None:
+def test_dense_checkpoint_is_not_quantized_on_the_fly(tmp_path: Path) -> None:
     dense_model("llama").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="pre-quantized"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=LittleBit2Config())
@@ -274,7 +274,7 @@ def test_relatives(relative: Any, tmp_path: Path) -> None:
     _edit_config(tmp_path, lambda config: config.pop("quantization_config"))
     model = littlebit2.load(tmp_path)
     layers = [module for module in model.modules() if isinstance(module, LittleBitLinear)]
-    assert {layer.ranks for layer in layers} == {None if relative is _as_onebit else (40,)}
+    assert {layer.shape.ranks for layer in layers} == {None if relative is _as_onebit else (40,)}
     reference = reconstructed_copy(dense, model)
     assert relative_error(outputs(model, token_ids()), outputs(reference, token_ids())) < 2e-5
     registered = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)

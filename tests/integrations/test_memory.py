@@ -47,7 +47,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("memory") / "model"
     littlebit2.synthesize(transformers.LlamaConfig(**SIZES), path, 0.5)
     with open_checkpoint(path) as checkpoint:
-        weights = sum(spec.in_features * spec.out_features for spec in checkpoint.layers.values())
+        weights = sum(spec.shape.in_features * spec.shape.out_features for spec in checkpoint.layers.values())
     assert torch.float32.itemsize * weights > 3 * ALLOWED
     return path
 

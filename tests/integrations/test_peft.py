@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
 
 from littlebit2.integrations.peft import LoraLittleBitLinear, with_packed_layers
+from littlebit2.quantize import QuantConfig
 from littlebit2_kernels import LittleBitLinear
 from tests.integrations.families import dense_model, quantized_copy, token_ids
 
@@ -18,6 +20,10 @@ from tests.integrations.families import dense_model, quantized_copy, token_ids
 def config(**changes: Any) -> LoraConfig:
     settings = {"target_modules": ["q_proj", "up_proj"], "r": 4, "task_type": "CAUSAL_LM", **changes}
     return LoraConfig(**settings)
+
+
+def quantized_head(head: torch.nn.Linear) -> LittleBitLinear:
+    return LittleBitLinear.from_packed(QuantConfig(ranks=(8,)).pack(head.weight.detach(), None))
 
 
 @pytest.fixture
@@ -32,13 +38,13 @@ def test_adapters_train_and_packed_layers_do_not(packed: Any) -> None:
     model = get_peft_model(packed, with_packed_layers(config()))
     assert isinstance(model.base_model.model.model.layers[0].mlp.up_proj, LoraLittleBitLinear)
     assert torch.equal(model(ids).logits, before)  # B starts at zero
-    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
     losses = []
     for _ in range(4):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     with model.disable_adapter():
@@ -73,6 +79,45 @@ def test_saved_adapters_load(packed: Any, tmp_path: Path) -> None:
         other, tmp_path, config=with_packed_layers(PeftConfig.from_pretrained(tmp_path))
     )
     assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def adapted(model: Any) -> set[str]:
+    return {
+        name.removeprefix("base_model.model.")
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+def test_all_linear_takes_packed_and_dense_layers_but_no_head(packed: Any, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.down_proj"
+    dense = torch.nn.Linear(packed.get_submodule(name).in_features, packed.get_submodule(name).out_features)
+    packed.set_submodule(name, dense)
+    linear = {name for name, module in packed.named_modules() if isinstance(module, LittleBitLinear)}
+    other = copy.deepcopy(packed)
+    model = get_peft_model(packed, with_packed_layers(config(target_modules="all-linear")))
+    assert adapted(model) == linear | {name}
+    model.add_adapter("second", with_packed_layers(config(target_modules="ALL-LINEAR")))
+    assert adapted(model) == linear | {name}, "an adapter's own layers are no targets"
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(
+        other, tmp_path, config=with_packed_layers(PeftConfig.from_pretrained(tmp_path))
+    )
+    assert torch.equal(loaded(token_ids(8)).logits, model(token_ids(8)).logits)
+
+
+def test_all_linear_leaves_a_packed_head_out(packed: Any) -> None:
+    head = packed.lm_head
+    packed.set_submodule("lm_head", quantized_head(head))
+    model = get_peft_model(packed, with_packed_layers(config(target_modules="all-linear")))
+    assert "lm_head" not in adapted(model)
+    assert "model.layers.0.mlp.up_proj" in adapted(model)
+
+
+def test_all_linear_of_other_configurations_is_peft_s_own(packed: Any) -> None:
+    get_peft_model(copy.deepcopy(packed), with_packed_layers(config()))
+    with pytest.raises(ValueError, match="target"):  # no dense linear layer but the head
+        get_peft_model(packed, config(target_modules="all-linear"))
 
 
 def test_merging_is_refused(packed: Any) -> None:

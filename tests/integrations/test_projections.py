@@ -48,7 +48,7 @@ def test_every_family(packed: tuple[str, Any]) -> None:
     names = list(model.state_dict())
     alone = outputs(_unfused(model), ids)
     groups = littlebit2.fuse_projections(model, on_cpu=True)
-    if family == "phi3":  # quantised as it is, with its projections already one
+    if family == "phi3":  # quantized as it is, with its projections already one
         assert groups == []
         return
     assert [len(group.members) for group in groups] == EXPECTED.get(family, [3, 2]) * 2

@@ -32,7 +32,9 @@ def test_families(family: str, tmp_path: Path) -> None:
         assert set(checkpoint.layers) == set(names)
         assert not any("lm_head" in name for name in names)
         for spec in checkpoint.layers.values():
-            assert spec.ranks == (rank_for_bpw(spec.in_features, spec.out_features, 2.0),) * 2
+            assert (
+                spec.shape.ranks == (rank_for_bpw(spec.shape.in_features, spec.shape.out_features, 2.0),) * 2
+            )
 
 
 def _digest(path: Path) -> str:

@@ -1,5 +1,7 @@
 """The CUDA kernels compile for every architecture, without spills, and export what the C ABI promises.
 
+Two architectures are compiled by default: the oldest, and one that has clusters. The others are slow tests.
+
 What they compute is proven elsewhere by executing them on the host (tests/cpp/cuda/decode_test.cpp).
 """
 
@@ -11,6 +13,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
 
@@ -19,27 +22,59 @@ import pytest
 from benchmarks.cuda.kernel_report import GEMM_POLICIES, POLICIES, TOKEN_TILES, gemm_tiles, parse_ptxas
 
 ROOT = Path(__file__).resolve().parents[2]
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+COMMON = (80, 90)
+OTHERS = (86, 89, 100, 120)
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH")
 
 
-@pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The build folder of the core with CUDA, and what ptxas said of every kernel."""
+@dataclass(frozen=True)
+class Build:
+    """The build folder of the core with CUDA, what ptxas said of every kernel, and the architectures."""
+
+    folder: Path
+    log: str
+    architectures: tuple[int, ...]
+
+    @property
+    def library(self) -> Path:
+        return next(self.folder.glob("**/liblittlebit2_cuda.so"))
+
+
+def _configure(folder: Path, *options: str) -> str:
     if shutil.which("cmake") is None:
         pytest.skip("needs cmake on PATH")
-    folder = tmp_path_factory.mktemp("cuda")
-    options = [
-        "-DLB2_CUDA=on",
-        "-DLB2_BUILD_TORCH=OFF",
-        "-DLB2_BUILD_PYTHON=OFF",
-        "-DCMAKE_CUDA_FLAGS=-Xptxas=-v",
-    ]
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    _run("cmake", "-S", str(ROOT), "-B", str(folder), *generator, *options)
+    options = ("-DLB2_CUDA=on", "-DLB2_BUILD_TORCH=OFF", "-DLB2_BUILD_PYTHON=OFF", *options)
+    return _run("cmake", "-S", str(ROOT), "-B", str(folder), *generator, *options)
+
+
+@functools.cache
+def _built(folders: pytest.TempPathFactory, architectures: tuple[int, ...]) -> Build:
+    folder = folders.mktemp("cuda")
+    targets = ";".join(f"{arch}-real" for arch in architectures)
+    _configure(folder, f"-DLB2_CUDA_ARCHS={targets}", "-DCMAKE_CUDA_FLAGS=-Xptxas=-v")
     log = _run("cmake", "--build", str(folder), "--verbose", "--parallel", str(os.cpu_count() or 1))
-    return folder, log
+    return Build(folder, log, architectures)
+
+
+@pytest.fixture(
+    params=[COMMON, pytest.param(OTHERS, marks=pytest.mark.slow)],
+    ids=lambda architectures: "-".join(map(str, architectures)),
+)
+def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Build:
+    return _built(tmp_path_factory, request.param)
+
+
+def _each_of(architectures: tuple[int, ...]) -> pytest.MarkDecorator:
+    """Run a test on each architecture, with the build that holds it."""
+    cases = [
+        pytest.param(group, arch, id=f"sm_{arch}", marks=marks)
+        for group, marks in ((COMMON, ()), (OTHERS, pytest.mark.slow))
+        for arch in group
+        if arch in architectures
+    ]
+    return pytest.mark.parametrize(("build", "arch"), cases, indirect=["build"])
 
 
 def _run(*command: str) -> str:
@@ -48,28 +83,33 @@ def _run(*command: str) -> str:
     return done.stdout
 
 
-def test_every_instance_compiles_for_every_architecture_without_spills(build: tuple[Path, str]) -> None:
-    kernels = list(parse_ptxas(build[1]))
+def test_every_architecture_is_built_for_by_default(tmp_path: Path) -> None:
+    (line,) = re.findall(r"CUDA kernels: yes \(.*\)", _configure(tmp_path, "-DLB2_CUDA_ARCHS="))
+    assert {int(arch) for arch in re.findall(r"(\d+)-real", line)} == {*COMMON, *OTHERS}
+
+
+def test_every_instance_compiles_for_every_architecture_without_spills(build: Build) -> None:
+    kernels = list(parse_ptxas(build.log))
     assert [kernel for kernel in kernels if kernel.local_bytes] == []
     kinds = [("decode", tile) for tile in TOKEN_TILES] + [
         ("convert", tile) for tile in TOKEN_TILES if tile > 4
     ]
     wanted = [
         (kind, 0, tile, mode, arch)
-        for (kind, tile), mode, arch in itertools.product(kinds, POLICIES, ARCHITECTURES)
+        for (kind, tile), mode, arch in itertools.product(kinds, POLICIES, build.architectures)
     ]
-    wanted += [("unpack", 0, 0, "", arch) for arch in ARCHITECTURES]
-    for mode, arch in itertools.product(GEMM_POLICIES, ARCHITECTURES):
+    wanted += [("unpack", 0, 0, "", arch) for arch in build.architectures]
+    for mode, arch in itertools.product(GEMM_POLICIES, build.architectures):
         wanted += [(kind, 0, 0, mode, arch) for kind in ("gemm_convert", "fused")]
         wanted += [("gemm", *tile, mode, arch) for tile in gemm_tiles(mode)]
     assert sorted((k.kind, k.row_tile, k.token_tile, k.mode, k.capability) for k in kernels) == sorted(wanted)
 
 
-def test_library_exports_the_c_abi_and_nothing_else_of_ours(build: tuple[Path, str]) -> None:
+def test_library_exports_the_c_abi_and_nothing_else_of_ours(build: Build) -> None:
     if shutil.which("nm") is None:
         pytest.skip("needs nm on PATH")
-    library = next(build[0].glob("**/liblittlebit2_cuda.so"))
-    defined = {line.split()[-1] for line in _run("nm", "-D", "--defined-only", str(library)).splitlines()}
+    symbols = _run("nm", "-D", "--defined-only", str(build.library))
+    defined = {line.split()[-1] for line in symbols.splitlines()}
     ours = {name for name in defined if "lb2" in name}
     assert ours == {
         "lb2_cuda_get_device",
@@ -90,23 +130,22 @@ def _disassembler() -> str | None:
     return str(bundled) if os.access(bundled, os.X_OK) else None
 
 
-def _machine_code(build: tuple[Path, str], arch: int, kernel: str) -> list[str]:
+def _machine_code(build: Build, arch: int, kernel: str) -> list[str]:
     """Functions whose mangled names hold ``kernel``, as disassembled; skips where nothing disassembles."""
     disassembler = _disassembler()
     if disassembler is None:
         pytest.skip("needs cuobjdump (CUDA toolkit or Triton's package)")
-    library = next(build[0].glob("**/liblittlebit2_cuda.so"))
-    code = _disassembled(disassembler, library, arch)
+    code = _disassembled(disassembler, build.library, arch)
     return [part for part in re.split(r"\n\s*Function : ", code)[1:] if kernel in part.split()[0]]
 
 
-@functools.lru_cache(maxsize=len(ARCHITECTURES))
+@functools.lru_cache(maxsize=len(OTHERS))
 def _disassembled(disassembler: str, library: Path, arch: int) -> str:
     return _run(disassembler, "--dump-sass", "--gpu-architecture", f"sm_{arch}", str(library))
 
 
-@pytest.mark.parametrize("arch", [80, 86, 89, 90])
-def test_machine_code_holds_the_intended_instructions(build: tuple[Path, str], arch: int) -> None:
+@_each_of((80, 86, 89, 90))
+def test_machine_code_holds_the_intended_instructions(build: Build, arch: int) -> None:
     # Converting activations needs no tensor cores.
     functions = _machine_code(build, arch, "6decode")
     assert len(functions) == len(POLICIES) * len(TOKEN_TILES)
@@ -119,8 +158,8 @@ def test_machine_code_holds_the_intended_instructions(build: tuple[Path, str], a
         assert not re.search(r"\b(LDL|STL)\b", function), f"{name}: uses local memory"
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_machine_code_of_the_gemm(build: tuple[Path, str], arch: int) -> None:
+@_each_of(COMMON + OTHERS)
+def test_machine_code_of_the_gemm(build: Build, arch: int) -> None:
     """MMAs, copies past the registers, and no more 16-byte loads beside the MMAs than there must be."""
     functions = _machine_code(build, arch, "4gemmI")
     assert len(functions) == sum(len(gemm_tiles(mode)) for mode in GEMM_POLICIES)
@@ -138,8 +177,8 @@ def test_machine_code_of_the_gemm(build: tuple[Path, str], arch: int) -> None:
         assert mmas / (2 * row_tiles) <= function.count("LDS.128"), name
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_machine_code_of_the_kernel_of_both_stages(build: tuple[Path, str], arch: int) -> None:
+@_each_of(COMMON + OTHERS)
+def test_machine_code_of_the_kernel_of_both_stages(build: Build, arch: int) -> None:
     """MMAs, 16-byte loads, no local memory; and barriers of clusters and their memory where these are."""
     functions = _machine_code(build, arch, "5fusedI")
     assert len(functions) == len(GEMM_POLICIES)

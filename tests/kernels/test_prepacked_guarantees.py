@@ -12,7 +12,7 @@ from littlebit2_kernels._native import core
 from littlebit2_kernels.dispatch import ACTIVATIONS
 from littlebit2_kernels.format import pack_signs_reference
 from littlebit2_kernels.testing import make_problem, relative_error
-from tests.kernels.problems import describe, random_lookup_problem, with_equal_in_scales
+from tests.problems import PREPACKED, describe, random_problem, with_equal_in_scales
 
 MODES = ("exact", "int16", "int8", "sign")
 
@@ -29,7 +29,7 @@ def threads() -> Iterator[None]:
 def test_instruction_sets_agree_to_the_bit(
     case: int, mode: str, every_isa: list[str], rng: torch.Generator
 ) -> None:
-    x, packed = random_lookup_problem(rng)
+    x, packed = random_problem(rng, PREPACKED)
     prepacked = prepack(packed)
     results = []
     for name in every_isa:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Any
 
@@ -13,13 +14,7 @@ from littlebit2_kernels import PackedLinear, PackedPath, littlebit_linear, prepa
 from littlebit2_kernels.dispatch import ACTIVATIONS
 from littlebit2_kernels.format import pack_signs_reference, words_per_row
 from littlebit2_kernels.testing import make_packed, make_problem
-from tests.kernels.problems import (
-    LOOKUP_COLS,
-    LOOKUP_ROWS,
-    describe,
-    random_lookup_problem,
-    with_equal_in_scales,
-)
+from tests.problems import PREPACKED, describe, random_problem, with_equal_in_scales
 
 MODES = ("exact", "int16", "int8", "sign")
 
@@ -34,8 +29,7 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def assert_same_layer(got: PackedLinear, packed: PackedLinear) -> None:
-    assert got.leaders == packed.leaders
-    assert (got.ranks, got.single_stage) == (packed.ranks, packed.single_stage)
+    assert got.shape == packed.shape
     for one, other in zip(got.paths, packed.paths, strict=True):
         assert one.tensors().keys() == other.tensors().keys()
         for name, tensor in one.tensors().items():
@@ -47,22 +41,22 @@ def assert_same_layer(got: PackedLinear, packed: PackedLinear) -> None:
 
 @pytest.mark.parametrize("case", range(120))
 def test_random_layers(case: int, rng: torch.Generator) -> None:
-    x, packed = random_lookup_problem(rng, tokens=(1,))
+    x, packed = random_problem(rng, dataclasses.replace(PREPACKED, tokens=(1,)))
     prepacked = prepack(packed)
     assert (prepacked.in_features, prepacked.out_features) == (packed.in_features, packed.out_features)
-    assert (prepacked.shares, prepacked.single_stage) == (packed.leaders, packed.single_stage)
+    assert prepacked.shape == packed.shape
     unpacked = prepacked.unpack()
     assert_same_layer(unpacked, packed)
     assert torch.equal(prepack(unpacked).layer, prepacked.layer), describe(x, packed)
 
 
-@pytest.mark.parametrize("cols", sorted({*LOOKUP_COLS, *range(1, 100), 735, 750, 1439, 2159, 2160, 3000}))
+@pytest.mark.parametrize("cols", sorted({*PREPACKED.cols, *range(1, 100), 735, 750, 1439, 2159, 2160, 3000}))
 def test_every_number_of_columns(cols: int, rng: torch.Generator) -> None:
     packed = make_packed(cols, 33, None, generator=rng)
     assert_same_layer(prepack(packed).unpack(), packed)
 
 
-@pytest.mark.parametrize("rows", sorted({*LOOKUP_ROWS, *range(1, 70), 383, 384, 385, 1000}))
+@pytest.mark.parametrize("rows", sorted({*PREPACKED.rows, *range(1, 70), 383, 384, 385, 1000}))
 def test_every_number_of_rows(rows: int, rng: torch.Generator) -> None:
     packed = make_packed(40, rows, None, generator=rng)
     assert_same_layer(prepack(packed).unpack(), packed)
@@ -136,7 +130,7 @@ def without_pad_bits(words: torch.Tensor, cols: int) -> torch.Tensor:
 def test_any_bits_are_kept_but_for_padding(case: int) -> None:
     """Scales of all bit patterns, NaN with their payloads and -0.0 among them; pad bits become 0."""
     draw = random.Random(case)
-    cols, rows, rank = draw.choice(LOOKUP_COLS), draw.choice(LOOKUP_ROWS), 8 * draw.randint(1, 40)
+    cols, rows, rank = draw.choice(PREPACKED.cols), draw.choice(PREPACKED.rows), 8 * draw.randint(1, 40)
     v, u, in_scale, latent_scale, out_scale = raw_operands(draw, cols, rows, rank)
     in_scale[0][0] = -0.0
     got = torch.ops.littlebit2.unprepack(

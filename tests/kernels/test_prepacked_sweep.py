@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -16,15 +18,9 @@ from littlebit2_kernels.testing import (
     relative_error,
     typical_norm,
 )
+from tests.harness.sweeps import cases
 from tests.kernels.lookup_emulation import emulate, segments_of
-from tests.kernels.problems import (
-    LOOKUP_COLS,
-    LOOKUP_ROWS,
-    describe,
-    random_lookup_problem,
-    random_problem,
-    with_equal_in_scales,
-)
+from tests.problems import PREPACKED, describe, random_problem, with_equal_in_scales
 
 MODES = ("exact", "int16", "int8", "sign")
 
@@ -37,9 +33,9 @@ def error_of(y: torch.Tensor, x: torch.Tensor, packed: PackedLinear) -> float:
     return relative_error(y, linear_reference(x, packed), typical_norm(x, packed))
 
 
-@pytest.mark.parametrize("case", range(40))
+@cases(40, sample=20)
 def test_exact_is_as_exact_as_torch(case: int, isa: str, rng: torch.Generator) -> None:
-    x, packed = random_lookup_problem(rng)
+    x, packed = random_problem(rng, PREPACKED)
     y = littlebit_linear(x, prepack(packed), backend="cpu", activation="exact")
     truth = linear_reference(x, packed)
     assert y.dtype == x.dtype
@@ -49,7 +45,7 @@ def test_exact_is_as_exact_as_torch(case: int, isa: str, rng: torch.Generator) -
     assert error <= max_allowed_error(x, packed, truth), describe(x, packed)
 
 
-@pytest.mark.parametrize("case", range(20))
+@cases(20, sample=10)
 def test_exact_on_the_problems_of_the_portable_kernels(case: int, isa: str, rng: torch.Generator) -> None:
     x, packed = random_problem(rng)
     y = littlebit_linear(x, prepack(packed), activation="exact")
@@ -58,18 +54,20 @@ def test_exact_on_the_problems_of_the_portable_kernels(case: int, isa: str, rng:
     assert error <= max_allowed_error(x, packed, truth), describe(x, packed)
 
 
-@pytest.mark.parametrize("case", range(30))
+@cases(30, sample=15)
 def test_int16_is_as_exact_as_promised(case: int, isa: str, rng: torch.Generator) -> None:
-    x, packed = random_lookup_problem(rng, outliers=(0,))
+    x, packed = random_problem(rng, dataclasses.replace(PREPACKED, outliers=(0,)))
     error = error_of(littlebit_linear(x, prepack(packed), activation="int16"), x, packed)
     assert error <= INT16_ERROR + TOLERANCE[x.dtype], describe(x, packed)
 
 
-@pytest.mark.parametrize("case", range(25))
+@cases(25, sample=12)
 def test_int16_with_outliers_is_no_worse_than_torch_in_bfloat16(
     case: int, isa: str, rng: torch.Generator
 ) -> None:
-    x, packed = random_lookup_problem(rng, outliers=(1, 5, 20), tokens=(8, 33), dtypes=(torch.bfloat16,))
+    x, packed = random_problem(
+        rng, dataclasses.replace(PREPACKED, outliers=(1, 5, 20), tokens=(8, 33), dtypes=(torch.bfloat16,))
+    )
     error = error_of(littlebit_linear(x, prepack(packed), activation="int16"), x, packed)
     torch_error = error_of(linear_reference(x, packed, torch.bfloat16), x, packed)
     assert error <= max(torch_error, TOLERANCE[torch.bfloat16]), describe(x, packed)
@@ -107,11 +105,11 @@ def test_sign_is_a_binarised_layer(isa: str, rng: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", range(20))
+@cases(20, sample=10)
 def test_every_isa_keeps_the_contract_to_the_bit(
     case: int, mode: str, every_isa: list[str], rng: torch.Generator
 ) -> None:
-    x, packed = random_lookup_problem(rng)
+    x, packed = random_problem(rng, PREPACKED)
     expected, prepacked = emulate(x, packed, mode), prepack(packed)
     for name in every_isa:
         core().set_cpu_isa(name)
@@ -119,7 +117,7 @@ def test_every_isa_keeps_the_contract_to_the_bit(
         assert torch.equal(y, expected), f"{name}: {describe(x, packed)}"
 
 
-@pytest.mark.parametrize("cols", LOOKUP_COLS)
+@pytest.mark.parametrize("cols", PREPACKED.cols)
 @pytest.mark.parametrize("single_stage", [False, True])
 def test_every_number_of_columns(
     cols: int, single_stage: bool, every_isa: list[str], rng: torch.Generator
@@ -134,7 +132,7 @@ def test_every_number_of_columns(
             assert torch.equal(littlebit_linear(x, prepacked, activation=mode), expected), f"{mode}, {name}"
 
 
-@pytest.mark.parametrize("rows", LOOKUP_ROWS)
+@pytest.mark.parametrize("rows", PREPACKED.rows)
 @pytest.mark.parametrize("tokens", [1, 3, 4, 9])
 def test_every_number_of_rows_and_tokens(
     rows: int, tokens: int, every_isa: list[str], rng: torch.Generator

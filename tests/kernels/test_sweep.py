@@ -15,10 +15,11 @@ from littlebit2_kernels.testing import (
     relative_error,
     typical_norm,
 )
-from tests.kernels.problems import random_problem
+from tests.harness.sweeps import cases
+from tests.problems import random_problem
 
 
-@pytest.mark.parametrize("case", range(300))
+@cases(300, sample=100)
 def test_forward_is_as_exact_as_torch(case: int, isa: str, rng: torch.Generator) -> None:
     x, packed = random_problem(rng)
     y = littlebit_linear(x, packed, backend="cpu")
@@ -29,7 +30,7 @@ def test_forward_is_as_exact_as_torch(case: int, isa: str, rng: torch.Generator)
     assert error <= max_allowed_error(x, packed, truth), f"x {tuple(x.shape)}, {packed}"
 
 
-@pytest.mark.parametrize("case", range(60))
+@cases(60, sample=20)
 def test_backward_is_as_exact_as_torch(case: int, isa: str, rng: torch.Generator) -> None:
     x, packed = random_problem(rng)
     x = x.detach().requires_grad_()
@@ -42,7 +43,7 @@ def test_backward_is_as_exact_as_torch(case: int, isa: str, rng: torch.Generator
     assert error <= TOLERANCE[x.dtype], f"x {tuple(x.shape)}, {packed}"
 
 
-@pytest.mark.parametrize("case", range(40))
+@cases(40, sample=20)
 def test_instruction_sets_agree_to_the_bit(case: int, every_isa: list[str], rng: torch.Generator) -> None:
     x, packed = random_problem(rng)
     results = []

@@ -15,10 +15,10 @@ from littlebit2_kernels import (
     LinearGroup,
     LittleBitLinear,
     fuse_linears,
-    fusion,
     littlebit_linear,
     unfuse_linears,
 )
+from littlebit2_kernels.ops import calls as operator_calls
 from littlebit2_kernels.testing import make_packed
 
 K = 100
@@ -48,14 +48,14 @@ def model(request: pytest.FixtureRequest, rng: torch.Generator) -> Projections:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of layers of the grouped calls."""
     seen: list[int] = []
-    for name in ("grouped_from_prepacked", "grouped_from_operands"):
-        inner: Callable[..., Any] = getattr(fusion, name)
+    for name in ("grouped_linear_prepacked", "grouped_linear"):
+        inner: Callable[..., Any] = getattr(operator_calls, name)
 
         def record(x: Any, layers: Any, *rest: Any, inner: Callable[..., Any] = inner) -> Any:
             seen.append(len(layers))
             return inner(x, layers, *rest)
 
-        monkeypatch.setattr(fusion, name, record)
+        monkeypatch.setattr(operator_calls, name, record)
     return seen
 
 
@@ -181,7 +181,7 @@ def test_new_weights_are_used(model: Projections, rng: torch.Generator, calls: l
     fuse_linears(model.layers, on_cpu=True)
     x = torch.randn(2, K, generator=rng)
     model(x)
-    other = Projections(rng, model.q.ranks is None)
+    other = Projections(rng, model.q.shape.single_stage)
     model.load_state_dict(other.state_dict())
     model(x)
     calls.clear()

@@ -50,9 +50,9 @@ def twin(module: LittleBitLinear, **options: Any) -> LittleBitLinear:
     return LittleBitLinear(
         module.in_features,
         module.out_features,
-        module.ranks,
+        module.shape.ranks,
         module.bias is not None,
-        shares=module.shares,
+        shares=module.shape.shares,
         **options,
     )
 
@@ -67,7 +67,7 @@ def test_forward(layer: Layer) -> None:
 def test_packed_views_the_buffers(layer: Layer) -> None:
     _, packed, module = layer
     view = module.packed
-    assert view.leaders == packed.leaders
+    assert view.shape == packed.shape == module.shape
     assert torch.equal(dense_weight(view), dense_weight(packed))
     assert view.paths[0].v.data_ptr() == packed.paths[0].v.data_ptr()
 
@@ -150,7 +150,8 @@ print(peak() - before, resident() - resident_before, portable, module.nbytes)
 def test_extra_repr() -> None:
     text = repr(LittleBitLinear(64, 32, [16, 8], bias=False))
     assert text.startswith(
-        "LittleBitLinear(in_features=64, out_features=32, ranks=[16, 8], bias=False, stored_bpw="
+        "LittleBitLinear(in_features=64, out_features=32, ranks=[16, 8], bias=False, "
+        "counted_bpw=2.81, stored_bpw="
     )
     assert "single_stage=True" in repr(LittleBitLinear(64, 32, None))
 
@@ -336,11 +337,11 @@ def test_structures_must_agree(rng: torch.Generator) -> None:
     module = LittleBitLinear(100, 70, [16], bias=False)
     other = LittleBitLinear.from_packed(make_packed(100, 70, [24], generator=rng))
     # Ranks 16 and 24 of U occupy the same words; the stored shapes tell them apart.
-    with pytest.raises(RuntimeError, match=r"got \(100, 70, \(24,\), \(0,\)\)"):
+    with pytest.raises(RuntimeError, match=r"shape K=100, N=70, ranks=\[16\], got K=100, N=70, ranks=\[24\]"):
         module.load_state_dict(other.state_dict())
     shared = LittleBitLinear(100, 70, [8, 8, 8], bias=False, shares=(0, 1, 0))
     state = LittleBitLinear(100, 70, [8, 8, 8], bias=False, shares=(0, 1, 1)).state_dict()
-    with pytest.raises(RuntimeError, match=r"shares\) = .*\(0, 1, 0\)\), got .*\(0, 1, 1\)\)"):
+    with pytest.raises(RuntimeError, match=r"shape .*shares=\[0, 1, 0\], got .*shares=\[0, 1, 1\]"):
         shared.load_state_dict(state)
 
 
@@ -353,13 +354,13 @@ def test_structures_must_agree(rng: torch.Generator) -> None:
         ({"in_features": 0}, "in_features must be between 1 and 2147483647, got 0"),
         ({"out_features": -3}, "out_features must be between 1 and 2147483647, got -3"),
         ({"ranks": [12]}, r"ranks\[0\] must be between 1 and 2147483647 and a multiple of 8, got 12"),
-        ({"ranks": []}, "paths must hold between 1 and 16 PackedPath, got 0"),
+        ({"ranks": []}, "a layer must have between 1 and 16 paths, got 0"),
         (
             {"ranks": [8, 16], "shares": (0, 0)},
             r"shares\[1\] must name path 1 itself or .* of rank 16, got 0",
         ),
         ({"in_features": 2**31}, "in_features must be between 1 and 2147483647, got 2147483648"),
-        ({"ranks": [8] * 17}, "paths must hold between 1 and 16 PackedPath, got 17"),
+        ({"ranks": [8] * 17}, "a layer must have between 1 and 16 paths, got 17"),
         ({"backend": "gpu"}, "backend must be one of auto, cpu, cuda, triton, blas, reference, got 'gpu'"),
         ({"ranks": [8], "shares": (0, 0)}, r"shares must name one path per rank \(1\), got 2"),
         ({"ranks": [8, 8], "shares": (1, 1)}, r"shares\[0\] must name path 0"),
@@ -385,31 +386,7 @@ def test_bad_types(arguments: dict[str, Any], message: str) -> None:
         LittleBitLinear(**{"in_features": 32, "out_features": 16, "ranks": [8], **arguments})
 
 
-class RoundToSigns:
-    """A packer that ignores everything but the signs."""
-
-    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
-        from littlebit2_kernels import PackedPath, pack_signs
-
-        rows, cols = weight.shape
-        path = PackedPath(pack_signs(weight), torch.ones(cols), torch.ones(rows))
-        return PackedLinear((path,), None if bias is None else bias.float())
-
-
-def test_from_linear_uses_the_packer() -> None:
-    linear = nn.Linear(40, 30).bfloat16()
-    module = LittleBitLinear.from_linear(linear, RoundToSigns(), backend="reference")
-    assert module.backend == "reference"
-    x = torch.randn(2, 40)
-    expected = nn.functional.linear(x, torch.where(linear.weight < 0, -1.0, 1.0), linear.bias.float())
-    assert torch.allclose(module(x), expected, atol=1e-5)
-
-
-def test_from_linear_refuses() -> None:
-    with pytest.raises(TypeError, match=r"linear must be a torch\.nn\.Linear, got Conv1d"):
-        LittleBitLinear.from_linear(nn.Conv1d(1, 1, 1), RoundToSigns())  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"config must have a method pack\(weight, bias\).* got dict"):
-        LittleBitLinear.from_linear(nn.Linear(2, 2), {})  # type: ignore[arg-type]
+def test_from_packed_refuses() -> None:
     with pytest.raises(TypeError, match="packed must be a PackedLinear, got Linear"):
         LittleBitLinear.from_packed(nn.Linear(2, 2))  # type: ignore[arg-type]
 

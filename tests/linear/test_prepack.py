@@ -135,7 +135,7 @@ def test_buffers_answer_to_their_portable_names(layer: Layer) -> None:
         assert not hasattr(module, name)
         with pytest.raises(AttributeError, match=f"no attribute '{name}'"):
             getattr(module, name)
-    assert module.packed.leaders == packed.leaders
+    assert module.packed.shares == packed.shares
     assert torch.equal(dense_weight(module.packed), dense_weight(packed))
     assert torch.equal(module.dequantize(torch.float64), dense_weight(packed))
     assert "stored_bpw=" in repr(module)
@@ -161,9 +161,9 @@ def test_a_replaced_buffer_is_computed_with(layer: Layer) -> None:
 def test_load_state_dict_after_prepacking(layer: Layer, assign: bool, rng: torch.Generator) -> None:
     x, packed, module = layer
     module(x)
-    ranks = None if packed.single_stage else packed.ranks
+    ranks = packed.ranks
     source = make_packed(
-        100, 70, ranks, bias=packed.bias is not None, share_v=packed.leaders == (0, 0), generator=rng
+        100, 70, ranks, bias=packed.bias is not None, share_v=packed.shares == (0, 0), generator=rng
     )
     other = LittleBitLinear.from_packed(source)
     expected = other(x)
@@ -400,7 +400,7 @@ def test_first_calls_from_many_threads(rng: torch.Generator) -> None:
     assert not failures
 
 
-@pytest.mark.parametrize("step", ["check_activation", "choose_backend"])
+@pytest.mark.parametrize("step", ["check_x", "choose"])
 def test_another_thread_may_prepack_in_the_middle_of_a_call(
     step: str, layer: Layer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

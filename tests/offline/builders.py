@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
     "vocab_size": 40,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -25,7 +25,7 @@ QUICK = {"ranks": (16, 8), "method": "joint-itq", "itq_iterations": 3}
 
 
 def llama_tensors(generator: torch.Generator, layers: int = 2) -> dict[str, torch.Tensor]:
-    """The tensors of a tiny Llama with biases on q, k and v."""
+    """The tensors of a tiny Qwen2, which has biases on q, k and v."""
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(torch.bfloat16)
@@ -41,6 +41,7 @@ def llama_tensors(generator: torch.Generator, layers: int = 2) -> dict[str, torc
         tensors[f"{prefix}mlp.up_proj.weight"] = random(48, 32)
         tensors[f"{prefix}mlp.down_proj.weight"] = random(32, 48)
         tensors[f"{prefix}input_layernorm.weight"] = random(32)
+        tensors[f"{prefix}post_attention_layernorm.weight"] = random(32)
     tensors["model.norm.weight"] = random(32)
     tensors["lm_head.weight"] = random(40, 32)
     return tensors
@@ -58,7 +59,8 @@ def write_model(path: Path, tensors: dict[str, torch.Tensor], shards: int = 2) -
         weight_map.update(dict.fromkeys(mine, file))
     index = {"metadata": {}, "weight_map": weight_map}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    (path / "config.json").write_text(json.dumps(CONFIG))
+    blocks = {name.split(".")[2] for name in names if name.startswith("model.layers.")}
+    (path / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": len(blocks)}))
     (path / "tokenizer_config.json").write_text("{}")
     return path
 

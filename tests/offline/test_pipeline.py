@@ -1,4 +1,4 @@
-"""Quantising a checkpoint on disk, in one process."""
+"""Quantizing a checkpoint on disk, in one process."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_a_finished_run_is_not_repeated(
     replaced = run(model_dir, tmp_path / "out", QuantConfig(ranks=(8,)), overwrite=True)
     assert replaced.layers[0]["ranks"] == [8]
     with open_checkpoint(tmp_path / "out") as checkpoint:
-        assert {spec.ranks for spec in checkpoint.layers.values()} == {(8,)}
+        assert {spec.shape.ranks for spec in checkpoint.layers.values()} == {(8,)}
 
 
 def test_overwriting_takes_only_what_is_a_checkpoint(model_dir: Path, tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_a_layer_that_fails_is_named_and_the_others_are_kept(
 def test_sources_that_are_no_dense_model(model_dir: Path, tmp_path: Path) -> None:
     run(model_dir, tmp_path / "out")
     with pytest.raises(
-        ValueError, match="out: must be a dense checkpoint, got one that is quantised already"
+        ValueError, match="out: must be a dense checkpoint, got one that is quantized already"
     ):
         run(tmp_path / "out", tmp_path / "twice")
     with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -345,6 +345,6 @@ def test_a_single_unsharded_file_and_other_dtypes(tmp_path: Path, rng: torch.Gen
         "b.weight": torch.randn(16, 24, generator=rng).half(),
     }
     save_file(tensors, model_dir / "model.safetensors")
-    (model_dir / "config.json").write_text("{}")
+    (model_dir / "config.json").write_text('{"model_type": "of_its_own"}')
     report = run(model_dir, tmp_path / "out")
     assert [layer["name"] for layer in report.layers] == ["a", "b"]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from littlebit2.architecture.parts import Whole
 from littlebit2.architecture.tensors import LayerSource
 from littlebit2.offline import quantize_checkpoint
 from littlebit2.offline.group import share_out
@@ -92,7 +93,10 @@ def test_a_failure_of_one_process_is_a_failure_of_all(tmp_path: Path, rng: torch
 def test_shares_are_whole_and_even(size: int) -> None:
     config = QuantConfig(ranks=(8,))
     shapes = [(64, 64)] * 10 + [(64, 256)] * 6
-    jobs = [Job(i, LayerSource(str(i), k, n, f"{i}.weight", None), config) for i, (k, n) in enumerate(shapes)]
+    jobs = [
+        Job(i, LayerSource(str(i), k, n, Whole(f"{i}.weight"), None), config)
+        for i, (k, n) in enumerate(shapes)
+    ]
     shares = share_out(jobs, size)
     assert sorted(job.index for share in shares for job in share) == list(range(16))
     assert all([job.index for job in share] == sorted(job.index for job in share) for share in shares)

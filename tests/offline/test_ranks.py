@@ -30,7 +30,7 @@ def test_bits_follow_the_spectra_within_the_budget(model_dir: Path, tmp_path: Pa
     assert "mean_predicted_error" in report.totals()
     assert "mean_predicted_error" not in uniform.totals()
     with open_checkpoint(tmp_path / "out") as checkpoint:
-        assert [list(spec.ranks or ()) for spec in checkpoint.layers.values()] == [
+        assert [list(spec.shape.ranks or ()) for spec in checkpoint.layers.values()] == [
             layer["ranks"] for layer in report.layers
         ]
     run(model_dir, tmp_path / "two", workers=2)

@@ -233,7 +233,7 @@ def test_gradients(problem: tuple[torch.Tensor, PackedLinear], rng: torch.Genera
 def test_gradient_of_the_bias(rng: torch.Generator) -> None:
     x, packed = make_problem(2, 40, 30, [8], bias=True, dtype=torch.bfloat16, generator=rng)
     bias = packed.bias.clone().requires_grad_()
-    calls.blas_linear(x.view(1, 2, 40), packed.operands, bias).sum().backward()
+    calls.dense_linear(x.view(1, 2, 40), packed.operands, bias).sum().backward()
     assert torch.equal(bias.grad, torch.full((30,), 2.0))
 
 

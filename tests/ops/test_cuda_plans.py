@@ -18,12 +18,27 @@ from littlebit2_kernels import (
     explain,
     littlebit_linear,
     prepack,
-    prompts,
 )
-from littlebit2_kernels.dispatch import ACTIVATIONS, check_activation_mode, choose_backend, unavailable_reason
+from littlebit2_kernels.dispatch import (
+    ACTIVATIONS,
+    BLAS_TOKENS,
+    CUDA_TOKENS,
+    Call,
+    Choice,
+    check_activation_mode,
+    choose,
+    prefill_backend,
+    unavailable_reason,
+)
+from littlebit2_kernels.format import LayerShape
 from littlebit2_kernels.gpu import GPUS, gpu_properties
-from littlebit2_kernels.prompts import prompt_backend
 from littlebit2_kernels.testing import make_packed, make_problem
+
+SHAPE = LayerShape(512, 512, (64,))
+
+
+def backend_of(backend: str, device_type: str) -> str:
+    return choose(Call(SHAPE, 1, torch.float16, torch.device(device_type), backend)).backend
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *, toolkit: str | None, archs: str | None, gpu: bool) -> None:
@@ -49,9 +64,9 @@ def test_reasons(
     pretend(monkeypatch, toolkit=toolkit, archs=archs, gpu=gpu)
     monkeypatch.setattr(dispatch, "no_triton_reason", lambda device_type: "no triton")
     with pytest.raises(BackendUnavailableError, match=f"backend='cuda' cannot run: {reason}"):
-        choose_backend("cuda", "cuda")
+        backend_of("cuda", "cuda")
     with pytest.raises(BackendUnavailableError, match=f"no kernels for tensors on cuda: cuda: {reason}"):
-        choose_backend("auto", "cuda")
+        backend_of("auto", "cuda")
     with pytest.raises(NativeLibraryError, match=f"the CUDA kernels cannot be loaded: {reason}"):
         _native.load_cuda_ops()
 
@@ -59,8 +74,8 @@ def test_reasons(
 def test_where_cuda_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, toolkit="13.0", archs="90-real", gpu=True)
     assert unavailable_reason("cuda", "cuda") is None
-    assert choose_backend("auto", "cuda") == choose_backend("cuda", "cuda") == "cuda"
-    assert choose_backend("auto", "cpu") == choose_backend("auto", "meta") == "cpu"
+    assert backend_of("auto", "cuda") == backend_of("cuda", "cuda") == "cuda"
+    assert backend_of("auto", "cpu") == backend_of("auto", "meta") == "cpu"
     for device_type in ("cpu", "meta", "mps"):
         assert unavailable_reason("cuda", device_type) == f"it runs on CUDA tensors, not on {device_type}"
 
@@ -117,9 +132,13 @@ def test_float16_activations_on_the_cpu() -> None:
 def test_modules_and_functions_pass_the_activation_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """What reaches the operator on CUDA, seen on the CPU with the choice of backend replaced."""
     from littlebit2_kernels import functional, linear
+    from littlebit2_kernels.ops import calls
 
     x, packed = make_problem(2, 40, 30, [8], bias=True)
     seen: list[int] = []
+
+    def on_cuda(call: Call) -> Choice:
+        return choose(call._replace(gpu="H200", prepacked=False))
 
     def record(x: torch.Tensor, operands: object, bias: object, activation: int = 0) -> torch.Tensor:
         assert bias is packed.bias
@@ -127,8 +146,8 @@ def test_modules_and_functions_pass_the_activation_on(monkeypatch: pytest.Monkey
         return x
 
     for module in (functional, linear):
-        monkeypatch.setattr(module, "choose_backend", lambda *_: "cuda")
-    monkeypatch.setattr(functional, "linear_from_operands", record)
+        monkeypatch.setattr(module, "choose", on_cuda)
+    monkeypatch.setattr(calls, "linear", record)
     layer = LittleBitLinear.from_packed(packed, auto_prepack=False)
     for name in ACTIVATIONS:
         littlebit_linear(x, packed, activation=name)
@@ -207,7 +226,7 @@ def test_the_cut_of_sums_does_not_depend_on_the_tokens() -> None:
             assert len(cuts) == 1, (gpu, activation)
 
 
-def test_plan_of_a_prompt() -> None:
+def test_plan_of_a_prefill() -> None:
     packed = make_packed(8192, 28672, [296, 296])
     plan = explain((128, 8192), packed, "cuda", gpu="H200", dtype=torch.bfloat16)
     assert (plan.kernels, plan.activation, plan.token_block) == ("gemm", "float16", 128)
@@ -236,11 +255,10 @@ def test_when_unpacking_pays() -> None:
     def pays(
         gpu: str, tokens: int, ranks: tuple[int, ...] | None, dtype: torch.dtype = torch.bfloat16
     ) -> bool:
-        shares = (0,) if ranks is None else tuple(range(len(ranks)))
-        return prompt_backend(tokens, dtype, 8192, 28672, ranks, shares, gpu) == "blas"
+        return prefill_backend(LayerShape(8192, 28672, ranks), tokens, dtype, gpu) == "blas"
 
     for gpu in GPUS:
-        assert not pays(gpu, prompts.LEAST_TOKENS - 1, (632, 632))
+        assert not pays(gpu, BLAS_TOKENS - 1, (632, 632))
         assert not pays(gpu, 8192, (632, 632), torch.float32)
     # Where a library's MMAs are faster than mma.sync; and where they are not.
     assert pays("H200", 8192, (632, 632))
@@ -249,22 +267,22 @@ def test_when_unpacking_pays() -> None:
     # More of factors than a call may take.
     assert not pays("H200", 8192, (3192, 3192))
     assert not pays("H200", 8192, None)
-    assert prompt_backend(8192, torch.bfloat16, 4096, 11008, None, (0,), "H200") == "blas"
+    assert prefill_backend(LayerShape(4096, 11008, None), 8192, torch.bfloat16, "H200") == "blas"
     # What cannot be planned for.
     old = GpuProperties(75, 40, 65536)
-    assert prompt_backend(8192, torch.bfloat16, 8192, 28672, (632,), (0,), old) != "blas"
+    assert prefill_backend(LayerShape(8192, 28672, (632,)), 8192, torch.bfloat16, old) != "blas"
 
 
-def test_which_backend_takes_a_prompt() -> None:
+def test_which_backend_takes_a_prefill() -> None:
     def best(gpu: str, tokens: int, rank: int, dtype: torch.dtype = torch.float16) -> str:
-        return prompt_backend(tokens, dtype, 8192, 28672, (rank, rank), (0, 1), gpu)
+        return prefill_backend(LayerShape(8192, 28672, (rank, rank)), tokens, dtype, gpu)
 
     for gpu in GPUS:
         faster = gpu in ("H100", "H200", "B200")  # by other MMAs than mma.sync
-        assert best(gpu, 17, 296) == best(gpu, prompts.LEAST_TOKENS - 1, 632) == "cuda"
+        assert best(gpu, 17, 296) == best(gpu, BLAS_TOKENS - 1, 632) == "cuda"
         # Of more factors than a call may take.
         assert best(gpu, 8192, 3168) == ("triton" if faster else "cuda"), gpu
-        assert best(gpu, prompts.CUDA_TOKENS, 3168) == "cuda"
+        assert best(gpu, CUDA_TOKENS, 3168) == "cuda"
         # Sums of float32 have no estimate to compare with.
         assert best(gpu, 8192, 632, torch.float32) == ("triton" if faster else "cuda")
     assert best("H200", 8192, 632) == "blas"

@@ -10,7 +10,7 @@ import torch
 import littlebit2_kernels
 from littlebit2_kernels import PackedLinear, grouped_linear, littlebit_linear, prepack
 from littlebit2_kernels.testing import make_packed, make_problem
-from tests.kernels.problems import random_problem
+from tests.problems import random_problem
 
 GROUPS: dict[str, list[dict[str, Any]]] = {
     "qkv": [

@@ -35,7 +35,11 @@ def _loaded() -> None:
     littlebit2_kernels.load()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16],
+    ids=str,
+)
 def test_opcheck(problem: tuple[torch.Tensor, PackedLinear], dtype: torch.dtype) -> None:
     x, packed = problem
     x = x.to(dtype).requires_grad_()
@@ -83,7 +87,7 @@ def test_export_round_trip(problem: tuple[torch.Tensor, PackedLinear]) -> None:
     assert torch.equal(loaded(x[:3]), littlebit_linear(x[:3], packed))
 
 
-@pytest.mark.parametrize("name", ["two-paths", "single-stage"])
+@pytest.mark.parametrize("name", ["two-paths", pytest.param("single-stage", marks=pytest.mark.slow)])
 def test_aot_inductor_round_trip(name: str, rng: torch.Generator, tmp_path: Path) -> None:
     options = dict(LAYERS[name])
     x, packed = make_problem(5, 100, 70, options.pop("ranks"), generator=rng, **options)

@@ -11,7 +11,7 @@ import torch
 import littlebit2_kernels
 from littlebit2_kernels import PackedLinear, littlebit_linear, prepack
 from littlebit2_kernels.testing import make_packed, make_problem
-from tests.kernels.problems import with_equal_in_scales
+from tests.problems import with_equal_in_scales
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,7 @@ def test_unknown_activation(activation: Any) -> None:
 def test_activation_that_the_layer_or_backend_cannot_serve(activation: str) -> None:
     x, packed = make_problem(2, 40, 30, [8])
     with pytest.raises(
-        ValueError, match=f"activation='{activation}' needs a prepacked layer: pass .*prepack"
+        ValueError, match=f"activation='{activation}' needs a prepacked layer on the CPU: pass .*prepack"
     ):
         littlebit_linear(x, packed, activation=activation)
     for layer in (packed, prepack(packed)):

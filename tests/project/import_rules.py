@@ -66,7 +66,7 @@ class PythonRoom:
 _KERNELS = "littlebit2_kernels"
 _USER_BASE = ("torch", "numpy", "safetensors", "tqdm")
 
-_BELOW_LINEAR = ("dispatch", "format", "functional", "ops", "prepacked", "prompts", "reference", "state")
+_BELOW_LINEAR = ("dispatch", "format", "functional", "ops", "prepacked", "reference", "state")
 
 #: Modules of the Triton kernels: all but ``backend``, which imports them once a call is to run there.
 _TRITON_KERNELS = (
@@ -95,8 +95,8 @@ PYTHON_ROOMS = {
     ),
     f"{_KERNELS}.triton": PythonRoom(
         may=(
-            *("torch", "triton", f"{_KERNELS}.format", f"{_KERNELS}.gpu", f"{_KERNELS}.ops.operands"),
-            f"{_KERNELS}.triton",
+            *("torch", "triton", f"{_KERNELS}.format", f"{_KERNELS}.gpu", f"{_KERNELS}.triton"),
+            *(f"{_KERNELS}.ops.autograd", f"{_KERNELS}.ops.operands"),
         ),
         never=NATIVE,
     ),
@@ -131,8 +131,7 @@ PYTHON_ROOMS = {
     "littlebit2.quantize": PythonRoom(
         may=(
             *_USER_BASE,
-            "littlebit2.architecture.names",
-            "littlebit2.architecture.select",
+            "littlebit2.architecture",
             "littlebit2.disk",
             "littlebit2.quantize",
             f"{_KERNELS}.format",
@@ -149,6 +148,21 @@ PYTHON_ROOMS = {
             "littlebit2.architecture.names",
             "littlebit2.checkpoint",
             "littlebit2.disk",
+            f"{_KERNELS}.format",
+            f"{_KERNELS}.packing",
+            f"{_KERNELS}.state",
+        ),
+        never=NATIVE,
+        public_only=True,
+    ),
+    # Layouts know headers and specs, not the reader that uses them.
+    "littlebit2.checkpoint.formats": PythonRoom(
+        may=(
+            "torch",
+            "littlebit2.checkpoint.errors",
+            "littlebit2.checkpoint.formats",
+            "littlebit2.checkpoint.headers",
+            "littlebit2.checkpoint.specs",
             f"{_KERNELS}.format",
             f"{_KERNELS}.packing",
             f"{_KERNELS}.state",

@@ -9,6 +9,8 @@ import pytest
 
 from littlebit2_kernels import format as packed_format
 
+#: Limits and counts of the Python side.
+NOT_OF_THE_LAYOUT = {"MAX_DIM", "COUNTED_SCALE_BITS", "STORED_SCALE_BITS"}
 HEADER = Path(__file__).parents[2] / "csrc/include/littlebit2/format.h"
 
 
@@ -23,7 +25,7 @@ def mirrored() -> dict[str, int]:
     return {
         name: value
         for name, value in vars(packed_format).items()
-        if name.isupper() and isinstance(value, int) and name != "MAX_DIM"
+        if name.isupper() and isinstance(value, int) and name not in NOT_OF_THE_LAYOUT
     }
 
 

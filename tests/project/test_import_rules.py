@@ -136,6 +136,11 @@ PYTHON_OFFENDERS = {
         "from littlebit2.quantize import counted_bpw",
         "must not refer to littlebit2.quantize.counted_bpw",
     ),
+    "formats-import-the-reader": (
+        "python/littlebit2/checkpoint/formats/onebit.py",
+        "from littlebit2.checkpoint.reader import open_checkpoint",
+        "must not refer to littlebit2.checkpoint.reader.open_checkpoint",
+    ),
     "checkpoint-imports-kernels": (
         "python/littlebit2/checkpoint/reader.py",
         "from littlebit2_kernels import LittleBitLinear",

@@ -46,7 +46,6 @@ CHANGES: dict[str, Callable[[], object]] = {
     "sys.path": lambda: sys.path.append("elsewhere"),
     "sys.argv": lambda: sys.argv.append("--more"),
     "sys.excepthook": lambda: setattr(sys, "excepthook", print),
-    "recursion limit": lambda: sys.setrecursionlimit(sys.getrecursionlimit() + 1),
     "garbage collection": gc.disable,
     "logging.disable()": lambda: logging.disable(logging.ERROR),
     "handler of SIGTERM": lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN),

@@ -208,5 +208,5 @@ def test_weights_that_cannot_be_read(weight: torch.Tensor, error: type[Exception
 
 
 def test_a_configuration_is_needed() -> None:
-    with pytest.raises(TypeError, match="config must be a QuantConfig, a number .*, got dict"):
+    with pytest.raises(TypeError, match=r"config must be a QuantConfig, a number .*, got dict"):
         quantize_weight(torch.ones(4, 4), config={"bpw": 1.0})  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""A run that is killed with SIGKILL goes on, and logs what it would have logged."""
+"""A run that is killed with SIGKILL continues, and logs what it would have logged."""
 
 from __future__ import annotations
 

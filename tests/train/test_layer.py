@@ -129,7 +129,7 @@ CONFIGS = {
 
 
 def assert_same(one: PackedLinear, other: PackedLinear) -> None:
-    assert one.leaders == other.leaders
+    assert one.shares == other.shares
     for mine, theirs in zip(one.paths, other.paths, strict=True):
         for name, tensor in mine.tensors().items():
             assert torch.equal(tensor, theirs.tensors()[name]), name
@@ -152,13 +152,13 @@ def test_trained_layer_packs_to_the_function_it_computes(
     rng: torch.Generator, ranks: list[int], mode: str
 ) -> None:
     layer = TrainableLittleBitLinear(make_packed(72, 40, ranks, bias=True, generator=rng))
-    optimiser = torch.optim.Adam(layer.parameters(), 0.02)
+    optimizer = torch.optim.Adam(layer.parameters(), 0.02)
     x, target = torch.randn(2, 9, 72, generator=rng), torch.randn(2, 9, 40, generator=rng)
     before = layer.packed()
     for _ in range(5):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (layer(x) - target).square().mean().backward()
-        optimiser.step()
+        optimizer.step()
     with torch.no_grad():
         next(iter(layer.latents().values()))[0, :2] = torch.tensor([0.0, -0.0])
     packed = layer.train(mode == "train").packed()
@@ -175,7 +175,7 @@ def test_paths_that_share_a_first_stage_stay_one(rng: torch.Generator) -> None:
     packed = PackedLinear((first, shared))
     layer = TrainableLittleBitLinear(packed)
     assert_same(layer.packed(), packed)
-    assert layer.shares == (0, 0)
+    assert layer.shape.shares == (0, 0)
     assert sum(name.endswith(".V") for name in layer.state_dict()) == 1
     x = torch.randn(5, 64, generator=rng)
     layer(x).sum().backward()

@@ -86,7 +86,7 @@ def test_a_run_lowers_the_loss_and_writes_what_it_trained(case: Case) -> None:
     assert stored["history"] == report.history
     with open_checkpoint(case.out) as checkpoint:
         assert len(checkpoint.layers) == 14
-        assert {spec.ranks for spec in checkpoint.layers.values()} == {(16,)}
+        assert {spec.shape.ranks for spec in checkpoint.layers.values()} == {(16,)}
 
 
 def test_packed_model_gives_the_trained_logits(case: Case, rng: torch.Generator) -> None:

@@ -27,7 +27,7 @@ from littlebit2_kernels.triton import forward as calls
 from littlebit2_kernels.triton import fused, gemm, gemv, operand, plan, transposed, xnor
 from littlebit2_kernels.triton.forward import Layer, backward_x, forward
 from littlebit2_kernels.triton.plan import DecodeConfig, choose_method
-from tests.cuda.problems import with_word_layout
+from tests.problems import with_word_layout
 
 #: Target and what calls are planned for, by the name of the machine code.
 TARGETS = {

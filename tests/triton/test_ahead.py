@@ -1,7 +1,7 @@
 """Kernels compile for every kind of GPU, to the instructions that they are written for, and spill nothing.
 
-What the kernels compute is shown by test_interpreter.py. The first run of this file takes a minute or two;
-Triton keeps what it compiled under build/, so later ones compile what has changed.
+What the kernels compute is shown by test_interpreter.py. One GPU of each maker is compiled for by default;
+the others are slow tests. Triton keeps what it compiled under build/, so later runs compile what has changed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,14 @@ KERNELS = {
 }
 
 
-@pytest.fixture(scope="module", params=DOT)
+#: One of each maker.
+COMMON = {"sm_90", "gfx942"}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(target, marks=[] if target in COMMON else [pytest.mark.slow]) for target in DOT],
+)
 def compiled(request: pytest.FixtureRequest) -> tuple[str, list[dict[str, Any]]]:
     """A target, and what is known of each kernel that was compiled for it."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(ROOT / "build" / "triton"), "TRITON_INTERPRET": "0"}

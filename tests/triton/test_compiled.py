@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from littlebit2_kernels import LittleBitLinear, PackedLinear, explain, littlebit_linear, warmup
-from littlebit2_kernels.dispatch import unavailable_reason
-from littlebit2_kernels.prompts import CUDA_TOKENS
+from littlebit2_kernels.dispatch import CUDA_TOKENS, unavailable_reason
 from littlebit2_kernels.testing import make_problem
-from tests.kernels.problems import scaled_down
-from tests.triton import problems
-from tests.triton.problems import MODES
+from tests.problems import scaled_down
+from tests.triton import modes
+from tests.triton.modes import MODES
 
 
 @pytest.fixture
@@ -38,8 +37,8 @@ def test_shapes_of_models(
 ) -> None:
     for tokens in (1, 16, 130):
         x, packed = make_problem(tokens, k, n, [rank], dtype=torch.bfloat16, outliers=4, generator=rng)
-        y = problems.run(x, packed, device, mode)
-        assert problems.error_of(y, x, packed, mode) <= problems.allowed(x, packed, mode)
+        y = modes.run(x, packed, device, mode)
+        assert modes.error_of(y, x, packed, mode) <= modes.allowed(x, packed, mode)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from littlebit2_kernels import BackendUnavailableError, dispatch, explain
+from littlebit2_kernels.format import LayerShape
 from littlebit2_kernels.gpu import GPUS, GpuProperties
 from littlebit2_kernels.testing import make_packed
 from littlebit2_kernels.triton import backend as triton_backend
@@ -235,40 +236,91 @@ def reasons(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
     return found
 
 
+def chosen(
+    backend: str, device_type: str, tokens: int = 1, activation: str = "auto", compiling: bool = False
+) -> str:
+    shape = LayerShape(512, 512, (64,))
+    device = torch.device(device_type)
+    call = dispatch.Call(shape, tokens, torch.float16, device, backend, activation, compiling=compiling)
+    return dispatch.choose(call).backend
+
+
 def test_auto_takes_cuda_then_triton_then_says_what_is_missing(reasons: dict[str, str | None]) -> None:
     with pytest.raises(BackendUnavailableError, match=r"cuda: no nvcc; triton: no triton\. Move the layer"):
-        dispatch.choose_backend("auto", "cuda")
+        chosen("auto", "cuda")
     reasons["triton"] = None
-    assert dispatch.choose_backend("auto", "cuda") == "triton"
+    assert chosen("auto", "cuda") == "triton"
     reasons["cuda"] = None
-    assert dispatch.choose_backend("auto", "cuda") == "cuda"
-    assert dispatch.choose_backend("triton", "cuda") == "triton"
-    assert dispatch.choose_backend("auto", "cpu") == "cpu"
+    assert chosen("auto", "cuda") == "cuda"
+    assert chosen("triton", "cuda") == "triton"
+    assert chosen("auto", "cpu") == "cpu"
     reasons["triton"] = "no triton"
     with pytest.raises(BackendUnavailableError, match="backend='triton' cannot run: no triton"):
-        dispatch.choose_backend("triton", "cuda")
+        chosen("triton", "cuda")
 
 
-def test_auto_asks_of_prompts(reasons: dict[str, str | None]) -> None:
+def test_auto_compares_estimates_for_many_tokens(
+    reasons: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     reasons.update(cuda=None, triton=None)
     few = dispatch.FEW_TOKENS
 
-    def choose(tokens: int, best: str, backend: str = "auto", activation: str = "auto") -> str:
-        return dispatch.choose_backend(backend, "cuda", tokens, activation, lambda: best)
-
     for best in ("blas", "cuda", "triton"):
-        assert (choose(few, best), choose(few + 1, best)) == ("cuda", best)
-        # A mode that is named is the same bits for any number of tokens; a backend that is named is that one.
-        assert choose(few + 1, best, activation="exact") == choose(few + 1, best, "cuda") == "cuda"
-        assert choose(few + 1, best, "triton") == "triton"
-    assert dispatch.choose_backend("auto", "cpu", few + 1, "auto", lambda: "blas") == "cpu"
+        monkeypatch.setattr(dispatch, "prefill_backend", lambda *_, best=best: best)
+        assert (chosen("auto", "cuda", few), chosen("auto", "cuda", few + 1)) == ("cuda", best)
+        # A mode that is named is the same bits for any number of tokens; a backend that is named is that one;
+        # and what is compiled is one graph for every number of tokens.
+        assert chosen("auto", "cuda", few + 1, activation="exact") == "cuda"
+        assert chosen("cuda", "cuda", few + 1) == "cuda"
+        assert chosen("triton", "cuda", few + 1) == "triton"
+        assert chosen("auto", "cuda", few + 1, compiling=True) == "cuda"
+    assert chosen("auto", "cpu", few + 1) == "cpu"
     reasons["triton"] = "no triton"
-    assert (choose(few + 1, "triton"), choose(few + 1, "blas")) == ("cuda", "blas")
-    # It unpacks by a CUDA kernel.
+    assert chosen("auto", "cuda", few + 1) == "cuda"
+    monkeypatch.setattr(dispatch, "prefill_backend", lambda *_: "blas")
+    assert chosen("auto", "cuda", few + 1) == "blas"
+    # It dequantizes by a CUDA kernel.
     reasons.update(cuda="no nvcc", triton=None)
-    assert choose(few + 1, "blas") == "triton"
+    assert chosen("auto", "cuda", few + 1) == "triton"
     with pytest.raises(BackendUnavailableError, match="backend='blas' cannot run: no nvcc"):
-        choose(few + 1, "blas", "blas")
+        chosen("blas", "cuda", few + 1)
+
+
+def test_one_choice_for_several_layers(
+    reasons: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reasons.update(cuda=None, triton=None)
+    small, large = LayerShape(512, 512, (64,)), LayerShape(512, 4096, (64,))
+    monkeypatch.setattr(dispatch, "prefill_backend", lambda shape, *_: "cuda" if shape == small else "blas")
+    call = dispatch.Call(small, 17, torch.float16, torch.device("cuda"))
+    found = [dispatch.choose_for_all(call, shapes) for shapes in ([small, small], [small, large])]
+    assert found == [dispatch.choose(call), None]
+    few = dispatch.choose_for_all(call._replace(tokens=16), [small, large])
+    assert few is not None
+    assert few.backend == "cuda"
+    named = dispatch.choose_for_all(call._replace(backend="cuda"), [small, large])
+    assert named is not None
+    assert named.reason == "asked for by name ('cuda')"
+    call = call._replace(device=torch.device("cpu"))
+    assert dispatch.choose_for_all(call, [small, large]) == dispatch.choose(call)
+
+
+@pytest.mark.parametrize(
+    ("options", "activation"),
+    [
+        ({}, "exact"),
+        ({"prepacked": True}, "int16"),
+        ({"prepacked": True, "dtype": torch.float32}, "exact"),
+        ({"prepacked": True, "activation": "sign"}, "sign"),
+        ({"prepacked": True, "compiling": True}, "auto"),
+        ({"backend": "reference"}, "exact"),
+        ({"backend": "blas"}, "auto"),
+    ],
+    ids=str,
+)
+def test_auto_is_resolved_on_the_cpu(options: dict[str, Any], activation: str) -> None:
+    call = dispatch.Call(LayerShape(64, 64, (8,)), 100, torch.bfloat16, torch.device("cpu"))
+    assert dispatch.choose(call._replace(**options)).activation == activation
 
 
 def test_reasons_say_what_would_help(monkeypatch: pytest.MonkeyPatch) -> None:

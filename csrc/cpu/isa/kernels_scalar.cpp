@@ -1,4 +1,4 @@
-// Portable kernels: plain C++ that runs on any little-endian CPU; compilers vectorise the 16-lane loops.
+// Portable kernels: plain C++ that runs on any little-endian CPU; compilers vectorize the 16-lane loops.
 #include <cstring>
 
 #include "cpu/kernels.h"

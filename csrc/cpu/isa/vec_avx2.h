@@ -65,7 +65,7 @@ struct Vec {
     static_assert(kCount % 2 == 0, "vectors are reduced in pairs");
     for (int i = 0; i < kCount; i += 2) {
       const __m128 a = fold(vectors[i]), b = fold(vectors[i + 1]);
-      // a0+a2, a1+a3, b0+b2, b1+b3, then neighbours.
+      // a0+a2, a1+a3, b0+b2, b1+b3, then neighbors.
       const __m128 pairs = _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a));
       const __m128 sums = _mm_add_ps(pairs, _mm_movehdup_ps(pairs));
       out[i] = _mm_cvtss_f32(sums);

@@ -1,5 +1,5 @@
 // The forward and backward drivers: blocks of tokens, parallel tiles of rows or columns, scales and epilogue.
-// No ISA flags here; everything that is proportional to the number of weights is in the kernels.
+// Built without ISA flags: all work proportional to the number of weights is in the kernels.
 #include <algorithm>
 #include <cinttypes>
 #include <cstring>
@@ -33,7 +33,7 @@ struct Block {
   int64_t first;   // token
   int64_t tokens;  // of this block
 
-  int64_t element_bytes() const { return args.dtype == LB2_FLOAT32 ? 4 : 2; }
+  int64_t element_bytes() const { return lb2::element_bytes(args.dtype); }
   int64_t num_paths() const { return args.num_paths; }
   bool single_stage() const { return args.paths[0].u == nullptr; }
   const char* input_row(int64_t t) const {

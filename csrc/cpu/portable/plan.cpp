@@ -5,14 +5,14 @@
 namespace lb2::cpu {
 namespace {
 
-// Half of a common L2 cache: what one block's rows may occupy while the packed words stream past them.
+// The rows of a block may take half of a common L2 cache; the packed words stream through the other half.
 constexpr int64_t kBlockBytes = 512 * 1024;
 constexpr int64_t kTokenStep = 24;  // a multiple of every ISA's token tile
 constexpr int64_t kAlignment = 64;
 
 int64_t padded_columns(int64_t cols) { return lb2_words_per_row(cols) * LB2_WORD_BITS; }
 
-// Sizes the block of tokens so that its rows fit the cache, then places the row buffers one after another.
+// Chooses the block of tokens so that its rows fit the cache, then places the row buffers one after another.
 void lay_out(int64_t m, int num_inputs, int num_latents, Plan& plan) {
   int64_t floats_per_token = 0;
   for (int i = 0; i < num_inputs; ++i) floats_per_token += plan.inputs[i].stride;

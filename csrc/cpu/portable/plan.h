@@ -1,4 +1,4 @@
-// How a CPU call is cut up: blocks of tokens, first stages shared between paths, and the workspace layout.
+// Plan of a call on the portable layout: blocks of tokens, shared first stages, and the workspace layout.
 // Pure functions of the shape and the number of tokens.
 #pragma once
 
@@ -6,9 +6,9 @@
 
 namespace lb2::cpu {
 
-constexpr int64_t kMaxTokenBlock = 96;  // tokens of a block at most; bounds the tile buffers on the stack
+constexpr int64_t kMaxTokenBlock = 96;  // most tokens per block; bounds the tile buffers on the stack
 
-// Rows of fp32 numbers in the workspace, one row per token of a block, padded to whole words of columns.
+// fp32 rows in the workspace, one per token of a block, padded to whole words of columns.
 struct RowBuffer {
   int64_t offset;  // in floats from the start of the workspace
   int64_t stride;  // floats per token, a multiple of 32

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "core/check.h"
+#include "core/shape.h"
 #include "core/status.h"
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
@@ -25,8 +26,8 @@ struct Call {
   int64_t first;   // token of this block
   int64_t tokens;  // of this block
 
-  bool binarised() const { return &mode == &kernels.sign; }
-  int64_t element_bytes() const { return args.dtype == LB2_FLOAT32 ? 4 : 2; }
+  bool binarized() const { return &mode == &kernels.sign; }
+  int64_t element_bytes() const { return lb2::element_bytes(args.dtype); }
   const char* layer() const { return static_cast<const char*>(args.layer); }
   const float* scale(int64_t offset) const { return reinterpret_cast<const float*>(layer() + offset); }
   const char* input_at(int64_t token, int64_t column) const {
@@ -100,7 +101,7 @@ void load_input(const Call& call, int stage, int64_t token, int64_t first, int64
   for (int64_t i = columns; i < readable; ++i) out[i] = 0.0f;
 }
 
-// latent_scale * (V @ (x * in_scale)), likewise.
+// latent_scale * (V @ (x * in_scale)), the same way.
 void load_latent(const Call& call, const PathLayout& path, int64_t token, int64_t first, int64_t columns,
                  int64_t padded, float* out) {
   const Matrix& v = call.layout.stages[path.stage].v;
@@ -171,7 +172,7 @@ void output_task(const Call& call, int64_t task, int64_t worker) {
       sum_chunk(call, scratch, m, chunk, tiles, tokens, load, scratch.dots, stride, chunk > 0);
     for (int64_t t = tokens.begin; t < tokens.end; ++t) {
       float factor = 1.0f;
-      if (call.binarised()) {
+      if (call.binarized()) {
         factor =
             mean_magnitude(call, scratch, m, [&](int64_t first, int64_t columns, int64_t padded, float* z) {
               load(t, first, columns, padded, z);

@@ -1,11 +1,11 @@
-// The prepacked CPU layout: where everything of a layer lies in one block of memory. Not a file format;
-// docs/format.md is. Pure functions of the header.
+// The prepacked CPU layout: a layer in one block of memory. It is not a file format (docs/format.md is). Pure
+// functions of the header.
 //
 //   header | per first stage: in_scale [K], V tiles | per path: out_scale [N], latent_scale [R], U tiles
 //
-// every part at a multiple of 64 bytes. First stages with equal in_scale are one matrix, the V of each at a
-// multiple of 32 rows. A sign matrix is cut into chunks of columns, a chunk into tiles of 128 rows
-// (lookup.h), and lies in that order, so that a pass over it is one stream.
+// with every part at a multiple of 64 bytes. First stages with equal in_scale form one matrix, in which each
+// V starts at a multiple of 32 rows. A sign matrix is divided into chunks of columns, a chunk into tiles of
+// 128 rows (lookup.h). Tiles are stored in that order, so that a pass over the matrix is one stream.
 #pragma once
 
 #include <algorithm>
@@ -47,7 +47,7 @@ struct Matrix {
   }
 };
 
-// What is stored at the start of a layer.
+// Stored at the start of a layer.
 struct PathHeader {
   int32_t rank;     // R; N for a single-stage path
   int32_t v_path;   // the path whose V it uses, itself or an earlier one
@@ -66,7 +66,7 @@ struct Stage {  // a first stage
 };
 struct PathLayout {
   int stage;
-  int64_t row;  // of its V in the stage's matrix
+  int64_t row;  // first row of its V in the matrix of the stage
   int64_t rank;
   Matrix u;                         // two-stage only
   int64_t out_scale, latent_scale;  // offsets

@@ -3,8 +3,8 @@
 namespace lb2::cpu {
 namespace {
 
-constexpr int64_t kPartsBytes = 1 << 20;  // of a block's latents, in several parts: about an L2 cache
-constexpr int64_t kMostTaskTokens = 8;    // with kMostTaskTiles, a task's sums stay in L2
+constexpr int64_t kPartsBytes = 1 << 20;  // latents of a block, in several parts: about an L2 cache
+constexpr int64_t kMostTaskTokens = 8;    // together with kMostTaskTiles: sums of a task stay in L2
 constexpr int64_t kMostTaskTiles = 32;    // enough rows to hide the building of tables
 constexpr int64_t kLeastTaskTiles = 2;
 constexpr int64_t kMostTokenBlock = 128;

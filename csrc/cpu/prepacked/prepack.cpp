@@ -65,7 +65,7 @@ void pack_tile(const Matrix& m, char* layer, int64_t chunk, int64_t tile, int64_
   });
 }
 
-// Rows start as zeros; chunks add their bits in order, as neighbours can share a byte.
+// Rows start as zeros; chunks add their bits in order, as neighbors can share a byte.
 void unpack_tile(const Matrix& m, const char* layer, int64_t chunk, int64_t tile, int64_t first_row,
                  const PortableRows& to) {
   const int64_t first = m.first_column(chunk), count = m.columns_of(chunk), words = m.words_of(chunk);

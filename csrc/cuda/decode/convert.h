@@ -1,5 +1,5 @@
-// Activations of whole slices as the tensor cores take them: made by the blocks that use them, in shared
-// memory, or, where many blocks would make those of many tokens, once by a launch of their own.
+// Converts slices of activations to tensor-core layout: in the shared memory of each block that uses them,
+// or, for many tokens, once for all blocks in a separate launch.
 #pragma once
 
 #include "cuda/decode/bit_planes.h"

@@ -1,4 +1,4 @@
-// The compiled instances, by activation mode and token tile.
+// The compiled decode kernels, by activation mode and token tile.
 #pragma once
 
 #include "cuda/decode/sizes.h"

@@ -1,4 +1,5 @@
-// The kernel instances: one for each activation mode and token tile. What planning and kernels must agree on.
+// Sizes of the decode kernels that planning and kernels share. There is one instance per activation mode and
+// token tile.
 #pragma once
 
 #include "cuda/params.h"
@@ -9,11 +10,11 @@ namespace lb2::cuda {
 constexpr int kTokenTiles[] = {1, 2, 4, 8, kMaxTokenTile};
 constexpr int kTileColumns = 8;  // columns of one MMA: bit planes, or float16 activations
 
-// Whether the activations of a token tile are converted by a launch of their own: those of few tokens cost
-// every block less than that launch.
+// Whether a separate launch converts the activations of a token tile. For few tokens, converting them in
+// every block costs less than a launch.
 constexpr bool converts_ahead(int token_tile) { return token_tile > 4; }
 
-// Columns that one token takes.
+// MMA columns per token.
 constexpr int token_columns(lb2_activation activation) {
   return activation == LB2_ACTIVATION_INT16     ? 16
          : activation == LB2_ACTIVATION_INT8    ? 8
@@ -25,8 +26,8 @@ constexpr bool is_one_bit(lb2_activation activation) {
   return activation != LB2_ACTIVATION_FLOAT16 && activation != LB2_ACTIVATION_EXACT;
 }
 
-// Shared memory that a slice of activations takes: columns, padded to whole tiles, and for each token that
-// they have room for a scale and a sum.
+// Shared memory for a slice of activations: columns, padded to whole tiles, and a scale and a sum for each
+// token that fits into them.
 constexpr int slice_bytes(lb2_activation activation, int tokens) {
   const int columns = token_columns(activation);
   const int tiles = (tokens * columns + kTileColumns - 1) / kTileColumns;
@@ -35,7 +36,7 @@ constexpr int slice_bytes(lb2_activation activation, int tokens) {
   return tiles * kTileColumns * column_bytes + (tiles * tokens_per_tile * 8 + 15) / 16 * 16;
 }
 
-// Shared memory for the partial sums of a block's warps.
+// Shared memory for the partial sums of the warps of a block.
 constexpr int sums_bytes(int tokens) { return kWarps * kTileRows * tokens * 4; }
 
 }  // namespace lb2::cuda

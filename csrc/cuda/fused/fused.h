@@ -1,14 +1,14 @@
 // Both stages of a layer in one kernel, for ranks whose latents fit on chip.
 //
-// A cluster of 1 to 8 blocks has 32 tokens. Its blocks share the columns of the first stages: each converts
-// its slices of the activations (gemm/convert.h) and multiplies them; the sums stay in its shared memory,
-// each slice's apart where there are several blocks. Then each block adds up the latents of some of the
-// tokens, in the order of slices, converts them and gives them to the others; and each has some of the rows
-// of the outputs. Only x, signs and scales are read, only y is written, and every sum is taken in the order
-// of the GEMM (gemm.h): results are the same bits.
+// A cluster of 1 to 8 blocks computes 32 tokens. Its blocks divide the columns of the first stages: each
+// converts its slices of the activations (gemm/convert.h) and multiplies them. The sums stay in its shared
+// memory, separately for each slice if there are several blocks. Then each block adds up the latents of some
+// of the tokens, in the order of slices, converts them and sends them to the other blocks. Last, each block
+// computes some of the output rows. Only x, signs and scales are read and only y is written. Every sum is
+// taken in the order of the GEMM (gemm.h), so results have the same bits.
 //
-// Signs come from global memory into registers, those of the next 128 columns while these are multiplied: of
-// a row only one warp of the cluster's makes use.
+// Signs go from global memory to registers; those of the next 128 columns are loaded during the MMAs. Only
+// one warp of the cluster uses a given row.
 #pragma once
 
 #include "cuda/fused/params.h"
@@ -85,7 +85,7 @@ struct FusedBlock {
   }
   LB2_DEVICE unsigned char* buffer(const Item& at) const { return early + at.buffer * kBufferBytes; }
 
-  // The activations of an item as the tensor cores take them. A warp takes a token of each group.
+  // Converts the activations of an item to tensor-core layout. A warp handles one token of each group.
   LB2_DEVICE void convert_item(const Item& at) const {
     const FusedFirst& first = params.firsts[at.first];
     const int slice = first_slice + at.slice;
@@ -256,7 +256,7 @@ struct FusedBlock {
     for (int i = 0; i < kRunCols; ++i) out[i] = col + i < term.rank ? out[i] * term.scale[col + i] : 0.0f;
   }
 
-  // Latents of the block's tokens as the tensor cores take them.
+  // Converts the latents of the tokens of the block to tensor-core layout.
   LB2_DEVICE void convert_latents() const {
     const int count = kFusedTokens >> params.blocks_log2, log2 = kFusedTokensLog2 - params.blocks_log2;
     int unit = warp;
@@ -290,7 +290,7 @@ struct FusedBlock {
       *static_cast<Words4*>(shared_of_block(own, (rank + i) & (blocks - 1))) = words;
   }
 
-  // The converted latents of the block's tokens to the other blocks.
+  // Sends the converted latents of the tokens of the block to the other blocks.
   LB2_DEVICE void share_latents() const {
     const int count = kFusedTokens >> params.blocks_log2, log2 = kFusedTokensLog2 - params.blocks_log2;
     const int first = rank * count;

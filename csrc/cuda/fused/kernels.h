@@ -1,4 +1,4 @@
-// The compiled instances of the kernel of both stages, by activation mode.
+// The compiled fused kernels, by activation mode.
 #pragma once
 
 #include "cuda/fused/params.h"
@@ -7,7 +7,7 @@ namespace lb2::cuda {
 
 using FusedKernel = void (*)(const FusedParams);
 
-// Each defined in its own file, so that they compile side by side.
+// Each is defined in its own file, so that they compile in parallel.
 FusedKernel fused_kernel_exact() noexcept;
 FusedKernel fused_kernel_float16() noexcept;
 FusedKernel fused_kernel_int8() noexcept;

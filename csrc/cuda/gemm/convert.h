@@ -1,4 +1,4 @@
-// The conversion before a GEMM: activations of all slices as the tensor cores take them, once for all blocks.
+// The conversion before a GEMM: all slices of activations to tensor-core layout, once for all blocks.
 #pragma once
 
 #include "cuda/gemm/operand.h"
@@ -10,7 +10,7 @@ LB2_DEVICE unsigned char* converted_block(const Term& term, int group, int slice
   return term.converted + (static_cast<int64_t>(group) * term.slices + slice) * Operand::kBlockBytes;
 }
 
-// Indices of a slice that hold columns: what is past them is neither converted nor multiplied.
+// Indices of a slice that hold columns; the others are neither converted nor multiplied.
 LB2_DEVICE int slice_indices(int cols, int slice) {
   const int left = cols - slice * kSliceCols;
   return left >= kSliceCols ? kSliceIndices : (left + kIndexCols - 1) / kIndexCols;

@@ -1,11 +1,11 @@
 // The GEMM: signs [rows, cols] times the converted activations of many tokens.
 //
-// A block owns a tile of rows and tokens, and the slices of its terms one after another. Activations, words
-// and scales come into shared memory by cp.async, three stages ahead of the MMAs; words become signs in
-// registers. The sum of a slice is the tensor core's, exact in int8; times its scales it is added, in the
-// order of slices, to a second set of sums, in fp32. In the first of two stages slices may be cut into blocks
-// of their own, whose sums the next conversion adds in the same order: a token's bits depend neither on the
-// tile, nor on the split, nor on the other tokens.
+// A block computes a tile of rows and tokens over all slices of its terms, in order. cp.async brings
+// activations, words and scales into shared memory, three stages ahead of the MMAs; words are expanded to
+// signs in registers. The tensor core sums a slice, exactly in int8; that sum times its scales is added, in
+// the order of slices, to a second set of fp32 sums. In the first of two stages the slices may be split over
+// several blocks, whose sums the next conversion adds in the same order. So the bits of a token's result
+// depend neither on the tile, nor on the split, nor on the other tokens.
 #pragma once
 
 #include "cuda/gemm/convert.h"

@@ -1,4 +1,4 @@
-// The compiled instances of the GEMM, by activation mode and tile.
+// The compiled GEMM kernels, by activation mode and tile.
 #pragma once
 
 #include "cuda/gemm/sizes.h"
@@ -7,8 +7,8 @@ namespace lb2::cuda {
 
 using GemmKernel = void (*)(const LaunchParams);
 
-// Each defined in its own file, so that they compile side by side. A tile of no rows is the conversion before
-// the GEMM; NULL for a tile that has_gemm_tile does not know.
+// Each is defined in its own file, so that they compile in parallel. rows = 0 is the conversion before the
+// GEMM. NULL for a tile that has_gemm_tile does not have.
 GemmKernel gemm_kernel_exact(int rows, int tokens) noexcept;
 GemmKernel gemm_kernel_float16(int rows, int tokens) noexcept;
 GemmKernel gemm_kernel_int8(int rows, int tokens) noexcept;

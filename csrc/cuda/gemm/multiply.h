@@ -1,5 +1,5 @@
-// What a warp of the GEMM, or of the kernel of both stages, does with its tiles of rows and tokens: products
-// of a step, the end of a slice, outputs. The order of all additions is fixed here.
+// Work of a warp of the GEMM or of the fused kernel on its tiles of rows and tokens: products of a step, the
+// end of a slice, outputs. The order of all additions is fixed here.
 #pragma once
 
 #include "cuda/gemm/operand.h"

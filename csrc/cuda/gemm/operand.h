@@ -1,4 +1,4 @@
-// What the GEMM multiplies: activations as float16 (one term or two) or int8, and signs expanded to match.
+// Operands of the GEMM: activations as float16 (one term or two) or int8, and signs expanded to match.
 //
 // A lane of a warp that multiplies has words t, 4 + t, 8 + t and 12 + t of its rows' slices (t = lane % 4),
 // by index. A step takes four bits of one of them in each half (float16) or quarter (int8) of the word: two
@@ -110,7 +110,7 @@ struct GemmInt8 {
       sum_bits += low + high;
       return (low & 0xFFu) | (high & 0xFFu) << 16;
     };
-    // The lane keeps four bits of each quarter of the word, and gives the other four to its neighbour.
+    // The lane keeps four bits of each quarter of the word, and gives the other four to its neighbor.
     const int half = lane % 2;
     Words4 unit;
 #pragma unroll

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cinttypes>
 
+#include "core/shape.h"
 #include "core/status.h"
 #include "cuda/decode/sizes.h"
 #include "cuda/fused/params.h"
@@ -14,10 +15,10 @@ namespace {
 constexpr int32_t kLeastCapability = 80;
 constexpr int64_t kMostParts = 65535;  // blocks of a grid in y
 
-// Rows and columns are rounded up to whole blocks and slices before they are compared with their number, and
-// bytes of a row of float32 are counted in 32 bits.
+// Kernels round rows and columns up to whole blocks and slices, and count the bytes of a float32 row in 32
+// bits.
 constexpr int64_t kMaxSize = INT32_MAX / 4 - 1023;
-constexpr int64_t kMostSharedBytes = 1 << 24;  // of a block; much more than any GPU has
+constexpr int64_t kMostSharedBytes = 1 << 24;  // per block; much more than any GPU has
 
 lb2_status check_address(const char* name, int64_t index, const void* p, uintptr_t bytes) {
   if (reinterpret_cast<uintptr_t>(p) % bytes == 0) return LB2_OK;
@@ -110,9 +111,9 @@ lb2_status check_sizes(const lb2_layer_shape& shape) noexcept {
 }
 
 lb2_status check_addresses(const lb2_linear_args& args) noexcept {
-  const uintptr_t element_bytes = args.dtype == LB2_FLOAT32 ? 4 : 2;
-  LB2_RETURN_IF_ERROR(check_address("input", -1, args.input, element_bytes));
-  LB2_RETURN_IF_ERROR(check_address("output", -1, args.output, element_bytes));
+  const uintptr_t bytes = static_cast<uintptr_t>(element_bytes(args.dtype));
+  LB2_RETURN_IF_ERROR(check_address("input", -1, args.input, bytes));
+  LB2_RETURN_IF_ERROR(check_address("output", -1, args.output, bytes));
   LB2_RETURN_IF_ERROR(check_address("bias", -1, args.bias, 4));
   for (int64_t p = 0; p < args.num_paths; ++p) {
     const lb2_path& path = args.paths[p];

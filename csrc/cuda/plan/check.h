@@ -1,17 +1,17 @@
-// What must hold of a CUDA call beyond core/check.h.
+// Checks of a CUDA call beyond core/check.h.
 #pragma once
 
 #include "littlebit2/cuda.h"
 
 namespace lb2::cuda {
 
-// Whether the kernels can run on a GPU, and a message if not.
+// Whether the kernels can run on a GPU.
 LB2_API lb2_status check_device(const lb2_cuda_device* device) noexcept;
 
-// Whether tuning names what launches of each stage have, and one of both has not.
+// Whether tuning sets fields that only a GEMM has, not the fused kernel.
 bool asks_for_gemm(const lb2_cuda_tuning& tuning) noexcept;
 
-// `most_splits`: of the first of two stages.
+// `most_splits`: the most splits of the first of two stages.
 lb2_status check_tuning(const lb2_cuda_tuning& tuning, lb2_activation activation,
                         int64_t most_splits) noexcept;
 
@@ -20,7 +20,7 @@ lb2_status check_plan_struct(const lb2_cuda_plan* plan) noexcept;
 // Sizes that the kernels' 32-bit arithmetic has room for; check_shape must have passed.
 lb2_status check_sizes(const lb2_layer_shape& shape) noexcept;
 
-// Addresses of everything that kernels read and write in elements; a misaligned one would fault on the GPU.
+// Alignment of everything that kernels access in elements; a misaligned access would fault on the GPU.
 LB2_API lb2_status check_addresses(const lb2_linear_args& args) noexcept;
 
 }  // namespace lb2::cuda

@@ -5,18 +5,20 @@
 
 #include "cuda/gemm/sizes.h"
 #include "cuda/plan/fused.h"
+#include "cuda/plan/gemm.h"
 
 namespace lb2::cuda {
 namespace {
 
-// Cycles. Leads from data sheets and counts, to be replaced by measurements; only their order matters here.
-constexpr double kStart = 1800;        // from the end of a kernel to the start of the next one
-constexpr double kChainedStart = 540;  // the same of one that was chained to it
-constexpr double kProduct = 2500;      // of a library's product beside its sums, as of a block of the GEMM
-constexpr double kUnpack = 1000;       // of unpacking beside its bytes
+// In cycles. From data sheets and instruction counts, to be replaced by measurements; only the order of
+// estimates matters here.
+constexpr double kStart = 1800;                // from the end of a kernel to the start of the next one
+constexpr double kChainedStart = 540;          // the same for a chained kernel
+constexpr double kProduct = kGemmBlockCycles;  // of a library's product, besides its sums
+constexpr double kUnpack = 1000;               // of dequantizing, besides its bytes
 
-// Of an SM in a cycle: bytes from memory, and multiply-adds of float16 into fp32 that a library reaches,
-// seven tenths of the nominal rate.
+// Per SM and cycle: bytes from memory, and float16 multiply-adds into fp32. Libraries are modeled at 70 % of
+// the nominal rate.
 struct Rates {
   double bytes, macs;
 };
@@ -31,7 +33,7 @@ Rates rates_of(int32_t capability) {
 
 int64_t to_cycles(double cycles) { return static_cast<int64_t>(std::min(cycles, 1e18)); }
 
-// Of the launches of a GEMM.
+// The launches of a GEMM.
 double gemm_cycles(const Stages& stages, double m, double element_bytes, const Rates& rates,
                    const Plan& plan) {
   const double block = static_cast<double>(plan.token_block), rounds = std::ceil(m / block);
@@ -46,13 +48,13 @@ double gemm_cycles(const Stages& stages, double m, double element_bytes, const R
     const double written =
         static_cast<double>(work.all_slices()) * gemm_block_bytes(plan.activation) / kGroupTokens;
     cycles += m * (read + written) / rates.bytes;
-    // Of a full round; the last one may not be.
+    // Estimated for full rounds; the last one may have fewer tokens.
     cycles += plan.launches[2 * s + 1].estimated_cycles * m / block;
   }
   return cycles;
 }
 
-// Of the one launch for both stages, which reads x, if the cache has it the second time, once.
+// The fused launch. It reads x from memory once, if the second read hits the cache.
 double fused_cycles(const Stages& stages, double m, double element_bytes, const Rates& rates,
                     const Plan& plan) {
   const double block = static_cast<double>(plan.token_block), rounds = std::ceil(m / block);
@@ -63,10 +65,9 @@ double fused_cycles(const Stages& stages, double m, double element_bytes, const 
          std::max(plan.launches[0].estimated_cycles * m / block, m * moved * element_bytes / rates.bytes);
 }
 
-// Of unpacking and a library's products.
+// Dequantizing and a library's products. Host time is ignored.
 double unpack_cycles(const Stages& stages, double m, double element_bytes, const Rates& rates) {
-  // As lb2_linear_unpack_cuda lays layers out: first stages are not shared, and the paths of a single stage
-  // are one matrix.
+  // Like lb2_linear_unpack_cuda: first stages are not shared, and the paths of a single stage are one matrix.
   const Work& last = stages.work[stages.count - 1];
   const double k = static_cast<double>(stages.work[0].cols[0]);
   double elements = 0, moved = 0;
@@ -88,10 +89,10 @@ void estimate_call(const Stages& stages, int64_t tokens, lb2_dtype dtype, Plan* 
   const double sms = plan->device.multiprocessors, m = static_cast<double>(tokens);
   const Rates rates = {rates_of(plan->device.capability).bytes * sms,
                        rates_of(plan->device.capability).macs * sms};
-  const double element_bytes = dtype == LB2_FLOAT32 ? 4 : 2;
+  const double element_bytes = static_cast<double>(lb2::element_bytes(dtype));
   plan->estimated_cycles = to_cycles(is_fused(*plan) ? fused_cycles(stages, m, element_bytes, rates, *plan)
                                                      : gemm_cycles(stages, m, element_bytes, rates, *plan));
-  // In float32 a library's rate depends on what it may round.
+  // In float32 the rate of a library depends on whether it may use TF32.
   if (dtype != LB2_FLOAT32) plan->unpack_cycles = to_cycles(unpack_cycles(stages, m, element_bytes, rates));
 }
 

@@ -1,5 +1,5 @@
-// What a call of many tokens is expected to take, and what unpacking the layers and a library's matrix
-// products would: pure functions, as plan.h.
+// Estimated time of a call with many tokens, and of dequantizing the layers and calling a library's matrix
+// products. Pure functions, like plan.h.
 #pragma once
 
 #include "cuda/plan/plan.h"
@@ -7,7 +7,7 @@
 
 namespace lb2::cuda {
 
-// Sets estimated_cycles and, but for float32, unpack_cycles of a plan that has its launches.
+// Sets estimated_cycles and, except in float32, unpack_cycles of a plan whose launches are set.
 void estimate_call(const Stages& stages, int64_t tokens, lb2_dtype dtype, Plan* plan) noexcept;
 
 }  // namespace lb2::cuda

@@ -8,16 +8,16 @@
 namespace lb2::cuda {
 namespace {
 
-constexpr int64_t kMostTokens = 16384;  // of a round of launches
-constexpr int64_t kGpcBlocks = 16;      // SMs of a GPC, in which a cluster lies, at least
-constexpr int64_t kMostRows = 4096;     // of all first stages; more than any shared memory has room for
+constexpr int64_t kMostTokens = 16384;  // tokens per launch
+constexpr int64_t kGpcBlocks = 16;      // fewest SMs per GPC; a cluster lies in one GPC
+constexpr int64_t kMostRows = 4096;     // of all first stages; more than fits into any shared memory
 
-// Where latents lie in shared memory.
+// The latents in shared memory.
 struct Layout {
-  int rows[kFusedPaths];     // of a first stage, the first one
-  int offsets[kFusedPaths];  // of a term's latents, converted, in bytes
+  int rows[kFusedPaths];     // first row of each first stage
+  int offsets[kFusedPaths];  // of the converted latents of each term, in bytes
   int pitch, latent_bytes;
-  // Of the parts that a block of a cluster keeps: those of its slices, or of one block alone the sum of all.
+  // The parts that a block keeps: one per slice of its own, or, for a single block, the sum of all.
   int64_t part_bytes(int64_t slices, int64_t blocks) const {
     return (blocks == 1 ? 1 : divide_up(slices, blocks)) * kFusedTokens * pitch * 4;
   }
@@ -27,7 +27,7 @@ int64_t last_indices(int64_t rank) {
   return divide_up(rank - (divide_up(rank, kSliceCols) - 1) * kSliceCols, kIndexCols);
 }
 
-// False for layers that the kernel has no room for, whatever the GPU.
+// Returns false for layers that do not fit on any GPU.
 bool lay_out(const Stages& stages, lb2_activation activation, Layout* layout) {
   const Work &first = stages.work[0], &last = stages.work[1];
   if (stages.count != 2 || first.num_groups > kFusedPaths || last.num_terms > kFusedPaths) return false;
@@ -47,21 +47,21 @@ bool lay_out(const Stages& stages, lb2_activation activation, Layout* layout) {
   return true;
 }
 
-// Estimated cycles from the start of the kernel to its end. Leads from instruction counts, as those of the
-// GEMM, with which they are compared.
+// Estimated cycles of the kernel. From instruction counts, like those of the GEMM, with which they are
+// compared.
 int64_t estimated_cycles(const Stages& stages, int64_t tokens, int64_t blocks, const Layout& layout,
                          const Plan& plan) {
   constexpr int64_t kBegin = 1500;     // until the first slice is converted
-  constexpr int64_t kConvert = 220;    // of a scheduler, for a slice of a token
-  constexpr int64_t kMoved = 35;       // of the SM's one way to memory, likewise
-  constexpr int64_t kLoad = 4;         // of the same, for 16 bytes of every lane
-  constexpr int64_t kSigns = 32;       // of a scheduler, for a tile of rows in a step
-  constexpr int64_t kItem = 300;       // a barrier; scales; sums put down
-  constexpr int64_t kLatents = 600;    // of a warp, for a slice of a token's, beside reading parts
+  constexpr int64_t kConvert = 220;    // of a scheduler, per slice of a token
+  constexpr int64_t kMoved = 35;       // of the load/store path of the SM, per slice of a token
+  constexpr int64_t kLoad = 4;         // of the same, per 16-byte load of a warp
+  constexpr int64_t kSigns = 32;       // of a scheduler, per tile of rows and step
+  constexpr int64_t kItem = 300;       // a barrier, scales, sums stored
+  constexpr int64_t kLatents = 600;    // of a warp, per slice of a token, besides reading parts
   constexpr int64_t kReadParts = 400;  // four at once
-  constexpr int64_t kCluster = 500;    // a barrier of a cluster
-  constexpr int64_t kShare = 300;      // latents on their way to the other blocks
-  constexpr int64_t kUnit = 400;       // outputs of a warp on their way to memory
+  constexpr int64_t kCluster = 500;    // a cluster barrier
+  constexpr int64_t kShare = 300;      // sending latents to the other blocks
+  constexpr int64_t kUnit = 400;       // storing the outputs of a warp
   constexpr int64_t kSchedulers = 4;
   const Work &first = stages.work[0], &last = stages.work[1];
   const lb2_activation mode = plan.activation;
@@ -128,7 +128,7 @@ bool add_fused_launch(const Stages& stages, int64_t tokens, const lb2_cuda_tunin
     best = cycles;
     launch.grid_y = blocks;
     launch.shared_bytes = shared;
-    launch.estimated_cycles = static_cast<int32_t>(std::min<int64_t>(cycles, INT32_MAX));
+    launch.estimated_cycles = cap_cycles(cycles);
   }
   if (best == INT64_MAX) return false;
   launch.kind = LB2_CUDA_FUSED;
@@ -136,7 +136,7 @@ bool add_fused_launch(const Stages& stages, int64_t tokens, const lb2_cuda_tunin
   launch.grid_z = static_cast<int32_t>(divide_up(token_block, kFusedTokens));
   launch.threads = kThreads;
   launch.token_tile = kFusedTokens;
-  launch.chained = plan->device.capability >= kLeastChained && !tuning.unchained;
+  launch.chained = is_chained(*plan, tuning);
   plan->token_block = token_block;
   plan->launches[plan->num_launches++] = launch;
   return true;
@@ -159,7 +159,7 @@ FusedParams fused_params(const Layers& layers, const Plan& plan, int blocks, int
     params.firsts[g] = {path.in_scale, reinterpret_cast<const uint32_t*>(path.v), path.v_stride,
                         static_cast<int32_t>(path.rank), layout.rows[g]};
   }
-  const int64_t element_bytes = args.dtype == LB2_FLOAT32 ? 4 : 2;
+  const int64_t element_bytes = lb2::element_bytes(args.dtype);
   for (int32_t i = 0; i < call.num_layers; ++i) {
     const lb2_linear_args& layer = layers.args[i];
     Group& group = params.layers[params.num_layers++];

@@ -1,5 +1,4 @@
-// Whether and how a call takes the kernel of both stages: pure functions, as plan.h, of which they are a
-// part.
+// Plans the fused kernel, which computes both stages in one launch. Pure functions, part of plan.h.
 #pragma once
 
 #include "cuda/fused/params.h"
@@ -8,19 +7,19 @@
 
 namespace lb2::cuda {
 
-// Adds its launch to a plan that has its device, activation and first stages, and sets token_block; false,
-// and nothing done, where the latents of the layers do not fit on chip, or tuning asks for other launches.
+// Adds the launch to a plan whose device and activation are set, and sets token_block. Returns false, with
+// the plan unchanged, if the latents of the layers do not fit on chip or tuning asks for other launches.
 bool add_fused_launch(const Stages& stages, int64_t tokens, const lb2_cuda_tuning& tuning,
                       Plan* plan) noexcept;
 
-// Whether this is that launch.
+// Whether the plan has this launch.
 LB2_API bool is_fused(const lb2_cuda_plan& plan) noexcept;
 
-// Parameters for the tokens [first, first + tokens) of the call, in clusters of as many blocks.
+// Parameters for the tokens [first, first + tokens) of the call, with that many blocks per cluster.
 LB2_API FusedParams fused_params(const Layers& layers, const Plan& plan, int blocks, int64_t first,
                                  int64_t tokens) noexcept;
 
-// What made.launches chose, to plan with again.
+// Sets the fields of tuning that give made.launches again.
 void read_fused_tuning(const lb2_cuda_plan& made, lb2_cuda_tuning* tuning) noexcept;
 
 }  // namespace lb2::cuda

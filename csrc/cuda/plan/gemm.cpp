@@ -5,30 +5,28 @@
 namespace lb2::cuda {
 namespace {
 
-constexpr int64_t kMostTokens = 4096;  // of a round of launches
+constexpr int64_t kMostTokens = 4096;  // tokens per round of launches
 constexpr int64_t kLeastTokens = 256;
 constexpr int64_t kTokenStep = 128;                // the widest tile
-constexpr int64_t kRoundBytes = 96 * 1024 * 1024;  // of workspace, about, that a round may take
-constexpr int64_t kSplitBytes = 64 * 1024 * 1024;  // of latents in parts
-constexpr int64_t kMostSplits = 32;
+constexpr int64_t kRoundBytes = 96 * 1024 * 1024;  // workspace of a round, about
+constexpr int64_t kSplitBytes = 64 * 1024 * 1024;  // latents in parts
 
 struct Choice {
   GemmTile tile;
   int64_t splits;
 };
 
-// Estimated cycles of a stage for all tokens of a round. Leads from instruction counts, to be replaced by
-// measurements; only their order matters here.
+// Estimated cycles of a stage for all tokens of a round. From instruction counts, to be replaced by
+// measurements; only the order of estimates matters here.
 int64_t estimated_cycles(const Work& work, const Choice& choice, int64_t tokens, const Plan& plan) {
-  constexpr int64_t kStage = 150;      // a barrier, and copies that are asked for
-  constexpr int64_t kBlock = 2500;     // until the first stage is there; sums stored
-  constexpr int64_t kReadParts = 600;  // by the next stage, four parts at once
+  constexpr int64_t kStage = 150;      // a barrier, and issuing copies
+  constexpr int64_t kReadParts = 600;  // by the next stage, four parts at a time
   const lb2_activation mode = plan.activation;
   const int64_t terms = gemm_terms(mode), steps = gemm_steps(mode) / kSliceIndices;
   const int64_t slices = divide_up(work.block_slices(), choice.splits);
   const int64_t indices = divide_up(work.most_parts(kIndexCols), choice.splits);
   const int64_t shared = gemm_shared_bytes(mode, choice.tile.rows, choice.tile.tokens, slices);
-  // As the kernel's launch bounds say, and where shared memory has room for it.
+  // Like the launch bounds of the kernel, if shared memory has room for two blocks.
   const bool few_sums = choice.tile.tokens == 32 && (mode != LB2_ACTIVATION_EXACT || choice.tile.rows == 64);
   const int64_t at_once = few_sums && 2 * (shared + 1024) <= plan.device.shared_bytes + 1024 ? 2 : 1;
   const int64_t blocks =
@@ -41,7 +39,7 @@ int64_t estimated_cycles(const Work& work, const Choice& choice, int64_t tokens,
   const int64_t multiply = mmas * mma_cycles(mode, plan.device.capability) / 4;
   const int64_t latency =
       steps * terms * kStepLatency + gemm_slice_stages(mode, choice.tile.tokens) * kStage / kSliceIndices;
-  const int64_t compute = waves * (kBlock + indices * std::max(resident * multiply, latency));
+  const int64_t compute = waves * (kGemmBlockCycles + indices * std::max(resident * multiply, latency));
   const int64_t index_bytes = choice.tile.tokens / kGroupTokens * gemm_step_bytes(mode) * steps;
   const int64_t copies = blocks * indices * index_bytes / kL2Bytes;
   const int64_t parts = choice.splits == 1
@@ -71,7 +69,7 @@ lb2_cuda_launch choose(const Work& work, int64_t tokens, const lb2_cuda_tuning& 
       const int64_t cycles = estimated_cycles(work, {tile, splits}, tokens, plan);
       if (cycles >= best) continue;
       best = cycles;
-      launch.estimated_cycles = static_cast<int32_t>(std::min<int64_t>(cycles, INT32_MAX));
+      launch.estimated_cycles = cap_cycles(cycles);
       launch.row_tile = tile.rows;
       launch.token_tile = tile.tokens;
       launch.shared_bytes =
@@ -97,7 +95,7 @@ void add_gemm_launches(const Stages& stages, int64_t tokens, const lb2_cuda_tuni
                        Plan* plan) noexcept {
   const bool two_stages = stages.count == 2;
   const Work& first = stages.work[0];
-  // Rounds of as many tokens as the workspace is to hold, all about the same.
+  // Rounds of about equal size, each as large as the workspace allows.
   const int64_t block = gemm_block_bytes(plan->activation);
   int64_t token_bytes = 0;
   for (int s = 0; s < stages.count; ++s)
@@ -109,9 +107,9 @@ void add_gemm_launches(const Stages& stages, int64_t tokens, const lb2_cuda_tuni
   plan->token_block = std::min(tokens, divide_up(divide_up(tokens, rounds), kTokenStep) * kTokenStep);
   const int64_t groups = divide_up(plan->token_block, kGroupTokens);
 
-  // What was converted for the first stage is of no use once its sums are there: the second takes its place.
+  // The conversion of the second stage overwrites that of the first, which is no longer needed.
   int64_t converted_bytes = 0;
-  const int32_t chained = plan->device.capability >= kLeastChained && !tuning.unchained;
+  const int32_t chained = is_chained(*plan, tuning);
   for (int s = 0; s < stages.count; ++s) {
     const Work& work = stages.work[s];
     int64_t offset = 0;
@@ -136,7 +134,7 @@ void add_gemm_launches(const Stages& stages, int64_t tokens, const lb2_cuda_tuni
   }
   plan->workspace_bytes = converted_bytes;
   if (!two_stages) return;
-  // Slices, where these are split.
+  // One part per slice if the slices are split.
   plan->sum_parts = plan->launches[1].grid_y > 1 ? first.slices(0) : 1;
   for (int g = 0; g < first.num_groups; ++g) {
     plan->sums_offset[g] = plan->workspace_bytes;

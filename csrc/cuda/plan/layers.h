@@ -1,4 +1,4 @@
-// The layers of one call, with what lies in memory.
+// The layers of a call: their shape, and their data in memory.
 #pragma once
 
 #include "cuda/plan/shape.h"
@@ -12,8 +12,8 @@ struct Layers {
   const lb2_linear_args& front() const { return args[0]; }
 };
 
-// Checks what describes the layers (check_layer, and that they go together) and fills *layers, which points
-// to args.
+// Checks the description of the layers (check_layer, and that they go together) and fills *layers, which
+// points to args.
 LB2_API lb2_status gather_layers(const lb2_linear_args* args, int64_t count, Layers* layers) noexcept;
 
 // Checks data pointers and strides of a call on gathered layers.

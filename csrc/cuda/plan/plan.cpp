@@ -20,19 +20,18 @@ namespace {
 // CUDA 13.0).
 constexpr int32_t kLastOneBitCapability = 99;
 
-constexpr int64_t kTokenBlock = 128;  // bounds the workspace
-constexpr int64_t kMostSplits = 32;
-constexpr int64_t kChunkBytes = 96 * 1024;  // of staged activations: room for two blocks on an sm_90
+constexpr int64_t kTokenBlock = 128;        // bounds the workspace
+constexpr int64_t kChunkBytes = 96 * 1024;  // of staged activations: two blocks fit on an SM of sm_90
 
-// Estimated cycles of a stage for one token. Leads from instruction counts, to be replaced by measurements;
-// only their order matters here.
+// Estimated cycles of a stage for one token. From instruction counts, to be replaced by measurements; only
+// the order of estimates matters here.
 int64_t estimated_cycles(const Work& work, int row_warps, int64_t splits, int32_t multiprocessors) {
-  constexpr int64_t kRead = 1100;       // until the first activations and scales are there
-  constexpr int64_t kStageSlice = 350;  // one warp, one slice
+  constexpr int64_t kRead = 1100;       // until the first activations and scales arrive
+  constexpr int64_t kStageSlice = 350;  // per slice of a warp
   constexpr int64_t kMultiplySlice = 120;
-  constexpr int64_t kFinish = 400;      // sums of the warps together, stored
-  constexpr int64_t kReadParts = 270;   // by the next stage, four parts at once
-  constexpr int64_t kBlocksAtOnce = 2;  // of an SM
+  constexpr int64_t kFinish = 400;      // adding and storing the sums of the warps
+  constexpr int64_t kReadParts = 270;   // by the next stage, four parts at a time
+  constexpr int64_t kBlocksAtOnce = 2;  // per SM
   const int64_t blocks = work.row_tiles(kTileRows * row_warps) * splits;
   const int64_t waves = divide_up(blocks, kBlocksAtOnce * multiprocessors);
   const int64_t slices = divide_up(work.block_slices(), splits);
@@ -41,14 +40,14 @@ int64_t estimated_cycles(const Work& work, int row_warps, int64_t splits, int32_
          divide_up(splits - 1, 4) * kReadParts;
 }
 
-// A number that tuning asks for, or the range to choose from.
+// The number that tuning asks for, or the range to choose from.
 struct Range {
   int64_t least, most;
   Range(int32_t wanted, int64_t largest)
       : least(wanted != 0 ? wanted : 1), most(wanted != 0 ? wanted : largest) {}
 };
 
-// Does not look at the number of tokens: it decides the order in which sums are taken.
+// Independent of the number of tokens, because it decides the order of summation.
 void choose_shape(const Work& work, int32_t multiprocessors, int32_t wanted_row_warps, int32_t wanted_splits,
                   lb2_cuda_launch* stage) {
   const Range warps(wanted_row_warps, kWarps);
@@ -59,7 +58,7 @@ void choose_shape(const Work& work, int32_t multiprocessors, int32_t wanted_row_
       const int64_t cycles = estimated_cycles(work, static_cast<int>(row_warps), splits, multiprocessors);
       if (cycles >= best) continue;
       best = cycles;
-      stage->estimated_cycles = static_cast<int32_t>(std::min<int64_t>(cycles, INT32_MAX));
+      stage->estimated_cycles = cap_cycles(cycles);
       stage->row_warps = static_cast<int32_t>(row_warps);
       stage->split_warps = kWarps / stage->row_warps;
       stage->grid_y = static_cast<int32_t>(splits);
@@ -73,7 +72,7 @@ int token_tile(int64_t tokens) {
   return kMaxTokenTile;
 }
 
-// Fills what depends on the tokens: tile, grid_z, chunk and shared memory.
+// Sets the fields that depend on the number of tokens: tile, grid_z, chunk and shared memory.
 void fit_tokens(lb2_activation activation, int64_t tokens, int64_t slices, int64_t shared_bytes,
                 int32_t max_chunk, lb2_cuda_launch* launch) {
   launch->token_tile = token_tile(tokens);
@@ -86,9 +85,9 @@ void fit_tokens(lb2_activation activation, int64_t tokens, int64_t slices, int64
   launch->shared_bytes = static_cast<int32_t>(chunk * slice + sums);
 }
 
-// Adds the launches of one stage, and what they need of the workspace.
+// Adds the launches of a stage and their part of the workspace.
 void add_stage(const Work& work, const lb2_cuda_tuning& tuning, Plan* plan) {
-  const int32_t chained = plan->device.capability >= kLeastChained && !tuning.unchained;
+  const int32_t chained = is_chained(*plan, tuning);
   lb2_cuda_launch decode = {};
   decode.kind = LB2_CUDA_DECODE;
   decode.stage = work.stage;
@@ -183,7 +182,7 @@ lb2_status make_plan(const CallShape& call, lb2_activation activation, const lb2
 lb2_status resume_plan(const CallShape& call, const lb2_cuda_plan* made, Plan* plan) noexcept {
   LB2_RETURN_IF_ERROR(check_plan_struct(made));
   LB2_RETURN_IF_ERROR(check_device(&made->device));
-  // Its choices, to plan with them again: a plan that comes out the same is one that was made for the call.
+  // Plan again with the choices of `made`: it was made for this call if the same plan comes out.
   lb2_cuda_tuning tuning = {};
   tuning.unchained = !made->launches[0].chained;
   read_gemm_tuning(*made, &tuning);
@@ -212,14 +211,14 @@ lb2_cuda_launch launch_for(const Plan& plan, int index, int64_t tokens) noexcept
 
 namespace {
 
-// What decode and GEMM launches have in common.
+// The parameters that decode and GEMM launches have in common.
 void fill_params(const Layers& layers, const Plan& plan, int index, int64_t first, int64_t tokens,
                  char* workspace, LaunchParams* params) noexcept {
   const lb2_cuda_launch& launch = plan.launches[index];
   const lb2_linear_args& args = layers.front();
   const bool reads_input = launch.stage == 0, last = launch.stage == 1 || layers.shape.single_stage;
-  const int64_t element_bytes = args.dtype == LB2_FLOAT32 ? 4 : 2;
-  // Of blocks; launches that convert have no rows.
+  const int64_t element_bytes = lb2::element_bytes(args.dtype);
+  // Rows per block; 0 in launches that convert.
   const int64_t tile_rows = launch.row_tile > 0 ? launch.row_tile : kTileRows * launch.row_warps;
   params->input_dtype = reads_input ? args.dtype : LB2_FLOAT32;
   params->output_dtype = last ? args.dtype : LB2_FLOAT32;
@@ -238,7 +237,7 @@ void fill_params(const Layers& layers, const Plan& plan, int index, int64_t firs
     if (tile_rows > 0) tiles += static_cast<int32_t>(divide_up(rows, tile_rows));
     return group;
   };
-  // Path p, in the last of the groups.
+  // Adds path p to the last group.
   const auto add_term = [&](int p) {
     const lb2_path& path = *layers.paths[p];
     Term& term = params->terms[params->num_terms];

@@ -10,7 +10,7 @@ void add_group(int64_t rows, Work* work) {
   work->first_term[work->num_groups] = work->num_terms;
 }
 
-// To the last of the groups.
+// Adds a term to the last group.
 void add_term(int64_t cols, Work* work) {
   work->cols[work->num_terms++] = cols;
   work->first_term[work->num_groups] = work->num_terms;

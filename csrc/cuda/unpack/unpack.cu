@@ -1,4 +1,4 @@
-// The entry point that unpacks a layer for a library's matrix product.
+// The entry point that dequantizes a layer for matrix products of a library.
 #include "cuda/unpack/unpack.h"
 
 #include <cinttypes>
@@ -14,10 +14,10 @@ class Matrices {
  public:
   explicit Matrices(lb2_dtype dtype) { params_.dtype = dtype; }
 
-  // Rows and columns of sums of the factors that are added next, from element `at` of `output` on.
+  // Starts a matrix at element `at` of `output`: the sum of the factors that are added next.
   void add_matrix(void* output, int64_t at, int64_t stride, int64_t rows, int64_t cols) {
     Unpacked& matrix = params_.matrices[params_.num_matrices++];
-    matrix.output = static_cast<char*>(output) + at * (params_.dtype == LB2_FLOAT32 ? 4 : 2);
+    matrix.output = static_cast<char*>(output) + at * element_bytes(params_.dtype);
     matrix.stride = stride;
     matrix.first_block = blocks_;
     matrix.rows = static_cast<int32_t>(rows);
@@ -52,7 +52,7 @@ class Matrices {
 lb2_status check_output(const char* name, const void* output, bool wanted, lb2_dtype dtype) {
   if ((output != nullptr) != wanted)
     return fail(LB2_ERROR_INVALID_ARGUMENT, "%s must %sbe NULL", name, wanted ? "not " : "");
-  const uintptr_t bytes = dtype == LB2_FLOAT32 ? 4 : 2;
+  const uintptr_t bytes = static_cast<uintptr_t>(element_bytes(dtype));
   if (reinterpret_cast<uintptr_t>(output) % bytes == 0) return LB2_OK;
   return fail(LB2_ERROR_INVALID_ARGUMENT, "%s must be aligned to %d bytes, got %p", name,
               static_cast<int>(bytes), output);

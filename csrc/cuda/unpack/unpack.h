@@ -1,4 +1,4 @@
-// A layer's signs and scales as dense matrices, for a library's matrix product where there are many tokens.
+// Dequantizes signs and scales to dense matrices, for matrix products of a library with many tokens.
 #pragma once
 
 #include "cuda/device.h"
@@ -6,7 +6,7 @@
 
 namespace lb2::cuda {
 
-constexpr int kUnpackCols = 8;  // of a thread: 16 bytes of half precision
+constexpr int kUnpackCols = 8;  // columns per thread: 16 bytes of half precision
 constexpr int kUnpackRows = 4;
 
 // row_scale[rows] * signs[rows, cols] * col_scale[cols]

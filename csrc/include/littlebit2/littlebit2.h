@@ -13,7 +13,7 @@
  *  - it never throws, exits, aborts or prints; it returns a status and leaves a message for lb2_last_error();
  *  - it is reentrant and thread-safe; the message is per thread;
  *  - it allocates nothing that outlives the call, and nothing at all in the forward and backward calls;
- *  - pointers need no alignment; the workspace size includes what aligning it inside takes.
+ *  - pointers need no alignment; the workspace size includes room to align it.
  */
 /* clang-format on */
 #ifndef LITTLEBIT2_LITTLEBIT2_H_
@@ -31,11 +31,13 @@ extern "C" {
 /* Status codes (int32_t, so that the ABI does not depend on the size of an enum). */
 typedef int32_t lb2_status;
 #define LB2_OK 0
-#define LB2_ERROR_INVALID_ARGUMENT 1 /* the message names the argument, the expected and the given */
-#define LB2_ERROR_UNSUPPORTED 2      /* a request that this machine or this build cannot serve */
-#define LB2_ERROR_INTERNAL 3         /* a callback failed, or a bug */
+#define LB2_ERROR_INVALID_ARGUMENT                                                                    \
+  1                             /* the message names the argument, what was expected and what was got \
+                                 */
+#define LB2_ERROR_UNSUPPORTED 2 /* this machine or this build cannot serve the request */
+#define LB2_ERROR_INTERNAL 3    /* a callback failed, or a bug */
 
-/* Element types. Activations may be the first three; LB2_INT8 is accepted by lb2_unpack_signs only. */
+/* Element types. Activations have one of the first three; only lb2_unpack_signs accepts LB2_INT8. */
 typedef int32_t lb2_dtype;
 #define LB2_FLOAT32 0
 #define LB2_FLOAT16 1  /* IEEE binary16 */
@@ -78,31 +80,32 @@ typedef struct lb2_layer_shape {
   int32_t single_stage;          /* 1 if no path has a U, else 0 */
 } lb2_layer_shape;
 
-/* Work on [begin, end) of a range that was handed to lb2_parallel_for. */
+/* Does the work of items [begin, end) of a range given to lb2_parallel_for. */
 typedef void (*lb2_task)(int64_t begin, int64_t end, void* task_context);
 
-/* Covers [0, n) by calls of task(begin, end, task_context) on any threads, at least `grain` items each but
- * for the last, and returns once all are done: 0, or a code of its own that the caller gets to see. */
+/* Covers [0, n) with calls of task(begin, end, task_context) on any threads, each with at least `grain` items
+ * except the last, and returns when all are done: 0, or an error code of its own, which the message of the
+ * call then names. */
 typedef int32_t (*lb2_parallel_for)(void* context, int64_t n, int64_t grain, lb2_task task,
                                     void* task_context);
 
-/* Arguments of the layer calls. Zero-initialise, then set struct_size = sizeof(lb2_linear_args). */
+/* Arguments of the layer calls. Zero-initialize, then set struct_size = sizeof(lb2_linear_args). */
 typedef struct lb2_linear_args {
   uint64_t struct_size;
-  int64_t m;             /* tokens, >= 0 */
-  int64_t k;             /* in_features, >= 1 */
-  int64_t n;             /* out_features, >= 1 */
-  const lb2_path* paths; /* [num_paths] */
-  int64_t num_paths;     /* 1 .. LB2_MAX_PATHS */
-  const float* bias;     /* [N] or NULL; ignored by the backward call */
-  const void* input;     /* forward: x [M, K]; backward: the gradient of y, [M, N] */
-  int64_t input_stride;  /* elements between rows, >= 0; ignored when m <= 1 */
-  void* output;          /* forward: y [M, N]; backward: the gradient of x, [M, K]; may not overlap input */
-  int64_t output_stride; /* elements between rows, >= the row's length; ignored when m <= 1 */
-  lb2_dtype dtype;       /* of input and output */
-  lb2_isa isa;           /* LB2_ISA_AUTO, or the instruction set to use */
-  void* workspace;       /* at least what lb2_linear_plan_cpu reports; contents undefined before and after */
-  int64_t workspace_bytes;
+  int64_t m;               /* tokens, >= 0 */
+  int64_t k;               /* in_features, >= 1 */
+  int64_t n;               /* out_features, >= 1 */
+  const lb2_path* paths;   /* [num_paths] */
+  int64_t num_paths;       /* 1 .. LB2_MAX_PATHS */
+  const float* bias;       /* [N] or NULL; ignored by the backward call */
+  const void* input;       /* forward: x [M, K]; backward: the gradient of y, [M, N] */
+  int64_t input_stride;    /* elements between rows, >= 0; ignored when m <= 1 */
+  void* output;            /* forward: y [M, N]; backward: the gradient of x, [M, K]; may not overlap input */
+  int64_t output_stride;   /* elements between rows, >= the row's length; ignored when m <= 1 */
+  lb2_dtype dtype;         /* of input and output */
+  lb2_isa isa;             /* LB2_ISA_AUTO, or the instruction set to use */
+  void* workspace;         /* contents undefined before and after */
+  int64_t workspace_bytes; /* at least what the plan of the call says */
   lb2_parallel_for parallel_for; /* NULL runs on the calling thread */
   void* parallel_context;
 } lb2_linear_args;
@@ -116,44 +119,43 @@ typedef struct lb2_cpu_plan {
   uint64_t struct_size;
   int64_t forward_workspace_bytes;
   int64_t backward_workspace_bytes;
-  int64_t token_block;  /* tokens that one pass over the packed words serves */
+  int64_t token_block;  /* tokens per pass over the packed words */
   int64_t macs;         /* sign-accumulate operations of the forward call, all stages, paths and tokens */
   lb2_isa isa;          /* the instruction set that runs */
-  int32_t first_stages; /* first stages that are computed (paths that share one count once) */
+  int32_t first_stages; /* first stages computed (paths that share one count once) */
 } lb2_cpu_plan;
 
 /* Fill *plan for calls with m tokens on a layer of this shape. isa is that of lb2_linear_args. */
 LB2_API lb2_status lb2_linear_plan_cpu(const lb2_layer_shape* shape, int64_t m, lb2_isa isa,
                                        lb2_cpu_plan* plan);
 
-/* y = layer(x). fp32 accumulation; the same bits whatever the ISA, the thread count and the other tokens, as
- * long as all threads of parallel_for run in one floating-point mode (rounding, flushing of subnormals). */
+/* y = layer(x), accumulated in fp32. Results have the same bits whatever the ISA, the thread count and the
+ * other tokens, as long as all threads of parallel_for have the same floating-point mode (rounding, flushing
+ * of subnormals). */
 LB2_API lb2_status lb2_linear_forward_cpu(const lb2_linear_args* args);
 
-/* grad_x = the layer's transpose applied to grad_y (bias has no part in it). Same guarantees. */
+/* grad_x = the transposed layer applied to grad_y, without bias. Same guarantees. */
 LB2_API lb2_status lb2_linear_backward_x_cpu(const lb2_linear_args* args);
 
 /* ---- Prepacked layers: the fast path of the CPU ----
  *
- * A prepacked layer is one block of bytes that holds signs and scales in the order in which the CPU kernels
- * read them. It is made once, at load, and takes the place of the portable tensors, which can be had back
- * from it. It is valid in the process (and version of this library) that made it; it is not a file format. */
+ * A prepacked layer is one block of bytes with signs and scales in the order in which the CPU kernels read
+ * them. It is made once, when a layer is loaded, and replaces the portable tensors, which lb2_unprepack_cpu
+ * restores. It is valid only in the process (and version of this library) that made it; it is not a file
+ * format. */
 
-/* How activations enter the sums of signs. Accumulation is exact but for EXACT, where it is in fp32. */
+/* Precision of activations in sums of signs. Accumulation is exact, except in EXACT, where it is in fp32. */
 typedef int32_t lb2_activation;
 #define LB2_ACTIVATION_AUTO 0  /* EXACT for float32, INT16 for float16 and bfloat16 */
 #define LB2_ACTIVATION_EXACT 1 /* fp32 throughout; error about 1e-6 */
-#define LB2_ACTIVATION_INT16 \
-  2 /* sums of five activations in 16 bits, a scale per chunk of 720 channels; 3e-4 */
-#define LB2_ACTIVATION_INT8                                                                                 \
-  3                           /* activations and latents in 8 bits, a scale per chunk of 720 channels; 1e-2 \
-                               */
-#define LB2_ACTIVATION_SIGN 4 /* their signs, times the mean magnitude per token: XNOR and popcount */
+#define LB2_ACTIVATION_INT16 2 /* sums of 5 in 16 bits, one scale per 720 channels; error about 3e-4 */
+#define LB2_ACTIVATION_INT8 3  /* 8 bits, one scale per 720 channels; error about 1e-2 */
+#define LB2_ACTIVATION_SIGN 4  /* signs times the mean magnitude per token: XNOR and popcount */
 
-/* Arguments of a call. Zero-initialise, then set struct_size = sizeof(lb2_prepacked_args). */
+/* Arguments of a prepacked call. Zero-initialize, then set struct_size = sizeof(lb2_prepacked_args). */
 typedef struct lb2_prepacked_args {
   uint64_t struct_size;
-  const void* layer; /* made by lb2_prepack_cpu; any address, fastest at a multiple of 64 */
+  const void* layer; /* made by lb2_prepack_cpu; at any address, fastest at a multiple of 64 */
   int64_t layer_bytes;
   int64_t m;
   const float* bias; /* [N] or NULL */
@@ -164,17 +166,18 @@ typedef struct lb2_prepacked_args {
   lb2_dtype dtype;
   lb2_activation activation;
   lb2_isa isa;
-  int32_t num_threads; /* that parallel_for can run at once; < 1 is 1 */
+  int32_t num_threads; /* threads that parallel_for can run at the same time; < 1 means 1 */
   void* workspace;     /* at least what lb2_prepacked_plan_cpu reports */
   int64_t workspace_bytes;
   lb2_parallel_for parallel_for; /* NULL runs on the calling thread */
   void* parallel_context;
 } lb2_prepacked_args;
 
+/* What a call will do. Set struct_size = sizeof(lb2_prepacked_plan) first. */
 typedef struct lb2_prepacked_plan {
   uint64_t struct_size;
   int64_t workspace_bytes;
-  int64_t token_block; /* tokens that one pass over the layer serves */
+  int64_t token_block; /* tokens per pass over the layer */
   int64_t workers;     /* threads that get work */
   int64_t k, n;
   lb2_isa isa;
@@ -192,24 +195,24 @@ LB2_API lb2_status lb2_prepack_cpu(const lb2_linear_args* args, void* layer, int
 /* Fill *shape with the shape of a prepacked layer. Set its struct_size first. */
 LB2_API lb2_status lb2_prepacked_shape_cpu(const void* layer, int64_t layer_bytes, lb2_layer_shape* shape);
 
-/* Write one path of a prepacked layer back to contiguous portable tensors, over parallel_for unless that is
- * NULL; a NULL tensor is skipped. Pad bits become 0. */
+/* Write one path of a prepacked layer to contiguous portable tensors, over parallel_for unless that is NULL.
+ * A NULL tensor is skipped. Pad bits are 0. */
 LB2_API lb2_status lb2_unprepack_cpu(const void* layer, int64_t layer_bytes, int64_t path, int32_t* v,
                                      int32_t* u, float* in_scale, float* latent_scale, float* out_scale,
                                      lb2_parallel_for parallel_for, void* parallel_context);
 
-/* Fill *plan for args; input, output and workspace are not looked at. */
+/* Fill *plan for args. Input, output and workspace are not read. */
 LB2_API lb2_status lb2_prepacked_plan_cpu(const lb2_prepacked_args* args, lb2_prepacked_plan* plan);
 
-/* y = layer(x). The workspace must be that of a plan with the same isa, num_threads and parallel_for. The
- * same bits whatever the ISA, the thread count and the other tokens (of NaN, any bits), as long as all
- * threads of parallel_for run in one floating-point mode. A token whose values are not finite gets results
- * that are not; under INT16 and INT8 that is NaN, also where the magnitudes of a chunk only add up to more
- * than a float holds. */
+/* y = layer(x). The workspace must be that of a plan with the same isa, num_threads and parallel_for. Results
+ * have the same bits whatever the ISA, the thread count and the other tokens (a NaN may have any bits), as
+ * long as all threads of parallel_for have the same floating-point mode. A token with values that are not
+ * finite gets results that are not finite. In INT16 and INT8 these are NaN, which also results if the
+ * magnitudes of a chunk sum to more than a float holds. */
 LB2_API lb2_status lb2_prepacked_forward_cpu(const lb2_prepacked_args* args);
 
-/* Pack `negative` [rows, cols] (one byte each, non-zero means -1) into words [rows, ceil(cols/32)]; pad bits
- * become 0. Strides are in elements between rows. */
+/* Pack `negative` [rows, cols] (one byte each, non-zero means -1) into words [rows, ceil(cols/32)]. Pad bits
+ * are 0. Strides are in elements between rows. */
 LB2_API lb2_status lb2_pack_signs(const uint8_t* negative, int64_t negative_stride, int64_t rows,
                                   int64_t cols, int32_t* words, int64_t words_stride);
 
@@ -217,14 +220,15 @@ LB2_API lb2_status lb2_pack_signs(const uint8_t* negative, int64_t negative_stri
 LB2_API lb2_status lb2_unpack_signs(const int32_t* words, int64_t words_stride, int64_t rows, int64_t cols,
                                     lb2_dtype dtype, void* out, int64_t out_stride);
 
-/* The instruction set LB2_ISA_AUTO stands for: the one set by lb2_cpu_set_isa, else the environment variable
- * LB2_CPU_ISA (scalar, avx2, avx512, avx512vnni; read once), else the best this CPU and its OS support. */
+/* The instruction set that LB2_ISA_AUTO means: the one set by lb2_cpu_set_isa, else the environment variable
+ * LB2_CPU_ISA (scalar, avx2, avx512, avx512vnni; read once), else the best that this CPU and its OS support.
+ */
 LB2_API lb2_status lb2_cpu_isa(lb2_isa* isa);
 
-/* Make LB2_ISA_AUTO mean `isa` in this process; LB2_ISA_AUTO undoes that. */
+/* Make LB2_ISA_AUTO mean `isa` in this process. Passing LB2_ISA_AUTO undoes that. */
 LB2_API lb2_status lb2_cpu_set_isa(lb2_isa isa);
 
-/* 1 when the instruction set was built in and this CPU and OS can run it, else 0. */
+/* 1 if the instruction set was built in and this CPU and OS can run it, else 0. */
 LB2_API int32_t lb2_cpu_isa_available(lb2_isa isa);
 
 /* "auto", "scalar", "avx2", "avx512", "avx512vnni", or "unknown". */

@@ -8,8 +8,10 @@ __all__ = [
     "EMBEDDINGS",
     "EMBEDDING_WEIGHTS",
     "FUSED",
+    "MASKED_HEAD",
     "PROJECTIONS",
     "ROUTERS",
+    "TIED_BY_DEFAULT",
     "TRANSPOSED",
     "is_key_or_value",
     "is_linear_name",
@@ -17,6 +19,8 @@ __all__ = [
 
 #: The head of a causal language model, as nearly every family names it.
 CAUSAL_HEAD = "lm_head"
+#: The head of a masked language model, of BERT and its kin.
+MASKED_HEAD = "cls.predictions.decoder"
 
 #: Patterns of layers that stay dense by default: heads, as in the papers.
 DEFAULT_EXCLUDE = (
@@ -25,7 +29,7 @@ DEFAULT_EXCLUDE = (
     "classifier",
     "classifier.*",
     "qa_outputs",
-    "cls.predictions.decoder",
+    MASKED_HEAD,
     "cls.seq_relationship",
 )
 
@@ -36,6 +40,8 @@ ROUTERS = ("gate", "router", "shared_expert_gate")
 
 #: Endings of the name of the token embedding's weight, to which a head may be tied.
 EMBEDDING_WEIGHTS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
+#: Families (``model_type``) whose config.json leaves ``tie_word_embeddings`` out when it is true.
+TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3", "gemma3_text", "opt", "bert", "gpt2")
 
 #: Modules of one parent that are called with the same input, one after another.
 PROJECTIONS = (

@@ -15,7 +15,7 @@ def fuse_projections(model: nn.Module, *, on_cpu: bool = False) -> list[LinearGr
     """Fuse the packed projections of a model that share their input (:data:`.PROJECTIONS`), in place.
 
     ``littlebit2.load`` and ``from_pretrained`` do it by themselves; this is for models whose layers were
-    quantised in memory. Names only suggest: layers that turn out to be called with different inputs, as in
+    quantized in memory. Names only suggest: layers that turn out to be called with different inputs, as in
     cross-attention, are computed one by one (:func:`littlebit2_kernels.fuse_linears`).
 
     Args:
@@ -31,7 +31,7 @@ def fuse_projections(model: nn.Module, *, on_cpu: bool = False) -> list[LinearGr
             found = [
                 child for name in names if isinstance(child := getattr(parent, name, None), LittleBitLinear)
             ]
-            kinds = {(layer.in_features, layer.ranks is None) for layer in found}
+            kinds = {(layer.in_features, layer.shape.single_stage) for layer in found}
             if len(found) >= 2 and len(kinds) == 1:
                 groups.append(fuse_linears(found, on_cpu=on_cpu))
     return groups

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .names import CAUSAL_HEAD, MASKED_HEAD, TIED_BY_DEFAULT
+
 __all__ = ["FAMILIES", "DenseShape", "LinearShape", "ModelShapes", "model_shapes"]
 
 Kind = Literal["embedding", "norm", "bias"]
@@ -105,13 +107,12 @@ class _Decoder:
     sandwich_norm: bool = False
     fused: bool = False
     head_dim: int | None = None
-    tied: bool = False
 
 
 _DECODERS = {
-    "gemma": _Decoder(head_dim=256, tied=True),
-    "gemma2": _Decoder(head_dim=256, tied=True, sandwich_norm=True),
-    "gemma3_text": _Decoder(head_dim=256, tied=True, sandwich_norm=True, qk_norm=True),
+    "gemma": _Decoder(head_dim=256),
+    "gemma2": _Decoder(head_dim=256, sandwich_norm=True),
+    "gemma3_text": _Decoder(head_dim=256, sandwich_norm=True, qk_norm=True),
     "llama": _Decoder(),
     "mistral": _Decoder(attention_bias=False, output_bias=False),
     "phi3": _Decoder(attention_bias=False, output_bias=False, fused=True),
@@ -154,7 +155,7 @@ def _decoder(config: Config) -> Iterator[_Item]:
         for norm in norms:
             yield DenseShape(f"{layer}.{norm}.weight", (hidden,), "norm")
     yield DenseShape("model.norm.weight", (hidden,), "norm")
-    yield LinearShape("lm_head", hidden, read.size("vocab_size"), is_head=True)
+    yield LinearShape(CAUSAL_HEAD, hidden, read.size("vocab_size"), is_head=True)
 
 
 def _layer_norm(name: str, size: int) -> Iterator[_Item]:
@@ -180,7 +181,7 @@ def _phi(config: Config) -> Iterator[_Item]:
         yield LinearShape(f"{layer}.mlp.fc2", inner, hidden, True)
         yield from _layer_norm(f"{layer}.input_layernorm", hidden)
     yield from _layer_norm("model.final_layernorm", hidden)
-    yield LinearShape("lm_head", hidden, read.size("vocab_size"), True, is_head=True)
+    yield LinearShape(CAUSAL_HEAD, hidden, read.size("vocab_size"), True, is_head=True)
 
 
 #: OPT's position table starts with two rows that are never looked up.
@@ -213,7 +214,7 @@ def _opt(config: Config) -> Iterator[_Item]:
         yield LinearShape(f"{layer}.fc2", inner, hidden, bias)
         if affine:
             yield from _layer_norm(f"{layer}.final_layer_norm", hidden)
-    yield LinearShape("lm_head", word, vocab, is_head=True)
+    yield LinearShape(CAUSAL_HEAD, word, vocab, is_head=True)
 
 
 def _bert(config: Config) -> Iterator[_Item]:
@@ -245,18 +246,18 @@ def _bert(config: Config) -> Iterator[_Item]:
     if masked:
         yield LinearShape("cls.predictions.transform.dense", hidden, hidden, True)
         yield from _layer_norm("cls.predictions.transform.LayerNorm", hidden)
-        yield LinearShape("cls.predictions.decoder", hidden, vocab, is_head=True)
+        yield LinearShape(MASKED_HEAD, hidden, vocab, is_head=True)
         yield DenseShape("cls.predictions.bias", (vocab,), "bias")
     else:
         yield LinearShape(f"{root}pooler.dense", hidden, hidden, True)
 
 
-#: Every ``model_type`` whose shapes are known, with its maker and whether its head is tied by default.
-FAMILIES: dict[str, tuple[Callable[[Config], Iterator[_Item]], bool]] = {
-    **{name: (_decoder, family.tied) for name, family in _DECODERS.items()},
-    "phi": (_phi, False),
-    "opt": (_opt, True),
-    "bert": (_bert, True),
+#: Every ``model_type`` whose shapes are known, with the function that lists them.
+FAMILIES: dict[str, Callable[[Config], Iterator[_Item]]] = {
+    **dict.fromkeys(_DECODERS, _decoder),
+    "phi": _phi,
+    "opt": _opt,
+    "bert": _bert,
 }
 
 
@@ -277,9 +278,8 @@ def model_shapes(config: Config) -> ModelShapes:
         raise ValueError(
             f"config: model_type must be one of {', '.join(sorted(FAMILIES))}, got {model_type!r}{hint}"
         )
-    make, tied_by_default = FAMILIES[model_type]
-    tied = _Reader(config).flag("tie_word_embeddings", tied_by_default)
-    items = list(make(config))
+    tied = _Reader(config).flag("tie_word_embeddings", model_type in TIED_BY_DEFAULT)
+    items = list(FAMILIES[model_type](config))
     has_head = any(isinstance(item, LinearShape) and item.is_head for item in items)
     if tied:
         items = [_without_weight(item) for item in items if not _is_bare_head(item)]

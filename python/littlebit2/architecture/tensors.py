@@ -24,14 +24,16 @@ from typing import Any
 import torch
 
 from .names import CAUSAL_HEAD, TRANSPOSED, is_linear_name
+from .parts import Part, Whole
 from .select import DEFAULT_EXCLUDE, check_patterns, is_selected
 
-__all__ = ["LayerSource", "select_layers"]
+__all__ = ["FLOATS", "LayerSource", "select_layers"]
 
 #: Other dimensions that a configuration names.
 _SIZE_FIELDS = ("hidden_size", "intermediate_size", "ffn_dim", "word_embed_proj_dim", "d_model", "d_ff")
 
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+#: Dtypes of weights that can be quantized.
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -39,18 +41,20 @@ class LayerSource:
     """A linear layer as it lies in a dense checkpoint.
 
     Attributes:
-        name: module name.
+        name: under which it is packed: that of its tensors in the files where it has its own.
         in_features: K.
         out_features: N.
-        weight: name of the ``[N, K]`` tensor.
-        bias: name of the ``[N]`` tensor, or ``None``.
+        weight: where the ``[N, K]`` tensor lies.
+        bias: where the ``[N]`` tensor lies, or ``None``.
+        module: its name in the model; empty where no model was built.
     """
 
     name: str
     in_features: int
     out_features: int
-    weight: str
-    bias: str | None
+    weight: Part
+    bias: Part | None
+    module: str = ""
 
 
 def select_layers(
@@ -60,7 +64,7 @@ def select_layers(
     include: str | Sequence[str] = "*",
     exclude: str | Sequence[str] = DEFAULT_EXCLUDE,
 ) -> list[LayerSource]:
-    """Return the linear layers to quantise, in the order of ``tensors``.
+    """Return the linear layers to quantize, in the order of ``tensors``.
 
     Args:
         tensors: shape and dtype of every tensor of the checkpoint, by full name.
@@ -71,7 +75,7 @@ def select_layers(
     Raises:
         TypeError: a pattern is not a string.
         ValueError: no layer is selected, the family stores its weights transposed, or a selected weight
-            is of a dtype that cannot be quantised (float8, for example).
+            is of a dtype that cannot be quantized (float8, for example).
     """
     includes, excludes = check_patterns("include", include), check_patterns("exclude", exclude)
     if config.get("model_type") in TRANSPOSED:
@@ -89,10 +93,10 @@ def select_layers(
             continue
         if not is_selected(module, includes, excludes):
             continue
-        if dtype not in _DTYPES:
+        if dtype not in FLOATS:
             raise ValueError(
                 f"{name} must be float64, float32, float16 or bfloat16, got {dtype}: the model is already "
-                "quantised; start from its dense weights"
+                "quantized; start from its dense weights"
             )
         bias = f"{module}.bias"
         layers.append(
@@ -100,8 +104,8 @@ def select_layers(
                 name=module,
                 in_features=shape[1],
                 out_features=shape[0],
-                weight=name,
-                bias=bias if bias in tensors and tensors[bias][0] == (shape[0],) else None,
+                weight=Whole(name),
+                bias=Whole(bias) if bias in tensors and tensors[bias][0] == (shape[0],) else None,
             )
         )
     if not layers:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .bits import counted_bits
-from .layers import StoredLayer
+from .formats import StoredLayer
 from .reader import Checkpoint
 
 __all__ = ["describe"]
@@ -29,23 +28,23 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     sizes = {"packed": 0, "scales": 0, "bias": 0, "other": 0}
     counted = stored = weights = 0
     for name, layer in checkpoint.stored.items():
-        spec = layer.spec
+        shape = layer.spec.shape
         parts = _bytes(checkpoint, layer)
-        dense = spec.in_features * spec.out_features
+        dense = shape.in_features * shape.out_features
         bits = 8 * (parts["packed"] + parts["scales"])
         layers[name] = {
-            "in_features": spec.in_features,
-            "out_features": spec.out_features,
-            "ranks": None if spec.ranks is None else list(spec.ranks),
-            "shares": list(spec.shares),
-            "bias": spec.bias,
-            "counted_bpw": counted_bits(spec) / dense,
+            "in_features": shape.in_features,
+            "out_features": shape.out_features,
+            "ranks": None if shape.ranks is None else list(shape.ranks),
+            "shares": list(shape.shares),
+            "bias": layer.spec.bias,
+            "counted_bpw": shape.counted_bpw,
             "stored_bpw": bits / dense,
             "bytes": sum(parts.values()),
         }
         for part, size in parts.items():
             sizes[part] += size
-        counted += counted_bits(spec)
+        counted += shape.counted_bits
         stored += bits
         weights += dense
     other = {

@@ -1,4 +1,4 @@
-"""The one exception of this room."""
+"""The exception for checkpoints that cannot be read or written."""
 
 from __future__ import annotations
 

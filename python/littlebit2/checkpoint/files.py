@@ -4,21 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import safetensors
 import torch
 
 from .errors import CheckpointError
-from .headers import DTYPES, TensorEntry, read_header
+from .headers import TensorEntry, read_header
 from .jsonfile import read_object
+from .pickles import read_pickle
 
-__all__ = ["TensorFiles", "contained", "open_files"]
+__all__ = ["TensorFiles", "contained", "is_weight_file", "open_files"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+#: What the hub mixin of NanoQuant writes where safetensors is not installed.
+MIXIN_PICKLE = "model_state.pt"
+
+#: Files that transformers finds by itself.
+_STANDARD = (SINGLE, INDEX, PICKLE, PICKLE_INDEX)
+#: Also with a variant: ``model.safetensors.index.fp16.json``.
+_INDEX_NAME = re.compile(r".+\.safetensors\.index(\.[^.]+)?\.json")
+_PICKLE_NAME = re.compile(r".+\.(bin|pt|pth)")
+#: State of a training run, and adapters: no model's weights.
+_NO_MODEL = re.compile(
+    r"training_args\.bin|(optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)"
+    r"|adapter_model(\..+)?\.(safetensors|bin)"
+)
+_WEIGHT_NAME = re.compile(
+    r".+\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|ggml|ot|tflite|npz|pdparams|pb|mlmodel)"
+    r"(\.index(\..+)?\.json)?|.+\.index\.json"
+)
+#: What torch.compile puts into the names of a module's tensors.
+_COMPILED = "_orig_mod."
 
 
 class TensorFiles:
@@ -27,31 +47,39 @@ class TensorFiles:
     Attributes:
         entries: what is known of every tensor, by name, in the order of the files.
         problems: remarks about the files.
+        metadata: ``__metadata__`` of the safetensors files, by file name.
+        standard: whether transformers finds these files by itself, and these names in them.
+        renamed: whether tensors have other names here than in the files.
     """
 
     def __init__(self, entries: dict[str, TensorEntry], problems: list[str]) -> None:
         self.entries = entries
         self.problems = problems
+        self.metadata: dict[str, Mapping[str, str]] = {}
+        self.standard = True
+        self.renamed = False
+        self._stamps = {file: _stamp(file) for file in {entry.file for entry in entries.values()}}
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Return tensors by name, memory-mapped.
 
-        Every file is opened once per call and kept mapped only by the tensors that it gave: pages that were
-        read for one layer do not stay with the process.
+        Every file is mapped once per call and kept mapped only by the tensors that it gave: pages that were
+        read for one layer do not stay with the process. The time depends on what is read, not on how much
+        else is in the file.
 
         Raises:
             CheckpointError: a file cannot be read, or is not what it was when its header was checked.
         """
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.entries[name].file, []).append(name)
+        mapped: dict[Path, torch.UntypedStorage] = {}
         found: dict[str, torch.Tensor] = {}
-        for file, wanted in by_file.items():
-            with _reading(file), safetensors.safe_open(file, framework="pt", device="cpu") as handle:
-                for name in wanted:
-                    found[name] = handle.get_tensor(name)
-        for name, tensor in found.items():
-            self._check(name, tensor)
+        for name in names:
+            entry = self.entries[name]
+            if entry.file not in mapped:
+                self._check_unchanged(entry.file)
+                with _reading(entry.file):
+                    size = self._stamps[entry.file][1]
+                    mapped[entry.file] = torch.UntypedStorage.from_file(str(entry.file), False, size)
+            found[name] = _view(mapped[entry.file], entry)
         return found
 
     def read_own(self, name: str) -> torch.Tensor:
@@ -63,6 +91,7 @@ class TensorFiles:
         entry = self.entries[name]
         if entry.begin is None:
             return self.read([name])[name].clone()
+        self._check_unchanged(entry.file)
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         with _reading(entry.file), entry.file.open("rb") as file:
             file.seek(entry.begin)
@@ -76,14 +105,9 @@ class TensorFiles:
     def close(self) -> None:
         """Release what is held open."""
 
-    def _check(self, name: str, tensor: torch.Tensor) -> None:
-        entry = self.entries[name]
-        if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
-            raise CheckpointError(
-                f"{entry.file}: tensor {name}: expected {entry.dtype} of shape {list(entry.shape)}, as its "
-                f"header said, got {tensor.dtype} of shape {list(tensor.shape)}: the file was "
-                "changed while it was open"
-            )
+    def _check_unchanged(self, file: Path) -> None:
+        if _stamp(file) != self._stamps[file]:
+            raise CheckpointError(f"{file}: cannot be read: the file was changed while it was open")
 
 
 class PickledFiles(TensorFiles):
@@ -93,7 +117,7 @@ class PickledFiles(TensorFiles):
         self._tensors: dict[str, torch.Tensor] = {}
         entries: dict[str, TensorEntry] = {}
         for file in files:
-            for name, tensor in _unpickled(file).items():
+            for name, tensor in read_pickle(file).items():
                 if name in entries:
                     raise _duplicate(name, entries[name].file, file)
                 entries[name] = TensorEntry(name, file, tensor.dtype, tuple(tensor.shape))
@@ -102,6 +126,10 @@ class PickledFiles(TensorFiles):
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         return {name: self._tensors[name] for name in names}
+
+    def rename(self, name: str, plain: str) -> None:
+        """Give a tensor another name."""
+        self._tensors[plain] = self._tensors.pop(name)
 
     def close(self) -> None:
         self._tensors.clear()
@@ -118,33 +146,87 @@ def open_files(directory: Path) -> TensorFiles:
     except OSError as error:
         raise CheckpointError(f"{directory}: cannot be listed: {error}") from error
     problems: list[str] = []
-    loose = [name for name in present if name.endswith(".safetensors")]
+    chosen = _choose(directory, present, problems)
+    files: TensorFiles
+    if _PICKLE_NAME.fullmatch(chosen):
+        files = PickledFiles([contained(directory, chosen)], problems)
+    elif chosen == PICKLE_INDEX:
+        weight_map = _weight_map(directory, chosen)
+        files = PickledFiles(_shards(directory, chosen, weight_map), problems)
+        _check_index(directory / chosen, weight_map, files.entries, problems)
+    elif chosen.endswith(".json"):
+        metadata: dict[str, Mapping[str, str]] = {}
+        files = TensorFiles(_from_index(directory, chosen, problems, metadata), problems)
+        files.metadata = metadata
+    else:
+        entries, metadata = _from_headers([contained(directory, chosen)])
+        files = TensorFiles(entries, problems)
+        files.metadata = metadata
+    files.standard = chosen in _STANDARD
+    _undo_compiled(files)
+    return files
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether a file of this name holds weights, in whatever format, or is the index of such files."""
+    return _WEIGHT_NAME.fullmatch(name) is not None
+
+
+def _choose(directory: Path, present: list[str], problems: list[str]) -> str:
+    """The name of the file, or of the index, that the tensors are taken from."""
+    candidates = [name for name in present if not _NO_MODEL.fullmatch(name)]
+    indices = [name for name in candidates if _INDEX_NAME.fullmatch(name)]
+    loose = [name for name in candidates if name.endswith(".safetensors")]
+    pickles = [name for name in candidates if _PICKLE_NAME.fullmatch(name)]
     if SINGLE in present:
         if INDEX in present:
             problems.append(f"{INDEX} is ignored, because {SINGLE} is there too")
-        files = _from_headers([contained(directory, SINGLE)])
+        chosen = SINGLE
     elif INDEX in present:
-        files = _from_index(directory, INDEX, problems)
+        chosen = INDEX
+    elif indices:
+        chosen = _only(directory, indices, "the index")
     elif len(loose) == 1:
-        files = _from_headers([contained(directory, loose[0])])
+        chosen = loose[0]
     elif loose:
         raise CheckpointError(
             f"{directory}: {INDEX} is missing: expected it to say which of {', '.join(loose)} belong together"
         )
-    elif PICKLE in present:
-        return PickledFiles([contained(directory, PICKLE)], problems)
-    elif PICKLE_INDEX in present:
-        weight_map = _weight_map(directory, PICKLE_INDEX)
-        pickled = PickledFiles(_shards(directory, PICKLE_INDEX, weight_map), problems)
-        _check_index(directory / PICKLE_INDEX, weight_map, pickled.entries, problems)
-        return pickled
+    elif PICKLE in present or PICKLE_INDEX in present:
+        return PICKLE if PICKLE in present else PICKLE_INDEX
+    elif MIXIN_PICKLE in present:
+        return MIXIN_PICKLE
+    elif pickles:
+        return _only(directory, pickles, "the file of weights")
     else:
         raise CheckpointError(
-            f"{directory}: expected one of {SINGLE}, {INDEX}, {PICKLE}, {PICKLE_INDEX}, "
-            f"got {', '.join(present) or 'an empty directory'}"
+            f"{directory}: expected one of {SINGLE}, {INDEX}, {PICKLE}, {PICKLE_INDEX}, {MIXIN_PICKLE}, or a "
+            f"single other *.safetensors or *.pt, got {', '.join(present) or 'an empty directory'}"
         )
-    problems += [f"{name} is ignored, because safetensors are there" for name in present if name == PICKLE]
-    return TensorFiles(files, problems)
+    problems += [f"{name} is ignored, because safetensors are there" for name in pickles]
+    return chosen
+
+
+def _only(directory: Path, names: list[str], what: str) -> str:
+    if len(names) > 1:
+        raise CheckpointError(f"{directory}: expected one file to be {what}, got {', '.join(names)}")
+    return names[0]
+
+
+def _undo_compiled(files: TensorFiles) -> None:
+    """Take what torch.compile put into names out of them, in place."""
+    if not any(_COMPILED in name for name in files.entries):
+        return
+    entries: dict[str, TensorEntry] = {}
+    for name, entry in files.entries.items():
+        plain = name.replace(_COMPILED, "")
+        if plain in entries:
+            raise CheckpointError(f"{entry.file}: tensor {name}: {plain} is there too")
+        entries[plain] = replace(entry, name=plain)
+        if isinstance(files, PickledFiles):
+            files.rename(name, plain)
+    files.entries = entries
+    files.standard, files.renamed = False, True
 
 
 def contained(directory: Path, name: str) -> Path:
@@ -160,9 +242,7 @@ def contained(directory: Path, name: str) -> Path:
     path = directory / name
     try:
         real = path.resolve(strict=True)
-        roots = [directory.resolve(strict=True)]
-        if directory.absolute().parent.name == "snapshots":
-            roots.append((directory.absolute().parent.parent / "blobs").resolve())
+        roots = [directory.resolve(strict=True), *_blobs(directory)]
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path}: the file is missing or its link is broken: {error}") from error
     if not any(real.is_relative_to(root) for root in roots):
@@ -172,24 +252,41 @@ def contained(directory: Path, name: str) -> Path:
     return path
 
 
+def _blobs(directory: Path) -> Iterator[Path]:
+    """Folders of a download cache whose files a snapshot, or a folder in one, links to.
+
+    The path may itself lead through links and ``..``: where it ends decides, and how it was written.
+    """
+    for path in (directory.resolve(strict=True), directory.absolute()):
+        for parent in path.parents:
+            if parent.name == "snapshots":
+                yield (parent.parent / "blobs").resolve()
+                break
+
+
 def _check_plain(where: Path, name: str) -> None:
     if not name or name in (".", "..") or any(mark in name for mark in ("/", "\\", "\0", ":")):
         raise CheckpointError(f"{where}: a file of the checkpoint must be a plain name, got {name!r:.200}")
 
 
-def _from_headers(files: list[Path]) -> dict[str, TensorEntry]:
+def _from_headers(files: list[Path]) -> tuple[dict[str, TensorEntry], dict[str, Mapping[str, str]]]:
     entries: dict[str, TensorEntry] = {}
+    metadata: dict[str, Mapping[str, str]] = {}
     for file in files:
-        for name, entry in read_header(file).items():
+        found, metadata[file.name] = read_header(file)
+        for name, entry in found.items():
             if name in entries:
                 raise _duplicate(name, entries[name].file, file)
             entries[name] = entry
-    return entries
+    return entries, metadata
 
 
-def _from_index(directory: Path, index: str, problems: list[str]) -> dict[str, TensorEntry]:
+def _from_index(
+    directory: Path, index: str, problems: list[str], metadata: dict[str, Mapping[str, str]]
+) -> dict[str, TensorEntry]:
     weight_map = _weight_map(directory, index)
-    entries = _from_headers(_shards(directory, index, weight_map))
+    entries, found = _from_headers(_shards(directory, index, weight_map))
+    metadata.update(found)
     _check_index(directory / index, weight_map, entries, problems)
     return entries
 
@@ -239,32 +336,24 @@ def _duplicate(name: str, first: Path, second: Path) -> CheckpointError:
 def _reading(file: Path) -> Iterator[None]:
     try:
         yield
-    except (safetensors.SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{file}: cannot be read: {error}") from error
 
 
-def _unpickled(file: Path) -> dict[str, torch.Tensor]:
+def _stamp(file: Path) -> tuple[int, int, int]:
+    """What changes when a file does: the file itself, its size, its time."""
     try:
-        state: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # what a damaged pickle raises is not specified
-        raise CheckpointError(
-            f"{file}: cannot be loaded as tensors alone (weights_only, memory-mapped): {str(error)[:500]}"
-        ) from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{file}: must hold a dict of tensors, got {type(state).__name__}")
-    for name, tensor in state.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or not _plain(tensor):
-            raise CheckpointError(
-                f"{file}: must hold dense tensors by name, got {type(tensor).__name__} under {name!r:.80}"
-            )
-    return {name: tensor.detach() for name, tensor in state.items()}
+        status = file.stat()
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}") from error
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _plain(tensor: torch.Tensor) -> bool:
-    """Whether the file holds every element: strides of zero could announce more than there is memory."""
-    return (
-        tensor.layout == torch.strided
-        and tensor.device.type == "cpu"
-        and tensor.dtype in DTYPES.values()
-        and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.dtype.itemsize
-    )
+def _view(storage: torch.UntypedStorage, entry: TensorEntry) -> torch.Tensor:
+    assert entry.begin is not None
+    if entry.begin % entry.dtype.itemsize == 0:
+        tensor = torch.empty(0, dtype=entry.dtype)
+        return tensor.set_(storage, entry.begin // entry.dtype.itemsize, entry.shape)
+    # A header that is not padded leaves tensors unaligned: only a copy has the right address.
+    raw = torch.empty(0, dtype=torch.uint8).set_(storage, entry.begin, (entry.nbytes,))
+    return raw.clone().view(entry.dtype).reshape(entry.shape)

@@ -42,7 +42,7 @@ DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """What a file says of one tensor.
+    """What a file says about one tensor.
 
     Attributes:
         name: full tensor name.
@@ -69,8 +69,8 @@ class TensorEntry:
         return self.numel * self.dtype.itemsize
 
 
-def read_header(path: Path) -> dict[str, TensorEntry]:
-    """Return the tensors that a safetensors file announces, in the order of their data.
+def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Return the tensors that a safetensors file announces, in the order of their data, and its metadata.
 
     Every offset is checked against the size of the file, so that a file which passes holds all of its
     tensors.
@@ -97,7 +97,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     if len(raw) != length:
         raise CheckpointError(f"{path}: the header must have {length} bytes, got {len(raw)}")
     header = parse_object(raw, f"{path}: safetensors header")
-    _check_metadata(path, header.pop("__metadata__", {}))
+    metadata = header.pop("__metadata__", {})
+    _check_metadata(path, metadata)
     spans = []
     for name, item in header.items():
         entry, begin, end = _entry(path, name, item)
@@ -115,7 +116,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raise CheckpointError(
             f"{path}: the file must have {8 + length + position} bytes, as its header says, got {size}"
         )
-    return {entry.name: replace(entry, begin=8 + length + begin) for begin, _, entry in spans}
+    return {entry.name: replace(entry, begin=8 + length + begin) for begin, _, entry in spans}, metadata
 
 
 def _entry(path: Path, name: str, item: Any) -> tuple[TensorEntry, int, int]:

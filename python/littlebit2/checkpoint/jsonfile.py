@@ -1,4 +1,4 @@
-"""JSON objects from files that nobody vouches for."""
+"""Parse untrusted JSON."""
 
 from __future__ import annotations
 

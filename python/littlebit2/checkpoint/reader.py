@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -10,23 +11,30 @@ from typing import Any
 
 import torch
 
+from littlebit2.architecture.names import (
+    CAUSAL_HEAD,
+    EMBEDDING_WEIGHTS,
+    FUSED,
+    MASKED_HEAD,
+    TIED_BY_DEFAULT,
+)
 from littlebit2_kernels.format import PackedLinear
 
+from .checksums import matches
 from .errors import CheckpointError
 from .files import TensorFiles, contained, open_files
+from .formats import LAYOUTS, StoredLayer, build_layer, find_layers, has_packed, natural_order
+from .formats.littlebit import authors_settings
 from .headers import TensorEntry
 from .jsonfile import read_object
-from .layers import StoredLayer, build_layer, examine_layer
-from .naming import is_packed_module, natural_order, split_name
-from .settings import check_layers, check_version, is_ours, summary, upstream_settings
+from .settings import QUANT_METHOD, check_layers, check_version, is_ours, summary
 from .specs import LayerSpec
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "looks_packed", "open_checkpoint"]
 
-#: Model types whose config.json leaves ``tie_word_embeddings`` out when it is true.
-_TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3", "gemma3_text", "opt", "bert", "gpt2")
-#: Where a head that is tied lies, and what it is tied to, by the endings of the names.
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
+
+#: ``organization/model``, as hubs name models.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class Checkpoint:
@@ -35,7 +43,8 @@ class Checkpoint:
     Attributes:
         path: the directory.
         format: ``"littlebit2"`` (ours), ``"littlebit"`` (the authors'), ``"littlebit-latent"`` (their
-            unpacked float latents), ``"nanoquant"``, ``"onebit"`` or ``"dense"``.
+            unpacked float latents), ``"nanoquant"``, ``"dbf"``, ``"onebit"``, ``"dense"``, or ``"other"``:
+            packed by another method, which config.json names and transformers may know.
         config: contents of config.json; empty where there is none.
         layers: packed layers by module name, in the order of the model.
         dense: every other tensor by full name: its shape and dtype.
@@ -59,7 +68,6 @@ class Checkpoint:
         self.files = files
         self.problems = list(files.problems)
         self.config = self._json("config.json") or {}
-        self.metadata = upstream_settings(self.config, self._json("littlebit_config.json"))
         if not self.config:
             self.problems.append("config.json is missing: layers are known from their tensors alone")
         ours = is_ours(self.config, str(path / "config.json"))
@@ -75,9 +83,7 @@ class Checkpoint:
             if name not in held
         }
         self.format = self._format(ours)
-        if self.format == "nanoquant" and not self.metadata:
-            settings = self._json("nanoquant_config.json")
-            self.metadata = {**settings, "source": "nanoquant_config.json"} if settings else {}
+        self.metadata = self._settings(ours)
         if ours:
             check_layers(self.config["quantization_config"], self.layers, str(path / "config.json"))
         self._remark()
@@ -134,6 +140,18 @@ class Checkpoint:
             raise KeyError(f"name must be a dense tensor of {self.path}, got {name!r}; {_some(self.dense)}")
         return self.files.read_own(name)
 
+    def verify(self) -> dict[str, bool | None]:
+        """Read every file of weights and compare it with its checksum.
+
+        Returns:
+            By file name: whether it is what was written, ``None`` where it holds no checksum.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        files = sorted({entry.file for entry in self.files.entries.values()})
+        return {file.name: matches(file) if file.suffix == ".safetensors" else None for file in files}
+
     def tied(self) -> dict[str, str]:
         """Return absent tensors that the config ties to present ones.
 
@@ -145,13 +163,12 @@ class Checkpoint:
             "tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, dict) else None
         )
         if declared is None:
-            declared = config.get("model_type") in _TIED_BY_DEFAULT
-        embedding = next((name for name in self.dense if name.endswith(_EMBEDDINGS)), None)
+            declared = config.get("model_type") in TIED_BY_DEFAULT
+        embedding = next((name for name in self.dense if name.endswith(EMBEDDING_WEIGHTS)), None)
         if declared is not True or embedding is None:
             return {}
-        head = "lm_head"
-        if any(name.startswith("cls.predictions.") for name in self.dense):
-            head = "cls.predictions.decoder"
+        masked = any(name.startswith(f"{MASKED_HEAD.rpartition('.')[0]}.") for name in self.dense)
+        head = MASKED_HEAD if masked else CAUSAL_HEAD
         if f"{head}.weight" in self.dense or head in self.layers:
             return {}
         return {f"{head}.weight": embedding}
@@ -163,21 +180,23 @@ class Checkpoint:
         return read_object(contained(self.path, name))
 
     def _examine(self, ours: bool) -> dict[str, StoredLayer]:
-        modules: dict[str, dict[str, TensorEntry]] = {}
-        for name, entry in self.files.entries.items():
-            module, leaf = split_name(name)
-            modules.setdefault(module, {})[leaf] = entry
-        found: dict[str, StoredLayer] = {}
-        faults: list[str] = []
-        for module, leaves in sorted(modules.items(), key=lambda item: natural_order(item[0])):
-            if is_packed_module(leaves):
-                layer, wrong = examine_layer(module, leaves, self._read_ints, ours=ours)
-                faults += wrong
-                if layer is not None:
-                    found[module] = layer
+        found, faults, unknown = find_layers(self.files.entries, self._read_ints, strict=ours)
+        self._other = bool(unknown) and not found and self._other_method() is not None
+        if unknown and not self._other:
+            known = ", ".join(layout.name for layout in LAYOUTS)
+            what = f"expected packed layers of a layout that is read ({known}), got what looks like others"
+            faults = [f"{what}: {unknown[0]}", *unknown[1:], *faults]
         if faults:
             raise CheckpointError(f"{self.path}: {summary(faults)}")
         return found
+
+    def _other_method(self) -> str | None:
+        """The ``quant_method`` of a quantization of another kind than those that are read here."""
+        quantization = self.config.get("quantization_config")
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        return (
+            str(method) if method not in (None, QUANT_METHOD, *(layout.name for layout in LAYOUTS)) else None
+        )
 
     def _read_ints(self, entry: TensorEntry) -> list[int]:
         return [int(value) for value in self.files.read([entry.name])[entry.name].flatten()]
@@ -185,15 +204,27 @@ class Checkpoint:
     def _format(self, ours: bool) -> str:
         layouts = {layer.layout for layer in self.stored.values()}
         if ours:
-            foreign = sorted(layouts - {"littlebit2", "littlebit", "onebit"})
+            foreign = sorted(layout.name for layout in layouts if not layout.ours)
             if foreign:
                 raise CheckpointError(f"{self.path}: expected layers of the littlebit2 format, got {foreign}")
             return "littlebit2"
-        if layouts != {"onebit"}:
-            layouts.discard("onebit")
-        if len(layouts) > 1:
-            raise CheckpointError(f"{self.path}: expected layers of one layout, got {sorted(layouts)}")
-        return layouts.pop() if layouts else "dense"
+        # Single-stage layers may stand beside those of any layout.
+        kinds = {layout for layout in layouts if layout.two_stage} or layouts
+        if len(kinds) > 1:
+            raise CheckpointError(
+                f"{self.path}: expected layers of one layout, got {sorted(layout.name for layout in kinds)}"
+            )
+        return kinds.pop().name if kinds else "other" if self._other else "dense"
+
+    def _settings(self, ours: bool) -> dict[str, Any]:
+        """Quantization settings beside the tensors, with their file under ``source``."""
+        found = authors_settings(self.config, self._json("littlebit_config.json"))
+        files = {layer.layout.settings_file for layer in self.stored.values()} if not ours else set()
+        for name in sorted(file for file in files if file is not None):
+            settings = self._json(name)
+            if settings and not found:
+                found = {**settings, "source": name}
+        return found
 
     def _remark(self) -> None:
         quantization = self.config.get("quantization_config")
@@ -203,13 +234,14 @@ class Checkpoint:
         if self.format == "littlebit2" and quantization is None:
             self.problems.append("config.json has no quantization_config: ranks are taken from the tensors")
         for name, layer in self.stored.items():
-            if layer.spec.ranks is not None and layer.spec.ranks != layer.stored_ranks:
+            ranks = layer.spec.shape.ranks
+            if ranks is not None and ranks != layer.stored_ranks:
                 self.problems.append(
-                    f"layer {name}: ranks {list(layer.stored_ranks)} are padded to {list(layer.spec.ranks)} "
+                    f"layer {name}: ranks {list(layer.stored_ranks)} are padded to {list(ranks)} "
                     "with latents of scale zero"
                 )
         if str(self.config.get("model_type")).startswith(("phi3", "phi4")) and any(
-            name.endswith(".q_proj") for name in self.layers
+            name.endswith(f".{FUSED['qkv_proj'][0]}") for name in self.layers
         ):
             self.metadata["split_qkv"] = True
             self.problems.append(
@@ -219,16 +251,34 @@ class Checkpoint:
             self.problems.append("quantization settings were found, but no packed layer")
 
 
+def _hub_hint(path: str | Path) -> str:
+    """What to say where a path may be meant as the name of a model on a hub."""
+    if not isinstance(path, str) or not _HUB_ID.fullmatch(path):
+        return ""
+    return f". Nothing is downloaded: if {path} is a model of a hub, download it first (hf download {path})"
+
+
 def _some(names: Mapping[str, object]) -> str:
     first = ", ".join(list(names)[:5]) or "none"
     return f"there are {len(names)}: {first}{', ...' if len(names) > 5 else ''}"
+
+
+def looks_packed(directory: Path) -> bool:
+    """Whether tensors in a directory look like packed weights, known or not; false where none can be read."""
+    try:
+        files = open_files(directory)
+    except CheckpointError:
+        return False
+    found = has_packed(files.entries)
+    files.close()
+    return found
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a checkpoint directory and check everything that its headers and JSON files say.
 
     Args:
-        path: a directory with safetensors files (or pytorch_model.bin) and config.json.
+        path: a directory with safetensors files (or those of ``torch.save``) and config.json.
 
     Raises:
         TypeError: ``path`` is no path.
@@ -242,7 +292,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     directory = Path(path)
     if not directory.exists():
         raise FileNotFoundError(
-            f"path must name a checkpoint directory, got {directory}, which does not exist"
+            f"path must name a checkpoint directory, got {directory}, which does not exist{_hub_hint(path)}"
         )
     if not directory.is_dir():
         raise NotADirectoryError(f"path must name a checkpoint directory, got the file {directory}")

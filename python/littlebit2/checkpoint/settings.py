@@ -11,32 +11,17 @@ from .errors import CheckpointError
 from .specs import LayerSpec
 
 __all__ = [
-    "KEPT_SETTINGS",
     "PACK",
     "QUANT_METHOD",
-    "UPSTREAM_SETTINGS",
     "check_layers",
     "check_version",
     "is_ours",
     "quantization_config",
-    "upstream_settings",
+    "summary",
 ]
 
 QUANT_METHOD = "littlebit2"
 PACK = "i32-lsb-neg1"
-#: Fields of the authors' littlebit_config.json; older checkpoints hold the first four in config.json.
-UPSTREAM_SETTINGS = (
-    "quant_func",
-    "eff_bit",
-    "split_dim",
-    "residual",
-    "kv_factor",
-    "min_split_dim",
-    "use_itq",
-    "itq_n_iter",
-)
-#: Key of our config.json under which the authors' settings survive a conversion.
-KEPT_SETTINGS = "littlebit_settings"
 
 
 def quantization_config(layers: Any, modules_to_not_convert: Any) -> dict[str, Any]:
@@ -45,13 +30,14 @@ def quantization_config(layers: Any, modules_to_not_convert: Any) -> dict[str, A
     single_stage: list[str] = []
     shares: dict[str, list[int]] = {}
     for spec in layers:
-        own = tuple(range(len(spec.shares)))
-        if spec.ranks is None:
+        shape = spec.shape
+        if shape.ranks is None:
             single_stage.append(spec.name)
         else:
-            ranks[spec.name] = list(spec.ranks)
-        if spec.shares != own or (spec.ranks is None and len(own) > 1):
-            shares[spec.name] = list(spec.shares)
+            ranks[spec.name] = list(shape.ranks)
+        shared = shape.shares != tuple(range(shape.num_paths))
+        if shared or (shape.single_stage and shape.num_paths > 1):
+            shares[spec.name] = list(shape.shares)
     return {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
@@ -121,23 +107,6 @@ def check_layers(quantization: Mapping[str, Any], layers: Mapping[str, LayerSpec
     ]
     if faults:
         raise CheckpointError(f"{where}: {summary(faults)}")
-
-
-def upstream_settings(
-    config: Mapping[str, Any], littlebit_config: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """Return the authors' settings and, under ``source``, where they stood; empty where there are none."""
-    kept = config.get(KEPT_SETTINGS)
-    places: list[tuple[str, Mapping[str, Any]]] = []
-    if littlebit_config is not None:
-        places.append(("littlebit_config.json", littlebit_config))
-    if isinstance(kept, dict):
-        places.append(("config.json", kept))
-    places.append(("config.json", {key: config[key] for key in UPSTREAM_SETTINGS if key in config}))
-    for source, settings in places:
-        if settings:
-            return {**settings, "source": source}
-    return {}
 
 
 def summary(faults: list[str], limit: int = 20) -> str:

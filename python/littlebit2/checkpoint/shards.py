@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -14,6 +15,7 @@ import torch
 
 from littlebit2.disk import explain_errors, write_json
 
+from .checksums import CHECKSUM, combined, line_of
 from .headers import DTYPES
 
 __all__ = ["ShardedTensors"]
@@ -30,6 +32,7 @@ class _Spooled:
     shape: tuple[int, ...]
     begin: int
     nbytes: int
+    digest: str
 
 
 class ShardedTensors:
@@ -41,7 +44,7 @@ class ShardedTensors:
     Args:
         directory: where to write.
         max_shard_bytes: size at which a new shard is begun; a single group of tensors may exceed it.
-        metadata: ``__metadata__`` of every file.
+        metadata: ``__metadata__`` of every file, beside its checksum.
     """
 
     def __init__(self, directory: Path, max_shard_bytes: int, metadata: Mapping[str, str]) -> None:
@@ -123,7 +126,9 @@ class ShardedTensors:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         data = flat.view(torch.uint8).numpy().data
         self._spool.write(data)
-        self._spooled.append(_Spooled(name, tensor.dtype, tuple(tensor.shape), self._position, len(data)))
+        digest = hashlib.sha256(data).hexdigest()
+        shape = tuple(tensor.shape)
+        self._spooled.append(_Spooled(name, tensor.dtype, shape, self._position, len(data), digest))
         self._position += len(data)
         self._names.add(name)
 
@@ -131,7 +136,8 @@ class ShardedTensors:
         assert self._spool is not None
         self._spool.flush()
         ordered = sorted(self._spooled, key=lambda item: (-item.dtype.itemsize, item.name))
-        header: dict[str, object] = {"__metadata__": self._metadata}
+        checksum = combined(line_of(item.name, item.dtype, item.shape, item.digest) for item in ordered)
+        header: dict[str, object] = {"__metadata__": {**self._metadata, CHECKSUM: checksum}}
         position = 0
         for item in ordered:
             header[item.name] = {

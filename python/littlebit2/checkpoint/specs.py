@@ -1,8 +1,10 @@
-"""What a checkpoint says of its packed layers, without their data."""
+"""What a checkpoint says about its packed layers, without their data."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from littlebit2_kernels.format import LayerShape
 
 __all__ = ["LayerSpec"]
 
@@ -13,16 +15,10 @@ class LayerSpec:
 
     Attributes:
         name: module path, for example ``"model.layers.0.mlp.up_proj"``.
-        in_features: K.
-        out_features: N.
-        ranks: rank of every path, or ``None`` for a single-stage (OneBit-like) layer.
-        shares: for each path, the path whose first stage it uses: itself unless it shares one.
+        shape: sizes, ranks and shared first stages.
         bias: whether the layer has a bias.
     """
 
     name: str
-    in_features: int
-    out_features: int
-    ranks: tuple[int, ...] | None
-    shares: tuple[int, ...]
+    shape: LayerShape
     bias: bool

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import re
-import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from littlebit2.disk import StagedDirectory, explain_errors, write_json
+from littlebit2.architecture.names import CAUSAL_HEAD
+from littlebit2.disk import StagedDirectory, write_json
 from littlebit2_kernels.format import FORMAT_VERSION, PackedLinear
 from littlebit2_kernels.state import packed_to_state
 
 from . import settings
-from .files import contained
-from .naming import module_prefix, split_name
+from .formats import module_prefix, split_name
 from .shards import ShardedTensors
+from .side_files import SideFiles, copy_side_files
 from .specs import LayerSpec
 
-__all__ = ["MAX_SHARD_BYTES", "CheckpointWriter", "copy_extra_files", "quantization_config"]
+__all__ = ["MAX_SHARD_BYTES", "CheckpointWriter", "quantization_config"]
 
 MAX_SHARD_BYTES = 5 * 2**30
-
-#: Files beside the weights that a model needs to be used.
-_EXTRA_FILES = re.compile(
-    r"tokenizer.*|generation_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)"
-    r"|merges\.txt|chat_template.*|(spiece|sentencepiece\.bpe)\.model|(pre)?processor_config\.json"
-)
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".py")
 
 
 def quantization_config(layers: Iterable[LayerSpec], modules_to_not_convert: Sequence[str]) -> dict[str, Any]:
@@ -57,6 +49,8 @@ class CheckpointWriter:
             ``modules_to_not_convert`` in it is kept.
         max_shard_bytes: size at which a new shard is begun.
         overwrite: replace an existing checkpoint directory, at the end.
+        replaces: files in folders of an existing checkpoint that may go, see
+            :func:`littlebit2.disk.check_replaceable`; those of the new one always may.
 
     Raises:
         FileExistsError: ``out`` exists and may not be replaced.
@@ -71,6 +65,7 @@ class CheckpointWriter:
         *,
         max_shard_bytes: int = MAX_SHARD_BYTES,
         overwrite: bool = False,
+        replaces: Collection[str] = (),
     ) -> None:
         if not isinstance(config, dict):
             raise TypeError(f"config must be a dict, got {type(config).__name__}")
@@ -79,7 +74,7 @@ class CheckpointWriter:
         self._config = dict(config)
         self._layers: list[LayerSpec] = []
         self._matrices: list[str] = []
-        self._staged = StagedDirectory(out, overwrite=overwrite)
+        self._staged = StagedDirectory(out, overwrite=overwrite, replaces=replaces)
         self._tensors = ShardedTensors(
             self._staged.path,
             max_shard_bytes,
@@ -113,16 +108,7 @@ class CheckpointWriter:
         self._tensors.add(
             {module_prefix(name) + leaf: tensor for leaf, tensor in packed_to_state(packed).items()}
         )
-        self._layers.append(
-            LayerSpec(
-                name,
-                packed.in_features,
-                packed.out_features,
-                None if packed.single_stage else packed.ranks,
-                packed.leaders,
-                packed.bias is not None,
-            )
-        )
+        self._layers.append(LayerSpec(name, packed.shape, packed.bias is not None))
 
     def add_tensor(self, name: str, tensor: torch.Tensor) -> None:
         """Write a dense tensor under its full name, in its dtype.
@@ -136,13 +122,17 @@ class CheckpointWriter:
         if leaf == "weight" and tensor.dim() == 2:
             self._matrices.append(module)
 
-    def copy_extra_files(self, source: str | Path) -> None:
-        """Copy tokenizer, chat template and generation files (no weights, no config.json, no code).
+    def copy_side_files(self, source: str | Path) -> SideFiles:
+        """Copy what lies beside the weights of a model, see :func:`.find_side_files`.
+
+        Returns:
+            What was copied, and what was not and why.
 
         Raises:
             CheckpointError: a file leads out of ``source``.
+            OSError: a file cannot be written; the message names it and the sizes.
         """
-        copy_extra_files(Path(source), self._staged.path)
+        return copy_side_files(Path(source), self._staged.path)
 
     def finish(self) -> None:
         """Write shards, index and config.json, and move everything into place.
@@ -166,14 +156,6 @@ class CheckpointWriter:
     def _dense_modules(self) -> list[str]:
         """Modules with a dense matrix; a tied head has none of its own, yet must stay as it is."""
         layers = {layer.name for layer in self._layers}
-        tied = self._config.get("tie_word_embeddings") is True and "lm_head" not in layers
-        head = ["lm_head"] if tied and "lm_head" not in self._matrices else []
+        tied = self._config.get("tie_word_embeddings") is True and CAUSAL_HEAD not in layers
+        head = [CAUSAL_HEAD] if tied and CAUSAL_HEAD not in self._matrices else []
         return [*self._matrices, *head]
-
-
-def copy_extra_files(source: Path, target: Path) -> None:
-    """See :meth:`CheckpointWriter.copy_extra_files`."""
-    for path in sorted(source.iterdir()):
-        if _EXTRA_FILES.fullmatch(path.name) and not path.name.endswith(_WEIGHT_SUFFIXES) and path.is_file():
-            with explain_errors(target / path.name, path.stat().st_size):
-                shutil.copyfile(contained(source, path.name), target / path.name)

@@ -11,12 +11,12 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from . import bench, calibrate, convert, evaluate, finetune, generate, inspect, plan, quantize, synthesize
+from . import calibrate, convert, evaluate, finetune, generate, inspect, plan, quantize, synthesize
 from .common import FAILED, INTERRUPTED, note, one_line
 
 __all__ = ["main"]
 
-_COMMANDS = (quantize, calibrate, finetune, evaluate, convert, inspect, plan, generate, synthesize, bench)
+_COMMANDS = (quantize, calibrate, finetune, evaluate, convert, inspect, plan, generate, synthesize)
 
 _EPILOG = """\
 examples:
@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all subcommands."""
     parser = argparse.ArgumentParser(
         prog="littlebit2",
-        description="Quantise language models to packed sub-1-bit layers (LittleBit, LittleBit-2); run them.",
+        description="Quantize language models to packed sub-1-bit layers (LittleBit, LittleBit-2); run them.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -40,19 +40,23 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("--out", required=True, metavar="FILE", help="safetensors file to write")
     parser.add_argument(
-        "--tokens", type=int, default=65536, metavar="N", help="most tokens to run (default 65536)"
+        "--tokens", type=int, default=65536, metavar="N", help="maximum tokens to run (default 65536)"
     )
     parser.add_argument(
-        "--block", type=int, metavar="T", help="tokens in a sequence (default 512, or what the model takes)"
+        "--block", type=int, metavar="T", help="tokens per sequence (default 512, or the model's maximum)"
     )
     parser.add_argument(
         "--gradients",
         action="store_true",
         help="also measure what each layer's outputs are worth to the loss, for --budget spectral",
     )
-    parser.add_argument("--text-field", default="text", help="in JSON lines and tables (default text)")
-    parser.add_argument("--device", default="cpu", help="default cpu")
-    parser.add_argument("--dtype", help="of the model: float32, bfloat16, float16 (default: as stored)")
+    parser.add_argument(
+        "--text-field",
+        default="text",
+        help="field that holds the text in JSON lines and tables (default text)",
+    )
+    parser.add_argument("--device", default="cpu", help="device to run on (default cpu)")
+    parser.add_argument("--dtype", help="dtype of the model: float32, bfloat16, float16 (default: as stored)")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE at the end if it exists")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 

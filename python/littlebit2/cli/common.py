@@ -1,4 +1,4 @@
-"""What the subcommands share: output, and the options that make a :class:`.QuantConfig`."""
+"""Shared by the subcommands: output, and the options that make a :class:`.QuantConfig`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import argparse
 import json
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from littlebit2.architecture.select import DEFAULT_EXCLUDE
 
 if TYPE_CHECKING:
     from littlebit2.quantize import QuantConfig
@@ -29,6 +31,7 @@ __all__ = [
     "gigabytes",
     "load_options",
     "note",
+    "note_left",
     "one_line",
     "quant_config",
     "table",
@@ -61,8 +64,18 @@ def note(text: str) -> None:
     sys.stderr.write(text + "\n")
 
 
-#: The extra of this package that a module which is not installed comes with.
+#: Extra of this package that installs a missing module.
 _EXTRAS = {"accelerate": "train", "peft": "train", "tensorboard": "train", "transformers": "models"}
+
+
+def note_left(left: Mapping[str, str]) -> None:
+    """Say which files beside the weights were not copied, and why."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in left.items():
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        note(f"not copied ({reason}): {', '.join(names[:8])}{more}")
 
 
 def one_line(error: BaseException) -> str:
@@ -102,7 +115,7 @@ def add_command(
     examples: str,
     after_interrupt: str = "",
 ) -> argparse.ArgumentParser:
-    """Add a subcommand; ``after_interrupt`` is what is said of going on after Ctrl-C."""
+    """Add a subcommand; ``after_interrupt`` completes the message after Ctrl-C."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
@@ -114,61 +127,68 @@ def add_command(
 
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of loading a checkpoint to run it."""
-    parser.add_argument("--device", default="cpu", help="default cpu")
-    parser.add_argument("--dtype", help="of activations and dense tensors: float32, bfloat16, float16")
-    parser.add_argument("--backend", default="auto", help="of the packed layers (default auto)")
-    parser.add_argument("--activation", default="auto", help="how activations enter the sums (default auto)")
+    """Add the options for loading and running a checkpoint."""
+    parser.add_argument("--device", default="cpu", help="device to run on (default cpu)")
+    parser.add_argument("--dtype", help="dtype of activations and dense tensors: float32, bfloat16, float16")
+    parser.add_argument("--backend", default="auto", help="backend for packed layers (default auto)")
+    parser.add_argument(
+        "--activation", default="auto", help="activation mode of packed layers (default auto)"
+    )
 
 
 def load_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what :func:`add_load_options` made as arguments of ``littlebit2.load``."""
+    """Return the options of :func:`add_load_options` as arguments for ``littlebit2.load``."""
     options = {"device": args.device, "backend": args.backend, "activation": args.activation}
     return options if args.dtype is None else {**options, "dtype": args.dtype}
 
 
 def add_size_options(parser: argparse.ArgumentParser) -> Any:
-    """Add the options of a layer's size; return the group of those that exclude each other."""
+    """Add the options for layer sizes; return their mutually exclusive group."""
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--bpw", type=float, help="counted bits per weight over all paths (default 1.0)")
+    size.add_argument("--bpw", type=float, help="counted bits per weight, summed over paths (default 1.0)")
     size.add_argument(
-        "--ranks", type=int, nargs="+", metavar="R", help="rank of every path instead, multiples of 8"
+        "--ranks",
+        type=int,
+        nargs="+",
+        metavar="R",
+        help="rank of each path, multiples of 8, instead of --bpw",
     )
     parser.add_argument(
-        "--paths", type=int, help="paths of equal rank (default 1; 2 for joint-itq and dual-svid)"
+        "--paths", type=int, help="number of paths, of equal rank (default 1; 2 for joint-itq and dual-svid)"
     )
     parser.add_argument(
         "--method",
-        "--init",  # its name before methods did more than initialise
+        "--init",  # its name before methods did more than initialize
         choices=METHODS,
         default=METHODS[0],
-        help="how signs and scales are found: LittleBit's dual-svid, LittleBit-2's joint-itq, that "
-        "refined, or admm (binary factorisation, refined); auto, the default: the best in --time-budget",
+        help="algorithm for signs and scales: dual-svid (LittleBit), joint-itq (LittleBit-2), refine "
+        "(joint-itq, then refined), admm (binary factorization), or auto (default): the best that fits "
+        "--time-budget",
     )
     parser.add_argument(
-        "--kv-factor", type=float, default=1.0, help="factor on the rank of k_proj and v_proj (default 1)"
+        "--kv-factor", type=float, default=1.0, help="multiply the rank of k_proj and v_proj (default 1)"
     )
     return size
 
 
 def add_spectral_options(parser: argparse.ArgumentParser, size: Any) -> None:
-    """Add the options of ranks that depend on the weights; ``size`` is what :func:`add_size_options` gave."""
+    """Add the options for ranks that depend on weights; ``size`` is from :func:`add_size_options`."""
     size.add_argument(
         "--energy",
         type=float,
         metavar="SHARE",
-        help="instead: ranks that keep this share of every layer's squared singular values, such as 0.95",
+        help="choose ranks that keep this share of each layer's squared singular values, such as 0.95",
     )
     parser.add_argument(
         "--budget",
         choices=("uniform", "spectral"),
         default="uniform",
-        help="share the bits of --bpw out evenly (default), or where the layers' spectra need them",
+        help="distribute the bits of --bpw evenly (default) or by the layers' spectra",
     )
     parser.add_argument(
         "--importance",
         metavar="FILE",
-        help="weigh errors by the activations in FILE, which littlebit2 calibrate writes",
+        help="weight errors by activation statistics from littlebit2 calibrate",
     )
 
 
@@ -179,7 +199,7 @@ def add_pattern_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["*"],
         metavar="PATTERN",
-        help="shell-style patterns of module names to quantise (default: every linear layer)",
+        help="shell-style patterns of module names to quantize (default: every linear layer)",
     )
     parser.add_argument(
         "--exclude",
@@ -189,7 +209,7 @@ def add_pattern_options(parser: argparse.ArgumentParser) -> None:
         help="patterns of module names that stay dense, besides heads (lm_head, score, classifier, ...)",
     )
     parser.add_argument(
-        "--include-heads", action="store_true", help="do not leave heads dense unless --exclude names them"
+        "--include-heads", action="store_true", help="quantize heads too, except those that --exclude names"
     )
 
 
@@ -207,9 +227,9 @@ def _first(names: Sequence[str], most: int = 3) -> list[str]:
     return [*names[:most], *(["..."] if len(names) > most else [])]
 
 
-def excluded(args: argparse.Namespace, default: Sequence[str]) -> list[str]:
-    """Return the patterns of layers that stay dense."""
-    return [*([] if args.include_heads else default), *args.exclude]
+def excluded(args: argparse.Namespace) -> list[str]:
+    """Return the patterns of layers that stay dense: the default of the Python API, and --exclude."""
+    return [*([] if args.include_heads else DEFAULT_EXCLUDE), *args.exclude]
 
 
 def quant_config(args: argparse.Namespace, **others: Any) -> QuantConfig:

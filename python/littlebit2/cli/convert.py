@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .common import Commands, add_command, emit
+from .common import Commands, add_command, emit, note_left
 
 _LAYOUTS = ("littlebit2", "littlebit")
 
@@ -32,6 +32,7 @@ def add_parser(commands: Commands) -> None:
 def _run(args: argparse.Namespace) -> int:
     from littlebit2.checkpoint import convert  # noqa: PLC0415  # imports torch
 
-    convert(args.source, args.out, args.to, overwrite=args.overwrite)
+    side = convert(args.source, args.out, args.to, overwrite=args.overwrite)
     emit(f"{args.out}: written in the layout {args.to}")
+    note_left(side.left)
     return 0

@@ -32,14 +32,20 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--data", nargs="+", metavar="PATH", help="text: .txt, .jsonl, .parquet, ..., or directories"
     )
-    parser.add_argument("--text-field", default="text", help="in JSON lines and tables (default text)")
+    parser.add_argument(
+        "--text-field",
+        default="text",
+        help="field that holds the text in JSON lines and tables (default text)",
+    )
     parser.add_argument("--max-tokens", type=int, metavar="N", help="read at most N tokens")
     parser.add_argument(
         "--block", type=int, metavar="T", help="tokens of context (default 2048, or what the model takes)"
     )
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="blocks at a time (default 8)")
-    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="of lm-evaluation-harness")
-    parser.add_argument("--limit", type=int, metavar="N", help="examples of each task")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="blocks per batch (default 8)")
+    parser.add_argument(
+        "--tasks", nargs="+", default=[], metavar="TASK", help="tasks of lm-evaluation-harness"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="examples per task")
     add_load_options(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 

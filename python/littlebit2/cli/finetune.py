@@ -18,9 +18,9 @@ from .common import (
 )
 
 _DESCRIPTION = """\
-Quantise the dense checkpoint TEACHER, train the packed model against it on text (KL of the logits plus
-hidden-state MSE), and write it packed. Killed at any moment, the same command goes on from the last whole
-training checkpoint in OUT.finetune. Perplexities are printed: of the teacher, after quantisation, after
+Quantize the dense checkpoint TEACHER, train the packed model against it on text (KL of the logits plus
+hidden-state MSE), and write it packed. Killed at any moment, the same command continues from the last whole
+training checkpoint in OUT.finetune. Perplexities are printed: of the teacher, after quantization, after
 training, and of the packed checkpoint as it was written.
 """
 
@@ -45,17 +45,19 @@ def add_parser(commands: Commands) -> None:
         summary="dense checkpoint and text to a trained, packed checkpoint",
         description=_DESCRIPTION,
         examples=_EXAMPLES,
-        after_interrupt="; the same command goes on from the last checkpoint",
+        after_interrupt="; the same command continues from the last checkpoint",
     )
     parser.add_argument("teacher", metavar="TEACHER", help="directory of the dense checkpoint")
     parser.add_argument("out", metavar="OUT", help="directory to make")
     _add_data_options(parser)
-    start = parser.add_argument_group("quantisation before training")
+    start = parser.add_argument_group("quantization before training")
     start.add_argument(
-        "--start", metavar="PACKED", help="begin with this packed checkpoint instead of quantising TEACHER"
+        "--start", metavar="PACKED", help="begin with this packed checkpoint instead of quantizing TEACHER"
     )
     add_size_options(parser)
-    parser.add_argument("--quant-seed", type=int, default=0, help="of rotations and random signs (default 0)")
+    parser.add_argument(
+        "--quant-seed", type=int, default=0, help="seed for rotations and random signs (default 0)"
+    )
     add_pattern_options(parser)
     _add_recipe_options(parser)
     _add_run_options(parser)
@@ -84,24 +86,39 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-tokens", type=int, metavar="N", help="read at most N tokens of --data")
     parser.add_argument(
-        "--block", type=int, default=2048, metavar="T", help="tokens in a sequence (default 2048)"
+        "--block", type=int, default=2048, metavar="T", help="tokens per sequence (default 2048)"
     )
 
 
 def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training; defaults are the papers' where they name one")
-    group.add_argument("--steps", type=int, help="optimiser steps (default: from --epochs)")
+    group.add_argument("--steps", type=int, help="optimizer steps (default: from --epochs)")
     group.add_argument("--epochs", type=float, default=1.0, help="passes over the data (default 1)")
     group.add_argument(
-        "--batch-size", type=int, default=1, help="sequences at a time and process (default 1)"
+        "--batch-size", type=int, default=1, help="sequences per process and batch (default 1)"
     )
-    group.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches in a step (default 1)")
-    group.add_argument("--lr", type=float, default=4e-5, help="peak learning rate of latents (default 4e-5)")
-    group.add_argument("--scale-lr", type=float, help="of packed layers' scales (default --lr)")
-    group.add_argument("--dense-lr", type=float, help="of what stays dense (default --lr)")
-    group.add_argument("--warmup", type=float, default=0.02, help="share of the steps (default 0.02)")
-    group.add_argument("--weight-decay", type=float, default=0.0, help="of dense matrices (default 0)")
-    group.add_argument("--max-grad-norm", type=float, default=1.0, help="default 1; 0: do not clip")
+    group.add_argument(
+        "--accumulate", type=int, default=1, metavar="N", help="batches per optimizer step (default 1)"
+    )
+    group.add_argument("--lr", type=float, default=4e-5, help="peak learning rate for latents (default 4e-5)")
+    group.add_argument(
+        "--scale-lr", type=float, help="peak learning rate for scales of packed layers (default --lr)"
+    )
+    group.add_argument(
+        "--dense-lr", type=float, help="peak learning rate for dense parameters (default --lr)"
+    )
+    group.add_argument(
+        "--warmup", type=float, default=0.02, help="warm-up, as a share of the steps (default 0.02)"
+    )
+    group.add_argument(
+        "--weight-decay", type=float, default=0.0, help="weight decay for dense matrices (default 0)"
+    )
+    group.add_argument(
+        "--max-grad-norm",
+        type=float,
+        default=1.0,
+        help="clip gradients to this norm (default 1; 0: do not clip)",
+    )
     group.add_argument(
         "--hidden-weight",
         type=float,
@@ -113,35 +130,44 @@ def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
         "--dense",
         choices=("norms", "all", "none"),
         default="norms",
-        help="which dense parameters are trained too (default norms)",
+        help="dense parameters to train as well (default norms)",
     )
     group.add_argument(
-        "--precision", choices=_PRECISIONS, default="float32", help="of products (default float32)"
+        "--precision",
+        choices=_PRECISIONS,
+        default="float32",
+        help="dtype of matrix products (default float32)",
     )
     group.add_argument("--teacher-precision", choices=_PRECISIONS, help="default: as stored")
     group.add_argument(
         "--teacher-top-k",
         type=int,
         metavar="K",
-        help="run the teacher once and keep its K likeliest tokens: not in memory while training",
+        help="run the teacher once and store its K likeliest tokens, so that it needs no memory in training",
     )
     group.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations")
-    group.add_argument("--fsdp", action="store_true", help="shard over the processes of torchrun")
-    group.add_argument("--seed", type=int, default=0, help="of the order of the data (default 0)")
-    group.add_argument("--deterministic", action="store_true", help="deterministic algorithms on GPUs too")
+    group.add_argument("--fsdp", action="store_true", help="shard the model over the processes of torchrun")
+    group.add_argument("--seed", type=int, default=0, help="seed for the order of the data (default 0)")
+    group.add_argument(
+        "--deterministic", action="store_true", help="use deterministic algorithms on GPUs too"
+    )
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
     parser.add_argument("--log-steps", type=int, default=10, metavar="N", help="default 10")
     parser.add_argument(
-        "--eval-steps", type=int, default=0, metavar="N", help="default: before and after alone"
+        "--eval-steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="steps between evaluations (default: before and after training only)",
     )
     parser.add_argument("--save-steps", type=int, default=500, metavar="N", help="default 500")
     parser.add_argument("--eval-batch-size", type=int, default=8, metavar="N", help="default 8")
     parser.add_argument("--no-tensorboard", action="store_true", help="no metrics for TensorBoard")
     parser.add_argument("--keep-work", action="store_true", help="keep training checkpoints and token files")
-    parser.add_argument("--restart", action="store_true", help="discard what an interrupted run left")
+    parser.add_argument("--restart", action="store_true", help="discard an interrupted run")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT at the end if it exists")
     parser.add_argument("--json", action="store_true", help="print the report, with every entry, as JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -156,11 +182,6 @@ def _run(args: argparse.Namespace) -> int:
             "--start must be given without --bpw, --ranks, --paths and --init: it has its layers"
         )
     config = None if args.start is not None else quant_config(args, seed=args.quant_seed)
-    exclude: dict[str, Any] = {}
-    if args.include_heads or args.exclude:
-        from littlebit2.architecture.select import DEFAULT_EXCLUDE  # noqa: PLC0415
-
-        exclude = {"exclude": excluded(args, DEFAULT_EXCLUDE)}
     report = finetune(
         args.teacher,
         args.out,
@@ -174,7 +195,7 @@ def _run(args: argparse.Namespace) -> int:
         device=args.device,
         resume=not args.restart,
         overwrite=args.overwrite,
-        **exclude,
+        exclude=excluded(args),
     )
     if not _leads():
         return 0

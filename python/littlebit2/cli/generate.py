@@ -29,11 +29,11 @@ def add_parser(commands: Commands) -> None:
         "--token-ids", type=int, nargs="+", metavar="ID", help="the prompt as token ids instead"
     )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default 128")
-    parser.add_argument("--temperature", type=float, help="draw tokens at this temperature")
+    parser.add_argument("--temperature", type=float, help="sample tokens at this temperature")
     parser.add_argument(
-        "--top-p", type=float, help="draw from the likeliest tokens that hold this probability"
+        "--top-p", type=float, help="sample from the likeliest tokens that together have this probability"
     )
-    parser.add_argument("--seed", type=int, help="of drawing")
+    parser.add_argument("--seed", type=int, help="seed for sampling")
     parser.add_argument("--cache", choices=("dynamic", "static"), default="dynamic", help="key/value cache")
     parser.add_argument(
         "--step",
@@ -42,7 +42,9 @@ def add_parser(commands: Commands) -> None:
         "as one CUDA graph (GPU only)",
     )
     parser.add_argument(
-        "--ignore-eos", action="store_true", help="go on to --max-new-tokens, for speed tests"
+        "--ignore-eos",
+        action="store_true",
+        help="continue to --max-new-tokens past the end-of-text token, for speed tests",
     )
     add_load_options(parser)
     parser.add_argument("--json", action="store_true", help="print text, tokens and figures as JSON")

@@ -6,7 +6,13 @@ import argparse
 import re
 from typing import Any
 
-from .common import Commands, add_command, emit, emit_json, gigabytes, table
+from .common import FAILED, Commands, add_command, emit, emit_json, gigabytes, table
+
+_VERDICTS = {
+    True: "its checksum is right",
+    False: "DAMAGED: its checksum is not that of what is in it; copy or make the checkpoint again",
+    None: "has no checksum to compare it with (littlebit2 writes them; convert writes one with it)",
+}
 
 
 def add_parser(commands: Commands) -> None:
@@ -18,10 +24,16 @@ def add_parser(commands: Commands) -> None:
         summary="layers, ranks, bits per weight, sizes and problems of a checkpoint",
         description="Say what a checkpoint of any known layout holds, from its headers alone: packed layers "
         "with their ranks, counted and stored bits per weight, sizes, and whatever is odd about it.",
-        examples="  littlebit2 inspect CHECKPOINT\n  littlebit2 inspect CHECKPOINT --json",
+        examples="  littlebit2 inspect CHECKPOINT\n  littlebit2 inspect CHECKPOINT --json\n"
+        "  littlebit2 inspect CHECKPOINT --verify",
     )
     parser.add_argument("path", metavar="PATH", help="directory of the checkpoint")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read every file of weights and compare it with its checksum; exit code 1 if one differs",
+    )
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -29,9 +41,11 @@ def _run(args: argparse.Namespace) -> int:
 
     with open_checkpoint(args.path) as checkpoint:
         found = describe(checkpoint)
+        verified = checkpoint.verify() if args.verify else {}
+    code = FAILED if False in verified.values() else 0
     if args.json:
-        emit_json(found)
-        return 0
+        emit_json({**found, "verified": verified} if args.verify else found)
+        return code
     totals = found["totals"]
     emit(f"{found['path']}: format {found['format']}, model type {found['model_type'] or 'unknown'}")
     if found["layers"]:
@@ -51,7 +65,9 @@ def _run(args: argparse.Namespace) -> int:
         emit("settings: " + ", ".join(f"{name} = {value}" for name, value in found["metadata"].items()))
     for problem in found["problems"]:
         emit(f"note: {problem}")
-    return 0
+    for file, same in verified.items():
+        emit(f"{file}: {_VERDICTS[same]}")
+    return code
 
 
 def _layer_table(layers: dict[str, dict[str, Any]]) -> str:

@@ -59,11 +59,10 @@ def add_parser(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from littlebit2.architecture.select import DEFAULT_EXCLUDE  # noqa: PLC0415
     from littlebit2.plan import plan_model  # noqa: PLC0415  # imports torch
 
     config = quant_config(args, energy=args.energy, budget=args.budget)
-    exclude = excluded(args, DEFAULT_EXCLUDE)
+    exclude = excluded(args)
     plan = plan_model(
         args.config,
         config,

@@ -15,19 +15,20 @@ from .common import (
     emit,
     emit_json,
     excluded,
+    note_left,
     quant_config,
 )
 
 _DESCRIPTION = """\
-Quantise the linear layers of a dense checkpoint (safetensors and config.json). Embeddings, norms and
+Quantize the linear layers of a dense checkpoint (safetensors and config.json). Embeddings, norms and
 heads stay as they are. One layer per worker is in memory, never the model. Killed at any moment, the same
-command goes on where it was (finished layers are kept in OUT.partial) and writes the same bytes.
+command continues where it was (finished layers are kept in OUT.partial) and writes the same bytes.
 """
 
 _EXAMPLES = """\
   littlebit2 quantize MODEL_DIR OUT --bpw 0.55
   littlebit2 quantize MODEL_DIR OUT --bpw 0.55 --budget spectral --importance calibration.safetensors
-  littlebit2 quantize MODEL_DIR OUT --bpw 0.55 --method joint-itq    as LittleBit-2 initialises it
+  littlebit2 quantize MODEL_DIR OUT --bpw 0.55 --method joint-itq    as LittleBit-2 initializes it
   littlebit2 quantize MODEL_DIR OUT --bpw 0.1 --kv-factor 2 --exclude "model.layers.0.*" --workers 4
   torchrun --nproc-per-node 4 -m littlebit2 quantize MODEL_DIR OUT --bpw 0.55
 """
@@ -42,7 +43,7 @@ def add_parser(commands: Commands) -> None:
         summary="dense checkpoint to packed checkpoint, streamed and resumable",
         description=_DESCRIPTION,
         examples=_EXAMPLES,
-        after_interrupt="; the same command goes on from here",
+        after_interrupt="; the same command continues from here",
     )
     parser.add_argument("model_dir", metavar="MODEL_DIR", help="directory of the dense checkpoint")
     parser.add_argument("out", metavar="OUT", help="directory to make")
@@ -53,25 +54,33 @@ def add_parser(commands: Commands) -> None:
         type=float,
         default=60.0,
         metavar="S",
-        help="of --method auto: seconds for one layer at 50e9 operations a second (default 60)",
+        help="with --method auto, seconds per layer at 50e9 operations a second (default 60)",
     )
     parser.add_argument(
-        "--itq-iterations", type=int, default=15, metavar="N", help="most Joint-ITQ iterations (default 15)"
+        "--itq-iterations",
+        type=int,
+        default=15,
+        metavar="N",
+        help="maximum Joint-ITQ iterations (default 15)",
     )
     parser.add_argument(
-        "--refine-rounds", type=int, default=12, metavar="N", help="most rounds of refinement (default 12)"
+        "--refine-rounds", type=int, default=12, metavar="N", help="maximum refinement rounds (default 12)"
     )
-    parser.add_argument("--admm-iterations", type=int, default=300, metavar="N", help="of admm (default 300)")
-    parser.add_argument("--seed", type=int, default=0, help="of rotations and random signs (default 0)")
+    parser.add_argument(
+        "--admm-iterations", type=int, default=300, metavar="N", help="ADMM iterations (default 300)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed for rotations and random signs (default 0)")
     add_pattern_options(parser)
     parser.add_argument(
-        "--workers", type=int, help="layers at a time (default: as cores and free memory allow)"
+        "--workers", type=int, help="layers quantized at a time (default: by cores and free memory)"
     )
     parser.add_argument(
-        "--threads", type=int, default=1, help="threads for one layer; changes the last bits (default 1)"
+        "--threads", type=int, default=1, help="threads per layer; changes the last bits (default 1)"
     )
-    parser.add_argument("--device", default="cpu", help="where to compute: cpu, cuda, cuda:1 (default cpu)")
-    parser.add_argument("--restart", action="store_true", help="discard what an interrupted run left")
+    parser.add_argument(
+        "--device", default="cpu", help="device to compute on: cpu, cuda, cuda:1 (default cpu)"
+    )
+    parser.add_argument("--restart", action="store_true", help="discard an interrupted run")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT at the end if it exists")
     parser.add_argument(
         "--json", action="store_true", help="print the per-layer report, with timings, as JSON"
@@ -80,7 +89,6 @@ def add_parser(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from littlebit2.architecture.select import DEFAULT_EXCLUDE  # noqa: PLC0415
     from littlebit2.offline import quantize_checkpoint  # noqa: PLC0415  # imports torch
     from littlebit2.quantize import load_importance  # noqa: PLC0415  # imports torch
 
@@ -98,7 +106,7 @@ def _run(args: argparse.Namespace) -> int:
             seed=args.seed,
         ),
         include=args.include,
-        exclude=excluded(args, DEFAULT_EXCLUDE),
+        exclude=excluded(args),
         importance=None if args.importance is None else load_importance(args.importance),
         workers=args.workers,
         threads=args.threads,
@@ -124,6 +132,7 @@ def _run(args: argparse.Namespace) -> int:
     full = at_largest_rank(report.at_largest_rank, args)
     if full is not None:
         emit(full)
+    note_left(report.left)
     if "mean_predicted_error" in totals:
         emit(f"predicted from the spectra: mean {totals['mean_predicted_error']:.4f}")
     return 0

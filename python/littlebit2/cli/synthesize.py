@@ -26,9 +26,9 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--bpw", type=float, required=True, help="counted bits per weight")
     parser.add_argument("--paths", type=int, default=2, help="paths of equal rank (default 2)")
     parser.add_argument(
-        "--kv-factor", type=float, default=1.0, help="factor on the rank of k_proj and v_proj (default 1)"
+        "--kv-factor", type=float, default=1.0, help="multiply the rank of k_proj and v_proj (default 1)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of all random values (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for all random values (default 0)")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace OUT at the end if it holds a checkpoint"
     )

@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import tempfile
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -26,6 +27,7 @@ class StagedDirectory:
     Args:
         out: the directory to be.
         overwrite: whether a checkpoint that is there may be replaced.
+        replaces: as for :func:`check_replaceable`; what :attr:`path` holds in the end may always go.
 
     Attributes:
         path: where to write until then.
@@ -34,10 +36,10 @@ class StagedDirectory:
         FileExistsError: ``out`` exists and may not be replaced, or is no checkpoint.
     """
 
-    def __init__(self, out: str | Path, *, overwrite: bool = False) -> None:
+    def __init__(self, out: str | Path, *, overwrite: bool = False, replaces: Collection[str] = ()) -> None:
         self.out = Path(os.path.abspath(out))
         self.overwrite = overwrite
-        check_replaceable(self.out, overwrite=overwrite)
+        check_replaceable(self.out, overwrite=overwrite, replaces=replaces)
         with explain_errors(self.out):
             self.out.parent.mkdir(parents=True, exist_ok=True)
         self._remove_stale()
@@ -122,7 +124,7 @@ def move_into_place(path: Path, out: Path, *, overwrite: bool) -> None:
         FileExistsError: ``out`` may not be replaced.
         OSError: it cannot be renamed.
     """
-    check_replaceable(out, overwrite=overwrite)
+    check_replaceable(out, overwrite=overwrite, replaces=_in_folders(path))
     with explain_errors(out):
         old: Path | None = None
         if out.exists() and any(out.iterdir()):
@@ -140,11 +142,16 @@ def move_into_place(path: Path, out: Path, *, overwrite: bool) -> None:
             shutil.rmtree(old.parent, ignore_errors=True)
 
 
-def check_replaceable(out: Path, *, overwrite: bool) -> None:
+def check_replaceable(out: Path, *, overwrite: bool, replaces: Collection[str] = ()) -> None:
     """Raise ``FileExistsError`` unless ``out`` may be put in place: nothing is there, or an empty directory.
 
-    With ``overwrite`` also a directory that holds a checkpoint and nothing in folders: what else a user may
-    have there is not ours to delete.
+    With ``overwrite`` also a directory that holds a checkpoint and nothing in folders but files that the new
+    one has too: what else a user may have there is not ours to delete.
+
+    Args:
+        out: the directory to be.
+        overwrite: whether it may be a checkpoint.
+        replaces: files in folders that may go, relative to ``out``, with ``/`` between folders.
     """
     if not os.path.lexists(out):
         return
@@ -160,8 +167,31 @@ def check_replaceable(out: Path, *, overwrite: bool) -> None:
         )
     names = [item.name for item in present]
     weights = any(name.endswith((".safetensors", ".bin")) for name in names)
-    if not weights or "config.json" not in names or any(item.is_dir() for item in present):
+    if not weights or "config.json" not in names:
         raise FileExistsError(f"out must be a checkpoint to be overwritten, got {out}, which is none")
+    others = sorted(_in_folders(out) - set(replaces))
+    if others:
+        raise FileExistsError(
+            f"out must be a checkpoint to be overwritten, got {out}, in folders of which there is more "
+            f"({', '.join(others[:5])}): remove it first"
+        )
+
+
+def _in_folders(directory: Path) -> set[str]:
+    """Files, links and empty folders inside the folders of a directory."""
+    inside = (item for folder in directory.iterdir() if folder.is_dir() for item in _leaves(folder))
+    return {item.relative_to(directory).as_posix() for item in inside}
+
+
+def _leaves(folder: Path) -> Iterator[Path]:
+    present = [] if folder.is_symlink() else list(folder.iterdir())
+    if not present:
+        yield folder
+    for item in present:
+        if item.is_dir():
+            yield from _leaves(item)
+        else:
+            yield item
 
 
 def _escaped(stem: str) -> str:

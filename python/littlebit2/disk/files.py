@@ -22,7 +22,7 @@ def new_file(path: Path, nbytes: int | None = None) -> Iterator[BinaryIO]:
     """Open a file for writing that takes the name ``path`` when the ``with`` block ends without an error.
 
     Args:
-        path: of the file; an earlier one is replaced.
+        path: where to write; an earlier file is replaced.
         nbytes: bytes to write, where they are known, for messages.
 
     Raises:

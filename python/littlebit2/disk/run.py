@@ -24,7 +24,7 @@ class RunDirectory:
     """A folder that one process works in at a time.
 
     Args:
-        path: of the folder; it is made by :meth:`take`.
+        path: the folder; :meth:`take` makes it.
 
     Attributes:
         path: as given.
@@ -132,7 +132,7 @@ class RunDirectory:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raise unless the disk of ``folder`` has room.
+    """Raise unless enough space is free on the disk of ``folder``.
 
     Args:
         folder: an existing directory.

@@ -14,6 +14,8 @@ from littlebit2_kernels.dispatch import BACKENDS, check_activation_mode
 __all__ = ["METHOD", "LittleBit2Config"]
 
 METHOD = "littlebit2"
+#: Arguments that say how a model is loaded and run, and are not stored.
+RUN_SETTINGS = ("backend", "activation", "prepack", "fuse", "stream")
 PACK = "i32-lsb-neg1"
 
 
@@ -26,15 +28,15 @@ class LittleBit2Config(QuantizationConfigMixin):
         shares: layers with shared first stages, or single-stage layers of several paths: for each path, the
             path whose first stage it uses.
         modules_to_not_convert: linear modules that stayed dense.
-        format_version: of the packed words.
+        format_version: version of the packed format.
         pack: name of the packing.
-        backend: of every layer, see :func:`littlebit2_kernels.littlebit_linear`; not stored.
+        backend: backend for every layer, see :func:`littlebit2_kernels.littlebit_linear`; not stored.
         activation: likewise.
         prepack: whether layers on the CPU are brought to the kernels' layout while loading; not stored.
         fuse: whether projections that share their input are computed together on CUDA
             (:func:`littlebit2.fuse_projections`); not stored.
-        stream: whether packed layers are read one by one after everything else, which is how layouts other
-            than ours are always read; not stored.
+        source: directory of the checkpoint, where its files are not those that transformers finds; not
+            stored.
 
     Raises:
         ValueError: the format is newer than this package, or an argument is unknown or malformed.
@@ -56,7 +58,7 @@ class LittleBit2Config(QuantizationConfigMixin):
         activation: str = "auto",
         prepack: bool = True,
         fuse: bool = True,
-        stream: bool = False,
+        source: str | None = None,
         **unknown: Any,
     ) -> None:
         if unknown:
@@ -84,7 +86,7 @@ class LittleBit2Config(QuantizationConfigMixin):
         self.activation = activation
         self.prepack = prepack
         self.fuse = fuse
-        self.stream = stream
+        self.source = source
 
     @classmethod
     def from_layers(
@@ -92,6 +94,22 @@ class LittleBit2Config(QuantizationConfigMixin):
     ) -> LittleBit2Config:
         """Make the configuration of the given layers; ``how`` are the arguments that are not stored."""
         return cls(**quantization_config(layers.values(), modules_to_not_convert), **how)
+
+    def run_as(self, given: LittleBit2Config) -> LittleBit2Config:
+        """Return this configuration of a checkpoint with the run settings of one that the caller gave.
+
+        Raises:
+            ValueError: ``given`` names layers, and not those of the checkpoint.
+        """
+        stored, wanted = self.to_dict(), given.to_dict()
+        structure = ("ranks", "single_stage", "shares", "modules_to_not_convert")
+        differing = [key for key in structure if wanted[key] and wanted[key] != stored[key]]
+        if differing:
+            raise ValueError(
+                f"quantization_config must leave {', '.join(differing)} out, or agree with the checkpoint, "
+                f"got {wanted[differing[0]]!r:.200}"
+            )
+        return type(self)(**stored, **{name: getattr(given, name) for name in RUN_SETTINGS})
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -116,11 +134,11 @@ class LittleBit2Config(QuantizationConfigMixin):
     def make_layer(self, spec: LayerSpec, device: str) -> LittleBitLinear:
         """Return an all-zero layer of this configuration."""
         return LittleBitLinear(
-            spec.in_features,
-            spec.out_features,
-            spec.ranks,
+            spec.shape.in_features,
+            spec.shape.out_features,
+            spec.shape.ranks,
             spec.bias,
-            shares=spec.shares,
+            shares=spec.shape.shares,
             backend=self.backend,
             activation=self.activation,
             device=device,

@@ -30,7 +30,7 @@ class StaticDecoder:
     Args:
         model: a causal language model of transformers, in evaluation mode, on one device.
         max_length: tokens that the cache holds, prompt and continuation together.
-        rows: of a batch, without padding.
+        rows: batch size, without padding.
         step: one of :data:`STEPS`.
 
     Raises:
@@ -107,9 +107,7 @@ class StaticDecoder:
         if self.length == 0:
             raise ValueError("step() must follow prefill(), got no prompt yet")
         if self.length >= self.max_length:
-            raise ValueError(
-                f"max_length={self.max_length} tokens are in the cache, there is room for no more"
-            )
+            raise ValueError(f"max_length={self.max_length} tokens are in the cache: it is full")
         self._tokens.copy_(tokens[:, None])
         if self._compiled is not None:
             torch.compiler.cudagraph_mark_step_begin()

@@ -88,14 +88,14 @@ def generate(
         stream: called with each piece of new text as it becomes final (of token ids in decimal, with a
             space after each, if there is no tokenizer).
         do_sample: draw tokens instead of taking the likeliest.
-        temperature: of sampling.
-        top_p: of sampling.
-        seed: of sampling; sets and restores the global random state.
+        temperature: sampling temperature.
+        top_p: probability mass for nucleus sampling.
+        seed: seed for sampling; sets and restores the global random state.
         cache: ``"dynamic"``, or ``"static"`` for a key/value cache of fixed size.
         step: how a step runs, one of :data:`.decoding.STEPS`, with the static cache and without the model
             library's own loop: on a GPU, ``"graph"`` replays one CUDA graph per token. By default the
             library's loop.
-        ignore_eos: go on to ``max_new_tokens`` whatever the model says, for speed tests.
+        ignore_eos: continue to ``max_new_tokens`` past an end-of-text token, for speed tests.
         **load_options: of :func:`.loading.load`, with a directory.
 
     Raises:

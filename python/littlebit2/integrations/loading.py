@@ -10,10 +10,18 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from littlebit2.architecture.names import CAUSAL_HEAD
 from littlebit2.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from littlebit2.quantize.device import check_device, check_dtype
 
@@ -47,10 +55,10 @@ def load(
     Args:
         path: a local directory with config.json and weights.
         device: where the model goes.
-        dtype: of the dense tensors and activations; by default what config.json says, or the file holds.
+        dtype: dtype of dense tensors and activations; by default that of config.json or of the file.
             Scales are float32 whatever it is.
         activation: how activations enter the sums, see :func:`littlebit2_kernels.littlebit_linear`.
-        backend: of every packed layer, see there too.
+        backend: backend for every packed layer, see there too.
         fuse: whether projections that share their input are computed together on CUDA, see
             :func:`littlebit2.fuse_projections`.
 
@@ -75,12 +83,13 @@ def load(
         "activation": activation,
         "prepack": wanted.type == "cpu",
         "fuse": fuse,
-        "stream": True,
     }
     LittleBit2Config(**how)  # checks the two that are the caller's before anything is read
     with open_checkpoint(path) as checkpoint:
         if not checkpoint.config:
             raise CheckpointError(f"{checkpoint.path}: config.json is missing, which names the model's class")
+        if not checkpoint.files.standard:
+            how["source"] = str(checkpoint.path)
         config = AutoConfig.from_pretrained(str(path), local_files_only=True)
         if checkpoint.layers:
             skipped = (checkpoint.config.get("quantization_config") or {}).get("modules_to_not_convert") or ()
@@ -89,8 +98,11 @@ def load(
                 **how,
             }
         with _quiet(), no_bars_in_logs():
-            model, info = _model_class(config, checkpoint).from_pretrained(
-                str(path),
+            kind = _model_class(config, checkpoint)
+            if not checkpoint.files.standard and hasattr(kind, "_model_mapping"):
+                kind = kind._model_mapping[type(config)]  # automatic classes need a directory
+            model, info = kind.from_pretrained(
+                **_where(checkpoint),
                 config=config,
                 dtype="auto" if dtype is None else dtype,
                 local_files_only=True,
@@ -98,6 +110,8 @@ def load(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
+            if not checkpoint.files.standard:
+                _complete(model, checkpoint.path)
         _check_complete(model, info, checkpoint)
     return model.to(wanted).eval() if wanted.type != "cpu" else model.eval()
 
@@ -111,8 +125,24 @@ def _model_class(config: PreTrainedConfig, checkpoint: Checkpoint) -> Any:
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return AutoModel
     # A file without a head may still tie it to the embedding.
-    headed = any("lm_head" in name for name in (*checkpoint.dense, *checkpoint.tied()))
+    headed = any(CAUSAL_HEAD in name for name in (*checkpoint.dense, *checkpoint.tied()))
     return AutoModelForCausalLM if headed else AutoModel
+
+
+def _where(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Tell transformers the directory, or give it the dense tensors of files that it would not find."""
+    if checkpoint.files.standard:
+        return {"pretrained_model_name_or_path": str(checkpoint.path)}
+    dense = checkpoint.files.read(checkpoint.dense)
+    return {"pretrained_model_name_or_path": None, "state_dict": dense}
+
+
+def _complete(model: PreTrainedModel, path: Path) -> None:
+    """Do what ``from_pretrained`` does with a directory besides the weights."""
+    model.name_or_path = str(path)
+    model.config.name_or_path = str(path)
+    if model.can_generate() and (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
 
 
 @contextmanager

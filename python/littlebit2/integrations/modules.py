@@ -18,6 +18,7 @@ __all__ = [
     "Placement",
     "find_places",
     "fused_parents",
+    "initialized",
     "layers_of",
     "spec_of",
 ]
@@ -31,7 +32,7 @@ class FusedLinear(nn.Module):
 
     Args:
         parent: the module that holds the parts.
-        names: of the parts, in the order of the fused outputs.
+        names: names of the parts, in the order of the fused outputs.
     """
 
     def __init__(self, parent: nn.Module, names: Sequence[str]) -> None:
@@ -54,11 +55,20 @@ class FusedLinear(nn.Module):
 
 
 class PendingLinear(nn.Module):
-    """Holds the place of a packed layer that is read after everything else; has no tensors."""
+    """Holds the place of a packed layer that is read after everything else; has no tensors to load.
+
+    Code that initializes a family's modules reads attributes of linear children: ``weight`` and ``bias`` are
+    there, without values, and marked as initialized, which transformers' initializers respect.
+    """
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
         self.spec = spec
+        self.in_features = spec.shape.in_features
+        self.out_features = spec.shape.out_features
+        # Plain attributes: registered tensors would be expected in the files.
+        self.__dict__["weight"] = initialized(spec.shape.out_features, spec.shape.in_features)
+        self.__dict__["bias"] = initialized(spec.shape.out_features) if spec.bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Raise: the layer was never loaded."""
@@ -80,6 +90,13 @@ class Placement:
     fused: str | None = None
 
 
+def initialized(*shape: int) -> torch.Tensor:
+    """Return a tensor without values that transformers' initializers leave alone."""
+    tensor = torch.empty(shape, device="meta")
+    tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    return tensor
+
+
 def layers_of(model: nn.Module) -> dict[str, LittleBitLinear]:
     """Return the packed layers of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LittleBitLinear)}
@@ -87,24 +104,24 @@ def layers_of(model: nn.Module) -> dict[str, LittleBitLinear]:
 
 def spec_of(name: str, layer: LittleBitLinear) -> LayerSpec:
     """Describe a module as checkpoints do."""
-    return LayerSpec(
-        name=name,
-        in_features=layer.in_features,
-        out_features=layer.out_features,
-        ranks=layer.ranks,
-        shares=layer.shares,
-        bias=layer.bias is not None,
-    )
+    return LayerSpec(name, layer.shape, layer.bias is not None)
 
 
-def find_places(model: nn.Module, layers: Mapping[str, LayerSpec], prefix: str = "") -> list[Placement]:
+def find_places(
+    model: nn.Module,
+    layers: Mapping[str, LayerSpec],
+    prefix: str = "",
+    names: Mapping[str, str] | None = None,
+) -> list[Placement]:
     """Find the ``nn.Linear`` of ``model`` that each layer of a checkpoint replaces.
 
     Args:
-        model: as built from its config, dense.
+        model: as built from its config, dense, with its experts expanded.
         layers: packed layers of the checkpoint by name.
-        prefix: of the base model in a model with a head (``base_model_prefix``); checkpoints of one load
-            into the other, as they do in transformers.
+        prefix: name of the base model inside a model with a head (``base_model_prefix``); checkpoints of
+            one load into the other, as they do in transformers.
+        names: modules of layers that are called otherwise in the model, from
+            :meth:`.FileNames.modules`.
 
     Raises:
         CheckpointError: layers have no counterpart, or one of another shape; the message names them all.
@@ -114,7 +131,7 @@ def find_places(model: nn.Module, layers: Mapping[str, LayerSpec], prefix: str =
     problems: list[str] = []
     parts: dict[str, list[Placement]] = {}
     for spec in layers.values():
-        name = _in_model(spec.name, modules, prefix)
+        name = (names or {}).get(spec.name) or _in_model(spec.name, modules, prefix)
         target = modules.get(name)
         if isinstance(target, nn.Linear):
             places.append(Placement(spec, name))
@@ -127,6 +144,7 @@ def find_places(model: nn.Module, layers: Mapping[str, LayerSpec], prefix: str =
             continue
         places.append(Placement(spec, name, fused))
         parts.setdefault(fused, []).append(places[-1])
+    problems += _claimed_twice(places)
     for fused, members in parts.items():
         problems += _fused_disagreement(fused, members, modules[fused])
     if problems:
@@ -165,9 +183,20 @@ def _fused_of(name: str, modules: Mapping[str, nn.Module]) -> str | None:
     return None
 
 
+def _claimed_twice(places: Iterable[Placement]) -> list[str]:
+    claims: dict[str, list[str]] = {}
+    for place in places:
+        claims.setdefault(place.module, []).append(place.spec.name)
+    return [
+        f"{module}: expected one layer of the checkpoint there, got {', '.join(names)}"
+        for module, names in claims.items()
+        if len(names) > 1
+    ]
+
+
 def _disagreement(spec: LayerSpec, linear: nn.Linear) -> list[str]:
     expected = (linear.in_features, linear.out_features, linear.bias is not None)
-    got = (spec.in_features, spec.out_features, spec.bias)
+    got = (spec.shape.in_features, spec.shape.out_features, spec.bias)
     if expected == got:
         return []
     return [f"{spec.name}: (in_features, out_features, bias) must be {expected}, got {got}"]
@@ -183,11 +212,11 @@ def _fused_disagreement(fused: str, members: list[Placement], linear: nn.Module)
     specs = [by_leaf[name] for name in names]
     problems = [
         f"{spec.name}: (in_features, bias) must be {(linear.in_features, linear.bias is not None)}, "
-        f"got {(spec.in_features, spec.bias)}"
+        f"got {(spec.shape.in_features, spec.bias)}"
         for spec in specs
-        if (spec.in_features, spec.bias) != (linear.in_features, linear.bias is not None)
+        if (spec.shape.in_features, spec.bias) != (linear.in_features, linear.bias is not None)
     ]
-    total = sum(spec.out_features for spec in specs)
+    total = sum(spec.shape.out_features for spec in specs)
     if total != linear.out_features:
         problems.append(
             f"{fused}: out_features of {', '.join(names)} must add up to {linear.out_features}, got {total}"

@@ -2,16 +2,18 @@
 
 An adapter adds ``scaling * B A x`` beside a packed layer, whose signs stay as they are: gradients reach the
 adapter and the layer's input. The sum cannot be merged: a packed layer has no dense weight to add to, and
-quantising the sum again would throw away what was trained. Merging is refused; the adapter is saved and
+quantizing the sum again would throw away what was trained. Merging is refused; the adapter is saved and
 loaded by itself, as peft does. To train the packed signs instead, there is ``littlebit2 finetune``.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners import tuners_utils
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
@@ -24,13 +26,14 @@ _PLAIN = {"use_dora": (False, None), "init_lora_weights": (True, False, "gaussia
 
 _REFUSED = (
     "a LoRA adapter cannot be merged into a packed layer, which has no dense weight to add it to: keep the "
-    "adapter beside it (save_pretrained), or merge it into the dense model and quantise that"
+    "adapter beside it (save_pretrained), or merge it into the dense model and quantize that"
 )
 
 
 def with_packed_layers(config: LoraConfig) -> LoraConfig:
     """Let ``config`` take packed layers as targets; returns it.
 
+    ``target_modules="all-linear"`` means dense and packed linear layers alike, without the head, as in peft.
     The same is needed for loading an adapter: ``PeftModel.from_pretrained(model, folder,
     config=with_packed_layers(PeftConfig.from_pretrained(folder)))``.
 
@@ -50,9 +53,54 @@ def with_packed_layers(config: LoraConfig) -> LoraConfig:
                 f"{name} must be one of {', '.join(map(str, allowed))} on packed layers, which have no dense "
                 f"weight, got {value!r}"
             )
-    # peft's own door for layers that it does not know.
+    _resolve_all_linear()
+    # peft's extension point for layers that it does not know.
     config._register_custom_module({LittleBitLinear: LoraLittleBitLinear})
     return config
+
+
+def _resolve_all_linear() -> None:
+    """Let peft count packed layers of a configuration that takes them as linear; further calls do nothing.
+
+    peft looks for ``nn.Linear`` alone, and has no registry for what else is linear.
+    """
+    name = "_maybe_include_all_linear_layers"
+    original = getattr(tuners_utils, name, None)
+    if original is None or hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def resolve(peft_config: Any, model: nn.Module) -> Any:
+        custom = getattr(peft_config, "_custom_modules", None) or {}
+        targets = getattr(peft_config, "target_modules", None)
+        all_linear = (
+            isinstance(targets, str) and targets.lower() == tuners_utils.INCLUDE_LINEAR_LAYERS_SHORTHAND
+        )
+        peft_config = original(peft_config, model)
+        if all_linear and LittleBitLinear in custom:
+            peft_config.target_modules = {*peft_config.target_modules, *_packed_targets(peft_config, model)}
+        return peft_config
+
+    setattr(tuners_utils, name, resolve)
+
+
+def _packed_targets(config: Any, model: nn.Module) -> set[str]:
+    """Names of the packed layers that are neither a head, by peft's rules, nor inside an adapter."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None and config.task_type == "SEQ_CLS":
+        heads = (getattr(model, name, None) for name in tuners_utils.SEQ_CLS_HEAD_NAMES)
+        head = next((found for found in heads if found is not None), None)
+    inside = tuple(
+        f"{name}."
+        for name, module in model.named_modules()
+        if isinstance(module, tuners_utils.BaseTunerLayer)
+    )
+    heads = set() if head is None else set(head.modules())
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, LittleBitLinear) and module not in heads and not name.startswith(inside)
+    }
 
 
 class LoraLittleBitLinear(nn.Module, LoraLayer):

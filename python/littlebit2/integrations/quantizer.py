@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers.base import HfQuantizer
 
+from littlebit2.architecture.experts import LittleBitExperts, collapse_experts, expand_experts
 from littlebit2.architecture.projections import fuse_projections
 from littlebit2.checkpoint import Checkpoint, CheckpointError, LayerSpec, open_checkpoint, quantization_config
+from littlebit2.checkpoint.formats.layout import StoredLayer
 from littlebit2_kernels import LittleBitLinear, packed_from_state
+from littlebit2_kernels.format import LayerShape
 
 from .configuration import METHOD, LittleBit2Config
-from .modules import FusedLinear, PendingLinear, Placement, find_places, fused_parents, layers_of, spec_of
+from .modules import (
+    FusedLinear,
+    PendingLinear,
+    Placement,
+    find_places,
+    fused_parents,
+    initialized,
+    layers_of,
+    spec_of,
+)
+from .names import FileNames, HiddenTensors
 
 __all__ = ["LittleBit2Quantizer", "attach"]
 
@@ -25,13 +39,14 @@ __all__ = ["LittleBit2Quantizer", "attach"]
 class LittleBit2Quantizer(HfQuantizer):
     """Replaces the ``nn.Linear`` modules of a model by packed layers and sees that these are loaded.
 
-    Two ways lead there. Our layout goes the library's own way: layers on the meta device whose buffers
-    have the names of the file, filled like any other tensor. Other layouts (and ours on request) have
-    placeholders without tensors; once the library has loaded everything else, each layer is read, checked,
-    brought to the kernels' layout where that is wanted, and put in its place, one at a time.
+    Placeholders without tensors take the place of the modules, and the packed tensors are hidden from the
+    library, whose conversions are made for dense weights. Once it has loaded everything else, each layer is
+    read, checked, brought to the kernels' layout where that is wanted, and put in its place, one at a time.
+    A model that is loaded from a state dict without files has layers on the meta device instead, whose
+    buffers are filled like any other tensor.
     """
 
-    # Dense checkpoints are refused with the library's own message: quantise them first.
+    # Dense checkpoints are refused with the library's own message: quantize them first.
     requires_calibration = True
     quantization_config: LittleBit2Config
 
@@ -40,6 +55,8 @@ class LittleBit2Quantizer(HfQuantizer):
         self._checkpoint: Checkpoint | None = None
         self._places: list[Placement] = []
         self._shapes: dict[str, torch.Size] = {}
+        self._hidden: list[str] = []
+        self._experts: list[tuple[nn.Module, list[str]]] = []
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raise ``ValueError`` for a device map that offloads to disk."""
@@ -52,9 +69,13 @@ class LittleBit2Quantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         config = self.quantization_config
-        checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent) if checkpoint_files else None
+        checkpoint = _open(config.source, checkpoint_files)
+        # Before anything is replaced: the conversions go by the parameters of the dense model.
+        names = FileNames(model)
+        expanded = expand_experts(model)
         if checkpoint is None:
             layers = _specs_from_config(model, config)
+            modules = {name: name for name in layers}
         else:
             layers = dict(checkpoint.layers)
             absent = sorted(set(config.layer_names) - set(layers))
@@ -63,26 +84,39 @@ class LittleBit2Quantizer(HfQuantizer):
                     f"{checkpoint.path}: quantization_config names layers that have no tensors: "
                     f"{', '.join(absent)}"
                 )
-        prefix = model.base_model_prefix
-        self._places = find_places(model, layers, prefix)
-        if checkpoint is not None and (config.stream or not _in_our_names(checkpoint)):
-            self._checkpoint = checkpoint
-            _ignore_layers(model, self._places)
-        elif checkpoint is not None:
-            checkpoint.close()
+            modules = names.modules(layers, checkpoint.dense, model)
+        self._places = find_places(model, layers, model.base_model_prefix, modules)
+        self._checkpoint = checkpoint
+        if checkpoint is not None:
+            self._hidden = [name for layer in checkpoint.stored.values() for name in _tensors_of(layer)]
+            known = set(model._keys_to_ignore_on_load_unexpected or ())
+            # On the instance: the attribute of the class is shared by every model.
+            model._keys_to_ignore_on_load_unexpected = known | {HiddenTensors.ignored}
         for place in self._places:
-            pending = self._checkpoint is not None
+            pending = checkpoint is not None
             module = PendingLinear(place.spec) if pending else config.make_layer(place.spec, "meta")
             model.set_submodule(place.module, module)
-        for name, (parent, names) in fused_parents(self._places).items():
-            model.set_submodule(name, FusedLinear(model.get_submodule(parent), names))
+        for name, (parent, parts) in fused_parents(self._places).items():
+            model.set_submodule(name, FusedLinear(model.get_submodule(parent), parts))
+        collapse_experts(model, expanded)
+        self._experts = _protect_experts(model)
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Hide the tensors of packed layers, before any pattern that is meant for dense ones sees them."""
+        conversions: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        return [HiddenTensors(self._hidden), *conversions] if self._hidden else conversions
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         places, self._places = self._places, []
         checkpoint, self._checkpoint = self._checkpoint, None
         shapes, self._shapes = self._shapes, {}
+        self._hidden = []
+        for module, names in self._experts:
+            for name in names:
+                del module.__dict__[name]
+        self._experts = []
         _check_shapes(model, shapes)
         if checkpoint is not None:
             with checkpoint:
@@ -100,18 +134,19 @@ class LittleBit2Quantizer(HfQuantizer):
 
     def _read_layers(self, model: PreTrainedModel, checkpoint: Checkpoint, places: list[Placement]) -> None:
         config = self.quantization_config
-        devices = set(getattr(model, "hf_device_map", {}).values())
-        if len(devices) > 1:
-            raise ValueError(
-                f"device_map must name one device for a checkpoint in the {checkpoint.format} layout, got "
-                f"{len(devices)}; convert it first: littlebit2 convert"
-            )
+        device_map = getattr(model, "hf_device_map", {})
         for place in places:
-            packed = checkpoint.load_layer(place.spec.name).to(model.device)
+            device = _device_of(place.module, device_map, model)
+            packed = checkpoint.load_layer(place.spec.name).to(device)
             layer = LittleBitLinear.from_packed(packed, backend=config.backend, activation=config.activation)
             self._prepack(layer)
             layer.eval()
+            hook = getattr(model.get_submodule(place.module), "_hf_hook", None)
             model.set_submodule(place.module, layer)
+            if hook is not None:
+                from accelerate.hooks import add_hook_to_module  # noqa: PLC0415  # only dispatched models
+
+                add_hook_to_module(layer, hook)
         for name, (parent, _) in fused_parents(places).items():
             fused = model.get_submodule(name)
             assert isinstance(fused, FusedLinear)
@@ -135,11 +170,18 @@ class LittleBit2Quantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel, *args: Any, **kwargs: Any
-    ) -> tuple[None, dict[str, str]]:
-        """Bring the configuration up to date with the model that is saved, and repeat it in the file."""
+    ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        """Return what is saved: dense tensors under the names of published files, layers under their own.
+
+        The library's way back to published names is made for dense weights and would mangle those of packed
+        layers. So dense tensors go that way here, and the library is left nothing to do.
+        """
         self._update_config(model)
         stored = self.quantization_config
-        return None, {"quant_method": METHOD, "format_version": str(stored.format_version)}
+        metadata = {"quant_method": METHOD, "format_version": str(stored.format_version)}
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, metadata  # adapters alone are saved
+        return _state_to_save(model), metadata
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Whether ``save_pretrained`` works: yes, it writes our layout."""
@@ -157,9 +199,9 @@ class LittleBit2Quantizer(HfQuantizer):
 
 
 def attach(model: Any) -> None:
-    """Make ``save_pretrained`` work for a model whose linears were quantised in memory.
+    """Make ``save_pretrained`` work for a model whose linears were quantized in memory.
 
-    ``littlebit2.quantize.quantize_linears`` knows nothing of transformers, so a model that it changed would
+    ``littlebit2.quantize_`` knows nothing of transformers, so a model that it changed would
     be saved without the entry that tells ``from_pretrained`` what the tensors are.
 
     Args:
@@ -180,18 +222,70 @@ def attach(model: Any) -> None:
     model.config.quantization_config = config
 
 
-def _ignore_layers(model: PreTrainedModel, places: list[Placement]) -> None:
-    """Keep the library from reporting the tensors of layers that are read later as unexpected."""
-    names = {name for place in places for name in (place.spec.name, place.module)}
-    known = set(model._keys_to_ignore_on_load_unexpected or ())
-    # On the instance: the attribute of the class is shared by every model.
-    model._keys_to_ignore_on_load_unexpected = known | {rf"^{re.escape(name)}\." for name in names}
+class _NothingLeft(list[Any]):
+    """The conversions of a model whose tensors have been converted already; keeps the real ones."""
+
+    def __init__(self, conversions: list[Any] | None) -> None:
+        super().__init__()
+        self.conversions = conversions
 
 
-def _in_our_names(checkpoint: Checkpoint) -> bool:
-    """Whether the tensors in the files are, name by name, the buffers of our layers."""
-    layouts = {layer.layout for layer in checkpoint.stored.values()}
-    return checkpoint.format == METHOD and layouts <= {METHOD, "onebit"}
+def _state_to_save(model: Any) -> dict[str, torch.Tensor]:
+    layers = layers_of(model)
+    packed: dict[str, torch.Tensor] = {}
+    dense: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        (packed if name.rpartition(".")[0] in layers else dense)[name] = tensor
+    for name in model._keys_to_ignore_on_save or ():
+        dense.pop(name, None)
+    dense = remove_tied_weights_from_state_dict(dense, model)
+    conversions = getattr(model, "_weight_conversions", None)
+    if isinstance(conversions, _NothingLeft):
+        conversions = conversions.conversions
+    model._weight_conversions = conversions
+    saved = {**revert_weight_conversion(model, dense), **packed}
+    model._weight_conversions = _NothingLeft(conversions)
+    return saved
+
+
+def _tensors_of(layer: StoredLayer) -> list[str]:
+    return [*(entry.name for entry in layer.tensors.values()), *layer.extras]
+
+
+def _protect_experts(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
+    """Give expanded experts the tensors that initializers look for; return what is to be removed again."""
+    protected: list[tuple[nn.Module, list[str]]] = []
+    for module in model.modules():
+        if isinstance(module, LittleBitExperts):
+            layout = module.layout
+            names = [f"{name}{end}" for name in (layout.first, "down_proj") for end in ("", "_bias")]
+            module.__dict__.update({name: initialized(layout.experts, 1, 1) for name in names})
+            protected.append((module, names))
+    return protected
+
+
+def _device_of(name: str, device_map: Mapping[str, Any], model: PreTrainedModel) -> torch.device:
+    """The device of a module: that of the closest module above it that the map names."""
+    while name:
+        if name in device_map:
+            return torch.device(device_map[name])
+        name = name.rpartition(".")[0]
+    return torch.device(device_map[""]) if "" in device_map else model.device
+
+
+def _open(source: str | None, checkpoint_files: Sequence[str] | None) -> Checkpoint | None:
+    if source is not None:
+        return open_checkpoint(source)
+    if not checkpoint_files:
+        return None
+    checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
+    if checkpoint.files.renamed:
+        checkpoint.close()
+        raise CheckpointError(
+            f"{checkpoint.path}: its tensor names are not those of the model: use littlebit2.load, or "
+            "convert it first (littlebit2 convert)"
+        )
+    return checkpoint
 
 
 def _specs_from_config(model: PreTrainedModel, config: LittleBit2Config) -> dict[str, LayerSpec]:
@@ -205,10 +299,12 @@ def _specs_from_config(model: PreTrainedModel, config: LittleBit2Config) -> dict
                 f"quantization_config names {name}, expected an nn.Linear of the model there"
             )
         ranks = tuple(config.ranks[name]) if name in config.ranks else None
-        shares = config.shares.get(name) or range(len(ranks or (0,)))
-        specs[name] = LayerSpec(
-            name, linear.in_features, linear.out_features, ranks, tuple(shares), linear.bias is not None
-        )
+        shares = tuple(config.shares.get(name, ()))
+        try:
+            shape = LayerShape(linear.in_features, linear.out_features, ranks, shares)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"quantization_config: layer {name}: {error}") from error
+        specs[name] = LayerSpec(name, shape, linear.bias is not None)
     return specs
 
 
@@ -232,14 +328,5 @@ def _check_loaded(name: str, layer: LittleBitLinear) -> None:
         packed = packed_from_state(buffers)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"layer {name} was not loaded whole: {error.args[0]}") from error
-    ranks = None if packed.single_stage else packed.ranks
-    if (packed.in_features, packed.out_features, ranks) != (
-        layer.in_features,
-        layer.out_features,
-        layer.ranks,
-    ):
-        raise CheckpointError(
-            f"layer {name}: (in_features, out_features, ranks) must be "
-            f"{(layer.in_features, layer.out_features, layer.ranks)}, "
-            f"got {(packed.in_features, packed.out_features, ranks)}"
-        )
+    if packed.shape != layer.shape:
+        raise CheckpointError(f"layer {name} must have the shape {layer.shape}, got {packed.shape}")

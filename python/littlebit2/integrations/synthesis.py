@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns, is_selected
+from littlebit2.architecture.select import DEFAULT_EXCLUDE, is_selected, output_heads
 from littlebit2.checkpoint import CheckpointWriter
 from littlebit2.plan import load_config
 from littlebit2.quantize import QuantConfig
@@ -38,16 +38,16 @@ def synthesize(
 
     Every linear layer but the head has random signs at the ranks that ``bpw`` buys, and scales that keep
     activations at the size of the layer's input. Embeddings, norms and head are what transformers
-    initialises a new model with. One layer or tensor is held at a time.
+    initializes a new model with. One layer or tensor is held at a time.
 
     Args:
-        config: of the model: an object, a dictionary, a ``config.json`` or a directory with one, or a name
-            of :func:`littlebit2.plan.shipped_configs`.
+        config: the model's configuration: an object, a dictionary, a ``config.json`` or a directory with
+            one, or a name of :func:`littlebit2.plan.shipped_configs`.
         out_dir: directory to make.
         bpw: counted bits per weight.
         paths: P.
-        seed: of all random values; the same arguments write the same bytes.
-        dtype: of the dense tensors.
+        seed: seed for all random values; the same arguments write the same bytes.
+        dtype: dtype of the dense tensors.
         kv_factor: factor on the rank of key and value projections.
         overwrite: replace an existing checkpoint directory, at the end.
         progress: called with the name of each packed layer that was written.
@@ -141,12 +141,11 @@ def _is_encoder(config: PreTrainedConfig) -> bool:
 
 
 def _plans(model: PreTrainedModel, quant: QuantConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    head = model.get_output_embeddings()
-    everything, excluded = check_patterns("include", "*"), check_patterns("exclude", DEFAULT_EXCLUDE)
+    heads = output_heads(model)
     layers = [
         (name, module.in_features, module.out_features)
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and module is not head and is_selected(name, everything, excluded)
+        if type(module) is nn.Linear and name not in heads and is_selected(name, ("*",), DEFAULT_EXCLUDE)
     ]
     if layers:
         check_budget(quant, layers)

@@ -1,11 +1,16 @@
 """Hugging Face transformers: ``from_pretrained`` and ``save_pretrained`` of packed models.
 
 Importing this module (``littlebit2.register()`` does it) makes the library know our checkpoints, through
-its own registries. One thing has no registry: a directory in the layout of the LittleBit authors has no
-``quantization_config`` by which a quantizer could be chosen, and transformers would leave its layers
-random with no more than a warning. So :func:`register` also wraps one public class method,
-``PreTrainedConfig.get_config_dict``: for a *local directory* that holds packed layers of a layout other than
-ours, it adds the entry that is missing. Nothing else is changed, and :func:`unregister` undoes it.
+its own registries. Two things have none, and :func:`register` wraps a public class method for each:
+
+- ``PreTrainedConfig.get_config_dict``: a directory in the layout of the LittleBit authors has no
+  ``quantization_config`` by which a quantizer could be chosen, and transformers would leave its layers random
+  with no more than a warning. For a *local directory* that holds packed layers of a layout other than ours,
+  the entry is added; a directory that says it is packed, in a layout that cannot be read, is refused.
+- ``AutoHfQuantizer.merge_quantization_configs``: the library drops the ``LittleBit2Config`` that is given to
+  ``from_pretrained`` in favor of the stored one. The run settings of the given one are kept.
+
+Nothing else is changed, and :func:`unregister` undoes it.
 """
 
 from __future__ import annotations
@@ -16,16 +21,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
+    AutoHfQuantizer,
     register_quantization_config,
     register_quantizer,
 )
 
-from littlebit2.checkpoint import open_checkpoint
+from littlebit2.checkpoint import CheckpointError, looks_packed, open_checkpoint
 
 from .configuration import METHOD, LittleBit2Config
 from .quantizer import LittleBit2Quantizer, attach
@@ -34,8 +39,8 @@ __all__ = ["LittleBit2Config", "LittleBit2Quantizer", "attach", "register", "unr
 
 #: What other writers may call the layouts that we read.
 _FOREIGN_METHODS = ("littlebit", "nanoquant")
-#: Ends of tensor names that show a packed layer of some layout; the checkpoint reader has the last word.
-_MARKS = (".V_packed", ".v2", ".scale_pre")
+#: Files that say that a directory is packed.
+_SETTINGS_FILES = ("littlebit_config.json", "nanoquant_config.json")
 
 
 def register() -> None:
@@ -45,20 +50,20 @@ def register() -> None:
         register_quantization_config(METHOD)(LittleBit2Config)
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantizer(METHOD)(LittleBit2Quantizer)
-    home: Any = PreTrainedConfig
-    current = vars(home)["get_config_dict"].__func__
-    if not hasattr(current, _ORIGINAL):
-        home.get_config_dict = classmethod(_describing(current))
+    for home, name, wrap in _WRAPPED:
+        current = vars(home)[name].__func__
+        if not hasattr(current, _ORIGINAL):
+            setattr(home, name, classmethod(wrap(current)))
 
 
 def unregister() -> None:
     """Undo :func:`register`."""
     AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
     AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
-    home: Any = PreTrainedConfig
-    current = vars(home)["get_config_dict"].__func__
-    if hasattr(current, _ORIGINAL):
-        home.get_config_dict = classmethod(getattr(current, _ORIGINAL))
+    for home, name, _ in _WRAPPED:
+        current = vars(home)[name].__func__
+        if hasattr(current, _ORIGINAL):
+            setattr(home, name, classmethod(getattr(current, _ORIGINAL)))
 
 
 _ORIGINAL = "_littlebit2_original"
@@ -83,31 +88,50 @@ def _describing(original: _GetConfigDict) -> _GetConfigDict:
     return get_config_dict
 
 
+def _keeping_settings(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def merge_quantization_configs(cls: type, quantization_config: Any, given: Any, *args: Any) -> Any:
+        if not isinstance(given, LittleBit2Config):
+            return original(cls, quantization_config, given, *args)
+        stored = original(cls, quantization_config, None, *args)
+        if not isinstance(stored, LittleBit2Config):
+            return original(cls, stored, given, *args)  # raises: of another class
+        return stored.run_as(given)
+
+    setattr(merge_quantization_configs, _ORIGINAL, original)
+    return merge_quantization_configs
+
+
+#: Class methods that :func:`register` wraps: of which class, and by what.
+_WRAPPED: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
+    (PreTrainedConfig, "get_config_dict", _describing),
+    (AutoHfQuantizer, "merge_quantization_configs", _keeping_settings),
+)
+
+
 def _describe_foreign(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The missing entry for a directory with packed layers of another layout than ours, else ``None``."""
+    """The missing entry for a directory with packed layers of another layout than ours, else ``None``.
+
+    Raises:
+        CheckpointError: the directory is said to be packed, and no packed layer can be read.
+    """
     entry = config.get("quantization_config")
     if entry is not None and not (isinstance(entry, dict) and entry.get("quant_method") in _FOREIGN_METHODS):
         return None
-    if not _looks_packed(directory, config):
+    said = [name for name in _SETTINGS_FILES if (directory / name).is_file()]
+    said += [f"{key} in config.json" for key in ("quant_func",) if key in config]
+    said += [] if entry is None else [f"quant_method {entry['quant_method']!r} in config.json"]
+    if not said and not looks_packed(directory):
         return None
     with open_checkpoint(directory) as checkpoint:
         if not checkpoint.layers:
-            return None
+            leaves = sorted({name.rpartition(".")[2] for name in checkpoint.dense})
+            raise CheckpointError(
+                f"{directory}: expected packed layers, as {' and '.join(said)} says, got none of a known "
+                f"layout; its tensors are called {', '.join(leaves[:20])}. If the model is dense, remove "
+                f"{said[0]}"
+            )
         return LittleBit2Config.from_layers(checkpoint.layers).to_dict()
-
-
-def _looks_packed(directory: Path, config: Mapping[str, Any]) -> bool:
-    """Whether opening the directory as a packed checkpoint is worth it: cheap, and quiet about bad files."""
-    if (directory / "littlebit_config.json").is_file() or "quant_func" in config:
-        return True
-    for file in sorted(directory.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                if any(name.endswith(_MARKS) for name in tensors.keys()):  # noqa: SIM118
-                    return True
-        except (OSError, SafetensorError):
-            continue  # transformers says what is wrong with a file when it reads it
-    return False
 
 
 register()

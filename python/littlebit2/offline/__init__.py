@@ -1,4 +1,4 @@
-"""A whole model, streamed: quantise a checkpoint layer by layer, resumably and in parallel.
+"""A whole model, streamed: quantize a checkpoint layer by layer, resumably and in parallel.
 
 See :func:`.pipeline.quantize_checkpoint`. Transformers is not needed: names and shapes decide.
 """

@@ -8,6 +8,7 @@ from typing import Any
 from littlebit2.checkpoint import CheckpointWriter, open_checkpoint
 from littlebit2.disk import RunError, move_into_place, write_json
 
+from .choice import Choice
 from .jobs import Job
 from .report import RunReport
 from .work import WorkDirectory, keep_layers
@@ -23,6 +24,7 @@ def assemble(
     out: Path,
     work: WorkDirectory,
     jobs: list[Job],
+    choice: Choice,
     settings: dict[str, Any],
     *,
     overwrite: bool,
@@ -37,31 +39,36 @@ def assemble(
         OSError: something cannot be written.
     """
     with keep_layers():
-        report = _write(source, work, jobs, settings)
+        report = _write(source, work, jobs, choice, settings)
         move_into_place(work.assembled, out, overwrite=overwrite)
     work.remove()
     return report
 
 
-def _write(source: Path, work: WorkDirectory, jobs: list[Job], settings: dict[str, Any]) -> RunReport:
-    by_weight = {job.source.weight: job for job in jobs}
-    biases = {job.source.bias for job in jobs}
+def _write(
+    source: Path, work: WorkDirectory, jobs: list[Job], choice: Choice, settings: dict[str, Any]
+) -> RunReport:
+    by_file: dict[str, list[Job]] = {}
+    for job in jobs:
+        by_file.setdefault(job.source.weight.files[0], []).append(job)
     layers, seconds, dense = [], {}, []
     with open_checkpoint(source) as checkpoint:
-        writer = CheckpointWriter(work.assembled, checkpoint.config)
+        writer = CheckpointWriter(work.assembled, {**checkpoint.config, **choice.changes})
         with writer:
             for name in checkpoint.dense:
-                job = by_weight.get(name)
-                if job is not None:
+                for job in by_file.get(name, ()):
                     entry, seconds[job.source.name] = _finished(work, job)
                     layers.append(entry)
                     writer.add_layer(job.source.name, work.load_layer(job))
-                elif name not in biases:
+                if name not in choice.replaced:
                     dense.append(name)
                     writer.add_tensor(name, checkpoint.load_tensor(name))
-            writer.copy_extra_files(source)
+            for name, part in choice.extra.items():
+                dense.append(name)
+                writer.add_tensor(name, part.read(checkpoint.load_tensor).contiguous())
+            side = writer.copy_side_files(source)
             writer.finish()
-    report = RunReport(settings, tuple(layers), tuple(dense), seconds)
+    report = RunReport(settings, tuple(layers), tuple(dense), seconds, dict(side.left))
     write_json(work.assembled / REPORT_NAME, report.as_dict())
     return report
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from littlebit2.architecture.tensors import LayerSource, select_layers
+from littlebit2.architecture.tensors import LayerSource
 from littlebit2.checkpoint import Checkpoint
 from littlebit2.quantize import Importance, QuantConfig
 from littlebit2.quantize.allocate import RankAllocation
@@ -28,7 +28,7 @@ _SAMPLE = 1024
 
 @dataclass(frozen=True)
 class Job:
-    """One layer to quantise.
+    """One layer to quantize.
 
     Attributes:
         index: position in the run.
@@ -61,24 +61,20 @@ class Job:
 
     @property
     def working_bytes(self) -> int:
-        """About how much memory the layer takes while it is quantised (stated in docs/checkpoints.md)."""
+        """About how much memory the layer takes while it is quantized (stated in docs/checkpoints.md)."""
         assert self.config.ranks is not None
         return working_bytes(self.source.in_features, self.source.out_features, self.config)
 
 
-def make_jobs(
-    checkpoint: Checkpoint, config: QuantConfig, include: Sequence[str], exclude: Sequence[str]
-) -> list[Job]:
-    """Select the layers and settle the ranks of all of them, so that a budget that does not fit fails early.
+def make_jobs(sources: Sequence[LayerSource], config: QuantConfig) -> list[Job]:
+    """Settle the ranks of all layers, so that a budget that does not fit fails early.
 
     Where the ranks depend on spectra, they are for now the uniform or the least ones: see
     :func:`with_allocation`.
 
     Raises:
-        ValueError: as :func:`.select_layers`, or the budget does not fit a layer (the message names it) or is
-            more than any layer can use.
+        ValueError: the budget does not fit a layer (the message names it) or is more than any layer can use.
     """
-    sources = select_layers(checkpoint.dense, checkpoint.config, include=include, exclude=exclude)
     check_budget(config, ((s.name, s.in_features, s.out_features) for s in sources))
     if config.energy is not None:
         assert config.paths is not None  # set by QuantConfig

@@ -1,4 +1,4 @@
-"""Quantise a checkpoint on disk to a checkpoint on disk, layer by layer."""
+"""Quantize a checkpoint on disk to a checkpoint on disk, layer by layer."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from littlebit2.architecture.parts import Whole
 from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns
-from littlebit2.checkpoint import open_checkpoint
+from littlebit2.checkpoint import Checkpoint, find_side_files, open_checkpoint
 from littlebit2.disk import check_replaceable, check_space
 from littlebit2.quantize import Importance, QuantConfig
 from littlebit2.quantize.device import check_device
@@ -24,6 +25,7 @@ from littlebit2.quantize.quantizer import DenseLayer, quantize_together
 from littlebit2.quantize.ranks import needs_spectra
 
 from .assemble import REPORT_NAME, assemble
+from .choice import Choice, check_dense_source, choose_layers
 from .group import Group, process_group, share_out
 from .jobs import Job, make_jobs, run_settings, with_allocation
 from .ranks import allocation_of
@@ -49,13 +51,12 @@ def quantize_checkpoint(
     resume: bool = True,
     overwrite: bool = False,
 ) -> RunReport:
-    """Quantise the linear layers of a dense checkpoint and write a littlebit2 checkpoint.
+    """Quantize the linear layers of a dense checkpoint and write a littlebit2 checkpoint.
 
     Weights are read tensor by tensor; one layer per worker, or a few small ones of one shape, is in memory.
     Every finished layer is kept in the work directory ``<out>.partial``: after a kill at any moment the same
-    call goes on where it was and ``out`` comes out byte for byte the same. ``out`` appears at the end, whole,
-    with ``quantization_report.json`` in it, and the work directory is removed. Called again after that, it
-    returns the report.
+    call continues from there, and the bytes of ``out`` are the same. ``out`` appears at the end, whole, with
+    ``quantization_report.json`` in it, and the work directory is removed. A further call returns the report.
 
     Where ranks depend on the weights (``budget="spectral"`` or ``energy``), a first pass measures the
     spectra.
@@ -63,7 +64,7 @@ def quantize_checkpoint(
     The bytes depend on the source, on ``config``, ``include``, ``exclude``, ``importance``, ``threads`` and
     ``device``, on the kind of machine and the versions of torch and of this package; not on ``workers``, on
     the number of processes, on the order of the work or on which small layers are worked on together. Each
-    layer's seed comes from ``config.seed`` and its name, as in :func:`.quantize_linears`.
+    layer's seed comes from ``config.seed`` and its name, as in :func:`littlebit2.quantize_`.
 
     Started by ``torchrun``, the processes share the layers out and rank 0 assembles; ``out`` must be on a
     file system that all of them see.
@@ -81,7 +82,7 @@ def quantize_checkpoint(
         threads: torch's threads for one layer.
         device: where to compute; ``"cuda"`` is each process's own device under ``torchrun``.
         progress: whether to show a progress bar with the time left, on stderr.
-        resume: whether to go on with a run that was interrupted; otherwise its layers are discarded.
+        resume: continue an interrupted run; otherwise its layers are discarded.
         overwrite: whether ``out`` may exist; it is replaced at the end.
 
     Returns:
@@ -98,7 +99,7 @@ def quantize_checkpoint(
         ValueError: ``out`` and ``model_dir`` contain one another, ``workers``, ``threads`` or ``device``
             cannot be, the checkpoint is malformed or not dense, no layer is selected, ``importance`` holds
             none of them, the budget does not fit a layer or is more than any can use, or a layer cannot be
-            quantised; the message names it.
+            quantized; the message names it.
     """
     if not isinstance(config, QuantConfig):
         raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
@@ -111,38 +112,46 @@ def quantize_checkpoint(
     _check_apart(source, target)
     includes, excludes = check_patterns("include", include), check_patterns("exclude", exclude)
     with open_checkpoint(source) as checkpoint:
-        if checkpoint.format != "dense" or "quantization_config" in checkpoint.config:
-            raise ValueError(f"{source}: must be a dense checkpoint, got one that is quantised already")
-        jobs = make_jobs(checkpoint, config, includes, excludes)
+        check_dense_source(checkpoint)
+        choice = choose_layers(checkpoint, config, include=includes, exclude=excludes)
+        jobs = make_jobs(choice.layers, config)
         _check_importance(importance, jobs)
         settings = run_settings(
             checkpoint, config, includes, excludes, importance, device=device, threads=threads
         )
-        dense_bytes = _dense_bytes(checkpoint.dense, jobs)
+        dense_bytes = _dense_bytes(checkpoint.dense, choice)
     work = WorkDirectory(target)
+    reading = open_checkpoint(source)  # once: its headers name every tensor
     with process_group() as group:
         run = partial(_run_all, group, workers=workers, threads=threads, show=progress)
         weights = importance or {}
         try:
-            before = group.from_leader(partial(_start, work, target, settings, resume, overwrite))
+            before = group.from_leader(partial(_start, work, source, target, settings, resume, overwrite))
             if before is not None:
                 return before
             if needs_spectra(config):
                 allocation = allocation_of(
-                    group, work, jobs, config, weights, partial(_load, source, place), partial(run, "measure")
+                    group,
+                    work,
+                    jobs,
+                    config,
+                    weights,
+                    partial(_load, reading, place),
+                    partial(run, "measure"),
                 )
                 jobs = with_allocation(jobs, config, allocation)
             pending = group.from_leader(lambda: [job.index for job in jobs if work.finished(job) is None])
             group.together(partial(_check_space, work, [jobs[i] for i in pending], jobs, dense_bytes))
             mine = share_out([jobs[i] for i in pending], group.size)[group.rank]
             batches = make_batches(mine, workers, threads, device)
-            do = partial(_quantize_batch, source, work, weights, place)
+            do = partial(_quantize_batch, reading, work, weights, place)
             group.together(partial(run, "quantize", batches, do))
             return group.from_leader(
-                partial(assemble, source, target, work, jobs, settings, overwrite=overwrite)
+                partial(assemble, source, target, work, jobs, choice, settings, overwrite=overwrite)
             )
         finally:
             work.close()
+            reading.close()
 
 
 def _check_importance(importance: Mapping[str, Importance] | None, jobs: Sequence[Job]) -> None:
@@ -165,7 +174,12 @@ def _check_apart(source: Path, target: Path) -> None:
 
 
 def _start(
-    work: WorkDirectory, target: Path, settings: dict[str, Any], resume: bool, overwrite: bool
+    work: WorkDirectory,
+    source: Path,
+    target: Path,
+    settings: dict[str, Any],
+    resume: bool,
+    overwrite: bool,
 ) -> RunReport | None:
     """Take the work directory, unless there is nothing left to do: then return the report."""
     if os.path.lexists(target):
@@ -175,7 +189,7 @@ def _start(
                 work.remove()  # the run was killed between its last two steps
             return report
         try:
-            check_replaceable(target, overwrite=overwrite)
+            check_replaceable(target, overwrite=overwrite, replaces=find_side_files(source).in_folders)
         except FileExistsError as error:
             raise FileExistsError(
                 f"{error}; what is there is not the finished result of this command"
@@ -189,7 +203,9 @@ def finished_report(out: Path, settings: dict[str, Any]) -> RunReport | None:
     try:
         content = json.loads((out / REPORT_NAME).read_text("utf-8"))
         if content["settings"] == settings:
-            return RunReport(settings, tuple(content["layers"]), tuple(content["dense"]))
+            return RunReport(
+                settings, tuple(content["layers"]), tuple(content["dense"]), left=content.get("left", {})
+            )
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return None
@@ -201,12 +217,11 @@ def _device(device: str) -> torch.device:
     return check_device(device)
 
 
-def _dense_bytes(tensors: Any, jobs: Sequence[Job]) -> int:
-    packed = {name for job in jobs for name in (job.source.weight, job.source.bias)}
+def _dense_bytes(tensors: Any, choice: Choice) -> int:
     return sum(
         torch.Size(shape).numel() * dtype.itemsize
         for name, (shape, dtype) in tensors.items()
-        if name not in packed
+        if name not in choice.replaced
     )
 
 
@@ -249,14 +264,16 @@ def _run_all(
         run_jobs(mine, do, done, workers=size, threads=threads)
 
 
-def _load(source: Path, device: torch.device, job: Job) -> torch.Tensor:
+def _load(checkpoint: Checkpoint, device: torch.device, job: Job) -> torch.Tensor:
     # In memory of its own, which the quantizer may overwrite: a mapping would count beside its working copy.
-    with open_checkpoint(source) as checkpoint:
-        return checkpoint.read_tensor(job.source.weight).to(device)
+    part = job.source.weight
+    if isinstance(part, Whole):
+        return checkpoint.read_tensor(part.name).to(device)
+    return part.read(checkpoint.load_tensor).to(device, copy=True).contiguous()
 
 
 def _quantize_batch(
-    source: Path,
+    checkpoint: Checkpoint,
     work: WorkDirectory,
     importance: Mapping[str, Importance],
     device: torch.device,
@@ -265,9 +282,9 @@ def _quantize_batch(
     start = time.perf_counter()
     layers = [
         DenseLayer(
-            partial(_load, source, device, job),
+            partial(_load, checkpoint, device, job),
             job.config,
-            _bias(source, device, job),
+            _bias(checkpoint, device, job),
             importance.get(job.source.name),
             name=job.source.name,
         )
@@ -280,8 +297,7 @@ def _quantize_batch(
         work.write_layer(job, one.packed, layer_entry(report, bias=layer.bias is not None), seconds)
 
 
-def _bias(source: Path, device: torch.device, job: Job) -> torch.Tensor | None:
+def _bias(checkpoint: Checkpoint, device: torch.device, job: Job) -> torch.Tensor | None:
     if job.source.bias is None:
         return None
-    with open_checkpoint(source) as checkpoint:
-        return checkpoint.load_tensor(job.source.bias).to(device, copy=True)
+    return job.source.bias.read(checkpoint.load_tensor).to(device, copy=True)

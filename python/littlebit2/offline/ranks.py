@@ -11,20 +11,20 @@ import torch
 from tqdm import tqdm
 
 from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns
-from littlebit2.architecture.tensors import select_layers
 from littlebit2.checkpoint import open_checkpoint
 from littlebit2.disk import write_file
 from littlebit2.quantize import Importance, QuantConfig
 from littlebit2.quantize.allocate import LayerSpectrum, RankAllocation
 from littlebit2.quantize.ranks import check_budget, needs_spectra, settle_ranks, spectrum_of
 
+from .choice import check_dense_source, choose_layers
 from .group import Group, share_out
 from .jobs import Job
 from .work import WorkDirectory, keep_layers
 
 __all__ = ["allocation_of", "measure_ranks"]
 
-#: The settled ranks inside the work directory, so that a run that goes on need not measure again.
+#: The settled ranks inside the work directory, so that a resumed run need not measure again.
 _FILE = "ranks.json"
 
 
@@ -43,7 +43,7 @@ def allocation_of(
         group: the processes, which share the measuring out.
         work: the open work directory.
         jobs: every layer.
-        config: of the model.
+        config: the model's configuration.
         importance: by layer name.
         load: returns the weight of a layer.
         run: runs a function on this process's layers, in batches, as ``run_jobs`` does.
@@ -87,7 +87,7 @@ def measure_ranks(
     importance: Mapping[str, Importance] | None = None,
     progress: bool = True,
 ) -> dict[str, RankAllocation]:
-    """Settle the ranks of a dense checkpoint's layers by the spectra of their weights, and quantise nothing.
+    """Settle the ranks of a dense checkpoint's layers by the spectra of their weights, and quantize nothing.
 
     One weight at a time is in memory, with its smaller Gram matrix in float64.
 
@@ -109,11 +109,10 @@ def measure_ranks(
     includes, excludes = check_patterns("include", include), check_patterns("exclude", exclude)
     spectra = []
     with open_checkpoint(model_dir) as checkpoint:
-        if checkpoint.format != "dense" or "quantization_config" in checkpoint.config:
-            raise ValueError(f"{model_dir}: must be a dense checkpoint, got one that is quantised already")
-        sources = select_layers(checkpoint.dense, checkpoint.config, include=includes, exclude=excludes)
+        check_dense_source(checkpoint)
+        sources = choose_layers(checkpoint, config, include=includes, exclude=excludes).layers
         check_budget(config, ((s.name, s.in_features, s.out_features) for s in sources))
         for one in tqdm(sources, desc="measure", unit="layer", disable=None if progress else True):
-            weight = checkpoint.load_tensor(one.weight)
+            weight = one.weight.read(checkpoint.load_tensor)
             spectra.append(spectrum_of(one.name, weight, config, (importance or {}).get(one.name)))
     return settle_ranks(spectra, config)

@@ -19,19 +19,21 @@ class RunReport:
 
     Attributes:
         settings: everything that the result's bytes depend on.
-        layers: one JSON object per quantised layer, in the order of the checkpoint: ``name``,
+        layers: one JSON object per quantized layer, in the order of the checkpoint: ``name``,
             ``in_features``, ``out_features``, ``ranks``, ``bias``, ``error`` (squared relative Frobenius
             error), ``predicted_error`` (of the allocation, or null), ``weighted_error`` (with importance, or
             null), ``method``, ``path_errors`` (after each path), ``truncation_errors`` (null without SVD),
             ``itq_iterations`` and ``itq_converged`` (per path), ``counted_bpw``, ``stored_bpw``.
         dense: names of the tensors that were copied.
         seconds: per layer, as measured; empty for a run that had been finished before.
+        left: files beside the weights that were not copied, and why.
     """
 
     settings: dict[str, Any]
     layers: tuple[dict[str, Any], ...]
     dense: tuple[str, ...]
     seconds: dict[str, float] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
 
     @property
     def at_largest_rank(self) -> tuple[str, ...]:
@@ -74,6 +76,7 @@ class RunReport:
             "totals": self.totals(),
             "layers": list(self.layers),
             "dense": list(self.dense),
+            "left": dict(self.left),
         }
         return {**content, "seconds": self.seconds} if timings else content
 

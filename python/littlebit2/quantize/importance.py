@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
+from littlebit2.architecture.experts import expanded_experts
 from littlebit2.disk import write_file
 
 from .solvers.numerics import check_finite, squared_norm
@@ -126,7 +127,7 @@ def collect_importance(
     inputs: dict[str, _MeanSquare] = {}
     outputs: dict[str, _MeanSquare] = {}
     count = 0
-    with _watched(model, inputs, outputs if loss else None):
+    with expanded_experts(model), _watched(model, inputs, outputs if loss else None):
         for batch in batches:
             count += 1
             with torch.set_grad_enabled(loss is not None):
@@ -222,7 +223,7 @@ def _watched(
     handles = [
         module.register_forward_hook(watch(name, module))
         for name, module in model.named_modules()
-        if type(module) is nn.Linear
+        if isinstance(module, nn.Linear)
     ]
     try:
         yield

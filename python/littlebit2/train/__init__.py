@@ -1,4 +1,4 @@
-"""Quantisation-aware training of packed layers: float latents in, the packed format out.
+"""Quantization-aware training of packed layers: float latents in, the packed format out.
 
 This much needs torch alone; :mod:`littlebit2.train.recipe` holds what is built on transformers. See
 docs/finetuning.md.

@@ -41,7 +41,7 @@ def binary_path(
         u: latent ``[N, R]``.
         latent_scale: ``[R]``.
         out_scale: ``[N]``.
-        surrogate: of the sign's derivative.
+        surrogate: derivative used for the sign in backward.
 
     Returns:
         ``[M, N]`` of the dtype of ``x``. Differentiable once in every tensor.
@@ -110,10 +110,10 @@ def _factor_gradients(
     Args:
         product: gradient of the scaled signs divided by the scale, of the latent's shape.
         latent: ``[N, R]`` or ``[R, K]``.
-        signs: of ``latent``, in the dtype of the products.
+        signs: signs of ``latent``, in the dtype of the products.
         scale: ``[N]`` or ``[K]``.
         along: the dimension of the rank, over which the gradient of ``scale`` sums.
-        surrogate: of the sign's derivative.
+        surrogate: derivative used for the sign in backward.
     """
     product = product.to(latent.dtype)
     of_scale = (product * signs.to(latent.dtype)).sum(along)

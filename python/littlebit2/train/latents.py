@@ -54,8 +54,9 @@ def starting_latents(
     else:
         confidences = _confidences(packed, signs, weight)
     latents: list[tuple[torch.Tensor | None, torch.Tensor]] = []
+    shares = packed.shape.shares
     for p, ((v, u), (of_v, of_u)) in enumerate(zip(signs, confidences, strict=True)):
-        own = packed.leaders[p] == p
+        own = shares[p] == p
         latents.append((v * of_v * magnitude if own else None, u * of_u * magnitude))
     return latents
 

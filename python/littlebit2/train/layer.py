@@ -55,8 +55,8 @@ class TrainableLittleBitLinear(nn.Module):
         packed: where training starts: two-stage paths, which may share first stages.
         weight: the dense ``[N, K]`` that ``packed`` approximates; tells latents how far from flipping they
             are (:mod:`.latents`). Without it all start at the same distance.
-        surrogate: of the sign's derivative (:mod:`.surrogate`).
-        magnitude: of a latent of confidence 1.
+        surrogate: derivative used for the sign in backward (:mod:`.surrogate`).
+        magnitude: start value of a latent with confidence 1.
 
     Raises:
         TypeError: ``packed`` is not a :class:`PackedLinear`.
@@ -75,11 +75,10 @@ class TrainableLittleBitLinear(nn.Module):
         if not isinstance(packed, PackedLinear):
             raise TypeError(f"packed must be a PackedLinear, got {type(packed).__name__}")
         check_surrogate(surrogate)
+        #: Sizes, ranks, and for each path the one whose V and in_scale it uses.
+        self.shape = packed.shape
         self.in_features = packed.in_features
         self.out_features = packed.out_features
-        self.ranks = packed.ranks
-        #: For each path, the path whose V and in_scale it uses.
-        self.shares = packed.leaders
         self.surrogate: Surrogate = surrogate
         latents = starting_latents(packed, weight, magnitude)
         self.paths = nn.ModuleList(
@@ -105,7 +104,7 @@ class TrainableLittleBitLinear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         y: torch.Tensor | None = None
         paths: Any = self.paths  # whose attributes are known to be tensors
-        for path, leader in zip(paths, self.shares, strict=True):
+        for path, leader in zip(paths, self.shape.shares, strict=True):
             first = paths[leader]
             one = binary_path(
                 rows,
@@ -139,7 +138,7 @@ class TrainableLittleBitLinear(nn.Module):
             return tensors[name].detach().to(torch.float32, copy=True).contiguous()
 
         paths: list[PackedPath] = []
-        for p, leader in enumerate(self.shares):
+        for p, leader in enumerate(self.shape.shares):
             own = leader == p
             paths.append(
                 PackedPath(
@@ -158,7 +157,4 @@ class TrainableLittleBitLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Shape, ranks and surrogate."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, ranks={list(self.ranks)}, "
-            f"bias={self.bias is not None}, surrogate={self.surrogate!r}"
-        )
+        return f"{self.shape}, bias={self.bias is not None}, surrogate={self.surrogate!r}"

@@ -28,7 +28,7 @@ __all__ = [
 
 #: Which parameters outside the packed layers are trained.
 Dense = Literal["all", "norms", "none"]
-#: What a parameter is to the optimiser.
+#: What a parameter is to the optimizer.
 ParameterKind = Literal["latent", "scale", "dense"]
 
 
@@ -47,10 +47,10 @@ def make_trainable(
         model: holds ``nn.Linear`` or :class:`LittleBitLinear` modules of the given names. An ``nn.Linear``
             gives its weight to the latents' confidences.
         packed: where each layer starts, by module name; a function is called once a layer.
-        names: of the modules; by default the keys of ``packed``.
+        names: names of the modules; by default the keys of ``packed``.
         weights: dense weights ``[N, K]`` by module name, for modules that are packed already.
-        surrogate: of the sign's derivative.
-        magnitude: of a latent of confidence 1.
+        surrogate: derivative used for the sign in backward.
+        magnitude: start value of a latent with confidence 1.
 
     Returns:
         The names of the replaced modules.
@@ -139,7 +139,7 @@ def pack_model(model: nn.Module, **options: Any) -> list[str]:
 
 
 def parameter_kind(name: str) -> ParameterKind:
-    """Tell from a parameter's name in the model what it is to the optimiser."""
+    """Tell from a parameter's name in the model what it is to the optimizer."""
     parts = name.split(".")
     if len(parts) >= 3 and parts[-3] == "paths" and parts[-2].isdigit():
         return "latent" if parts[-1] in ("U", "V") else "scale"

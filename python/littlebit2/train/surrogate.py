@@ -5,7 +5,7 @@ The forward pass always takes the hard sign of the packed format, ``sign(0) = +1
 ``"smooth-sign"``
     ``100 (1 - tanh^2(100 x))``, the derivative of ``tanh(100 x)``: LittleBit's SmoothSign (arXiv 2506.13771).
 ``"clipped"``
-    1 where ``|x| <= 1``, else 0: the clipped straight-through estimator of binarised networks
+    1 where ``|x| <= 1``, else 0: the clipped straight-through estimator of binarized networks
     (arXiv 1602.02830).
 """
 

@@ -36,7 +36,7 @@ class Teacher(Protocol):
 
         Args:
             batch: ``input_ids`` ``[B, T]`` and ``block`` ``[B]``.
-            logits: of the student ``[B, T, vocabulary]``.
+            logits: the student's logits ``[B, T, vocabulary]``.
             hidden: its hidden states, embeddings first, or ``None``.
         """
         ...
@@ -115,7 +115,7 @@ def store_teacher(
 
     Args:
         model: the teacher; put in evaluation mode.
-        blocks: of the training data.
+        blocks: training data.
         path: directory to make; a finished one of the same blocks and ``k`` is used as it is.
         k: tokens a position.
         batch_size: blocks at a time.

@@ -1,37 +1,38 @@
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 import pytest
 
+from benchmarks.__main__ import main
 from benchmarks.cuda import gpu_suite
-from benchmarks.cuda.gpu_suite import STEPS, Folders, Step, main, run_step
+from benchmarks.cuda.gpu_suite import STEPS, Folders, Step, run_step
+from benchmarks.records import read_result
 
 
 def test_dry_run_understands_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--dry-run"]) == 0
+    assert main(["gpu-suite", "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert all(f"{step.name} (at most" in printed for step in STEPS)
 
 
 def test_every_test_that_a_step_names_exists() -> None:
     commands = [step.command for step in STEPS if "pytest" in step.command]
+    named = [[part for part in command if part.startswith("tests/")] for command in commands]
     assert commands
-    for command in commands:
-        names = [part for part in command if part.startswith("tests/")]
-        collected = subprocess.run(
-            [sys.executable, "-m", "pytest", "--collect-only", "-q", *names],
-            cwd=gpu_suite.ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert names
-        assert collected.returncode == 0, collected.stdout
+    assert all(named)
+    collected = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", *chain.from_iterable(named)],
+        cwd=gpu_suite.ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert collected.returncode == 0, collected.stdout
 
 
 def test_steps_need_only_steps_before_them() -> None:
@@ -57,8 +58,8 @@ def test_every_group_fits_into_ten_minutes_and_eight_files() -> None:
         "variants",
         "triton",
         "prefill",
-        "prompts",
-        "prompt-variants",
+        "prefill-triton",
+        "prefill-variants",
         "models",
     }
     for group in groups:
@@ -102,8 +103,8 @@ def test_results_are_written_and_the_exit_status_tells(
     bad = Step("tests", "check", (sys.executable, "-c", "raise SystemExit('reason')"), 60)
     monkeypatch.setattr(gpu_suite, "STEPS", (good, bad))
     monkeypatch.setattr(gpu_suite, "ROOT", tmp_path)
-    assert main(["--out", str(tmp_path / "out")]) == 1
-    written = json.loads((tmp_path / "out" / "suite.json").read_text())
+    assert main(["gpu-suite", "--out", str(tmp_path / "out")]) == 1
+    written = read_result(tmp_path / "out" / "suite.json", ("gpu-suite",))["steps"]
     assert [entry["state"] for entry in written] == ["passed", "failed with 1"]
     assert (tmp_path / "out" / "suite.log").read_text().splitlines() == [
         "=== build: passed",
@@ -114,4 +115,4 @@ def test_results_are_written_and_the_exit_status_tells(
         "",
     ]
     assert "reason" in capsys.readouterr().out
-    assert main(["--out", str(tmp_path / "out"), "--steps", "build"]) == 0
+    assert main(["gpu-suite", "--out", str(tmp_path / "out"), "--steps", "build"]) == 0

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.caches import last_level_cache
 from benchmarks.layers import floors as floors_module
-from benchmarks.layers import sweep as sweep_module
+from benchmarks.layers import sweeping as sweep_module
 from benchmarks.layers.candidates import (
     Built,
     Candidate,
@@ -22,10 +22,12 @@ from benchmarks.layers.candidates import (
     Unpack,
     parse_candidate,
 )
-from benchmarks.layers.floors import Floor, floor_fraction, floors_table, measure_floors
+from benchmarks.layers.floors import measure_floors
 from benchmarks.layers.refcheck import INT16_BOUND, error_bound, precision_of, torch_error
-from benchmarks.layers.sweep import MAX_COPIES, Case, Entry, Settings, Sweep, available
-from benchmarks.problems import LARGE_SHAPES, SHAPES, Problem, Shape, parse_dtype, parse_shape
+from benchmarks.layers.rows import Floor, floor_fraction, floors_table
+from benchmarks.layers.sweeping import MAX_COPIES, Case, Entry, Settings, Sweep, available
+from benchmarks.problems import Problem, parse_dtype, random_packed
+from benchmarks.shapes import LARGE_SHAPES, SHAPES, Shape, parse_shape
 from benchmarks.timing import CpuTimer, Timing
 from benchmarks.timing_cuda import CALLS_PER_GRAPH
 from littlebit2_kernels import LittleBitLinear, PackedLinear, PackedPath
@@ -68,6 +70,18 @@ def test_problems_repeat_and_keep_their_budget() -> None:
     assert SMALL.packed_macs == sum(rank * (256 + 192) for rank in SMALL.ranks)
     large = SMALL.activations(64, outliers=4).abs().amax(0) > 40
     assert int(large.sum()) == 4
+
+
+@pytest.mark.parametrize(("k", "n", "ranks"), [(256, 704, [40, 40]), (100, 64, [24]), (64, 96, [32, 32, 32])])
+def test_random_layers_have_ordinary_weights(k: int, n: int, ranks: list[int], rng: torch.Generator) -> None:
+    layer = random_packed(k, n, ranks, std=0.02, generator=rng)
+    weight = LittleBitLinear.from_packed(layer).dequantize()
+    assert weight.shape == (n, k)
+    assert 0.01 < weight.std() < 0.04
+    assert abs(weight.mean()) < 0.005
+    for path in layer.paths:
+        # Pad bits are 0 in the format.
+        assert k % 32 == 0 or not (path.v[:, -1] >> k % 32).any()
 
 
 @pytest.mark.parametrize("features", [(256, 192), (100, 60)])

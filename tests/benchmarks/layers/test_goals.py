@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from benchmarks.layers.candidates import parse_candidate
-from benchmarks.layers.goals import BPWS, GOALS, Goal, Result, by_bpw_table, evaluate, goals_table
-from benchmarks.layers.goals_run import METHOD_DTYPES, goal_cases
-from benchmarks.problems import LARGE_SHAPES
-from benchmarks.records import Check, Row
+from benchmarks.layers.goal_results import GOALS, Goal, Result, by_bpw_table, evaluate, goals_table
+from benchmarks.layers.goal_runs import METHOD_DTYPES, goal_cases
+from benchmarks.layers.rows import Check, Row
+from benchmarks.shapes import GOAL_BPWS, LARGE_SHAPES
 from tests.benchmarks.builders import row
 
 METHODS = {"exact": "littlebit2:cpu:exact float32", "int16": "littlebit2:cpu:int16 bfloat16"}
@@ -70,7 +70,7 @@ def test_measured_is_the_middle_of_what_the_spread_is_of() -> None:
 
 def test_goals_are_judged_on_all_of_their_cells_only() -> None:
     goal = Goal("exact", "speedup", 7.9, peer=LOW_RANK)
-    rows = [r for s in LARGE_SHAPES for bpw in BPWS for r in group([1.0], [8.0], shape=s, bpw=bpw)]
+    rows = [r for s in LARGE_SHAPES for bpw in GOAL_BPWS for r in group([1.0], [8.0], shape=s, bpw=bpw)]
     whole = one(goal, rows)
     assert (whole.met, whole.coverage, whole.as_dict()["met"]) == (True, "16 of 16", True)
     assert one(dataclasses.replace(goal, target=8.1), rows).met is False
@@ -83,7 +83,7 @@ def test_goals_are_judged_on_all_of_their_cells_only() -> None:
     dense = dataclasses.replace(goal, bpw=0.3)
     assert (one(dense, rows).coverage, one(dense, rows[:2]).coverage) == ("4 of 4", "0 of 4")
     assert Goal("exact", "threads", 1.7).cells == [
-        f"llama2-70b-{name} bpw={bpw:g}" for name in ("up", "down") for bpw in BPWS
+        f"llama2-70b-{name} bpw={bpw:g}" for name in ("up", "down") for bpw in GOAL_BPWS
     ]
 
 
@@ -115,7 +115,7 @@ def everywhere(**changes: object) -> tuple[Check, ...]:
     return tuple(
         check(shape=shape, bpw=bpw, inputs=inputs, **changes)
         for shape in LARGE_SHAPES
-        for bpw in BPWS
+        for bpw in GOAL_BPWS
         for inputs in ("normal", "full")
     )
 

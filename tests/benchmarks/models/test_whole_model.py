@@ -15,20 +15,20 @@ from torch import nn
 
 from benchmarks.__main__ import main
 from benchmarks.models import llama_options
-from benchmarks.models.decode import PARTS, Decode, DecodeTimer, Profile, generate, profile_decode
-from benchmarks.models.llama import (
-    LLAMA_SHAPES,
-    LlamaShape,
-    build_dense,
-    build_packed,
-    linear_macs,
-    parse_llama_shape,
-    random_packed,
-    twin,
-    weight_bytes,
+from benchmarks.models.decode import (
+    PARTS,
+    DecodeTimer,
+    GenerateDecode,
+    Profile,
+    StaticDecode,
+    generate,
+    profile_decode,
 )
+from benchmarks.models.llama import build_dense, build_packed, twin, weight_bytes
 from benchmarks.models.llama_options import DEFAULT, FlatLinear, Int8Linear, apply_options, parse_options
-from benchmarks.models.whole_model import extrapolate
+from benchmarks.models.model_rows import extrapolate
+from benchmarks.models.whole_model import OPTION_NAMES
+from benchmarks.shapes import LLAMA_SHAPES, LlamaShape, parse_llama_shape
 from benchmarks.timing import Timing
 from littlebit2_kernels import LittleBitLinear
 from littlebit2_kernels.testing import relative_error
@@ -57,18 +57,6 @@ def packed() -> Any:
 # --- models --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("k", "n", "ranks"), [(256, 704, [40, 40]), (100, 64, [24]), (64, 96, [32, 32, 32])])
-def test_random_layers_have_ordinary_weights(k: int, n: int, ranks: list[int], rng: torch.Generator) -> None:
-    layer = random_packed(k, n, ranks, std=0.02, generator=rng)
-    weight = LittleBitLinear.from_packed(layer).dequantize()
-    assert weight.shape == (n, k)
-    assert 0.01 < weight.std() < 0.04
-    assert abs(weight.mean()) < 0.005
-    for path in layer.paths:
-        # Pad bits are 0 in the format.
-        assert k % 32 == 0 or not (path.v[:, -1] >> k % 32).any()
-
-
 def test_packed_model(packed: Any) -> None:
     layers = {name: m for name, m in packed.named_modules() if isinstance(m, LittleBitLinear)}
     assert len(layers) == 2 * 7
@@ -76,7 +64,7 @@ def test_packed_model(packed: Any) -> None:
     assert {name for name, m in packed.named_modules() if isinstance(m, nn.Linear)} == {"lm_head"}
     assert all("prepacked" in layer._buffers for layer in layers.values())
     macs = sum(layer.in_features * layer.out_features for layer in layers.values())
-    assert macs == linear_macs(TINY, 2)
+    assert macs == TINY.linear_macs(2)
     assert weight_bytes(packed) < weight_bytes(build_dense(TINY, 2, torch.float32)) / 2
 
 
@@ -133,32 +121,14 @@ def test_tensors_that_would_stay_empty_are_an_error(monkeypatch: pytest.MonkeyPa
 # --- options -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["eager-attention", "flat-head", "static-cache", "static-cache+flat-head"])
+@pytest.mark.parametrize("text", ["eager-attention", "flat-head", "eager-attention+flat-head"])
 def test_exact_options_keep_the_tokens(packed: Any, text: str) -> None:
-    model, extra = apply_options(packed, TINY, text)
-    assert generate(model, PROMPT, 8, extra).tokens == generate(packed, PROMPT, 8).tokens
-
-
-def test_compiled_steps(packed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = []
-
-    def compiler(function: Any, **_: Any) -> Any:
-        def compiled(*args: Any, **kwargs: Any) -> Any:
-            steps.append(kwargs["input_ids"].shape[1])
-            return function(*args, **kwargs)
-
-        return compiled
-
-    # Compiling takes a C++ compiler and half a minute; what it is given is what is tested.
-    monkeypatch.setattr(torch, "compile", compiler)
-    model, extra = apply_options(packed, TINY, "compile")
-    assert extra == {"cache_implementation": "static"}
-    assert generate(model, PROMPT, 4, extra).tokens == generate(packed, PROMPT, 4).tokens
-    assert steps == [1, 1, 1]
+    model = apply_options(packed, TINY, text)
+    assert generate(model, PROMPT, 8).tokens == generate(packed, PROMPT, 8).tokens
 
 
 def test_packed_head(packed: Any) -> None:
-    model, _ = apply_options(packed, TINY, "packed-head")
+    model = apply_options(packed, TINY, "packed-head")
     assert isinstance(model.lm_head, LittleBitLinear)
     assert isinstance(packed.lm_head, nn.Linear)
     assert len(generate(model, PROMPT, 3).tokens) == 3
@@ -210,8 +180,8 @@ def test_no_options() -> None:
 
 
 def test_profile_sums_to_the_step(packed: Any) -> None:
-    model, extra = apply_options(packed, TINY, "flat-head")
-    decode = Decode(model, PROMPT, 6, extra)
+    model = apply_options(packed, TINY, "flat-head")
+    decode = GenerateDecode(model, PROMPT, 6)
     forwards = [module.__dict__.get("forward") for module in model.modules()]
     profile = profile_decode(decode)
     assert [module.__dict__.get("forward") for module in model.modules()] == forwards
@@ -233,7 +203,7 @@ def test_profile_restores_what_was_replaced(packed: Any) -> None:
 
     model.forward = forward
     with pytest.raises(RuntimeError, match="stop"):
-        profile_decode(Decode(model, PROMPT, 3))
+        profile_decode(GenerateDecode(model, PROMPT, 3))
     assert model.__dict__["forward"] is forward
     assert "forward" not in model.lm_head.__dict__
 
@@ -243,7 +213,7 @@ def test_shares() -> None:
 
 
 def test_decode_timer(packed: Any) -> None:
-    decode = Decode(packed, PROMPT, 3)
+    decode = GenerateDecode(packed, PROMPT, 3)
     turn = DecodeTimer().prepare([decode], seconds=1, cold=True, setup=None)
     assert decode.generations == []
     assert turn() > 0
@@ -251,6 +221,17 @@ def test_decode_timer(packed: Any) -> None:
     assert len(decode.steps) == 2
     with pytest.raises(TypeError, match="runs must hold one Decode, got function"):
         DecodeTimer().prepare([lambda: None], seconds=1, cold=True, setup=None)
+
+
+def test_static_decode_makes_the_same_tokens(packed: Any) -> None:
+    decode = StaticDecode(packed, PROMPT, 6, "eager")
+    assert decode() > 0
+    assert decode() > 0
+    expected = generate(packed, PROMPT, 6).tokens
+    assert [generation.tokens for generation in decode.generations] == [expected] * 2
+    assert [len(generation.steps) for generation in decode.generations] == [5] * 2
+    batch = StaticDecode(packed, PROMPT.repeat(3, 1), 6, "eager").run()
+    assert batch.tokens == expected
 
 
 def test_too_few_tokens(packed: Any) -> None:
@@ -261,7 +242,7 @@ def test_too_few_tokens(packed: Any) -> None:
 def test_a_model_that_stops(packed: Any) -> None:
     third = generate(packed, PROMPT, 3).tokens[-1]
     with pytest.raises(ValueError, match="generate must make 8 tokens, it stopped after"):
-        generate(packed, PROMPT, 8, {"eos_token_id": third})
+        generate(packed, PROMPT, 8, eos_token_id=third)
 
 
 # --- arithmetic and the command ------------------------------------------------------------------------
@@ -337,6 +318,34 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @needs_transformers
+def test_every_step_and_projection(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "steps.json"
+    arguments = ["--layers", "1", "--bpw", "0.5", "1", "--projections", "fused", "apart"]
+    assert main([*WHOLE, *arguments, "--rows", "2", "--steps", "eager", "graph", "--json", str(path)]) == 0
+    content = json.loads(path.read_text())
+    rows = {row["name"]: row for row in content["rows"]}
+    packed = [f"packed {bpw} bpw, {kind}" for bpw in ("0.5", "1") for kind in ("fused", "apart")]
+    models = [*packed, "dense bfloat16"]
+    assert list(rows) == [f"{model}, eager" for model in models]
+    assert list(content["unavailable"]) == [f"{model}, graph" for model in models]
+    assert "needs a model on a CUDA device" in content["unavailable"]["dense bfloat16, graph"]
+    for name, row in rows.items():
+        assert (len(row["samples"]), row["step"], row["fused"]) == (2, "eager", "fused" in name)
+        assert min(row["samples"]) > 0
+        assert set(row["speedups"]) == (set() if row["bpw"] is None else {"dense bfloat16, eager"})
+    sizes = [rows[f"{model}, eager"]["weight_bytes"] for model in models]
+    assert sizes[0] == sizes[1] < sizes[2] == sizes[3] < sizes[4]
+    assert content["profiles"] == {}
+    assert "| packed 0.5 bpw, apart, eager" in capsys.readouterr().out
+
+
+@needs_transformers
+def test_steps_that_cannot_run_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*WHOLE, "--steps", "graph", "--dense"]) == 1
+    assert "not measured: packed 1 bpw, graph: ValueError" in capsys.readouterr().err
+
+
+@needs_transformers
 def test_dense_measured_whole(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*WHOLE, "--layers", "1", "--dense", "float32", "--dtype", "float32"]) == 0
     output = capsys.readouterr().out
@@ -363,6 +372,7 @@ def test_an_option_that_fails_leaves_the_others(capsys: pytest.CaptureFixture[st
         (["--options", "fast"], "option must be one of .* got 'fast'"),
         (["--options", DEFAULT], "options must name changes, 'as is' is always measured"),
         (["--tokens", "1"], "tokens must be at least 2"),
+        (["--rows", "2"], "rows must be 1 with the step 'generate', got 2"),
         (["--threads", "100000"], "threads must be at most .* got 100000"),
         (["--layers", "8", "--dense-layers", "1"], "dense-layers must be at least 2 .* to 8 layers, got 1"),
         (["--memory-gib", "1e-6"], "linear layers of all models must fit into 1e-06 GiB"),
@@ -384,5 +394,6 @@ def test_without_transformers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 def test_shapes() -> None:
     shape = parse_llama_shape("llama2-7b")
     assert isinstance(shape, LlamaShape)
-    assert linear_macs(shape, shape.layers) == 6_476_005_376
-    assert llama_options.OPTIONS.keys().isdisjoint({DEFAULT})
+    assert shape.linear_macs(shape.layers) == 6_476_005_376
+    assert tuple(llama_options.OPTIONS) == OPTION_NAMES
+    assert DEFAULT not in OPTION_NAMES

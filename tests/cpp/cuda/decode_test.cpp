@@ -15,7 +15,7 @@
 
 namespace {
 
-// Signs [rows, z.size()] times the binarised z: its signs times the mean magnitude of their slice. Slices
+// Signs [rows, z.size()] times the binarized z: its signs times the mean magnitude of their slice. Slices
 // count in integers, as a count of zero must give zero for the sign that is taken of it next.
 std::vector<double> multiply_signs(const std::vector<double>& signs, size_t rows,
                                    const std::vector<double>& z) {
@@ -33,7 +33,7 @@ std::vector<double> multiply_signs(const std::vector<double>& signs, size_t rows
   return out;
 }
 
-// Replaces the expected results by those of binarised activations and latents.
+// Replaces the expected results by those of binarized activations and latents.
 void expect_signs(Problem& problem) {
   for (int64_t t = 0; t < problem.m; ++t)
     for (int64_t i = 0; i < problem.n; ++i) {

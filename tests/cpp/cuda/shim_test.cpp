@@ -270,7 +270,7 @@ void test_clusters() {
             };
             EXPECT(shared_of_block(words, rank) == words);
             for (int round = 0; round < 3; ++round) {
-              // Written by a neighbour.
+              // Written by a neighbor.
               uint32_t* theirs =
                   static_cast<uint32_t*>(shared_of_block(words + thread_id(), (rank + 1) % blocks));
               *theirs = static_cast<uint32_t>(1000 * round + 100 * rank + thread_id());

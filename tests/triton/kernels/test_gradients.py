@@ -12,8 +12,7 @@ from littlebit2_kernels import PackedLinear, littlebit_linear
 from littlebit2_kernels.reference import dense_weight
 from littlebit2_kernels.testing import TOLERANCE, make_problem, relative_error, typical_norm
 from littlebit2_kernels.triton.backend import interpreting
-from tests.cuda.problems import with_word_layout
-from tests.kernels.problems import scaled_down
+from tests.problems import scaled_down, with_word_layout
 
 DTYPES = tuple(TOLERANCE)
 LAYERS: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ from littlebit2.disk import new_file, write_json
 
 __all__ = ["TokenFile", "write_tokens"]
 
-#: Texts that are tokenised at a time: a fast tokenizer spreads them over threads.
+#: Texts that are tokenized at a time: a fast tokenizer spreads them over threads.
 _BATCH = 256
 _BATCH_CHARACTERS = 4 << 20
 
@@ -64,15 +64,15 @@ class TokenFile:
 def write_tokens(
     path: Path, texts: Iterable[tuple[str, bool]], tokenizer: Any, *, max_tokens: int | None = None
 ) -> TokenFile:
-    """Tokenise a stream of texts into a file that appears whole or not at all.
+    """Tokenize a stream of texts into a file that appears whole or not at all.
 
     Documents follow one another. Each is opened and closed by what the tokenizer puts around a text by
     itself; if that is nothing, it is closed by the end-of-text token, where there is one.
 
     Args:
-        path: of the file.
+        path: file to write.
         texts: pieces of documents, and whether the document ends there.
-        tokenizer: of transformers.
+        tokenizer: a tokenizer of transformers.
         max_tokens: stop after so many.
 
     Raises:

@@ -2,7 +2,7 @@
 
 ``Trainer`` writes a checkpoint file by file into its final folder. A process that is killed meanwhile leaves
 a folder that looks like a checkpoint. So the last thing written into one is a mark, once every file is on the
-disk; folders without it are removed before training goes on.
+disk; folders without it are removed before training continues.
 """
 
 from __future__ import annotations

@@ -25,9 +25,9 @@ class Evaluation:
     """What was measured.
 
     Attributes:
-        perplexity: of the text, or ``None`` where none was given.
+        perplexity: perplexity on the text, or ``None`` where none was given.
         block: T.
-        characters: of the text that the tokens come from.
+        characters: number of characters that the tokens come from.
         tasks: results of lm-evaluation-harness by task: metric to value.
     """
 

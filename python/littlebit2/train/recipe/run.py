@@ -1,4 +1,4 @@
-"""A whole run: quantise, train against the teacher, pack, and check what was written."""
+"""A whole run: quantize, train against the teacher, pack, and check what was written."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from littlebit2.architecture.select import DEFAULT_EXCLUDE
+from littlebit2.checkpoint import find_side_files
 from littlebit2.disk import check_replaceable, write_json
 from littlebit2.integrations.bars import no_bars_in_logs
 from littlebit2.integrations.loading import load
@@ -30,7 +31,6 @@ from littlebit2.train.data import TokenBlocks, TokenFile, find_files, read_texts
 from littlebit2.train.model import trainable_layers
 from littlebit2.train.perplexity import perplexity
 from littlebit2.train.teacher import LiveTeacher, StoredTeacher, Teacher, check_logits, store_teacher
-from littlebit2_kernels.format import LayerShape
 
 from .checkpoints import latest_checkpoint, remove_incomplete
 from .evaluation import load_tokenizer
@@ -59,7 +59,7 @@ class FinetuneReport:
         perplexity: on the held-out text: ``teacher`` (without for a stored one), ``start``, ``trained`` (in
             the precision of training), ``packed`` (the checkpoint on the packed kernels, float32).
         agreement: largest relative difference of logits, trained against packed; ``None`` if sharded.
-        seconds: of this call.
+        seconds: duration of this call.
         history: all entries of the metrics.
     """
 
@@ -90,10 +90,10 @@ def finetune(
 ) -> FinetuneReport:
     """Train a packed model to do what a dense one does (LittleBit, arXiv 2506.13771, distillation).
 
-    The dense model is quantised (or a packed checkpoint taken), its signs become float latents, these are
+    The dense model is quantized (or a packed checkpoint taken), its signs become float latents, these are
     trained against the dense model, and the result is packed again, evaluated as it was written, and
     compared with what was trained. Everything the run needs lies in ``<out>.finetune``: killed at any
-    moment, the same call goes on from the last whole checkpoint and logs the losses that it would have
+    moment, the same call continues from the last whole checkpoint and logs the losses that it would have
     logged. When ``out`` is written, that folder keeps the TensorBoard files alone.
 
     Under ``torchrun`` the processes share every step; ``recipe.fsdp`` shards the model over them too.
@@ -102,15 +102,15 @@ def finetune(
         teacher: directory of a dense checkpoint with a tokenizer.
         out: directory to make.
         data: files or directories of text, JSON lines, Parquet or Arrow (:func:`.find_files`).
-        config: how to quantise; all methods. Either this or ``start``.
+        config: how to quantize; all methods. Either this or ``start``.
         start: a packed checkpoint of the same model, in any layout that is read.
         recipe: how to train.
         eval_data: held-out text; by default the last blocks of ``data`` (``recipe.hold_out``).
         text_field: name of the text in JSON lines and tables.
-        include: patterns of modules to quantise, as of :func:`.quantize_checkpoint`.
+        include: patterns of modules to quantize, as of :func:`.quantize_checkpoint`.
         exclude: likewise.
         device: ``"cpu"`` or ``"cuda"``.
-        resume: whether to go on with a run that was interrupted; otherwise it is discarded.
+        resume: continue an interrupted run; otherwise it is discarded.
         overwrite: whether ``out`` may be a checkpoint, which is replaced at the end.
 
     Raises:
@@ -193,8 +193,9 @@ class _Run:
 
     def check(self) -> None:
         """Raise what can be told before anything is computed."""
-        check_replaceable(self.out, overwrite=self.overwrite)
         stored = check_dense(self.teacher)
+        replaces = find_side_files(self.teacher).in_folders
+        check_replaceable(self.out, overwrite=self.overwrite, replaces=replaces)
         if self.start is not None and not self.start.is_dir():
             raise FileNotFoundError(f"start must be a checkpoint directory, got {self.start}, which is none")
         most = stored.get("max_position_embeddings")
@@ -219,7 +220,7 @@ class _Run:
             "data": describe_files(self.files),
             "eval_data": None if self.eval_files is None else describe_files(self.eval_files),
             "text_field": self.text_field,
-            "quantisation": None
+            "quantization": None
             if self.config is None
             else {k: str(v) for k, v in vars(self.config).items()},
             "start": start,
@@ -267,7 +268,7 @@ class _Run:
         return report
 
     def blocks(self, group: Group) -> tuple[TokenBlocks, TokenBlocks | None]:
-        """Return training and held-out blocks, tokenised by the first process."""
+        """Return training and held-out blocks, tokenized by the first process."""
 
         def write() -> None:
             tokenizer = load_tokenizer(self.teacher)
@@ -449,7 +450,7 @@ class _Run:
         """Write the report beside the weights and clear the folder of the run."""
         entry = {
             "recipe": vars(self.recipe),
-            "quantisation": None
+            "quantization": None
             if self.config is None
             else {k: _plain(v) for k, v in vars(self.config).items()},
             **{k: v for k, v in asdict(report).items() if k not in ("out", "seconds")},
@@ -486,8 +487,6 @@ def _stored_dtype(teacher: Path) -> torch.dtype:
 
 
 def _bits_per_weight(model: Any) -> float:
-    bits = weights = 0
-    for layer in trainable_layers(model).values():
-        bits += LayerShape(layer.in_features, layer.out_features, layer.ranks).counted_bits
-        weights += layer.in_features * layer.out_features
-    return bits / weights
+    shapes = [layer.shape for layer in trainable_layers(model).values()]
+    weights = sum(shape.in_features * shape.out_features for shape in shapes)
+    return sum(shape.counted_bits for shape in shapes) / weights

@@ -20,42 +20,42 @@ _WITHOUT_EFFECT = ("eval_batch_size", "keep_work", "quiet", "tensorboard", "save
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained. Defaults are the papers' (LittleBit, arXiv 2506.13771) where they name one.
+    """Settings for training. Defaults are from the papers (LittleBit, arXiv 2506.13771) where they give one.
 
     Attributes:
-        block: T, tokens in a sequence.
-        steps: optimiser steps; ``None`` takes them from ``epochs``.
+        block: T, tokens per sequence.
+        steps: optimizer steps; ``None`` takes them from ``epochs``.
         epochs: passes over the training data, where ``steps`` is not given.
-        batch_size: sequences at a time, in each process.
-        accumulation: batches whose gradients make one step.
+        batch_size: sequences per batch and process.
+        accumulation: batches per optimizer step.
         lr: peak learning rate of the latents.
-        scale_lr: of the scales and biases of packed layers; ``None`` takes ``lr``.
-        dense_lr: of parameters outside packed layers; ``None`` takes ``lr``.
+        scale_lr: peak learning rate of scales and biases in packed layers; ``None`` takes ``lr``.
+        dense_lr: peak learning rate of parameters outside packed layers; ``None`` takes ``lr``.
         warmup: share of the steps in which the rate rises from 0, before it falls to 0 as a cosine.
-        weight_decay: of dense matrices; latents, scales and vectors have none.
-        max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
-        hidden_weight: lambda of the loss ``KL + lambda * sum of hidden-state MSE``; 0 without.
-        surrogate: of the sign's derivative, ``"smooth-sign"`` or ``"clipped"``.
-        magnitude: of a latent of confidence 1, see :mod:`littlebit2.train.latents`.
+        weight_decay: for dense matrices; latents, scales and vectors have none.
+        max_grad_norm: gradients are clipped to this norm; 0 does not clip.
+        hidden_weight: lambda of the loss ``KL + lambda * sum of hidden-state MSE``; 0 turns it off.
+        surrogate: derivative used for the sign in backward, ``"smooth-sign"`` or ``"clipped"``.
+        magnitude: start value of a latent with confidence 1, see :mod:`littlebit2.train.latents`.
         dense: which parameters outside the packed layers are trained: ``"all"``, ``"norms"``, ``"none"``.
-        precision: of the products; parameters and optimiser are float32.
-        teacher_precision: dtype of the teacher; ``None`` is what its checkpoint says.
+        precision: dtype of matrix products; parameters and optimizer state are float32.
+        teacher_precision: dtype of the teacher; ``None`` keeps that of its checkpoint.
         teacher_top_k: run the teacher once before training and keep its k likeliest tokens; no
             hidden-state loss then, and no teacher in memory while training.
         gradient_checkpointing: recompute activations in backward.
-        fsdp: shard parameters, gradients and optimiser over the processes of ``torchrun``.
+        fsdp: shard parameters, gradients and optimizer over the processes of ``torchrun``.
         max_tokens: read at most so many tokens of training text.
         hold_out: share of the blocks, taken from the end, that is held out where no evaluation text is given.
-        log_steps: steps between two entries of the metrics.
-        eval_steps: steps between two perplexities on held-out text; 0: before and after training alone.
-        save_steps: steps between two checkpoints, a multiple of ``log_steps``.
-        eval_batch_size: sequences at a time in evaluation.
-        seed: of the order of the data (and of whatever the model draws).
-        deterministic: ask torch for deterministic algorithms on GPUs too, which is slower.
+        log_steps: steps between log entries.
+        eval_steps: steps between evaluations on held-out text; 0: only before and after training.
+        save_steps: steps between checkpoints, a multiple of ``log_steps``.
+        eval_batch_size: sequences per batch in evaluation.
+        seed: seed for the order of the data and for what the model draws at random.
+        deterministic: use deterministic algorithms on GPUs too, which is slower.
         tensorboard: write metrics for TensorBoard.
-        keep_work: keep checkpoints and token files when the run has ended well.
+        keep_work: keep checkpoints and token files after a successful run.
         quiet: no progress bars.
-        stop_after: end the call after this step with a checkpoint; a later call goes on.
+        stop_after: write a checkpoint after this step and return; a later call continues.
 
     Raises:
         ValueError: a value out of its range, or two that contradict each other.
@@ -148,10 +148,10 @@ class Recipe:
         return self.lr if own is None else own
 
     def total_steps(self, blocks: int, processes: int) -> int:
-        """Return the optimiser steps of the run.
+        """Return the optimizer steps of the run.
 
         Args:
-            blocks: of training data.
+            blocks: number of training blocks.
             processes: that share each step.
 
         Raises:

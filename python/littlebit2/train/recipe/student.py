@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from littlebit2.checkpoint import CheckpointWriter, open_checkpoint
+from littlebit2.checkpoint import CheckpointWriter, find_side_files, open_checkpoint
 from littlebit2.disk import RunError
 from littlebit2.integrations.loading import load
 from littlebit2.train.model import make_trainable, packed_layers, select_dense, trainable_layers
@@ -40,7 +40,7 @@ def check_dense(teacher: Path) -> dict[str, Any]:
                 "layers: give the dense model, and the packed one as the start (--start)"
             )
         if "quantization_config" in checkpoint.config:
-            raise ValueError(f"teacher must be a dense checkpoint, got {teacher}, which is quantised")
+            raise ValueError(f"teacher must be a dense checkpoint, got {teacher}, which is quantized")
         if not checkpoint.config:
             raise ValueError(f"teacher must have a config.json, got {teacher} without")
         return dict(checkpoint.config)
@@ -103,7 +103,7 @@ def export_student(
         model: the student.
         out: directory to make.
         teacher: the dense checkpoint.
-        dtype: of the dense tensors.
+        dtype: dtype of the dense tensors.
         state: the whole state where the model's own is sharded.
         overwrite: replace a checkpoint at ``out``.
     """
@@ -114,14 +114,15 @@ def export_student(
     model.config.architectures = [type(model).__name__]
     config = model.config.to_diff_dict()
     config["use_cache"] = True  # turned off while training
-    with CheckpointWriter(out, config, overwrite=overwrite) as writer:
+    replaces = find_side_files(Path(teacher)).in_folders
+    with CheckpointWriter(out, config, overwrite=overwrite, replaces=replaces) as writer:
         for name, packed in packed_layers(model, tensors):
             writer.add_layer(name, packed)
         for name, tensor in tensors.items():
             if not name.startswith(layers) and name not in tied:
                 value = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
                 writer.add_tensor(name, value.cpu().contiguous())
-        writer.copy_extra_files(teacher)
+        writer.copy_side_files(teacher)
         writer.finish()
 
 

@@ -30,17 +30,17 @@ class DistillationTrainer(Trainer):
     The loss is ``KL(logits) + hidden_weight * sum over layers of hidden-state MSE`` (LittleBit, arXiv
     2506.13771). Logged with every entry: both parts, the share of signs that changed since the entry before
     (``flip_rate``) and since the start (``flipped``). A loss or gradient that is not finite ends the run
-    before the optimiser has taken it.
+    before the optimizer has taken it.
 
     Args:
         model: the student, a causal language model of transformers.
-        args: of the ``Trainer``.
+        args: arguments for the ``Trainer``.
         teacher: see :class:`.Teacher`.
         train_blocks: training data.
         eval_blocks: held-out text whose perplexity :meth:`evaluate` measures.
         hidden_weight: 0 without a hidden-state loss.
         rate: peak learning rate by kind of parameter (:func:`.parameter_kind`); default ``args``'s.
-        callbacks: of the ``Trainer``.
+        callbacks: callbacks for the ``Trainer``.
 
     Raises:
         ValueError: ``hidden_weight`` asks for hidden states that the teacher does not have.
@@ -123,7 +123,7 @@ class DistillationTrainer(Trainer):
         self._teacher_placed = True
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        # After backward and the exchange of gradients, before the optimiser: the last moment at which the
+        # After backward and the exchange of gradients, before the optimizer: the last moment at which the
         # parameters are still good. A scaler of float16 gradients skips such steps by itself.
         norm = super()._get_grad_norm(model, grad_norm)
         if self.accelerator.scaler is None:
@@ -141,10 +141,10 @@ class DistillationTrainer(Trainer):
             "(--lr), a longer warm-up or float32 may help; the last checkpoint is whole"
         )
 
-    # --- the optimiser -----------------------------------------------------------------------------------
+    # --- the optimizer -----------------------------------------------------------------------------------
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Make the optimiser, with a group for each kind of parameter."""
+        """Make the optimizer, with a group for each kind of parameter."""
         if self.optimizer is None:
             groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
             student: Any = self.model if model is None else model
@@ -233,7 +233,7 @@ class DistillationTrainer(Trainer):
 
         Args:
             checkpoint: whole.
-            steps: of the run.
+            steps: total steps of the run.
         """
         if self.is_fsdp_enabled:
             self._prepare_for_training(steps, self.get_train_dataloader(), str(checkpoint))
@@ -282,8 +282,8 @@ class MetricsLog(TrainerCallback):
     """Writes every entry to TensorBoard.
 
     Args:
-        folder: of the event files.
-        resumed: step that the run goes on from; entries after it, from a process that was killed, go.
+        folder: where the event files go.
+        resumed: step that the run continues from; later entries, from a killed process, are purged.
     """
 
     def __init__(self, folder: Path, resumed: int = 0) -> None:

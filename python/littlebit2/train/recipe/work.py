@@ -17,7 +17,7 @@ __all__ = ["FinetuneDirectory", "describe_files"]
 
 #: Settings that the files of tokens, and the checkpoint to start from, are made of.
 _OF_TOKENS = frozenset({"teacher", "data", "eval_data", "text_field", "max_tokens"})
-_OF_START = frozenset({"teacher", "quantisation", "patterns", "device"})
+_OF_START = frozenset({"teacher", "quantization", "patterns", "device"})
 
 
 class FinetuneDirectory(RunDirectory):
@@ -27,7 +27,7 @@ class FinetuneDirectory(RunDirectory):
         out: directory that the run is to make.
 
     Attributes:
-        path: of the folder.
+        path: the folder.
     """
 
     def __init__(self, out: Path) -> None:
@@ -58,7 +58,7 @@ class FinetuneDirectory(RunDirectory):
         return self.path / f"{split}.tokens"
 
     def open(self, settings: Mapping[str, Any], *, resume: bool) -> bool:
-        """Take the folder for this process; return whether it goes on with an earlier run.
+        """Take the folder for this process; return whether it continues an earlier run.
 
         Raises:
             RunError: another process works in it, or it holds checkpoints of a run with other settings.

@@ -1,0 +1,122 @@
+"""Which linear layers a model's code uses as tensors: such layers must keep their dense weights.
+
+A packed layer has no ``weight``. Code that multiplies by ``self.out_proj.weight`` itself, instead of calling
+the module, is found in its source: attribute chains that end in ``.NAME.weight`` or ``.NAME.bias``, outside
+of initialization.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import sys
+from dataclasses import dataclass
+from types import ModuleType
+
+from torch import nn
+
+__all__ = ["modules_read_as_tensors"]
+
+_TENSORS = ("weight", "bias")
+#: Functions that do not run when a model computes.
+_QUIET = (
+    "__init__",
+    "__repr__",
+    "_init_weights",
+    "_initialize_weights",
+    "_reset_parameters",
+    "_resize_token_embeddings",
+    "_tie_weights",
+    "init_weights",
+    "reset_parameters",
+    "resize_token_embeddings",
+    "tie_weights",
+)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """One attribute chain: ``("attention", "output")`` for ``block.attention.output.weight``.
+
+    Attributes:
+        chain: names of modules, the last one that of the layer.
+        owner: name of the class whose code it is.
+        own: whether the chain begins at ``self``; else at any module below.
+        where: file and line.
+    """
+
+    chain: tuple[str, ...]
+    owner: str
+    own: bool
+    where: str
+
+
+def modules_read_as_tensors(model: nn.Module) -> dict[str, str]:
+    """Return the names of modules whose weight or bias the model's code reads, and where it does.
+
+    A chain from ``self`` counts for children of modules of its class; any other chain in a method for all
+    modules that are called so somewhere below such a module, as what it begins with is not known.
+    """
+    reads: dict[str, list[_Read]] = {}
+    for source in {type(module).__module__ for module in model.modules()}:
+        code = sys.modules.get(source)
+        for read in () if code is None else _reads(code):
+            reads.setdefault(read.chain[-1], []).append(read)
+    found: dict[str, str] = {}
+    for name, _ in model.named_modules():
+        parts = tuple(name.split("."))
+        for read in reads.get(parts[-1], ()):
+            size = len(read.chain)
+            if parts[-size:] != read.chain:
+                continue
+            owners = [".".join(parts[:-size])]
+            if not read.own:
+                owners += [".".join(parts[:i]) for i in range(len(parts) - size)]
+            if any(read.owner in _classes(model.get_submodule(owner)) for owner in owners):
+                found[name] = read.where
+                break
+    return found
+
+
+def _classes(module: nn.Module) -> set[str]:
+    return {kind.__name__ for kind in type(module).__mro__}
+
+
+@functools.cache
+def _reads(code: ModuleType) -> tuple[_Read, ...]:
+    try:
+        tree = ast.parse(inspect.getsource(code))
+    except (OSError, TypeError, SyntaxError):
+        return ()
+    visitor = _Visitor(code.__name__.rpartition(".")[2])
+    visitor.visit(tree)
+    return tuple(visitor.found)
+
+
+class _Visitor(ast.NodeVisitor):
+    def __init__(self, module: str) -> None:
+        self.found: list[_Read] = []
+        self._module = module
+        self._class: str | None = None
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        outside, self._class = self._class, node.name
+        self.generic_visit(node)
+        self._class = outside
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        if node.name not in _QUIET:
+            self.generic_visit(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        if self._class is not None and node.attr in _TENSORS and isinstance(node.value, ast.Attribute):
+            names: list[str] = []
+            inner: ast.expr = node.value
+            while isinstance(inner, ast.Attribute):
+                names.insert(0, inner.attr)
+                inner = inner.value
+            own = isinstance(inner, ast.Name) and inner.id == "self"
+            where = f"{self._module}.py:{node.lineno}"
+            self.found.append(_Read(tuple(names), self._class, own, where))
+        self.generic_visit(node)

@@ -1,0 +1,91 @@
+"""Tries the layouts on the tensors of a checkpoint. A new layout is a new file and an entry here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from littlebit2.checkpoint.headers import TensorEntry
+
+from .dbf import DoubleBinary
+from .examination import ReadInts
+from .layout import Layout, Leaves, StoredLayer
+from .littlebit import LittleBit
+from .littlebit2 import LittleBit2
+from .littlebit_latent import LittleBitLatent
+from .names import natural_order, split_name
+from .nanoquant import NanoQuant
+from .onebit import OneBit
+from .unknown import looks_packed
+
+__all__ = ["LAYOUTS", "find_layers", "has_packed"]
+
+#: In the order in which they are tried: the first that claims a layer has it.
+LAYOUTS: tuple[Layout, ...] = (
+    DoubleBinary(),
+    NanoQuant(),
+    LittleBitLatent(),
+    LittleBit(),
+    OneBit(),
+    LittleBit2(),
+)
+
+
+def find_layers(
+    entries: Mapping[str, TensorEntry], read_ints: ReadInts, *, strict: bool
+) -> tuple[dict[str, StoredLayer], list[str], list[str]]:
+    """Find the packed layers among the tensors of a checkpoint and check their headers.
+
+    Args:
+        entries: every tensor, by full name.
+        read_ints: gives the few values of an int64 tensor.
+        strict: whether the checkpoint declares this project's format.
+
+    Returns:
+        The layers by module path, in the order of the model; what is wrong with others, one line each; and
+        tensors that look like packed weights and fit no layout, one line each.
+    """
+    claimed, modules = _claim(entries)
+    found: dict[str, StoredLayer] = {}
+    faults: list[str] = []
+    for module, (layout, leaves) in sorted(claimed.items(), key=lambda item: natural_order(item[0])):
+        layer, wrong = layout.examine(module, leaves, read_ints, strict=strict)
+        faults += wrong
+        if layer is not None:
+            found[module] = layer
+    unknown = [
+        f"{entry.file.name}: {entry.name} ({entry.dtype} of shape {list(entry.shape)})"
+        for entry in _unknown(modules)
+    ]
+    return found, faults, unknown
+
+
+def has_packed(entries: Mapping[str, TensorEntry]) -> bool:
+    """Whether some tensors look like packed weights, of a layout that is read or of another."""
+    claimed, modules = _claim(entries)
+    return bool(claimed) or any(True for _ in _unknown(modules))
+
+
+def _claim(
+    entries: Mapping[str, TensorEntry],
+) -> tuple[dict[str, tuple[Layout, Leaves]], dict[str, dict[str, TensorEntry]]]:
+    """Return the layers, by module path, and the tensors that are left, by module path and leaf."""
+    modules: dict[str, dict[str, TensorEntry]] = {}
+    for name, entry in entries.items():
+        module, leaf = split_name(name)
+        modules.setdefault(module, {})[leaf] = entry
+    claimed: dict[str, tuple[Layout, Leaves]] = {}
+    for layout in LAYOUTS:
+        for module, leaves in layout.find(modules).items():
+            claimed[module] = (layout, leaves)
+            taken = {entry.name for entry in leaves.values()}
+            for owner in {split_name(name)[0] for name in taken}:
+                left = {leaf: entry for leaf, entry in modules[owner].items() if entry.name not in taken}
+                modules[owner] = left
+    return claimed, modules
+
+
+def _unknown(modules: Mapping[str, Leaves]) -> Iterator[TensorEntry]:
+    for leaves in modules.values():
+        for leaf, entry in leaves.items():
+            if looks_packed(leaf, entry):
+                yield entry

@@ -1,0 +1,74 @@
+"""A model without values, from its configuration alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+__all__ = ["UnknownModelError", "model_class", "skeleton"]
+
+
+class UnknownModelError(ValueError):
+    """Transformers cannot build the model that a configuration describes; the message says why."""
+
+
+def model_class(config: PreTrainedConfig, *, headed: bool = True) -> Any:
+    """Return the class that ``architectures`` names if transformers has it, else the type's automatic one.
+
+    Args:
+        config: of the model.
+        headed: whether files without ``architectures`` hold a head.
+    """
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    causal = headed and config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return AutoModelForCausalLM if causal else AutoModel
+
+
+def skeleton(source: Mapping[str, Any], *, headed: bool = True) -> PreTrainedModel:
+    """Build the model that the content of a ``config.json`` describes on the meta device.
+
+    Args:
+        source: the configuration; not changed.
+        headed: as for :func:`model_class`.
+
+    Raises:
+        UnknownModelError: the model type is missing, unknown or needs code of its own, or its class does not
+            accept the configuration.
+    """
+    fields = copy.deepcopy(dict(source))
+    fields.pop("quantization_config", None)
+    model_type = fields.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        code = " (its code lies beside the weights)" if fields.get("auto_map") else ""
+        raise UnknownModelError(
+            f"model_type must be one that transformers {transformers.__version__} has, "
+            f"got {model_type!r}{code}"
+        )
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        config = AutoConfig.for_model(model_type, **fields)
+        kind = model_class(config, headed=headed)
+        with torch.device("meta"):
+            made: PreTrainedModel = (
+                kind._from_config(config) if hasattr(kind, "_from_config") else kind.from_config(config)
+            )
+    except Exception as error:  # whatever a family's own code objects to
+        text = " ".join(str(error).split())
+        raise UnknownModelError(
+            f"transformers cannot build the {model_type} of config.json: {type(error).__name__}: {text:.300}"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    return made.eval()

@@ -1,0 +1,140 @@
+"""Which layers of a dense checkpoint are packed: by its model where transformers knows it, else by names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from littlebit2.architecture.parts import Part
+from littlebit2.architecture.tensors import LayerSource, select_layers
+from littlebit2.checkpoint import Checkpoint
+from littlebit2.quantize import QuantConfig
+from littlebit2.quantize.ranks import too_small
+
+__all__ = ["Choice", "check_dense_source", "choose_layers"]
+
+#: How the weights of models that other methods quantized are had dense, by their ``quant_method``.
+_DEQUANTIZE = {
+    "mxfp4": "Mxfp4Config(dequantize=True)",
+    "fp8": "FineGrainedFP8Config(dequantize=True)",
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is packed of a checkpoint, and what becomes of the rest.
+
+    Attributes:
+        layers: to pack, in the order of the files.
+        dense: why other matrices stay dense, by the name of the module.
+        notes: remarks for the user.
+        changes: entries of config.json that the result needs.
+        replaced: tensors that are not copied.
+        extra: tensors that are written besides, by name.
+    """
+
+    layers: tuple[LayerSource, ...]
+    dense: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    replaced: frozenset[str] = frozenset()
+    extra: Mapping[str, Part] = field(default_factory=dict)
+
+
+def check_dense_source(checkpoint: Checkpoint) -> None:
+    """Raise ``ValueError`` unless a checkpoint is one of a dense model, with its configuration."""
+    quantization = checkpoint.config.get("quantization_config")
+    if checkpoint.format != "dense" or quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        how = _DEQUANTIZE.get(str(method))
+        hint = (
+            f" by {method}; save its dense weights first: transformers' from_pretrained(..., "
+            f"quantization_config={how}) and save_pretrained"
+            if how
+            else ""
+        )
+        raise ValueError(
+            f"{checkpoint.path}: must be a dense checkpoint, got one that is quantized already{hint}"
+        )
+    if not checkpoint.config:
+        raise ValueError(
+            f"{checkpoint.path}: config.json is missing; without it nothing could load the result"
+        )
+
+
+def choose_layers(
+    checkpoint: Checkpoint, config: QuantConfig, *, include: Sequence[str], exclude: Sequence[str]
+) -> Choice:
+    """Decide for every weight of a dense checkpoint whether it is packed.
+
+    Args:
+        checkpoint: the source.
+        config: of the quantization; layers that are too small for its budget stay dense.
+        include: patterns of names.
+        exclude: likewise; wins.
+
+    Raises:
+        ValueError: no layer is selected, none fits the budget, or the checkpoint is malformed.
+    """
+    dense: dict[str, str] = {}
+    notes: list[str] = []
+    changes: Mapping[str, Any] = {}
+    trial = _trial(checkpoint, include, exclude, notes)
+    if trial is None:
+        layers = select_layers(checkpoint.dense, checkpoint.config, include=include, exclude=exclude)
+    else:
+        layers, changes = trial.layers, trial.changes
+        dense.update(trial.dense)
+        notes += trial.notes
+        if not layers:
+            raise ValueError(_nothing_selected(dense, include, exclude))
+    fitting, failures = [], []
+    for layer in layers:
+        reason = too_small(layer.name, layer.in_features, layer.out_features, config)
+        if reason is None:
+            fitting.append(layer)
+        else:
+            failures.append(reason)
+            dense[layer.name] = "too small for the budget"
+    if not fitting:
+        raise ValueError(failures[0])
+    if trial is None:
+        parts = [part for one in fitting for part in (one.weight, one.bias) if part is not None]
+        replaced, extra = {file for part in parts for file in part.files}, {}
+    else:
+        replaced, extra = trial.rest(fitting)
+    return Choice(tuple(fitting), dense, tuple(notes), changes, frozenset(replaced), extra)
+
+
+def _trial(checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[str], notes: list[str]) -> Any:
+    """What the model itself says, ``None`` where it cannot be built."""
+    try:
+        from littlebit2.integrations.skeleton import UnknownModelError  # noqa: PLC0415  # needs transformers
+        from littlebit2.integrations.trial import try_out  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        notes.append("transformers is not installed: layers are chosen by the names of their tensors alone")
+        return None
+    try:
+        return try_out(checkpoint.config, checkpoint.dense, include=include, exclude=exclude)
+    except UnknownModelError as error:
+        notes.append(
+            f"{error}; layers are chosen by the names of their tensors alone, and the result is untried"
+        )
+        return None
+
+
+def _nothing_selected(dense: Mapping[str, str], include: Sequence[str], exclude: Sequence[str]) -> str:
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in dense.items():
+        by_reason.setdefault(reason, []).append(name)
+    listed = "; ".join(
+        f"{len(names)} {reason} ({names[0]}{', ...' if len(names) > 1 else ''})"
+        for reason, names in by_reason.items()
+    )
+    return (
+        f"include must select at least one linear layer, got include={list(include)}, "
+        f"exclude={list(exclude)}. Of the model's matrices: {listed}"
+    )
