@@ -7,19 +7,16 @@ with the dense model whose weights are those that the packed layers stand for.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import io
-import json
-import os
 import shutil
 import signal
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +31,7 @@ from littlebit2.architecture.experts import collapse_experts, expand_experts
 from littlebit2.quantize import QuantConfig
 from littlebit2_kernels import LittleBitLinear
 
-__all__ = ["Outcome", "model_classes", "sweep", "tiny_config", "try_class"]
+__all__ = ["FAILED", "Outcome", "model_classes", "sweep", "tiny_config", "try_class"]
 
 #: Mappings of the library, in the order in which a class that is in several of them is taken.
 MAPPINGS = (
@@ -410,15 +407,3 @@ def sweep(names: Sequence[str] = (), *, seconds: int = 60, show: bool = True) ->
             sys.stdout.write(f"{outcome.kind:9} {model_type:28} {name:44} {outcome.reason}\n")
             sys.stdout.flush()
     return outcomes
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*")
-    parser.add_argument("--json")
-    parser.add_argument("--seconds", type=int, default=60)
-    arguments = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    found = sweep(arguments.names, seconds=arguments.seconds)
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps([asdict(one) for one in found], indent=1))
