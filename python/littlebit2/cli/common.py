@@ -228,12 +228,6 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--admm-iterations", type=int, default=300, metavar="N", help="ADMM iterations (default 300)"
     )
-    parser.add_argument(
-        "--admm-start",
-        choices=("random", "joint-itq"),
-        default="random",
-        help="where admm starts: random signs (default), or an SVD and Joint-ITQ",
-    )
 
 
 def method_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -243,7 +237,6 @@ def method_options(args: argparse.Namespace) -> dict[str, Any]:
         "itq_iterations": args.itq_iterations,
         "refine_rounds": args.refine_rounds,
         "admm_iterations": args.admm_iterations,
-        "admm_start": args.admm_start,
     }
 
 
