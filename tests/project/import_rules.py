@@ -145,6 +145,7 @@ PYTHON_ROOMS = {
         may=(
             "torch",
             "safetensors",
+            "littlebit2._messages",
             "littlebit2.architecture.names",
             "littlebit2.checkpoint",
             "littlebit2.disk",
@@ -159,6 +160,7 @@ PYTHON_ROOMS = {
     "littlebit2.checkpoint.formats": PythonRoom(
         may=(
             "torch",
+            "numpy",
             "littlebit2.checkpoint.errors",
             "littlebit2.checkpoint.formats",
             "littlebit2.checkpoint.headers",
@@ -184,6 +186,8 @@ PYTHON_ROOMS = {
             f"{_KERNELS}.state",
             f"{_KERNELS}.version",
         ),
+        # The trial builds the model on the meta device, where transformers is installed.
+        lazily=("littlebit2.integrations",),
         never=NATIVE,
         public_only=True,
     ),

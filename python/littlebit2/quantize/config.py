@@ -10,7 +10,7 @@ import torch
 
 from littlebit2_kernels.format import MAX_PATHS
 
-from .budget import affords, check_positive, check_rank, check_usable, rank_for_bpw
+from .budget import check_positive, check_rank, check_usable, rank_for_bpw
 from .methods import Method, Steps, resolve_steps, uses_one_path
 
 __all__ = ["Budget", "QuantConfig", "as_config"]
@@ -24,7 +24,7 @@ _PAPERS_PATHS = 2
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """How to quantise a layer.
+    """How to quantize a layer.
 
     The size is given by ``bpw`` (and ``paths``), by the share of ``energy`` to keep, or by explicit
     ``ranks``.
@@ -36,13 +36,13 @@ class QuantConfig:
         ranks: one positive multiple of 8 per path, replacing ``bpw``; ranks may differ, and may exceed
             ``min(K, N)``: the surplus directions start at zero and the rotation fills them.
         paths: number of paths of equal rank. Where not given, 1, and 2 for the papers' own methods: a primary
-            path and one that quantises its residual.
+            path and one that quantizes its residual.
         budget: ``"spectral"`` shares the bits of ``bpw`` out over the layers of a model by their spectra
             (:func:`.allocate_ranks`); ``"uniform"`` gives every layer the same. One layer alone has nothing
             to share: there it changes nothing.
         method: ``"dual-svid"`` (LittleBit, arXiv 2506.13771); ``"joint-itq"``, which rotates the latent space
-            before binarising (LittleBit-2, arXiv 2603.00042); ``"refine"``, which improves that by
-            :func:`.refine`; ``"admm"``, a binary factorisation (:func:`.admm`), refined; ``"auto"``, that in
+            before binarizing (LittleBit-2, arXiv 2603.00042); ``"refine"``, which improves that by
+            :func:`.refine`; ``"admm"``, a binary factorization (:func:`.admm`), refined; ``"auto"``, that in
             ``budget_seconds`` (:func:`.resolve_steps`).
         budget_seconds: for ``"auto"``: work allowed per layer, counted at 50e9 operations a second.
         itq_iterations: most Joint-ITQ iterations; 0 leaves the random rotation it starts from.
@@ -138,14 +138,6 @@ class QuantConfig:
         kv_factor = self.kv_factor if is_kv else 1.0
         rank = rank_for_bpw(in_features, out_features, self.bpw, paths=self.paths, kv_factor=kv_factor)
         return (rank,) * self.paths
-
-    def affords(self, in_features: int, out_features: int, *, is_kv: bool = False) -> bool:
-        """Return whether the size given leaves the layer a rank; only ``bpw`` can be too small for one."""
-        if self.bpw is None:
-            return True
-        assert self.paths is not None  # set by _resolve_size
-        kv_factor = self.kv_factor if is_kv else 1.0
-        return affords(self.bpw, in_features, out_features, paths=self.paths, kv_factor=kv_factor)
 
     def check_usable(self, shapes: Iterable[tuple[int, int, bool]]) -> None:
         """Raise ``ValueError`` if ``bpw`` is more than any layer can use (:func:`.budget.check_usable`).
