@@ -187,10 +187,10 @@ def test_plan_and_finetune_take_the_options_of_quantize() -> None:
         command: {option for action in parser._actions for option in action.option_strings}
         for command, parser in build_parser()._subparsers._group_actions[0].choices.items()  # type: ignore
     }
-    of_the_run = {"--workers", "--threads", "--restart", "--overwrite", "--device", "--quiet"}
+    of_the_run = {"--no-trial", "--workers", "--threads", "--restart", "--overwrite", "--device", "--quiet"}
     assert options["quantize"] - of_the_run <= options["plan"]
-    renamed = {"--workers", "--threads"}
-    assert options["quantize"] - renamed <= options["finetune"]
+    not_of_finetune = {"--no-trial", "--workers", "--threads"}
+    assert options["quantize"] - not_of_finetune <= options["finetune"]
 
 
 @pytest.mark.parametrize(

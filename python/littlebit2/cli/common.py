@@ -207,7 +207,7 @@ def add_size_options(parser: argparse.ArgumentParser) -> Any:
 
 
 def add_method_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options for how long and from where the methods search."""
+    """Add the options for how long the methods search."""
     parser.add_argument(
         "--time-budget",
         type=float,
@@ -231,7 +231,7 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
 
 
 def method_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what :func:`add_method_options` made as arguments of :func:`quant_config`."""
+    """Return the options of :func:`add_method_options` as arguments for :func:`quant_config`."""
     return {
         "budget_seconds": args.time_budget,
         "itq_iterations": args.itq_iterations,
