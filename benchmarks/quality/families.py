@@ -412,6 +412,20 @@ def sweep(names: Sequence[str] = (), *, seconds: int = 60, show: bool = True) ->
     return outcomes
 
 
+def markdown(outcomes: Sequence[Outcome]) -> str:
+    """Return the table of docs/models.md."""
+    order = {kind: index for index, kind in enumerate((FAILED, REFUSED, WORKS, NOT_BUILT))}
+    rows = [
+        f"| {one.model_type} | {one.model} | {one.kind} | {one.reason.replace('|', '/')[:160]} |"
+        for one in sorted(outcomes, key=lambda one: (order[one.kind], one.model_type))
+    ]
+    counts = ", ".join(
+        f"{sum(one.kind == kind for one in outcomes)} {kind}" for kind in (WORKS, REFUSED, FAILED, NOT_BUILT)
+    )
+    head = ["| model type | class | result | reason |", "|---|---|---|---|"]
+    return "\n".join([f"{len(outcomes)} model types: {counts}.", "", *head, *rows]) + "\n"
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*")
