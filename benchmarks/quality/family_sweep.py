@@ -10,6 +10,7 @@ import argparse
 import os
 from argparse import Namespace
 from collections import Counter
+from pathlib import Path
 
 from benchmarks.options import add_json, positive
 
@@ -22,18 +23,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=positive(int), default=60, help="limit for each class (default %(default)s)"
     )
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table of docs/models.md")
     add_json(parser)
 
 
 def run(options: Namespace) -> int:
     """Try them; returns 1 if one failed."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from benchmarks.quality.families import FAILED, sweep
+    from benchmarks.quality.families import FAILED, markdown, sweep
     from benchmarks.records import host_environment, write_result
 
     outcomes = sweep(options.names, seconds=options.seconds)
     counts = Counter(outcome.kind for outcome in outcomes)
     print(", ".join(f"{count} {kind}" for kind, count in counts.items()))
+    if options.markdown is not None:
+        options.markdown.write_text(markdown(outcomes), "utf-8")
     if options.json is not None:
         write_result(options.json, options, host_environment(), outcomes=outcomes)
     return int(counts[FAILED] > 0)
