@@ -117,6 +117,7 @@ PYTHON_ROOMS = {
         may=("torch", "numpy", _KERNELS),
         lazily=("triton", *(f"{_KERNELS}.triton.{name}" for name in _TRITON_KERNELS)),
     ),
+    "littlebit2._messages": PythonRoom(may=()),
     "littlebit2.disk": PythonRoom(may=("littlebit2.disk",)),
     # Names of model parts; what the command line imports of it needs no torch.
     **{
@@ -147,6 +148,7 @@ PYTHON_ROOMS = {
             "safetensors",
             "littlebit2.architecture.names",
             "littlebit2.checkpoint",
+            "littlebit2._messages",
             "littlebit2.disk",
             f"{_KERNELS}.format",
             f"{_KERNELS}.packing",
@@ -201,7 +203,10 @@ PYTHON_ROOMS = {
     ),
     # `--help` and usage errors do not wait for torch.
     "littlebit2.cli": PythonRoom(
-        may=("littlebit2.architecture.names", "littlebit2.architecture.select", "littlebit2.cli"),
+        may=(
+            *("littlebit2._messages", "littlebit2.architecture.names", "littlebit2.architecture.select"),
+            "littlebit2.cli",
+        ),
         lazily=(
             *(
                 f"littlebit2.{name}"
