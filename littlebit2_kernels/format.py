@@ -324,14 +324,14 @@ class LayerShape:
     @property
     def counted_bits(self) -> int:
         """Bits by the papers' count: one per sign, 16 per entry of a scale vector, shared tensors once."""
-        return self.macs + self.COUNTED_SCALE_BITS * self._scale_entries
+        return self.macs + self.COUNTED_SCALE_BITS * self.scale_entries
 
     @property
     def stored_bits(self) -> int:
         """Bits of the portable tensors without the bias: sign rows padded to words, float32 scales."""
         words = sum(self.own_rows) * words_per_row(self.in_features)
         words += self.out_features * sum(map(words_per_row, self.ranks or ()))
-        return WORD_BITS * words + self.STORED_SCALE_BITS * self._scale_entries
+        return WORD_BITS * words + self.STORED_SCALE_BITS * self.scale_entries
 
     @property
     def counted_bpw(self) -> float:
@@ -344,7 +344,8 @@ class LayerShape:
         return self.stored_bits / (self.in_features * self.out_features)
 
     @property
-    def _scale_entries(self) -> int:
+    def scale_entries(self) -> int:
+        """Entries of all scale vectors, shared ones once."""
         latents = sum(self.ranks or ())
         return len(self.own_rows) * self.in_features + self.num_paths * self.out_features + latents
 

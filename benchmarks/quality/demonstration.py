@@ -15,15 +15,9 @@ from torch import nn
 from benchmarks.plots import demo_figure
 from benchmarks.quality.minilm import SENTENCES, embed, encoder, load_model
 from benchmarks.timing import Timing, time_interleaved
-from littlebit2.quantize import (
-    LayerReport,
-    QuantConfig,
-    analyze_weight,
-    layer_spectrum,
-    quantize_linears,
-    quantize_weight,
-    rank_for_bpw,
-)
+from littlebit2 import quantize_
+from littlebit2.quantize import LayerReport, QuantConfig, analyze_weight, quantize_weight, rank_for_bpw
+from littlebit2.quantize.allocate import layer_spectrum
 from littlebit2_kernels import LittleBitLinear, PrepackedLinear, explain, littlebit_linear, prepack
 from littlebit2_kernels.testing import make_packed
 
@@ -107,14 +101,8 @@ def current_isa() -> str:
 
 def quantize_encoder(model: Any, packed_model: Any, config: QuantConfig) -> list[LayerRow]:
     """Replace the encoder's linear layers in ``packed_model``, and measure the papers' methods beside it."""
-    reports = quantize_linears(
-        encoder(packed_model),
-        config,
-        lambda _, packed: LittleBitLinear.from_packed(packed),
-        include=("encoder.*",),
-    )
     rows = []
-    for report in reports:
+    for report in quantize_(encoder(packed_model), config, include="encoder.*").layers:
         weight = encoder(model).get_submodule(report.name).weight.detach()
         of_papers = [
             quantize_weight(weight, config=replace(config, method=method, paths=None)).report.error

@@ -15,8 +15,8 @@ from benchmarks.options import note
 from benchmarks.plots import spectra_figure
 from benchmarks.quality.methods import seeded
 from benchmarks.quality.minilm import CALIBRATION, EVALUATION, embed, encoder, encoder_weights, load_model
-from littlebit2.quantize import Importance, LayerReport, QuantConfig, collect_importance, quantize_linears
-from littlebit2_kernels import LittleBitLinear
+from littlebit2 import quantize_
+from littlebit2.quantize import Importance, LayerReport, QuantConfig, collect_importance
 
 __all__ = ["Agreement", "model"]
 
@@ -96,14 +96,8 @@ def agreement(
     """Quantize a copy of the model and compare its embeddings with the dense ones."""
     packed = copy.deepcopy(dense)
     start = time.perf_counter()
-    reports = quantize_linears(
-        encoder(packed),
-        config,
-        lambda _, layer: LittleBitLinear.from_packed(layer),
-        include="encoder.*",
-        importance=importance,
-        progress=False,
-    )
+    report = quantize_(encoder(packed), config, include="encoder.*", importance=importance, progress=False)
+    reports = list(report.layers)
     seconds = time.perf_counter() - start
     cosines = (truth * embed(packed, EVALUATION)).sum(1)
     sizes = torch.tensor([report.in_features * report.out_features for report in reports]).double()

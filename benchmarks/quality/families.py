@@ -381,9 +381,8 @@ def _try_class(name: str, model_type: str, folder: Path) -> Outcome:
 def quantize_in_memory(model: Any) -> None:
     """Quantize a model in place, ready to be saved."""
     from littlebit2.integrations.transformers import attach
-    from littlebit2.quantize import quantize_linears
 
-    quantize_linears(model, QUANT, lambda _, p: LittleBitLinear.from_packed(p), progress=False)
+    littlebit2.quantize_(model, QUANT, progress=False)
     attach(model)
 
 

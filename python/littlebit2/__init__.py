@@ -1,4 +1,4 @@
-"""LittleBit-2 for users: quantise models to packed sub-1-bit layers, read and write checkpoints, run them.
+"""LittleBit-2 for users: quantize models to packed sub-1-bit layers, read and write checkpoints, run them.
 
 Names are imported on first use, so that ``littlebit2 --help`` does not wait for torch.
 """
@@ -11,26 +11,38 @@ if TYPE_CHECKING:
     from littlebit2_kernels.version import __version__
 
     from .architecture.projections import fuse_projections
+    from .in_place import QuantizationReport, quantize_, quantize_linear
     from .integrations.generation import generate
     from .integrations.loading import load
     from .integrations.synthesis import synthesize
     from .integrations.transformers import register
     from .offline import quantize_checkpoint
-    from .quantize import QuantConfig, analyze_weight, quantize_linears, quantize_weight, rank_for_bpw
+    from .quantize import (
+        Importance,
+        QuantConfig,
+        analyze_weight,
+        collect_importance,
+        quantize_weight,
+        rank_for_bpw,
+    )
     from .train.recipe import Recipe, evaluate_model, finetune
 
 __all__ = [
+    "Importance",
     "QuantConfig",
+    "QuantizationReport",
     "Recipe",
     "__version__",
     "analyze_weight",
+    "collect_importance",
     "evaluate_model",
     "finetune",
     "fuse_projections",
     "generate",
     "load",
+    "quantize_",
     "quantize_checkpoint",
-    "quantize_linears",
+    "quantize_linear",
     "quantize_weight",
     "rank_for_bpw",
     "register",
@@ -39,17 +51,21 @@ __all__ = [
 
 #: The module that defines each public name.
 _HOMES = {
+    "Importance": ".quantize",
     "QuantConfig": ".quantize",
+    "QuantizationReport": ".in_place",
     "Recipe": ".train.recipe",
     "__version__": "littlebit2_kernels.version",
     "analyze_weight": ".quantize",
+    "collect_importance": ".quantize",
     "evaluate_model": ".train.recipe",
     "finetune": ".train.recipe",
     "fuse_projections": ".architecture.projections",
     "generate": ".integrations.generation",
     "load": ".integrations.loading",
+    "quantize_": ".in_place",
     "quantize_checkpoint": ".offline",
-    "quantize_linears": ".quantize",
+    "quantize_linear": ".in_place",
     "quantize_weight": ".quantize",
     "rank_for_bpw": ".quantize",
     "register": ".integrations.transformers",

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
+from ._messages import missing_package
+
 __all__ = ["import_on_use"]
 
 
@@ -21,7 +23,13 @@ def import_on_use(
     def get(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(import_module(homes[name], package), name)
+        try:
+            value = getattr(import_module(homes[name], package), name)
+        except ModuleNotFoundError as error:
+            message = missing_package(error)
+            if message is None:
+                raise
+            raise ModuleNotFoundError(f"{package}.{name}: {message}", name=error.name) from error
         namespace[name] = value
         return value
 

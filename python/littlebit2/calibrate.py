@@ -20,7 +20,8 @@ from .architecture.select import DEFAULT_EXCLUDE
 from .architecture.tensors import select_layers
 from .checkpoint import open_checkpoint
 from .disk import check_new_file
-from .quantize import Importance, check_device, check_dtype, collect_importance, save_importance
+from .quantize import Importance, collect_importance, save_importance
+from .quantize.device import check_device, check_dtype
 from .train.data import find_files, read_texts
 
 __all__ = ["Calibration", "calibrate"]

@@ -8,28 +8,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import resources
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from littlebit2_kernels.format import words_per_row
+from littlebit2_kernels.format import LayerShape
 
+from ._messages import hub_hint
 from .architecture.select import DEFAULT_EXCLUDE, check_patterns, is_selected
 from .architecture.shapes import DenseShape, LinearShape, ModelShapes, model_shapes
-from .quantize import (
-    QuantConfig,
-    RankAllocation,
-    at_largest_rank,
-    check_budget,
-    counted_bpw,
-    layer_config,
-)
+from .quantize import QuantConfig
+from .quantize.allocate import RankAllocation
+from .quantize.budget import at_largest_rank
+from .quantize.ranks import check_budget, layer_config
 
 __all__ = ["LayerPlan", "ModelPlan", "load_config", "plan_model", "shipped_configs"]
 
-_WORD_BYTES = 4
 #: Embeddings, norms, biases and dense layers, and the dense model it is compared with: fp16 or bf16.
 _DENSE_BYTES = 2
 _SCALE_BYTES = {"fp16": 2, "fp32": 4}
@@ -47,10 +43,6 @@ class LayerPlan:
         in_features: K.
         out_features: N.
         ranks: of every path.
-        counted_bpw: bits per weight as the papers count them.
-        counted_bytes: the same, in bytes of the whole layer.
-        word_bytes: sign words, rows padded to 32 bits.
-        scale_entries: entries of in, out and latent scales.
         bias: entries of the bias.
         predicted_error: squared relative error to expect, where the ranks come from the spectra.
     """
@@ -59,12 +51,33 @@ class LayerPlan:
     in_features: int
     out_features: int
     ranks: tuple[int, ...]
-    counted_bpw: float
-    counted_bytes: float
-    word_bytes: int
-    scale_entries: int
     bias: int
     predicted_error: float | None = None
+
+    @property
+    def shape(self) -> LayerShape:
+        """Sizes and structure of the packed layer."""
+        return LayerShape(self.in_features, self.out_features, self.ranks)
+
+    @property
+    def counted_bpw(self) -> float:
+        """Bits per weight as the papers count them."""
+        return self.shape.counted_bpw
+
+    @property
+    def counted_bytes(self) -> float:
+        """The papers' count in bytes of the whole layer."""
+        return self.shape.counted_bits / 8
+
+    @property
+    def scale_entries(self) -> int:
+        """Entries of in, out and latent scales."""
+        return self.shape.scale_entries
+
+    @property
+    def word_bytes(self) -> int:
+        """Bytes of sign words, rows padded to 32 bits."""
+        return (self.shape.stored_bits - LayerShape.STORED_SCALE_BITS * self.scale_entries) // 8
 
     def stored_bytes(self, scales: str = "fp32") -> int:
         """Bytes of words and scales, bias excluded; ``scales`` is ``"fp32"`` (as loaded) or ``"fp16"``."""
@@ -78,7 +91,19 @@ class LayerPlan:
     @property
     def stored_bpw(self) -> float:
         """Bits per weight that the layer holds in memory, float32 scales, bias excluded."""
-        return 8 * self.stored_bytes() / (self.in_features * self.out_features)
+        return self.shape.stored_bpw
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plan of the layer as JSON values."""
+        names = (
+            "counted_bpw",
+            "counted_bytes",
+            "word_bytes",
+            "scale_entries",
+            "stored_bpw",
+            "at_largest_rank",
+        )
+        return {**asdict(self), **{name: getattr(self, name) for name in names}}
 
 
 @dataclass(frozen=True)
@@ -163,7 +188,7 @@ def plan_model(
     exclude: str | Sequence[str] = DEFAULT_EXCLUDE,
     allocation: Mapping[str, RankAllocation] | None = None,
 ) -> ModelPlan:
-    """Plan the quantisation of a model.
+    """Plan the quantization of a model.
 
     Args:
         source: as for :func:`load_config`, or the configuration itself.
@@ -203,16 +228,11 @@ def _plan_layer(shape: LinearShape, config: QuantConfig, allocation: RankAllocat
     k, n = shape.in_features, shape.out_features
     ranks = layer_config(shape.name, k, n, config, allocation).ranks
     assert ranks is not None  # layer_config settles them
-    bpw = counted_bpw(k, n, ranks)
     return LayerPlan(
         name=shape.name,
         in_features=k,
         out_features=n,
         ranks=ranks,
-        counted_bpw=bpw,
-        counted_bytes=bpw * k * n / 8,
-        word_bytes=_WORD_BYTES * sum(r * words_per_row(k) + n * words_per_row(r) for r in ranks),
-        scale_entries=sum(k + n + r for r in ranks),
         bias=n if shape.bias else 0,
         predicted_error=None if allocation is None else allocation.predicted_error,
     )
@@ -243,7 +263,7 @@ def load_config(source: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(
             f"{source}: expected a config.json, a directory with one, or one of "
-            f"{', '.join(shipped_configs())}"
+            f"{', '.join(shipped_configs())}{hub_hint(source)}"
         )
     if path.suffix in _WEIGHT_SUFFIXES:
         raise ValueError(f"{path}: must be a config.json or a directory with one, got a file of weights")

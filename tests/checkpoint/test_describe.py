@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from littlebit2.checkpoint import CheckpointWriter, describe, open_checkpoint
-from littlebit2.quantize import counted_bpw, stored_bpw
+from littlebit2_kernels.format import LayerShape
 from littlebit2_kernels.testing import make_packed
 from tests.checkpoint import wild
 from tests.checkpoint.wild import UP, Q
@@ -22,7 +22,7 @@ def test_authors_checkpoint(tmp_path: Path, nprng: np.random.Generator) -> None:
         summary = json.loads(json.dumps(describe(checkpoint)))
     assert summary["format"] == "littlebit"
     assert summary["model_type"] == "llama"
-    assert summary["layers"][Q]["counted_bpw"] == pytest.approx(counted_bpw(48, 40, [16, 16]))
+    assert summary["layers"][Q]["counted_bpw"] == pytest.approx(LayerShape(48, 40, (16, 16)).counted_bpw)
     up = summary["layers"][UP]
     assert up["ranks"] == [40, 40]
     words, scales = 2 * (100 * 2 + 40 * 2) * 4, 2 * (100 + 40 + 40 + 48) * 2
@@ -47,11 +47,11 @@ def test_our_checkpoint(tmp_path: Path, rng: torch.Generator) -> None:
         writer.finish()
     with open_checkpoint(tmp_path / "out") as checkpoint:
         layers = describe(checkpoint)["layers"]
-    assert layers["a"]["counted_bpw"] == pytest.approx(counted_bpw(64, 96, [16, 8]))
-    assert layers["a"]["stored_bpw"] == pytest.approx(stored_bpw(packed))
+    assert layers["a"]["counted_bpw"] == pytest.approx(LayerShape(64, 96, (16, 8)).counted_bpw)
+    assert layers["a"]["stored_bpw"] == pytest.approx(packed.shape.stored_bpw)
     assert layers["b"]["ranks"] is None
     assert layers["b"]["counted_bpw"] == pytest.approx(1 + 16 * (64 + 96) / (64 * 96))
-    assert layers["b"]["stored_bpw"] == pytest.approx(stored_bpw(single))
+    assert layers["b"]["stored_bpw"] == pytest.approx(single.shape.stored_bpw)
 
 
 def test_dense_checkpoint(tmp_path: Path) -> None:

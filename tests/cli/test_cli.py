@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from littlebit2 import offline
-from littlebit2.cli import main
+from littlebit2.cli import build_parser, main
 from littlebit2.cli.common import METHODS
 from littlebit2.plan import load_config, shipped_configs
 from littlebit2.quantize import Importance, save_importance
@@ -108,7 +108,7 @@ def test_wrong_usage_is_2(arguments: list[str], capsys: pytest.CaptureFixture[st
 def test_packages_of_extras_are_named() -> None:
     script = """
 import sys
-from littlebit2.cli import main
+from littlebit2.cli import build_parser, main
 sys.modules["accelerate"] = None
 sys.exit(main(["finetune", "nowhere", "out", "--data", "none.txt"]))
 """
@@ -124,6 +124,14 @@ sys.exit(main(["finetune", "nowhere", "out", "--data", "none.txt"]))
         (["quantize", "nowhere", "out", "--bpw", "0"], "bpw must be a finite positive number, got 0.0"),
         (["quantize", "nowhere", "out", "--ranks", "9"], "ranks[0] must be a positive multiple of 8, got 9"),
         (["inspect", "nowhere"], "nowhere"),
+        (["inspect", "some/model"], "Nothing is downloaded: if some/model is a model of a hub"),
+        (["plan", "some/model"], "Nothing is downloaded"),
+        (["generate", "some/model", "text"], "Nothing is downloaded"),
+        (["finetune", "some/model", "out", "--data", "x", "--no-tensorboard"], "Nothing is downloaded"),
+        (
+            ["plan", "llama-2-7b", "--ranks", "4104"],
+            "ranks must be at most 4096, the largest that any layer can use, got [4104]",
+        ),
         (["convert", "nowhere", "out", "--to", "littlebit"], "nowhere"),
         (["plan", "nowhere"], "nowhere: expected a config.json"),
         (
@@ -156,9 +164,35 @@ def test_errors_are_one_line(arguments: list[str], message: str, capsys: pytest.
     assert captured.out == ""
     (line,) = captured.err.splitlines()
     assert line.startswith(f"littlebit2 {arguments[0]}: error: ")
-    assert message in line
+    # The user's names of the arguments; Python's in a traceback.
+    assert re.sub(r"(?<![\w-])(bpw|ranks)(?=(\[0\])? must )", r"--\1", message) in line
     with pytest.raises((ValueError, OSError), match=re.escape(message)):
         main([*arguments, "--debug"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["quantize", "nowhere", "out", "--time-budget", "0"], "--time-budget must be"),
+        (["plan", "llama-2-7b", "--itq-iterations", "-1"], "--itq-iterations must be"),
+        (["finetune", "nowhere", "out", "--data", "x", "--accumulate", "0"], "--accumulate must be"),
+        (["generate", "nowhere", "text", "--max-new-tokens", "0"], "--max-new-tokens must be"),
+    ],
+)
+def test_errors_name_options(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 1
+    assert f"error: {said}" in capsys.readouterr().err
+
+
+def test_plan_and_finetune_take_the_options_of_quantize() -> None:
+    options = {
+        command: {option for action in parser._actions for option in action.option_strings}
+        for command, parser in build_parser()._subparsers._group_actions[0].choices.items()  # type: ignore
+    }
+    of_the_run = {"--workers", "--threads", "--restart", "--overwrite", "--device", "--quiet"}
+    assert options["quantize"] - of_the_run <= options["plan"]
+    renamed = {"--workers", "--threads"}
+    assert options["quantize"] - renamed <= options["finetune"]
 
 
 @pytest.mark.parametrize(
@@ -175,7 +209,7 @@ def test_a_device_that_cannot_be_used_is_told_alike(
 ) -> None:
     for device in ("nonsense", "cuda:99"):
         assert main([*(part.format(model=model_dir) for part in command), "--device", device]) == 1
-        expected = f"error: device must name one that torch can use here, such as 'cpu', got '{device}' ("
+        expected = f"error: --device must name one that torch can use here, such as 'cpu', got '{device}' ("
         assert expected in capsys.readouterr().err
 
 

@@ -9,7 +9,8 @@ import torch
 import transformers
 from torch import nn
 
-from littlebit2.quantize import QuantConfig, quantize_linears
+from littlebit2 import quantize_
+from littlebit2.quantize import QuantConfig
 from littlebit2_kernels import LittleBitLinear
 
 _SIZES: dict[str, Any] = {
@@ -68,12 +69,7 @@ def dense_model(family: str, seed: int = 0) -> Any:
 def quantized_copy(model: Any) -> Any:
     """The model with every linear but the head packed, through our quantizer."""
     packed = copy.deepcopy(model)
-    quantize_linears(
-        packed,
-        QuantConfig(ranks=RANKS, method="joint-itq", itq_iterations=4),
-        lambda linear, layer: LittleBitLinear.from_packed(layer),
-        progress=False,
-    )
+    quantize_(packed, QuantConfig(ranks=RANKS, method="joint-itq", itq_iterations=4), progress=False)
     return packed
 
 

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 
+from littlebit2 import quantize_linear
 from littlebit2.integrations.peft import LoraLittleBitLinear, with_packed_layers
 from littlebit2.quantize import QuantConfig
 from littlebit2_kernels import LittleBitLinear
@@ -23,7 +24,7 @@ def config(**changes: Any) -> LoraConfig:
 
 
 def quantized_head(head: torch.nn.Linear) -> LittleBitLinear:
-    return LittleBitLinear.from_packed(QuantConfig(ranks=(8,)).pack(head.weight.detach(), None))
+    return quantize_linear(head, QuantConfig(ranks=(8,)))
 
 
 @pytest.fixture

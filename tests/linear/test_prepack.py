@@ -400,7 +400,7 @@ def test_first_calls_from_many_threads(rng: torch.Generator) -> None:
     assert not failures
 
 
-@pytest.mark.parametrize("step", ["check_x", "choose"])
+@pytest.mark.parametrize("step", ["check_x", "choose_for"])
 def test_another_thread_may_prepack_in_the_middle_of_a_call(
     step: str, layer: Layer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

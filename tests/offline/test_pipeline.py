@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from littlebit2 import quantize_
 from littlebit2.checkpoint import open_checkpoint
 from littlebit2.disk import RunError
 from littlebit2.disk import run as disk_run
 from littlebit2.offline import pipeline, quantize_checkpoint, work
-from littlebit2.quantize import QuantConfig, quantize_linears
+from littlebit2.quantize import QuantConfig
 from littlebit2_kernels.format import PackedLinear
 from tests.offline.builders import QUICK, contents, llama_tensors, write_model
 
@@ -32,14 +33,15 @@ def same(first: PackedLinear, second: PackedLinear) -> bool:
     return all(torch.equal(mine, other) for mine, other in pairs)
 
 
-def test_layers_are_those_of_quantize_linears_and_the_rest_is_copied(model_dir: Path, tmp_path: Path) -> None:
+def test_layers_are_those_of_quantize_in_place_and_the_rest_is_copied(
+    model_dir: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     threads = torch.get_num_threads()
     report = run(model_dir, out)
     assert torch.get_num_threads() == threads
     assert not out.with_name("out.partial").exists()
     model = nn.Module()
-    packed: dict[str, PackedLinear] = {}
     with open_checkpoint(model_dir) as source, open_checkpoint(out) as made:
         assert made.format == "littlebit2"
         assert made.problems == []
@@ -56,13 +58,9 @@ def test_layers_are_those_of_quantize_linears_and_the_rest_is_copied(model_dir: 
             linear.load_state_dict({"weight": weight, **({} if bias is None else {"bias": bias.float()})})
             parent.add_module(leaf, linear)
 
-        def keep(linear: nn.Linear, layer: PackedLinear) -> nn.Module:
-            packed[str(len(packed))] = layer
-            return nn.Identity()
-
-        reports = quantize_linears(model, CONFIG, keep, progress=False)
-        for layer_report, layer in zip(reports, packed.values(), strict=True):
-            assert same(made.load_layer(layer_report.name), layer)
+        reports = quantize_(model, CONFIG, progress=False).layers
+        for layer_report in reports:
+            assert same(made.load_layer(layer_report.name), model.get_submodule(layer_report.name).packed)
         assert len(made.layers) == 14
         assert set(made.dense) == set(report.dense) == {name for name in source.dense if "proj" not in name}
         for name in made.dense:

@@ -338,14 +338,16 @@ def test_functions_and_modules_do_what_is_chosen(
     x, packed = make_problem(BLAS_TOKENS, 100, 70, [24], dtype=torch.float16, generator=rng)
     seen: list[str] = []
 
-    def choose_of_a_gpu(call: Call) -> Choice:
-        choice = choose(call._replace(gpu="H200", prepacked=False))
+    def of_a_gpu(
+        x: torch.Tensor, shape: LayerShape, backend: str, activation: str, prepacked: bool
+    ) -> Choice:
+        choice = choose(Call(shape, len(x), x.dtype, x.device, backend, activation, gpu="H200"))
         seen.append(choice.backend)
         return choice if choice.backend == "blas" else choice._replace(backend="reference")
 
     monkeypatch.setattr(dispatch, "_estimates", lambda *call: (2, 1))
     for module in (functional, linear):
-        monkeypatch.setattr(module, "choose", choose_of_a_gpu)
+        monkeypatch.setattr(module, "choose_for", of_a_gpu)
     layer = LittleBitLinear.from_packed(packed)
     expected = calls.dense_linear(x, packed.operands, None)
     assert torch.equal(littlebit_linear(x, packed), expected)

@@ -137,8 +137,8 @@ def test_modules_and_functions_pass_the_activation_on(monkeypatch: pytest.Monkey
     x, packed = make_problem(2, 40, 30, [8], bias=True)
     seen: list[int] = []
 
-    def on_cuda(call: Call) -> Choice:
-        return choose(call._replace(gpu="H200", prepacked=False))
+    def on_cuda(x: torch.Tensor, shape: LayerShape, backend: str, activation: str, prepacked: bool) -> Choice:
+        return choose(Call(shape, 2, x.dtype, x.device, backend, activation, gpu="H200"))
 
     def record(x: torch.Tensor, operands: object, bias: object, activation: int = 0) -> torch.Tensor:
         assert bias is packed.bias
@@ -146,7 +146,7 @@ def test_modules_and_functions_pass_the_activation_on(monkeypatch: pytest.Monkey
         return x
 
     for module in (functional, linear):
-        monkeypatch.setattr(module, "choose", on_cuda)
+        monkeypatch.setattr(module, "choose_for", on_cuda)
     monkeypatch.setattr(calls, "linear", record)
     layer = LittleBitLinear.from_packed(packed, auto_prepack=False)
     for name in ACTIVATIONS:

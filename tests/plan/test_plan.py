@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from littlebit2.plan import ModelPlan, load_config, plan_model, shipped_configs
-from littlebit2.quantize import QuantConfig, stored_bpw
+from littlebit2.quantize import QuantConfig
 from littlebit2_kernels.format import PackedLinear, PackedPath, words_per_row
 
 #: Ranks of each of two paths, by model, bits per weight and projection (LittleBit's rule, see
@@ -108,7 +108,7 @@ def test_a_layer_is_as_large_as_planned() -> None:
     ]
     packed = PackedLinear(paths)
     assert layer.stored_bytes() == packed.nbytes
-    assert layer.stored_bpw == stored_bpw(packed)
+    assert layer.stored_bpw == packed.shape.stored_bpw
 
 
 def test_options_select_layers_and_ranks() -> None:

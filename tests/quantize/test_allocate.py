@@ -10,20 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from littlebit2.quantize import (
+from littlebit2 import quantize_
+from littlebit2.quantize import QuantConfig, quantize_weight, rank_for_bpw
+from littlebit2.quantize.allocate import (
+    EFFICIENCY,
     LayerSpectrum,
-    QuantConfig,
     allocate_ranks,
-    counted_bpw,
     layer_spectrum,
     predicted_error,
-    quantize_linears,
-    quantize_weight,
-    rank_for_bpw,
     ranks_for_energy,
 )
-from littlebit2.quantize.allocate import EFFICIENCY
-from littlebit2_kernels.format import PackedLinear
+from littlebit2_kernels.format import LayerShape
 
 
 def with_decay(n: int, k: int, decay: float, rng: torch.Generator) -> torch.Tensor:
@@ -94,9 +91,7 @@ def test_bits_go_where_they_save_most_and_none_are_lost() -> None:
 
     def bits(choice: list[int]) -> float:
         return sum(
-            counted_bpw(layer.in_features, layer.out_features, [rank])
-            * layer.in_features
-            * layer.out_features
+            LayerShape(layer.in_features, layer.out_features, (rank,)).counted_bits
             for layer, rank in zip(layers, choice, strict=True)
         )
 
@@ -153,12 +148,6 @@ def test_energy_picks_the_smallest_ranks_that_keep_it() -> None:
         ranks_for_energy(layer, 1)
 
 
-class Frozen(nn.Module):
-    def __init__(self, packed: PackedLinear) -> None:
-        super().__init__()
-        self.packed = packed
-
-
 def make_model(rng: torch.Generator) -> nn.ModuleDict:
     model = nn.ModuleDict(
         {name: nn.Linear(128, 128, bias=False) for name in ("steep", "flat", "k_proj")}
@@ -170,15 +159,15 @@ def make_model(rng: torch.Generator) -> nn.ModuleDict:
 
 def test_a_model_at_a_spectral_budget(rng: torch.Generator) -> None:
     config = QuantConfig(bpw=1.0, budget="spectral", method="joint-itq", paths=1, itq_iterations=2)
-    reports = quantize_linears(make_model(rng), config, lambda _, packed: Frozen(packed), progress=False)
+    reports = quantize_(make_model(rng), config, progress=False).layers
     by_name = {report.name: report for report in reports}
     uniform = rank_for_bpw(128, 128, 1.0, paths=1)
     assert by_name["steep"].ranks[0] < uniform < by_name["flat"].ranks[0]
     assert all(report.predicted_error is not None for report in reports)
-    assert sum(report.counted_bpw for report in reports) <= 3 * counted_bpw(128, 128, [uniform])
+    assert sum(report.counted_bpw for report in reports) <= 3 * LayerShape(128, 128, (uniform,)).counted_bpw
     # The factor for keys and values is more bits to share.
     more = replace(config, kv_factor=2.0)
-    reports = quantize_linears(make_model(rng), more, lambda _, packed: Frozen(packed), progress=False)
+    reports = quantize_(make_model(rng), more, progress=False).layers
     assert sum(report.ranks[0] for report in reports) >= 4 * uniform
 
 
@@ -186,7 +175,7 @@ def test_a_model_and_a_weight_at_an_energy(rng: torch.Generator) -> None:
     model = make_model(rng)
     weight = model["flat"].weight.clone()
     config = QuantConfig(energy=0.9, method="joint-itq", paths=1, itq_iterations=2)
-    reports = quantize_linears(model, config, lambda _, packed: Frozen(packed), progress=False)
+    reports = quantize_(model, config, progress=False).layers
     by_name = {report.name: report.ranks[0] for report in reports}
     assert by_name["steep"] < by_name["flat"]
     assert quantize_weight(weight, config=config).report.ranks == (by_name["flat"],)

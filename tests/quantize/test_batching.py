@@ -8,22 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
-from littlebit2.quantize import (
-    BinaryPath,
-    DenseLayer,
-    Importance,
-    QuantConfig,
-    QuantizedLayer,
-    admm,
-    batch_size,
-    in_batches,
-    quantize_linears,
-    quantize_together,
-    quantize_weight,
-    refine,
-)
+from littlebit2.quantize import Importance, QuantConfig, QuantizedLayer, quantize_weight
+from littlebit2.quantize.batching import batch_size, in_batches
+from littlebit2.quantize.quantizer import DenseLayer, quantize_together
+from littlebit2.quantize.solvers.admm import admm
+from littlebit2.quantize.solvers.binary_path import BinaryPath
+from littlebit2.quantize.solvers.refine import refine
 
 
 def same(first: QuantizedLayer, second: QuantizedLayer) -> bool:
@@ -116,40 +107,6 @@ def test_small_layers_go_together_on_a_cpu() -> None:
     # Their products would round by where they lie in a batch.
     assert batch_size(1, 384, low, "cpu") == batch_size(2049, 16, QuantConfig(ranks=(8,)), "cpu") == 1
     assert batch_size(384, 384, low, "cuda") > batch_size(4096, 4096, high, "cuda") >= 1
-
-
-class Keep(nn.Module):
-    def __init__(self, packed: object) -> None:
-        super().__init__()
-        self.packed = packed
-
-
-def test_a_models_layers_are_batched_and_reported_in_order(
-    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def model() -> nn.Sequential:
-        with torch.random.fork_rng():
-            torch.manual_seed(1)
-            return nn.Sequential(*(nn.Linear(*size) for size in [(24, 24), (24, 16), (16, 24), (24, 24)]))
-
-    sizes: list[int] = []
-
-    def watched(layers: list[DenseLayer]) -> list[QuantizedLayer]:
-        sizes.append(len(layers))
-        return quantize_together(layers)
-
-    monkeypatch.setattr("littlebit2.quantize.model.quantize_together", watched)
-    config = QuantConfig(ranks=(8,), admm_iterations=10)
-    batched = model()
-    reports = quantize_linears(batched, config, lambda _, p: Keep(p), progress=False)
-    assert sizes == [2, 1, 1]
-    assert [report.name for report in reports] == ["0", "1", "2", "3"]
-    monkeypatch.setattr("littlebit2.quantize.model.batch_size", lambda *_: 1)
-    alone = model()
-    assert quantize_linears(alone, config, lambda _, p: Keep(p), progress=False) == reports
-    for one, other in zip(batched, alone, strict=True):
-        tensors = zip(one.packed.unique_tensors(), other.packed.unique_tensors(), strict=True)
-        assert all(torch.equal(a, b) for a, b in tensors)
 
 
 def test_half_precision_duals_of_large_factors_change_next_to_nothing(

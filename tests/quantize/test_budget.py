@@ -9,18 +9,9 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from littlebit2.quantize import (
-    QuantConfig,
-    at_largest_rank,
-    counted_bpw,
-    largest_bpw,
-    largest_rank,
-    planned_stored_bpw,
-    rank_for_bpw,
-    smallest_bpw,
-    stored_bpw,
-)
-from littlebit2_kernels.format import PackedLinear, PackedPath
+from littlebit2.quantize import QuantConfig, rank_for_bpw
+from littlebit2.quantize.budget import at_largest_rank, largest_bpw, largest_rank, scales_bpw, smallest_bpw
+from littlebit2_kernels.format import LayerShape, PackedLinear, PackedPath
 from littlebit2_kernels.testing import make_packed
 
 #: K, N of the attention, key/value and MLP projections.
@@ -70,7 +61,7 @@ def test_formulas_of_one_and_two_paths() -> None:
     two = (k * n * bpw - 32 * (k + n)) / (2 * (k + n + 16))
     assert rank_for_bpw(k, n, bpw, paths=1) == int(one) // 8 * 8
     assert rank_for_bpw(k, n, bpw, paths=2) == int(two) // 8 * 8
-    assert counted_bpw(k, n, [40]) == (40 * (k + n + 16) + 16 * (k + n)) / (k * n)
+    assert LayerShape(k, n, (40,)).counted_bpw == (40 * (k + n + 16) + 16 * (k + n)) / (k * n)
 
 
 @given(
@@ -86,14 +77,14 @@ def test_rank_is_the_largest_within_budget(k: int, n: int, paths: int, bpw: floa
     assert rank % 8 == 0
     assert 8 <= rank <= cap
     # Rounding of the target in floating point may cost one step, never a whole one in value.
-    assert counted_bpw(k, n, [rank] * paths) <= bpw * (1 + 1e-12) or rank == 8
+    assert LayerShape(k, n, (rank,) * paths).counted_bpw <= bpw * (1 + 1e-12) or rank == 8
     if rank < cap:
-        assert counted_bpw(k, n, [rank + 8] * paths) > bpw * (1 - 1e-12)
+        assert LayerShape(k, n, (rank + 8,) * paths).counted_bpw > bpw * (1 - 1e-12)
 
 
 @given(k=st.integers(64, 2000), n=st.integers(64, 2000), rank=st.integers(1, 8), paths=st.integers(1, 3))
 def test_bits_of_a_rank_buy_that_rank_again(k: int, n: int, rank: int, paths: int) -> None:
-    bpw = counted_bpw(k, n, [8 * rank] * paths)
+    bpw = LayerShape(k, n, (8 * rank,) * paths).counted_bpw
     assert rank_for_bpw(k, n, bpw * (1 + 1e-9), paths=paths) == 8 * rank
 
 
@@ -104,7 +95,7 @@ def test_kv_factor_multiplies_the_rank_before_rounding() -> None:
 
 def test_small_ranks_round_up_to_eight_and_large_ones_are_capped() -> None:
     assert rank_for_bpw(4096, 1024, 0.045) == 8
-    assert counted_bpw(4096, 1024, [8, 8]) == smallest_bpw(4096, 1024, 2) > 0.045
+    assert LayerShape(4096, 1024, (8, 8)).counted_bpw == smallest_bpw(4096, 1024, 2) > 0.045
     assert rank_for_bpw(100, 5000, 50.0, paths=1) == 104
 
 
@@ -120,7 +111,7 @@ def test_largest_bpw_buys_the_largest_rank_and_no_more_is_used(
         rank = rank_for_bpw(k, n, most * factor, paths=paths, kv_factor=kv_factor)
         assert at_largest_rank(k, n, [rank] * paths)
     if kv_factor == 1:
-        assert most == pytest.approx(counted_bpw(k, n, [cap] * paths))
+        assert most == pytest.approx(LayerShape(k, n, (cap,) * paths).counted_bpw)
     less = 0.99 * most
     assume(k * n * less > 16 * paths * (k + n))
     if cap >= 2000:
@@ -179,11 +170,19 @@ def test_bad_shapes_and_ranks_are_named() -> None:
     with pytest.raises(ValueError, match="in_features must be at least 1, got 0"):
         rank_for_bpw(0, 64, 1.0)
     with pytest.raises(ValueError, match="out_features must be at least 1, got 0"):
-        counted_bpw(64, 0, [8])
-    with pytest.raises(ValueError, match=r"ranks\[1\] must be a positive multiple of 8, got 12"):
-        counted_bpw(64, 64, [8, 12])
-    with pytest.raises(ValueError, match="ranks must hold at least one rank"):
-        planned_stored_bpw(64, 64, [])
+        rank_for_bpw(64, 0, 1.0)
+
+
+@given(k=st.integers(1, 500), n=st.integers(1, 500), paths=st.integers(1, 3), bpw=st.floats(0.05, 4.0))
+def test_a_budget_is_afforded_where_it_buys_a_rank(k: int, n: int, paths: int, bpw: float) -> None:
+    config = QuantConfig(bpw=bpw, paths=paths)
+    if config.affords(k, n):
+        assert rank_for_bpw(k, n, bpw, paths=paths) >= 8
+    else:
+        with pytest.raises(ValueError, match="bpw must be above"):
+            rank_for_bpw(k, n, bpw, paths=paths)
+        assert scales_bpw(k, n, paths) >= bpw * (1 - 1e-12)
+    assert QuantConfig(ranks=(8,)).affords(1, 1)
 
 
 @pytest.mark.parametrize(("k", "n", "ranks"), [(64, 96, [32]), (33, 7, [8, 40]), (100, 50, [24, 24, 8])])
@@ -191,9 +190,10 @@ def test_planned_stored_bits_are_the_real_ones(
     k: int, n: int, ranks: list[int], rng: torch.Generator
 ) -> None:
     packed = make_packed(k, n, ranks, bias=True, generator=rng)
-    assert planned_stored_bpw(k, n, ranks) == pytest.approx(stored_bpw(packed), rel=1e-15)
+    planned = LayerShape(k, n, tuple(ranks))
+    assert packed.shape == planned
     without_bias = PackedLinear(packed.paths)
-    assert stored_bpw(without_bias) == stored_bpw(packed) == 8 * without_bias.nbytes / (k * n)
+    assert without_bias.shape.stored_bits == planned.stored_bits == 8 * without_bias.nbytes
 
 
 def test_shared_first_stage_is_stored_once(rng: torch.Generator) -> None:
@@ -201,5 +201,4 @@ def test_shared_first_stage_is_stored_once(rng: torch.Generator) -> None:
     first, second = packed.paths
     shared = PackedPath(first.v, first.in_scale, second.out_scale, second.u, second.latent_scale)
     saved_bits = 8 * 4 * (first.v.numel() + first.in_scale.numel())
-    expected = stored_bpw(packed) - saved_bits / (64 * 32)
-    assert stored_bpw(PackedLinear((first, shared))) == pytest.approx(expected)
+    assert PackedLinear((first, shared)).shape.stored_bits == packed.shape.stored_bits - saved_bits

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from littlebit2.quantize import QuantConfig, quantize_weight
+from littlebit2.quantize.config import as_config
 
 
 def test_defaults_are_one_bit_and_one_path() -> None:
@@ -56,7 +57,6 @@ def test_kv_factor_is_for_key_and_value_projections_only() -> None:
             ValueError,
             "method must be one of auto, admm, refine, joint-itq, dual-svid, got 'svd'",
         ),
-        ({"polar": "qr"}, ValueError, "polar must be one of auto, newton, svd, got 'qr'"),
         ({"itq_iterations": -1}, ValueError, "itq_iterations must be an integer between 0 and .*, got -1"),
         ({"kv_factor": -2.0}, ValueError, "kv_factor must be a finite positive number, got -2.0"),
         ({"seed": 0.5}, ValueError, "seed must be an integer between 0 and .*, got 0.5"),
@@ -73,10 +73,29 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], error: type[Exceptio
         QuantConfig(**arguments)
 
 
-def test_pack_is_quantize_weight_without_the_report(rng: torch.Generator) -> None:
-    weight, bias = torch.randn(24, 32, generator=rng), torch.randn(24, generator=rng)
+def test_a_number_stands_for_bits_per_weight(rng: torch.Generator) -> None:
+    assert as_config(0.5) == QuantConfig(bpw=0.5)
+    assert as_config(1) == as_config(None) == QuantConfig(bpw=1.0)
     config = QuantConfig(ranks=(8,))
-    packed, expected = config.pack(weight, bias), quantize_weight(weight, bias, config=config).packed
-    for mine, other in zip(packed.unique_tensors(), expected.unique_tensors(), strict=True):
-        assert torch.equal(mine, other)
-    assert packed.bias is not None
+    assert as_config(config) is config
+    weight = torch.randn(64, 64, generator=rng)
+    mine, other = (quantize_weight(weight, config=c).packed for c in (1.2, QuantConfig(bpw=1.2)))
+    for one, two in zip(mine.unique_tensors(), other.unique_tensors(), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("config", ["0.5", True, {"bpw": 1.0}, torch.tensor(1.0)])
+def test_what_is_no_configuration_is_named(config: object) -> None:
+    message = (
+        f"config must be a QuantConfig, a number of bits per weight or None, got {type(config).__name__}"
+    )
+    with pytest.raises(TypeError, match=message):
+        as_config(config)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="config must be a finite positive number, got -1"):
+        as_config(-1)
+
+
+def test_solver_internals_are_no_settings_of_the_user() -> None:
+    for name in ("polar", "admm_start"):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+            QuantConfig(**{name: "auto"})

@@ -9,16 +9,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from littlebit2 import quantize_
 from littlebit2.quantize import (
     Importance,
     QuantConfig,
     collect_importance,
     load_importance,
-    quantize_linears,
     quantize_weight,
     save_importance,
 )
-from littlebit2_kernels.format import PackedLinear
 from littlebit2_kernels.reference import dense_weight
 
 CONFIG = QuantConfig(ranks=(16,), method="refine")
@@ -150,20 +149,12 @@ def test_nothing_to_measure_is_an_error(net: Net) -> None:
         collect_importance(net.requires_grad_(False), [torch.ones(2, 24)], loss=torch.sum)
 
 
-class Frozen(nn.Module):
-    def __init__(self, packed: PackedLinear) -> None:
-        super().__init__()
-        self.packed = packed
-
-
 def test_models_take_importance_and_bits_follow_the_stakes(net: Net, rng: torch.Generator) -> None:
     importance = collect_importance(
         net, [torch.randn(20, 24, generator=rng)], loss=lambda y: y.square().sum()
     )
     config = QuantConfig(bpw=4.0, budget="spectral", method="joint-itq", paths=1, itq_iterations=2)
-    reports = quantize_linears(
-        net, config, lambda _, packed: Frozen(packed), importance=importance, exclude="unused", progress=False
-    )
+    reports = quantize_(net, config, importance=importance, exclude="unused", progress=False).layers
     assert all(report.weighted_error is not None for report in reports)
 
 

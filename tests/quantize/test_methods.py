@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from littlebit2.quantize import QuantConfig, quantize_weight, working_bytes
+from littlebit2.quantize import QuantConfig, quantize_weight
+from littlebit2.quantize.memory import working_bytes
+from littlebit2.quantize.quantizer import DenseLayer, quantize_together
 
 
 def steps(shape: tuple[int, int], rank: int, **options: object) -> tuple[str, int, int]:
@@ -55,8 +59,10 @@ def test_reports_name_the_method(method: str, rng: torch.Generator) -> None:
 @pytest.mark.parametrize("start", ["random", "joint-itq"])
 def test_both_starts_of_admm_end_alike(start: str, rng: torch.Generator) -> None:
     weight = torch.randn(96, 96, generator=rng)
-    config = QuantConfig(ranks=(40,), method="admm", admm_start=start)  # type: ignore[arg-type]
-    report = quantize_weight(weight, config=config).report
+    config = QuantConfig(ranks=(40,), method="admm")
+    steps = replace(config.steps_for(96, 96, (40,)), start=start)
+    (layer,) = quantize_together([DenseLayer(weight.clone, config, steps=steps)])
+    report = layer.report
     assert 0.30 < report.error < 0.42
     (path,) = report.paths
     assert (path.truncation_error is None) == (start == "random")
@@ -79,7 +85,6 @@ def test_working_memory_is_stated_by_method() -> None:
     ("arguments", "message"),
     [
         ({"method": "qat"}, "method must be one of auto, admm, refine, joint-itq, dual-svid, got 'qat'"),
-        ({"admm_start": "zero"}, "admm_start must be one of joint-itq, random, got 'zero'"),
         ({"admm_iterations": 0}, "admm_iterations must be an integer between 1 and"),
         ({"refine_rounds": 0}, "refine_rounds must be an integer between 1 and"),
         ({"budget_seconds": -1}, "budget_seconds must be a finite positive number, got -1"),

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from littlebit2.quantize import QuantConfig, counted_bpw, quantize_weight, stored_bpw
-from littlebit2_kernels.format import PackedLinear
+from littlebit2.quantize import QuantConfig, quantize_weight
+from littlebit2_kernels.format import LayerShape, PackedLinear
 from littlebit2_kernels.reference import dense_weight
 from littlebit2_kernels.testing import relative_error
 
@@ -40,8 +40,8 @@ def test_reported_errors_are_those_of_what_is_stored(
         actual = measured_error(PackedLinear(packed.paths[:count]), weight)
         assert path.error == pytest.approx(actual, rel=1e-5)
     assert report.error == report.paths[-1].error
-    assert report.counted_bpw == counted_bpw(64, 48, [16, 24, 8])
-    assert report.stored_bpw == stored_bpw(packed)
+    assert report.counted_bpw == LayerShape(64, 48, (16, 24, 8)).counted_bpw
+    assert report.stored_bpw == packed.shape.stored_bpw
     assert packed.bias is None
 
 
@@ -208,5 +208,5 @@ def test_weights_that_cannot_be_read(weight: torch.Tensor, error: type[Exception
 
 
 def test_a_configuration_is_needed() -> None:
-    with pytest.raises(TypeError, match="config must be a QuantConfig, got NoneType"):
-        quantize_weight(torch.ones(4, 4), config=None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"config must be a QuantConfig, a number .*, got dict"):
+        quantize_weight(torch.ones(4, 4), config={"bpw": 1.0})  # type: ignore[arg-type]

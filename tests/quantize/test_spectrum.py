@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from littlebit2.quantize import QuantConfig, analyze_weight, energy_share, latent_coherence
+from littlebit2.quantize import QuantConfig, analyze_weight
+from littlebit2.quantize.spectrum import energy_share, latent_coherence
 
 
 def synthetic(size: int, decay: float, *, coherent: bool) -> torch.Tensor:

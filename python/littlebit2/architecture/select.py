@@ -29,8 +29,10 @@ def check_patterns(name: str, patterns: str | Sequence[str]) -> tuple[str, ...]:
         patterns: one shell-style pattern or several.
 
     Raises:
-        TypeError: a pattern is not a string.
+        TypeError: it is neither, or a pattern is not a string.
     """
+    if not isinstance(patterns, (str, Sequence)):
+        raise TypeError(f"{name} must be a pattern or a sequence of patterns, got {type(patterns).__name__}")
     listed = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     for pattern in listed:
         if not isinstance(pattern, str):
@@ -80,7 +82,7 @@ def tied_names(model: Module) -> set[str]:
     return {
         name
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, Linear) and len(owners[id(module.weight)]) > 1
+        if isinstance(module, Linear) and len(owners.get(id(module.weight), ())) > 1
     }
 
 

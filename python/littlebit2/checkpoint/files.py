@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -70,7 +72,7 @@ class TensorFiles:
         Raises:
             CheckpointError: a file cannot be read, or is not what it was when its header was checked.
         """
-        mapped: dict[Path, torch.UntypedStorage] = {}
+        mapped: dict[Path, Any] = {}  # storages, by file
         found: dict[str, torch.Tensor] = {}
         for name in names:
             entry = self.entries[name]
@@ -349,11 +351,15 @@ def _stamp(file: Path) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _view(storage: torch.UntypedStorage, entry: TensorEntry) -> torch.Tensor:
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def _view(storage: Any, entry: TensorEntry) -> torch.Tensor:
     assert entry.begin is not None
     if entry.begin % entry.dtype.itemsize == 0:
         tensor = torch.empty(0, dtype=entry.dtype)
-        return tensor.set_(storage, entry.begin // entry.dtype.itemsize, entry.shape)
+        return tensor.set_(storage, entry.begin // entry.dtype.itemsize, entry.shape, _strides(entry.shape))
     # A header that is not padded leaves tensors unaligned: only a copy has the right address.
-    raw = torch.empty(0, dtype=torch.uint8).set_(storage, entry.begin, (entry.nbytes,))
+    raw = torch.empty(0, dtype=torch.uint8).set_(storage, entry.begin, (entry.nbytes,), (1,))
     return raw.clone().view(entry.dtype).reshape(entry.shape)

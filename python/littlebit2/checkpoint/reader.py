@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from littlebit2._messages import hub_hint
 from littlebit2.architecture.names import (
     CAUSAL_HEAD,
     EMBEDDING_WEIGHTS,
@@ -31,10 +31,6 @@ from .settings import QUANT_METHOD, check_layers, check_version, is_ours, summar
 from .specs import LayerSpec
 
 __all__ = ["Checkpoint", "looks_packed", "open_checkpoint"]
-
-
-#: ``organization/model``, as hubs name models.
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class Checkpoint:
@@ -251,13 +247,6 @@ class Checkpoint:
             self.problems.append("quantization settings were found, but no packed layer")
 
 
-def _hub_hint(path: str | Path) -> str:
-    """What to say where a path may be meant as the name of a model on a hub."""
-    if not isinstance(path, str) or not _HUB_ID.fullmatch(path):
-        return ""
-    return f". Nothing is downloaded: if {path} is a model of a hub, download it first (hf download {path})"
-
-
 def _some(names: Mapping[str, object]) -> str:
     first = ", ".join(list(names)[:5]) or "none"
     return f"there are {len(names)}: {first}{', ...' if len(names) > 5 else ''}"
@@ -292,7 +281,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     directory = Path(path)
     if not directory.exists():
         raise FileNotFoundError(
-            f"path must name a checkpoint directory, got {directory}, which does not exist{_hub_hint(path)}"
+            f"path must name a checkpoint directory, got {directory}, which does not exist{hub_hint(path)}"
         )
     if not directory.is_dir():
         raise NotADirectoryError(f"path must name a checkpoint directory, got the file {directory}")

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Sequence
 
 from . import calibrate, convert, evaluate, finetune, generate, inspect, plan, quantize, synthesize
-from .common import FAILED, INTERRUPTED, note, one_line
+from .common import FAILED, INTERRUPTED, name_options, note, one_line, option_names
 
 __all__ = ["main"]
 
@@ -43,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     for module in _COMMANDS:
         module.add_parser(commands)
     for command in commands.choices.values():
+        command.set_defaults(option_names=option_names(command))
         command.formatter_class = argparse.RawDescriptionHelpFormatter
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -88,7 +89,7 @@ def _run(args: argparse.Namespace) -> int:
     except Exception as error:
         if args.debug:
             raise
-        note(f"littlebit2 {args.command}: error: {one_line(error)}")
+        note(f"littlebit2 {args.command}: error: {name_options(one_line(error), args.option_names)}")
         return FAILED
 
 

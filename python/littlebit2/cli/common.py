@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from littlebit2._messages import missing_package
 from littlebit2.architecture.select import DEFAULT_EXCLUDE
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ __all__ = [
     "Commands",
     "add_command",
     "add_load_options",
+    "add_method_options",
     "add_pattern_options",
     "add_size_options",
     "add_spectral_options",
@@ -30,9 +33,12 @@ __all__ = [
     "excluded",
     "gigabytes",
     "load_options",
+    "method_options",
+    "name_options",
     "note",
     "note_left",
     "one_line",
+    "option_names",
     "quant_config",
     "table",
 ]
@@ -64,10 +70,6 @@ def note(text: str) -> None:
     sys.stderr.write(text + "\n")
 
 
-#: Extra of this package that installs a missing module.
-_EXTRAS = {"accelerate": "train", "peft": "train", "tensorboard": "train", "transformers": "models"}
-
-
 def note_left(left: Mapping[str, str]) -> None:
     """Say which files beside the weights were not copied, and why."""
     by_reason: dict[str, list[str]] = {}
@@ -80,13 +82,46 @@ def note_left(left: Mapping[str, str]) -> None:
 
 def one_line(error: BaseException) -> str:
     """Return an error as one line."""
-    if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
-        return f"{error.name} is not installed; pip install 'littlebit2-kernels[{_EXTRAS[error.name]}]'"
+    missing = missing_package(error)
+    if missing is not None:
+        return missing
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     text = " ".join(text.split())
     if isinstance(error, (ValueError, OSError, RuntimeError)) and text:
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def name_options(text: str, options: Mapping[str, str]) -> str:
+    """Put options in the place of the Python arguments that an error names.
+
+    Args:
+        text: the message.
+        options: options, or metavars of positional arguments, by the name of the argument.
+    """
+    for name, option in options.items():
+        # As messages name arguments: at the start, before "must" or "=", or in a list with other ones.
+        text = re.sub(rf"(?<![\w.-]){name}(?=(\[\d+\])? must | cannot |=)", option, text)
+    return text
+
+
+def option_names(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """Return for each argument of a command what its user calls it."""
+    names = {}
+    for action in parser._actions:
+        option = max(action.option_strings, key=len, default=str(action.metavar or action.dest))
+        names[action.dest] = option
+    return {**{ours: names[dest] for ours, dest in _ARGUMENTS.items() if dest in names}, **names}
+
+
+#: Arguments of functions that have another name than the option's.
+_ARGUMENTS = {
+    "accumulation": "accumulate",
+    "budget_seconds": "time_budget",
+    "path": "path",
+    "source": "source",
+    "token_ids": "token_ids",
+}
 
 
 def gigabytes(size: float) -> str:
@@ -169,6 +204,47 @@ def add_size_options(parser: argparse.ArgumentParser) -> Any:
         "--kv-factor", type=float, default=1.0, help="multiply the rank of k_proj and v_proj (default 1)"
     )
     return size
+
+
+def add_method_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options for how long and from where the methods search."""
+    parser.add_argument(
+        "--time-budget",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="with --method auto, seconds per layer at 50e9 operations a second (default 60)",
+    )
+    parser.add_argument(
+        "--itq-iterations",
+        type=int,
+        default=15,
+        metavar="N",
+        help="maximum Joint-ITQ iterations (default 15)",
+    )
+    parser.add_argument(
+        "--refine-rounds", type=int, default=12, metavar="N", help="maximum refinement rounds (default 12)"
+    )
+    parser.add_argument(
+        "--admm-iterations", type=int, default=300, metavar="N", help="ADMM iterations (default 300)"
+    )
+    parser.add_argument(
+        "--admm-start",
+        choices=("random", "joint-itq"),
+        default="random",
+        help="where admm starts: random signs (default), or an SVD and Joint-ITQ",
+    )
+
+
+def method_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what :func:`add_method_options` made as arguments of :func:`quant_config`."""
+    return {
+        "budget_seconds": args.time_budget,
+        "itq_iterations": args.itq_iterations,
+        "refine_rounds": args.refine_rounds,
+        "admm_iterations": args.admm_iterations,
+        "admm_start": args.admm_start,
+    }
 
 
 def add_spectral_options(parser: argparse.ArgumentParser, size: Any) -> None:

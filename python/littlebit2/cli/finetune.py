@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from .common import (
     Commands,
     add_command,
+    add_method_options,
     add_pattern_options,
     add_size_options,
+    add_spectral_options,
     emit,
     emit_json,
     excluded,
+    method_options,
     quant_config,
     table,
 )
@@ -54,7 +58,8 @@ def add_parser(commands: Commands) -> None:
     start.add_argument(
         "--start", metavar="PACKED", help="begin with this packed checkpoint instead of quantizing TEACHER"
     )
-    add_size_options(parser)
+    add_spectral_options(parser, add_size_options(parser))
+    add_method_options(parser)
     parser.add_argument(
         "--quant-seed", type=int, default=0, help="seed for rotations and random signs (default 0)"
     )
@@ -86,7 +91,7 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-tokens", type=int, metavar="N", help="read at most N tokens of --data")
     parser.add_argument(
-        "--block", type=int, default=2048, metavar="T", help="tokens per sequence (default 2048)"
+        "--block", type=int, metavar="T", help="tokens per sequence (default 2048, or what TEACHER can take)"
     )
 
 
@@ -166,7 +171,11 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save-steps", type=int, default=500, metavar="N", help="default 500")
     parser.add_argument("--eval-batch-size", type=int, default=8, metavar="N", help="default 8")
     parser.add_argument("--no-tensorboard", action="store_true", help="no metrics for TensorBoard")
-    parser.add_argument("--keep-work", action="store_true", help="keep training checkpoints and token files")
+    parser.add_argument(
+        "--keep-work",
+        action="store_true",
+        help="keep checkpoints and token files in OUT.finetune, where TensorBoard's files always stay",
+    )
     parser.add_argument("--restart", action="store_true", help="discard an interrupted run")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT at the end if it exists")
     parser.add_argument("--json", action="store_true", help="print the report, with every entry, as JSON")
@@ -174,14 +183,18 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from littlebit2.quantize import load_importance  # noqa: PLC0415  # imports torch
     from littlebit2.train.recipe import finetune  # noqa: PLC0415  # imports torch and transformers
 
-    sized = args.bpw is not None or args.ranks is not None or args.paths is not None
+    sizes = (args.bpw, args.ranks, args.paths, args.energy, args.importance)
+    sized = any(size is not None for size in sizes) or args.budget != "uniform"
     if args.start is not None and (sized or args.method != "auto"):
         raise ValueError(
-            "--start must be given without --bpw, --ranks, --paths and --init: it has its layers"
+            "--start must be given without --bpw, --ranks, --paths, --energy, --budget, --importance and "
+            "--method: it has its layers"
         )
-    config = None if args.start is not None else quant_config(args, seed=args.quant_seed)
+    settings = {"energy": args.energy, "budget": args.budget, **method_options(args)}
+    config = None if args.start is not None else quant_config(args, seed=args.quant_seed, **settings)
     report = finetune(
         args.teacher,
         args.out,
@@ -192,6 +205,7 @@ def _run(args: argparse.Namespace) -> int:
         eval_data=args.eval_data,
         text_field=args.text_field,
         include=args.include,
+        importance=None if args.importance is None else load_importance(args.importance),
         device=args.device,
         resume=not args.restart,
         overwrite=args.overwrite,
@@ -216,14 +230,15 @@ def _run(args: argparse.Namespace) -> int:
     emit(f"{report.out}: {figures}")
     if report.perplexity:
         emit(table(("model", "perplexity"), [(k, f"{v:.3f}") for k, v in report.perplexity.items()]))
+    work = f"{os.path.abspath(args.out)}.finetune"
+    if os.path.isdir(work):
+        emit(f"{work}: {'everything that training made' if args.keep_work else 'metrics for TensorBoard'}")
     if report.agreement is not None:
         emit(f"packed against trained: logits differ by {report.agreement:.1e} of the largest")
     return 0
 
 
 def _leads() -> bool:
-    import os  # noqa: PLC0415
-
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from .common import (
     Commands,
     add_command,
+    add_method_options,
     add_pattern_options,
     add_size_options,
     add_spectral_options,
@@ -19,13 +19,15 @@ from .common import (
     emit_json,
     excluded,
     gigabytes,
+    method_options,
     quant_config,
     table,
 )
 
 if TYPE_CHECKING:
     from littlebit2.plan import LayerPlan, ModelPlan
-    from littlebit2.quantize import QuantConfig, RankAllocation
+    from littlebit2.quantize import QuantConfig
+    from littlebit2.quantize.allocate import RankAllocation
 
 _DESCRIPTION = """\
 Ranks and sizes of a model at a number of bits per weight, from its config.json alone: nothing is downloaded,
@@ -54,6 +56,8 @@ def add_parser(commands: Commands) -> None:
         "config", metavar="CONFIG_OR_NAME", help="a config.json, a directory with one, or a shipped name"
     )
     add_spectral_options(parser, add_size_options(parser))
+    add_method_options(parser)
+    parser.add_argument("--seed", type=int, default=0, help="as of quantize; changes no rank and no size")
     add_pattern_options(parser)
     parser.add_argument("--json", action="store_true", help="print every layer and all sizes as JSON")
 
@@ -61,7 +65,9 @@ def add_parser(commands: Commands) -> None:
 def _run(args: argparse.Namespace) -> int:
     from littlebit2.plan import plan_model  # noqa: PLC0415  # imports torch
 
-    config = quant_config(args, energy=args.energy, budget=args.budget)
+    config = quant_config(
+        args, energy=args.energy, budget=args.budget, seed=args.seed, **method_options(args)
+    )
     exclude = excluded(args)
     plan = plan_model(
         args.config,
@@ -71,10 +77,6 @@ def _run(args: argparse.Namespace) -> int:
         allocation=_allocation(args, config, exclude),
     )
     if args.json:
-        layers = [
-            {**asdict(layer), "stored_bpw": layer.stored_bpw, "at_largest_rank": layer.at_largest_rank}
-            for layer in plan.layers
-        ]
         emit_json(
             {
                 "model_type": plan.shapes.model_type,
@@ -83,7 +85,7 @@ def _run(args: argparse.Namespace) -> int:
                 "bytes": plan.bytes(),
                 "tied_head": plan.shapes.tied_head,
                 "left_dense": [shape.name for shape in plan.left_dense],
-                "layers": layers,
+                "layers": [layer.as_dict() for layer in plan.layers],
             }
         )
         return 0
@@ -100,7 +102,8 @@ def _allocation(
     args: argparse.Namespace, config: QuantConfig, exclude: list[str]
 ) -> dict[str, RankAllocation] | None:
     from littlebit2.offline import measure_ranks  # noqa: PLC0415  # imports torch
-    from littlebit2.quantize import load_importance, needs_spectra  # noqa: PLC0415  # imports torch
+    from littlebit2.quantize import load_importance  # noqa: PLC0415  # imports torch
+    from littlebit2.quantize.ranks import needs_spectra  # noqa: PLC0415  # imports torch
 
     if not needs_spectra(config):
         if args.importance is not None:

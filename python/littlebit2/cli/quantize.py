@@ -8,6 +8,7 @@ import os
 from .common import (
     Commands,
     add_command,
+    add_method_options,
     add_pattern_options,
     add_size_options,
     add_spectral_options,
@@ -15,6 +16,7 @@ from .common import (
     emit,
     emit_json,
     excluded,
+    method_options,
     note_left,
     quant_config,
 )
@@ -49,32 +51,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("out", metavar="OUT", help="directory to make")
     size = add_size_options(parser)
     add_spectral_options(parser, size)
-    parser.add_argument(
-        "--time-budget",
-        type=float,
-        default=60.0,
-        metavar="S",
-        help="with --method auto, seconds per layer at 50e9 operations a second (default 60)",
-    )
-    parser.add_argument(
-        "--itq-iterations",
-        type=int,
-        default=15,
-        metavar="N",
-        help="maximum Joint-ITQ iterations (default 15)",
-    )
-    parser.add_argument(
-        "--refine-rounds", type=int, default=12, metavar="N", help="maximum refinement rounds (default 12)"
-    )
-    parser.add_argument(
-        "--admm-iterations", type=int, default=300, metavar="N", help="ADMM iterations (default 300)"
-    )
-    parser.add_argument(
-        "--admm-start",
-        choices=("random", "joint-itq"),
-        default="random",
-        help="where admm starts: random signs (default), or an SVD and Joint-ITQ",
-    )
+    add_method_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed for rotations and random signs (default 0)")
     add_pattern_options(parser)
     parser.add_argument(
@@ -105,11 +82,7 @@ def _run(args: argparse.Namespace) -> int:
             args,
             energy=args.energy,
             budget=args.budget,
-            budget_seconds=args.time_budget,
-            itq_iterations=args.itq_iterations,
-            refine_rounds=args.refine_rounds,
-            admm_iterations=args.admm_iterations,
-            admm_start=args.admm_start,
+            **method_options(args),
             seed=args.seed,
         ),
         include=args.include,
@@ -141,5 +114,10 @@ def _run(args: argparse.Namespace) -> int:
         emit(full)
     note_left(report.left)
     if "mean_predicted_error" in totals:
-        emit(f"predicted from the spectra: mean {totals['mean_predicted_error']:.4f}")
+        kind = "weighted " if "mean_weighted_error" in totals else ""
+        achieved = totals[f"mean_{kind.strip() + '_' if kind else ''}error"]
+        emit(
+            f"{kind}error predicted from the spectra: mean {totals['mean_predicted_error']:.4f}, "
+            f"achieved {achieved:.4f}"
+        )
     return 0

@@ -17,7 +17,8 @@ from transformers.generation.logits_process import (
 )
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
-from littlebit2.quantize import check_device
+from littlebit2._messages import hub_hint
+from littlebit2.quantize.device import check_device
 
 from .decoding import STEPS, StaticDecoder
 from .loading import load
@@ -83,7 +84,7 @@ def generate(
     Args:
         model: a loaded model, or a directory for :func:`.loading.load`.
         prompt: text, which needs a tokenizer, or token ids ``[T]``.
-        max_new_tokens: at least 1.
+        max_new_tokens: at least 1; generation stops earlier where the model has no more positions.
         tokenizer: by default that of the model's directory, if it has one.
         stream: called with each piece of new text as it becomes final (of token ids in decimal, with a
             space after each, if there is no tokenizer).
@@ -100,7 +101,8 @@ def generate(
 
     Raises:
         TypeError: ``load_options`` are given with a loaded model.
-        ValueError: an argument is out of range, or ``prompt`` is text and there is no tokenizer.
+        ValueError: an argument is out of range, ``prompt`` is text and there is no tokenizer, or it fills the
+            model's positions.
         CheckpointError, FileNotFoundError: as :func:`.loading.load`.
     """
     _check_settings(max_new_tokens, cache, step, temperature, top_p)
@@ -113,7 +115,9 @@ def generate(
     else:
         directory = Path(model)
         if not directory.is_dir():
-            raise FileNotFoundError(f"model must be a checkpoint directory, got {directory}, which is none")
+            raise FileNotFoundError(
+                f"model must be a checkpoint directory, got {model}, which is none{hub_hint(model)}"
+            )
         # Before the model, which takes longer to fail.
         check_device(load_options.get("device", "cpu"))
         tokenizer = tokenizer if tokenizer is not None else _tokenizer(directory)
@@ -123,6 +127,7 @@ def generate(
     _check_prompt(prompt, tokenizer, directory)
     loaded = time.perf_counter()
     prompt_ids = _encode(prompt, tokenizer, model).to(model.device)
+    max_new_tokens = _within_positions(model, prompt_ids.shape[1], max_new_tokens)
     clock = _Clock(stream, tokenizer)
     begun = time.perf_counter()
     with torch.random.fork_rng(enabled=seed is not None), torch.inference_mode():
@@ -157,6 +162,20 @@ def generate(
         resident_bytes=now,
         peak_resident_bytes=peak,
     )
+
+
+def _within_positions(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> int:
+    """The number of new tokens that the model has positions for: what comes after is noise, or fails."""
+    text = model.config.get_text_config(decoder=True)
+    most = getattr(text, "max_position_embeddings", None)
+    if not isinstance(most, int) or most < 1:
+        return max_new_tokens
+    if prompt_tokens >= most:
+        raise ValueError(
+            f"prompt must leave room for a new token in the model's {most} positions, got {prompt_tokens} "
+            "tokens"
+        )
+    return min(max_new_tokens, most - prompt_tokens)
 
 
 def _by_steps(

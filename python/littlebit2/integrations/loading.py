@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from littlebit2.architecture.names import CAUSAL_HEAD
 from littlebit2.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from littlebit2.quantize import check_device, check_dtype
+from littlebit2.quantize.device import check_device, check_dtype
 
 from .bars import no_bars_in_logs
 from .configuration import LittleBit2Config

@@ -15,6 +15,8 @@ import torch
 from peft import LoraConfig
 from peft.tuners import tuners_utils
 from peft.tuners.lora.layer import LoraLayer
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
 from littlebit2_kernels import LittleBitLinear
@@ -73,9 +75,7 @@ def _resolve_all_linear() -> None:
     def resolve(peft_config: Any, model: nn.Module) -> Any:
         custom = getattr(peft_config, "_custom_modules", None) or {}
         targets = getattr(peft_config, "target_modules", None)
-        all_linear = (
-            isinstance(targets, str) and targets.lower() == tuners_utils.INCLUDE_LINEAR_LAYERS_SHORTHAND
-        )
+        all_linear = isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
         peft_config = original(peft_config, model)
         if all_linear and LittleBitLinear in custom:
             peft_config.target_modules = {*peft_config.target_modules, *_packed_targets(peft_config, model)}
@@ -86,10 +86,11 @@ def _resolve_all_linear() -> None:
 
 def _packed_targets(config: Any, model: nn.Module) -> set[str]:
     """Names of the packed layers that are neither a head, by peft's rules, nor inside an adapter."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = None if find is None else find()
     if head is None and config.task_type == "SEQ_CLS":
-        heads = (getattr(model, name, None) for name in tuners_utils.SEQ_CLS_HEAD_NAMES)
-        head = next((found for found in heads if found is not None), None)
+        found = (getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES)
+        head = next((module for module in found if module is not None), None)
     inside = tuple(
         f"{name}."
         for name, module in model.named_modules()

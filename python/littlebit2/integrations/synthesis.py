@@ -15,11 +15,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from littlebit2.architecture.select import DEFAULT_EXCLUDE, is_selected, output_heads
 from littlebit2.checkpoint import CheckpointWriter
 from littlebit2.plan import load_config
-from littlebit2.quantize import (
-    QuantConfig,
-    check_budget,
-    layer_config,
-)
+from littlebit2.quantize import QuantConfig
+from littlebit2.quantize.ranks import check_budget, layer_config
 from littlebit2_kernels.format import WORD_BITS, PackedLinear, PackedPath, words_per_row
 
 __all__ = ["random_layer", "synthesize"]

@@ -3,6 +3,7 @@
 See :func:`.pipeline.quantize_checkpoint`. Transformers is not needed: names and shapes decide.
 """
 
+from .jobs import importance_digest
 from .pipeline import REPORT_NAME, quantize_checkpoint
 from .ranks import measure_ranks
 from .report import RunReport
@@ -10,6 +11,7 @@ from .report import RunReport
 __all__ = [
     "REPORT_NAME",
     "RunReport",
+    "importance_digest",
     "measure_ranks",
     "quantize_checkpoint",
 ]

@@ -9,8 +9,9 @@ from typing import Any
 from littlebit2.architecture.parts import Part
 from littlebit2.architecture.tensors import LayerSource, select_layers
 from littlebit2.checkpoint import Checkpoint
-from littlebit2.quantize import QuantConfig, layer_config, needs_spectra, planned_stored_bpw
-from littlebit2_kernels.format import RANK_MULTIPLE
+from littlebit2.quantize import QuantConfig
+from littlebit2.quantize.ranks import layer_config, needs_spectra
+from littlebit2_kernels.format import RANK_MULTIPLE, LayerShape
 
 __all__ = ["Choice", "check_dense_source", "choose_layers"]
 
@@ -140,7 +141,7 @@ def _too_small(layer: LayerSource, config: QuantConfig) -> str | None:
     except ValueError as error:
         return str(error)
     assert ranks is not None  # settled by layer_config
-    stored = planned_stored_bpw(k, n, ranks)
+    stored = LayerShape(k, n, ranks).stored_bpw
     if stored < _DENSE_BITS:
         return None
     return (

@@ -12,21 +12,15 @@ import torch
 
 from littlebit2.architecture.tensors import LayerSource
 from littlebit2.checkpoint import Checkpoint
-from littlebit2.quantize import (
-    Importance,
-    QuantConfig,
-    RankAllocation,
-    check_budget,
-    importance_tensors,
-    layer_config,
-    needs_spectra,
-    planned_stored_bpw,
-    working_bytes,
-)
-from littlebit2_kernels.format import RANK_MULTIPLE
+from littlebit2.quantize import Importance, QuantConfig
+from littlebit2.quantize.allocate import RankAllocation
+from littlebit2.quantize.importance import importance_tensors
+from littlebit2.quantize.memory import working_bytes
+from littlebit2.quantize.ranks import check_budget, layer_config, needs_spectra
+from littlebit2_kernels.format import RANK_MULTIPLE, LayerShape
 from littlebit2_kernels.version import __version__
 
-__all__ = ["Job", "make_jobs", "run_settings", "source_digest", "with_allocation"]
+__all__ = ["Job", "importance_digest", "make_jobs", "run_settings", "source_digest", "with_allocation"]
 
 #: Entries of a tensor that its digest looks at, at the beginning, in the middle and at the end.
 _SAMPLE = 1024
@@ -63,7 +57,7 @@ class Job:
         """Bytes of the packed layer, bias excluded."""
         assert self.config.ranks is not None
         k, n = self.source.in_features, self.source.out_features
-        return int(planned_stored_bpw(k, n, self.config.ranks) * self.weights / 8)
+        return LayerShape(k, n, self.config.ranks).stored_bits // 8
 
     @property
     def working_bytes(self) -> int:
@@ -146,7 +140,7 @@ def run_settings(
         "compute_dtype": str(config.compute_dtype).removeprefix("torch."),
         "include": list(include),
         "exclude": list(exclude),
-        "importance": None if importance is None else _importance_digest(importance),
+        "importance": None if importance is None else importance_digest(importance),
         "device": device,
         "threads": threads,
         "littlebit2": __version__,
@@ -155,7 +149,8 @@ def run_settings(
     }
 
 
-def _importance_digest(importance: Mapping[str, Importance]) -> str:
+def importance_digest(importance: Mapping[str, Importance]) -> str:
+    """Return a digest of all names and values."""
     digest = hashlib.sha256()
     for name, tensor in sorted(importance_tensors(importance).items()):
         digest.update(f"{name} {list(tensor.shape)}\n".encode())

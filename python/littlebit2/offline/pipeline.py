@@ -19,14 +19,10 @@ from littlebit2.architecture.parts import Whole
 from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns
 from littlebit2.checkpoint import Checkpoint, find_side_files, open_checkpoint
 from littlebit2.disk import check_replaceable, check_space
-from littlebit2.quantize import (
-    DenseLayer,
-    Importance,
-    QuantConfig,
-    check_device,
-    needs_spectra,
-    quantize_together,
-)
+from littlebit2.quantize import Importance, QuantConfig
+from littlebit2.quantize.device import check_device
+from littlebit2.quantize.quantizer import DenseLayer, quantize_together
+from littlebit2.quantize.ranks import needs_spectra
 
 from .assemble import REPORT_NAME, assemble
 from .choice import Choice, check_dense_source, choose_layers

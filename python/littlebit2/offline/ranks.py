@@ -13,16 +13,9 @@ from tqdm import tqdm
 from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns
 from littlebit2.checkpoint import open_checkpoint
 from littlebit2.disk import write_file
-from littlebit2.quantize import (
-    Importance,
-    LayerSpectrum,
-    QuantConfig,
-    RankAllocation,
-    check_budget,
-    needs_spectra,
-    settle_ranks,
-    spectrum_of,
-)
+from littlebit2.quantize import Importance, QuantConfig
+from littlebit2.quantize.allocate import LayerSpectrum, RankAllocation
+from littlebit2.quantize.ranks import check_budget, needs_spectra, settle_ranks, spectrum_of
 
 from .choice import check_dense_source, choose_layers
 from .group import Group, share_out

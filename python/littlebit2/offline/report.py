@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from littlebit2.quantize import LayerReport, at_largest_rank
+from littlebit2.quantize import LayerReport
+from littlebit2.quantize.budget import at_largest_rank
 
 __all__ = ["RunReport", "layer_entry"]
 
@@ -52,6 +53,9 @@ class RunReport:
             return sum(layer[name] * w for layer, w in zip(self.layers, weights, strict=True)) / total
 
         predicted = {}
+        if all(layer["weighted_error"] is not None for layer in self.layers):
+            # What a prediction is of, where errors are weighed.
+            predicted["mean_weighted_error"] = mean("weighted_error")
         if all(layer["predicted_error"] is not None for layer in self.layers):
             predicted["mean_predicted_error"] = mean("predicted_error")
         worst = max(self.layers, key=lambda layer: layer["error"])

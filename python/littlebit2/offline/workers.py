@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from littlebit2.quantize import batch_key, batch_size, in_batches
+from littlebit2.quantize.batching import batch_key, batch_size, in_batches
 
 from .jobs import Job
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
-from littlebit2_kernels.format import RANK_MULTIPLE
+from littlebit2_kernels.format import RANK_MULTIPLE, LayerShape
 
-from .budget import check_positive, counted_bpw, largest_rank
+from .budget import check_positive, largest_rank
 from .solvers.numerics import binary_exponent, check_matrix, normalised
 
 __all__ = [
@@ -146,7 +146,7 @@ def allocate_ranks(
     if not 0 < bounds[0] <= 1 <= bounds[1]:
         raise ValueError(f"bounds must be positive and ascending around 1, got {bounds}")
     least = [_floor(bounds[0] * layer.uniform_rank) for layer in layers]
-    budget = float(sum(_bits(layer, paths, layer.uniform_rank) for layer in layers))
+    budget = sum(_bits(layer, paths, layer.uniform_rank) for layer in layers)
     budget -= sum(_bits(layer, paths, rank) for layer, rank in zip(layers, least, strict=True))
     curves = []
     for layer, rank in zip(layers, least, strict=True):
@@ -194,12 +194,11 @@ def ranks_for_energy(layer: LayerSpectrum, energy: float, *, paths: int = 1) -> 
     return RankAllocation(layer.name, (rank,) * paths, error, layer.uniform_rank)
 
 
-def _bits(layer: LayerSpectrum, paths: int, rank: int) -> float:
-    k, n = layer.in_features, layer.out_features
-    return counted_bpw(k, n, [rank] * paths) * k * n
+def _bits(layer: LayerSpectrum, paths: int, rank: int) -> int:
+    return LayerShape(layer.in_features, layer.out_features, (rank,) * paths).counted_bits
 
 
-def _step_bits(layer: LayerSpectrum, paths: int) -> float:
+def _step_bits(layer: LayerSpectrum, paths: int) -> int:
     return _bits(layer, paths, 2 * RANK_MULTIPLE) - _bits(layer, paths, RANK_MULTIPLE)
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 
+from .config import QuantConfig
 from .memory import working_bytes
 from .methods import iteration_operations
 from .solvers.binary_path import WHOLE_COLUMNS
-
-if TYPE_CHECKING:
-    from .config import QuantConfig
 
 __all__ = ["batch_key", "batch_size", "in_batches", "keeps_bits"]
 

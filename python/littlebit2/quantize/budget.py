@@ -1,8 +1,7 @@
-"""Bits per weight and ranks, both ways.
+"""Bits per weight to ranks and back.
 
-Two honest numbers exist. The *counted* bits are the papers' (LittleBit, arXiv 2506.13771): one bit
-per sign and 16 per scale entry. The *stored* bits are those of a :class:`PackedLinear`, whose scales
-are float32 and whose sign rows are padded to 32-bit words. Terms: ``K`` in_features, ``N``
+Budgets are *counted* bits, as in the papers (LittleBit, arXiv 2506.13771): one bit per sign and 16 per scale
+entry (:attr:`littlebit2_kernels.format.LayerShape.counted_bits`). Terms: ``K`` in_features, ``N``
 out_features, ``R`` rank, ``P`` paths; bpw is bits divided by ``K * N``.
 """
 
@@ -11,78 +10,44 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from littlebit2_kernels.format import MAX_DIM, RANK_MULTIPLE, WORD_BITS, PackedLinear, words_per_row
+from littlebit2_kernels.format import MAX_DIM, RANK_MULTIPLE, LayerShape
 
 __all__ = [
+    "affords",
     "at_largest_rank",
+    "check_positive",
     "check_rank",
     "check_usable",
-    "counted_bpw",
     "largest_bpw",
     "largest_rank",
-    "planned_stored_bpw",
     "rank_for_bpw",
+    "scales_bpw",
     "smallest_bpw",
-    "stored_bpw",
     "tiny_rank",
 ]
 
-#: Bits that the papers count for one entry of a scale vector.
-COUNTED_SCALE_BITS = 16
-#: Bits of one entry of a scale vector as :class:`PackedPath` holds it.
-STORED_SCALE_BITS = 32
 #: Bits per weight of the dense layer.
 DENSE_BPW = 16.0
-
-
-def counted_bpw(in_features: int, out_features: int, ranks: Sequence[int]) -> float:
-    """Return the counted bits per weight of a layer with independent two-stage paths.
-
-    A path counts ``R (K + N + 16) + 16 (K + N)`` bits: its signs, one latent vector, and the input
-    and output scales at 16 bits an entry.
-
-    Args:
-        in_features: K.
-        out_features: N.
-        ranks: the rank of every path.
-
-    Raises:
-        ValueError: a dimension is below 1, ``ranks`` is empty, or a rank is no positive multiple of 8.
-    """
-    _check_features(in_features, out_features)
-    _check_ranks(ranks)
-    return sum(_counted_path_bits(in_features, out_features, rank) for rank in ranks) / (
-        in_features * out_features
-    )
-
-
-def planned_stored_bpw(in_features: int, out_features: int, ranks: Sequence[int]) -> float:
-    """Return the stored bits per weight that a layer with these ranks will have, bias excluded.
-
-    Args and errors: as :func:`counted_bpw`.
-    """
-    _check_features(in_features, out_features)
-    _check_ranks(ranks)
-    bits = 0
-    for rank in ranks:
-        sign_words = rank * words_per_row(in_features) + out_features * words_per_row(rank)
-        bits += WORD_BITS * sign_words + STORED_SCALE_BITS * (in_features + out_features + rank)
-    return bits / (in_features * out_features)
-
-
-def stored_bpw(packed: PackedLinear) -> float:
-    """Return the stored bits per weight of a packed layer: all bytes it holds except the bias.
-
-    The bias is left out because the dense layer has it too. Tensors that paths share count once.
-    """
-    bias_bytes = 0 if packed.bias is None else packed.bias.numel() * packed.bias.element_size()
-    return 8 * (packed.nbytes - bias_bytes) / (packed.in_features * packed.out_features)
 
 
 def smallest_bpw(in_features: int, out_features: int, paths: int) -> float:
     """Return the counted bits per weight of ``paths`` paths of the smallest rank, 8."""
     _check_paths(paths)
-    return counted_bpw(in_features, out_features, [RANK_MULTIPLE] * paths)
+    _check_features(in_features, out_features)
+    bits = LayerShape(in_features, out_features, (RANK_MULTIPLE,)).counted_bits
+    return paths * bits / (in_features * out_features)
+
+
+def affords(
+    bpw: float, in_features: int, out_features: int, *, paths: int = 2, kv_factor: float = 1.0
+) -> bool:
+    """Return whether ``bpw`` pays for more than the scale vectors, so that a rank is left."""
+    return _exact_rank(bpw, in_features, out_features, paths, kv_factor) > 0
+
+
+def scales_bpw(in_features: int, out_features: int, paths: int) -> float:
+    """Return the counted bits per weight that the in and out scales of ``paths`` paths take."""
+    return LayerShape.COUNTED_SCALE_BITS * paths * (in_features + out_features) / (in_features * out_features)
 
 
 def largest_rank(in_features: int, out_features: int) -> int:
@@ -108,7 +73,7 @@ def largest_bpw(in_features: int, out_features: int, *, paths: int = 2, kv_facto
     _check_paths(paths)
     check_positive("kv_factor", kv_factor)
     both = in_features + out_features
-    bits = rank / kv_factor * (both + COUNTED_SCALE_BITS) + COUNTED_SCALE_BITS * both
+    bits = rank / kv_factor * (both + LayerShape.COUNTED_SCALE_BITS) + LayerShape.COUNTED_SCALE_BITS * both
     return paths * bits / (in_features * out_features)
 
 
@@ -165,7 +130,7 @@ def rank_for_bpw(
     check_positive("kv_factor", kv_factor)
     rank = _exact_rank(bpw, in_features, out_features, paths, kv_factor)
     if rank <= 0:
-        scales = COUNTED_SCALE_BITS * paths * (in_features + out_features) / (in_features * out_features)
+        scales = scales_bpw(in_features, out_features, paths)
         least = smallest_bpw(in_features, out_features, paths)
         fewer = "give fewer paths, explicit ranks," if paths > 1 else "give explicit ranks"
         raise ValueError(
@@ -182,7 +147,7 @@ def tiny_rank(rank: int) -> float:
 
     It need not be whole: the spectrum code counts a fraction of a direction by its fraction of energy.
     """
-    return rank / COUNTED_SCALE_BITS
+    return rank / LayerShape.COUNTED_SCALE_BITS
 
 
 def check_rank(name: str, rank: int) -> None:
@@ -203,8 +168,8 @@ def check_positive(name: str, value: float) -> None:
 def _exact_rank(bpw: float, in_features: int, out_features: int, paths: int, kv_factor: float) -> float:
     """The rank of each path before it is rounded; not positive where scales alone cost more than ``bpw``."""
     both = in_features + out_features
-    signs = in_features * out_features * bpw - COUNTED_SCALE_BITS * paths * both
-    return kv_factor * signs / (paths * (both + COUNTED_SCALE_BITS))
+    signs = in_features * out_features * bpw - LayerShape.COUNTED_SCALE_BITS * paths * both
+    return kv_factor * signs / (paths * (both + LayerShape.COUNTED_SCALE_BITS))
 
 
 def _is_cut(bpw: float, in_features: int, out_features: int, paths: int, kv_factor: float) -> bool:
@@ -214,11 +179,6 @@ def _is_cut(bpw: float, in_features: int, out_features: int, paths: int, kv_fact
 
 def _paths(count: int) -> str:
     return "one path" if count == 1 else f"{count} paths"
-
-
-def _counted_path_bits(in_features: int, out_features: int, rank: int) -> int:
-    both = in_features + out_features
-    return rank * (both + COUNTED_SCALE_BITS) + COUNTED_SCALE_BITS * both
 
 
 def _round_up(size: int) -> int:
@@ -234,10 +194,3 @@ def _check_features(in_features: int, out_features: int) -> None:
 def _check_paths(paths: int) -> None:
     if paths < 1:
         raise ValueError(f"paths must be at least 1, got {paths}")
-
-
-def _check_ranks(ranks: Sequence[int]) -> None:
-    if not ranks:
-        raise ValueError("ranks must hold at least one rank, got none")
-    for i, rank in enumerate(ranks):
-        check_rank(f"ranks[{i}]", rank)

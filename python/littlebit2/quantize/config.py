@@ -8,14 +8,12 @@ from typing import Literal, get_args
 
 import torch
 
-from littlebit2_kernels.format import MAX_PATHS, PackedLinear
+from littlebit2_kernels.format import MAX_PATHS
 
-from .budget import check_positive, check_rank, check_usable, rank_for_bpw
-from .methods import Method, Start, Steps, resolve_steps, uses_one_path
-from .quantizer import quantize_weight
-from .solvers.polar import PolarMethod
+from .budget import affords, check_positive, check_rank, check_usable, rank_for_bpw
+from .methods import Method, Steps, resolve_steps, uses_one_path
 
-__all__ = ["Budget", "QuantConfig"]
+__all__ = ["Budget", "QuantConfig", "as_config"]
 
 #: How a model's bits are shared out: the same number per weight everywhere, or by the spectra of the layers.
 Budget = Literal["uniform", "spectral"]
@@ -50,8 +48,6 @@ class QuantConfig:
         itq_iterations: most Joint-ITQ iterations; 0 leaves the random rotation it starts from.
         refine_rounds: most rounds of refinement, for each path.
         admm_iterations: for each path.
-        admm_start: ``"random"``: random signs, no SVD; or ``"joint-itq"``, which ends hardly lower.
-        polar: how Joint-ITQ solves its orthogonal Procrustes step, see :func:`.polar_factor`.
         kv_factor: factor on the rank that ``bpw`` gives to key and value projections.
         seed: seed of the random rotation and of random signs.
         compute_dtype: ``torch.float32`` or ``torch.float64``; the stored scales are float32 either way.
@@ -72,8 +68,6 @@ class QuantConfig:
     itq_iterations: int = 15
     refine_rounds: int = 12
     admm_iterations: int = 300
-    admm_start: Start = "random"
-    polar: PolarMethod = "auto"
     kv_factor: float = 1.0
     seed: int = 0
     compute_dtype: torch.dtype = torch.float32
@@ -82,8 +76,6 @@ class QuantConfig:
         _check_choice("method", self.method, get_args(Method))
         _check_choice("budget", self.budget, get_args(Budget))
         self._resolve_size()
-        _check_choice("admm_start", self.admm_start, get_args(Start))
-        _check_choice("polar", self.polar, get_args(PolarMethod))
         _check_choice("compute_dtype", self.compute_dtype, (torch.float32, torch.float64))
         check_positive("kv_factor", self.kv_factor)
         check_positive("budget_seconds", self.budget_seconds)
@@ -147,6 +139,14 @@ class QuantConfig:
         rank = rank_for_bpw(in_features, out_features, self.bpw, paths=self.paths, kv_factor=kv_factor)
         return (rank,) * self.paths
 
+    def affords(self, in_features: int, out_features: int, *, is_kv: bool = False) -> bool:
+        """Return whether the size given leaves the layer a rank; only ``bpw`` can be too small for one."""
+        if self.bpw is None:
+            return True
+        assert self.paths is not None  # set by _resolve_size
+        kv_factor = self.kv_factor if is_kv else 1.0
+        return affords(self.bpw, in_features, out_features, paths=self.paths, kv_factor=kv_factor)
+
     def check_usable(self, shapes: Iterable[tuple[int, int, bool]]) -> None:
         """Raise ``ValueError`` if ``bpw`` is more than any layer can use (:func:`.budget.check_usable`).
 
@@ -166,15 +166,28 @@ class QuantConfig:
             ranks,
             admm_iterations=self.admm_iterations,
             refine_rounds=self.refine_rounds,
+            itq_iterations=self.itq_iterations,
             budget_seconds=self.budget_seconds,
         )
 
-    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLinear:
-        """Quantise one layer, without a report: what ``LittleBitLinear.from_linear`` asks of a configuration.
 
-        Arguments and errors: as :func:`.quantizer.quantize_weight`.
-        """
-        return quantize_weight(weight, bias, config=self).packed
+def as_config(config: QuantConfig | float | None) -> QuantConfig:
+    """Return a configuration: itself, that of a number of bits per weight, or the default for ``None``.
+
+    Raises:
+        TypeError: ``config`` is none of these.
+        ValueError: the number is not finite and positive.
+    """
+    if isinstance(config, QuantConfig):
+        return config
+    if config is None:
+        return QuantConfig()
+    if isinstance(config, bool) or not isinstance(config, (int, float)):
+        raise TypeError(
+            f"config must be a QuantConfig, a number of bits per weight or None, got {type(config).__name__}"
+        )
+    check_positive("config", config)
+    return QuantConfig(bpw=float(config))
 
 
 def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:

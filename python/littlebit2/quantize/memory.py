@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from .config import QuantConfig
 from .solvers.binary_path import EXPANDED_ENTRIES, WHOLE_COLUMNS, chunk_columns
 from .solvers.partial_svd import is_partial
-
-if TYPE_CHECKING:
-    from .config import QuantConfig
 
 __all__ = ["working_bytes"]
 
@@ -35,7 +31,7 @@ def working_bytes(in_features: int, out_features: int, config: QuantConfig) -> i
     chunk = size * rank * (longer if whole else min(chunk_columns(rank), longer))
     signs = factors if expanded else factors // (8 * size)
     peaks = [weight + 2 * k * n]  # a 16-bit source while it is copied; a float32 one is worked on in place
-    if steps.method != "admm" or config.admm_start != "random":
+    if steps.decomposes:
         if is_partial(n, k, rank, config.compute_dtype):
             peaks.append(weight + max(2 * size * rank * min(k, n) + 4 * system, factors + 2 * system))
         else:

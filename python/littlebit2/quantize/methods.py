@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from .solvers.polar import PolarMethod
+
 __all__ = ["Method", "Start", "Steps", "iteration_operations", "resolve_steps", "uses_one_path"]
 
 #: ``"dual-svid"``: LittleBit. ``"joint-itq"``: LittleBit-2. ``"refine"``: Joint-ITQ, then closed-form scales
@@ -30,17 +32,28 @@ _REFINED_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Steps:
-    """What is done to every path of a layer.
+    """What is done to every path of a layer: the settings of the solvers.
 
     Attributes:
         method: the method, ``"auto"`` resolved.
         admm_iterations: 0 without ADMM.
         refine_rounds: 0 without refinement.
+        itq_iterations: of Joint-ITQ, where there is a rotation.
+        start: where ADMM starts; ``"joint-itq"`` takes an SVD and ends hardly lower.
+        polar: how Joint-ITQ solves its orthogonal Procrustes step, see :func:`.polar_factor`.
     """
 
     method: Method
     admm_iterations: int
     refine_rounds: int
+    itq_iterations: int
+    start: Start = "random"
+    polar: PolarMethod = "auto"
+
+    @property
+    def decomposes(self) -> bool:
+        """Whether every path begins with an SVD."""
+        return self.method != "admm" or self.start != "random"
 
 
 def uses_one_path(method: Method) -> bool:
@@ -58,6 +71,7 @@ def resolve_steps(
     *,
     admm_iterations: int,
     refine_rounds: int,
+    itq_iterations: int,
     budget_seconds: float,
 ) -> Steps:
     """Return the steps of ``method`` for a layer.
@@ -72,6 +86,7 @@ def resolve_steps(
         ranks: of every path.
         admm_iterations: asked for.
         refine_rounds: asked for.
+        itq_iterations: asked for.
         budget_seconds: for the layer, at 50e9 operations a second; counts for ``"auto"`` only.
     """
     if method == "auto":
@@ -87,6 +102,7 @@ def resolve_steps(
         method=method,
         admm_iterations=admm_iterations if method == "admm" else 0,
         refine_rounds=refine_rounds if method in ("admm", "refine") else 0,
+        itq_iterations=itq_iterations,
     )
 
 

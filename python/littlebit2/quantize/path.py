@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,9 +19,6 @@ from .solvers.numerics import squared_norm
 from .solvers.refine import refine
 from .solvers.svd import truncated_factors
 from .solvers.target import Target
-
-if TYPE_CHECKING:
-    from .config import QuantConfig
 
 __all__ = ["MadePath", "improve_paths", "make_paths"]
 
@@ -55,7 +51,6 @@ def make_paths(
     rank: int,
     steps: Steps,
     generators: Sequence[torch.Generator],
-    config: QuantConfig,
 ) -> list[MadePath]:
     """Approximate what is left of weights of one shape by one more path each; none is subtracted yet.
 
@@ -64,9 +59,8 @@ def make_paths(
         rank: of the path, the same for all.
         steps: likewise.
         generators: of each layer.
-        config: of the batch, but for the seed.
     """
-    if steps.method == "admm" and config.admm_start == "random":
+    if not steps.decomposes:
         target = _stacked(residuals)
         n, k = target.shape
         magnitudes = [(total / (n * k)) ** 0.5 for total in target.totals()]
@@ -75,7 +69,7 @@ def make_paths(
         )
         return [MadePath(path) for path in _improved(target, state, steps)]
     starts = [
-        _from_svd(residual, rank, steps, generator, config)
+        _from_svd(residual, rank, steps, generator)
         for residual, generator in zip(residuals, generators, strict=True)
     ]
     if not steps.refine_rounds:
@@ -92,16 +86,14 @@ def _stacked(residuals: Sequence[Residual]) -> Target:
     return Target(torch.stack([residual.matrix() for residual in residuals]))
 
 
-def _from_svd(
-    residual: Residual, rank: int, steps: Steps, generator: torch.Generator, config: QuantConfig
-) -> MadePath:
+def _from_svd(residual: Residual, rank: int, steps: Steps, generator: torch.Generator) -> MadePath:
     factors = truncated_factors(residual.matrix(), rank)
     a, b, tail_energy = factors.a, factors.b, factors.tail_energy
     del factors
     residual.release()  # what follows needs the factors alone
     if steps.method == "dual-svid":
         return MadePath(dual_svid(a, b), tail_energy)
-    latent = joint_itq(a, b, config.itq_iterations, generator=generator, polar=config.polar, in_place=True)
+    latent = joint_itq(a, b, steps.itq_iterations, generator=generator, polar=steps.polar, in_place=True)
     objective, converged = latent.objective, latent.converged
     del latent
     return MadePath(dual_svid(a, b), tail_energy, objective, converged)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,22 +12,21 @@ from littlebit2_kernels.format import PackedLinear
 
 from .allocate import layer_spectrum, ranks_for_energy
 from .batching import keeps_bits
-from .budget import at_largest_rank, stored_bpw
+from .budget import at_largest_rank
+from .config import QuantConfig, as_config
 from .importance import Importance
 from .methods import Steps
 from .path import MadePath, improve_paths, make_paths
-from .residual import Residual
+from .residual import Residual, weight_exponent
 from .solvers.dual_svid import scale_path
-from .solvers.numerics import check_finite, squared_norm
-
-if TYPE_CHECKING:
-    from .config import QuantConfig
+from .solvers.numerics import check_finite, check_matrix, squared_norm
 
 __all__ = [
     "DenseLayer",
     "LayerReport",
     "PathReport",
     "QuantizedLayer",
+    "check_layer",
     "quantize_together",
     "quantize_weight",
 ]
@@ -115,6 +113,7 @@ class DenseLayer:
         bias: likewise.
         importance: likewise.
         name: of the module, for reports and errors.
+        steps: settings of the solvers other than those that ``config`` leads to, for ablations.
     """
 
     load: Callable[[], torch.Tensor]
@@ -122,13 +121,14 @@ class DenseLayer:
     bias: torch.Tensor | None = None
     importance: Importance | None = None
     name: str = ""
+    steps: Steps | None = None
 
 
 def quantize_weight(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    config: QuantConfig,
+    config: QuantConfig | float,
     importance: Importance | None = None,
 ) -> QuantizedLayer:
     """Quantise one dense weight by ``config.method``.
@@ -145,7 +145,7 @@ def quantize_weight(
     Args:
         weight: ``[N, K]``, float64, float32, float16 or bfloat16, on the device that is to compute.
         bias: ``[N]`` or ``None``; kept in float32.
-        config: size, method, seed and precision.
+        config: size, method, seed and precision; or a number, the bits per weight.
         importance: weights of the squared error by inputs and outputs.
 
     Returns:
@@ -153,12 +153,12 @@ def quantize_weight(
 
     Raises:
         TypeError: ``weight``, ``bias`` or ``importance`` is not a dense floating-point tensor, or ``config``
-            no :class:`.QuantConfig`.
+            neither a :class:`.QuantConfig` nor a number.
         ValueError: ``weight`` is not a non-empty finite matrix whose magnitude float32 can hold, ``bias`` or
             ``importance`` does not match it, or the budget is too small for its shape or more than it
             can use.
     """
-    _check_config(config)
+    config = as_config(config)
     (layer,) = quantize_together([DenseLayer(lambda: _private(weight, config), config, bias, importance)])
     return layer
 
@@ -183,8 +183,10 @@ def quantize_together(layers: Sequence[DenseLayer]) -> list[QuantizedLayer]:
     if not layers:
         raise ValueError("layers must hold at least one layer, got none")
     for layer in layers:
-        _check_config(layer.config)
-        if replace(layer.config, seed=0) != replace(layers[0].config, seed=0):
+        if (
+            replace(layer.config, seed=0) != replace(layers[0].config, seed=0)
+            or layer.steps != layers[0].steps
+        ):
             raise ValueError("layers of a batch must have equal configurations but for seeds")
     if len(layers) > 1 and layers[0].config.ranks is None:
         raise ValueError("layers of a batch must have settled ranks, got a configuration with none")
@@ -201,7 +203,8 @@ def quantize_together(layers: Sequence[DenseLayer]) -> list[QuantizedLayer]:
                 )
     with _named(layers[0].name if len(layers) == 1 else ""):
         ranks = _ranks(residuals[0], config)
-        steps = config.steps_for(residuals[0].shape[1], residuals[0].shape[0], ranks)
+        n, k = residuals[0].shape
+        steps = layers[0].steps or config.steps_for(k, n, ranks)
         generators = [torch.Generator().manual_seed(layer.config.seed) for layer in layers]
         alone = residuals[0].device.type == "cpu" and not keeps_bits(residuals[0].shape)
         step = 1 if alone else len(layers)
@@ -211,9 +214,7 @@ def quantize_together(layers: Sequence[DenseLayer]) -> list[QuantizedLayer]:
                 [
                     one
                     for at in range(0, len(layers), step)
-                    for one in make_paths(
-                        residuals[at : at + step], rank, steps, generators[at : at + step], config
-                    )
+                    for one in make_paths(residuals[at : at + step], rank, steps, generators[at : at + step])
                 ]
             )
             for residual, one in zip(residuals, made[-1], strict=True):
@@ -254,7 +255,7 @@ def _finished(
             for one, error in zip(made, errors, strict=True)
         ),
         counted_bpw=packed.shape.counted_bpw,
-        stored_bpw=stored_bpw(packed),
+        stored_bpw=packed.shape.stored_bpw,
         method=steps.method,
         weighted_error=None if layer.importance is None else weighted_error,
     )
@@ -270,11 +271,6 @@ def _named(name: str) -> Iterator[None]:
         if not name:
             raise
         raise type(error)(f"layer {name!r}: {error}") from error
-
-
-def _check_config(config: QuantConfig) -> None:
-    if not callable(getattr(config, "ranks_for", None)):
-        raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
 
 
 def _ranks(residual: Residual, config: QuantConfig) -> tuple[int, ...]:
@@ -295,10 +291,33 @@ def _private(weight: torch.Tensor, config: QuantConfig) -> torch.Tensor:
 def _packed_bias(bias: torch.Tensor | None, residual: Residual) -> torch.Tensor | None:
     if bias is None:
         return None
+    _check_bias(bias, residual.shape[0])
+    return bias.detach().to(residual.device, torch.float32, copy=True).contiguous()
+
+
+def _check_bias(bias: torch.Tensor, out_features: int) -> None:
     if not isinstance(bias, torch.Tensor) or not bias.is_floating_point():
         got = bias.dtype if isinstance(bias, torch.Tensor) else type(bias).__name__
         raise TypeError(f"bias must be a real floating-point tensor, got {got}")
-    if tuple(bias.shape) != residual.shape[:1]:
-        raise ValueError(f"bias must have shape [{residual.shape[0]}], got {list(bias.shape)}")
+    if tuple(bias.shape) != (out_features,):
+        raise ValueError(f"bias must have shape [{out_features}], got {list(bias.shape)}")
+    if bias.is_meta:
+        raise ValueError("bias must hold values, got a tensor on the meta device")
     check_finite("bias", bias)
-    return bias.detach().to(residual.device, torch.float32, copy=True).contiguous()
+
+
+def check_layer(
+    name: str, weight: torch.Tensor, bias: torch.Tensor | None, importance: Importance | None
+) -> None:
+    """Check what a layer is made of, which takes little time: :func:`quantize_together` accepts it then.
+
+    Raises:
+        TypeError, ValueError: as :func:`quantize_weight`; the message names the layer where it has a name.
+    """
+    with _named(name):
+        check_matrix("weight", weight)
+        weight_exponent(weight)
+        if bias is not None:
+            _check_bias(bias, weight.shape[0])
+        if importance is not None:
+            importance.factors((weight.shape[0], weight.shape[1]), torch.float32, weight.device)

@@ -14,7 +14,7 @@ from .solvers.dual_svid import add_path
 from .solvers.numerics import binary_exponent, check_matrix, normalised, squared_norm
 from .solvers.target import NarrowTarget, Target
 
-__all__ = ["Residual"]
+__all__ = ["Residual", "unweighted", "weight_exponent"]
 
 #: Weights of fewer entries are copied to the computing dtype at once: what that takes is small.
 _LARGE = 2**21
@@ -50,7 +50,7 @@ class Residual:
     ) -> None:
         weight = load()
         check_matrix("weight", weight)
-        self.exponent = _weight_exponent(weight)
+        self.exponent = weight_exponent(weight)
         self.paths: list[PackedPath] = []
         self._load = load
         self._dtype = dtype
@@ -134,7 +134,12 @@ def unweighted(path: PackedPath, rows: torch.Tensor, columns: torch.Tensor) -> P
     return replace(path, in_scale=path.in_scale / columns.float(), out_scale=path.out_scale / rows.float())
 
 
-def _weight_exponent(weight: torch.Tensor) -> int:
+def weight_exponent(weight: torch.Tensor) -> int:
+    """Return the power of two to take out of a weight.
+
+    Raises:
+        ValueError: float32 scales cannot hold the magnitude.
+    """
     exponent = binary_exponent(weight)
     # float32 holds 2**-126 .. 2**128; the scales of a weight beyond it could not be stored.
     if not -126 <= exponent <= 127:

@@ -115,7 +115,7 @@ def analyze_weight(weight: torch.Tensor, config: QuantConfig | None = None) -> S
 
     def rotated(iterations: int) -> StageReport:
         generator = torch.Generator().manual_seed(config.seed)
-        latent = joint_itq(a, b, iterations, generator=generator, polar=config.polar)
+        latent = joint_itq(a, b, iterations, generator=generator)
         return stage(latent.a, latent.b)
 
     return SpectralReport(

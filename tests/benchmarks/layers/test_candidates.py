@@ -30,8 +30,8 @@ from benchmarks.problems import Problem, parse_dtype, random_packed
 from benchmarks.shapes import LARGE_SHAPES, SHAPES, Shape, parse_shape
 from benchmarks.timing import CpuTimer, Timing
 from benchmarks.timing_cuda import CALLS_PER_GRAPH
-from littlebit2.quantize import counted_bpw
 from littlebit2_kernels import LittleBitLinear, PackedLinear, PackedPath
+from littlebit2_kernels.format import LayerShape
 from littlebit2_kernels.reference import linear_reference
 from littlebit2_kernels.testing import TOLERANCE, relative_error
 
@@ -66,7 +66,7 @@ def test_problems_repeat_and_keep_their_budget() -> None:
         assert torch.equal(mine, other)
     assert torch.equal(SMALL.activations(3), again.activations(3))
     assert SMALL.packed.ranks == tuple(SMALL.ranks)
-    assert counted_bpw(256, 192, SMALL.ranks) <= 1.0
+    assert LayerShape(256, 192, SMALL.ranks).counted_bpw <= 1.0
     assert SMALL.packed_macs == sum(rank * (256 + 192) for rank in SMALL.ranks)
     large = SMALL.activations(64, outliers=4).abs().amax(0) > 40
     assert int(large.sum()) == 4

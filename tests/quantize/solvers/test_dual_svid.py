@@ -7,8 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from littlebit2.quantize import dual_svid
-from littlebit2.quantize.solvers.dual_svid import path_factors, rank_one, scale_path
+from littlebit2.quantize.solvers.dual_svid import dual_svid, path_factors, rank_one, scale_path
 from littlebit2_kernels.format import PackedPath
 from littlebit2_kernels.packing import pack_signs, unpack_signs
 from littlebit2_kernels.reference import dense_weight

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from littlebit2.quantize import joint_itq, polar_factor
-from littlebit2.quantize.solvers.joint_itq import random_rotation
+from littlebit2.quantize.solvers.joint_itq import joint_itq, random_rotation
+from littlebit2.quantize.solvers.polar import polar_factor
 
 DTYPES = [torch.float32, torch.float64]
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from littlebit2.quantize import QuantConfig, is_partial, quantize_weight, truncated_factors
+from littlebit2.quantize import QuantConfig, quantize_weight
+from littlebit2.quantize.solvers.partial_svd import is_partial
+from littlebit2.quantize.solvers.svd import truncated_factors
 
 N, K, R = 560, 640, 120
 

@@ -9,7 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from littlebit2.quantize import BinaryPath, QuantConfig, admm, quantize_weight, refine
+from littlebit2.quantize import QuantConfig, quantize_weight
+from littlebit2.quantize.solvers.admm import admm
+from littlebit2.quantize.solvers.binary_path import BinaryPath
+from littlebit2.quantize.solvers.refine import refine
 from littlebit2.quantize.solvers.sign_descent import descend
 from littlebit2_kernels.format import PackedLinear
 from littlebit2_kernels.reference import dense_weight

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from littlebit2.quantize import truncated_factors
+from littlebit2.quantize.solvers.svd import truncated_factors
 
 DTYPES = [torch.float32, torch.float64]
 

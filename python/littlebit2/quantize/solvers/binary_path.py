@@ -14,6 +14,7 @@ __all__ = [
     "WHOLE_COLUMNS",
     "BinaryFactor",
     "BinaryPath",
+    "Parts",
     "chunk_columns",
     "gram",
     "project",
@@ -30,6 +31,10 @@ EXPANDED_ENTRIES = 2**20
 
 #: Columns up to which such a factor is worked on in one piece: a block of the target goes with every column.
 WHOLE_COLUMNS = 2048
+
+
+#: The chunks ``[B, R, c]`` of a dense factor with the entries that they are.
+Parts = Iterable[tuple[slice, torch.Tensor]]
 
 
 class BinaryFactor:
@@ -50,6 +55,11 @@ class BinaryFactor:
         self._words = words
         if self.is_small:  # [B, R, n]
             self._words = unpack_signs(words.contiguous(), scale.shape[1], scale.dtype)
+
+    @property
+    def size(self) -> int:
+        """``n``, the entries of one layer's scale."""
+        return self.scale.shape[1]
 
     @property
     def words(self) -> torch.Tensor:
@@ -83,9 +93,11 @@ class BinaryFactor:
         """Return ``latent * signs * scale`` ``[B, R, c]`` of a chunk."""
         return self.signs(entries).mul_(self.scale[:, entries].unsqueeze(1)).mul_(latent.unsqueeze(2))
 
-    def parts(self, latent: torch.Tensor) -> Iterable[tuple[slice, torch.Tensor]]:
+    def parts(self, latent: torch.Tensor) -> Parts:
         """Return :meth:`dense` of every chunk, made once if that is small, else anew in every pass."""
-        return [(c, self.dense(c, latent)) for c in self.chunks()] if self.is_small else _Parts(self, latent)
+        return (
+            [(c, self.dense(c, latent)) for c in self.chunks()] if self.is_small else _LazyParts(self, latent)
+        )
 
     def select(self, which: Sequence[int]) -> BinaryFactor:
         """Return a copy of the factors of some layers of the batch."""
@@ -100,7 +112,7 @@ class BinaryFactor:
         self._words[list(which)] = other._words
 
 
-class _Parts:
+class _LazyParts:
     """The chunks of a dense factor, of which one at a time is in memory."""
 
     def __init__(self, factor: BinaryFactor, latent: torch.Tensor) -> None:
@@ -110,7 +122,7 @@ class _Parts:
         return ((entries, self._factor.dense(entries, self._latent)) for entries in self._factor.chunks())
 
 
-def gram(parts: Iterable[tuple[slice, torch.Tensor]], latent: torch.Tensor) -> torch.Tensor:
+def gram(parts: Parts, latent: torch.Tensor) -> torch.Tensor:
     """Return ``F F^T`` ``[B, R, R]`` of dense factors ``F`` given by parts."""
     total = latent.new_zeros(*latent.shape, latent.shape[1])
     for _, part in parts:
@@ -118,9 +130,7 @@ def gram(parts: Iterable[tuple[slice, torch.Tensor]], latent: torch.Tensor) -> t
     return total
 
 
-def project(
-    parts: Iterable[tuple[slice, torch.Tensor]], rows: torch.Tensor, latent: torch.Tensor
-) -> torch.Tensor:
+def project(parts: Parts, rows: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
     """Return ``F rows^T`` ``[B, R, c]`` for a few rows ``[B, c, n]``."""
     total = latent.new_zeros(*latent.shape, rows.shape[1])
     for entries, part in parts:

@@ -20,6 +20,10 @@ _ROUNDS = 8
 #: Relative gain of captured energy between two rounds at which they end.
 _ENOUGH = 2e-4
 _LARGEST_DEGREE = 6
+#: A basis that was made orthonormal twice has an independence close to 1 (:func:`_orthonormalise`).
+_INDEPENDENT = 0.1
+#: Energy of a direction, relative to the largest, that is rounding.
+_DEPENDENT = 1e-6
 #: What float32 can hold beside the largest direction when a filter has amplified that.
 _LARGEST_GROWTH = 1e4
 
@@ -137,7 +141,8 @@ def _basis(operator: _Squared, rank: int) -> torch.Tensor:
         basis = _filtered(operator, basis, image, float(energies[0]), float(energies[-1]))
         del image
         _orthonormalise(basis)
-    _orthonormalise(basis)
+    if _orthonormalise(basis) < _INDEPENDENT:
+        _drop_dependent(basis)
     return basis
 
 
@@ -167,8 +172,22 @@ def _filtered(
     return current
 
 
-def _orthonormalise(basis: torch.Tensor) -> None:
-    """Make the columns orthonormal in place, by Cholesky; columns that are zero, or all but, become small."""
+def _drop_dependent(basis: torch.Tensor) -> None:
+    """Make the columns orthonormal or zero in place, by an eigendecomposition of their inner products.
+
+    A matrix of a rank below the size of the basis can leave columns that are parallel to the last bit.
+    """
+    energies, vectors = _eigh(_inner(basis, basis))
+    kept = energies > _DEPENDENT * energies[-1]
+    _times(basis, (vectors * torch.where(kept, energies, torch.inf).rsqrt()).float())
+
+
+def _orthonormalise(basis: torch.Tensor) -> float:
+    """Make the columns orthonormal in place, by Cholesky; columns that are zero, or all but, become small.
+
+    Returns:
+        How independent the columns were: 1 where they were orthogonal, 0 where one depended on the others.
+    """
     gram = _inner(basis, basis)
     lengths = gram.diagonal().clamp(min=0).sqrt()
     lengths = torch.where(lengths > 0, lengths, 1)
@@ -176,11 +195,13 @@ def _orthonormalise(basis: torch.Tensor) -> None:
     gram.diagonal().add_(torch.finfo(torch.float64).eps * 64 * gram.shape[0])
     lower = torch.linalg.cholesky(gram)
     del gram
+    independence = float(lower.diagonal().min())
     # Solved in the place of the identity, by columns as LAPACK wants it.
     inverse = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device).T
     torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
     del lower
     _times(basis, inverse.div_(lengths).T.float())
+    return independence
 
 
 def _eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,14 +10,15 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from littlebit2._messages import hub_hint
 from littlebit2.integrations.loading import load
 from littlebit2.train.data import TokenBlocks, find_files, read_texts, write_tokens
 from littlebit2.train.perplexity import Perplexity, perplexity
 from littlebit2.train.teacher import check_logits
 
-__all__ = ["Evaluation", "context_length", "evaluate_model", "load_tokenizer"]
+from .settings import DEFAULT_BLOCK
 
-_DEFAULT_BLOCK = 2048
+__all__ = ["Evaluation", "context_length", "evaluate_model", "load_tokenizer"]
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,9 @@ def load_tokenizer(directory: Path, what: str = "model") -> Any:
         ValueError: it has none.
     """
     if not directory.is_dir():
-        raise FileNotFoundError(f"{what} must be a checkpoint directory, got {directory}, which is none")
+        raise FileNotFoundError(
+            f"{what} must be a checkpoint directory, got {directory}, which is none{hub_hint(directory)}"
+        )
     try:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -128,7 +131,7 @@ def context_length(model: Any) -> int | None:
 def _block(model: Any, block: int | None) -> int:
     most = context_length(model)
     if block is None:
-        return _DEFAULT_BLOCK if most is None else min(_DEFAULT_BLOCK, most)
+        return DEFAULT_BLOCK if most is None else min(DEFAULT_BLOCK, most)
     if most is not None and block > most:
         raise ValueError(f"block must be at most {most}, the model's max_position_embeddings, got {block}")
     return block

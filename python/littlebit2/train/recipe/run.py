@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -18,14 +18,16 @@ from tqdm import tqdm
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
+from littlebit2._messages import hub_hint
 from littlebit2.architecture.select import DEFAULT_EXCLUDE
 from littlebit2.checkpoint import find_side_files
 from littlebit2.disk import check_replaceable, write_json
 from littlebit2.integrations.bars import no_bars_in_logs
 from littlebit2.integrations.loading import load
-from littlebit2.offline import quantize_checkpoint
+from littlebit2.offline import importance_digest, quantize_checkpoint
 from littlebit2.offline.group import Group, process_group
-from littlebit2.quantize import QuantConfig, check_device
+from littlebit2.quantize import Importance, QuantConfig
+from littlebit2.quantize.device import check_device
 from littlebit2.train.data import TokenBlocks, TokenFile, find_files, read_texts, write_tokens
 from littlebit2.train.model import trainable_layers
 from littlebit2.train.perplexity import perplexity
@@ -83,6 +85,7 @@ def finetune(
     text_field: str = "text",
     include: str | Sequence[str] = "*",
     exclude: str | Sequence[str] = DEFAULT_EXCLUDE,
+    importance: Mapping[str, Importance] | None = None,
     device: str = "cpu",
     resume: bool = True,
     overwrite: bool = False,
@@ -108,6 +111,7 @@ def finetune(
         text_field: name of the text in JSON lines and tables.
         include: patterns of modules to quantize, as of :func:`.quantize_checkpoint`.
         exclude: likewise.
+        importance: weighs errors while the start is quantized, as of :func:`.quantize_checkpoint`.
         device: ``"cpu"`` or ``"cuda"``.
         resume: continue an interrupted run; otherwise it is discarded.
         overwrite: whether ``out`` may be a checkpoint, which is replaced at the end.
@@ -120,7 +124,7 @@ def finetune(
         ValueError: any other argument that cannot be; the message names it.
     """
     began = time.perf_counter()
-    recipe = recipe or Recipe()
+    recipe = (recipe or Recipe()).sized(check_dense(Path(teacher)).get("max_position_embeddings"))
     if (config is None) == (start is None):
         raise ValueError(
             "either config or start must be given, got " + ("none" if config is None else "both")
@@ -144,6 +148,7 @@ def finetune(
         recipe=recipe,
         text_field=text_field,
         patterns=(include, exclude),
+        importance=importance,
         device=device,
         overwrite=overwrite,
         work=FinetuneDirectory(target),
@@ -186,22 +191,18 @@ class _Run:
     recipe: Recipe
     text_field: str
     patterns: tuple[str | Sequence[str], str | Sequence[str]]
+    importance: Mapping[str, Importance] | None
     device: str
     overwrite: bool
     work: FinetuneDirectory
 
     def check(self) -> None:
         """Raise what can be told before anything is computed."""
-        stored = check_dense(self.teacher)
         replaces = find_side_files(self.teacher).in_folders
         check_replaceable(self.out, overwrite=self.overwrite, replaces=replaces)
         if self.start is not None and not self.start.is_dir():
-            raise FileNotFoundError(f"start must be a checkpoint directory, got {self.start}, which is none")
-        most = stored.get("max_position_embeddings")
-        if isinstance(most, int) and self.recipe.block > most:
-            raise ValueError(
-                f"block must be at most {most}, the teacher's max_position_embeddings, "
-                f"got {self.recipe.block}"
+            raise FileNotFoundError(
+                f"start must be a checkpoint directory, got {self.start}, which is none{hub_hint(self.start)}"
             )
         load_tokenizer(self.teacher, "teacher")
 
@@ -223,6 +224,7 @@ class _Run:
             if self.config is None
             else {k: str(v) for k, v in vars(self.config).items()},
             "start": start,
+            **({} if self.importance is None else {"importance": importance_digest(self.importance)}),
             "patterns": [list([p] if isinstance(p, str) else p) for p in self.patterns],
             "device": self.device,
             "processes": int(os.environ.get("WORLD_SIZE", "1")),
@@ -283,6 +285,7 @@ class _Run:
         tokens = TokenFile.open(self.work.tokens("train"))
         assert tokens is not None  # just written
         length = self.recipe.block
+        assert length is not None  # settled by Recipe.sized
         everything = TokenBlocks(tokens, length)
         if self.eval_files is not None:
             held = TokenFile.open(self.work.tokens("eval"))
@@ -311,6 +314,7 @@ class _Run:
             self.config,
             include=include,
             exclude=exclude,
+            importance=self.importance,
             device=self.device,
             progress=not self.recipe.quiet,
         )

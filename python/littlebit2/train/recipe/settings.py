@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from littlebit2.train.latents import MAGNITUDE
 from littlebit2.train.model import Dense
 from littlebit2.train.surrogate import Surrogate, check_surrogate
 
-__all__ = ["Precision", "Recipe"]
+__all__ = ["DEFAULT_BLOCK", "Precision", "Recipe"]
+
+#: Tokens per sequence where the model can take that many.
+DEFAULT_BLOCK = 2048
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -23,7 +26,8 @@ class Recipe:
     """Settings for training. Defaults are from the papers (LittleBit, arXiv 2506.13771) where they give one.
 
     Attributes:
-        block: T, tokens per sequence.
+        block: T, tokens per sequence; ``None``, the default, is 2048 or what the model can take, whichever
+            is less (:meth:`sized`).
         steps: optimizer steps; ``None`` takes them from ``epochs``.
         epochs: passes over the training data, where ``steps`` is not given.
         batch_size: sequences per batch and process.
@@ -61,7 +65,7 @@ class Recipe:
         ValueError: a value out of its range, or two that contradict each other.
     """
 
-    block: int = 2048
+    block: int | None = None
     steps: int | None = None
     epochs: float = 1.0
     batch_size: int = 1
@@ -97,7 +101,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulation", "log_steps", "save_steps", "eval_batch_size"):
             _check_integer(name, getattr(self, name), 1)
-        _check_integer("block", self.block, 2)
+        if self.block is not None:
+            _check_integer("block", self.block, 2)
         _check_integer("eval_steps", self.eval_steps, 0)
         _check_integer("seed", self.seed, 0)
         for name in ("steps", "teacher_top_k", "max_tokens", "stop_after"):
@@ -146,6 +151,24 @@ class Recipe:
         """Return the peak learning rate of a kind of parameter (:func:`.parameter_kind`)."""
         own = {"latent": self.lr, "scale": self.scale_lr, "dense": self.dense_lr}[kind]
         return self.lr if own is None else own
+
+    def sized(self, most: object) -> Recipe:
+        """Return the recipe with its block settled.
+
+        Args:
+            most: positions that the model can take; no limit if it is no integer.
+
+        Raises:
+            ValueError: ``block`` is more.
+        """
+        limit = most if isinstance(most, int) else None
+        if self.block is None:
+            return replace(self, block=DEFAULT_BLOCK if limit is None else min(DEFAULT_BLOCK, limit))
+        if limit is not None and self.block > limit:
+            raise ValueError(
+                f"block must be at most {limit}, the teacher's max_position_embeddings, got {self.block}"
+            )
+        return self
 
     def total_steps(self, blocks: int, processes: int) -> int:
         """Return the optimizer steps of the run.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from littlebit2._messages import hub_hint
 from littlebit2.checkpoint import CheckpointWriter, find_side_files, open_checkpoint
 from littlebit2.disk import RunError
 from littlebit2.integrations.loading import load
@@ -32,7 +33,9 @@ def check_dense(teacher: Path) -> dict[str, Any]:
         ValueError: it is packed, or has no config.json.
     """
     if not teacher.is_dir():
-        raise FileNotFoundError(f"teacher must be a checkpoint directory, got {teacher}, which is none")
+        raise FileNotFoundError(
+            f"teacher must be a checkpoint directory, got {teacher}, which is none{hub_hint(teacher)}"
+        )
     with open_checkpoint(teacher) as checkpoint:
         if checkpoint.layers:
             raise ValueError(
