@@ -1,4 +1,4 @@
-"""Layers quantised together come out as they would alone."""
+"""Layers quantized together come out as they would alone."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def test_bias_is_kept_in_float32(rng: torch.Generator) -> None:
     assert copied.data_ptr() != own.data_ptr()
 
 
-def test_parameters_are_quantised_without_a_graph(rng: torch.Generator) -> None:
+def test_parameters_are_quantized_without_a_graph(rng: torch.Generator) -> None:
     weight = torch.nn.Parameter(torch.randn(12, 16, generator=rng))
     bias = torch.nn.Parameter(torch.randn(12, generator=rng))
     packed = quantize_weight(weight, bias, config=QuantConfig(ranks=(8,))).packed

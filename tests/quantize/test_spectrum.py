@@ -1,4 +1,4 @@
-"""The spectral report, and the ranges the papers state for the share that binarisation keeps."""
+"""The spectral report, and the ranges the papers state for the share that binarization keeps."""
 
 from __future__ import annotations
 

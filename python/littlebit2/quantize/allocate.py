@@ -20,7 +20,7 @@ import torch
 from littlebit2_kernels.format import RANK_MULTIPLE, LayerShape
 
 from .budget import check_positive, largest_rank
-from .solvers.numerics import binary_exponent, check_matrix, normalised
+from .solvers.numerics import binary_exponent, check_matrix, normalized
 
 __all__ = [
     "LayerSpectrum",
@@ -96,7 +96,7 @@ def layer_spectrum(name: str, weight: torch.Tensor, uniform_rank: int, stake: fl
     wide = weight.detach() if n <= k else weight.detach().T
     gram = torch.zeros(wide.shape[0], wide.shape[0], dtype=torch.float64, device=weight.device)
     for block in wide.split(_BLOCK, dim=1):
-        part = normalised(block, exponent, torch.float64)
+        part = normalized(block, exponent, torch.float64)
         gram.addmm_(part, part.T)
     energies = torch.linalg.eigvalsh(gram.float()).double().cpu().flip(0).clamp(min=0)
     total = energies.sum()

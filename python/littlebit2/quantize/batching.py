@@ -1,4 +1,4 @@
-"""Which layers are quantised together. What comes out does not depend on it, only how long it takes."""
+"""Which layers are quantized together. What comes out does not depend on it, only how long it takes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _DEVICE_LAYERS = 64
 
 
 def batch_size(in_features: int, out_features: int, config: QuantConfig, device: torch.device | str) -> int:
-    """Return how many layers of this shape are quantised together at most.
+    """Return how many layers of this shape are quantized together at most.
 
     Args:
         in_features: K.

@@ -24,7 +24,7 @@ _PAPERS_PATHS = 2
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """How to quantise a layer.
+    """How to quantize a layer.
 
     The size is given by ``bpw`` (and ``paths``), by the share of ``energy`` to keep, or by explicit
     ``ranks``.
@@ -36,13 +36,13 @@ class QuantConfig:
         ranks: one positive multiple of 8 per path, replacing ``bpw``; ranks may differ, and may exceed
             ``min(K, N)``: the surplus directions start at zero and the rotation fills them.
         paths: number of paths of equal rank. Where not given, 1, and 2 for the papers' own methods: a primary
-            path and one that quantises its residual.
+            path and one that quantizes its residual.
         budget: ``"spectral"`` shares the bits of ``bpw`` out over the layers of a model by their spectra
             (:func:`.allocate_ranks`); ``"uniform"`` gives every layer the same. One layer alone has nothing
             to share: there it changes nothing.
         method: ``"dual-svid"`` (LittleBit, arXiv 2506.13771); ``"joint-itq"``, which rotates the latent space
-            before binarising (LittleBit-2, arXiv 2603.00042); ``"refine"``, which improves that by
-            :func:`.refine`; ``"admm"``, a binary factorisation (:func:`.admm`), refined; ``"auto"``, that in
+            before binarizing (LittleBit-2, arXiv 2603.00042); ``"refine"``, which improves that by
+            :func:`.refine`; ``"admm"``, a binary factorization (:func:`.admm`), refined; ``"auto"``, that in
             ``budget_seconds`` (:func:`.resolve_steps`).
         budget_seconds: for ``"auto"``: work allowed per layer, counted at 50e9 operations a second.
         itq_iterations: most Joint-ITQ iterations; 0 leaves the random rotation it starts from.

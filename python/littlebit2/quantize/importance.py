@@ -1,6 +1,6 @@
 """Which inputs and outputs of a layer matter, and the weighting of the error by them.
 
-The error that a quantised layer makes on its outputs is ``|(W - W_hat) x|^2``, not ``|W - W_hat|^2``. With
+The error that a quantized layer makes on its outputs is ``|(W - W_hat) x|^2``, not ``|W - W_hat|^2``. With
 diagonal weights the two differ by scales only: ``diag(o) (W - W_hat) diag(i)`` is the plain error of the
 weight ``diag(o) W diag(i)``, whose scales are divided by ``o`` and ``i`` afterwards. So every method serves.
 """

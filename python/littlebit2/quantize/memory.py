@@ -1,4 +1,4 @@
-"""How much memory the quantisation of a layer takes, from shapes alone."""
+"""How much memory the quantization of a layer takes, from shapes alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["working_bytes"]
 
 
 def working_bytes(in_features: int, out_features: int, config: QuantConfig) -> int:
-    """Return about how many bytes a layer takes while it is quantised, its source included.
+    """Return about how many bytes a layer takes while it is quantized, its source included.
 
     docs/checkpoints.md has measured peaks. The greatest of the steps counts. A source of 16 bits takes less
     where it can stay as it is; that is not counted on.

@@ -15,7 +15,7 @@ from .solvers.polar import PolarMethod
 __all__ = ["Method", "Start", "Steps", "iteration_operations", "resolve_steps", "uses_one_path"]
 
 #: ``"dual-svid"``: LittleBit. ``"joint-itq"``: LittleBit-2. ``"refine"``: Joint-ITQ, then closed-form scales
-#: and sign descent. ``"admm"``: binary factorisation by ADMM, then the same. ``"auto"``: admm, in budget.
+#: and sign descent. ``"admm"``: binary factorization by ADMM, then the same. ``"auto"``: admm, in budget.
 Method = Literal["auto", "admm", "refine", "joint-itq", "dual-svid"]
 
 #: Where ADMM starts: from Joint-ITQ, or from random signs, which needs no SVD.
@@ -59,7 +59,7 @@ class Steps:
 def uses_one_path(method: Method) -> bool:
     """Whether one path of the whole rank is the better default: it is once signs are refined.
 
-    The papers' initialisations (LittleBit, LittleBit-2) use a primary and a residual path.
+    The papers' initializations (LittleBit, LittleBit-2) use a primary and a residual path.
     """
     return method not in ("joint-itq", "dual-svid")
 

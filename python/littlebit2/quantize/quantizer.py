@@ -1,4 +1,4 @@
-"""One layer: from a dense weight to packed paths, each quantising what the ones before left over."""
+"""One layer: from a dense weight to packed paths, each quantizing what the ones before left over."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class PathReport:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What the quantisation of one layer did.
+    """What the quantization of one layer did.
 
     Attributes:
         name: name of the module, empty for a bare weight.
@@ -65,7 +65,7 @@ class LayerReport:
         counted_bpw: bits per weight as the papers count them.
         stored_bpw: bits per weight that the packed layer holds in memory, bias excluded.
         method: what was done, ``"auto"`` resolved.
-        weighted_error: the error in the norm that was minimised, where importance was given.
+        weighted_error: the error in the norm that was minimized, where importance was given.
         predicted_error: what the allocation of ranks expected, where there was one.
     """
 
@@ -105,7 +105,7 @@ class QuantizedLayer:
 
 @dataclass(frozen=True, eq=False)
 class DenseLayer:
-    """A layer to quantise.
+    """A layer to quantize.
 
     Attributes:
         load: returns the ``[N, K]`` weight, the same each time; what it returns may be overwritten.
@@ -131,7 +131,7 @@ def quantize_weight(
     config: QuantConfig | float,
     importance: Importance | None = None,
 ) -> QuantizedLayer:
-    """Quantise one dense weight by ``config.method``.
+    """Quantize one dense weight by ``config.method``.
 
     LittleBit (arXiv 2506.13771), LittleBit-2 (arXiv 2603.00042), DBF (arXiv 2505.11076), NanoQuant (arXiv
     2602.06694). The first path approximates the weight, each later one the weight minus what is stored so
@@ -164,7 +164,7 @@ def quantize_weight(
 
 
 def quantize_together(layers: Sequence[DenseLayer]) -> list[QuantizedLayer]:
-    """Quantise layers of one shape and configuration in a batch; each comes out as it would alone.
+    """Quantize layers of one shape and configuration in a batch; each comes out as it would alone.
 
     A weight is loaded for its layer alone, and again where keeping it would take more memory. Steps of ADMM
     and of refinement are done for all layers at once; decompositions, rotations and turns between several

@@ -94,7 +94,7 @@ def layer_config(
     """Return the configuration of one layer of a model: its ranks and its own seed settled.
 
     The seed comes from ``config.seed`` and the name, so that a layer's result depends neither on the order
-    of the layers nor on which others are quantised. ``config.kv_factor`` applies to names ending in
+    of the layers nor on which others are quantized. ``config.kv_factor`` applies to names ending in
     ``k_proj`` or ``v_proj``.
 
     Args:

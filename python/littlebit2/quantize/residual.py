@@ -11,7 +11,7 @@ from littlebit2_kernels.format import PackedPath
 
 from .importance import Importance
 from .solvers.dual_svid import add_path
-from .solvers.numerics import binary_exponent, check_matrix, normalised, squared_norm
+from .solvers.numerics import binary_exponent, check_matrix, normalized, squared_norm
 from .solvers.target import NarrowTarget, Target
 
 __all__ = ["Residual", "unweighted", "weight_exponent"]
@@ -65,7 +65,7 @@ class Residual:
             (self.weighted_total,) = self.target().totals()
         else:
             del weight
-            matrix = normalised(self._taken(), self.exponent, dtype, in_place=True)
+            matrix = normalized(self._taken(), self.exponent, dtype, in_place=True)
             self.total = squared_norm(matrix)
             self._matrix = self._times_importance(matrix)
             self.weighted_total = squared_norm(self._matrix)
@@ -80,7 +80,7 @@ class Residual:
     def matrix(self) -> torch.Tensor:
         """Return the residual ``[N, K]``, worked out again if need be."""
         if self._matrix is None:
-            matrix = normalised(self._taken(), self.exponent, self._dtype, in_place=True)
+            matrix = normalized(self._taken(), self.exponent, self._dtype, in_place=True)
             matrix = self._times_importance(matrix)
             for path in self.paths:
                 add_path(matrix, path, -1)

@@ -1,4 +1,4 @@
-"""What a weight's spectrum promises and what each step of the initialisation makes of it."""
+"""What a weight's spectrum promises and what each step of the initialization makes of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .config import QuantConfig
 from .quantizer import quantize_weight
 from .solvers.dual_svid import dual_svid, path_factors
 from .solvers.joint_itq import joint_itq
-from .solvers.numerics import binary_exponent, check_matrix, normalised, squared_norm
+from .solvers.numerics import binary_exponent, check_matrix, normalized, squared_norm
 from .solvers.svd import truncated_factors
 
 __all__ = ["Coherence", "SpectralReport", "StageReport", "analyze_weight", "energy_share", "latent_coherence"]
@@ -43,7 +43,7 @@ class StageReport:
             ``(1 - error) / E(R)``; negative where the path is worse than no path.
         gain: ``c E(R) - E(R / 16)``: the spectral energy gain over an FP16 pair of equal bits. Where it
             is positive, the binary pair keeps more of the weight.
-        coherence: of the latent factors that were binarised.
+        coherence: of the latent factors that were binarized.
     """
 
     error: float
@@ -78,9 +78,9 @@ class SpectralReport:
 
 
 def analyze_weight(weight: torch.Tensor, config: QuantConfig | None = None) -> SpectralReport:
-    """Measure the spectrum of a weight and the error of each initialisation stage.
+    """Measure the spectrum of a weight and the error of each initialization stage.
 
-    Costs about three quantisations of the layer.
+    Costs about three quantizations of the layer.
 
     Args:
         weight: ``[N, K]``, any real floating-point dtype.
@@ -98,7 +98,7 @@ def analyze_weight(weight: torch.Tensor, config: QuantConfig | None = None) -> S
         raise ValueError("weight must not be all zero: it has no spectrum")
     quantized = quantize_weight(weight, config=config)
     rank = quantized.report.ranks[0]
-    target = normalised(weight, binary_exponent(weight), config.compute_dtype)
+    target = normalized(weight, binary_exponent(weight), config.compute_dtype)
     factors = truncated_factors(target, rank)
     a, b = factors.a, factors.b
     # All that lies past R counts as one direction: neither share looks inside it.

@@ -1,4 +1,4 @@
-"""Binarisation of a factor pair."""
+"""Binarization of a factor pair."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The factorisation of large matrices: as good as the whole one, in little memory."""
+"""The factorization of large matrices: as good as the whole one, in little memory."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_nothing_is_lost(decay: float, rng: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("decay", [0, 0.6])
-def test_quantised_as_well_as_from_the_whole(
+def test_quantized_as_well_as_from_the_whole(
     decay: float, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     matrix = with_decay(decay, rng)

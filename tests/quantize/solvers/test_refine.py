@@ -96,7 +96,7 @@ def test_scales_are_least_squares_at_a_fixed_point(rng: torch.Generator) -> None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_planted_factorisation_is_found(dtype: torch.dtype, rng: torch.Generator) -> None:
+def test_a_planted_factorization_is_found(dtype: torch.dtype, rng: torch.Generator) -> None:
     target = gaussian(120, 100, rng, dtype)
     planted = random_path(target, 8, rng)
     for vector in (planted.left.scale, planted.right.scale, planted.latent):
@@ -165,11 +165,11 @@ def test_transposing_the_weight_changes_next_to_nothing(
 def test_each_method_ends_below_the_one_before(decay: float, rng: torch.Generator) -> None:
     left, _, right = torch.linalg.svd(gaussian(160, 128, rng), full_matrices=False)
     weight = left * torch.arange(1, 129) ** -decay @ right
-    dual, itq, refined, factorised = (
+    dual, itq, refined, factorized = (
         quantize_weight(weight, config=QuantConfig(ranks=(56,), method=method)).report.error  # type: ignore[arg-type]
         for method in ("dual-svid", "joint-itq", "refine", "admm")
     )
-    assert factorised < 0.97 * refined < 0.95 * itq < 0.93 * dual
+    assert factorized < 0.97 * refined < 0.95 * itq < 0.93 * dual
 
 
 def test_paths_are_refined_against_each_other(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The truncated factorisation."""
+"""The truncated factorization."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Binary factorisation by the alternating direction method of multipliers (ADMM)."""
+"""Binary factorization by the alternating direction method of multipliers (ADMM)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _NARROW = torch.float16
 
 
 def admm(target: torch.Tensor | Target, path: BinaryPath, iterations: int) -> None:
-    """Factorise a target into scaled signs, starting from ``path``, in place.
+    """Factorize a target into scaled signs, starting from ``path``, in place.
 
-    Double binary factorisation (DBF, arXiv 2505.11076; NanoQuant, arXiv 2602.06694): each factor in turn
+    Double binary factorization (DBF, arXiv 2505.11076; NanoQuant, arXiv 2602.06694): each factor in turn
     solves ``min |target - X Y|^2`` for ``X`` in the set ``Z`` of sign matrices scaled by rows and columns,
     ``Y`` being the other factor as it stands. With the scaled dual ``D`` and penalty ``rho``, one iteration
     is
@@ -70,7 +70,7 @@ class _Side:
     def improve(self, target: Target, axis: int, other: _Side, penalty: float) -> None:
         """Do one iteration for this side, which is the given axis of ``target``."""
         parts = other.factor.parts(other.latent)
-        inverse, rho = _regularised_inverse(gram(parts, other.latent), penalty)
+        inverse, rho = _regularized_inverse(gram(parts, other.latent), penalty)
         unit = self.latent.abs()
         unit /= torch.linalg.vector_norm(unit, dim=1, keepdim=True).clamp(min=torch.finfo(unit.dtype).tiny)
         unit = unit.unsqueeze(2)
@@ -97,7 +97,7 @@ class _Side:
             _store(dual, self.factor.dense(entries, self.latent).neg_().add_(dual))
 
 
-def _regularised_inverse(system: torch.Tensor, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _regularized_inverse(system: torch.Tensor, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``(system + rho I)^-1`` ``[B, R, R]``, and ``rho`` ``[B, 1, 1]``.
 
     The inverse by itself is a third of the work of solving for all columns, and multiplying by it a fast

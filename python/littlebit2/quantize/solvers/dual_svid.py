@@ -19,7 +19,7 @@ _BLOCK_ROWS = 512
 
 
 def dual_svid(a: torch.Tensor, b: torch.Tensor) -> PackedPath:
-    """Binarise the product ``a @ b`` (LittleBit, arXiv 2506.13771, Dual-SVID).
+    """Binarize the product ``a @ b`` (LittleBit, arXiv 2506.13771, Dual-SVID).
 
     The signs are kept as they are, with ``sign(0) = +1``. The best rank-1 approximations
     ``|a| ~ s p q^T`` and ``|b| ~ t r w^T`` give ``out_scale`` along ``p``, ``in_scale`` along ``w``, and

@@ -1,4 +1,4 @@
-"""The latent rotation: joint iterative quantisation of both factors."""
+"""The latent rotation: joint iterative quantization of both factors."""
 
 from __future__ import annotations
 

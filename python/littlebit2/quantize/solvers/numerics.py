@@ -11,7 +11,7 @@ __all__ = [
     "check_finite",
     "check_matrix",
     "cholesky_in_place",
-    "normalised",
+    "normalized",
     "squared_norm",
     "times_power_of_two",
 ]
@@ -72,7 +72,7 @@ def times_power_of_two(tensor: torch.Tensor, exponent: int) -> torch.Tensor:
     return (tensor * math.ldexp(1.0, half)).mul_(math.ldexp(1.0, exponent - half))
 
 
-def normalised(
+def normalized(
     weight: torch.Tensor, exponent: int, dtype: torch.dtype, *, in_place: bool = False
 ) -> torch.Tensor:
     """Return ``weight * 2**-exponent`` in ``dtype``, contiguous: a copy, or ``weight`` itself if it may."""

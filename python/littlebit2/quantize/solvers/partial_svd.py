@@ -20,7 +20,7 @@ _ROUNDS = 8
 #: Relative gain of captured energy between two rounds at which they end.
 _ENOUGH = 2e-4
 _LARGEST_DEGREE = 6
-#: A basis that was made orthonormal twice has an independence close to 1 (:func:`_orthonormalise`).
+#: A basis that was made orthonormal twice has an independence close to 1 (:func:`_orthonormalize`).
 _INDEPENDENT = 0.1
 #: Energy of a direction, relative to the largest, that is rounding.
 _DEPENDENT = 1e-6
@@ -125,14 +125,14 @@ def _basis(operator: _Squared, rank: int) -> torch.Tensor:
     basis = torch.randn(n, size, generator=generator).to(operator.matrix.device)
     for columns in _blocks(size):
         basis[:, columns] = operator(basis[:, columns])
-    _orthonormalise(basis)
+    _orthonormalize(basis)
     captured = 0.0
     for _ in range(_ROUNDS):
         image = torch.empty_like(basis)
         for columns in _blocks(size):
             image[:, columns] = operator(basis[:, columns])
         energies, vectors = _eigh(_inner(basis, image).float())
-        # Columns that are close to singular vectors differ by scales, which normalising takes out.
+        # Columns that are close to singular vectors differ by scales, which normalizing takes out.
         _times(basis, vectors)
         _times(image, vectors)
         before, captured = captured, float(energies[-rank:].clamp(min=0).sum(dtype=torch.float64))
@@ -140,8 +140,8 @@ def _basis(operator: _Squared, rank: int) -> torch.Tensor:
             break
         basis = _filtered(operator, basis, image, float(energies[0]), float(energies[-1]))
         del image
-        _orthonormalise(basis)
-    if _orthonormalise(basis) < _INDEPENDENT:
+        _orthonormalize(basis)
+    if _orthonormalize(basis) < _INDEPENDENT:
         _drop_dependent(basis)
     return basis
 
@@ -182,7 +182,7 @@ def _drop_dependent(basis: torch.Tensor) -> None:
     _times(basis, (vectors * torch.where(kept, energies, torch.inf).rsqrt()).float())
 
 
-def _orthonormalise(basis: torch.Tensor) -> float:
+def _orthonormalize(basis: torch.Tensor) -> float:
     """Make the columns orthonormal in place, by Cholesky; columns that are zero, or all but, become small.
 
     Returns:

@@ -22,7 +22,7 @@ _SMALL = 512
 def polar_factor(matrix: torch.Tensor, method: PolarMethod = "auto") -> torch.Tensor:
     """Return the orthogonal polar factor ``U V^T`` of a square matrix ``U S V^T``.
 
-    It is the rotation ``Q`` that maximises ``trace(Q^T matrix)``: the orthogonal Procrustes solution.
+    It is the rotation ``Q`` that maximizes ``trace(Q^T matrix)``: the orthogonal Procrustes solution.
 
     ``"newton"`` runs Higham's scaled Newton iteration, which costs a handful of inverses and no SVD.
     It falls back to the SVD where the matrix is singular or too ill-conditioned for the dtype, or where
@@ -71,7 +71,7 @@ def _polar_newton(matrix: torch.Tensor) -> torch.Tensor | None:
     # A step that changes x by c leaves singular values within c^2 / 2 of 1, and the Newton-Schulz step at
     # the end leaves 3/8 c^4. The Frobenius norm bounds the change of every one of them.
     close_enough = (2 * eps) ** 0.25
-    x, scaled = matrix, True  # overwritten: it is the caller's normalised copy
+    x, scaled = matrix, True  # overwritten: it is the caller's normalized copy
     for step in range(_NEWTON_STEPS):
         inverse, info = torch.linalg.inv_ex(x)
         if bool(info.any()):
@@ -97,7 +97,7 @@ def _well_conditioned(x: torch.Tensor, inverse: torch.Tensor, eps: float) -> boo
 
 
 def _newton_scale(x: torch.Tensor, inverse: torch.Tensor) -> float:
-    """Higham's estimate of the scale that centres the singular values around 1."""
+    """Higham's estimate of the scale that centers the singular values around 1."""
     return (_norms(inverse) / _norms(x)) ** 0.25
 
 

@@ -1,4 +1,4 @@
-"""Truncated SVD as a balanced pair of factors: the first step of the initialisation."""
+"""Truncated SVD as a balanced pair of factors: the first step of the initialization."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TruncatedFactors:
 
 
 def truncated_factors(matrix: torch.Tensor, rank: int) -> TruncatedFactors:
-    """Factorise ``matrix`` into ``a @ b`` of rank ``rank`` (LittleBit, arXiv 2506.13771, initialisation).
+    """Factorize ``matrix`` into ``a @ b`` of rank ``rank`` (LittleBit, arXiv 2506.13771, initialization).
 
     A large float32 matrix (smaller dimension above 512, ``rank`` at most about half of it; the exact rule is
     :func:`.partial_svd.is_partial`) goes through a subspace iteration that needs little more memory than

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from .numerics import normalised, squared_norm
+from .numerics import normalized, squared_norm
 
 __all__ = ["Target", "as_target"]
 
@@ -78,7 +78,7 @@ class NarrowTarget(Target):
     def block(self, axis: int, entries: slice) -> torch.Tensor:
         """Return rows or columns, as :meth:`Target.block`."""
         part = super().block(axis, entries)[0]
-        block = normalised(part, self._exponent, self.dtype)
+        block = normalized(part, self._exponent, self.dtype)
         mine, other = self._factors if axis == 0 else self._factors[::-1]
         if mine is not None and other is not None:
             # Rows first in either case: the rounding is then that of the whole product.
