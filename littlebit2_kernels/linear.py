@@ -378,7 +378,30 @@ class LittleBitLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        self.unpack_()
+        # Into a twin, whose buffers then take the place of this module's, all at once: a call on another
+        # thread finds the layer as it was or as it is, and can prepack it only before or after. Buffers that
+        # are not prepacked are the same tensors in both, and are written in place.
+        with _prepacking:
+            twin = copy.copy(self)  # portable
+            twin._buffers = dict(twin._buffers)
+            failed = len(error_msgs)
+            twin._load_portable(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+            if len(error_msgs) == failed:
+                self._non_persistent_buffers_set = twin._non_persistent_buffers_set
+                self._buffers = twin._buffers
+
+    def _load_portable(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         # Nothing is copied before everything that is there was checked, together with what is not: a bad file
         # leaves the layer as it was. Keys that are missing or unexpected are torch's to report.
         own = {prefix + name: buffer for name, buffer in self._buffers.items() if buffer is not None}

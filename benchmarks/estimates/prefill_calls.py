@@ -61,7 +61,7 @@ class PrefillPrediction:
         dense_seconds: predicted seconds of a dense product by cuBLAS.
         low_rank_seconds: predicted seconds of two products with +-1 factors.
         unpack_seconds: predicted seconds of unpacking, then those two products.
-        backend: the backend that ``auto`` takes for a layer that fits float16.
+        backend: the backend that ``auto`` takes.
     """
 
     explanation: Explanation

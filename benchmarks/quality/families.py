@@ -306,7 +306,7 @@ def try_class(name: str, model_type: str, folder: Path, *, seconds: int = 60) ->
         signal.alarm(0)
 
 
-def _try_class(name: str, model_type: str, folder: Path) -> Outcome:
+def _try_class(name: str, model_type: str, folder: Path) -> Outcome:  # noqa: PLR0912, PLR0915
     try:
         config = tiny_config(model_type)
         torch.manual_seed(0)

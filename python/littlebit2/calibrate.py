@@ -17,9 +17,9 @@ import torch
 from tqdm import tqdm
 
 from .architecture.select import DEFAULT_EXCLUDE
-from .architecture.tensors import select_layers
 from .checkpoint import open_checkpoint
 from .disk import check_new_file
+from .offline.choice import candidates, check_dense_source
 from .quantize import Importance, collect_importance, save_importance
 from .quantize.device import check_device, check_dtype
 from .train.data import find_files, read_texts
@@ -150,16 +150,15 @@ def _blocks(texts: Iterable[str], tokenizer: Any, block: int, tokens: int) -> It
         yield ids
 
 
-def _linear_names(model_dir: Path) -> tuple[list[str], str]:
-    """Return the names of the layers that would be quantized, and the class of the model."""
+def _linear_names(model_dir: Path) -> tuple[dict[str, str], str]:
+    """Return the layers that would be quantized, by their name in the model, and the class of the model."""
     with open_checkpoint(model_dir) as checkpoint:
-        if checkpoint.format != "dense" or "quantization_config" in checkpoint.config:
-            raise ValueError(f"{model_dir}: must be a dense checkpoint, got one that is quantized already")
-        layers = select_layers(checkpoint.dense, checkpoint.config, exclude=DEFAULT_EXCLUDE)
+        check_dense_source(checkpoint)
+        layers, _ = candidates(checkpoint, include=("*",), exclude=DEFAULT_EXCLUDE)
         architectures = checkpoint.config.get("architectures")
     if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
         raise ValueError(f"{model_dir}: config.json must name the model's class under architectures")
-    return [layer.name for layer in layers], architectures[0]
+    return {layer.module or layer.name: layer.name for layer in layers}, architectures[0]
 
 
 def _load(model_dir: Path, architecture: str, device: torch.device, dtype: str | None) -> tuple[Any, Any]:
@@ -186,21 +185,26 @@ def _load(model_dir: Path, architecture: str, device: torch.device, dtype: str |
     return model.to(device).eval(), tokenizer
 
 
-def _matched(found: Mapping[str, Importance], names: Sequence[str], prefix: str) -> dict[str, Importance]:
-    """Return the importances by the names of the checkpoint, with or without the model's prefix."""
-    wanted = set(names)
+def _matched(found: Mapping[str, Importance], names: Mapping[str, str], prefix: str) -> dict[str, Importance]:
+    """Return the importances by the names of the checkpoint.
+
+    Args:
+        found: by the names of the model that ran.
+        names: names in the checkpoint by names in the model, with or without the prefix.
+        prefix: of the base model.
+    """
     matched = {}
     for name, one in found.items():
         for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
-            if candidate in wanted:
-                matched[candidate] = one
+            if candidate in names:
+                matched[names[candidate]] = one
                 break
     if not matched:
         raise ValueError(
-            f"the model must call a linear layer of the checkpoint, such as {names[0]!r}, got "
+            f"the model must call a linear layer of the checkpoint, such as {next(iter(names))!r}, got "
             f"{list(islice(found, 3))}"
         )
-    return {name: matched[name] for name in names if name in matched}
+    return {name: matched[name] for name in names.values() if name in matched}
 
 
 def _block_size(block: int | None, longest: object) -> int:

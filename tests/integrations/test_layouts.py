@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from safetensors.torch import load_file, save_file
 import littlebit2
 from littlebit2.checkpoint import CheckpointError
 from littlebit2.integrations.modules import layers_of
-from littlebit2.integrations.quantizer import _pattern
 from littlebit2.integrations.transformers import LittleBit2Config, attach
 from littlebit2_kernels import LittleBitLinear
 from tests.integrations import upstream
@@ -157,7 +155,7 @@ def test_packed_layers_of_an_unknown_layout_are_refused(tmp_path: Path, said: st
 
 @pytest.mark.parametrize("foreign", [False, True])
 @pytest.mark.parametrize(
-    "given", [{"activation": "int8"}, {"backend": "reference"}, {"prepack": False}, {"stream": True}, {}]
+    "given", [{"activation": "int8"}, {"backend": "reference"}, {"prepack": False}, {"fuse": False}, {}]
 )
 def test_settings_given_to_from_pretrained(
     path: Path, tmp_path: Path, given: dict[str, Any], foreign: bool, monkeypatch: pytest.MonkeyPatch
@@ -180,7 +178,7 @@ def test_settings_given_to_from_pretrained(
     assert (layer in prepacked) == (given.get("prepack", True) and layer.backend == "auto")
     model.save_pretrained(tmp_path / "again")
     stored = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
-    assert not stored.keys() & {"activation", "backend", "prepack", "fuse", "stream", "source"}
+    assert not stored.keys() & {"activation", "backend", "prepack", "fuse", "source"}
     assert stored["ranks"][LAYER] == [40, 8]
 
 
@@ -194,11 +192,3 @@ def test_given_settings_may_not_contradict_the_checkpoint(path: Path) -> None:
     stored = json.loads((path / "config.json").read_text())["quantization_config"]
     same = LittleBit2Config(**stored, activation="int8")
     assert load(path, quantization_config=same).get_submodule(LAYER).activation == "int8"
-
-
-def test_one_pattern_for_the_tensors_of_many_layers() -> None:
-    names = {f"m.{i}.{kind}" for i in (1, 10) for kind in ("q", "up.a+b")} | {"head"}
-    pattern = re.compile(_pattern(names))
-    assert all(pattern.match(f"{name}.u1") for name in names)
-    for other in ("m.1.up.u1", "m.2.q.u1", "m.1.qq.u1", "m.1.up.aab.u1", "header.u1", "m.1.q"):
-        assert not pattern.match(other), other

@@ -145,6 +145,7 @@ PYTHON_ROOMS = {
         may=(
             "torch",
             "safetensors",
+            "littlebit2._messages",
             "littlebit2.architecture.names",
             "littlebit2.checkpoint",
             "littlebit2.disk",
@@ -159,6 +160,7 @@ PYTHON_ROOMS = {
     "littlebit2.checkpoint.formats": PythonRoom(
         may=(
             "torch",
+            "numpy",
             "littlebit2.checkpoint.errors",
             "littlebit2.checkpoint.formats",
             "littlebit2.checkpoint.headers",
@@ -184,9 +186,25 @@ PYTHON_ROOMS = {
             f"{_KERNELS}.state",
             f"{_KERNELS}.version",
         ),
+        # The trial builds the model on the meta device, where transformers is installed.
+        lazily=("littlebit2.integrations",),
         never=NATIVE,
         public_only=True,
     ),
+    **{
+        f"littlebit2.offline.{name}": PythonRoom(
+            may=(
+                "littlebit2.architecture",
+                "littlebit2.checkpoint",
+                "littlebit2.quantize",
+                f"{_KERNELS}.format",
+            ),
+            never=NATIVE,
+            lazily=("littlebit2.integrations", "transformers"),
+            public_only=True,
+        )
+        for name in ("choice", "rehearsal")
+    },
     "littlebit2.train": PythonRoom(
         may=("torch", "numpy", "littlebit2.architecture", "littlebit2.disk", "littlebit2.train", _KERNELS),
         never=NATIVE,
@@ -201,7 +219,12 @@ PYTHON_ROOMS = {
     ),
     # `--help` and usage errors do not wait for torch.
     "littlebit2.cli": PythonRoom(
-        may=("littlebit2.architecture.names", "littlebit2.architecture.select", "littlebit2.cli"),
+        may=(
+            "littlebit2._messages",
+            "littlebit2.architecture.names",
+            "littlebit2.architecture.select",
+            "littlebit2.cli",
+        ),
         lazily=(
             *(
                 f"littlebit2.{name}"
@@ -214,7 +237,13 @@ PYTHON_ROOMS = {
         public_only=True,
     ),
     "littlebit2.integrations": PythonRoom(
-        may=(*_USER_BASE, "peft", "transformers", "vllm", "sglang", "littlebit2", _KERNELS), public_only=True
+        may=(
+            *_USER_BASE,
+            *("accelerate", "peft", "transformers", "vllm", "sglang"),
+            "littlebit2",
+            _KERNELS,
+        ),
+        public_only=True,
     ),
     "littlebit2": PythonRoom(
         may=(*_USER_BASE, "littlebit2", _KERNELS),

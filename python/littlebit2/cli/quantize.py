@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import TYPE_CHECKING
 
 from .common import (
     Commands,
@@ -16,10 +17,19 @@ from .common import (
     emit,
     emit_json,
     excluded,
+    gigabytes,
     method_options,
+    note,
     note_left,
     quant_config,
+    table,
 )
+
+if TYPE_CHECKING:
+    from littlebit2.offline import RunReport
+
+#: Mean squared relative error of the weights from which a model's outputs are far from the dense model's.
+_FAR = 0.05
 
 _DESCRIPTION = """\
 Quantize the linear layers of a dense checkpoint (safetensors and config.json). Embeddings, norms and
@@ -63,12 +73,24 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--device", default="cpu", help="device to compute on: cpu, cuda, cuda:1 (default cpu)"
     )
+    parser.add_argument(
+        "--no-trial", action="store_true", help="do not load the result and run it once at the end"
+    )
     parser.add_argument("--restart", action="store_true", help="discard an interrupted run")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT at the end if it exists")
     parser.add_argument(
         "--json", action="store_true", help="print the per-layer report, with timings, as JSON"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _rehearse(out: str) -> None:
+    """Load the result and run it once; say so where that cannot be done."""
+    from littlebit2.offline.rehearsal import rehearse  # noqa: PLC0415  # imports torch
+
+    remark = rehearse(out)
+    if remark is not None:
+        note(f"{out}: {remark}")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -100,6 +122,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         emit_json(report.as_dict(timings=True))
         return 0
+    if not args.no_trial:
+        _rehearse(args.out)
     totals = report.totals()
     emit(
         f"{args.out}: {totals['layers']} layers, counted {totals['counted_bpw']:.4f} bpw, "
@@ -120,4 +144,29 @@ def _run(args: argparse.Namespace) -> int:
             f"{kind}error predicted from the spectra: mean {totals['mean_predicted_error']:.4f}, "
             f"achieved {achieved:.4f}"
         )
+    emit(_summary(report, args))
     return 0
+
+
+def _summary(report: RunReport, args: argparse.Namespace) -> str:
+    """Return what is packed, what is not and why, what it weighs, what to expect and what to do next."""
+    totals = report.totals()
+    rows: list[tuple[object, ...]] = [("packed", totals["layers"], "")]
+    rows += [
+        (f"dense: {reason}", len(names), names[0] + (", ..." if len(names) > 1 else ""))
+        for reason, names in sorted(report.reasons.items(), key=lambda item: -len(item[1]))
+    ]
+    lines = [table(("matrices", "count", "for example"), rows), *report.notes]
+    if report.bytes:
+        before, after = report.bytes["before"], report.bytes["after"]
+        lines.append(f"weight files: {gigabytes(before)} before, {gigabytes(after)} after")
+    if totals["mean_error"] > _FAR:
+        lines.append(
+            f"layers keep {1 - totals['mean_error']:.0%} of their weights' energy on average: expect outputs "
+            "far from the dense model's until it is trained. Next:"
+        )
+        lines.append(f"  littlebit2 finetune {args.model_dir} TRAINED --data TEXT --start {args.out}")
+    else:
+        lines.append("next:")
+        lines.append(f"  littlebit2 evaluate {args.out} --data TEXT")
+    return "\n".join(lines)

@@ -153,7 +153,10 @@ def _unsupported(model: nn.Module, names_of: Mapping[nn.Module, Sequence[str]]) 
                 found[part] = "nn.TransformerEncoderLayer reads its weight"
         elif isinstance(module, nn.Linear):
             reason = next((reasons[name] for name in names if name in reasons), None)
-            if not isinstance(module._parameters.get("weight"), nn.Parameter):
+            weight: object = module._parameters.get("weight")
+            if isinstance(weight, nn.UninitializedParameter):
+                found[module] = "its weight has no size before the model's first call"
+            elif not isinstance(weight, nn.Parameter):
                 found[module] = "its weight is not a parameter of its own, but computed"
             elif reason is not None:
                 found.setdefault(module, reason)

@@ -15,7 +15,7 @@ __all__ = ["METHOD", "LittleBit2Config"]
 
 METHOD = "littlebit2"
 #: Arguments that say how a model is loaded and run, and are not stored.
-RUN_SETTINGS = ("backend", "activation", "prepack", "fuse", "stream")
+RUN_SETTINGS = ("backend", "activation", "prepack", "fuse", "source")
 PACK = "i32-lsb-neg1"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
@@ -17,7 +17,7 @@ __all__ = ["UnknownModelError", "model_class", "skeleton"]
 
 
 class UnknownModelError(ValueError):
-    """Transformers cannot build the model that a configuration describes; the message says why."""
+    """Transformers does not have the model type that a configuration names."""
 
 
 def model_class(config: PreTrainedConfig, *, headed: bool = True) -> Any:
@@ -43,12 +43,12 @@ def skeleton(source: Mapping[str, Any], *, headed: bool = True) -> PreTrainedMod
         headed: as for :func:`model_class`.
 
     Raises:
-        UnknownModelError: the model type is missing, unknown or needs code of its own, or its class does not
-            accept the configuration.
+        UnknownModelError: the model type is missing, unknown or needs code of its own.
+        ValueError: its class does not accept the configuration.
     """
     fields = copy.deepcopy(dict(source))
     fields.pop("quantization_config", None)
-    model_type = fields.pop("model_type", None)
+    model_type: Any = fields.get("model_type")
     if model_type not in CONFIG_MAPPING:
         code = " (its code lies beside the weights)" if fields.get("auto_map") else ""
         raise UnknownModelError(
@@ -58,7 +58,7 @@ def skeleton(source: Mapping[str, Any], *, headed: bool = True) -> PreTrainedMod
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        config = AutoConfig.for_model(model_type, **fields)
+        config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(fields)
         kind = model_class(config, headed=headed)
         with torch.device("meta"):
             made: PreTrainedModel = (
@@ -66,7 +66,7 @@ def skeleton(source: Mapping[str, Any], *, headed: bool = True) -> PreTrainedMod
             )
     except Exception as error:  # whatever a family's own code objects to
         text = " ".join(str(error).split())
-        raise UnknownModelError(
+        raise ValueError(
             f"transformers cannot build the {model_type} of config.json: {type(error).__name__}: {text:.300}"
         ) from error
     finally:

@@ -151,9 +151,9 @@ def try_out(
         exclude: patterns of names that stay dense; heads stay dense if those of heads are among them.
 
     Raises:
-        UnknownModelError: transformers cannot build the model.
-        ValueError: weights of the model are missing in the files or of another shape, or a head cannot be
-            packed although it was asked for.
+        UnknownModelError: transformers does not know the model type.
+        ValueError: the model cannot be built, weights of the model are missing in the files or of another
+            shape, or a head cannot be packed although it was asked for.
     """
     heads_dense = keeps_heads_dense(exclude)
     headed = any("lm_head" in name for name in tensors) or bool(config.get("tie_word_embeddings"))

@@ -68,9 +68,26 @@ def _write(
                 writer.add_tensor(name, part.read(checkpoint.load_tensor).contiguous())
             side = writer.copy_side_files(source)
             writer.finish()
-    report = RunReport(settings, tuple(layers), tuple(dense), seconds, dict(side.left))
+    reasons: dict[str, list[str]] = {}
+    for module, reason in choice.dense.items():
+        reasons.setdefault(reason, []).append(module)
+    sizes = {"before": _weight_bytes(source), "after": _weight_bytes(work.assembled)}
+    report = RunReport(
+        settings,
+        tuple(layers),
+        tuple(dense),
+        seconds,
+        dict(side.left),
+        reasons=reasons,
+        notes=choice.notes,
+        bytes=sizes,
+    )
     write_json(work.assembled / REPORT_NAME, report.as_dict())
     return report
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
 
 
 def _finished(work: WorkDirectory, job: Job) -> tuple[dict[str, Any], float]:

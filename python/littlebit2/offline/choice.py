@@ -13,7 +13,7 @@ from littlebit2.quantize import QuantConfig
 from littlebit2.quantize.ranks import layer_config, needs_spectra
 from littlebit2_kernels.format import RANK_MULTIPLE, LayerShape
 
-__all__ = ["Choice", "check_dense_source", "choose_layers"]
+__all__ = ["Choice", "candidates", "check_dense_source", "choose_layers"]
 
 #: Stored bits per weight from which packing saves nothing.
 _DENSE_BITS = 16
@@ -81,18 +81,10 @@ def choose_layers(
     Raises:
         ValueError: no layer is selected, none fits the budget, or the checkpoint is malformed.
     """
-    dense: dict[str, str] = {}
     notes: list[str] = []
-    changes: Mapping[str, Any] = {}
-    trial = _trial(checkpoint, include, exclude, notes)
-    if trial is None:
-        layers = select_layers(checkpoint.dense, checkpoint.config, include=include, exclude=exclude)
-    else:
-        layers, changes = trial.layers, trial.changes
-        dense.update(trial.dense)
-        notes += trial.notes
-        if not layers:
-            raise ValueError(_nothing_selected(dense, include, exclude))
+    layers, trial = candidates(checkpoint, include=include, exclude=exclude, notes=notes)
+    dense: dict[str, str] = {} if trial is None else dict(trial.dense)
+    changes: Mapping[str, Any] = {} if trial is None else trial.changes
     fitting, failures = [], []
     for layer in layers:
         reason = _too_small(layer, config)
@@ -109,6 +101,35 @@ def choose_layers(
     else:
         replaced, extra = trial.rest(fitting)
     return Choice(tuple(fitting), dense, tuple(notes), changes, frozenset(replaced), extra)
+
+
+def candidates(
+    checkpoint: Checkpoint,
+    *,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    notes: list[str] | None = None,
+) -> tuple[list[LayerSource], Any]:
+    """Return the layers that can be packed whatever the budget, and the trial, where there was one.
+
+    Args:
+        checkpoint: the source.
+        include: patterns of names.
+        exclude: likewise; wins.
+        notes: remarks are added to it.
+
+    Raises:
+        ValueError: as :func:`choose_layers`.
+    """
+    remarks: list[str] = [] if notes is None else notes
+    trial = _trial(checkpoint, include, exclude, remarks)
+    if trial is None:
+        by_name = select_layers(checkpoint.dense, checkpoint.config, include=include, exclude=exclude)
+        return by_name, None
+    remarks += trial.notes
+    if not trial.layers:
+        raise ValueError(_nothing_selected(trial.dense, include, exclude))
+    return trial.layers, trial
 
 
 def _trial(checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[str], notes: list[str]) -> Any:

@@ -204,7 +204,13 @@ def finished_report(out: Path, settings: dict[str, Any]) -> RunReport | None:
         content = json.loads((out / REPORT_NAME).read_text("utf-8"))
         if content["settings"] == settings:
             return RunReport(
-                settings, tuple(content["layers"]), tuple(content["dense"]), left=content.get("left", {})
+                settings,
+                tuple(content["layers"]),
+                tuple(content["dense"]),
+                left=content.get("left", {}),
+                reasons=content.get("reasons", {}),
+                notes=tuple(content.get("notes", ())),
+                bytes=content.get("bytes", {}),
             )
     except (OSError, ValueError, KeyError, TypeError):
         pass

@@ -27,6 +27,9 @@ class RunReport:
         dense: names of the tensors that were copied.
         seconds: per layer, as measured; empty for a run that had been finished before.
         left: files beside the weights that were not copied, and why.
+        reasons: why matrices stay dense, with the names of their modules.
+        notes: what else is worth knowing.
+        bytes: of the weight files, ``before`` and ``after``.
     """
 
     settings: dict[str, Any]
@@ -34,6 +37,9 @@ class RunReport:
     dense: tuple[str, ...]
     seconds: dict[str, float] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, list[str]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    bytes: dict[str, int] = field(default_factory=dict)
 
     @property
     def at_largest_rank(self) -> tuple[str, ...]:
@@ -79,6 +85,9 @@ class RunReport:
             "totals": self.totals(),
             "layers": list(self.layers),
             "dense": list(self.dense),
+            "reasons": self.reasons,
+            "notes": list(self.notes),
+            "bytes": self.bytes,
             "left": dict(self.left),
         }
         return {**content, "seconds": self.seconds} if timings else content
