@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import torch
 
     from benchmarks.layers.rows import Document, Row
-    from littlebit2.quantize import LayerReport, LayerSpectrum, SpectralReport
+    from littlebit2.quantize import LayerReport, SpectralReport
+    from littlebit2.quantize.allocate import LayerSpectrum
 
 __all__ = [
     "add_arguments",
@@ -265,7 +266,7 @@ def demo_figure(
 
 
 def _plot_energy(axes: Any, layer: str, weight: torch.Tensor, spectrum: SpectralReport) -> None:
-    from littlebit2.quantize import truncated_factors
+    from littlebit2.quantize.solvers.svd import truncated_factors
 
     values = truncated_factors(weight.float(), min(weight.shape)).singular_values
     share = (values.square().cumsum(0) / values.square().sum()).tolist()
@@ -365,7 +366,7 @@ def spectra_figure(
         weights: the dense weights ``[N, K]`` by layer name.
         chosen: reports of every quantized model, by its description.
     """
-    from littlebit2.quantize import layer_spectrum
+    from littlebit2.quantize.allocate import layer_spectrum
 
     spectra = {name: layer_spectrum(name, weight, 8) for name, weight in weights.items()}
     with _figure(path, 1, 3) as ((left, middle, right),):
@@ -400,7 +401,8 @@ def _plot_ranks(axes: Any, chosen: Mapping[str, Sequence[LayerReport]]) -> None:
 
 def _plot_gain(axes: Any, spectra: Mapping[str, LayerSpectrum]) -> None:
     """Energy that binary paths keep, predicted, minus the energy that an FP16 pair of equal bits keeps."""
-    from littlebit2.quantize import energy_share, predicted_error
+    from littlebit2.quantize.allocate import predicted_error
+    from littlebit2.quantize.spectrum import energy_share
 
     for name, layer in spectra.items():
         ranks = list(range(8, len(layer.energies) + 1, 8))

@@ -306,7 +306,7 @@ def try_class(name: str, model_type: str, folder: Path, *, seconds: int = 60) ->
         signal.alarm(0)
 
 
-def _try_class(name: str, model_type: str, folder: Path) -> Outcome:  # noqa: PLR0912, PLR0915
+def _try_class(name: str, model_type: str, folder: Path) -> Outcome:
     try:
         config = tiny_config(model_type)
         torch.manual_seed(0)
@@ -380,9 +380,10 @@ def _try_class(name: str, model_type: str, folder: Path) -> Outcome:  # noqa: PL
 
 def quantize_in_memory(model: Any) -> None:
     """Quantize a model in place, ready to be saved."""
+    from littlebit2 import quantize_
     from littlebit2.integrations.transformers import attach
 
-    littlebit2.quantize_(model, QUANT, progress=False)
+    quantize_(model, QUANT, progress=False)
     attach(model)
 
 

@@ -15,20 +15,15 @@ import torch
 from benchmarks.markdown import markdown
 from benchmarks.options import note
 from benchmarks.quality.minilm import encoder_weights
-from littlebit2.quantize import (
-    BinaryPath,
-    DenseLayer,
-    QuantConfig,
-    QuantizedLayer,
-    admm,
-    dual_svid,
-    energy_share,
-    joint_itq,
-    quantize_together,
-    rank_for_bpw,
-    refine,
-    truncated_factors,
-)
+from littlebit2.quantize import QuantConfig, QuantizedLayer, rank_for_bpw
+from littlebit2.quantize.quantizer import DenseLayer, quantize_together
+from littlebit2.quantize.solvers.admm import admm
+from littlebit2.quantize.solvers.binary_path import BinaryPath
+from littlebit2.quantize.solvers.dual_svid import dual_svid
+from littlebit2.quantize.solvers.joint_itq import joint_itq
+from littlebit2.quantize.solvers.refine import refine
+from littlebit2.quantize.solvers.svd import truncated_factors
+from littlebit2.quantize.spectrum import energy_share
 from littlebit2_kernels.format import PackedLinear, PackedPath
 from littlebit2_kernels.reference import dense_weight
 

@@ -22,10 +22,31 @@ class Conv1D(nn.Module):
 
 
 class Subclass(nn.Linear):
-    """Computes something else than its base class."""
+    """Computes something else than its name says."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x).abs()
+
+
+class FusedExperts(nn.Module):
+    """As in transformers: the experts of a layer in two tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(2, 96, 32))
+        self.down_proj = nn.Parameter(torch.randn(2, 32, 48))
+        self.act_fn = nn.SiLU()
+
+    def forward(
+        self, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class Mixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = FusedExperts()
 
 
 class Tied(nn.Module):
@@ -67,17 +88,22 @@ def test_a_tied_head_is_packed_if_asked_for() -> None:
 
 
 def test_the_head_is_the_one_that_the_model_names() -> None:
-    assert reasons(Tied(tied=False)) == {"to_words": ("head", "is the model's output head")}
+    assert reasons(Tied(tied=False)) == {"to_words": ("head", "output head")}
     assert reasons(Tied(tied=False), exclude=()) == {}
 
 
 def test_layers_that_are_too_small_stay_dense() -> None:
     model = nn.ModuleDict({"large": nn.Linear(256, 256), "small": nn.Linear(32, 16)})
     found = reasons(model, 0.4)
-    assert found == {"small": ("budget", "its scales alone take 1.5 bits per weight of bpw=0.4")}
+    ((name, (reason, detail)),) = found.items()
+    assert (name, reason) == ("small", "budget")
+    assert detail.startswith("layer 'small': bpw must be above 1.5, what the scales of one path cost")
     assert isinstance(model["large"], LittleBitLinear)
-    # Explicit ranks fit any layer.
-    assert reasons(nn.ModuleDict({"small": nn.Linear(32, 16)}), CONFIG) == {}
+    # Explicit ranks are taken as long as they save anything.
+    model = nn.ModuleDict({"small": nn.Linear(32, 16), "smaller": nn.Linear(8, 8)})
+    found = reasons(model, CONFIG)
+    assert list(found) == ["smaller"]
+    assert "ranks [8] would store 20 bits per weight" in found["smaller"][1]
 
 
 def test_unsupported_kinds_are_listed_and_embeddings_are_not() -> None:
@@ -90,13 +116,9 @@ def test_unsupported_kinds_are_listed_and_embeddings_are_not() -> None:
             "encoder": nn.TransformerEncoderLayer(32, 2, 64, batch_first=True),
             "lazy": nn.LazyLinear(8),
             "linear": nn.Linear(32, 32),
-            "normed": nn.utils.parametrizations.weight_norm(nn.Linear(32, 32)),
             "odd": Subclass(32, 32),
         }
     )
-    hooked = nn.Linear(32, 32)
-    prune.identity(hooked, "weight")
-    model["pruned"] = hooked
     found = reasons(model)
     assert {reason for reason, _ in found.values()} == {"kind"}
     assert list(found) == [
@@ -108,17 +130,46 @@ def test_unsupported_kinds_are_listed_and_embeddings_are_not() -> None:
         "encoder.linear1",
         "encoder.linear2",
         "lazy",
-        "normed",
         "odd",
-        "pruned",
     ]
-    assert found["attention.out_proj"][1] == "nn.MultiheadAttention reads its weight"
+    assert "nn.MultiheadAttention" in found["attention.out_proj"][1]
     assert found["conv"][1] == "Conv1D holds its weight as [K, N]"
-    assert found["pruned"][1] == "its weight is not a parameter of its own, but computed"
+    assert found["lazy"][1] == "has no weight before its first call"
+    assert found["odd"][1] == "Subclass computes something else than a linear layer"
     model.eval()
     with torch.no_grad():
         x = torch.randn(2, 5, 32)
         assert model["attention"](x, x, x)[0].shape == model["encoder"](x).shape == x.shape
+
+
+def test_computed_weights_are_packed_as_they_are() -> None:
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(32, 32))
+    pruned = prune.l1_unstructured(nn.Linear(32, 32), "weight", amount=0.5)
+    model = nn.ModuleDict({"normed": normed, "pruned": pruned})
+    weights = {name: linear.weight.detach().clone() for name, linear in model.items()}
+    report = quantize_(model, CONFIG, progress=False)
+    assert report.dense == ()
+    for layer in report.layers:
+        left = (weights[layer.name] - model[layer.name].dequantize()).square().sum()
+        assert float(left / weights[layer.name].square().sum()) == pytest.approx(layer.error, rel=1e-4)
+
+
+def test_experts_that_are_fused_become_packed_modules(rng: torch.Generator) -> None:
+    model = Mixture()
+    x = torch.randn(6, 32, generator=rng)
+    index = torch.randint(0, 2, (6, 1), generator=rng)
+    report = quantize_(model, CONFIG, include="*.0.*", progress=False)
+    assert [layer.name for layer in report.layers] == [
+        f"experts.0.{part}" for part in ("gate_proj", "up_proj", "down_proj")
+    ]
+    assert model.experts(x, index, torch.ones(6, 1)).shape == x.shape
+    other = Mixture()
+    before = other.experts
+    with torch.no_grad():
+        before.down_proj[1, 0, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"layer 'experts\.1\.down_proj': weight must be finite"):
+        quantize_(other, CONFIG, progress=False)
+    assert other.experts is before
 
 
 def test_patterns_and_functions_are_given_as_reasons() -> None:
@@ -126,8 +177,8 @@ def test_patterns_and_functions_are_given_as_reasons() -> None:
     found = reasons(model, CONFIG, lambda _, name: name != "two", include=("one", "t*"), exclude="three")
     assert found == {
         "two": ("filter", "filter_fn returned False"),
-        "three": ("pattern", "three matches exclude=['three']"),
-        "four": ("pattern", "does not match include=['one', 't*']"),
+        "three": ("pattern", "excluded"),
+        "four": ("pattern", "not selected"),
     }
 
 
@@ -144,8 +195,7 @@ def test_patterns_and_functions_are_given_as_reasons() -> None:
         (
             nn.Sequential(*(nn.Linear(32, 32) for _ in range(5))),
             {"config": 0.5},
-            r"5 too small for the budget \(0, 1, 2, \.\.\.\); 0 \(Linear \[32, 32\]\): its scales alone take "
-            r"1 bits per weight of bpw=0\.5; give more bits",
+            r"5 too small for the budget \(0, 1, 2, \.\.\.\); layer '0': bpw must be above 1, .* give",
         ),
         (nn.Sequential(nn.Linear(32, 32)), {"include": "x"}, r"\(include=\['x'\], exclude=\['\*lm_head\*'"),
     ],
@@ -213,4 +263,4 @@ def test_the_report_reads_as_a_table() -> None:
         f"{layer.error:.4f}",
     ]
     assert title == "left dense"
-    assert left.startswith("  lm_head (Linear [100, 64]): lm_head matches exclude=['*lm_head*'")
+    assert left == "  lm_head (Linear [100, 64]): excluded"

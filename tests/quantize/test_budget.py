@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from littlebit2.quantize import QuantConfig, rank_for_bpw
-from littlebit2.quantize.budget import at_largest_rank, largest_bpw, largest_rank, scales_bpw, smallest_bpw
+from littlebit2.quantize.budget import at_largest_rank, largest_bpw, largest_rank, smallest_bpw
+from littlebit2.quantize.ranks import too_small
 from littlebit2_kernels.format import LayerShape, PackedLinear, PackedPath
 from littlebit2_kernels.testing import make_packed
 
@@ -173,16 +175,30 @@ def test_bad_shapes_and_ranks_are_named() -> None:
         rank_for_bpw(64, 0, 1.0)
 
 
-@given(k=st.integers(1, 500), n=st.integers(1, 500), paths=st.integers(1, 3), bpw=st.floats(0.05, 4.0))
-def test_a_budget_is_afforded_where_it_buys_a_rank(k: int, n: int, paths: int, bpw: float) -> None:
-    config = QuantConfig(bpw=bpw, paths=paths)
-    if config.affords(k, n):
-        assert rank_for_bpw(k, n, bpw, paths=paths) >= 8
-    else:
-        with pytest.raises(ValueError, match="bpw must be above"):
-            rank_for_bpw(k, n, bpw, paths=paths)
-        assert scales_bpw(k, n, paths) >= bpw * (1 - 1e-12)
-    assert QuantConfig(ranks=(8,)).affords(1, 1)
+@pytest.mark.parametrize(
+    ("config", "shape", "reason"),
+    [
+        (QuantConfig(bpw=0.6), (64, 64), None),
+        (
+            QuantConfig(bpw=0.5),
+            (64, 64),
+            "layer 'a': bpw must be above 0.5, what the scales of one path",
+        ),
+        (QuantConfig(bpw=0.5, budget="spectral"), (64, 64), "layer 'a': bpw must be above 0.5"),
+        (QuantConfig(ranks=(8,)), (16, 16), None),
+        (
+            QuantConfig(ranks=(8,)),
+            (8, 8),
+            r"layer 'a': ranks \[8\] would store 20 bits per weight of its",
+        ),
+        (QuantConfig(energy=0.9), (8, 8), r"layer 'a': ranks \[8\] would store 20 bits"),
+    ],
+)
+def test_layers_are_too_small_where_packing_saves_nothing(
+    config: QuantConfig, shape: tuple[int, int], reason: str | None
+) -> None:
+    found = too_small("a", *shape, config)
+    assert (found is None) if reason is None else re.match(reason, str(found))
 
 
 @pytest.mark.parametrize(("k", "n", "ranks"), [(64, 96, [32]), (33, 7, [8, 40]), (100, 50, [24, 24, 8])])

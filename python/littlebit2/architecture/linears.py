@@ -13,11 +13,21 @@ from .names import ROUTERS
 from .reads import modules_read_as_tensors
 from .select import is_selected, keeps_heads_dense, output_heads, tied_names
 
-__all__ = ["HEAD", "TIED", "choose_linears", "dense_reasons", "is_plain_linear"]
+__all__ = [
+    "EXCLUDED",
+    "HEAD",
+    "NOT_SELECTED",
+    "TIED",
+    "choose_linears",
+    "dense_reasons",
+    "is_plain_linear",
+]
 
 #: Reasons that a user can overrule.
 HEAD = "output head"
 TIED = "tied"
+EXCLUDED = "excluded"
+NOT_SELECTED = "not selected"
 
 #: Where the plainness of a class is tried; any sizes would do.
 _TRIED = (5, 3)
@@ -89,7 +99,7 @@ def dense_reasons(model: nn.Module) -> dict[str, str]:
 
 
 def choose_linears(
-    model: nn.Module, include: Sequence[str], exclude: Sequence[str]
+    model: nn.Module, include: Sequence[str], exclude: Sequence[str], *, include_tied: bool = False
 ) -> tuple[dict[nn.Linear, list[str]], dict[str, str]]:
     """Return the linear modules of ``model`` to pack, with all their names, and why the others stay dense.
 
@@ -97,10 +107,10 @@ def choose_linears(
         model: its experts expanded (:func:`.expand_experts`) where they are to be packed.
         include: patterns of names.
         exclude: likewise; wins. If the patterns of heads are among them, heads of other names stay dense too.
+        include_tied: whether modules may be chosen that share their weight.
     """
-    reasons = dense_reasons(model)
-    if not keeps_heads_dense(exclude):
-        reasons = {name: reason for name, reason in reasons.items() if reason != HEAD}
+    overruled = {*(() if keeps_heads_dense(exclude) else (HEAD,)), *((TIED,) if include_tied else ())}
+    reasons = {name: reason for name, reason in dense_reasons(model).items() if reason not in overruled}
     chosen: dict[nn.Linear, list[str]] = {}
     dense: dict[str, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -111,5 +121,5 @@ def choose_linears(
         elif is_selected(name, include, exclude):
             chosen.setdefault(module, []).append(name)
         else:
-            dense[name] = "not selected" if is_selected(name, ("*",), exclude) else "excluded"
+            dense[name] = NOT_SELECTED if is_selected(name, ("*",), exclude) else EXCLUDED
     return chosen, dense

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
-from littlebit2.architecture.experts import expanded_experts
+from littlebit2.architecture.experts import collapse_experts, expand_experts
 from littlebit2.architecture.linears import is_plain_linear
 from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns
 from littlebit2.quantize import Importance, LayerReport, QuantConfig
@@ -60,12 +60,11 @@ def quantize_(
 ) -> QuantizationReport:
     """Replace the linear modules of ``model`` by packed ones, in place.
 
-    Every linear module is packed if the patterns and ``filter_fn`` select it; so is every expert of a mixture
-    that the model holds as fused tensors, which become modules of their own
-    (:class:`littlebit2.architecture.experts.LittleBitExperts`). These stay dense: output heads; routers;
-    modules that share their weight, such as a head tied to the embedding; modules whose weight the model's
-    code reads; subclasses of ``nn.Linear`` that compute something else; layers that are too small for the
-    bits per weight. The report lists what stays dense and why.
+    Every ``nn.Linear`` is packed that the patterns and ``filter_fn`` select. Output heads stay dense, modules
+    that share their weight, such as a head tied to the embedding, routers, layers whose weight the model's
+    own code reads (:func:`.dense_reasons`), and layers that are too small for the bits per weight. The report
+    lists what stays dense and why. Experts that the model holds as fused tensors become modules of their own
+    (:class:`.LittleBitExperts`).
 
     All or nothing: every weight is checked before the first one is quantized, and modules are replaced once
     all of them are. If a layer cannot be quantized, or the call is interrupted, the model is as it was.
@@ -80,7 +79,7 @@ def quantize_(
         model: any module that holds linear modules below its root.
         config: settings, or the counted bits per weight as a number; 1.0 by default. ``kv_factor`` applies to
             names ending in ``k_proj`` or ``v_proj``.
-        filter_fn: ``filter_fn(module, name) -> bool``, for each linear module that the patterns select.
+        filter_fn: ``filter_fn(module, name) -> bool``, for each ``nn.Linear`` that the patterns select.
         include: shell-style pattern or patterns on full module names, case-sensitive.
         exclude: likewise; wins over ``include``. The default keeps heads dense: those of the usual names and
             what ``model.get_output_embeddings()`` returns. ``exclude=()`` packs them.
@@ -111,36 +110,22 @@ def quantize_(
     weights = _check_importance(importance)
     place = None if device is None else check_device(device)
     _check_options(backend, activation)
+    if isinstance(model, nn.Linear):
+        raise ValueError(
+            "model must hold its linear modules below its root, got an nn.Linear itself; "
+            "littlebit2.quantize_linear quantizes one layer"
+        )
     before = _nbytes(model)
-    with expanded_experts(model):
+    experts = expand_experts(model)
+    try:
         selection = select_modules(model, settings, *patterns, filter_fn, include_tied=include_tied)
         jobs = _jobs(selection.packed, settings, weights, place)
-        modules, reports = _pack(jobs, progress, backend, activation)
+        reports, modules = _quantized(jobs, backend, activation, progress)
         _swap(model, {name: modules[one.name] for one in selection.packed for name in one.names})
+    finally:
+        collapse_experts(model, experts)
     layers = tuple(reports[one.name] for one in selection.packed)
     return QuantizationReport(layers, selection.dense, before, _nbytes(model))
-
-
-def _pack(
-    jobs: Sequence[_Job], progress: bool, backend: str, activation: str
-) -> tuple[dict[str, LittleBitLinear], dict[str, LayerReport]]:
-    """Return packed modules and their reports by name; the model is left as it is."""
-    reports: dict[str, LayerReport] = {}
-    modules: dict[str, LittleBitLinear] = {}
-    batches = in_batches(
-        jobs,
-        lambda job: (batch_key(*job.shape, job.config), job.device, job.selected.linear.weight.dtype),
-        lambda job: batch_size(*job.shape, job.config, job.device),
-    )
-    with tqdm(total=len(jobs), desc="quantize", unit="layer", disable=None if progress else True) as bar:
-        for batch in batches:
-            made = quantize_together([_dense_layer(job) for job in batch])
-            for job, quantized in zip(batch, made, strict=True):
-                name = job.selected.name
-                modules[name] = _module(job.selected.linear, quantized, backend, activation)
-                reports[name] = replace(quantized.report, predicted_error=job.predicted_error)
-                bar.update()
-    return modules, reports
 
 
 def quantize_linear(
@@ -156,7 +141,7 @@ def quantize_linear(
     """Quantize one linear module; it is left as it is.
 
     Args:
-        linear: an ``nn.Linear``, or a subclass of it that computes the same.
+        linear: a module that computes ``x W^T + b`` (:func:`.is_plain_linear`).
         config: settings, or the counted bits per weight as a number; 1.0 by default.
         importance: weights of the squared error by inputs and outputs.
         name: full name of the module in its model. With it the result is that of :func:`quantize_`, whose
@@ -176,8 +161,8 @@ def quantize_linear(
     """
     if not is_plain_linear(linear):
         raise TypeError(
-            "linear must be a torch.nn.Linear, or a subclass that computes the same, got "
-            f"{type(linear).__name__}; littlebit2.quantize_weight quantizes a bare weight"
+            f"linear must be a torch.nn.Linear that computes x W^T + b, got {type(linear).__name__}; "
+            "littlebit2.quantize_weight quantizes a bare weight"
         )
     settings = as_config(config)
     if importance is not None and not isinstance(importance, Importance):
@@ -237,6 +222,28 @@ def _jobs(
         )
         for one in packed
     ]
+
+
+def _quantized(
+    jobs: Sequence[_Job], backend: str, activation: str, progress: bool
+) -> tuple[dict[str, LayerReport], dict[str, LittleBitLinear]]:
+    """Return reports and packed modules by name."""
+    batches = in_batches(
+        jobs,
+        lambda job: (batch_key(*job.shape, job.config), job.device, job.selected.linear.weight.dtype),
+        lambda job: batch_size(*job.shape, job.config, job.device),
+    )
+    reports: dict[str, LayerReport] = {}
+    modules: dict[str, LittleBitLinear] = {}
+    with tqdm(total=len(jobs), desc="quantize", unit="layer", disable=None if progress else True) as bar:
+        for batch in batches:
+            made = quantize_together([_dense_layer(job) for job in batch])
+            for job, quantized in zip(batch, made, strict=True):
+                name = job.selected.name
+                modules[name] = _module(job.selected.linear, quantized, backend, activation)
+                reports[name] = replace(quantized.report, predicted_error=job.predicted_error)
+                bar.update()
+    return reports, modules
 
 
 def _dense_layer(job: _Job) -> DenseLayer:

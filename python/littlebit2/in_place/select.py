@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from littlebit2.architecture.linears import HEAD, TIED, dense_reasons
-from littlebit2.architecture.select import is_selected, keeps_heads_dense, output_heads, tied_names
+from littlebit2.architecture.linears import EXCLUDED, HEAD, NOT_SELECTED, TIED, choose_linears
+from littlebit2.architecture.select import is_selected
 from littlebit2.quantize import QuantConfig
-from littlebit2.quantize.budget import scales_bpw
-from littlebit2.quantize.ranks import affordable
+from littlebit2.quantize.ranks import too_small
 
 from .report import LeftDense, Reason, count_reasons
 
@@ -20,6 +19,14 @@ __all__ = ["Filter", "Selected", "Selection", "select_modules"]
 
 #: Says of a module and its full name whether it is packed, as torchao's ``filter_fn``.
 Filter = Callable[[nn.Module, str], bool]
+
+#: Reasons of :func:`.choose_linears` that are not about the kind of the module.
+_REASONS: dict[str, Reason] = {
+    TIED: "tied",
+    HEAD: "head",
+    EXCLUDED: "pattern",
+    NOT_SELECTED: "pattern",
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Selected:
 
 @dataclass(frozen=True)
 class Selection:
-    """The linear modules of a model."""
+    """The linear modules of a model, in the order of ``named_modules``."""
 
     packed: tuple[Selected, ...]
     dense: tuple[LeftDense, ...]
@@ -56,49 +63,40 @@ def select_modules(
 
     Args and errors: as for :func:`littlebit2.quantize_`.
     """
-    if isinstance(model, nn.Linear):
-        raise ValueError(
-            "model must hold its linear modules below its root, got an nn.Linear itself; "
-            "littlebit2.quantize_linear quantizes one layer"
-        )
     names_of: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names_of.setdefault(module, []).append(name)
-    tied = {} if include_tied else _partners(model, names_of)
-    heads = output_heads(model) if keeps_heads_dense(exclude) else set()
-    unsupported = _unsupported(model, names_of)
+    chosen, kept = choose_linears(model, include, exclude, include_tied=include_tied)
     packed, dense = [], []
 
-    def reason(module: nn.Module, names: list[str]) -> tuple[Reason, str] | None:
-        if module in tied:
-            return "tied", f"shares its weight with {tied[module]}"
-        if heads.intersection(names):
-            return "head", "is the model's output head"
-        for name in names:
-            if not is_selected(name, ("*",), exclude):
-                return "pattern", f"{name} matches exclude={list(exclude)}"
-        if not any(is_selected(name, include, ()) for name in names):
-            return "pattern", f"does not match include={list(include)}"
-        if module in unsupported:
-            return "kind", unsupported[module]
-        assert isinstance(module, nn.Linear)  # all others are in unsupported
+    def reason(module: nn.Module, names: Sequence[str]) -> tuple[Reason, str] | None:
+        found = {kept[name]: None for name in names if name in kept}
+        # A module with several names is packed if one is included and none is excluded.
+        if module not in chosen or EXCLUDED in found:
+            first = EXCLUDED if EXCLUDED in found else next(iter(found))
+            detail = _shared(module, names_of) if first == TIED else first
+            return _REASONS.get(first, "kind"), detail
+        assert isinstance(module, nn.Linear)  # as all that are chosen
+        if is_lazy(module.weight):
+            return "kind", "has no weight before its first call"
         if filter_fn is not None and not filter_fn(module, names[0]):
             return "filter", "filter_fn returned False"
-        if not affordable(names[0], module.in_features, module.out_features, config):
-            assert config.paths is not None  # set by QuantConfig
-            scales = scales_bpw(module.in_features, module.out_features, config.paths)
-            return "budget", f"its scales alone take {scales:.3g} bits per weight of bpw={config.bpw:g}"
-        return None
+        small = too_small(names[0], module.in_features, module.out_features, config)
+        return None if small is None else ("budget", small)
 
     for module, names in names_of.items():
-        if not isinstance(module, nn.Linear) and module not in unsupported:
-            continue
-        found = reason(module, names)
-        if found is None:
-            assert isinstance(module, nn.Linear)  # reason() gives one for all others
-            packed.append(Selected(tuple(names), module))
+        if isinstance(module, nn.Linear):
+            why = reason(module, names)
+            if why is None:
+                packed.append(Selected(tuple(names), module))
+                continue
+        elif (other := _other_kind(module)) is not None:
+            excluded = not any(is_selected(name, include, exclude) for name in names)
+            why = ("pattern", EXCLUDED) if excluded else ("kind", other)
         else:
-            dense.append(LeftDense(names[0], type(module).__name__, _weight_shape(module), *found))
+            continue
+        assert why is not None  # of what stays dense
+        dense.append(LeftDense(names[0], type(module).__name__, _weight_shape(module), *why))
     if not packed:
         raise ValueError(_nothing(names_of, dense, include, exclude))
     return Selection(tuple(packed), tuple(dense))
@@ -113,8 +111,8 @@ def _nothing(
     """Say what was seen where nothing can be packed."""
     if dense:
         seen = f"{len(dense)} linear modules, all left dense: {count_reasons(dense)}"
-        if all(one.reason == "budget" for one in dense):
-            seen += f"; {dense[0]}; give more bits per weight, fewer paths or explicit ranks"
+        if any(one.reason == "budget" for one in dense):
+            seen += f"; {next(one.detail for one in dense if one.reason == 'budget')}"
     else:
         kinds = sorted({type(module).__name__ for module in names_of})
         seen = f"none, only {', '.join(kinds[:8])}{', ...' if len(kinds) > 8 else ''}"
@@ -123,50 +121,25 @@ def _nothing(
     )
 
 
-def _partners(model: nn.Module, names_of: Mapping[nn.Module, Sequence[str]]) -> dict[nn.Module, str]:
-    """Return the linear modules whose weight another module holds too, with the name of that tensor."""
-    found = {}
-    for name in tied_names(model):
-        linear = model.get_submodule(name)
-        found[linear] = next(
-            (
-                f"{names[0]}.{key}".lstrip(".")
-                for module, names in names_of.items()
-                for key, parameter in module.named_parameters(recurse=False)
-                if module is not linear and parameter is linear.weight
-            ),
-            "another module",
-        )
-    return found
-
-
-def _unsupported(model: nn.Module, names_of: Mapping[nn.Module, Sequence[str]]) -> dict[nn.Module, str]:
-    """Return the modules that hold a linear weight but cannot be replaced, with the reason."""
-    reasons = {name: why for name, why in dense_reasons(model).items() if why not in (HEAD, TIED)}
-    found: dict[nn.Module, str] = {}
+def _shared(linear: nn.Module, names_of: Mapping[nn.Module, Sequence[str]]) -> str:
+    """Name the tensor of another module that is the weight of a linear one."""
     for module, names in names_of.items():
-        if isinstance(module, nn.MultiheadAttention):
-            found[module] = "nn.MultiheadAttention has its projections in one parameter"
-            found[module.out_proj] = "nn.MultiheadAttention reads its weight"
-        elif isinstance(module, nn.TransformerEncoderLayer):
-            for part in (module.linear1, module.linear2):
-                found[part] = "nn.TransformerEncoderLayer reads its weight"
-        elif isinstance(module, nn.Linear):
-            reason = next((reasons[name] for name in names if name in reasons), None)
-            weight: object = module._parameters.get("weight")
-            if isinstance(weight, nn.UninitializedParameter):
-                found[module] = "its weight has no size before the model's first call"
-            elif not isinstance(weight, nn.Parameter):
-                found[module] = "its weight is not a parameter of its own, but computed"
-            elif reason is not None:
-                found.setdefault(module, reason)
-        elif type(module).__name__ == "Conv1D" and len(_weight_shape(module)) == 2:
-            found[module] = "Conv1D holds its weight as [K, N]"
-    return found
+        for key, parameter in module.named_parameters(recurse=False):
+            if module is not linear and parameter is linear.weight:
+                return f"shares its weight with {names[0]}.{key}"
+    return TIED
+
+
+def _other_kind(module: nn.Module) -> str | None:
+    """Return why a module that holds a linear weight, but is no ``nn.Linear``, cannot be packed."""
+    if isinstance(module, nn.MultiheadAttention):
+        return "nn.MultiheadAttention has its projections in one parameter"
+    if type(module).__name__ == "Conv1D" and len(_weight_shape(module)) == 2:
+        return "Conv1D holds its weight as [K, N]"
+    return None
 
 
 def _weight_shape(module: nn.Module) -> tuple[int, ...]:
-    weight = getattr(
-        module, "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight", None
-    )
+    name = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
+    weight = getattr(module, name, None)
     return () if weight is None or is_lazy(weight) else tuple(weight.shape)

@@ -201,7 +201,7 @@ class LittleBit2Quantizer(HfQuantizer):
 def attach(model: Any) -> None:
     """Make ``save_pretrained`` work for a model whose linears were quantized in memory.
 
-    ``littlebit2.quantize.quantize_linears`` knows nothing of transformers, so a model that it changed would
+    ``littlebit2.quantize_`` knows nothing of transformers, so a model that it changed would
     be saved without the entry that tells ``from_pretrained`` what the tensors are.
 
     Args:

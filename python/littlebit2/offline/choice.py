@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from littlebit2.architecture.parts import Part
 from littlebit2.architecture.tensors import LayerSource, select_layers
 from littlebit2.checkpoint import Checkpoint
 from littlebit2.quantize import QuantConfig
-from littlebit2.quantize.ranks import layer_config, needs_spectra
-from littlebit2_kernels.format import RANK_MULTIPLE, LayerShape
+from littlebit2.quantize.ranks import too_small
 
 __all__ = ["Choice", "candidates", "check_dense_source", "choose_layers"]
-
-#: Stored bits per weight from which packing saves nothing.
-_DENSE_BITS = 16
 
 #: How the weights of models that other methods quantized are had dense, by their ``quant_method``.
 _DEQUANTIZE = {
@@ -87,7 +83,7 @@ def choose_layers(
     changes: Mapping[str, Any] = {} if trial is None else trial.changes
     fitting, failures = [], []
     for layer in layers:
-        reason = _too_small(layer, config)
+        reason = too_small(layer.name, layer.in_features, layer.out_features, config)
         if reason is None:
             fitting.append(layer)
         else:
@@ -149,26 +145,6 @@ def _trial(checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[str
             f"{error}; layers are chosen by the names of their tensors alone, and the result is untried"
         )
         return None
-
-
-def _too_small(layer: LayerSource, config: QuantConfig) -> str | None:
-    k, n = layer.in_features, layer.out_features
-    try:
-        if config.energy is not None:
-            ranks: tuple[int, ...] | None = (RANK_MULTIPLE,) * (config.paths or 1)
-        else:
-            uniform = replace(config, budget="uniform") if needs_spectra(config) else config
-            ranks = layer_config(layer.name, k, n, uniform).ranks
-    except ValueError as error:
-        return str(error)
-    assert ranks is not None  # settled by layer_config
-    stored = LayerShape(k, n, ranks).stored_bpw
-    if stored < _DENSE_BITS:
-        return None
-    return (
-        f"layer {layer.name!r}: ranks {list(ranks)} would store {stored:.3g} bits per weight of its "
-        f"{n} x {k} weights, no less than {_DENSE_BITS}"
-    )
 
 
 def _nothing_selected(dense: Mapping[str, str], include: Sequence[str], exclude: Sequence[str]) -> str:

@@ -64,7 +64,7 @@ def quantize_checkpoint(
     The bytes depend on the source, on ``config``, ``include``, ``exclude``, ``importance``, ``threads`` and
     ``device``, on the kind of machine and the versions of torch and of this package; not on ``workers``, on
     the number of processes, on the order of the work or on which small layers are worked on together. Each
-    layer's seed comes from ``config.seed`` and its name, as in :func:`.quantize_linears`.
+    layer's seed comes from ``config.seed`` and its name, as in :func:`littlebit2.quantize_`.
 
     Started by ``torchrun``, the processes share the layers out and rank 0 assembles; ``out`` must be on a
     file system that all of them see.

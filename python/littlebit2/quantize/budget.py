@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from littlebit2_kernels.format import MAX_DIM, RANK_MULTIPLE, LayerShape
 
 __all__ = [
-    "affords",
     "at_largest_rank",
     "check_positive",
     "check_rank",
@@ -21,7 +20,6 @@ __all__ = [
     "largest_bpw",
     "largest_rank",
     "rank_for_bpw",
-    "scales_bpw",
     "smallest_bpw",
     "tiny_rank",
 ]
@@ -36,18 +34,6 @@ def smallest_bpw(in_features: int, out_features: int, paths: int) -> float:
     _check_features(in_features, out_features)
     bits = LayerShape(in_features, out_features, (RANK_MULTIPLE,)).counted_bits
     return paths * bits / (in_features * out_features)
-
-
-def affords(
-    bpw: float, in_features: int, out_features: int, *, paths: int = 2, kv_factor: float = 1.0
-) -> bool:
-    """Return whether ``bpw`` pays for more than the scale vectors, so that a rank is left."""
-    return _exact_rank(bpw, in_features, out_features, paths, kv_factor) > 0
-
-
-def scales_bpw(in_features: int, out_features: int, paths: int) -> float:
-    """Return the counted bits per weight that the in and out scales of ``paths`` paths take."""
-    return LayerShape.COUNTED_SCALE_BITS * paths * (in_features + out_features) / (in_features * out_features)
 
 
 def largest_rank(in_features: int, out_features: int) -> int:
@@ -130,7 +116,8 @@ def rank_for_bpw(
     check_positive("kv_factor", kv_factor)
     rank = _exact_rank(bpw, in_features, out_features, paths, kv_factor)
     if rank <= 0:
-        scales = scales_bpw(in_features, out_features, paths)
+        entries = paths * (in_features + out_features)
+        scales = LayerShape.COUNTED_SCALE_BITS * entries / (in_features * out_features)
         least = smallest_bpw(in_features, out_features, paths)
         fewer = "give fewer paths, explicit ranks," if paths > 1 else "give explicit ranks"
         raise ValueError(

@@ -10,7 +10,7 @@ import torch
 
 from littlebit2_kernels.format import MAX_PATHS
 
-from .budget import affords, check_positive, check_rank, check_usable, rank_for_bpw
+from .budget import check_positive, check_rank, check_usable, rank_for_bpw
 from .methods import Method, Steps, resolve_steps, uses_one_path
 
 __all__ = ["Budget", "QuantConfig", "as_config"]
@@ -138,14 +138,6 @@ class QuantConfig:
         kv_factor = self.kv_factor if is_kv else 1.0
         rank = rank_for_bpw(in_features, out_features, self.bpw, paths=self.paths, kv_factor=kv_factor)
         return (rank,) * self.paths
-
-    def affords(self, in_features: int, out_features: int, *, is_kv: bool = False) -> bool:
-        """Return whether the size given leaves the layer a rank; only ``bpw`` can be too small for one."""
-        if self.bpw is None:
-            return True
-        assert self.paths is not None  # set by _resolve_size
-        kv_factor = self.kv_factor if is_kv else 1.0
-        return affords(self.bpw, in_features, out_features, paths=self.paths, kv_factor=kv_factor)
 
     def check_usable(self, shapes: Iterable[tuple[int, int, bool]]) -> None:
         """Raise ``ValueError`` if ``bpw`` is more than any layer can use (:func:`.budget.check_usable`).

@@ -9,18 +9,42 @@ from dataclasses import replace
 import torch
 
 from littlebit2.architecture.names import is_key_or_value
+from littlebit2_kernels.format import RANK_MULTIPLE, LayerShape
 
 from .allocate import LayerSpectrum, RankAllocation, allocate_ranks, layer_spectrum, ranks_for_energy
 from .budget import largest_rank
 from .config import QuantConfig
 from .importance import Importance
 
-__all__ = ["affordable", "check_budget", "layer_config", "needs_spectra", "settle_ranks", "spectrum_of"]
+__all__ = ["check_budget", "layer_config", "needs_spectra", "settle_ranks", "spectrum_of", "too_small"]
 
 
-def affordable(name: str, in_features: int, out_features: int, config: QuantConfig) -> bool:
-    """Whether the bits per weight of a model leave a layer more than its scale vectors."""
-    return config.affords(in_features, out_features, is_kv=is_key_or_value(name))
+#: Stored bits per weight from which packing saves nothing.
+_DENSE_BITS = 16
+
+
+def too_small(name: str, in_features: int, out_features: int, config: QuantConfig) -> str | None:
+    """Return why a layer of a model is too small to be packed, ``None`` if it is not.
+
+    Its bits per weight do not pay for more than its scale vectors, or it would store no fewer bits than a
+    dense float16 layer. Where ranks depend on spectra, the uniform or the smallest ones count.
+    """
+    k, n = in_features, out_features
+    try:
+        if config.energy is not None:
+            ranks: tuple[int, ...] | None = (RANK_MULTIPLE,) * (config.paths or 1)
+        else:
+            ranks = layer_config(name, k, n, replace(config, budget="uniform")).ranks
+    except ValueError as error:
+        return str(error)
+    assert ranks is not None  # settled by layer_config
+    stored = LayerShape(k, n, ranks).stored_bpw
+    if stored < _DENSE_BITS:
+        return None
+    return (
+        f"layer {name!r}: ranks {list(ranks)} would store {stored:.3g} bits per weight of its "
+        f"{n} x {k} weights, no less than {_DENSE_BITS}"
+    )
 
 
 def check_budget(config: QuantConfig, layers: Iterable[tuple[str, int, int]]) -> None:
