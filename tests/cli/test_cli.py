@@ -126,8 +126,6 @@ sys.exit(main(["finetune", "nowhere", "out", "--data", "none.txt"]))
         (["inspect", "nowhere"], "nowhere"),
         (["inspect", "some/model"], "Nothing is downloaded: if some/model is a model of a hub"),
         (["plan", "some/model"], "Nothing is downloaded"),
-        (["generate", "some/model", "text"], "Nothing is downloaded"),
-        (["finetune", "some/model", "out", "--data", "x", "--no-tensorboard"], "Nothing is downloaded"),
         (
             ["plan", "llama-2-7b", "--ranks", "4104"],
             "ranks must be at most 4096, the largest that any layer can use, got [4104]",
@@ -189,10 +187,10 @@ def test_plan_and_finetune_take_the_options_of_quantize() -> None:
         command: {option for action in parser._actions for option in action.option_strings}
         for command, parser in build_parser()._subparsers._group_actions[0].choices.items()  # type: ignore
     }
-    of_the_run = {"--workers", "--threads", "--restart", "--overwrite", "--device", "--quiet"}
+    of_the_run = {"--no-trial", "--workers", "--threads", "--restart", "--overwrite", "--device", "--quiet"}
     assert options["quantize"] - of_the_run <= options["plan"]
-    renamed = {"--workers", "--threads"}
-    assert options["quantize"] - renamed <= options["finetune"]
+    not_of_finetune = {"--no-trial", "--workers", "--threads"}
+    assert options["quantize"] - not_of_finetune <= options["finetune"]
 
 
 @pytest.mark.parametrize(
@@ -246,7 +244,7 @@ def test_quantize_and_inspect(model_dir: Path, tmp_path: Path, capsys: pytest.Ca
     assert captured.err == ""
     assert main(["inspect", str(out)]) == 0
     text = capsys.readouterr().out
-    assert "format littlebit2, model type llama" in text
+    assert "format littlebit2, model type qwen2" in text
     assert "model.layers.*.mlp.up_proj" in text
     assert "16+8" in text
     assert main(["inspect", str(out), "--json"]) == 0

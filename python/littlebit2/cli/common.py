@@ -207,7 +207,7 @@ def add_size_options(parser: argparse.ArgumentParser) -> Any:
 
 
 def add_method_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options for how long and from where the methods search."""
+    """Add the options for how long the methods search."""
     parser.add_argument(
         "--time-budget",
         type=float,
@@ -228,22 +228,15 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--admm-iterations", type=int, default=300, metavar="N", help="ADMM iterations (default 300)"
     )
-    parser.add_argument(
-        "--admm-start",
-        choices=("random", "joint-itq"),
-        default="random",
-        help="where admm starts: random signs (default), or an SVD and Joint-ITQ",
-    )
 
 
 def method_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what :func:`add_method_options` made as arguments of :func:`quant_config`."""
+    """Return the options of :func:`add_method_options` as arguments for :func:`quant_config`."""
     return {
         "budget_seconds": args.time_budget,
         "itq_iterations": args.itq_iterations,
         "refine_rounds": args.refine_rounds,
         "admm_iterations": args.admm_iterations,
-        "admm_start": args.admm_start,
     }
 
 
