@@ -302,7 +302,8 @@ def source_files(root: Path) -> Iterator[Path]:
             subdirectories[:] = [name for name in subdirectories if name != "include"]
         for name in sorted(names):
             path = Path(directory, name)
-            if path.suffix in TEXT_SUFFIXES and path.is_file():
+            # In a worktree of git, .git is a file.
+            if name != ".git" and path.suffix in TEXT_SUFFIXES and path.is_file():
                 yield path
 
 
