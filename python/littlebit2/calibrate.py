@@ -1,6 +1,6 @@
 """Activations of a model on local text: the file by which ``littlebit2 quantize --importance`` weighs errors.
 
-Text is read, tokenised and cut into blocks as it is needed; memory holds the model, one block of text and one
+Text is read, tokenized and cut into blocks as it is needed; memory holds the model, one block of text and one
 vector for each side of each linear layer.
 """
 
@@ -70,7 +70,7 @@ def calibrate(
         out: safetensors file to write; it appears whole.
         tokens: most tokens to run.
         block: tokens in a sequence; by default 512, or what the model takes if that is less.
-        gradients: also measure the gradient of the language-modelling loss at each layer's outputs, by which
+        gradients: also measure the gradient of the language-modeling loss at each layer's outputs, by which
             ``budget="spectral"`` knows what a layer is worth. Takes about as much memory again as the model.
         text_field: name of the text in JSON lines and tables.
         device: to run on.
@@ -84,7 +84,7 @@ def calibrate(
         ImportError: transformers is not installed, or pyarrow, which a table needs.
         OSError: a file cannot be read or written.
         ValueError: the checkpoint is not dense or does not name its architecture, there is no tokenizer, the
-            text is malformed or too short, ``gradients`` with a model that has no language-modelling loss,
+            text is malformed or too short, ``gradients`` with a model that has no language-modeling loss,
             ``device`` cannot be used, or a number is out of its range.
         RuntimeError: an activation is NaN or infinite; the message names the layer.
     """
