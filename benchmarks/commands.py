@@ -48,6 +48,9 @@ COMMANDS = {
         "quality", "quality.quantizer", "measure error and time of each quantization method"
     ),
     "finetune": Command("quality", "quality.finetune", "measure what training adds to each initialization"),
+    "families": Command(
+        "quality", "quality.family_sweep", "try every model family of transformers at a tiny size"
+    ),
     "predict": Command("estimates", "estimates.predict", "predict GPU times from counts, without a GPU"),
     "kernel-report": Command("cuda", "cuda.kernel_report", "list registers and spills of each CUDA kernel"),
     "gpu-suite": Command("cuda", "cuda.gpu_suite", "build, test and measure everything on a GPU machine"),

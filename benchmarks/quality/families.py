@@ -7,19 +7,16 @@ with the dense model whose weights are those that the packed layers stand for.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import io
-import json
-import os
 import shutil
 import signal
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +31,7 @@ from littlebit2.architecture.experts import collapse_experts, expand_experts
 from littlebit2.quantize import QuantConfig
 from littlebit2_kernels import LittleBitLinear
 
-__all__ = ["Outcome", "model_classes", "sweep", "tiny_config", "try_class"]
+__all__ = ["FAILED", "Outcome", "model_classes", "sweep", "tiny_config", "try_class"]
 
 #: Mappings of the library, in the order in which a class that is in several of them is taken.
 MAPPINGS = (
@@ -128,6 +125,10 @@ SIZES: dict[str, Any] = {
 }
 _CUT = ("layer_types", "mlp_layer_types", "layers_block_type", "hybrid_override_pattern")
 
+#: Weights of the largest model that is tried.
+MOST_WEIGHTS = 30e6
+#: Relative difference of outputs that counts as a failure.
+FAR = 1e-3
 QUANT = QuantConfig(ranks=(16,), method="joint-itq", itq_iterations=1)
 
 #: Works; refused before any work; could not be built or run dense (the family was not tried); wrong.
@@ -308,34 +309,12 @@ def try_class(name: str, model_type: str, folder: Path, *, seconds: int = 60) ->
 
 def _try_class(name: str, model_type: str, folder: Path) -> Outcome:
     try:
-        config = tiny_config(model_type)
-        torch.manual_seed(0)
-        with torch.device("meta"):
-            size = sum(p.numel() for p in getattr(transformers, name)(copy.deepcopy(config)).parameters())
-        if size > 30e6:
-            return Outcome(name, model_type, NOT_BUILT, f"its smallest configuration has {size:.1e} weights")
-        model = getattr(transformers, name)(config).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.is_floating_point() and not torch.isfinite(parameter).all():
-                    parameter.normal_(0, 0.02)
-        model.save_pretrained(folder / "dense")
-        dense = littlebit2.load(folder / "dense", dtype=torch.float32)
+        dense = _dense_model(name, model_type, folder)
     except _Slow:
         raise
     except Exception as error:
         return Outcome(name, model_type, NOT_BUILT, _line(error))
-    inputs, wanted = None, []
-    for candidate in inputs_of(dense):
-        try:
-            wanted = outputs_of(dense, candidate)
-        except _Slow:
-            raise
-        except Exception:
-            continue
-        if wanted:
-            inputs = candidate
-            break
+    inputs = _working_inputs(dense)
     try:
         littlebit2.quantize_checkpoint(folder / "dense", folder / "files", QUANT, progress=False)
     except ValueError as error:
@@ -344,38 +323,84 @@ def _try_class(name: str, model_type: str, folder: Path) -> Outcome:
         raise
     except Exception as error:
         return Outcome(name, model_type, FAILED, "quantize: " + _line(error))
-    step = "load"
+    steps = _Steps()
     try:
-        first = littlebit2.load(folder / "files", dtype=torch.float32)
-        step = "save"
-        first.save_pretrained(folder / "again")
-        step = "load what was saved"
-        second = littlebit2.load(folder / "again", dtype=torch.float32)
-        step = "from_pretrained"
-        type(first).from_pretrained(folder / "files")
-        step = "in memory"
-        memory = copy.deepcopy(dense)
-        quantize_in_memory(memory)
-        step = "save of what was quantized in memory"
-        memory.save_pretrained(folder / "memory")
-        step = "load of what was quantized in memory"
-        third = littlebit2.load(folder / "memory", dtype=torch.float32)
-        step = "forward"
-        if inputs is not None:
-            for what, packed in (("files", first), ("saved", second), ("memory", third), ("live", memory)):
-                got = outputs_of(packed, inputs)
-                expected = outputs_of(dequantized(packed, dense), inputs)
-                far = difference(expected, got)
-                if not far < 1e-3:
-                    reason = f"{what}: outputs differ by {far:.2g} from those of the dequantized model"
-                    return Outcome(name, model_type, FAILED, reason)
+        models = steps.run(dense, folder)
+        reason = "" if inputs is None else _disagreement(models, dense, inputs)
     except _Slow:
         raise
     except Exception as error:
-        return Outcome(name, model_type, FAILED, f"{step}: " + _line(error))
-    if packed_share(first) == 0:
-        return Outcome(name, model_type, FAILED, "nothing is packed")
-    return Outcome(name, model_type, WORKS, packed=packed_share(first), compared=inputs is not None)
+        return Outcome(name, model_type, FAILED, f"{steps.current}: " + _line(error))
+    share = packed_share(models["files"])
+    if reason or share == 0:
+        return Outcome(name, model_type, FAILED, reason or "nothing is packed")
+    return Outcome(name, model_type, WORKS, packed=share, compared=inputs is not None)
+
+
+def _dense_model(name: str, model_type: str, folder: Path) -> Any:
+    """Save a small random model in ``folder / "dense"`` and load it from there."""
+    config = tiny_config(model_type)
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in getattr(transformers, name)(copy.deepcopy(config)).parameters())
+    if size > MOST_WEIGHTS:
+        raise ValueError(f"its smallest configuration has {size:.1e} weights")
+    model = getattr(transformers, name)(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+                parameter.normal_(0, 0.02)
+    model.save_pretrained(folder / "dense")
+    return littlebit2.load(folder / "dense", dtype=torch.float32)
+
+
+def _working_inputs(dense: Any) -> Any:
+    """Return the first inputs that the dense model takes, or ``None``."""
+    for candidate in inputs_of(dense):
+        try:
+            if outputs_of(dense, candidate):
+                return candidate
+        except _Slow:
+            raise
+        except Exception:
+            continue
+    return None
+
+
+class _Steps:
+    """What is done with a quantized checkpoint; ``current`` names the step that is under way."""
+
+    def __init__(self) -> None:
+        self.current = ""
+
+    def run(self, dense: Any, folder: Path) -> dict[str, Any]:
+        """Return packed models by how they came about."""
+        self.current = "load"
+        first = littlebit2.load(folder / "files", dtype=torch.float32)
+        self.current = "save"
+        first.save_pretrained(folder / "again")
+        self.current = "load what was saved"
+        second = littlebit2.load(folder / "again", dtype=torch.float32)
+        self.current = "from_pretrained"
+        type(first).from_pretrained(folder / "files")
+        self.current = "in memory"
+        memory = copy.deepcopy(dense)
+        quantize_in_memory(memory)
+        self.current = "save of what was quantized in memory"
+        memory.save_pretrained(folder / "memory")
+        self.current = "load of what was quantized in memory"
+        third = littlebit2.load(folder / "memory", dtype=torch.float32)
+        self.current = "forward"
+        return {"files": first, "saved": second, "memory": third, "live": memory}
+
+
+def _disagreement(models: dict[str, Any], dense: Any, inputs: Any) -> str:
+    """Say which packed model is far from the dense one with its dequantized weights; empty if none is."""
+    for what, packed in models.items():
+        far = difference(outputs_of(dequantized(packed, dense), inputs), outputs_of(packed, inputs))
+        if not far < FAR:
+            return f"{what}: outputs differ by {far:.2g} from those of the dequantized model"
+    return ""
 
 
 def quantize_in_memory(model: Any) -> None:
@@ -412,13 +437,15 @@ def sweep(names: Sequence[str] = (), *, seconds: int = 60, show: bool = True) ->
     return outcomes
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*")
-    parser.add_argument("--json")
-    parser.add_argument("--seconds", type=int, default=60)
-    arguments = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    found = sweep(arguments.names, seconds=arguments.seconds)
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps([asdict(one) for one in found], indent=1))
+def markdown(outcomes: Sequence[Outcome]) -> str:
+    """Return the table of docs/models.md."""
+    order = {kind: index for index, kind in enumerate((FAILED, REFUSED, WORKS, NOT_BUILT))}
+    rows = [
+        f"| {one.model_type} | {one.model} | {one.kind} | {one.reason.replace('|', '/')[:160]} |"
+        for one in sorted(outcomes, key=lambda one: (order[one.kind], one.model_type))
+    ]
+    counts = ", ".join(
+        f"{sum(one.kind == kind for one in outcomes)} {kind}" for kind in (WORKS, REFUSED, FAILED, NOT_BUILT)
+    )
+    head = ["| model type | class | result | reason |", "|---|---|---|---|"]
+    return "\n".join([f"{len(outcomes)} model types: {counts}.", "", *head, *rows]) + "\n"

@@ -126,8 +126,6 @@ sys.exit(main(["finetune", "nowhere", "out", "--data", "none.txt"]))
         (["inspect", "nowhere"], "nowhere"),
         (["inspect", "some/model"], "Nothing is downloaded: if some/model is a model of a hub"),
         (["plan", "some/model"], "Nothing is downloaded"),
-        (["generate", "some/model", "text"], "Nothing is downloaded"),
-        (["finetune", "some/model", "out", "--data", "x", "--no-tensorboard"], "Nothing is downloaded"),
         (
             ["plan", "llama-2-7b", "--ranks", "4104"],
             "ranks must be at most 4096, the largest that any layer can use, got [4104]",
