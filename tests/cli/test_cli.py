@@ -212,7 +212,7 @@ def test_quantize_and_inspect(model_dir: Path, tmp_path: Path, capsys: pytest.Ca
     assert captured.err == ""
     assert main(["inspect", str(out)]) == 0
     text = capsys.readouterr().out
-    assert "format littlebit2, model type llama" in text
+    assert "format littlebit2, model type qwen2" in text
     assert "model.layers.*.mlp.up_proj" in text
     assert "16+8" in text
     assert main(["inspect", str(out), "--json"]) == 0

@@ -228,7 +228,8 @@ PYTHON_ROOMS = {
         public_only=True,
     ),
     "littlebit2.integrations": PythonRoom(
-        may=(*_USER_BASE, "peft", "transformers", "vllm", "sglang", "littlebit2", _KERNELS), public_only=True
+        may=(*_USER_BASE, "accelerate", "peft", "transformers", "vllm", "sglang", "littlebit2", _KERNELS),
+        public_only=True,
     ),
     "littlebit2": PythonRoom(
         may=(*_USER_BASE, "littlebit2", _KERNELS),
