@@ -20,6 +20,15 @@ class UnknownModelError(ValueError):
     """Transformers does not have the model type that a configuration names."""
 
 
+def _decoded(value: Any) -> Any:
+    """Undo what transformers writes for numbers that JSON does not have: ``{"__float__": "Infinity"}``."""
+    if isinstance(value, dict):
+        if set(value) == {"__float__"}:
+            return float(value["__float__"])
+        return {name: _decoded(one) for name, one in value.items()}
+    return [_decoded(one) for one in value] if isinstance(value, list) else value
+
+
 def model_class(config: PreTrainedConfig, *, headed: bool = True) -> Any:
     """Return the class that ``architectures`` names if transformers has it, else the type's automatic one.
 
@@ -46,7 +55,7 @@ def skeleton(source: Mapping[str, Any], *, headed: bool = True) -> PreTrainedMod
         UnknownModelError: the model type is missing, unknown or needs code of its own.
         ValueError: its class does not accept the configuration.
     """
-    fields = copy.deepcopy(dict(source))
+    fields: dict[str, Any] = _decoded(copy.deepcopy(dict(source)))
     fields.pop("quantization_config", None)
     model_type: Any = fields.get("model_type")
     if model_type not in CONFIG_MAPPING:

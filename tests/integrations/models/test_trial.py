@@ -18,7 +18,7 @@ from littlebit2.integrations.trial import try_out
 from littlebit2.offline import quantize_checkpoint
 from littlebit2.quantize import QuantConfig
 from littlebit2_kernels import LittleBitLinear
-from tests.integrations.moe import QUANT
+from tests.integrations.models.moe import QUANT
 
 LLAMA = {
     "vocab_size": 160,

@@ -16,7 +16,7 @@ from littlebit2.checkpoint import open_checkpoint
 from littlebit2.integrations.transformers import attach
 from littlebit2.quantize import collect_importance, quantize_linears
 from littlebit2_kernels import LittleBitLinear
-from tests.integrations.moe import MIXTURES, OTHERS, QUANT, dequantized, inputs_of, make, run, share
+from tests.integrations.models.moe import MIXTURES, OTHERS, QUANT, dequantized, inputs_of, make, run, share
 
 
 def quantized(model: Any) -> Any:
