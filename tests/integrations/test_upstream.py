@@ -42,6 +42,7 @@ def _loaded(model: Any, path: Path, way: str, **options: Any) -> Any:
         return littlebit2.load(path, **options)
     causal = model.can_generate()
     auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+    littlebit2.register()
     return auto.from_pretrained(path, **options)
 
 

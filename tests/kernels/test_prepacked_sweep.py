@@ -85,7 +85,7 @@ def test_int8_error_is_what_it_is_documented_to_be(
     assert error >= 1e-3
 
 
-def test_sign_is_a_binarised_layer(isa: str, rng: torch.Generator) -> None:
+def test_sign_is_a_binarized_layer(isa: str, rng: torch.Generator) -> None:
     """The formula in float64, with no regard to the order of sums."""
     x, packed = make_problem(16, 1500, 700, [256], bias=True, generator=rng)
     path = packed.paths[0]
@@ -94,13 +94,13 @@ def test_sign_is_a_binarised_layer(isa: str, rng: torch.Generator) -> None:
     v = unpack_signs_reference(path.v, path.in_features, torch.float64)
     u = unpack_signs_reference(path.u, path.rank, torch.float64)
 
-    def binarise(z: torch.Tensor) -> torch.Tensor:
+    def binarize(z: torch.Tensor) -> torch.Tensor:
         return torch.where(z < 0, -1.0, 1.0).double()
 
     z = x.double() * path.in_scale
-    latent = binarise(z) @ v.T * path.latent_scale  # integers, so that zeros are zeros
+    latent = binarize(z) @ v.T * path.latent_scale  # integers, so that zeros are zeros
     magnitude = z.abs().mean(-1, keepdim=True) * latent.abs().mean(-1, keepdim=True)
-    y = binarise(latent) @ u.T * magnitude * path.out_scale + packed.bias
+    y = binarize(latent) @ u.T * magnitude * path.out_scale + packed.bias
     assert relative_error(littlebit_linear(x, prepack(packed), activation="sign"), y) <= 2e-6
 
 

@@ -117,6 +117,7 @@ PYTHON_ROOMS = {
         may=("torch", "numpy", _KERNELS),
         lazily=("triton", *(f"{_KERNELS}.triton.{name}" for name in _TRITON_KERNELS)),
     ),
+    "littlebit2._messages": PythonRoom(may=()),
     "littlebit2.disk": PythonRoom(may=("littlebit2.disk",)),
     # Names of model parts; what the command line imports of it needs no torch.
     **{
@@ -160,7 +161,6 @@ PYTHON_ROOMS = {
     "littlebit2.checkpoint.formats": PythonRoom(
         may=(
             "torch",
-            "numpy",
             "littlebit2.checkpoint.errors",
             "littlebit2.checkpoint.formats",
             "littlebit2.checkpoint.headers",
@@ -302,7 +302,8 @@ def source_files(root: Path) -> Iterator[Path]:
             subdirectories[:] = [name for name in subdirectories if name != "include"]
         for name in sorted(names):
             path = Path(directory, name)
-            if path.suffix in TEXT_SUFFIXES and path.is_file():
+            # In a worktree of git, .git is a file.
+            if name != ".git" and path.suffix in TEXT_SUFFIXES and path.is_file():
                 yield path
 
 

@@ -264,7 +264,7 @@ def test_include_rule_can_fail(tmp_path: Path, path: str, target: str) -> None:
     assert finding.path == path
 
 
-def test_include_rule_permits_neighbours(tmp_path: Path) -> None:
+def test_include_rule_permits_neighbors(tmp_path: Path) -> None:
     plant(tmp_path, "csrc/include/littlebit2/format.h", "#include <stdint.h>\n")
     plant(tmp_path, "csrc/core/status.h", '#include "littlebit2/format.h"\n')
     plant(tmp_path, "csrc/cpu/a.cpp", '#include <immintrin.h>\n#include "core/status.h"\n#include <array>\n')

@@ -96,6 +96,7 @@ def test_two_processes_train_as_one(inputs: tuple[Path, Path, Path], alone: dict
     assert [words[name].numel() for words in flips] == ([48, 48] if how == "copies" else [24, 24])
 
 
+@pytest.mark.slow  # three Python processes for one message
 def test_sharding_that_would_not_happen_is_refused(inputs: tuple[Path, Path, Path]) -> None:
     folder, teacher, data = inputs
     arguments = ["finetune", str(teacher), str(folder / "x"), "--data", str(data), *OPTIONS, "--fsdp"]

@@ -14,7 +14,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 
-import numpy as np
 import torch
 
 from littlebit2.checkpoint.specs import LayerSpec
@@ -146,8 +145,9 @@ def _check_signs(seen: Examination, leaf: str, rank: int | None, other: int | No
 
 
 def _words(packed: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-    bits = np.unpackbits(packed.flatten().numpy(), count=rows * cols)
-    return pack_signs(torch.from_numpy(bits).reshape(rows, cols).to(torch.int8) * 2 - 1)
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8)
+    bits = (packed.flatten()[:, None] >> shifts & 1).flatten()[: rows * cols]
+    return pack_signs(bits.reshape(rows, cols).to(torch.int8) * 2 - 1)
 
 
 def _factors(scale: torch.Tensor, rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
