@@ -17,6 +17,7 @@ from typing import Any
 from littlebit2_kernels.format import LayerShape
 
 from ._messages import hub_hint
+from .architecture.names import CAUSAL_HEAD
 from .architecture.select import DEFAULT_EXCLUDE, check_patterns, is_selected
 from .architecture.shapes import DenseShape, LinearShape, ModelShapes, model_shapes
 from .quantize import QuantConfig
@@ -209,7 +210,7 @@ def plan_model(
     packed: list[LinearShape] = []
     dense: list[LinearShape] = []
     for shape in shapes.linears:
-        a_dense_head = shape.is_head and shape.name != "lm_head"
+        a_dense_head = shape.is_head and shape.name != CAUSAL_HEAD
         if is_selected(shape.name, includes, excludes) and not a_dense_head:
             packed.append(shape)
         else:
