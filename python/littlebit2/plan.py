@@ -23,7 +23,7 @@ from .architecture.shapes import DenseShape, LinearShape, ModelShapes, model_sha
 from .quantize import QuantConfig
 from .quantize.allocate import RankAllocation
 from .quantize.budget import at_largest_rank
-from .quantize.ranks import check_budget, layer_config
+from .quantize.ranks import check_budget, layer_config, too_small
 
 __all__ = ["LayerPlan", "ModelPlan", "load_config", "plan_model", "shipped_configs"]
 
@@ -114,7 +114,7 @@ class ModelPlan:
     Attributes:
         shapes: its tensors.
         layers: what is packed, in model order.
-        left_dense: linear layers that are not packed (the head).
+        left_dense: linear layers that are not packed: heads, excluded ones, and those too small for the bits.
     """
 
     shapes: ModelShapes
@@ -202,24 +202,28 @@ def plan_model(
 
     Raises:
         FileNotFoundError: there is no such file or shipped configuration.
-        ValueError: the configuration is of an unknown type or incomplete, the budget does not fit a
-            layer (the message names it) or is more than any can use, or no layer is selected.
+        ValueError: the configuration is of an unknown type or incomplete, no layer is selected, or the budget
+            fits none of them or is more than any can use.
     """
     shapes = model_shapes(source if isinstance(source, Mapping) else load_config(source))
     includes, excludes = check_patterns("include", include), check_patterns("exclude", exclude)
-    packed: list[LinearShape] = []
-    dense: list[LinearShape] = []
-    for shape in shapes.linears:
-        a_dense_head = shape.is_head and shape.name != CAUSAL_HEAD
-        if is_selected(shape.name, includes, excludes) and not a_dense_head:
-            packed.append(shape)
-        else:
-            dense.append(shape)
-    if not packed:
+    selected = [
+        shape
+        for shape in shapes.linears
+        if is_selected(shape.name, includes, excludes) and (not shape.is_head or shape.name == CAUSAL_HEAD)
+    ]
+    if not selected:
         raise ValueError(
             f"include must select at least one linear layer, got include={list(includes)}, "
             f"exclude={list(excludes)}"
         )
+    small = {
+        shape: too_small(shape.name, shape.in_features, shape.out_features, config) for shape in selected
+    }
+    packed = [shape for shape in selected if small[shape] is None]
+    if not packed:
+        raise ValueError(small[selected[0]])
+    dense = [shape for shape in shapes.linears if small.get(shape, "not selected") is not None]
     check_budget(config, ((shape.name, shape.in_features, shape.out_features) for shape in packed))
     layers = tuple(_plan_layer(shape, config, (allocation or {}).get(shape.name)) for shape in packed)
     return ModelPlan(shapes, layers, tuple(dense))

@@ -129,6 +129,14 @@ def test_options_select_layers_and_ranks() -> None:
         planned("llama-3-8b", 0.01)
 
 
+def test_layers_that_are_too_small_stay_dense() -> None:
+    plan = planned("llama-3-8b", 0.03)  # the scales of two paths alone take 0.039 bits of k_proj and v_proj
+    small = {shape.name.rpartition(".")[2] for shape in plan.left_dense}
+    assert small == {"k_proj", "v_proj", "lm_head"}
+    assert len(plan.layers) == 5 * 32
+    assert plan.bytes()["other_linears"] == 2 * 2 * 32 * 4096 * 1024
+
+
 def test_a_tied_head_is_counted_once() -> None:
     config = {**load_config("llama-2-7b"), "tie_word_embeddings": True}
     size = plan_model(config, QuantConfig(bpw=0.1)).bytes()
