@@ -17,6 +17,7 @@ from typing import Any
 from littlebit2_kernels.format import LayerShape
 
 from ._messages import hub_hint
+from .architecture.names import CAUSAL_HEAD
 from .architecture.select import DEFAULT_EXCLUDE, check_patterns, is_selected
 from .architecture.shapes import DenseShape, LinearShape, ModelShapes, model_shapes
 from .quantize import QuantConfig
@@ -209,7 +210,7 @@ def plan_model(
     selected = [
         shape
         for shape in shapes.linears
-        if is_selected(shape.name, includes, excludes) and (not shape.is_head or shape.name == "lm_head")
+        if is_selected(shape.name, includes, excludes) and (not shape.is_head or shape.name == CAUSAL_HEAD)
     ]
     if not selected:
         raise ValueError(

@@ -311,8 +311,14 @@ def _undo_loggers(before: Snapshot, after: Snapshot) -> Iterator[str]:
             logger.level, logger.propagate, logger.disabled = old[:3]
 
 
+#: transformers executes itself again when it first documents a class, and the new module stays.
+_REPLACES_ITSELF = ("transformers",)
+
+
 def _undo_modules(before: Snapshot, after: Snapshot) -> Iterator[str]:
     for name, module in before.modules.items():
+        if name in _REPLACES_ITSELF and name in after.modules:
+            continue
         if after.modules.get(name) is not module:
             yield f"sys.modules[{name!r}] was {'replaced' if name in after.modules else 'removed'}"
             sys.modules[name] = module

@@ -131,18 +131,18 @@ def test_tasks_go_to_the_harness(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["evaluate", "{teacher}"], "data or tasks must be given"),
+        (["evaluate", "{teacher}"], "--data or --tasks must be given"),
         (["evaluate", "{teacher}", "--tasks", "x"], "tasks need lm-evaluation-harness: pip install lm_eval"),
-        (["evaluate", "absent", "--data", "{data}"], "model must be a checkpoint directory"),
+        (["evaluate", "absent", "--data", "{data}"], "MODEL must be a checkpoint directory"),
         (["evaluate", "{teacher}", "--data", "{data}", "--block", "65"], "block must be at most 64"),
         (["evaluate", "absent", "--data", "{data}", "--block", "1"], "block must be at least 2, got 1"),
         (
             ["evaluate", "absent", "--data", "{data}", "--batch-size", "0"],
-            "batch_size must be at least 1, got 0",
+            "--batch-size must be at least 1, got 0",
         ),
         (
             ["evaluate", "absent", "--data", "{data}", "--max-tokens", "0"],
-            "max_tokens must be at least 1, got 0",
+            "--max-tokens must be at least 1, got 0",
         ),
         (
             ["evaluate", "{teacher}", "--data", "{data}", "--dtype", "int8"],

@@ -101,7 +101,7 @@ def name_options(text: str, options: Mapping[str, str]) -> str:
     """
     for name, option in options.items():
         # As messages name arguments: at the start, before "must" or "=", or in a list with other ones.
-        text = re.sub(rf"(?<![\w.-]){name}(?=(\[\d+\])? must | cannot |=)", option, text)
+        text = re.sub(rf"(?<![\w.-]){name}(?=(\[\d+\])? must | or [\w-]+ must | cannot |=)", option, text)
     return text
 
 

@@ -20,6 +20,7 @@ from transformers.core_model_loading import WeightConverter
 
 from littlebit2.architecture.experts import LittleBitExperts, collapse_experts, expand_experts
 from littlebit2.architecture.linears import HEAD, TIED, dense_reasons
+from littlebit2.architecture.names import CAUSAL_HEAD
 from littlebit2.architecture.parts import ExpertPart, Load, Part, Whole
 from littlebit2.architecture.select import is_selected, keeps_heads_dense, output_heads
 from littlebit2.architecture.tensors import FLOATS, LayerSource
@@ -156,7 +157,7 @@ def try_out(
             shape, or a head cannot be packed although it was asked for.
     """
     heads_dense = keeps_heads_dense(exclude)
-    headed = any("lm_head" in name for name in tensors) or bool(config.get("tie_word_embeddings"))
+    headed = any(CAUSAL_HEAD in name for name in tensors) or bool(config.get("tie_word_embeddings"))
     trial = Trial()
     model = skeleton(config, headed=headed)
     if not heads_dense and _has_tied_head(model):
