@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
@@ -49,21 +50,28 @@ def _configure(folder: Path, *options: str) -> str:
     return _run("cmake", "-S", str(ROOT), "-B", str(folder), *generator, *options)
 
 
-@functools.cache
-def _built(folders: pytest.TempPathFactory, architectures: tuple[int, ...]) -> Build:
-    folder = folders.mktemp("cuda")
-    targets = ";".join(f"{arch}-real" for arch in architectures)
-    _configure(folder, f"-DLB2_CUDA_ARCHS={targets}", "-DCMAKE_CUDA_FLAGS=-Xptxas=-v")
-    log = _run("cmake", "--build", str(folder), "--verbose", "--parallel", str(os.cpu_count() or 1))
-    return Build(folder, log, architectures)
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[int, ...]], Build]:
+    """Builds for a group of architectures, once."""
+
+    @functools.cache
+    def make(architectures: tuple[int, ...]) -> Build:
+        folder = tmp_path_factory.mktemp("cuda")
+        targets = ";".join(f"{arch}-real" for arch in architectures)
+        _configure(folder, f"-DLB2_CUDA_ARCHS={targets}", "-DCMAKE_CUDA_FLAGS=-Xptxas=-v")
+        build = ("cmake", "--build", str(folder), "--target", "littlebit2_cuda")
+        log = _run(*build, "--verbose", "--parallel", str(os.cpu_count() or 1))
+        return Build(folder, log, architectures)
+
+    return make
 
 
 @pytest.fixture(
     params=[COMMON, pytest.param(OTHERS, marks=pytest.mark.slow)],
     ids=lambda architectures: "-".join(map(str, architectures)),
 )
-def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Build:
-    return _built(tmp_path_factory, request.param)
+def build(request: pytest.FixtureRequest, built: Callable[[tuple[int, ...]], Build]) -> Build:
+    return built(request.param)
 
 
 def _each_of(architectures: tuple[int, ...]) -> pytest.MarkDecorator:
