@@ -110,7 +110,7 @@ def test_sharing_and_stacking_change_no_bit(mode: str, isa: str, rng: torch.Gene
     )
     shared, stacked = prepack(packed), prepack(PackedLinear((first, copied)))
     assert shared.nbytes < stacked.nbytes
-    assert (shared.shares, stacked.shares) == ((0, 0), (0, 1))
+    assert (shared.shape.shares, stacked.shape.shares) == ((0, 0), (0, 1))
     y = littlebit_linear(x, shared, activation=mode)
     assert torch.equal(littlebit_linear(x, stacked, activation=mode), y)
 

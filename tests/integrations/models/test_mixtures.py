@@ -11,17 +11,18 @@ import pytest
 import torch
 
 import littlebit2
+from littlebit2 import quantize_
 from littlebit2.architecture.experts import LittleBitExperts, expand_experts, experts_layout
 from littlebit2.checkpoint import open_checkpoint
 from littlebit2.integrations.transformers import attach
-from littlebit2.quantize import collect_importance, quantize_linears
+from littlebit2.quantize import collect_importance
 from littlebit2_kernels import LittleBitLinear
 from tests.integrations.models.moe import MIXTURES, OTHERS, QUANT, dequantized, inputs_of, make, run, share
 
 
 def quantized(model: Any) -> Any:
     packed = copy.deepcopy(model)
-    quantize_linears(packed, QUANT, lambda _, p: LittleBitLinear.from_packed(p), progress=False)
+    quantize_(packed, QUANT, progress=False)
     attach(packed)
     return packed
 

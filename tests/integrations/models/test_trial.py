@@ -59,7 +59,7 @@ def test_heads_of_other_names_stay_dense() -> None:
         vocab_size=160, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4
     )
     model = transformers.BertForMaskedLM(config)
-    littlebit2.quantize_linears(model, QUANT, lambda _, p: LittleBitLinear.from_packed(p), progress=False)
+    littlebit2.quantize_(model, QUANT, progress=False)
     assert type(model.get_output_embeddings()) is nn.Linear
     assert isinstance(model.cls.predictions.transform.dense, LittleBitLinear)
 
@@ -103,7 +103,7 @@ def test_subclasses_are_linear_layers_if_they_compute_one() -> None:
     falcon = transformers.FalconForCausalLM(
         transformers.FalconConfig(vocab_size=160, hidden_size=64, num_hidden_layers=1, num_attention_heads=4)
     )
-    littlebit2.quantize_linears(falcon, QUANT, lambda _, p: LittleBitLinear.from_packed(p), progress=False)
+    littlebit2.quantize_(falcon, QUANT, progress=False)
     assert isinstance(falcon.transformer.h[0].mlp.dense_h_to_4h, LittleBitLinear)
 
 
