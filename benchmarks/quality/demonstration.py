@@ -193,7 +193,7 @@ def time_layer() -> tuple[Timing, list[LatencyRow]]:
     with torch.inference_mode():
         timings = time_interleaved(candidates)
     rows = [
-        LatencyRow(bpw, packed.ranks, packed.nbytes, timings[f"hot {bpw}"], timings[f"cold {bpw}"])
+        LatencyRow(bpw, packed.shape.rows, packed.nbytes, timings[f"hot {bpw}"], timings[f"cold {bpw}"])
         for bpw, packed in layers.items()
     ]
     return timings["dense"], rows
