@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
-from littlebit2.architecture.experts import collapse_experts, expand_experts
 from littlebit2.quantize import QuantConfig
 from littlebit2_kernels import LittleBitLinear
 
@@ -124,21 +121,6 @@ def run(model: Any) -> torch.Tensor:
     """The first output of a model."""
     with torch.no_grad():
         return model(**inputs_of(model))[0]
-
-
-def dequantized(packed: Any, dense: Any) -> Any:
-    """The dense model with the weights that the packed one stands for."""
-    model = copy.deepcopy(dense)
-    expanded = expand_experts(model)
-    layers = dict(packed.named_modules())
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            layer = layers.get(name)
-            if isinstance(layer, LittleBitLinear):
-                assert isinstance(module, nn.Linear)
-                module.weight.copy_(layer.dequantize())
-    collapse_experts(model, expanded)
-    return model
 
 
 def share(model: Any) -> float:

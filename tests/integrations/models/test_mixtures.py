@@ -11,13 +11,14 @@ import pytest
 import torch
 
 import littlebit2
+from benchmarks.quality.families import dequantized
 from littlebit2 import quantize_
 from littlebit2.architecture.experts import LittleBitExperts, expand_experts, experts_layout
 from littlebit2.checkpoint import open_checkpoint
 from littlebit2.integrations.transformers import attach
 from littlebit2.quantize import collect_importance
 from littlebit2_kernels import LittleBitLinear
-from tests.integrations.models.moe import MIXTURES, OTHERS, QUANT, dequantized, inputs_of, make, run, share
+from tests.integrations.models.moe import MIXTURES, OTHERS, QUANT, inputs_of, make, run, share
 
 
 def quantized(model: Any) -> Any:
