@@ -26,7 +26,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 def report(perplexity: dict[str, float]) -> BlockwiseReport:
-    return BlockwiseReport(RunReport({}, (), ()), {}, (), perplexity, 100, 45)
+    return BlockwiseReport(RunReport({}, (), ()), {}, (), None, perplexity, 100, 45)
 
 
 def test_whether_a_result_is_of_use() -> None:

@@ -66,6 +66,20 @@ def test_checkpoint_is_what_was_tuned(family: str, data: Path, tmp_path: Path) -
     assert run(model, out, data).as_dict() == report.as_dict()
 
 
+@pytest.mark.parametrize("family", ["qwen2", "mixtral"])
+def test_distillation_of_the_whole_model(family: str, data: Path, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "dense", family)
+    out = tmp_path / "out"
+    rates = {"samples": 60, "distill_steps": 40, "distill_lr": 2e-4, "distill_scale_lr": 1e-2}
+    report = run(model, out, data, changes=rates)
+    assert report.distillation is not None
+    assert report.distillation["after"] < report.distillation["before"]
+    ids = held_out(model, data, tmp_path)
+    assert list(report.perplexity) == ["dense", "tuned", "distilled"]
+    assert report.perplexity["distilled"] == pytest.approx(perplexity_of(out, ids), rel=1e-3)
+    assert report.final == report.perplexity["distilled"] != report.perplexity["tuned"]
+
+
 def test_rates_far_too_high_leave_a_block_as_it_was(data: Path, tmp_path: Path) -> None:
     model = write_model(tmp_path / "dense")
     wild = run(model, tmp_path / "wild", data, changes={"lr": 1e3, "scale_lr": 1e3})

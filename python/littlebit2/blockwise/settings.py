@@ -19,14 +19,14 @@ class BlockwiseSettings:
         batch_size: sequences of one step of tuning.
         steps: of tuning, for each block; 0: none.
         lr: peak learning rate of latents.
-        scale_lr: peak learning rate of scales, norms and biases.
+        scale_lr: likewise of scales, norms and biases, relative to the root mean square of each.
         warmup: share of the steps during which the rates rise; afterwards they follow a cosine.
         evaluations: comparisons on the held-out sequences during the tuning of a block.
         patience: comparisons without a gain after which tuning stops.
         importance_samples: sequences for the importance of inputs.
         distill_steps: of distilling the whole model at the end; 0: none.
         distill_lr: peak learning rate of latents in it.
-        distill_scale_lr: peak learning rate of scales, norms and biases in it.
+        distill_scale_lr: likewise of scales, norms and biases, relative as above.
         distill_batch_size: sequences of one step of it.
         seed: of the choice and order of sequences.
 
@@ -43,7 +43,7 @@ class BlockwiseSettings:
     scale_lr: float = 1e-3
     warmup: float = 0.1
     evaluations: int = 4
-    patience: int = 2
+    patience: int = 3
     importance_samples: int = 32
     distill_steps: int = 0
     distill_lr: float = 1e-4

@@ -24,7 +24,10 @@ _SETTINGS = (
     ("--steps", "steps", int, "N", "steps of tuning for each block; 0: none"),
     ("--batch-size", "batch_size", int, "N", "sequences of a step"),
     ("--lr", "lr", float, "RATE", "peak learning rate of latents"),
-    ("--scale-lr", "scale_lr", float, "RATE", "peak learning rate of scales, norms and biases"),
+    ("--scale-lr", "scale_lr", float, "RATE", "likewise of scales, norms and biases, relative to their size"),
+    ("--distill-steps", "distill_steps", int, "N", "steps of distilling the whole model at the end"),
+    ("--distill-lr", "distill_lr", float, "RATE", "peak learning rate of latents in it"),
+    ("--distill-scale-lr", "distill_scale_lr", float, "RATE", "likewise of scales, norms and biases"),
 )
 
 

@@ -68,10 +68,21 @@ class WorkDirectory(RunDirectory):
             RunError: the disk is full.
             OSError: it cannot be written.
         """
+        with keep_layers():
+            self.write_layer_to(self.layer_path(job), job, packed, entry, seconds)
+
+    @staticmethod
+    def write_layer_to(
+        path: Path, job: Job, packed: PackedLinear, entry: dict[str, Any], seconds: float
+    ) -> None:
+        """Write a finished layer to a file.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         state = {name: tensor.cpu().contiguous() for name, tensor in packed_to_state(packed).items()}
         metadata = {_ENTRY: json.dumps({"job": _identity(job), "entry": entry, "seconds": seconds})}
-        with keep_layers():
-            write_file(self.layer_path(job), save(state, metadata))
+        write_file(path, save(state, metadata))
 
     def finished(self, job: Job) -> tuple[dict[str, Any], float] | None:
         """Return the report entry and the seconds of a finished layer, ``None`` if it is to be done.
