@@ -80,6 +80,22 @@ def test_distillation_of_the_whole_model(family: str, data: Path, tmp_path: Path
     assert report.final == report.perplexity["distilled"] != report.perplexity["tuned"]
 
 
+def test_minutes_choose_sequences_and_steps(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_model(tmp_path / "dense")
+    monkeypatch.setattr("littlebit2.blockwise.minutes.LEAST", 3)
+    short = run(model, tmp_path / "short", data, changes={"minutes": 1e-9})
+    assert (short.settings["samples"], short.settings["steps"]) == (3, 3)
+    # With time in plenty, all of the text is taken, and the most steps.
+    monkeypatch.setattr("littlebit2.blockwise.minutes.MOST", 20)
+    monkeypatch.setattr("littlebit2.blockwise.run.MOST", 20)
+    long = run(model, tmp_path / "long", data, changes={"minutes": 1e6}, keep_work=True)
+    assert (long.settings["samples"], long.settings["steps"]) == (20, 20)
+    kept = json.loads((tmp_path / "long.partial" / "chosen.json").read_text())
+    assert kept == {"samples": 20, "steps": 20}
+
+
 def test_rates_far_too_high_leave_a_block_as_it_was(data: Path, tmp_path: Path) -> None:
     model = write_model(tmp_path / "dense")
     wild = run(model, tmp_path / "wild", data, changes={"lr": 1e3, "scale_lr": 1e3})

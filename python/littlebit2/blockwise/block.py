@@ -143,7 +143,7 @@ class BlockRunner:
         clock.lap("targets")
         importance = self._importance(block, index, quantized)
         clock.lap("importance")
-        packed, reports = self._quantize(block, index, jobs, importance)
+        packed, reports = self.quantize(block, index, jobs, importance)
         clock.lap("quantization")
         weights = {job.index: _linear(block, self.inside(index, job)).weight.detach() for job in jobs}
         make_trainable(block, packed)
@@ -173,9 +173,10 @@ class BlockRunner:
                 run=lambda module, batch: self._apply(module, index, source, batch),
             )
 
-    def _quantize(
+    def quantize(
         self, block: nn.Module, index: int, jobs: Sequence[Job], importance: Mapping[str, Importance]
     ) -> tuple[dict[str, PackedLinear], list[dict[str, Any]]]:
+        """Return the packed layers of a block by their names in it, and their report entries."""
         packed, reports = {}, []
         for job in jobs:
             inside = self.inside(index, job)

@@ -9,7 +9,8 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from .block import BlockRunner, batches
 from .check import check_blocks
 from .distill import distill
 from .find import find_blocks
+from .minutes import MOST, fitting
 from .pieces import ModelInPieces
 from .report import BLOCKWISE_NAME, BlockwiseReport
 from .settings import BlockwiseSettings
@@ -145,17 +147,33 @@ def quantize_blockwise(
             if before is not None:
                 content = json.loads((target / BLOCKWISE_NAME).read_text("utf-8"))
                 return BlockwiseReport.of(before, content)
-            ids = sequences(
+            text = partial(
+                sequences,
                 work.tokens,
                 files,
                 tokenizer,
                 length=plan.length,
-                samples=chosen.samples,
+                most=None if chosen.minutes is None else MOST,
                 held_out=chosen.held_out,
                 seed=chosen.seed,
                 text_field=text_field,
             )
-            runner = BlockRunner(pieces, chosen, ids, fixed=fixed, dtypes=plan.dtypes)
+            make = partial(BlockRunner, pieces, fixed=fixed, dtypes=plan.dtypes)
+            if chosen.minutes is not None:
+                numbers = work.chosen()
+                if numbers is None:
+                    trial = make(chosen, text(samples=chosen.batch_size))
+                    fit = fitting(trial, plan.of_block(0), len(pieces), 60 * chosen.minutes)
+                    numbers = {"samples": fit.samples, "steps": fit.steps}
+                    work.keep_chosen(numbers)
+                if progress:
+                    tqdm.write(
+                        f"{chosen.minutes:g} minutes: {numbers['samples']} sequences, {numbers['steps']} "
+                        "steps for each block",
+                        file=sys.stderr,
+                    )
+                chosen = replace(chosen, **numbers)
+            runner = make(chosen, text(samples=chosen.samples))
             return _Run(checkpoint, work, plan, chosen, runner, progress, overwrite, keep_work).finish(
                 source, target
             )
@@ -257,7 +275,11 @@ class _Run:
         if distillation is not None:
             perplexity["distilled"] = distillation.pop("perplexity")
         content = {
-            "settings": self.plan.settings["blockwise"],
+            "settings": {
+                **self.plan.settings["blockwise"],
+                "samples": len(self.runner.samples),
+                "steps": self.settings.steps,
+            },
             "blocks": self.entries,
             "distillation": distillation,
             "perplexity": perplexity,

@@ -28,6 +28,7 @@ class BlockwiseSettings:
         distill_lr: peak learning rate of latents in it.
         distill_scale_lr: likewise of scales, norms and biases, relative as above.
         distill_batch_size: sequences of one step of it.
+        minutes: instead of ``samples`` and ``steps``: time for all blocks, see :func:`.fitting`.
         seed: of the choice and order of sequences.
 
     Raises:
@@ -49,6 +50,7 @@ class BlockwiseSettings:
     distill_lr: float = 1e-4
     distill_scale_lr: float = 1e-4
     distill_batch_size: int = 4
+    minutes: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -65,6 +67,8 @@ class BlockwiseSettings:
         for name in ("lr", "scale_lr", "distill_lr", "distill_scale_lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"minutes must be positive, got {self.minutes!r}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup must be in [0, 1), got {self.warmup!r}")
 

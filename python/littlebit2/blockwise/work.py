@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from littlebit2.disk import sync, sync_tree, write_file
+from littlebit2.disk import sync, sync_tree, write_file, write_json
 from littlebit2.offline.jobs import Job
 from littlebit2.offline.work import WorkDirectory, keep_layers
 
@@ -35,6 +35,16 @@ class BlockwiseWork(WorkDirectory):
     def tokens(self) -> Path:
         """Where the tokens of the text lie."""
         return self.path / "tokens"
+
+    def chosen(self) -> dict[str, int] | None:
+        """Return the numbers of sequences and steps that an earlier call chose, ``None`` if none did."""
+        path = self.path / "chosen.json"
+        found: dict[str, int] | None = json.loads(path.read_text("utf-8")) if path.is_file() else None
+        return found
+
+    def keep_chosen(self, numbers: dict[str, int]) -> None:
+        """Keep what was chosen: a run that goes on must not choose anew."""
+        write_json(self.path / "chosen.json", numbers)
 
     def states(self, kind: str, index: int) -> Path:
         """Where the hidden states before a block lie; before the first one both kinds are the same."""

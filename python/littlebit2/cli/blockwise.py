@@ -18,6 +18,13 @@ _STEPS = {"admm_iterations": 30, "refine_rounds": 2}
 
 #: Options and the names of their settings.
 _SETTINGS = (
+    (
+        "--minutes",
+        "minutes",
+        float,
+        "T",
+        "time for all blocks; chooses --samples and --steps for this machine",
+    ),
     ("--samples", "samples", int, "N", "sequences for statistics and tuning"),
     ("--length", "length", int, "T", "tokens of a sequence"),
     ("--held-out", "held_out", int, "N", "sequences on which errors and the perplexity are measured"),
@@ -72,6 +79,8 @@ def is_blockwise(args: argparse.Namespace) -> bool:
     if others:
         how = f"not with --method {BLOCKWISE}" if asked else f"only with --method {BLOCKWISE} and --data"
         raise ValueError(f"{', '.join(others)}: {how}")
+    if args.minutes is not None and (args.samples is not None or args.steps is not None):
+        raise ValueError("--minutes chooses --samples and --steps: give one or the other")
     return asked
 
 
