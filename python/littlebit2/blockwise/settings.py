@@ -41,14 +41,14 @@ class BlockwiseSettings:
     batch_size: int = 4
     steps: int = 100
     lr: float = 1e-3
-    scale_lr: float = 1e-3
+    scale_lr: float = 3e-3
     warmup: float = 0.1
     evaluations: int = 4
     patience: int = 3
     importance_samples: int = 32
     distill_steps: int = 0
     distill_lr: float = 1e-4
-    distill_scale_lr: float = 1e-4
+    distill_scale_lr: float = 1e-3
     distill_batch_size: int = 4
     minutes: float | None = None
     seed: int = 0
