@@ -63,7 +63,8 @@ class _Student:
         for index, members in enumerate(jobs):
             block = runner.pieces.load_block(index)
             if members:
-                make_trainable(block, {runner.inside(index, job): layer(job) for job in members})
+                device = runner.pieces.device
+                make_trainable(block, {runner.inside(index, job): layer(job).to(device) for job in members})
             latents, scales = trained_parameters(block)
             stored, files = runner.norms(block, index)
             with torch.no_grad():
