@@ -159,10 +159,11 @@ class Outcome:
 def model_classes() -> dict[str, str]:
     """Return every model type of the mappings with one model class: the first that a mapping names."""
     found: dict[str, str] = {}
+    known = set(dir(transformers))  # asking for each class would import every model's code
     for mapping in MAPPINGS:
         for model_type, names in getattr(modeling_auto, mapping, {}).items():
             name = names if isinstance(names, str) else names[0]
-            if hasattr(transformers, name):
+            if name in known:
                 found.setdefault(model_type, name)
     return found
 

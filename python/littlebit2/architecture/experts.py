@@ -11,6 +11,7 @@ Modules are recognized by their tensors, not by their class (:func:`experts_layo
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -136,6 +137,12 @@ def _arguments(module: nn.Module) -> list[str]:
     return list(inspect.signature(inspect.unwrap(type(module).forward)).parameters)[1:]
 
 
+@functools.cache
+def _keep_from_dynamo() -> None:
+    """Make the call of experts a graph break; only now, because this loads Dynamo, which takes seconds."""
+    LittleBitExperts.forward = torch.compiler.disable(LittleBitExperts.forward)  # type: ignore[method-assign]
+
+
 class Expert(nn.Module):
     """The projections of one expert; called by the module that holds it."""
 
@@ -166,6 +173,7 @@ class LittleBitExperts(nn.Module):
                 "source must hold 3-D gate_up_proj (or up_proj) and down_proj of experts, got "
                 f"{type(source).__name__}"
             )
+        _keep_from_dynamo()
         for name, value in vars(source).items():
             if name not in _MODULE_STATE:
                 self.__dict__[name] = value
@@ -191,7 +199,6 @@ class LittleBitExperts(nn.Module):
         """Return one expert."""
         return self._modules[str(index)]  # type: ignore[return-value]
 
-    @torch.compiler.disable
     def forward(
         self,
         hidden_states: torch.Tensor,
