@@ -23,11 +23,12 @@ from transformers.core_model_loading import (
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
+    revert_weight_conversion,
 )
 
 from littlebit2.architecture.experts import ExpertsLayout, LittleBitExperts, experts_layout
 
-__all__ = ["Destination", "FileNames", "HiddenTensors"]
+__all__ = ["Destination", "FileNames", "HiddenTensors", "published_names"]
 
 #: What hidden tensors are called while transformers loads; no pattern of a family matches it.
 _HIDDEN = "littlebit2-packed"
@@ -165,6 +166,18 @@ class FileNames:
         if self._prefix:
             yield name.removeprefix(f"{self._prefix}.")
             yield f"{self._prefix}.{name}"
+
+
+def published_names(model: PreTrainedModel) -> dict[str, str]:
+    """Return what files call the tensors of a model without values, where they have a tensor of their own.
+
+    Args:
+        model: as it is built from its configuration, before any module is replaced.
+    """
+    own = dict(model.state_dict())
+    names = {id(tensor): name for name, tensor in own.items()}
+    found = revert_weight_conversion(model, own)
+    return {names[id(tensor)]: name for name, tensor in found.items() if id(tensor) in names}
 
 
 class HiddenTensors(WeightRenaming):

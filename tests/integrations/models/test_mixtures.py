@@ -45,6 +45,19 @@ def test_files_and_memory_give_models_that_load_and_compute(name: str, tmp_path:
         torch.testing.assert_close(run(packed), run(dequantized(packed, model)), atol=2e-4, rtol=2e-3)
 
 
+@pytest.mark.parametrize("name", [*MIXTURES, *OTHERS])
+def test_random_checkpoints_have_packed_experts_and_load(name: str, tmp_path: Path) -> None:
+    model = make(name)
+    model.config.architectures = [type(model).__name__]
+    names = littlebit2.synthesize(model.config, tmp_path / "out", 2.0, dtype=torch.float32)
+    packed = littlebit2.load(tmp_path / "out")
+    assert type(packed) is type(model)
+    assert share(packed) > (0.7 if name in ("siglip", "t5") else 0.9)  # they read some weights
+    assert run(packed).isfinite().all()
+    with open_checkpoint(tmp_path / "out") as checkpoint:
+        assert set(checkpoint.layers) == set(names)
+
+
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4"])
 def test_routers_stay_dense_and_experts_are_layers_of_their_own(name: str) -> None:
     packed = quantized(make(name))
