@@ -40,8 +40,8 @@ def synthesize(
 ) -> list[str]:
     """Write a random checkpoint that runs as fast, and takes as much memory, as a real one would.
 
-    Every linear layer that ``quantize`` would pack has random signs at the ranks that ``bpw`` buys, and scales
-    that keep activations at the size of the layer's input; experts of mixtures are layers of their own.
+    Every linear layer that ``quantize`` would pack has random signs at the ranks that ``bpw`` buys, and
+    scales that keep activations at the size of the layer's input; experts are layers of their own.
     Embeddings, norms, routers and head are what transformers initializes a new model with. One layer or
     tensor is held at a time.
 

@@ -169,9 +169,11 @@ def test_modules_with_other_tensors_are_no_experts() -> None:
 def test_models_quantized_by_others_are_refused_with_advice(tmp_path: Path) -> None:
     make("gpt_oss").save_pretrained(tmp_path / "dense")
     config = json.loads((tmp_path / "dense/config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4"}
+    config["quantization_config"] = {"quant_method": "fp8"}
     (tmp_path / "dense/config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"quantized already by mxfp4.*Mxfp4Config\(dequantize=True\)"):
+    with pytest.raises(
+        ValueError, match=r"quantized already by fp8.*FineGrainedFP8Config\(dequantize=True\)"
+    ):
         littlebit2.quantize_checkpoint(tmp_path / "dense", tmp_path / "q", QUANT, progress=False)
 
 

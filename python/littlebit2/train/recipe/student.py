@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from littlebit2._messages import hub_hint
-from littlebit2.checkpoint import CheckpointWriter, find_side_files, open_checkpoint
+from littlebit2.checkpoint import CheckpointWriter, find_side_files, open_checkpoint, open_dense
 from littlebit2.disk import RunError
 from littlebit2.integrations.loading import load
 from littlebit2.train.model import make_trainable, packed_layers, select_dense, trainable_layers
@@ -30,7 +30,7 @@ def check_dense(teacher: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such directory.
-        ValueError: it is packed, or has no config.json.
+        ValueError: it is packed or quantized in a way that is not undone, or has no config.json.
     """
     if not teacher.is_dir():
         raise FileNotFoundError(
@@ -42,11 +42,8 @@ def check_dense(teacher: Path) -> dict[str, Any]:
                 f"teacher must be a dense checkpoint, got {teacher} with {len(checkpoint.layers)} packed "
                 "layers: give the dense model, and the packed one as the start (--start)"
             )
-        if "quantization_config" in checkpoint.config:
-            raise ValueError(f"teacher must be a dense checkpoint, got {teacher}, which is quantized")
-        if not checkpoint.config:
-            raise ValueError(f"teacher must have a config.json, got {teacher} without")
-        return dict(checkpoint.config)
+    with open_dense(teacher) as dense:
+        return dict(dense.config)
 
 
 def build_student(teacher: Path, start: Path, recipe: Recipe) -> Any:
