@@ -72,7 +72,7 @@ def test_routers_stay_dense_and_experts_are_layers_of_their_own(name: str) -> No
     assert not any("router" in n for n, m in packed.named_modules() if isinstance(m, LittleBitLinear))
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_experts_that_stay_dense_beside_packed_ones_load(name: str, tmp_path: Path) -> None:
     model = make(name)
     model.save_pretrained(tmp_path / "dense")
