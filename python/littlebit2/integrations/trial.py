@@ -65,7 +65,11 @@ class Converted:
     def read(self, load: Load) -> torch.Tensor:
         """Convert, and return the parameter or its part."""
         whole = _converted(self, load)
-        return whole if self.part is None else self.part.read(lambda _: whole)
+        return (
+            whole
+            if self.part is None
+            else self.part.read(lambda _, index=None: whole if index is None else whole[index])
+        )
 
 
 _latest_lock = threading.Lock()
