@@ -103,6 +103,8 @@ class Trial:
         notes: remarks for the user.
         changes: entries of config.json that the result needs.
         left_out: tensors that the model does not have.
+        model: the model without values, its experts fused.
+        parts: where the values of its parameters come from, by name.
     """
 
     layers: list[LayerSource] = field(default_factory=list)
@@ -110,6 +112,8 @@ class Trial:
     notes: list[str] = field(default_factory=list)
     changes: dict[str, Any] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    model: Any = None
+    parts: dict[str, Part] = field(default_factory=dict)
     #: By group of tensors that go together: the tensors, and what they become in the model.
     groups: list[tuple[tuple[str, ...], dict[str, Part]]] = field(default_factory=list)
     #: Modules of experts by name.
@@ -178,7 +182,9 @@ def try_out(
         model = untied
     else:
         embedding = None
-    _Trying(trial, model, tensors, embedding).run(include, exclude, heads_dense)
+    trying = _Trying(trial, model, tensors, embedding)
+    trying.run(include, exclude, heads_dense)
+    trial.model, trial.parts = model, trying.parts
     return trial
 
 

@@ -33,7 +33,14 @@ from .report import RunReport, layer_entry
 from .work import WorkDirectory
 from .workers import choose_workers, make_batches, run_jobs
 
-__all__ = ["REPORT_NAME", "quantize_checkpoint"]
+__all__ = [
+    "REPORT_NAME",
+    "check_apart",
+    "dense_bytes_of",
+    "quantize_batch",
+    "quantize_checkpoint",
+    "start_run",
+]
 
 
 def quantize_checkpoint(
@@ -109,7 +116,7 @@ def quantize_checkpoint(
         raise ValueError(f"workers must be a positive integer or None, got {workers!r}")
     place = _device(device)
     source, target = Path(model_dir), Path(os.path.abspath(out))
-    _check_apart(source, target)
+    check_apart(source, target)
     includes, excludes = check_patterns("include", include), check_patterns("exclude", exclude)
     with open_dense(source) as checkpoint:
         choice = choose_layers(checkpoint, config, include=includes, exclude=excludes)
@@ -118,14 +125,14 @@ def quantize_checkpoint(
         settings = run_settings(
             checkpoint, config, includes, excludes, importance, device=device, threads=threads
         )
-        dense_bytes = _dense_bytes(checkpoint.dense, choice)
+        dense_bytes = dense_bytes_of(checkpoint.dense, choice)
     work = WorkDirectory(target)
     reading = open_dense(source)  # once: its headers name every tensor
     with process_group() as group:
         run = partial(_run_all, group, workers=workers, threads=threads, show=progress)
         weights = importance or {}
         try:
-            before = group.from_leader(partial(_start, work, source, target, settings, resume, overwrite))
+            before = group.from_leader(partial(start_run, work, source, target, settings, resume, overwrite))
             if before is not None:
                 return before
             if needs_spectra(config):
@@ -143,7 +150,7 @@ def quantize_checkpoint(
             group.together(partial(_check_space, work, [jobs[i] for i in pending], jobs, dense_bytes))
             mine = share_out([jobs[i] for i in pending], group.size)[group.rank]
             batches = make_batches(mine, workers, threads, device)
-            do = partial(_quantize_batch, reading, work, weights, place)
+            do = partial(quantize_batch, reading, work, weights, place)
             group.together(partial(run, "quantize", batches, do))
             return group.from_leader(
                 partial(assemble, source, target, work, jobs, choice, settings, overwrite=overwrite)
@@ -165,14 +172,14 @@ def _check_importance(importance: Mapping[str, Importance] | None, jobs: Sequenc
         )
 
 
-def _check_apart(source: Path, target: Path) -> None:
+def check_apart(source: Path, target: Path) -> None:
     """The result may not lie in the source, nor take the place of a folder that holds it."""
     inside, outside = target.resolve(), source.resolve()
     if inside == outside or inside in outside.parents or outside in inside.parents:
         raise ValueError(f"out must lie apart from the model, got out={target} and model_dir={source}")
 
 
-def _start(
+def start_run(
     work: WorkDirectory,
     source: Path,
     target: Path,
@@ -222,7 +229,8 @@ def _device(device: str) -> torch.device:
     return check_device(device)
 
 
-def _dense_bytes(tensors: Any, choice: Choice) -> int:
+def dense_bytes_of(tensors: Any, choice: Choice) -> int:
+    """Return the bytes of the tensors that stay as they are."""
     return sum(
         torch.Size(shape).numel() * dtype.itemsize
         for name, (shape, dtype) in tensors.items()
@@ -277,13 +285,14 @@ def _load(checkpoint: DenseCheckpoint, device: torch.device, job: Job) -> torch.
     return part.read(checkpoint.load_tensor).to(device, copy=True).contiguous()
 
 
-def _quantize_batch(
+def quantize_batch(
     checkpoint: DenseCheckpoint,
     work: WorkDirectory,
     importance: Mapping[str, Importance],
     device: torch.device,
     batch: Sequence[Job],
 ) -> None:
+    """Quantize layers of one shape, and write them to the work directory."""
     start = time.perf_counter()
     layers = [
         DenseLayer(
