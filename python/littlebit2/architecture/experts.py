@@ -30,6 +30,7 @@ __all__ = [
     "expand_experts",
     "expanded_experts",
     "experts_layout",
+    "is_unknown_experts",
 ]
 
 #: Children of an expert.
@@ -130,6 +131,16 @@ def experts_layout(module: nn.Module) -> ExpertsLayout | None:
         biased=biased,
         per_expert_inputs=len(arguments) == 1,
     )
+
+
+def is_unknown_experts(module: nn.Module) -> bool:
+    """Whether a module holds matrices of experts, to judge by its class, in a form that is not expanded.
+
+    DBRX (``w1``, ``v1`` and ``w2`` of all experts in one matrix each) and JetMoE (one tensor for each stage,
+    whose caller applies the activation) are such families.
+    """
+    matrices = any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
+    return matrices and "Expert" in type(module).__name__ and experts_layout(module) is None
 
 
 def _arguments(module: nn.Module) -> list[str]:

@@ -18,7 +18,12 @@ import torch
 from torch import nn
 from transformers.core_model_loading import WeightConverter
 
-from littlebit2.architecture.experts import LittleBitExperts, collapse_experts, expand_experts
+from littlebit2.architecture.experts import (
+    LittleBitExperts,
+    collapse_experts,
+    expand_experts,
+    is_unknown_experts,
+)
 from littlebit2.architecture.linears import HEAD, TIED, dense_reasons
 from littlebit2.architecture.names import CAUSAL_HEAD
 from littlebit2.architecture.parts import ExpertPart, Load, Part, Whole
@@ -428,6 +433,8 @@ class _Trying:
                 reason = "convolution"
             elif kind == "Conv1D":
                 reason = "Conv1D, whose weight is stored transposed"
+            elif is_unknown_experts(module):
+                reason = f"{kind} holds experts in a form that is not packed"
             elif "Router" in kind or "Gate" in kind or "Gating" in kind:
                 reason = "router or gate"
             else:
