@@ -12,8 +12,6 @@ Modules are recognized by their tensors, not by their class (:func:`experts_layo
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +25,6 @@ __all__ = [
     "LittleBitExperts",
     "collapse_experts",
     "expand_experts",
-    "expanded_experts",
     "experts_layout",
 ]
 
@@ -403,13 +400,3 @@ def collapse_experts(model: nn.Module, replaced: dict[str, nn.Module]) -> None:
                 )
                 if layer.bias is not None:
                     layer.bias = nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
-
-
-@contextmanager
-def expanded_experts(model: nn.Module) -> Iterator[None]:
-    """Expand the fused experts of ``model`` for as long as this lasts, and collapse what is dense then."""
-    replaced = expand_experts(model)
-    try:
-        yield
-    finally:
-        collapse_experts(model, replaced)

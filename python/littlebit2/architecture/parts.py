@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-__all__ = ["ExpertPart", "Load", "Part", "Whole"]
+__all__ = ["ExpertPart", "Load", "Part", "Transposed", "Whole"]
 
 #: Returns a tensor of the checkpoint by name.
 Load = Callable[[str], torch.Tensor]
@@ -72,3 +72,23 @@ class ExpertPart:
         """Return the part; only its own bytes of a mapped tensor are read."""
         matrix = load(self.name)[self.index]
         return (matrix.T if self.transposed else matrix)[slice(*self.rows)]
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """A weight ``[N, K]`` that files hold as ``[K, N]``.
+
+    Attributes:
+        part: what files hold.
+    """
+
+    part: Part
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Those of the part."""
+        return self.part.files
+
+    def read(self, load: Load) -> torch.Tensor:
+        """Return a view of the part."""
+        return self.part.read(load).T

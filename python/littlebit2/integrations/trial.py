@@ -18,12 +18,14 @@ import torch
 from torch import nn
 from transformers.core_model_loading import WeightConverter
 
-from littlebit2.architecture.experts import LittleBitExperts, collapse_experts, expand_experts
+from littlebit2.architecture.expansion import expanded
+from littlebit2.architecture.experts import LittleBitExperts
 from littlebit2.architecture.linears import HEAD, TIED, dense_reasons
 from littlebit2.architecture.names import CAUSAL_HEAD
-from littlebit2.architecture.parts import ExpertPart, Load, Part, Whole
+from littlebit2.architecture.parts import ExpertPart, Load, Part, Transposed, Whole
 from littlebit2.architecture.select import is_selected, keeps_heads_dense, output_heads
 from littlebit2.architecture.tensors import FLOATS, LayerSource
+from littlebit2.architecture.transposed import TransposedLinear
 from littlebit2.checkpoint.formats.names import natural_order
 
 from .names import Destination, FileNames
@@ -205,11 +207,8 @@ class _Trying:
     def run(self, include: Sequence[str], exclude: Sequence[str], heads_dense: bool) -> None:
         self._gather()
         self._check_missing()
-        expanded = expand_experts(self.model)
-        try:
+        with expanded(self.model):
             self._choose(include, exclude, heads_dense)
-        finally:
-            collapse_experts(self.model, expanded)
 
     def _gather(self) -> None:
         groups: dict[str, list[tuple[str, Destination]]] = {}
@@ -298,6 +297,8 @@ class _Trying:
                 trial.dense[name] = reason
                 continue
             self._check_weight(module, weight)
+            if isinstance(module, TransposedLinear):
+                weight = Transposed(weight)
             layer = LayerSource(
                 name=called,
                 in_features=module.in_features,
@@ -366,8 +367,6 @@ class _Trying:
                 reason = "embedding"
             elif isinstance(module, nn.modules.conv._ConvNd):
                 reason = "convolution"
-            elif kind == "Conv1D":
-                reason = "Conv1D, whose weight is stored transposed"
             elif "Router" in kind or "Gate" in kind or "Gating" in kind:
                 reason = "router or gate"
             else:
@@ -383,6 +382,8 @@ class _Trying:
                     "quantized already; start from its dense weights"
                 )
             expected = (module.out_features, module.in_features)
+            if isinstance(module, TransposedLinear):
+                expected = expected[::-1]
             if isinstance(weight, Whole) and shape != expected:
                 raise ValueError(
                     f"{file} must have shape {list(expected)}, as config.json says, got {list(shape)}"
