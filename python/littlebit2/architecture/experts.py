@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +26,6 @@ __all__ = [
     "LittleBitExperts",
     "collapse_experts",
     "expand_experts",
-    "expanded_experts",
     "experts_layout",
     "is_unknown_experts",
 ]
@@ -421,13 +418,3 @@ def collapse_experts(model: nn.Module, replaced: dict[str, nn.Module]) -> None:
                 )
                 if layer.bias is not None:
                     layer.bias = nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
-
-
-@contextmanager
-def expanded_experts(model: nn.Module) -> Iterator[None]:
-    """Expand the fused experts of ``model`` for as long as this lasts, and collapse what is dense then."""
-    replaced = expand_experts(model)
-    try:
-        yield
-    finally:
-        collapse_experts(model, replaced)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from littlebit2.architecture.experts import expand_experts
+from littlebit2.architecture.expansion import expand
 from littlebit2.architecture.linears import choose_linears
 from littlebit2.architecture.select import DEFAULT_EXCLUDE
 from littlebit2.checkpoint import CheckpointWriter
@@ -70,7 +70,7 @@ def synthesize(
     model = _meta_model(config, dtype)
     # Before experts are expanded: the names go by the parameters of the dense model.
     published = published_names(model)
-    expand_experts(model)
+    expand(model)
     # All ranks before anything is written: a budget that does not fit leaves no directory.
     plans = dict(_plans(model, quant))
     model.config.dtype = dtype

@@ -18,18 +18,15 @@ import torch
 from torch import nn
 from transformers.core_model_loading import WeightConverter
 
-from littlebit2.architecture.experts import (
-    LittleBitExperts,
-    collapse_experts,
-    expand_experts,
-    is_unknown_experts,
-)
+from littlebit2.architecture.expansion import expand, expanded
+from littlebit2.architecture.experts import LittleBitExperts, is_unknown_experts
 from littlebit2.architecture.linears import HEAD, TIED, dense_reasons
 from littlebit2.architecture.names import CAUSAL_HEAD
-from littlebit2.architecture.parts import ExpertPart, Load, Part, Whole
+from littlebit2.architecture.parts import ExpertPart, Load, Part, Transposed, Whole
 from littlebit2.architecture.select import is_selected, keeps_heads_dense, output_heads
 from littlebit2.architecture.shapes import DenseShape, Kind, LinearShape, ModelShapes
 from littlebit2.architecture.tensors import FLOATS, LayerSource
+from littlebit2.architecture.transposed import TransposedLinear
 from littlebit2.checkpoint.formats.names import natural_order
 
 from .names import Destination, FileNames
@@ -216,7 +213,7 @@ def outline(
     trial = try_out(config, tensors, include=include, exclude=exclude)
     called = {layer.module: layer.name for layer in trial.layers}
     heads = output_heads(model)
-    expand_experts(model)
+    expand(model)
     linears: list[LinearShape] = []
     dense: list[DenseShape] = []
     seen: set[int] = set()
@@ -270,11 +267,8 @@ class _Trying:
     def run(self, include: Sequence[str], exclude: Sequence[str], heads_dense: bool) -> None:
         self._gather()
         self._check_missing()
-        expanded = expand_experts(self.model)
-        try:
+        with expanded(self.model):
             self._choose(include, exclude, heads_dense)
-        finally:
-            collapse_experts(self.model, expanded)
 
     def _gather(self) -> None:
         groups: dict[str, list[tuple[str, Destination]]] = {}
@@ -363,6 +357,8 @@ class _Trying:
                 trial.dense[name] = reason
                 continue
             self._check_weight(module, weight)
+            if isinstance(module, TransposedLinear):
+                weight = Transposed(weight)
             layer = LayerSource(
                 name=called,
                 in_features=module.in_features,
@@ -431,8 +427,6 @@ class _Trying:
                 reason = "embedding"
             elif isinstance(module, nn.modules.conv._ConvNd):
                 reason = "convolution"
-            elif kind == "Conv1D":
-                reason = "Conv1D, whose weight is stored transposed"
             elif is_unknown_experts(module):
                 reason = f"{kind} holds experts in a form that is not packed"
             elif "Router" in kind or "Gate" in kind or "Gating" in kind:
@@ -450,6 +444,8 @@ class _Trying:
                     "quantized already; start from its dense weights"
                 )
             expected = (module.out_features, module.in_features)
+            if isinstance(module, TransposedLinear):
+                expected = expected[::-1]
             if isinstance(weight, Whole) and shape != expected:
                 raise ValueError(
                     f"{file} must have shape {list(expected)}, as config.json says, got {list(shape)}"
