@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-__all__ = ["ExpertPart", "Load", "Part", "Whole"]
+__all__ = ["ExpertPart", "Load", "Part", "Transposed", "Whole"]
 
-#: Returns a tensor of the checkpoint by name.
-Load = Callable[[str], torch.Tensor]
+
+class Load(Protocol):
+    """Returns a tensor of the checkpoint by name, or ``tensor[index]`` of it."""
+
+    def __call__(self, name: str, index: int | None = None, /) -> torch.Tensor:
+        """Return it; it may be mapped."""
+        ...
 
 
 class Part(Protocol):
@@ -69,6 +73,26 @@ class ExpertPart:
         return (self.name,)
 
     def read(self, load: Load) -> torch.Tensor:
-        """Return the part; only its own bytes of a mapped tensor are read."""
-        matrix = load(self.name)[self.index]
+        """Return the part; only its own bytes of the fused tensor are read."""
+        matrix = load(self.name, self.index)
         return (matrix.T if self.transposed else matrix)[slice(*self.rows)]
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """A weight ``[N, K]`` that files hold as ``[K, N]``.
+
+    Attributes:
+        part: what files hold.
+    """
+
+    part: Part
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Those of the part."""
+        return self.part.files
+
+    def read(self, load: Load) -> torch.Tensor:
+        """Return a view of the part."""
+        return self.part.read(load).T

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from littlebit2.architecture.experts import expand_experts
+from littlebit2.architecture.expansion import expand
 from littlebit2.architecture.parts import Load, Part
 
 __all__ = ["BlockCall", "ModelInPieces"]
@@ -132,7 +132,7 @@ class ModelInPieces:
         block: nn.Module = copy.deepcopy(self._list[index])
         block.__dict__.pop("forward", None)  # of visited()
         self._fill(block, self.name(index), lambda name: True)
-        expand_experts(block)
+        expand(block)
         return block.eval().requires_grad_(False)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:

@@ -18,11 +18,11 @@ import torch
 from tqdm import tqdm
 
 from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns
-from littlebit2.checkpoint import Checkpoint, open_checkpoint
+from littlebit2.checkpoint import DenseCheckpoint, open_dense
 from littlebit2.disk import check_space
 from littlebit2.offline import RunReport
 from littlebit2.offline.assemble import assemble
-from littlebit2.offline.choice import Choice, check_dense_source, choose_layers
+from littlebit2.offline.choice import Choice, choose_layers
 from littlebit2.offline.jobs import Job, make_jobs, run_settings
 from littlebit2.offline.pipeline import check_apart, dense_bytes_of, quantize_batch, start_run
 from littlebit2.quantize import QuantConfig
@@ -134,7 +134,7 @@ def quantize_blockwise(
     patterns = check_patterns("include", include), check_patterns("exclude", exclude)
     files = find_files(list(data))
     tokenizer = load_tokenizer(source)
-    with _threads(threads), open_checkpoint(source) as checkpoint:
+    with _threads(threads), open_dense(source) as checkpoint:
         plan = _settle(checkpoint, config, chosen, patterns, files, text_field, device)
         pieces = ModelInPieces(
             plan.choice.trial.model, plan.choice.trial.parts, checkpoint.load_tensor, plan.blocks, place
@@ -182,7 +182,7 @@ def quantize_blockwise(
 
 
 def _settle(
-    checkpoint: Checkpoint,
+    checkpoint: DenseCheckpoint,
     config: QuantConfig,
     settings: BlockwiseSettings,
     patterns: tuple[tuple[str, ...], tuple[str, ...]],
@@ -191,7 +191,6 @@ def _settle(
     device: str,
 ) -> _Plan:
     includes, excludes = patterns
-    check_dense_source(checkpoint)
     choice = choose_layers(checkpoint, config, include=includes, exclude=excludes)
     if choice.trial is None:
         raise ValueError(
@@ -236,7 +235,7 @@ class _Run:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: DenseCheckpoint,
         work: BlockwiseWork,
         plan: _Plan,
         settings: BlockwiseSettings,

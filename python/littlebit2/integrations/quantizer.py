@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers.base import HfQuantizer
 
-from littlebit2.architecture.experts import LittleBitExperts, collapse_experts, expand_experts
+from littlebit2.architecture.expansion import collapse, expand
+from littlebit2.architecture.experts import LittleBitExperts
 from littlebit2.architecture.projections import fuse_projections
 from littlebit2.checkpoint import Checkpoint, CheckpointError, LayerSpec, open_checkpoint, quantization_config
 from littlebit2.checkpoint.formats.layout import StoredLayer
@@ -31,7 +31,7 @@ from .modules import (
     layers_of,
     spec_of,
 )
-from .names import FileNames, HiddenTensors
+from .names import ConvertedAlready, FileNames, HiddenTensors, published_state
 
 __all__ = ["LittleBit2Quantizer", "attach"]
 
@@ -72,7 +72,7 @@ class LittleBit2Quantizer(HfQuantizer):
         checkpoint = _open(config.source, checkpoint_files)
         # Before anything is replaced: the conversions go by the parameters of the dense model.
         names = FileNames(model)
-        expanded = expand_experts(model)
+        replaced = expand(model)
         if checkpoint is None:
             layers = _specs_from_config(model, config)
             modules = {name: name for name in layers}
@@ -98,7 +98,7 @@ class LittleBit2Quantizer(HfQuantizer):
             model.set_submodule(place.module, module)
         for name, (parent, parts) in fused_parents(self._places).items():
             model.set_submodule(name, FusedLinear(model.get_submodule(parent), parts))
-        collapse_experts(model, expanded)
+        collapse(model, replaced)
         self._experts = _protect_experts(model)
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         return model
@@ -222,14 +222,6 @@ def attach(model: Any) -> None:
     model.config.quantization_config = config
 
 
-class _NothingLeft(list[Any]):
-    """The conversions of a model whose tensors have been converted already; keeps the real ones."""
-
-    def __init__(self, conversions: list[Any] | None) -> None:
-        super().__init__()
-        self.conversions = conversions
-
-
 def _state_to_save(model: Any) -> dict[str, torch.Tensor]:
     layers = layers_of(model)
     packed: dict[str, torch.Tensor] = {}
@@ -239,12 +231,10 @@ def _state_to_save(model: Any) -> dict[str, torch.Tensor]:
     for name in model._keys_to_ignore_on_save or ():
         dense.pop(name, None)
     dense = remove_tied_weights_from_state_dict(dense, model)
+    saved = {**published_state(model, dense), **packed}
     conversions = getattr(model, "_weight_conversions", None)
-    if isinstance(conversions, _NothingLeft):
-        conversions = conversions.conversions
-    model._weight_conversions = conversions
-    saved = {**revert_weight_conversion(model, dense), **packed}
-    model._weight_conversions = _NothingLeft(conversions)
+    if not isinstance(conversions, ConvertedAlready):
+        model._weight_conversions = ConvertedAlready(conversions)
     return saved
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from littlebit2.checkpoint import CheckpointWriter, open_checkpoint
+from littlebit2.checkpoint import CheckpointWriter, open_dense
 from littlebit2.disk import RunError, move_into_place, write_json
 
 from .choice import Choice
@@ -78,7 +78,7 @@ def _write(
     for job in jobs:
         by_file.setdefault(job.source.weight.files[0], []).append(job)
     layers, seconds, dense = [], {}, []
-    with open_checkpoint(source) as checkpoint:
+    with open_dense(source) as checkpoint:
         writer = CheckpointWriter(work.assembled, {**checkpoint.config, **choice.changes})
         with writer:
             for name in checkpoint.dense:

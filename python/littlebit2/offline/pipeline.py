@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from littlebit2.architecture.parts import Whole
 from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns
-from littlebit2.checkpoint import Checkpoint, find_side_files, open_checkpoint
+from littlebit2.checkpoint import DenseCheckpoint, find_side_files, open_dense
 from littlebit2.disk import check_replaceable, check_space
 from littlebit2.quantize import Importance, QuantConfig
 from littlebit2.quantize.device import check_device
@@ -25,7 +25,7 @@ from littlebit2.quantize.quantizer import DenseLayer, quantize_together
 from littlebit2.quantize.ranks import needs_spectra
 
 from .assemble import REPORT_NAME, assemble
-from .choice import Choice, check_dense_source, choose_layers
+from .choice import Choice, choose_layers
 from .group import Group, process_group, share_out
 from .jobs import Job, make_jobs, run_settings, with_allocation
 from .ranks import allocation_of
@@ -118,8 +118,7 @@ def quantize_checkpoint(
     source, target = Path(model_dir), Path(os.path.abspath(out))
     check_apart(source, target)
     includes, excludes = check_patterns("include", include), check_patterns("exclude", exclude)
-    with open_checkpoint(source) as checkpoint:
-        check_dense_source(checkpoint)
+    with open_dense(source) as checkpoint:
         choice = choose_layers(checkpoint, config, include=includes, exclude=excludes)
         jobs = make_jobs(choice.layers, config)
         _check_importance(importance, jobs)
@@ -128,7 +127,7 @@ def quantize_checkpoint(
         )
         dense_bytes = dense_bytes_of(checkpoint.dense, choice)
     work = WorkDirectory(target)
-    reading = open_checkpoint(source)  # once: its headers name every tensor
+    reading = open_dense(source)  # once: its headers name every tensor
     with process_group() as group:
         run = partial(_run_all, group, workers=workers, threads=threads, show=progress)
         weights = importance or {}
@@ -278,7 +277,7 @@ def _run_all(
         run_jobs(mine, do, done, workers=size, threads=threads)
 
 
-def _load(checkpoint: Checkpoint, device: torch.device, job: Job) -> torch.Tensor:
+def _load(checkpoint: DenseCheckpoint, device: torch.device, job: Job) -> torch.Tensor:
     # In memory of its own, which the quantizer may overwrite: a mapping would count beside its working copy.
     part = job.source.weight
     if isinstance(part, Whole):
@@ -287,7 +286,7 @@ def _load(checkpoint: Checkpoint, device: torch.device, job: Job) -> torch.Tenso
 
 
 def quantize_batch(
-    checkpoint: Checkpoint,
+    checkpoint: DenseCheckpoint,
     work: WorkDirectory,
     importance: Mapping[str, Importance],
     device: torch.device,
@@ -312,7 +311,7 @@ def quantize_batch(
         work.write_layer(job, one.packed, layer_entry(report, bias=layer.bias is not None), seconds)
 
 
-def _bias(checkpoint: Checkpoint, device: torch.device, job: Job) -> torch.Tensor | None:
+def _bias(checkpoint: DenseCheckpoint, device: torch.device, job: Job) -> torch.Tensor | None:
     if job.source.bias is None:
         return None
     return job.source.bias.read(checkpoint.load_tensor).to(device, copy=True)

@@ -1,0 +1,163 @@
+"""Sizes of tiny models by the name of the configuration's field: a table, and rules for other names."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+__all__ = ["OVERRIDES", "SIZES", "by_rule", "is_layer_count"]
+
+#: Sizes by exact name.
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "d_model": 64,
+    "n_embd": 64,
+    "embed_dim": 64,
+    "dim": 64,
+    "hidden_dim": 64,
+    "model_dim": 64,
+    "projection_dim": 64,
+    "intermediate_size": 96,
+    "ffn_dim": 96,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "d_ff": 96,
+    "n_inner": 96,
+    "ffn_hidden_size": 96,
+    "moe_intermediate_size": 48,
+    "shared_expert_intermediate_size": 48,
+    "shared_intermediate_size": 48,
+    "expert_ffn_hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_layers": 2,
+    "n_layer": 2,
+    "n_layers": 2,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "num_decoder_layers": 2,
+    "num_encoder_layers": 2,
+    "depth": 2,
+    "num_kv_shared_layers": 0,
+    "num_attention_heads": 4,
+    "num_heads": 4,
+    "n_head": 4,
+    "n_heads": 4,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "global_head_dim": 16,
+    "d_kv": 16,
+    "kv_channels": 16,
+    "attention_head_size": 16,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 32,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_k": 2,
+    "moe_topk": 2,
+    "top_k_experts": 2,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "vocab_size": 160,
+    "max_position_embeddings": 64,
+    "image_size": 32,
+    "patch_size": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
+
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+#: What no table or rule knows, by model type: fields of the configuration, dotted for those of a part.
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "chameleon": {"vocabulary_map": {"<image>": 5}},
+    "cohere_compass": {"text_config.rope_parameters": {"full_attention": _ROPE}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
+    "dbrx": {"attn_config.rope_theta": 10000.0},
+    "emu3": {"vocabulary_map": {"<image>": 5}},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "expand": 2, "n_groups": 1, "state_size": 16},
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_shape": [8, 8],
+        "axial_pos_embds_dim": [32, 32],
+        "attn_layers": ["local", "lsh"],
+    },
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+#: Fields that count the layers of a stack.
+_LAYERS = re.compile(r"(?:^|_)(?:num_)?(?:hidden_)?(?:layers?|blocks|depth)$")
+_NO_LAYERS = re.compile(
+    r"shared|skip|index|last|start|feat_extract|every|feature_layer|first|interval|output"
+)
+
+#: Rules for integers in the order in which they are tried: a pattern of names, and the largest value.
+_RULES = tuple(
+    (re.compile(pattern), most)
+    for pattern, most in (
+        (r"(?:^|_)(?:kv|key_value)_heads$|num_query_groups", 2),
+        (r"(?:^|_)n?_?heads?$|num_head", 4),
+        (r"vocab", 160),
+        (r"(?:head_dim|head_size)$", 16),
+        (r"lora_rank$|_rank$", 16),
+        (r"num.*experts$|experts_num$", 4),
+        (r"experts_per|top_?k$", 2),
+        (r"expert.*(?:size|dim)$|moe.*(?:size|dim)$", 48),
+        (r"(?:intermediate|ffn|mlp|feed_?forward|fc)[a-z_]*(?:size|dim)$|d_ff$|^dim_feedforward$", 96),
+        (r"positions|position_embeddings$", 64),
+        (
+            r"(?:^|_)(?:hidden|embed|embedding|emb|model|projection|proj|width|out|channels?)_?(?:size|dim)$",
+            64,
+        ),
+        (r"(?:hidden|embed|embedding|encoder|decoder|feature|bottleneck)[a-z_]*(?:size|dim|channels)$", 64),
+        (r"^(?:d_model|embed_dim|width|dim|channels|num_filters|base_channels)$", 64),
+        (r"num_queries$|query_length$|num_latents$|num_query_tokens$", 8),
+        (r"codebook_size$|num_embeddings$", 64),
+    )
+)
+#: Fields of lists with one entry per stage.
+_STAGES = (
+    (re.compile(r"depths$|layers$|blocks$|repeats$"), lambda values: [1] * len(values)),
+    (re.compile(r"heads$"), lambda values: [2] * len(values)),
+    (
+        re.compile(r"(?:hidden|embed|neck|channel|dim|filter|out|width)[a-z_]*(?:sizes?|dims?|channels?|s)$"),
+        lambda values: [max(16, 32 * value // max(values[0], 1) // 8 * 8) for value in values],
+    ),
+)
+
+
+def is_layer_count(name: str) -> bool:
+    """Whether a field says how many layers a stack has."""
+    return bool(_LAYERS.search(name)) and not _NO_LAYERS.search(name)
+
+
+def by_rule(name: str, value: Any) -> Any:
+    """Return a small value for a field that no table knows; the value itself where no rule applies."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        if is_layer_count(name):
+            return min(value, 2)
+        for pattern, most in _RULES:
+            if pattern.search(name):
+                return min(value, most)
+    if isinstance(value, (list, tuple)) and value and all(type(one) is int for one in value):
+        for pattern, shrink in _STAGES:
+            if pattern.search(name):
+                return type(value)(shrink(value))
+    return value
