@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from littlebit2.architecture.expansion import expand
 from littlebit2.architecture.parts import Whole
 from littlebit2.offline.jobs import Job
 from littlebit2.offline.report import layer_entry
@@ -178,6 +179,7 @@ class BlockRunner:
     ) -> tuple[dict[str, PackedLinear], list[dict[str, Any]]]:
         """Return the packed layers of a block by their names in it, and their report entries."""
         packed, reports = {}, []
+        expand(block)  # measuring importance undoes it for weights held transposed
         for job in jobs:
             inside = self.inside(index, job)
             linear = _linear(block, inside)
