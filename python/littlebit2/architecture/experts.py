@@ -378,15 +378,18 @@ def expand_experts(model: nn.Module) -> dict[str, nn.Module]:
     No weight is copied: the children are views.
 
     Returns:
-        The modules that were replaced, by name.
+        The modules that were replaced, by name; one with several names under each of them.
     """
     replaced = {
         name: module
-        for name, module in model.named_modules()
+        for name, module in model.named_modules(remove_duplicate=False)
         if name and experts_layout(module) is not None and not isinstance(module, LittleBitExperts)
     }
+    # All are made before any is put in its place: a module that cannot be expanded leaves the model as it is.
+    made = {id(module): module for module in replaced.values()}
+    made = {key: LittleBitExperts(module) for key, module in made.items()}
     for name, module in replaced.items():
-        model.set_submodule(name, LittleBitExperts(module))
+        model.set_submodule(name, made[id(module)])
     return replaced
 
 

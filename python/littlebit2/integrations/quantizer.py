@@ -147,10 +147,6 @@ class LittleBit2Quantizer(HfQuantizer):
                 from accelerate.hooks import add_hook_to_module  # noqa: PLC0415  # only dispatched models
 
                 add_hook_to_module(layer, hook)
-        for name, (parent, _) in fused_parents(places).items():
-            fused = model.get_submodule(name)
-            assert isinstance(fused, FusedLinear)
-            fused.relink(model.get_submodule(parent))
 
     def _prepack(self, layer: LittleBitLinear) -> None:
         config = self.quantization_config
