@@ -151,22 +151,24 @@ class LittleBitLinear(nn.Module):
         self.in_features = packed.in_features
         self.out_features = packed.out_features
         buffers = _portable_buffers(packed)
-        self._portable_names = frozenset(buffers) - {"bias"}
+        self._portable_names = _shared(frozenset(buffers) - {"bias"})
         for name, tensor in buffers.items():
             self.register_buffer(name, None if tensor is None else _placed(tensor))
         own = [path_suffix(p) for p in range(len(packed.paths))]
         first = [path_suffix(source) for source in self.shape.shares]
         # Buffer names of each operand; buffers themselves may be replaced by .to() or loading.
-        self._operand_names = tuple(
-            None
-            if packed.single_stage and name in ("U_packed", "latent_scale")
-            else [name + s for s in suffixes]
-            for name, suffixes in (
-                ("V_packed", first),
-                ("U_packed", own),
-                ("v2", first),
-                ("latent_scale", own),
-                ("u1", own),
+        self._operand_names = _shared(
+            tuple(
+                None
+                if packed.single_stage and name in ("U_packed", "latent_scale")
+                else tuple(name + s for s in suffixes)
+                for name, suffixes in (
+                    ("V_packed", first),
+                    ("U_packed", own),
+                    ("v2", first),
+                    ("latent_scale", own),
+                    ("u1", own),
+                )
             )
         )
 
@@ -464,6 +466,14 @@ class LittleBitLinear(nn.Module):
         if loaded.shape == self.shape:
             return None
         return f"the layer must have the shape {self.shape}, got {loaded.shape}"
+
+
+#: Names of buffers, one object for all layers of a structure: a model may have tens of thousands of layers.
+_structures: dict[Any, Any] = {}
+
+
+def _shared(names: Any) -> Any:
+    return _structures.setdefault(names, names)
 
 
 def _placed(tensor: torch.Tensor) -> torch.Tensor:

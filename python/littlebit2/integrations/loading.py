@@ -28,6 +28,7 @@ from littlebit2.quantize.device import check_device, check_dtype
 from .bars import no_bars_in_logs
 from .configuration import LittleBit2Config
 from .modules import layers_of
+from .quantizer import reusing
 from .transformers import register
 
 __all__ = ["load"]
@@ -97,7 +98,7 @@ def load(
                 **LittleBit2Config.from_layers(checkpoint.layers, skipped).to_dict(),
                 **how,
             }
-        with _quiet(), no_bars_in_logs():
+        with _quiet(), no_bars_in_logs(), reusing(checkpoint):
             kind = _model_class(config, checkpoint)
             if not checkpoint.files.standard and hasattr(kind, "_model_mapping"):
                 kind = kind._model_mapping[type(config)]  # automatic classes need a directory
