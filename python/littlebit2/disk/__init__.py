@@ -3,7 +3,7 @@
 Every writer of this package goes through here. Needs the standard library alone.
 """
 
-from .directory import StagedDirectory, check_replaceable, move_into_place
+from .directory import StagedDirectory, check_apart, check_replaceable, move_into_place
 from .errors import FULL, RunError, explain_errors
 from .files import check_new_file, new_file, sync, sync_tree, write_file, write_json
 from .run import RunDirectory, check_space
@@ -13,6 +13,7 @@ __all__ = [
     "RunDirectory",
     "RunError",
     "StagedDirectory",
+    "check_apart",
     "check_new_file",
     "check_replaceable",
     "check_space",
