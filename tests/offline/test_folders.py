@@ -72,6 +72,33 @@ def test_a_finished_run_leaves_the_folder_of_another_one(model_dir: Path, tmp_pa
     assert not own.path.exists()
 
 
+def test_a_change_anywhere_in_the_source_is_noticed(model_dir: Path, tmp_path: Path) -> None:
+    first = run(model_dir, tmp_path / "out").settings
+    file = model_dir / "model-00001-of-00002.safetensors"
+    raw, at = bytearray(file.read_bytes()), -1500  # in the middle of a tensor
+    raw[at] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(FileExistsError, match="is not the finished result of this command"):
+        run(model_dir, tmp_path / "out")
+    changed = run(model_dir, tmp_path / "out", overwrite=True).settings
+    assert {name for name in first if first[name] != changed[name]} == {"source"}
+
+
+@pytest.mark.parametrize("how", ["removed", "cut", "no configuration"])
+def test_a_report_without_its_files_is_not_a_finished_run(model_dir: Path, tmp_path: Path, how: str) -> None:
+    out = tmp_path / "out"
+    run(model_dir, out)
+    weights = out / "model.safetensors"
+    if how == "removed":
+        weights.unlink()
+    elif how == "cut":
+        weights.write_bytes(weights.read_bytes()[:-10])
+    else:
+        (out / "config.json").unlink()
+    with pytest.raises(FileExistsError, match="is not the finished result of this command"):
+        run(model_dir, out)
+
+
 def test_layers_of_other_settings_are_not_finished(tmp_path: Path, rng: torch.Generator) -> None:
     (job,) = jobs(1)
     packed = quantize_weight(torch.randn(16, 16, generator=rng), config=job.config).packed

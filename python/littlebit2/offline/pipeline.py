@@ -17,14 +17,14 @@ from tqdm import tqdm
 
 from littlebit2.architecture.parts import Whole
 from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns
-from littlebit2.checkpoint import DenseCheckpoint, find_side_files, open_dense
+from littlebit2.checkpoint import DenseCheckpoint, find_side_files, open_checkpoint, open_dense
 from littlebit2.disk import check_apart, check_replaceable, check_space
 from littlebit2.quantize import Importance, QuantConfig
 from littlebit2.quantize.device import check_device
 from littlebit2.quantize.quantizer import DenseLayer, quantize_together
 from littlebit2.quantize.ranks import needs_spectra
 
-from .assemble import REPORT_NAME, assemble
+from .assemble import REPORT_NAME, assemble, weight_bytes
 from .choice import Choice, choose_layers
 from .group import Group, process_group, share_out
 from .jobs import Job, make_jobs, run_settings, with_allocation
@@ -121,13 +121,14 @@ def quantize_checkpoint(
         choice = choose_layers(checkpoint, config, include=includes, exclude=excludes)
         jobs = make_jobs(choice.layers, config)
         _check_importance(importance, jobs)
-        settings = run_settings(
-            checkpoint, config, includes, excludes, importance, device=device, threads=threads
-        )
         dense_bytes = dense_bytes_of(checkpoint.dense, choice)
-    work = WorkDirectory(target, settings)
-    reading = open_dense(source)  # once: its headers name every tensor
-    with process_group() as group:
+    with process_group() as group, open_dense(source) as reading:
+        settings = group.from_leader(
+            lambda: run_settings(
+                reading, config, includes, excludes, importance, device=device, threads=threads
+            )
+        )
+        work = WorkDirectory(target, settings)
         run = partial(_run_all, group, workers=workers, threads=threads, show=progress)
         weights = importance or {}
         try:
@@ -156,7 +157,6 @@ def quantize_checkpoint(
             )
         finally:
             work.close()
-            reading.close()
 
 
 def _check_importance(importance: Mapping[str, Importance] | None, jobs: Sequence[Job]) -> None:
@@ -191,10 +191,13 @@ def start_run(
 
 
 def finished_report(out: Path, settings: Mapping[str, Any]) -> RunReport | None:
-    """Return the report of a finished run of these settings in ``out``, or ``None``."""
+    """Return the report of a finished run of these settings in ``out``, or ``None``.
+
+    So it is where the report is there and its files are not, or not whole.
+    """
     try:
         content = json.loads((out / REPORT_NAME).read_text("utf-8"))
-        if content["settings"] == settings:
+        if content["settings"] == settings and _is_whole(out, content):
             return RunReport(
                 dict(settings),
                 tuple(content["layers"]),
@@ -207,6 +210,15 @@ def finished_report(out: Path, settings: Mapping[str, Any]) -> RunReport | None:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return None
+
+
+def _is_whole(out: Path, content: Mapping[str, Any]) -> bool:
+    """Whether the headers and sizes of the files in ``out`` are those of its report."""
+    if not (out / "config.json").is_file():
+        return False
+    with open_checkpoint(out) as made:
+        names = {layer["name"] for layer in content["layers"]}
+        return set(made.layers) == names and weight_bytes(out) == content["bytes"]["after"]
 
 
 def _device(device: str) -> torch.device:
