@@ -14,9 +14,11 @@ from littlebit2.disk import (
     check_new_file,
     check_space,
     new_file,
+    reserve,
     write_file,
     write_json,
 )
+from tests.disk.limits import files_up_to
 
 
 def fail_with(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
@@ -76,6 +78,27 @@ def test_a_missing_permission_names_path_and_size(tmp_path: Path, monkeypatch: p
 def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         write_file(tmp_path / "nowhere" / "a", b"")
+
+
+def test_an_error_without_a_path_gets_one(tmp_path: Path) -> None:
+    with (
+        files_up_to(1000),
+        pytest.raises(OSError, match=r"cannot write .*/a \(0\.002 MB\): File too large") as caught,
+    ):
+        write_file(tmp_path / "a", bytes(2000))
+    assert caught.value.errno == errno.EFBIG
+    assert not list(tmp_path.iterdir())
+
+
+def test_reserved_space_is_there_or_an_error(tmp_path: Path) -> None:
+    reserve(tmp_path / "a", 100_000)
+    found = (tmp_path / "a").stat()
+    assert found.st_size == 100_000
+    assert 512 * found.st_blocks >= 100_000
+    reserve(tmp_path / "none", 0)
+    with files_up_to(1000), pytest.raises(OSError, match=r"cannot write .*/b \(0\.002 MB\): File too large"):
+        reserve(tmp_path / "b", 2000)
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_new_file_may_not_be_there(tmp_path: Path) -> None:

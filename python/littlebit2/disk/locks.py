@@ -28,7 +28,9 @@ def lock(descriptor: int, path: Path, *, wait: bool) -> bool:
     except OSError as error:
         if not wait and error.errno in _HELD:
             return False
-        raise OSError(error.errno, f"cannot lock {path} (flock): {os.strerror(error.errno or 0)}") from error
+        better = OSError(error.errno, f"cannot lock {path} (flock): {os.strerror(error.errno or 0)}")
+        better.explained = True  # type: ignore[attr-defined]  # an outer call has nothing to add
+        raise better from error
     return True
 
 
