@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ __all__ = [
     "initialized",
     "layers_of",
     "spec_of",
+    "variants",
 ]
 
 
@@ -162,11 +163,16 @@ def fused_parents(places: Iterable[Placement]) -> dict[str, tuple[str, tuple[str
     return found
 
 
-def _in_model(name: str, modules: Mapping[str, nn.Module], prefix: str) -> str:
-    candidates = [name]
+def variants(name: str, prefix: str) -> Iterator[str]:
+    """Yield a name as it is, and with the prefix of the base model, if any, taken away and added."""
+    yield name
     if prefix:
-        candidates += [name.removeprefix(f"{prefix}."), f"{prefix}.{name}"]
-    for candidate in candidates:
+        yield name.removeprefix(f"{prefix}.")
+        yield f"{prefix}.{name}"
+
+
+def _in_model(name: str, modules: Mapping[str, nn.Module], prefix: str) -> str:
+    for candidate in variants(name, prefix):
         if candidate in modules or _fused_of(candidate, modules) is not None:
             return candidate
     return name
