@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-__all__ = ["OVERRIDES", "SIZES", "by_rule", "is_layer_count"]
+__all__ = ["IN_STAGES", "OVERRIDES", "SIZES", "by_rule", "is_layer_count", "is_stage_list"]
 
 #: Sizes by exact name.
 SIZES: dict[str, Any] = {
@@ -75,6 +75,7 @@ SIZES: dict[str, Any] = {
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
+    "prediction_length": 8,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -130,7 +131,12 @@ _RULES = tuple(
         (r"codebook_size$|num_embeddings$", 64),
     )
 )
-#: Fields of lists with one entry per stage.
+#: Factors of widths and depths.
+_FACTORS = {"width_coefficient": 0.25, "depth_coefficient": 0.2}
+#: Sizes of models that work in stages.
+IN_STAGES = {"image_size": 128, "patch_size": 4, "embed_dim": 32, "hidden_size": 32, "window_size": 4}
+#: Fields of lists with one entry per stage, of which there are few.
+_MOST_STAGES = 6
 _STAGES = (
     (re.compile(r"depths$|layers$|blocks$|repeats$"), lambda values: [1] * len(values)),
     (re.compile(r"heads$"), lambda values: [2] * len(values)),
@@ -139,6 +145,16 @@ _STAGES = (
         lambda values: [max(16, 32 * value // max(values[0], 1) // 8 * 8) for value in values],
     ),
 )
+
+
+def is_stage_list(name: str, value: Any) -> bool:
+    """Whether a field has one number for each stage of a model."""
+    return (
+        isinstance(value, (list, tuple))
+        and 1 < len(value) <= _MOST_STAGES
+        and all(type(one) is int for one in value)
+        and any(pattern.search(name) for pattern, _ in _STAGES)
+    )
 
 
 def is_layer_count(name: str) -> bool:
@@ -150,13 +166,15 @@ def by_rule(name: str, value: Any) -> Any:
     """Return a small value for a field that no table knows; the value itself where no rule applies."""
     if isinstance(value, bool):
         return value
+    if name in _FACTORS and isinstance(value, float):
+        return _FACTORS[name]
     if isinstance(value, int):
         if is_layer_count(name):
             return min(value, 2)
         for pattern, most in _RULES:
             if pattern.search(name):
                 return min(value, most)
-    if isinstance(value, (list, tuple)) and value and all(type(one) is int for one in value):
+    if is_stage_list(name, value):
         for pattern, shrink in _STAGES:
             if pattern.search(name):
                 return type(value)(shrink(value))
