@@ -125,7 +125,7 @@ class _Shrinking:
         return fields
 
     def _small(self, name: str, value: Any, stages: set[int]) -> Any:
-        in_stages = name in IN_STAGES or (is_layer_count(name) and value in stages)
+        in_stages = name in IN_STAGES or (is_layer_count(name) and isinstance(value, int) and value in stages)
         if stages and in_stages and self.rules and self.dims:
             # Every stage halves the picture: patches stay, and stages are not layers.
             return IN_STAGES.get(name, value)
