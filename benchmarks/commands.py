@@ -43,6 +43,9 @@ COMMANDS = {
     "overhead": Command("layers", "layers.overhead", "time tiny calls, imports and model loading"),
     "tune-triton": Command("layers", "layers.tune_triton", "tune the Triton kernels on a GPU"),
     "whole-model": Command("models", "models.whole_model", "time decode of a random Llama, packed and dense"),
+    "experts": Command(
+        "models", "models.experts", "time one layer of experts, packed and dense, by routed experts"
+    ),
     "demo": Command("quality", "quality.demo", "quantize a small real model and time one layer"),
     "quantizer": Command(
         "quality", "quality.quantizer", "measure error and time of each quantization method"

@@ -17,9 +17,9 @@ import torch
 from tqdm import tqdm
 
 from .architecture.select import DEFAULT_EXCLUDE
-from .checkpoint import open_checkpoint
+from .checkpoint import open_dense
 from .disk import check_new_file
-from .offline.choice import candidates, check_dense_source
+from .offline.choice import candidates
 from .quantize import Importance, collect_importance, save_importance
 from .quantize.device import check_device, check_dtype
 from .train.data import find_files, read_texts
@@ -127,7 +127,7 @@ def calibrate(
             if side is not None and not bool(torch.isfinite(side).all()):
                 raise RuntimeError(f"layer {name!r}: activations must be finite; dtype='float32' may help")
     save_importance(target, matched)
-    missing = tuple(name for name in names if name not in matched)
+    missing = tuple(name for name in names.values() if name not in matched)
     return Calibration(tuple(matched), missing, count, time.perf_counter() - start)
 
 
@@ -152,8 +152,7 @@ def _blocks(texts: Iterable[str], tokenizer: Any, block: int, tokens: int) -> It
 
 def _linear_names(model_dir: Path) -> tuple[dict[str, str], str]:
     """Return the layers that would be quantized, by their name in the model, and the class of the model."""
-    with open_checkpoint(model_dir) as checkpoint:
-        check_dense_source(checkpoint)
+    with open_dense(model_dir) as checkpoint:
         layers, _ = candidates(checkpoint, include=("*",), exclude=DEFAULT_EXCLUDE)
         architectures = checkpoint.config.get("architectures")
     if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):

@@ -1,14 +1,16 @@
-"""What a model will weigh at a number of bits per weight, from its ``config.json`` alone.
+"""What a model will weigh at a number of bits per weight, from its ``config.json`` and headers alone.
 
-Nothing is built: shapes come from :mod:`.architecture.shapes`, ranks from :mod:`.quantize.budget`. Weights
-are read only where the ranks depend on their spectra. Sizes are in bytes, GB are 1e9 bytes.
+What is packed is decided as :func:`.quantize_checkpoint` does: by the model itself, which is built without
+values (:mod:`.integrations.trial`). Where transformers is not installed, shapes come from
+:mod:`.architecture.shapes`. Weights are read only where the ranks depend on their spectra. Sizes are in
+bytes, GB are 1e9 bytes.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from math import prod
 from pathlib import Path
@@ -18,8 +20,11 @@ from littlebit2_kernels.format import LayerShape
 
 from ._messages import hub_hint
 from .architecture.names import CAUSAL_HEAD
+from .architecture.parts import Whole
 from .architecture.select import DEFAULT_EXCLUDE, check_patterns, is_selected
-from .architecture.shapes import DenseShape, LinearShape, ModelShapes, model_shapes
+from .architecture.shapes import DenseShape, Kind, LinearShape, ModelShapes, model_shapes
+from .architecture.tensors import LayerSource, select_layers
+from .checkpoint import open_dense
 from .quantize import QuantConfig
 from .quantize.allocate import RankAllocation
 from .quantize.budget import at_largest_rank
@@ -115,18 +120,22 @@ class ModelPlan:
         shapes: its tensors.
         layers: what is packed, in model order.
         left_dense: linear layers that are not packed: heads, excluded ones, and those too small for the bits.
+        reasons: names of matrices that stay dense, by why they do; empty where the model was not built.
+        notes: remarks for the user.
     """
 
     shapes: ModelShapes
     layers: tuple[LayerPlan, ...]
     left_dense: tuple[LinearShape, ...]
+    reasons: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def bytes(self) -> dict[str, float]:
         """Return the parts and the totals.
 
         Parts: ``linear_fp16`` (the packed layers before), ``signs_and_scales_counted`` (the papers' count),
         ``words``, ``scales_fp16``, ``scales_fp32``, ``embeddings``, ``norms``, ``biases``, ``heads`` and
-        ``other_linears`` (dense linear layers), the last five in fp16. Totals:
+        ``other_matrices`` (dense linear layers, convolutions and the like), the last five in fp16. Totals:
         ``model_fp16`` (the dense model); ``total_counted`` (counted bits and all dense tensors);
         ``total_fp16_scales`` and ``total`` (words and scales, float32 as loaded, and all dense tensors);
         ``total_without_embeddings`` (``total`` without embeddings and head).
@@ -143,9 +152,9 @@ class ModelPlan:
             "norms": self._dense_bytes("norm"),
             "biases": self._dense_bytes("bias") + self._biases(),
             "heads": self._linear_bytes(is_head=True),
-            "other_linears": self._linear_bytes(is_head=False),
+            "other_matrices": self._linear_bytes(is_head=False) + self._dense_bytes("other"),
         }
-        dense = sum(parts[name] for name in ("embeddings", "norms", "biases", "heads", "other_linears"))
+        dense = sum(parts[name] for name in ("embeddings", "norms", "biases", "heads", "other_matrices"))
         packed = parts["words"] + parts["scales_fp32"]
         return {
             **parts,
@@ -192,11 +201,11 @@ def plan_model(
     """Plan the quantization of a model.
 
     Args:
-        source: as for :func:`load_config`, or the configuration itself.
+        source: as for :func:`load_config`, or the configuration itself. With a directory that holds weights,
+            their headers count too, and layers have the names that the result will have.
         config: bits per weight or ranks, paths, ``kv_factor``.
         include: shell-style pattern or patterns of linear layers to pack.
-        exclude: likewise, of layers that stay dense; wins. Heads of other names than ``lm_head``
-            stay dense too.
+        exclude: likewise, of layers that stay dense; wins.
         allocation: ranks by layer where they depend on the weights (``budget="spectral"``, ``energy``), from
             :func:`littlebit2.offline.measure_ranks`.
 
@@ -205,13 +214,9 @@ def plan_model(
         ValueError: the configuration is of an unknown type or incomplete, no layer is selected, or the budget
             fits none of them or is more than any can use.
     """
-    shapes = model_shapes(source if isinstance(source, Mapping) else load_config(source))
     includes, excludes = check_patterns("include", include), check_patterns("exclude", exclude)
-    selected = [
-        shape
-        for shape in shapes.linears
-        if is_selected(shape.name, includes, excludes) and (not shape.is_head or shape.name == CAUSAL_HEAD)
-    ]
+    shapes, chosen, dense_by, notes = _outline(source, includes, excludes)
+    selected = [shape for shape in shapes.linears if shape.name in chosen]
     if not selected:
         raise ValueError(
             f"include must select at least one linear layer, got include={list(includes)}, "
@@ -226,7 +231,76 @@ def plan_model(
     dense = [shape for shape in shapes.linears if small.get(shape, "not selected") is not None]
     check_budget(config, ((shape.name, shape.in_features, shape.out_features) for shape in packed))
     layers = tuple(_plan_layer(shape, config, (allocation or {}).get(shape.name)) for shape in packed)
-    return ModelPlan(shapes, layers, tuple(dense))
+    reasons: dict[str, list[str]] = {}
+    for name, reason in dense_by.items():
+        reasons.setdefault(reason, []).append(name)
+    if dense_by:
+        reasons.setdefault("too small for the budget", []).extend(
+            shape.name for shape in selected if small[shape] is not None
+        )
+    listed = {reason: tuple(names) for reason, names in reasons.items() if names}
+    return ModelPlan(shapes, layers, tuple(dense), listed, tuple(notes))
+
+
+_Outline = tuple[ModelShapes, set[str], Mapping[str, str], Sequence[str]]
+
+
+def _outline(
+    source: str | Path | Mapping[str, Any], include: tuple[str, ...], exclude: tuple[str, ...]
+) -> _Outline:
+    """Return shapes, names of the layers to pack, why other matrices stay dense, and remarks."""
+    config = source if isinstance(source, Mapping) else load_config(source)
+    tensors = None
+    if not isinstance(source, Mapping) and _has_weights(Path(source)):
+        with open_dense(source) as checkpoint:
+            config, tensors = checkpoint.config, checkpoint.dense
+    try:
+        from .integrations.skeleton import UnknownModelError  # noqa: PLC0415  # needs transformers
+        from .integrations.trial import outline  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        notes = ["transformers is not installed: layers are chosen by the names of their tensors alone"]
+        return _outline_by_names(model_shapes(config), include, exclude, notes)
+    try:
+        shapes, trial = outline(config, tensors, include=include, exclude=exclude)
+    except UnknownModelError as error:
+        if tensors is None:
+            raise ValueError(f"{error}; give the directory of the model, with its weights") from error
+        notes = [f"{error}; layers are chosen by the names of their tensors alone"]
+        sources = select_layers(tensors, config, include=include, exclude=exclude)
+        return _shapes_of_files(config, tensors, sources), {one.name for one in sources}, {}, notes
+    return shapes, {layer.name for layer in trial.layers}, trial.dense, trial.notes
+
+
+def _has_weights(path: Path) -> bool:
+    return path.is_dir() and any(file.suffix in _WEIGHT_SUFFIXES for file in path.iterdir())
+
+
+def _outline_by_names(
+    shapes: ModelShapes, include: tuple[str, ...], exclude: tuple[str, ...], notes: list[str]
+) -> _Outline:
+    chosen = {
+        shape.name
+        for shape in shapes.linears
+        if is_selected(shape.name, include, exclude) and (not shape.is_head or shape.name == CAUSAL_HEAD)
+    }
+    return shapes, chosen, {}, notes
+
+
+def _shapes_of_files(
+    config: Mapping[str, Any], tensors: Mapping[str, tuple[tuple[int, ...], Any]], layers: list[LayerSource]
+) -> ModelShapes:
+    linears = [
+        LinearShape(one.name, one.in_features, one.out_features, one.bias is not None) for one in layers
+    ]
+    owned = {part.name for one in layers for part in (one.weight, one.bias) if isinstance(part, Whole)}
+    dense = []
+    for name, (shape, _) in tensors.items():
+        kind: Kind = "embedding" if "embed" in name else "norm" if len(shape) < 2 else "other"
+        if name not in owned:
+            dense.append(DenseShape(name, tuple(shape), kind))
+    return ModelShapes(str(config.get("model_type")), tuple(linears), tuple(dense), tied_head=False)
 
 
 def _plan_layer(shape: LinearShape, config: QuantConfig, allocation: RankAllocation | None) -> LayerPlan:

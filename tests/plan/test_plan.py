@@ -119,7 +119,7 @@ def test_options_select_layers_and_ranks() -> None:
     plan = plan_model("llama-3-8b", QuantConfig(ranks=(64, 32, 8)), exclude=("*lm_head*", "*.mlp.*"))
     assert {layer.ranks for layer in plan.layers} == {(64, 32, 8)}
     assert len(plan.layers) == 4 * 32
-    assert plan.bytes()["other_linears"] == 2 * 32 * 3 * 4096 * 14336
+    assert plan.bytes()["other_matrices"] == 2 * 32 * 3 * 4096 * 14336
     assert "lm_head" in [layer.name for layer in plan_model("llama-3-8b", QuantConfig(), exclude=()).layers]
     with pytest.raises(
         ValueError, match=r"include must select at least one linear layer, got include=\['x'\]"
@@ -134,7 +134,7 @@ def test_layers_that_are_too_small_stay_dense() -> None:
     small = {shape.name.rpartition(".")[2] for shape in plan.left_dense}
     assert small == {"k_proj", "v_proj", "lm_head"}
     assert len(plan.layers) == 5 * 32
-    assert plan.bytes()["other_linears"] == 2 * 2 * 32 * 4096 * 1024
+    assert plan.bytes()["other_matrices"] == 2 * 2 * 32 * 4096 * 1024
 
 
 def test_a_tied_head_is_counted_once() -> None:

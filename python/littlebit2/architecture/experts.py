@@ -11,6 +11,7 @@ Modules are recognized by their tensors, not by their class (:func:`experts_layo
 
 from __future__ import annotations
 
+import functools
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ __all__ = [
     "collapse_experts",
     "expand_experts",
     "experts_layout",
+    "is_unknown_experts",
 ]
 
 #: Children of an expert.
@@ -128,9 +130,25 @@ def experts_layout(module: nn.Module) -> ExpertsLayout | None:
     )
 
 
+def is_unknown_experts(module: nn.Module) -> bool:
+    """Whether a module holds matrices of experts, to judge by its class, in a form that is not expanded.
+
+    DBRX (``w1``, ``v1`` and ``w2`` of all experts in one matrix each) and JetMoE (one tensor for each stage,
+    whose caller applies the activation) are such families.
+    """
+    matrices = any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
+    return matrices and "Expert" in type(module).__name__ and experts_layout(module) is None
+
+
 def _arguments(module: nn.Module) -> list[str]:
     """Names of the arguments of a module's own forward, under whatever wraps it."""
     return list(inspect.signature(inspect.unwrap(type(module).forward)).parameters)[1:]
+
+
+@functools.cache
+def _keep_from_dynamo() -> None:
+    """Make the call of experts a graph break; only now, because this loads Dynamo, which takes seconds."""
+    LittleBitExperts.forward = torch.compiler.disable(LittleBitExperts.forward)  # type: ignore[method-assign]
 
 
 class Expert(nn.Module):
@@ -163,6 +181,7 @@ class LittleBitExperts(nn.Module):
                 "source must hold 3-D gate_up_proj (or up_proj) and down_proj of experts, got "
                 f"{type(source).__name__}"
             )
+        _keep_from_dynamo()
         for name, value in vars(source).items():
             if name not in _MODULE_STATE:
                 self.__dict__[name] = value
@@ -188,7 +207,6 @@ class LittleBitExperts(nn.Module):
         """Return one expert."""
         return self._modules[str(index)]  # type: ignore[return-value]
 
-    @torch.compiler.disable
     def forward(
         self,
         hidden_states: torch.Tensor,

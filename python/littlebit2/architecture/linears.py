@@ -79,6 +79,9 @@ def dense_reasons(model: nn.Module) -> dict[str, str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.MultiheadAttention)
     )
+    routers = tuple(
+        f"{name}." for name, module in model.named_modules() if name and _is_router(type(module).__name__)
+    )
     reasons: dict[str, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, nn.Linear):
@@ -91,11 +94,16 @@ def dense_reasons(model: nn.Module) -> dict[str, str]:
             reasons[name] = "part of nn.MultiheadAttention, which reads its weight"
         elif name in read:
             reasons[name] = f"the model's code reads its weight ({read[name]})"
-        elif name.rpartition(".")[2].lower() in ROUTERS:
+        elif name.rpartition(".")[2].lower() in ROUTERS or name.startswith(routers):
             reasons[name] = "router or gate"
         elif not is_plain_linear(module):
             reasons[name] = f"{type(module).__name__} computes something else than a linear layer"
     return reasons
+
+
+def _is_router(kind: str) -> bool:
+    """Whether a class, to judge by its name, chooses the experts of a token."""
+    return "Router" in kind or kind.endswith("TopKGating")
 
 
 def choose_linears(

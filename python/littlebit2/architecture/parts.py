@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,8 +9,13 @@ import torch
 
 __all__ = ["ExpertPart", "Load", "Part", "Transposed", "Whole"]
 
-#: Returns a tensor of the checkpoint by name.
-Load = Callable[[str], torch.Tensor]
+
+class Load(Protocol):
+    """Returns a tensor of the checkpoint by name, or ``tensor[index]`` of it."""
+
+    def __call__(self, name: str, index: int | None = None, /) -> torch.Tensor:
+        """Return it; it may be mapped."""
+        ...
 
 
 class Part(Protocol):
@@ -69,8 +73,8 @@ class ExpertPart:
         return (self.name,)
 
     def read(self, load: Load) -> torch.Tensor:
-        """Return the part; only its own bytes of a mapped tensor are read."""
-        matrix = load(self.name)[self.index]
+        """Return the part; only its own bytes of the fused tensor are read."""
+        matrix = load(self.name, self.index)
         return (matrix.T if self.transposed else matrix)[slice(*self.rows)]
 
 

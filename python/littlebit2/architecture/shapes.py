@@ -1,4 +1,4 @@
-"""Names and shapes of a model's tensors, from its ``config.json`` alone.
+"""Names and shapes of a model's tensors, from its ``config.json`` alone, where transformers is not installed.
 
 One function per group of families, chosen by ``model_type``; nothing is guessed for a type that is not in
 :data:`FAMILIES`. Names are those of the Hugging Face implementation of each family. Fused projections
@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from .names import CAUSAL_HEAD, MASKED_HEAD, TIED_BY_DEFAULT
 
-__all__ = ["FAMILIES", "DenseShape", "LinearShape", "ModelShapes", "model_shapes"]
+__all__ = ["FAMILIES", "DenseShape", "Kind", "LinearShape", "ModelShapes", "model_shapes"]
 
-Kind = Literal["embedding", "norm", "bias"]
+Kind = Literal["embedding", "norm", "bias", "other"]
 Config = Mapping[str, Any]
 
 
@@ -46,7 +46,7 @@ class ModelShapes:
     Attributes:
         model_type: the family.
         linears: in model order; a head tied to the embedding is not listed.
-        dense: embeddings, norms, and biases that stay when their weight is tied.
+        dense: embeddings, norms, biases that no packed or dense linear layer owns, and other matrices.
         tied_head: whether the head is the embedding.
     """
 

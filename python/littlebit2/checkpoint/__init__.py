@@ -1,6 +1,7 @@
 """Checkpoints on disk: read every known layout, write ours and the authors'. See docs/checkpoints.md."""
 
 from .convert import convert, export_upstream
+from .dense import DenseCheckpoint, open_dense
 from .describe import describe
 from .errors import CheckpointError
 from .reader import Checkpoint, looks_packed, open_checkpoint
@@ -12,6 +13,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "CheckpointWriter",
+    "DenseCheckpoint",
     "LayerSpec",
     "SideFiles",
     "convert",
@@ -20,5 +22,6 @@ __all__ = [
     "find_side_files",
     "looks_packed",
     "open_checkpoint",
+    "open_dense",
     "quantization_config",
 ]

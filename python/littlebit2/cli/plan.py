@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from littlebit2.quantize.allocate import RankAllocation
 
 _DESCRIPTION = """\
-Ranks and sizes of a model at a number of bits per weight, from its config.json alone: nothing is downloaded,
-and weights are read only for --budget spectral and --energy, which need the directory of the model.
+Ranks and sizes of a model at a number of bits per weight, from its config.json, and from the headers of its
+weights where they are there: nothing is downloaded, and weights are read only for --budget spectral and
+--energy, which need the directory of the model. What is packed is decided as quantize does.
 Shipped configurations: llama-2-7b, llama-2-13b, llama-2-70b, llama-3-8b, qwen3-8b.
 """
 
@@ -85,6 +86,8 @@ def _run(args: argparse.Namespace) -> int:
                 "bytes": plan.bytes(),
                 "tied_head": plan.shapes.tied_head,
                 "left_dense": [shape.name for shape in plan.left_dense],
+                "reasons": {reason: list(names) for reason, names in plan.reasons.items()},
+                "notes": list(plan.notes),
                 "layers": [layer.as_dict() for layer in plan.layers],
             }
         )
@@ -93,6 +96,11 @@ def _run(args: argparse.Namespace) -> int:
     full = at_largest_rank([layer.name for layer in plan.layers if layer.at_largest_rank], args)
     if full is not None:
         emit(full)
+    if plan.reasons:
+        emit()
+        emit(table(("left dense", "count", "for example"), _reason_rows(plan)))
+    for remark in plan.notes:
+        emit(remark)
     emit()
     emit(_size_table(plan))
     return 0
@@ -143,6 +151,13 @@ def _layer_table(layers: tuple[LayerPlan, ...]) -> str:
     return table((*head, "predicted error") if by_spectra else head, rows)
 
 
+def _reason_rows(plan: ModelPlan) -> list[tuple[object, ...]]:
+    return [
+        (reason, len(names), names[0] + (", ..." if len(names) > 1 else ""))
+        for reason, names in sorted(plan.reasons.items(), key=lambda item: -len(item[1]))
+    ]
+
+
 def _size_table(plan: ModelPlan) -> str:
     size = plan.bytes()
     head = "head: tied to the embedding" if plan.shapes.tied_head else "head, 16 bit"
@@ -153,8 +168,8 @@ def _size_table(plan: ModelPlan) -> str:
         (head, gigabytes(size["heads"])),
         ("norms and biases, 16 bit", gigabytes(size["norms"] + size["biases"])),
     ]
-    if size["other_linears"]:
-        rows.append(("linear layers left dense, 16 bit", gigabytes(size["other_linears"])))
+    if size["other_matrices"]:
+        rows.append(("other matrices left dense, 16 bit", gigabytes(size["other_matrices"])))
     ratio = size["model_fp16"] / size["total"]
     rows += [
         ("TOTAL in memory", gigabytes(size["total"])),

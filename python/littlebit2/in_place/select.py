@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from littlebit2.architecture.experts import is_unknown_experts
 from littlebit2.architecture.linears import EXCLUDED, HEAD, NOT_SELECTED, TIED, choose_linears
 from littlebit2.architecture.select import is_selected
 from littlebit2.architecture.transposed import TransposedLinear
@@ -138,6 +139,8 @@ def _other_kind(module: nn.Module) -> str | None:
         return "nn.MultiheadAttention has its projections in one parameter"
     if type(module).__name__ == "Conv1D" and len(_weight_shape(module)) == 2:
         return "Conv1D that shares its weight or computes something else than x W + b"
+    if is_unknown_experts(module):
+        return f"{type(module).__name__} holds experts in a form that is not packed"
     return None
 
 

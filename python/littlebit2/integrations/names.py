@@ -8,11 +8,13 @@ have reached.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -23,11 +25,19 @@ from transformers.core_model_loading import (
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
+    revert_weight_conversion,
 )
 
 from littlebit2.architecture.experts import ExpertsLayout, LittleBitExperts, experts_layout
 
-__all__ = ["Destination", "FileNames", "HiddenTensors"]
+__all__ = [
+    "ConvertedAlready",
+    "Destination",
+    "FileNames",
+    "HiddenTensors",
+    "published_names",
+    "published_state",
+]
 
 #: What hidden tensors are called while transformers loads; no pattern of a family matches it.
 _HIDDEN = "littlebit2-packed"
@@ -42,7 +52,8 @@ class Destination:
         known: whether the model has it.
         converter: what makes the parameter from this tensor and others, ``None`` if it only gets a name.
         pattern: which of the converter's sources the tensor is.
-        position: place among the tensors of the same parameter and pattern.
+        position: the number that the file's name has for the pattern's ``*``, such as the index of an expert;
+            without one, the place among the tensors of the same parameter and pattern.
     """
 
     parameter: str
@@ -96,8 +107,11 @@ class FileNames:
             if pattern is None:
                 found[key] = Destination(name, name in self.parameters)
                 continue
+            position = _number_in(key, pattern)
+            if position is None:
+                position = seen[name, pattern]
             found[key] = Destination(
-                name, name in self.parameters, self._by_pattern[pattern], pattern, seen[name, pattern]
+                name, name in self.parameters, self._by_pattern[pattern], pattern, position
             )
             seen[name, pattern] += 1
         return found
@@ -165,6 +179,52 @@ class FileNames:
         if self._prefix:
             yield name.removeprefix(f"{self._prefix}.")
             yield f"{self._prefix}.{name}"
+
+
+def _number_in(key: str, pattern: str) -> int | None:
+    """The number in ``key`` for the one ``*`` of a pattern such as ``experts.*.w1.weight``."""
+    before, star, after = pattern.replace("\\.", ".").partition("*")
+    if not star:
+        return None
+    found = re.search(rf"{re.escape(before)}(\d+){re.escape(after)}", key)
+    return int(found[1]) if found else None
+
+
+def published_names(model: PreTrainedModel) -> dict[str, str]:
+    """Return what files call the tensors of a model without values, where they have a tensor of their own.
+
+    Args:
+        model: as it is built from its configuration, before any module is replaced.
+    """
+    own = dict(model.state_dict())
+    names = {id(tensor): name for name, tensor in own.items()}
+    found = revert_weight_conversion(model, own)
+    return {names[id(tensor)]: name for name, tensor in found.items() if id(tensor) in names}
+
+
+class ConvertedAlready(list[Any]):
+    """The conversions of a model whose tensors have their published names already; keeps the real ones."""
+
+    def __init__(self, conversions: list[Any] | None) -> None:
+        super().__init__()
+        self.conversions = conversions
+
+
+def published_state(model: Any, dense: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return dense tensors of a model as its published files hold them: renamed, split and merged.
+
+    Args:
+        model: whose ``_weight_conversions`` may be :class:`ConvertedAlready`.
+        dense: by name in the model, without tied ones.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if not isinstance(conversions, ConvertedAlready):
+        return revert_weight_conversion(model, dense)
+    model._weight_conversions = conversions.conversions
+    try:
+        return revert_weight_conversion(model, dense)
+    finally:
+        model._weight_conversions = conversions
 
 
 class HiddenTensors(WeightRenaming):

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers.base import HfQuantizer
 
@@ -32,7 +31,7 @@ from .modules import (
     layers_of,
     spec_of,
 )
-from .names import FileNames, HiddenTensors
+from .names import ConvertedAlready, FileNames, HiddenTensors, published_state
 
 __all__ = ["LittleBit2Quantizer", "attach"]
 
@@ -223,14 +222,6 @@ def attach(model: Any) -> None:
     model.config.quantization_config = config
 
 
-class _NothingLeft(list[Any]):
-    """The conversions of a model whose tensors have been converted already; keeps the real ones."""
-
-    def __init__(self, conversions: list[Any] | None) -> None:
-        super().__init__()
-        self.conversions = conversions
-
-
 def _state_to_save(model: Any) -> dict[str, torch.Tensor]:
     layers = layers_of(model)
     packed: dict[str, torch.Tensor] = {}
@@ -240,12 +231,10 @@ def _state_to_save(model: Any) -> dict[str, torch.Tensor]:
     for name in model._keys_to_ignore_on_save or ():
         dense.pop(name, None)
     dense = remove_tied_weights_from_state_dict(dense, model)
+    saved = {**published_state(model, dense), **packed}
     conversions = getattr(model, "_weight_conversions", None)
-    if isinstance(conversions, _NothingLeft):
-        conversions = conversions.conversions
-    model._weight_conversions = conversions
-    saved = {**revert_weight_conversion(model, dense), **packed}
-    model._weight_conversions = _NothingLeft(conversions)
+    if not isinstance(conversions, ConvertedAlready):
+        model._weight_conversions = ConvertedAlready(conversions)
     return saved
 
 

@@ -9,15 +9,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from littlebit2.architecture.select import DEFAULT_EXCLUDE, is_selected, output_heads
+from littlebit2.architecture.expansion import expand
+from littlebit2.architecture.linears import choose_linears
+from littlebit2.architecture.select import DEFAULT_EXCLUDE
+from littlebit2.architecture.transposed import collapse_transposed
 from littlebit2.checkpoint import CheckpointWriter
 from littlebit2.plan import load_config
 from littlebit2.quantize import QuantConfig
-from littlebit2.quantize.ranks import check_budget, layer_config
+from littlebit2.quantize.ranks import check_budget, layer_config, too_small
 from littlebit2_kernels.format import WORD_BITS, PackedLinear, PackedPath, words_per_row
+
+from .names import published_names
+from .skeleton import model_class
 
 __all__ = ["random_layer", "synthesize"]
 
@@ -36,9 +41,10 @@ def synthesize(
 ) -> list[str]:
     """Write a random checkpoint that runs as fast, and takes as much memory, as a real one would.
 
-    Every linear layer but the head has random signs at the ranks that ``bpw`` buys, and scales that keep
-    activations at the size of the layer's input. Embeddings, norms and head are what transformers
-    initializes a new model with. One layer or tensor is held at a time.
+    Every linear layer that ``quantize`` would pack has random signs at the ranks that ``bpw`` buys, and
+    scales that keep activations at the size of the layer's input; experts are layers of their own.
+    Embeddings, norms, routers and head are what transformers initializes a new model with. One layer or
+    tensor is held at a time.
 
     Args:
         config: the model's configuration: an object, a dictionary, a ``config.json`` or a directory with
@@ -58,33 +64,40 @@ def synthesize(
     Raises:
         FileExistsError: ``out_dir`` exists and is not empty, and ``overwrite`` is off or it is no checkpoint.
         FileNotFoundError: there is no such configuration.
-        ValueError: transformers does not know the model type, or the budget does not fit a layer (the
-            message names it).
+        ValueError: transformers does not know the model type, or the budget fits no layer (the message names
+            the first). Layers that are too small for it stay dense.
     """
     quant = QuantConfig(bpw=bpw, paths=paths, kv_factor=kv_factor, seed=seed)
     model = _meta_model(config, dtype)
+    # Before anything is expanded: the names go by the parameters of the dense model.
+    published = published_names(model)
+    expand(model)
     # All ranks before anything is written: a budget that does not fit leaves no directory.
     plans = dict(_plans(model, quant))
+    collapse_transposed(model, keep=plans)
     model.config.dtype = dtype
     model.config.architectures = [type(model).__name__]
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     generator = torch.Generator().manual_seed(seed)
     writing = CheckpointWriter(out_dir, model.config.to_diff_dict(), overwrite=overwrite)
+    names: list[str] = []
     with torch.random.fork_rng(devices=[]), writing as writer:
         torch.manual_seed(seed)
         for name, module in model.named_modules():
             if name in plans:
                 assert isinstance(module, nn.Linear)
-                writer.add_layer(name, random_layer(module, plans[name], generator))
+                written = published.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
+                writer.add_layer(written, random_layer(module, plans[name], generator))
+                names.append(written)
                 if progress is not None:
-                    progress(name)
+                    progress(written)
                 continue
             for tensor_name, tensor in _dense_tensors(model, name, module):
                 if tensor_name not in tied:
-                    writer.add_tensor(tensor_name, tensor)
+                    writer.add_tensor(published.get(tensor_name, tensor_name), tensor)
             module.to("meta")
         writer.finish()
-    return list(plans)
+    return names
 
 
 def random_layer(linear: nn.Linear, ranks: tuple[int, ...], generator: torch.Generator) -> PackedLinear:
@@ -128,28 +141,21 @@ def _meta_model(source: PreTrainedConfig | Mapping[str, Any] | str | Path, dtype
         if "model_type" not in fields:
             raise ValueError("config must have a model_type, got none")
         config = AutoConfig.for_model(**fields)
-    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not _is_encoder(config)
     with torch.device("meta"):
-        return (AutoModelForCausalLM if causal else AutoModel).from_config(config, dtype=dtype)
-
-
-def _is_encoder(config: PreTrainedConfig) -> bool:
-    """Whether a type that can be a decoder too (BERT) is configured as an encoder."""
-    return getattr(config, "is_decoder", None) is False and not any(
-        "CausalLM" in name or "LMHead" in name for name in config.architectures or ("CausalLM",)
-    )
+        kind = model_class(config)
+        make = kind._from_config if hasattr(kind, "_from_config") else kind.from_config
+        return make(config, dtype=dtype)
 
 
 def _plans(model: PreTrainedModel, quant: QuantConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    heads = output_heads(model)
-    layers = [
-        (name, module.in_features, module.out_features)
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and name not in heads and is_selected(name, ("*",), DEFAULT_EXCLUDE)
-    ]
-    if layers:
-        check_budget(quant, layers)
-    for name, k, n in layers:
+    chosen, _ = choose_linears(model, ("*",), DEFAULT_EXCLUDE)
+    layers = [(names[0], linear.in_features, linear.out_features) for linear, names in chosen.items()]
+    small = {name: too_small(name, k, n, quant) for name, k, n in layers}
+    fitting = [layer for layer in layers if small[layer[0]] is None]
+    if layers and not fitting:
+        raise ValueError(small[layers[0][0]])
+    check_budget(quant, fitting)
+    for name, k, n in fitting:
         ranks = layer_config(name, k, n, quant).ranks
         assert ranks is not None  # settled by layer_config
         yield name, ranks

@@ -18,12 +18,13 @@ import torch
 from torch import nn
 from transformers.core_model_loading import WeightConverter
 
-from littlebit2.architecture.expansion import expanded
-from littlebit2.architecture.experts import LittleBitExperts
+from littlebit2.architecture.expansion import expand, expanded
+from littlebit2.architecture.experts import LittleBitExperts, is_unknown_experts
 from littlebit2.architecture.linears import HEAD, TIED, dense_reasons
 from littlebit2.architecture.names import CAUSAL_HEAD
 from littlebit2.architecture.parts import ExpertPart, Load, Part, Transposed, Whole
 from littlebit2.architecture.select import is_selected, keeps_heads_dense, output_heads
+from littlebit2.architecture.shapes import DenseShape, Kind, LinearShape, ModelShapes
 from littlebit2.architecture.tensors import FLOATS, LayerSource
 from littlebit2.architecture.transposed import TransposedLinear
 from littlebit2.checkpoint.formats.names import natural_order
@@ -31,7 +32,7 @@ from littlebit2.checkpoint.formats.names import natural_order
 from .names import Destination, FileNames
 from .skeleton import skeleton
 
-__all__ = ["Converted", "Trial", "try_out"]
+__all__ = ["Converted", "Trial", "outline", "try_out"]
 
 Tensors = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -67,7 +68,11 @@ class Converted:
     def read(self, load: Load) -> torch.Tensor:
         """Convert, and return the parameter or its part."""
         whole = _converted(self, load)
-        return whole if self.part is None else self.part.read(lambda _: whole)
+        return (
+            whole
+            if self.part is None
+            else self.part.read(lambda _, index=None: whole if index is None else whole[index])
+        )
 
 
 _latest_lock = threading.Lock()
@@ -100,6 +105,8 @@ class Trial:
         notes: remarks for the user.
         changes: entries of config.json that the result needs.
         left_out: tensors that the model does not have.
+        model: the model without values, its experts fused.
+        parts: where the values of its parameters come from, by name.
     """
 
     layers: list[LayerSource] = field(default_factory=list)
@@ -107,6 +114,8 @@ class Trial:
     notes: list[str] = field(default_factory=list)
     changes: dict[str, Any] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    model: Any = None
+    parts: dict[str, Part] = field(default_factory=dict)
     #: By group of tensors that go together: the tensors, and what they become in the model.
     groups: list[tuple[tuple[str, ...], dict[str, Part]]] = field(default_factory=list)
     #: Modules of experts by name.
@@ -175,8 +184,59 @@ def try_out(
         model = untied
     else:
         embedding = None
-    _Trying(trial, model, tensors, embedding).run(include, exclude, heads_dense)
+    trying = _Trying(trial, model, tensors, embedding)
+    trying.run(include, exclude, heads_dense)
+    trial.model, trial.parts = model, trying.parts
     return trial
+
+
+def outline(
+    config: Mapping[str, Any], tensors: Tensors | None, *, include: Sequence[str], exclude: Sequence[str]
+) -> tuple[ModelShapes, Trial]:
+    """Return the shapes of a model and what becomes of its weights, experts as layers of their own.
+
+    Args:
+        config: content of config.json.
+        tensors: as for :func:`try_out`; ``None`` where there are no files: layers have the names of modules.
+        include: as for :func:`try_out`.
+        exclude: likewise.
+
+    Raises:
+        UnknownModelError, ValueError: as :func:`try_out`.
+    """
+    headed = tensors is None or any(CAUSAL_HEAD in name for name in tensors)
+    model = skeleton(config, headed=headed or bool(config.get("tie_word_embeddings")))
+    if tensors is None:
+        tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+        own = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+        tensors = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in own.items()}
+    trial = try_out(config, tensors, include=include, exclude=exclude)
+    called = {layer.module: layer.name for layer in trial.layers}
+    heads = output_heads(model)
+    expand(model)
+    linears: list[LinearShape] = []
+    dense: list[DenseShape] = []
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and (name in called or trial.dense.get(name) != TIED):
+            shape = (module.in_features, module.out_features, module.bias is not None)
+            linears.append(LinearShape(called.get(name, name), *shape, is_head=name in heads))
+            continue
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen and not (isinstance(module, nn.Linear) and leaf == "weight"):
+                full = f"{name}.{leaf}".lstrip(".")
+                dense.append(DenseShape(full, tuple(parameter.shape), _kind_of(module, parameter)))
+            seen.add(id(parameter))
+    tied_head = any(trial.dense.get(name) == TIED for name in heads)
+    return ModelShapes(str(config["model_type"]), tuple(linears), tuple(dense), tied_head), trial
+
+
+def _kind_of(module: nn.Module, parameter: nn.Parameter) -> Kind:
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if parameter.dim() > 1:
+        return "other"
+    return "norm" if "norm" in type(module).__name__.lower() else "bias"
 
 
 def _has_tied_head(model: nn.Module) -> bool:
@@ -367,6 +427,8 @@ class _Trying:
                 reason = "embedding"
             elif isinstance(module, nn.modules.conv._ConvNd):
                 reason = "convolution"
+            elif is_unknown_experts(module):
+                reason = f"{kind} holds experts in a form that is not packed"
             elif "Router" in kind or "Gate" in kind or "Gating" in kind:
                 reason = "router or gate"
             else:

@@ -8,17 +8,11 @@ from typing import Any
 
 from littlebit2.architecture.parts import Part
 from littlebit2.architecture.tensors import LayerSource, select_layers
-from littlebit2.checkpoint import Checkpoint
+from littlebit2.checkpoint import DenseCheckpoint
 from littlebit2.quantize import QuantConfig
 from littlebit2.quantize.ranks import too_small
 
-__all__ = ["Choice", "candidates", "check_dense_source", "choose_layers"]
-
-#: How the weights of models that other methods quantized are had dense, by their ``quant_method``.
-_DEQUANTIZE = {
-    "mxfp4": "Mxfp4Config(dequantize=True)",
-    "fp8": "FineGrainedFP8Config(dequantize=True)",
-}
+__all__ = ["Choice", "candidates", "choose_layers"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +26,8 @@ class Choice:
         changes: entries of config.json that the result needs.
         replaced: tensors that are not copied.
         extra: tensors that are written besides, by name.
+        trial: what the model itself said (:class:`littlebit2.integrations.trial.Trial`), ``None`` where it
+            could not be built.
     """
 
     layers: tuple[LayerSource, ...]
@@ -40,31 +36,11 @@ class Choice:
     changes: Mapping[str, Any] = field(default_factory=dict)
     replaced: frozenset[str] = frozenset()
     extra: Mapping[str, Part] = field(default_factory=dict)
-
-
-def check_dense_source(checkpoint: Checkpoint) -> None:
-    """Raise ``ValueError`` unless a checkpoint is one of a dense model, with its configuration."""
-    quantization = checkpoint.config.get("quantization_config")
-    if checkpoint.format != "dense" or quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        how = _DEQUANTIZE.get(str(method))
-        hint = (
-            f" by {method}; save its dense weights first: transformers' from_pretrained(..., "
-            f"quantization_config={how}) and save_pretrained"
-            if how
-            else ""
-        )
-        raise ValueError(
-            f"{checkpoint.path}: must be a dense checkpoint, got one that is quantized already{hint}"
-        )
-    if not checkpoint.config:
-        raise ValueError(
-            f"{checkpoint.path}: config.json is missing; without it nothing could load the result"
-        )
+    trial: Any = None
 
 
 def choose_layers(
-    checkpoint: Checkpoint, config: QuantConfig, *, include: Sequence[str], exclude: Sequence[str]
+    checkpoint: DenseCheckpoint, config: QuantConfig, *, include: Sequence[str], exclude: Sequence[str]
 ) -> Choice:
     """Decide for every weight of a dense checkpoint whether it is packed.
 
@@ -96,11 +72,11 @@ def choose_layers(
         replaced, extra = {file for part in parts for file in part.files}, {}
     else:
         replaced, extra = trial.rest(fitting)
-    return Choice(tuple(fitting), dense, tuple(notes), changes, frozenset(replaced), extra)
+    return Choice(tuple(fitting), dense, tuple(notes), changes, frozenset(replaced), extra, trial)
 
 
 def candidates(
-    checkpoint: Checkpoint,
+    checkpoint: DenseCheckpoint,
     *,
     include: Sequence[str],
     exclude: Sequence[str],
@@ -128,7 +104,9 @@ def candidates(
     return trial.layers, trial
 
 
-def _trial(checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[str], notes: list[str]) -> Any:
+def _trial(
+    checkpoint: DenseCheckpoint, include: Sequence[str], exclude: Sequence[str], notes: list[str]
+) -> Any:
     """What the model itself says, ``None`` where it cannot be built."""
     try:
         from littlebit2.integrations.skeleton import UnknownModelError  # noqa: PLC0415  # needs transformers

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from littlebit2.architecture.tensors import LayerSource
-from littlebit2.checkpoint import Checkpoint
+from littlebit2.checkpoint import DenseCheckpoint
 from littlebit2.quantize import Importance, QuantConfig
 from littlebit2.quantize.allocate import RankAllocation
 from littlebit2.quantize.importance import importance_tensors
@@ -104,15 +104,15 @@ def with_allocation(
     ]
 
 
-def source_digest(checkpoint: Checkpoint) -> str:
+def source_digest(checkpoint: DenseCheckpoint) -> str:
     """Return a digest of the source: its configuration, every tensor's name, shape, dtype and sampled values.
 
     It does not depend on where the files lie or when they were written, and does not read them whole.
     """
     digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
-    for name, (shape, dtype) in checkpoint.dense.items():
+    for name, (shape, dtype) in checkpoint.stored.items():
         digest.update(f"{name} {list(shape)} {dtype}\n".encode())
-        flat = checkpoint.load_tensor(name).flatten()
+        flat = checkpoint.load_stored(name).flatten()
         middle = max(flat.numel() // 2 - _SAMPLE // 2, 0)
         for part in (flat[:_SAMPLE], flat[middle : middle + _SAMPLE], flat[-_SAMPLE:]):
             digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
@@ -120,7 +120,7 @@ def source_digest(checkpoint: Checkpoint) -> str:
 
 
 def run_settings(
-    checkpoint: Checkpoint,
+    checkpoint: DenseCheckpoint,
     config: QuantConfig,
     include: Sequence[str],
     exclude: Sequence[str],

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from littlebit2.architecture.parts import Whole
 from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns
-from littlebit2.checkpoint import Checkpoint, find_side_files, open_checkpoint
+from littlebit2.checkpoint import DenseCheckpoint, find_side_files, open_dense
 from littlebit2.disk import check_replaceable, check_space
 from littlebit2.quantize import Importance, QuantConfig
 from littlebit2.quantize.device import check_device
@@ -25,7 +25,7 @@ from littlebit2.quantize.quantizer import DenseLayer, quantize_together
 from littlebit2.quantize.ranks import needs_spectra
 
 from .assemble import REPORT_NAME, assemble
-from .choice import Choice, check_dense_source, choose_layers
+from .choice import Choice, choose_layers
 from .group import Group, process_group, share_out
 from .jobs import Job, make_jobs, run_settings, with_allocation
 from .ranks import allocation_of
@@ -33,7 +33,14 @@ from .report import RunReport, layer_entry
 from .work import WorkDirectory
 from .workers import choose_workers, make_batches, run_jobs
 
-__all__ = ["REPORT_NAME", "quantize_checkpoint"]
+__all__ = [
+    "REPORT_NAME",
+    "check_apart",
+    "dense_bytes_of",
+    "quantize_batch",
+    "quantize_checkpoint",
+    "start_run",
+]
 
 
 def quantize_checkpoint(
@@ -109,24 +116,23 @@ def quantize_checkpoint(
         raise ValueError(f"workers must be a positive integer or None, got {workers!r}")
     place = _device(device)
     source, target = Path(model_dir), Path(os.path.abspath(out))
-    _check_apart(source, target)
+    check_apart(source, target)
     includes, excludes = check_patterns("include", include), check_patterns("exclude", exclude)
-    with open_checkpoint(source) as checkpoint:
-        check_dense_source(checkpoint)
+    with open_dense(source) as checkpoint:
         choice = choose_layers(checkpoint, config, include=includes, exclude=excludes)
         jobs = make_jobs(choice.layers, config)
         _check_importance(importance, jobs)
         settings = run_settings(
             checkpoint, config, includes, excludes, importance, device=device, threads=threads
         )
-        dense_bytes = _dense_bytes(checkpoint.dense, choice)
+        dense_bytes = dense_bytes_of(checkpoint.dense, choice)
     work = WorkDirectory(target)
-    reading = open_checkpoint(source)  # once: its headers name every tensor
+    reading = open_dense(source)  # once: its headers name every tensor
     with process_group() as group:
         run = partial(_run_all, group, workers=workers, threads=threads, show=progress)
         weights = importance or {}
         try:
-            before = group.from_leader(partial(_start, work, source, target, settings, resume, overwrite))
+            before = group.from_leader(partial(start_run, work, source, target, settings, resume, overwrite))
             if before is not None:
                 return before
             if needs_spectra(config):
@@ -144,7 +150,7 @@ def quantize_checkpoint(
             group.together(partial(_check_space, work, [jobs[i] for i in pending], jobs, dense_bytes))
             mine = share_out([jobs[i] for i in pending], group.size)[group.rank]
             batches = make_batches(mine, workers, threads, device)
-            do = partial(_quantize_batch, reading, work, weights, place)
+            do = partial(quantize_batch, reading, work, weights, place)
             group.together(partial(run, "quantize", batches, do))
             return group.from_leader(
                 partial(assemble, source, target, work, jobs, choice, settings, overwrite=overwrite)
@@ -166,14 +172,14 @@ def _check_importance(importance: Mapping[str, Importance] | None, jobs: Sequenc
         )
 
 
-def _check_apart(source: Path, target: Path) -> None:
+def check_apart(source: Path, target: Path) -> None:
     """The result may not lie in the source, nor take the place of a folder that holds it."""
     inside, outside = target.resolve(), source.resolve()
     if inside == outside or inside in outside.parents or outside in inside.parents:
         raise ValueError(f"out must lie apart from the model, got out={target} and model_dir={source}")
 
 
-def _start(
+def start_run(
     work: WorkDirectory,
     source: Path,
     target: Path,
@@ -223,7 +229,8 @@ def _device(device: str) -> torch.device:
     return check_device(device)
 
 
-def _dense_bytes(tensors: Any, choice: Choice) -> int:
+def dense_bytes_of(tensors: Any, choice: Choice) -> int:
+    """Return the bytes of the tensors that stay as they are."""
     return sum(
         torch.Size(shape).numel() * dtype.itemsize
         for name, (shape, dtype) in tensors.items()
@@ -270,7 +277,7 @@ def _run_all(
         run_jobs(mine, do, done, workers=size, threads=threads)
 
 
-def _load(checkpoint: Checkpoint, device: torch.device, job: Job) -> torch.Tensor:
+def _load(checkpoint: DenseCheckpoint, device: torch.device, job: Job) -> torch.Tensor:
     # In memory of its own, which the quantizer may overwrite: a mapping would count beside its working copy.
     part = job.source.weight
     if isinstance(part, Whole):
@@ -278,13 +285,14 @@ def _load(checkpoint: Checkpoint, device: torch.device, job: Job) -> torch.Tenso
     return part.read(checkpoint.load_tensor).to(device, copy=True).contiguous()
 
 
-def _quantize_batch(
-    checkpoint: Checkpoint,
+def quantize_batch(
+    checkpoint: DenseCheckpoint,
     work: WorkDirectory,
     importance: Mapping[str, Importance],
     device: torch.device,
     batch: Sequence[Job],
 ) -> None:
+    """Quantize layers of one shape, and write them to the work directory."""
     start = time.perf_counter()
     layers = [
         DenseLayer(
@@ -303,7 +311,7 @@ def _quantize_batch(
         work.write_layer(job, one.packed, layer_entry(report, bias=layer.bias is not None), seconds)
 
 
-def _bias(checkpoint: Checkpoint, device: torch.device, job: Job) -> torch.Tensor | None:
+def _bias(checkpoint: DenseCheckpoint, device: torch.device, job: Job) -> torch.Tensor | None:
     if job.source.bias is None:
         return None
     return job.source.bias.read(checkpoint.load_tensor).to(device, copy=True)

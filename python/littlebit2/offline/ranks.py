@@ -11,13 +11,13 @@ import torch
 from tqdm import tqdm
 
 from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns
-from littlebit2.checkpoint import open_checkpoint
+from littlebit2.checkpoint import open_dense
 from littlebit2.disk import write_file
 from littlebit2.quantize import Importance, QuantConfig
 from littlebit2.quantize.allocate import LayerSpectrum, RankAllocation
 from littlebit2.quantize.ranks import check_budget, needs_spectra, settle_ranks, spectrum_of
 
-from .choice import check_dense_source, choose_layers
+from .choice import choose_layers
 from .group import Group, share_out
 from .jobs import Job
 from .work import WorkDirectory, keep_layers
@@ -108,8 +108,7 @@ def measure_ranks(
         raise ValueError("config must have budget='spectral' or energy for ranks to depend on weights")
     includes, excludes = check_patterns("include", include), check_patterns("exclude", exclude)
     spectra = []
-    with open_checkpoint(model_dir) as checkpoint:
-        check_dense_source(checkpoint)
+    with open_dense(model_dir) as checkpoint:
         sources = choose_layers(checkpoint, config, include=includes, exclude=excludes).layers
         check_budget(config, ((s.name, s.in_features, s.out_features) for s in sources))
         for one in tqdm(sources, desc="measure", unit="layer", disable=None if progress else True):

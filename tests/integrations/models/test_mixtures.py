@@ -18,7 +18,7 @@ from littlebit2.checkpoint import open_checkpoint
 from littlebit2.integrations.transformers import attach
 from littlebit2.quantize import collect_importance
 from littlebit2_kernels import LittleBitLinear
-from tests.integrations.models.moe import MIXTURES, OTHERS, QUANT, inputs_of, make, run, share
+from tests.integrations.models.moe import MIXTURES, OTHERS, QUANT, UNPACKED, inputs_of, make, run, share
 
 
 def quantized(model: Any) -> Any:
@@ -45,6 +45,33 @@ def test_files_and_memory_give_models_that_load_and_compute(name: str, tmp_path:
         torch.testing.assert_close(run(packed), run(dequantized(packed, model)), atol=2e-4, rtol=2e-3)
 
 
+@pytest.mark.parametrize("name", UNPACKED)
+def test_experts_in_other_forms_stay_dense_and_are_named(name: str, tmp_path: Path) -> None:
+    model = make(name)
+    model.save_pretrained(tmp_path / "dense")
+    report = littlebit2.quantize_checkpoint(tmp_path / "dense", tmp_path / "q", QUANT, progress=False)
+    assert any(reason.endswith("holds experts in a form that is not packed") for reason in report.reasons)
+    packed = littlebit2.load(tmp_path / "q")
+    torch.testing.assert_close(run(packed), run(dequantized(packed, model)), atol=2e-4, rtol=2e-3)
+    assert not any("router" in n for n, m in packed.named_modules() if isinstance(m, LittleBitLinear))
+    assert len(report.reasons["router or gate"]) == (2 if name == "jetmoe" else 1)
+    in_memory = quantize_(copy.deepcopy(model), QUANT, progress=False)
+    assert any("experts in a form" in one.detail for one in in_memory.dense)
+
+
+@pytest.mark.parametrize("name", [*MIXTURES, *OTHERS])
+def test_random_checkpoints_have_packed_experts_and_load(name: str, tmp_path: Path) -> None:
+    model = make(name)
+    model.config.architectures = [type(model).__name__]
+    names = littlebit2.synthesize(model.config, tmp_path / "out", 2.0, dtype=torch.float32)
+    packed = littlebit2.load(tmp_path / "out")
+    assert type(packed) is type(model)
+    assert share(packed) > (0.7 if name in ("siglip", "t5") else 0.9)  # they read some weights
+    assert run(packed).isfinite().all()
+    with open_checkpoint(tmp_path / "out") as checkpoint:
+        assert set(checkpoint.layers) == set(names)
+
+
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4"])
 def test_routers_stay_dense_and_experts_are_layers_of_their_own(name: str) -> None:
     packed = quantized(make(name))
@@ -59,7 +86,7 @@ def test_routers_stay_dense_and_experts_are_layers_of_their_own(name: str) -> No
     assert not any("router" in n for n, m in packed.named_modules() if isinstance(m, LittleBitLinear))
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_experts_that_stay_dense_beside_packed_ones_load(name: str, tmp_path: Path) -> None:
     model = make(name)
     model.save_pretrained(tmp_path / "dense")
@@ -156,9 +183,11 @@ def test_modules_with_other_tensors_are_no_experts() -> None:
 def test_models_quantized_by_others_are_refused_with_advice(tmp_path: Path) -> None:
     make("gpt_oss").save_pretrained(tmp_path / "dense")
     config = json.loads((tmp_path / "dense/config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4"}
+    config["quantization_config"] = {"quant_method": "fp8"}
     (tmp_path / "dense/config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"quantized already by mxfp4.*Mxfp4Config\(dequantize=True\)"):
+    with pytest.raises(
+        ValueError, match=r"quantized already by fp8.*FineGrainedFP8Config\(dequantize=True\)"
+    ):
         littlebit2.quantize_checkpoint(tmp_path / "dense", tmp_path / "q", QUANT, progress=False)
 
 

@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from littlebit2._messages import hub_hint
+from littlebit2.architecture.experts import LittleBitExperts
 from littlebit2.architecture.select import DEFAULT_EXCLUDE
 from littlebit2.checkpoint import find_side_files
 from littlebit2.disk import check_replaceable, write_json
@@ -365,7 +366,14 @@ class _Run:
             callbacks.append(Progress())
         trainer = DistillationTrainer(
             student,
-            self.arguments(group, steps, evaluates=held_out is not None, resumes=checkpoint is not None),
+            self.arguments(
+                group,
+                steps,
+                evaluates=held_out is not None,
+                resumes=checkpoint is not None,
+                # Experts that no token of a batch is routed to have no gradients.
+                some_unused=any(isinstance(module, LittleBitExperts) for module in student.modules()),
+            ),
             teacher,
             train,
             held_out,
@@ -383,7 +391,9 @@ class _Run:
         trainer.remove_callback(ProgressCallback)
         return trainer
 
-    def arguments(self, group: Group, steps: int, *, evaluates: bool, resumes: bool) -> TrainingArguments:
+    def arguments(
+        self, group: Group, steps: int, *, evaluates: bool, resumes: bool, some_unused: bool
+    ) -> TrainingArguments:
         """Return the recipe in the terms of the ``Trainer``."""
         recipe = self.recipe
         sharded: dict[str, Any] = {}
@@ -420,7 +430,7 @@ class _Run:
             disable_tqdm=True,
             dataloader_drop_last=True,
             remove_unused_columns=False,
-            ddp_find_unused_parameters=False if group.size > 1 else None,
+            ddp_find_unused_parameters=some_unused if group.size > 1 else None,
             use_cpu=self.device == "cpu",
             **sharded,
         )

@@ -10,9 +10,12 @@ import torch
 from torch import nn
 
 from littlebit2._messages import hub_hint
-from littlebit2.checkpoint import CheckpointWriter, find_side_files, open_checkpoint
+from littlebit2.architecture.expansion import expanded
+from littlebit2.checkpoint import CheckpointWriter, find_side_files, open_checkpoint, open_dense
 from littlebit2.disk import RunError
 from littlebit2.integrations.loading import load
+from littlebit2.integrations.modules import layers_of
+from littlebit2.integrations.names import published_state
 from littlebit2.train.model import make_trainable, packed_layers, select_dense, trainable_layers
 
 from .settings import Recipe
@@ -30,7 +33,7 @@ def check_dense(teacher: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such directory.
-        ValueError: it is packed, or has no config.json.
+        ValueError: it is packed or quantized in a way that is not undone, or has no config.json.
     """
     if not teacher.is_dir():
         raise FileNotFoundError(
@@ -42,11 +45,8 @@ def check_dense(teacher: Path) -> dict[str, Any]:
                 f"teacher must be a dense checkpoint, got {teacher} with {len(checkpoint.layers)} packed "
                 "layers: give the dense model, and the packed one as the start (--start)"
             )
-        if "quantization_config" in checkpoint.config:
-            raise ValueError(f"teacher must be a dense checkpoint, got {teacher}, which is quantized")
-        if not checkpoint.config:
-            raise ValueError(f"teacher must have a config.json, got {teacher} without")
-        return dict(checkpoint.config)
+    with open_dense(teacher) as dense:
+        return dict(dense.config)
 
 
 def build_student(teacher: Path, start: Path, recipe: Recipe) -> Any:
@@ -55,25 +55,29 @@ def build_student(teacher: Path, start: Path, recipe: Recipe) -> Any:
     Raises:
         ValueError: ``start`` has no packed layers, or they do not fit the model; the message names them.
     """
-    model = load(teacher, dtype=torch.float32)
     with open_checkpoint(start) as checkpoint:
         if not checkpoint.layers:
             raise ValueError(f"start must be a packed checkpoint, got {start}, which is dense")
+    # Not prepacked: the layers give up their signs again.
+    started = load(start, dtype=torch.float32, backend="reference")
+    model = load(teacher, dtype=torch.float32)
+    layers = layers_of(started)
+    with expanded(model):
         make_trainable(
             model,
-            checkpoint.load_layer,
-            checkpoint.layers,
+            lambda name: layers[name].packed,
+            layers,
             surrogate=recipe.surrogate,
             magnitude=recipe.magnitude,
         )
-        stored = set(checkpoint.dense)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                # Loaded tensors may be views of the file, which must not be written to.
-                parameter.data = parameter.data.clone()
-                if name in stored:
-                    # A packed checkpoint may have trained its dense tensors too.
-                    parameter.copy_(checkpoint.load_tensor(name))
+    # A packed checkpoint may have trained its dense tensors too.
+    stored = dict(started.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Loaded tensors may be views of the file, which must not be written to.
+            parameter.data = parameter.data.clone()
+            if name in stored:
+                parameter.copy_(stored[name])
     select_dense(model, recipe.dense)
     if recipe.gradient_checkpointing:
         # Its name since transformers 5.22, where the old one warns.
@@ -121,10 +125,10 @@ def export_student(
     with CheckpointWriter(out, config, overwrite=overwrite, replaces=replaces) as writer:
         for name, packed in packed_layers(model, tensors):
             writer.add_layer(name, packed)
-        for name, tensor in tensors.items():
-            if not name.startswith(layers) and name not in tied:
-                value = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
-                writer.add_tensor(name, value.cpu().contiguous())
+        dense = {n: t for n, t in tensors.items() if not n.startswith(layers) and n not in tied}
+        for name, tensor in published_state(model, dense).items():
+            value = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
+            writer.add_tensor(name, value.cpu().contiguous())
         writer.copy_side_files(teacher)
         writer.finish()
 
