@@ -31,6 +31,9 @@ _TOGETHER = (
     ("input_features", "decoder_input_ids"),
     ("input_values",),
     ("input_features",),
+    ("input_features", "input_features_mask"),
+    ("visual_feats", "visual_pos"),
+    ("states", "actions", "rewards", "returns_to_go", "timesteps"),
     ("pixel_values",),
     ("pixel_values", "spatial_shapes", "pixel_attention_mask"),
     ("hidden_states", "grid_thw"),
@@ -40,7 +43,7 @@ _TOGETHER = (
 )
 #: Most inputs that are tried on one model.
 _MOST = 60
-_ROWS, _TOKENS = 2, 7
+_ROWS, _TOKENS = 1, 7
 
 
 def inputs_of(model: Any) -> list[Inputs]:
@@ -100,7 +103,8 @@ class _Makers:
     _decoder_input_ids = _input_ids
 
     def _bbox(self) -> list[torch.Tensor]:
-        return [torch.tensor([1, 2, 8, 9]).expand(_ROWS, _TOKENS, 4).contiguous()]
+        box = torch.tensor([1, 2, 8, 9]).expand(_ROWS, _TOKENS, 4).contiguous()
+        return [box, box / 10]
 
     def _image_embeds_position_mask(self) -> list[torch.Tensor]:
         mask = torch.zeros(1, _TOKENS, dtype=torch.bool)
@@ -109,9 +113,11 @@ class _Makers:
 
     def _picture(self) -> tuple[int, int, int, int]:
         """Channels, height and width, and size of a patch."""
-        side = self._number("image_size", "img_size", default=64)
+        height = self._number("image_size", "img_size", default=64)
+        size = getattr(self.config, "image_size", None)
+        width = size[-1] if isinstance(size, (list, tuple)) else height
         patch = self._number("patch_size", default=8)
-        return self._number("num_channels", "in_channels", "in_chans", default=3), side, side, patch
+        return self._number("num_channels", "in_channels", "in_chans", default=3), height, width, patch
 
     def _pixel_values(self) -> list[torch.Tensor]:
         channels, height, width, patch = self._picture()
@@ -123,6 +129,8 @@ class _Makers:
             *self._pixel_values_videos(),
             self._random(1, 16, row),
             self._random(across * across, stack),
+            self._random(16, row),
+            self._random(16, 2 * row),
             self._random(1, 3, 64, 64),
             self._random(1, 3, 224, 224),
             self._random(1, 2, channels, height, width),
@@ -136,7 +144,8 @@ class _Makers:
     def _hidden_states(self) -> list[torch.Tensor]:
         channels, _, _, patch = self._picture()
         frames = self._number("temporal_patch_size", default=1)
-        return [self._random(16, channels * frames * patch * patch)]
+        row = channels * patch * patch
+        return [self._random(16, frames * row), self._random(16, 2 * row)]
 
     def _query_embeds(self) -> list[torch.Tensor]:
         return [self._random(1, 8, self._number("hidden_size", default=64))]
@@ -161,11 +170,19 @@ class _Makers:
             self._random(1, frames, mels),
             self._random(1, 1, frames, mels),
             self._random(1, 16000),
+            self._random(1, 1, 3840),
+            self._random(1, 3840),
         ]
 
     def _input_features(self) -> list[torch.Tensor]:
         mels = self._number(
-            "num_mel_bins", "feature_size", "n_mels", "input_feat_per_channel", "input_dim", default=80
+            "num_mel_bins",
+            "feature_projection_input_dim",
+            "feature_size",
+            "n_mels",
+            "input_feat_per_channel",
+            "input_dim",
+            default=80,
         )
         frames = 2 * self._number("max_source_positions", default=50)
         size = self._number("spec_size", default=64)
@@ -176,7 +193,23 @@ class _Makers:
             self._random(1, mels, 40),
             self._random(1, 1, 4 * size, mels),
             self._random(1, 40, 2 * mels),
+            self._random(1, 40, 128),
+            self._random(1, 128, 200),
         ]
+
+    def _input_features_mask(self) -> list[torch.Tensor]:
+        frames = 2 * self._number("max_source_positions", default=50)
+        return [torch.ones(1, frames, dtype=torch.bool), torch.ones(1, 40, dtype=torch.bool)]
+
+    def _audio_mel(self) -> list[torch.Tensor]:
+        return [self._random(1, 40, self._number("input_feat_size", default=128))]
+
+    def _audio_mel_mask(self) -> list[torch.Tensor]:
+        return [torch.zeros(1, 40, dtype=torch.bool)]
+
+    def _latents(self) -> list[torch.Tensor]:
+        size = self._number("hidden_size", default=64)
+        return [self._random(1, size, 8), self._random(1, 8, size)]
 
     def _history(self) -> int:
         context = self._number("context_length", "seq_length", default=32)

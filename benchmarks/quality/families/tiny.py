@@ -120,6 +120,9 @@ class _Shrinking:
                 if small is not value:
                     fields[name] = small
         fields.update(_asked_for(config, values, fields))
+        ungrouped = values.get("num_attention_heads") == values.get("num_key_value_heads")
+        if ungrouped and fields.get("num_attention_heads"):
+            fields["num_key_value_heads"] = fields["num_attention_heads"]
         if chosen:
             fields.update({name: len(chosen) for name in fields if name in _counts(config)})
         return fields
@@ -150,7 +153,9 @@ class _Shrinking:
             rope["rope_theta"] = 10000.0
         sections = rope.get("mrope_section")
         if sections and head_dim and self.dims:
-            rope["mrope_section"] = [max(1, round(one * SIZES["head_dim"] / head_dim)) for one in sections]
+            scale = SIZES["head_dim"] / head_dim
+            small = [max(1, round(one * scale)) for one in sections[1:]]
+            rope["mrope_section"] = [max(1, round(sum(sections) * scale) - sum(small)), *small]
         elif self.fill and self.dims:
             half = int(SIZES["head_dim"] * rope.get("partial_rotary_factor", 1)) // 2
             rope["mrope_section"] = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
