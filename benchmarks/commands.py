@@ -46,6 +46,9 @@ COMMANDS = {
     "experts": Command(
         "models", "models.experts", "time one layer of experts, packed and dense, by routed experts"
     ),
+    "load-memory": Command(
+        "models", "models.load_memory", "measure what loading a mixture of experts takes, beside its files"
+    ),
     "demo": Command("quality", "quality.demo", "quantize a small real model and time one layer"),
     "quantizer": Command(
         "quality", "quality.quantizer", "measure error and time of each quantization method"

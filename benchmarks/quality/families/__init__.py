@@ -5,7 +5,7 @@ quantized from its files and in memory, loaded, saved and loaded again, and comp
 whose weights are those that the packed layers stand for.
 """
 
-from .classes import class_of, model_types
+from .classes import classes_of, model_types
 from .compare import dequantized
 from .runner import SECONDS, sweep, try_apart
 from .table import markdown
@@ -19,7 +19,7 @@ __all__ = [
     "SECONDS",
     "WORKS",
     "Outcome",
-    "class_of",
+    "classes_of",
     "dequantized",
     "markdown",
     "model_types",

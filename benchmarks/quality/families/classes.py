@@ -10,7 +10,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-__all__ = ["class_of", "model_types"]
+__all__ = ["classes_of", "model_types"]
 
 #: Mappings of the library, in the order in which a class that is in several of them is taken.
 MAPPINGS = (
@@ -50,15 +50,15 @@ def model_types() -> list[str]:
     return list(_candidates())
 
 
-def class_of(model_type: str) -> str:
-    """Return the name of the model class with which a type is tried.
+def classes_of(model_type: str) -> list[str]:
+    """Return the names of the model classes with which a type is tried, until one can be built.
 
-    It is the first that a mapping names and whose code asks for the configuration of this type.
+    First come those whose code asks for the configuration of this type, in the order of the mappings.
     """
     there = [name for name in _candidates()[model_type] if hasattr(transformers, name)]
     wanted = CONFIG_MAPPING_NAMES.get(model_type)
     fitting = [name for name in there if _config_of(getattr(transformers, name)) in (wanted, None)]
-    return [*fitting, *there, *_candidates()[model_type]][0]
+    return list(dict.fromkeys([*fitting, *there])) or _candidates()[model_type]
 
 
 def _config_of(kind: Any) -> str | None:

@@ -25,8 +25,8 @@ import transformers
 from littlebit2.integrations import loading, rehearsal, trial  # noqa: F401
 from littlebit2.offline import pipeline  # noqa: F401
 
-from .classes import class_of, model_types
-from .trial import FAILED, NOT_BUILT, WORKS, Outcome, OutOfTime, try_class
+from .classes import classes_of, model_types
+from .trial import FAILED, NOT_BUILT, WORKS, Outcome, OutOfTime, try_type
 
 __all__ = ["SECONDS", "read_results", "sweep", "try_apart"]
 
@@ -43,17 +43,17 @@ def try_apart(model_type: str, *, seconds: int = SECONDS) -> Outcome:
 
     Each takes about a second less after :func:`warm_up`.
     """
-    name = class_of(model_type)
+    names = classes_of(model_type)
     folder = Path(tempfile.mkdtemp(prefix="family-"))
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(name, model_type, folder, sender, seconds), daemon=True)
+    process = context.Process(target=_run, args=(names, model_type, folder, sender, seconds), daemon=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads; the child uses one
             process.start()
         sender.close()
-        return _listen(receiver, Outcome(name, model_type, NOT_BUILT), process, seconds)
+        return _listen(receiver, Outcome(names[0], model_type, NOT_BUILT), process, seconds)
     finally:
         if process.is_alive():
             process.kill()
@@ -71,7 +71,7 @@ def warm_up() -> None:
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        try_class("LlamaForCausalLM", "llama", folder, lambda _: None)
+        try_type("llama", ["LlamaForCausalLM"], folder, lambda _: None)
     finally:
         torch.set_num_threads(threads)
         transformers.logging.set_verbosity(verbosity)
@@ -97,7 +97,7 @@ def _listen(receiver: Connection, outcome: Outcome, process: Any, seconds: int) 
     return replace(outcome, kind=FAILED, reason=f"the process ended with {ended} in: {doing}")
 
 
-def _run(name: str, model_type: str, folder: Path, sender: Connection, seconds: int) -> None:
+def _run(names: Sequence[str], model_type: str, folder: Path, sender: Connection, seconds: int) -> None:
     """What the forked process does."""
     with open(os.devnull, "w") as null:
         os.dup2(null.fileno(), 1)
@@ -119,9 +119,10 @@ def _run(name: str, model_type: str, folder: Path, sender: Connection, seconds: 
         sender.send(what)
 
     try:
-        outcome = try_class(name, model_type, folder, step)
+        outcome = try_type(model_type, names, folder, step)
     except OutOfTime:
-        outcome = Outcome(name, model_type, NOT_BUILT, f"took more than {seconds} s of CPU time in: {doing}")
+        late = f"took more than {seconds} s of CPU time in: {doing}"
+        outcome = Outcome(names[0], model_type, NOT_BUILT, late)
     outcome.seconds = round(time.process_time() - started, 2)
     sender.send(outcome)
 

@@ -10,7 +10,7 @@ from typing import Any
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .sizes import OVERRIDES, SIZES, by_rule, is_layer_count
+from .sizes import IN_STAGES, OVERRIDES, SIZES, by_rule, is_layer_count, is_stage_list
 
 __all__ = ["tiny_configs"]
 
@@ -26,12 +26,26 @@ _SKIPPED = frozenset(
         "per_layer_config",
     }
 )
+#: A backbone in the place of those of other packages.
+_RESNET = {
+    "use_timm_backbone": False,
+    "backbone": None,
+    "backbone_config": {
+        "model_type": "resnet",
+        "embedding_size": 16,
+        "hidden_sizes": [16, 24, 32, 48],
+        "depths": [1, 1, 1, 1],
+        "out_features": ["stage2", "stage3", "stage4"],
+    },
+}
 #: Most layers of a stack with layers of several kinds.
 _MOST_LAYERS = 4
 
 
-def tiny_configs(model_type: str) -> Iterator[Any]:
+def tiny_configs(model_type: str) -> Iterator[tuple[Any, bool]]:
     """Yield configurations of ``model_type`` with small sizes, parts included, from most to least shrunk.
+
+    With each comes whether it is a last resort, of which only the number of layers is small.
 
     Raises:
         Exception: none is accepted; what the library said of the first.
@@ -51,7 +65,7 @@ def tiny_configs(model_type: str) -> Iterator[Any]:
             first = first or error
             continue
         accepted += 1
-        yield config
+        yield config, not way.dims
     if not accepted and first is not None:
         raise first
 
@@ -88,10 +102,13 @@ class _Shrinking:
             name: value for name, value in vars(config).items() if name[0] != "_" and name not in _SKIPPED
         }
         layers = _layer_lists(config, values)
+        stages = {len(value) for name, value in values.items() if is_stage_list(name, value)}
         chosen = _chosen_layers(list(layers.values())) if self.lists else []
         fields: dict[str, Any] = {}
         for name, value in values.items():
-            if isinstance(value, transformers.PreTrainedConfig):
+            if getattr(value, "model_type", None) == "timm_backbone":
+                fields.update(_RESNET)  # needs a package
+            elif isinstance(value, transformers.PreTrainedConfig):
                 fields[name] = {**self.fields(value), "model_type": value.model_type}
             elif name == "rope_parameters" and isinstance(value, dict):
                 fields[name] = self._rope(value, _head_dim(values))
@@ -99,15 +116,23 @@ class _Shrinking:
                 if self.lists:
                     fields[name] = [value[index] for index in chosen]
             else:
-                small = self._small(name, value)
+                small = self._small(name, value, stages)
                 if small is not value:
                     fields[name] = small
+        fields.update(_asked_for(config, values, fields))
+        ungrouped = values.get("num_attention_heads") == values.get("num_key_value_heads")
+        if ungrouped and fields.get("num_attention_heads"):
+            fields["num_key_value_heads"] = fields["num_attention_heads"]
         if chosen:
             fields.update({name: len(chosen) for name in fields if name in _counts(config)})
         return fields
 
-    def _small(self, name: str, value: Any) -> Any:
-        if value is None and (name == "pad_token_id" or self.fill):
+    def _small(self, name: str, value: Any, stages: set[int]) -> Any:
+        in_stages = name in IN_STAGES or (is_layer_count(name) and isinstance(value, int) and value in stages)
+        if stages and in_stages and self.rules and self.dims:
+            # Every stage halves the picture: patches stay, and stages are not layers.
+            return IN_STAGES.get(name, value)
+        if value is None and (name in ("pad_token_id", "prediction_length") or self.fill):
             return SIZES.get(name)
         if isinstance(value, bool) or value is None:
             return value
@@ -128,7 +153,9 @@ class _Shrinking:
             rope["rope_theta"] = 10000.0
         sections = rope.get("mrope_section")
         if sections and head_dim and self.dims:
-            rope["mrope_section"] = [max(1, round(one * SIZES["head_dim"] / head_dim)) for one in sections]
+            scale = SIZES["head_dim"] / head_dim
+            small = [max(1, round(one * scale)) for one in sections[1:]]
+            rope["mrope_section"] = [max(1, round(sum(sections) * scale) - sum(small)), *small]
         elif self.fill and self.dims:
             half = int(SIZES["head_dim"] * rope.get("partial_rotary_factor", 1)) // 2
             rope["mrope_section"] = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
@@ -143,6 +170,18 @@ def _head_dim(values: dict[str, Any]) -> float | None:
     return hidden / heads if isinstance(hidden, int) and isinstance(heads, int) else None
 
 
+def _asked_for(config: Any, values: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields that keep the layers of a backbone whose outputs are asked for."""
+    indices = list(getattr(config, "_out_indices", None) or ())
+    kept: dict[str, Any] = {"out_indices": list(indices)} if indices else {}
+    for name, value in values.items():
+        if name.endswith("out_indices") and isinstance(value, (list, tuple)):
+            indices += value
+    for name in [one for one in fields if indices and one in _counts(config)]:
+        kept[name] = min(values[name], max(fields[name], 1 + max(map(abs, indices))))
+    return kept
+
+
 def _counts(config: Any) -> set[str]:
     """Names of the field that says how many layers a configuration has."""
     other = (getattr(config, "attribute_map", None) or {}).get("num_hidden_layers", "num_hidden_layers")
@@ -155,7 +194,10 @@ def _layer_lists(config: Any, values: dict[str, Any]) -> dict[str, Sequence[Any]
     return {
         name: value
         for name, value in values.items()
-        if isinstance(value, (list, tuple)) and len(value) in counts and len(value) > 1
+        if isinstance(value, (list, tuple))
+        and len(value) in counts
+        and len(value) > 1
+        and not is_stage_list(name, value)
     }
 
 

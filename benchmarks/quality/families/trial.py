@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from .compare import dequantized, difference, outputs_of, packed_share
 from .inputs import inputs_of
 from .tiny import tiny_configs
 
-__all__ = ["FAILED", "KINDS", "NOT_BUILT", "REFUSED", "WORKS", "OutOfTime", "Outcome", "try_class"]
+__all__ = ["FAILED", "KINDS", "NOT_BUILT", "REFUSED", "WORKS", "OutOfTime", "Outcome", "try_type"]
 
 #: Weights of the largest model that is tried.
 MOST_WEIGHTS = 30e6
@@ -61,23 +61,23 @@ class OutOfTime(BaseException):
     """A class took longer than it may. No ``Exception``, which the code of models catches."""
 
 
-def try_class(name: str, model_type: str, folder: Path, step: Callable[[str], None]) -> Outcome:
-    """Try one model class.
+def try_type(model_type: str, names: Sequence[str], folder: Path, step: Callable[[str], None]) -> Outcome:
+    """Try one model type.
 
     Args:
-        name: of the class.
-        model_type: of its configuration.
+        model_type: of the configuration.
+        names: of its model classes; the first that can be built is tried.
         folder: where files go.
         step: told what is done next.
     """
-    outcome = Outcome(name, model_type, NOT_BUILT)
+    outcome = Outcome(names[0], model_type, NOT_BUILT)
     try:
-        step("import")
-        outcome.takes = _modalities(getattr(transformers, name))
-        dense, inputs, outcome.not_compared = _dense_model(name, model_type, folder, step)
+        outcome.takes = _modalities(getattr(transformers, names[0]))
+        dense, inputs, outcome.not_compared = _dense_model(model_type, names, folder, step)
     except Exception as error:  # whatever the code of a family raises
         outcome.reason = _line(error)
         return outcome
+    outcome.model, outcome.takes = type(dense).__name__, _modalities(type(dense))
     step("quantize")
     try:
         littlebit2.quantize_checkpoint(folder / "dense", folder / "files", QUANT, progress=False)
@@ -115,7 +115,7 @@ def _modalities(kind: Any) -> list[str]:
 
 
 def _dense_model(
-    name: str, model_type: str, folder: Path, step: Callable[[str], None]
+    model_type: str, names: Sequence[str], folder: Path, step: Callable[[str], None]
 ) -> tuple[Any, Any, str]:
     """Save a small random model in ``folder / "dense"`` and load it from there.
 
@@ -125,13 +125,31 @@ def _dense_model(
         The model, inputs that it takes or ``None``, and why there are none.
 
     Raises:
-        Exception: no model can be built; that of the first configuration.
+        Exception: no model can be built; that of the first class and configuration.
     """
     first: Exception | None = None
-    built: tuple[Any, str] | None = None
-    for config in tiny_configs(model_type):
+    for name in names:
         try:
-            step("build")
+            model, inputs, why = _first_that_runs(name, model_type, step)
+        except Exception as error:
+            first = first or error
+            continue
+        step("save of the dense model")
+        model.save_pretrained(folder / "dense")
+        step("load of the dense model")
+        return littlebit2.load(folder / "dense", dtype=torch.float32), inputs, why
+    assert first is not None  # there is at least one class
+    raise first
+
+
+def _first_that_runs(name: str, model_type: str, step: Callable[[str], None]) -> tuple[Any, Any, str]:
+    first: Exception | None = None
+    built: tuple[Any, str] | None = None
+    for config, last_resort in tiny_configs(model_type):
+        if last_resort and built is not None:
+            break
+        step("build")
+        try:
             model = _random_model(name, config)
         except Exception as error:
             first = first or error
@@ -139,16 +157,11 @@ def _dense_model(
         step("forward of the dense model")
         inputs, why = _working_inputs(model)
         if inputs is not None:
-            built = (model, "")
-            break
+            return model, inputs, ""
         built = built or (model, why)
     if built is None:
         raise first or ValueError(f"{model_type} has no configuration")
-    model, why = built
-    step("save of the dense model")
-    model.save_pretrained(folder / "dense")
-    step("load of the dense model")
-    return littlebit2.load(folder / "dense", dtype=torch.float32), inputs, why
+    return built[0], None, built[1]
 
 
 def _random_model(name: str, config: Any) -> Any:

@@ -9,6 +9,7 @@ libraries share, and by what they compute.
 from __future__ import annotations
 
 import copy
+from collections.abc import Container
 
 import torch
 from torch import nn
@@ -95,10 +96,10 @@ def expand_transposed(model: nn.Module) -> None:
         model.set_submodule(name, views[module])
 
 
-def collapse_transposed(model: nn.Module) -> None:
-    """Undo :func:`expand_transposed` for every module that was not replaced since."""
+def collapse_transposed(model: nn.Module, keep: Container[str] = ()) -> None:
+    """Undo :func:`expand_transposed` for what was not replaced since, except for the names in ``keep``."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, TransposedLinear):
+        if isinstance(module, TransposedLinear) and name not in keep:
             model.set_submodule(name, module.source)
 
 

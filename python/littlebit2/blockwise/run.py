@@ -19,12 +19,13 @@ from tqdm import tqdm
 
 from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns
 from littlebit2.checkpoint import DenseCheckpoint, open_dense
-from littlebit2.disk import check_space
+from littlebit2.disk import check_apart, check_space
 from littlebit2.offline import RunReport
 from littlebit2.offline.assemble import assemble
 from littlebit2.offline.choice import Choice, choose_layers
 from littlebit2.offline.jobs import Job, make_jobs, run_settings
-from littlebit2.offline.pipeline import check_apart, dense_bytes_of, quantize_batch, start_run
+from littlebit2.offline.pipeline import dense_bytes_of, quantize_batch, start_run
+from littlebit2.offline.work import work_path
 from littlebit2.quantize import QuantConfig
 from littlebit2.quantize.device import check_device
 from littlebit2.quantize.ranks import needs_spectra
@@ -130,7 +131,7 @@ def quantize_blockwise(
     chosen = settings or BlockwiseSettings()
     place = check_device(device)
     source, target = Path(model_dir), Path(os.path.abspath(out))
-    check_apart(source, target)
+    check_apart(target, work_path(target), model_dir=source)
     patterns = check_patterns("include", include), check_patterns("exclude", exclude)
     files = find_files(list(data))
     tokenizer = load_tokenizer(source)
@@ -141,9 +142,9 @@ def quantize_blockwise(
         )
         vocabulary = pieces.model.get_input_embeddings().weight.shape[0]
         fixed = check_blocks(pieces, vocabulary)
-        work = BlockwiseWork(target)
+        work = BlockwiseWork(target, plan.settings)
         try:
-            before = start_run(work, source, target, plan.settings, resume, overwrite)
+            before = start_run(work, source, target, resume, overwrite)
             if before is not None:
                 content = json.loads((target / BLOCKWISE_NAME).read_text("utf-8"))
                 return BlockwiseReport.of(before, content)
