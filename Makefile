@@ -48,11 +48,13 @@ define ctest
 @ctest --test-dir build/$(1) --output-on-failure --no-tests=error --parallel $(CORES)
 endef
 
+# "+" joins what one build can have.
+sanitized = $(call ctest,sanitize-$(1),-DCMAKE_BUILD_TYPE=RelWithDebInfo -DLB2_TEST_CUDA=ON -DLB2_SANITIZE=$(subst +,$(comma),$(1)))
+
 # One thread for each process, because the processes fill the cores already.
-FAMILIES := tests/benchmarks/quality/test_families.py
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help venv build test test-slow test-matrix test-families pytest pytest-slow ctest ctest-cuda sanitize demo lint format \
+.PHONY: help venv build test test-slow test-matrix test-families pytest pytest-slow ctest sanitize sanitize-sample demo lint format \
   clean distclean
 
 help: ## list the targets
@@ -97,9 +99,9 @@ build: build/.built ## compile the native libraries and install the package in p
 
 # --- checks ------------------------------------------------------------------------------------------
 
-test: ctest sanitize pytest ## run the tests: C and C++, the same under sanitizers, Python
+test: ctest sanitize-sample pytest ## run the tests: C and C++, the same under sanitizers, Python
 
-test-slow: ctest-cuda sanitize-thread pytest-slow ## run what `make test` leaves out: exhaustive sweeps, ThreadSanitizer
+test-slow: sanitize sanitize-thread pytest-slow ## run what `make test` leaves out: exhaustive sweeps, ThreadSanitizer
 
 test-matrix: $(STAMPS)/dev build/.built ## run the Python tests in random orders, with other threads and instruction sets
 	@$(PY) .ci/matrix.py --processes $(TEST_PROCESSES) $(MATRIX)
@@ -110,28 +112,28 @@ pytest: $(STAMPS)/dev build/.built ## run the Python tests
 
 pytest-slow: $(STAMPS)/dev build/.built
 	@echo "== pytest, exhaustive sweeps"
-	@$(PYTEST) -m slow --ignore $(FAMILIES) $(PYTEST_ARGS)
+	@$(PYTEST) -m slow $(PYTEST_ARGS)
 
-# Apart from test-slow: it takes a process per core for long, and docs/models.md says how far it got.
+# test-slow tries a sample of them; docs/models.md says how long all take.
 test-families: $(STAMPS)/dev build/.built ## quantize, load and run a tiny model of every family of transformers
-	@echo "== pytest, model families"
-	@HF_HUB_OFFLINE=1 $(PYTEST) --dist load -m slow $(FAMILIES) $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m benchmarks families
 
+# The CUDA kernels run on the host, as the compiler optimizes them.
 ctest: $(STAMPS)/base ## run the C and C++ tests of the torch-free core
 	@echo "== ctest"
-	$(call ctest,cpp,-DCMAKE_BUILD_TYPE=Release -DLB2_TEST_CUDA=OFF)
-
-# The CUDA kernels on the host as the compiler optimizes them; `make test` runs the same programs under sanitizers.
-ctest-cuda: $(STAMPS)/base
-	@echo "== ctest, with the CUDA kernels"
 	$(call ctest,cpp,-DCMAKE_BUILD_TYPE=Release -DLB2_TEST_CUDA=ON)
 
 sanitize: sanitize-address+undefined ## run all C and C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 
-# "+" joins what one build can have.
+# The same programs with a part of the random problems and modes: what `make test` has time for.
+sanitize-sample: export LB2_TEST_SAMPLE := 1
+sanitize-sample: $(STAMPS)/base
+	@echo "== ctest, sanitizer: address+undefined, a sample"
+	$(call sanitized,address+undefined)
+
 sanitize-%: $(STAMPS)/base
 	@echo "== ctest, sanitizer: $*"
-	$(call ctest,sanitize-$*,-DCMAKE_BUILD_TYPE=RelWithDebInfo -DLB2_TEST_CUDA=ON -DLB2_SANITIZE=$(subst +,$(comma),$*))
+	$(call sanitized,$*)
 
 lint: $(STAMPS)/dev ## check style, formatting and types
 	@ruff check .

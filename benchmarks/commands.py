@@ -54,6 +54,9 @@ COMMANDS = {
         "quality", "quality.quantizer", "measure error and time of each quantization method"
     ),
     "finetune": Command("quality", "quality.finetune", "measure what training adds to each initialization"),
+    "blockwise": Command(
+        "quality", "quality.blockwise", "measure each stage of block-by-block quantization on SmolLM2-135M"
+    ),
     "families": Command(
         "quality", "quality.family_sweep", "try every model family of transformers at a tiny size"
     ),

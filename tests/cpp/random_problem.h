@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <initializer_list>
 #include <memory>
@@ -16,6 +17,16 @@
 #include "littlebit2/littlebit2.h"
 
 inline std::mt19937_64 engine;
+
+// LB2_TEST_SAMPLE is set where a sample is enough: under sanitizers in `make test`. The sweeps run whole
+// without sanitizers beside it, and under them in `make test-slow`.
+inline bool sampled() {
+  static const bool is_set = std::getenv("LB2_TEST_SAMPLE") != nullptr;
+  return is_set;
+}
+
+// How many of `all` problems a run has.
+inline int problem_count(int all) { return sampled() ? all / 3 : all; }
 
 inline int64_t pick(std::initializer_list<int64_t> values) {
   return values.begin()[engine() % values.size()];

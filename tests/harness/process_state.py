@@ -213,19 +213,13 @@ def _loggers() -> dict[str, tuple[Any, ...]]:
     return found
 
 
+_DEFINITIONS = (types.FunctionType, types.ModuleType, type)
+
+
 def _definitions() -> dict[str, tuple[types.ModuleType, dict[str, Any]]]:
-    """Functions, classes and modules by the module of ours that holds them."""
-    kinds = (types.FunctionType, types.ModuleType, type)
+    """What each module of ours holds: functions, classes and modules are compared, the rest is not."""
     return {
-        name: (
-            module,
-            # Dynamo keeps what it compiled under names of two underscores.
-            {
-                key: value
-                for key, value in vars(module).items()
-                if isinstance(value, kinds) and key[:2] != "__"
-            },
-        )
+        name: (module, vars(module).copy())
         for name, module in list(sys.modules.items())
         if module is not None and name.partition(".")[0] in WATCHED_PACKAGES
     }
@@ -323,9 +317,11 @@ def _undo_modules(before: Snapshot, after: Snapshot) -> Iterator[str]:
             yield f"sys.modules[{name!r}] was {'replaced' if name in after.modules else 'removed'}"
             sys.modules[name] = module
     for name, (module, definitions) in before.definitions.items():
+        now = vars(module)
         for key, old in definitions.items():
-            new = vars(module).get(key, "(deleted)")
-            if new is not old:
+            new = now.get(key, "(deleted)")
+            # Dynamo keeps what it compiled under names of two underscores.
+            if new is not old and isinstance(old, _DEFINITIONS) and key[:2] != "__":
                 yield f"{name}.{key}: {old!r} became {new!r}"
                 setattr(module, key, old)
 

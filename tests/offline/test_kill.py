@@ -98,14 +98,14 @@ def command(model_dir: Path, out: Path) -> list[str]:
 def test_killed_from_outside_at_random_moments(
     tmp_path: Path, rng: torch.Generator, request: pytest.FixtureRequest
 ) -> None:
-    model_dir = write_model(tmp_path / "dense", llama_tensors(rng, layers=12))
+    model_dir = write_model(tmp_path / "dense", llama_tensors(rng, layers=6))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     moments = random.Random(request.node.nodeid)
     kills = 0
     for _ in range(2):
         before = len(list(partial.glob("*.safetensors")))
-        wanted = before + moments.randint(1, 30)
+        wanted = before + moments.randint(1, 15)
         process = subprocess.Popen(command(model_dir, out), env=environment, stderr=subprocess.DEVNULL)
         while process.poll() is None and len(list(partial.glob("*.safetensors"))) < wanted:
             time.sleep(0.001)

@@ -217,6 +217,19 @@ PYTHON_ROOMS = {
         lazily=("lm_eval",),
         public_only=True,
     ),
+    # Runs the model itself: knows the streamed quantizer, training and transformers.
+    "littlebit2.blockwise": PythonRoom(
+        may=(
+            *_USER_BASE,
+            *(f"littlebit2.{name}" for name in ("architecture", "blockwise", "checkpoint", "disk")),
+            *(f"littlebit2.{name}" for name in ("offline", "quantize", "train")),
+            f"{_KERNELS}.format",
+            f"{_KERNELS}.reference",
+        ),
+        lazily=("transformers", "littlebit2.integrations"),
+        never=NATIVE,
+        public_only=True,
+    ),
     # `--help` and usage errors do not wait for torch.
     "littlebit2.cli": PythonRoom(
         may=(
@@ -228,8 +241,9 @@ PYTHON_ROOMS = {
         lazily=(
             *(
                 f"littlebit2.{name}"
-                for name in ("calibrate", "checkpoint", "generate", "offline", "plan", "quantize")
+                for name in ("blockwise", "calibrate", "checkpoint", "generate", "offline", "plan")
             ),
+            "littlebit2.quantize",
             "littlebit2.synthesize",
             "littlebit2.train",
             f"{_KERNELS}.version",

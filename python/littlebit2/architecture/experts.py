@@ -11,9 +11,8 @@ Modules are recognized by their tensors, not by their class (:func:`experts_layo
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +26,6 @@ __all__ = [
     "LittleBitExperts",
     "collapse_experts",
     "expand_experts",
-    "expanded_experts",
     "experts_layout",
     "is_unknown_experts",
 ]
@@ -150,6 +148,12 @@ def _arguments(module: nn.Module) -> list[str]:
     return list(inspect.signature(inspect.unwrap(type(module).forward)).parameters)[1:]
 
 
+@functools.cache
+def _keep_from_dynamo() -> None:
+    """Make the call of experts a graph break; only now, because this loads Dynamo, which takes seconds."""
+    LittleBitExperts.forward = torch.compiler.disable(LittleBitExperts.forward)  # type: ignore[method-assign]
+
+
 class Expert(nn.Module):
     """The projections of one expert; called by the module that holds it."""
 
@@ -180,6 +184,7 @@ class LittleBitExperts(nn.Module):
                 "source must hold 3-D gate_up_proj (or up_proj) and down_proj of experts, got "
                 f"{type(source).__name__}"
             )
+        _keep_from_dynamo()
         for name, value in vars(source).items():
             if name not in _MODULE_STATE:
                 self.__dict__[name] = value
@@ -205,7 +210,6 @@ class LittleBitExperts(nn.Module):
         """Return one expert."""
         return self._modules[str(index)]  # type: ignore[return-value]
 
-    @torch.compiler.disable
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -379,15 +383,18 @@ def expand_experts(model: nn.Module) -> dict[str, nn.Module]:
     No weight is copied: the children are views.
 
     Returns:
-        The modules that were replaced, by name.
+        The modules that were replaced, by name; one with several names under each of them.
     """
     replaced = {
         name: module
-        for name, module in model.named_modules()
+        for name, module in model.named_modules(remove_duplicate=False)
         if name and experts_layout(module) is not None and not isinstance(module, LittleBitExperts)
     }
+    # All are made before any is put in its place: a module that cannot be expanded leaves the model as it is.
+    made = {id(module): module for module in replaced.values()}
+    made = {key: LittleBitExperts(module) for key, module in made.items()}
     for name, module in replaced.items():
-        model.set_submodule(name, LittleBitExperts(module))
+        model.set_submodule(name, made[id(module)])
     return replaced
 
 
@@ -419,13 +426,3 @@ def collapse_experts(model: nn.Module, replaced: dict[str, nn.Module]) -> None:
                 )
                 if layer.bias is not None:
                     layer.bias = nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
-
-
-@contextmanager
-def expanded_experts(model: nn.Module) -> Iterator[None]:
-    """Expand the fused experts of ``model`` for as long as this lasts, and collapse what is dense then."""
-    replaced = expand_experts(model)
-    try:
-        yield
-    finally:
-        collapse_experts(model, replaced)

@@ -50,6 +50,8 @@ INTERRUPTED = 130
 
 #: As in littlebit2.quantize, which would import torch.
 METHODS = ("auto", "admm", "refine", "joint-itq", "dual-svid")
+#: Defaults of steps of the methods.
+_STEPS = {"refine_rounds": 12, "admm_iterations": 300}
 
 Commands = Any  # argparse's class of subparsers is private
 
@@ -177,8 +179,14 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
     return options if args.dtype is None else {**options, "dtype": args.dtype}
 
 
-def add_size_options(parser: argparse.ArgumentParser) -> Any:
-    """Add the options for layer sizes; return their mutually exclusive group."""
+def add_size_options(parser: argparse.ArgumentParser, more_methods: Mapping[str, str] | None = None) -> Any:
+    """Add the options for layer sizes and the method; return the mutually exclusive group of sizes.
+
+    Args:
+        parser: of the command.
+        more_methods: methods of this command alone, with their part of the help.
+    """
+    others = more_methods or {}
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--bpw", type=float, help="counted bits per weight, summed over paths (default 1.0)")
     size.add_argument(
@@ -194,11 +202,12 @@ def add_size_options(parser: argparse.ArgumentParser) -> Any:
     parser.add_argument(
         "--method",
         "--init",  # its name before methods did more than initialize
-        choices=METHODS,
+        choices=(*METHODS, *others),
         default=METHODS[0],
+        metavar="METHOD",
         help="algorithm for signs and scales: dual-svid (LittleBit), joint-itq (LittleBit-2), refine "
         "(joint-itq, then refined), admm (binary factorization), or auto (default): the best that fits "
-        "--time-budget",
+        "--time-budget" + "".join(f"; {name}: {text}" for name, text in others.items()),
     )
     parser.add_argument(
         "--kv-factor", type=float, default=1.0, help="multiply the rank of k_proj and v_proj (default 1)"
@@ -223,20 +232,32 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         help="maximum Joint-ITQ iterations (default 15)",
     )
     parser.add_argument(
-        "--refine-rounds", type=int, default=12, metavar="N", help="maximum refinement rounds (default 12)"
+        "--refine-rounds",
+        type=int,
+        metavar="N",
+        help=f"maximum refinement rounds (default {_STEPS['refine_rounds']})",
     )
     parser.add_argument(
-        "--admm-iterations", type=int, default=300, metavar="N", help="ADMM iterations (default 300)"
+        "--admm-iterations",
+        type=int,
+        metavar="N",
+        help=f"ADMM iterations (default {_STEPS['admm_iterations']})",
     )
 
 
-def method_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of :func:`add_method_options` as arguments for :func:`quant_config`."""
+def method_options(args: argparse.Namespace, steps: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """Return the options of :func:`add_method_options` as arguments for :func:`quant_config`.
+
+    Args:
+        args: of the command.
+        steps: other defaults of ``refine_rounds`` and ``admm_iterations``.
+    """
+    asked = {name: getattr(args, name) for name in _STEPS}
+    known = {**_STEPS, **(steps or {})}
     return {
         "budget_seconds": args.time_budget,
         "itq_iterations": args.itq_iterations,
-        "refine_rounds": args.refine_rounds,
-        "admm_iterations": args.admm_iterations,
+        **{name: known[name] if value is None else value for name, value in asked.items()},
     }
 
 
@@ -306,11 +327,11 @@ def quant_config(args: argparse.Namespace, **others: Any) -> QuantConfig:
     from littlebit2.quantize import QuantConfig  # noqa: PLC0415  # imports torch
 
     ranks = None if args.ranks is None else tuple(args.ranks)
-    return QuantConfig(
-        bpw=args.bpw,
-        ranks=ranks,
-        paths=args.paths,
-        method=args.method,
-        kv_factor=args.kv_factor,
-        **others,
-    )
+    described = {
+        "bpw": args.bpw,
+        "ranks": ranks,
+        "paths": args.paths,
+        "method": args.method,
+        "kv_factor": args.kv_factor,
+    }
+    return QuantConfig(**{**described, **others})

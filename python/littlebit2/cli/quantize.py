@@ -6,6 +6,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
+from .blockwise import BLOCKWISE, add_blockwise_options, blockwise_outlook, is_blockwise, run_blockwise
 from .common import (
     Commands,
     add_command,
@@ -33,11 +34,14 @@ _FAR = 0.05
 
 _DESCRIPTION = """\
 Quantize the linear layers of a dense checkpoint (safetensors and config.json). Embeddings, norms and
-heads stay as they are. One layer per worker is in memory, never the model. Killed at any moment, the same
-command continues where it was (finished layers are kept in OUT.partial) and writes the same bytes.
+heads stay as they are. With text (--data) a causal language model is quantized block by block, each block
+tuned to the output of the dense one; without, layer by layer, and a language model then needs training. One
+block, or one layer per worker, is in memory, never the model. Killed at any moment, the same command
+continues where it was (what is finished is kept in OUT.partial) and writes the same bytes.
 """
 
 _EXAMPLES = """\
+  littlebit2 quantize MODEL_DIR OUT --bpw 0.55 --data texts/
   littlebit2 quantize MODEL_DIR OUT --bpw 0.55
   littlebit2 quantize MODEL_DIR OUT --bpw 0.55 --budget spectral --importance calibration.safetensors
   littlebit2 quantize MODEL_DIR OUT --bpw 0.55 --method joint-itq    as LittleBit-2 initializes it
@@ -59,16 +63,21 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("model_dir", metavar="MODEL_DIR", help="directory of the dense checkpoint")
     parser.add_argument("out", metavar="OUT", help="directory to make")
-    size = add_size_options(parser)
+    size = add_size_options(
+        parser, {BLOCKWISE: "admm on few iterations, each block tuned on text (the default with --data)"}
+    )
     add_spectral_options(parser, size)
     add_method_options(parser)
+    add_blockwise_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed for rotations and random signs (default 0)")
     add_pattern_options(parser)
     parser.add_argument(
         "--workers", type=int, help="layers quantized at a time (default: by cores and free memory)"
     )
     parser.add_argument(
-        "--threads", type=int, default=1, help="threads per layer; changes the last bits (default 1)"
+        "--threads",
+        type=int,
+        help="threads per layer or block; changes the last bits (default 1; block by block: all)",
     )
     parser.add_argument(
         "--device", default="cpu", help="device to compute on: cpu, cuda, cuda:1 (default cpu)"
@@ -93,11 +102,11 @@ def _rehearse(out: str) -> None:
         note(f"{out}: {remark}")
 
 
-def _run(args: argparse.Namespace) -> int:
+def _layerwise(args: argparse.Namespace) -> RunReport:
     from littlebit2.offline import quantize_checkpoint  # noqa: PLC0415  # imports torch
     from littlebit2.quantize import load_importance  # noqa: PLC0415  # imports torch
 
-    report = quantize_checkpoint(
+    return quantize_checkpoint(
         args.model_dir,
         args.out,
         quant_config(
@@ -111,16 +120,24 @@ def _run(args: argparse.Namespace) -> int:
         exclude=excluded(args),
         importance=None if args.importance is None else load_importance(args.importance),
         workers=args.workers,
-        threads=args.threads,
+        threads=1 if args.threads is None else args.threads,
         device=args.device,
         progress=not args.quiet,
         resume=not args.restart,
         overwrite=args.overwrite,
     )
+
+
+def _run(args: argparse.Namespace) -> int:
+    blockwise = run_blockwise(args) if is_blockwise(args) else None
+    report = _layerwise(args) if blockwise is None else blockwise.run
     if os.environ.get("RANK", "0") != "0":
         return 0  # under torchrun one process speaks for all
     if args.json:
-        emit_json(report.as_dict(timings=True))
+        content = report.as_dict(timings=True)
+        if blockwise is not None:
+            content["blockwise"] = {**blockwise.as_dict(), "seconds": blockwise.seconds}
+        emit_json(content)
         return 0
     if not args.no_trial:
         _rehearse(args.out)
@@ -144,12 +161,16 @@ def _run(args: argparse.Namespace) -> int:
             f"{kind}error predicted from the spectra: mean {totals['mean_predicted_error']:.4f}, "
             f"achieved {achieved:.4f}"
         )
-    emit(_summary(report, args))
+    emit(_packed(report))
+    if blockwise is None:
+        _outlook(report, args)
+    else:
+        blockwise_outlook(blockwise, args)
     return 0
 
 
-def _summary(report: RunReport, args: argparse.Namespace) -> str:
-    """Return what is packed, what is not and why, what it weighs, what to expect and what to do next."""
+def _packed(report: RunReport) -> str:
+    """Return what is packed, what is not and why, and what it weighs."""
     totals = report.totals()
     rows: list[tuple[object, ...]] = [("packed", totals["layers"], "")]
     rows += [
@@ -160,13 +181,19 @@ def _summary(report: RunReport, args: argparse.Namespace) -> str:
     if report.bytes:
         before, after = report.bytes["before"], report.bytes["after"]
         lines.append(f"weight files: {gigabytes(before)} before, {gigabytes(after)} after")
-    if totals["mean_error"] > _FAR:
-        lines.append(
-            f"layers keep {1 - totals['mean_error']:.0%} of their weights' energy on average: expect outputs "
-            "far from the dense model's until it is trained. Next:"
-        )
-        lines.append(f"  littlebit2 finetune {args.model_dir} TRAINED --data TEXT --start {args.out}")
-    else:
-        lines.append("next:")
-        lines.append(f"  littlebit2 evaluate {args.out} --data TEXT")
     return "\n".join(lines)
+
+
+def _outlook(report: RunReport, args: argparse.Namespace) -> None:
+    """Print what to expect of a model that was quantized without text, and what to do next."""
+    mean = report.totals()["mean_error"]
+    if mean <= _FAR:
+        emit("next:")
+        emit(f"  littlebit2 evaluate {args.out} --data TEXT")
+        return
+    emit(
+        f"layers keep {1 - mean:.0%} of their weights' energy on average: expect outputs far from the dense "
+        "model's until it is trained, or quantized again with text. Next:"
+    )
+    emit(f"  littlebit2 finetune {args.model_dir} TRAINED --data TEXT --start {args.out}")
+    emit(f"  littlebit2 quantize {args.model_dir} OUT --data TEXT")

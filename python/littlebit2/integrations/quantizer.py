@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers.base import HfQuantizer
 
-from littlebit2.architecture.experts import LittleBitExperts, collapse_experts, expand_experts
+from littlebit2.architecture.expansion import collapse, expand
+from littlebit2.architecture.experts import LittleBitExperts
 from littlebit2.architecture.projections import fuse_projections
 from littlebit2.checkpoint import Checkpoint, CheckpointError, LayerSpec, open_checkpoint, quantization_config
 from littlebit2.checkpoint.formats.layout import StoredLayer
@@ -73,7 +74,7 @@ class LittleBit2Quantizer(HfQuantizer):
         checkpoint = _open(config.source, checkpoint_files)
         # Before anything is replaced: the conversions go by the parameters of the dense model.
         names = FileNames(model)
-        expanded = expand_experts(model)
+        replaced = expand(model)
         if checkpoint is None:
             layers = _specs_from_config(model, config)
             modules = {name: name for name in layers}
@@ -99,7 +100,7 @@ class LittleBit2Quantizer(HfQuantizer):
             model.set_submodule(place.module, module)
         for name, (parent, parts) in fused_parents(self._places).items():
             model.set_submodule(name, FusedLinear(model.get_submodule(parent), parts))
-        collapse_experts(model, expanded)
+        collapse(model, replaced)
         self._experts = _protect_experts(model)
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         return model
@@ -148,10 +149,6 @@ class LittleBit2Quantizer(HfQuantizer):
                 from accelerate.hooks import add_hook_to_module  # noqa: PLC0415  # only dispatched models
 
                 add_hook_to_module(layer, hook)
-        for name, (parent, _) in fused_parents(places).items():
-            fused = model.get_submodule(name)
-            assert isinstance(fused, FusedLinear)
-            fused.relink(model.get_submodule(parent))
 
     def _prepack(self, layer: LittleBitLinear) -> None:
         config = self.quantization_config

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from littlebit2.checkpoint import CheckpointWriter, open_dense
 from littlebit2.disk import RunError, move_into_place, write_json
@@ -13,7 +16,7 @@ from .jobs import Job
 from .report import RunReport
 from .work import WorkDirectory, keep_layers
 
-__all__ = ["REPORT_NAME", "assemble"]
+__all__ = ["REPORT_NAME", "assemble", "weight_bytes"]
 
 #: The per-layer report inside the output; it holds nothing that differs from run to run.
 REPORT_NAME = "quantization_report.json"
@@ -28,25 +31,48 @@ def assemble(
     settings: dict[str, Any],
     *,
     overwrite: bool,
+    changed: Mapping[str, torch.Tensor] | None = None,
+    files: Mapping[str, Any] | None = None,
+    keep_work: bool = False,
 ) -> RunReport:
     """Write the checkpoint from the finished layers, move it to ``out`` and remove the work directory.
 
     The checkpoint and its report are made inside the work directory, so that ``out`` appears at once and
     complete.
 
+    Args:
+        source: directory of the dense checkpoint.
+        out: directory to make.
+        work: holds the finished layers.
+        jobs: all layers.
+        choice: what is packed.
+        settings: of the run.
+        overwrite: whether ``out`` may be a checkpoint.
+        changed: new values of tensors of the source that stay dense, by name.
+        files: JSON values to write beside the weights, by file name.
+        keep_work: whether the work directory stays.
+
     Raises:
         RunError: the disk is full, or a layer file is missing or damaged.
         OSError: something cannot be written.
     """
     with keep_layers():
-        report = _write(source, work, jobs, choice, settings)
+        report = _write(source, work, jobs, choice, settings, changed or {})
+        for name, value in (files or {}).items():
+            write_json(work.assembled / name, value)
         move_into_place(work.assembled, out, overwrite=overwrite)
-    work.remove()
+    if not keep_work:
+        work.remove()
     return report
 
 
 def _write(
-    source: Path, work: WorkDirectory, jobs: list[Job], choice: Choice, settings: dict[str, Any]
+    source: Path,
+    work: WorkDirectory,
+    jobs: list[Job],
+    choice: Choice,
+    settings: dict[str, Any],
+    changed: Mapping[str, torch.Tensor],
 ) -> RunReport:
     by_file: dict[str, list[Job]] = {}
     for job in jobs:
@@ -62,7 +88,8 @@ def _write(
                     writer.add_layer(job.source.name, work.load_layer(job))
                 if name not in choice.replaced:
                     dense.append(name)
-                    writer.add_tensor(name, checkpoint.load_tensor(name))
+                    value = changed.get(name)
+                    writer.add_tensor(name, checkpoint.load_tensor(name) if value is None else value)
             for name, part in choice.extra.items():
                 dense.append(name)
                 writer.add_tensor(name, part.read(checkpoint.load_tensor).contiguous())
@@ -71,7 +98,7 @@ def _write(
     reasons: dict[str, list[str]] = {}
     for module, reason in choice.dense.items():
         reasons.setdefault(reason, []).append(module)
-    sizes = {"before": _weight_bytes(source), "after": _weight_bytes(work.assembled)}
+    sizes = {"before": weight_bytes(source), "after": weight_bytes(work.assembled)}
     report = RunReport(
         settings,
         tuple(layers),
@@ -86,7 +113,8 @@ def _write(
     return report
 
 
-def _weight_bytes(folder: Path) -> int:
+def weight_bytes(folder: Path) -> int:
+    """Return the bytes of the weight files in a checkpoint directory."""
     return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
 
 

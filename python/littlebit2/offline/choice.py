@@ -27,6 +27,8 @@ class Choice:
         changes: entries of config.json that the result needs.
         replaced: tensors that are not copied.
         extra: tensors that are written besides, by name.
+        trial: what the model itself said (:class:`littlebit2.integrations.trial.Trial`), ``None`` where it
+            could not be built.
     """
 
     layers: tuple[LayerSource, ...]
@@ -35,6 +37,7 @@ class Choice:
     changes: Mapping[str, Any] = field(default_factory=dict)
     replaced: frozenset[str] = frozenset()
     extra: Mapping[str, Part] = field(default_factory=dict)
+    trial: Any = None
 
 
 def choose_layers(
@@ -70,7 +73,7 @@ def choose_layers(
         replaced, extra = {file for part in parts for file in part.files}, {}
     else:
         replaced, extra = trial.rest(fitting)
-    return Choice(tuple(fitting), dense, tuple(notes), changes, frozenset(replaced), extra)
+    return Choice(tuple(fitting), dense, tuple(notes), changes, frozenset(replaced), extra, trial)
 
 
 def candidates(

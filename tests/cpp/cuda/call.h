@@ -13,6 +13,9 @@
 #include "littlebit2/cuda.h"
 #include "random_problem.h"
 
+// Whether a run leaves out the sweep over a mode that random problems reach too.
+inline bool skips_sweep(lb2_activation mode) { return sampled() && mode != LB2_ACTIVATION_FLOAT16; }
+
 // Relative Frobenius error of a mode, which is random from output to output: one alone, or the norm of a few,
 // lies further out.
 inline double mode_tolerance(lb2_activation activation, int64_t outputs) {

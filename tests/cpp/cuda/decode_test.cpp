@@ -149,7 +149,7 @@ bool run_scales(lb2_activation activation) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const int count = argc > 1 ? std::atoi(argv[1]) : 60;
+  const int count = argc > 1 ? std::atoi(argv[1]) : problem_count(60);
   const int only_mode = argc > 2 ? std::atoi(argv[2]) : 0;
   for (int i = 0; i < count; ++i)
     if (!run_problem(i, only_mode)) return EXIT_FAILURE;

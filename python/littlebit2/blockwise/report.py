@@ -1,0 +1,86 @@
+"""What a block-by-block run did, and whether its result is of use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from littlebit2.offline import RunReport
+
+__all__ = ["BLOCKWISE_NAME", "BlockwiseReport"]
+
+#: The report of blocks inside the output; it holds nothing that differs from run to run.
+BLOCKWISE_NAME = "blockwise_report.json"
+#: Perplexity relative to the dense model's above which a model is of no use.
+_USABLE = 5.0
+
+
+@dataclass(frozen=True)
+class BlockwiseReport:
+    """The report of :func:`.quantize_blockwise`.
+
+    Attributes:
+        run: the layers, as every quantized checkpoint has them.
+        settings: :class:`.BlockwiseSettings` as JSON values.
+        blocks: for each block ``index``, ``layers``, errors on held-out text ``before`` and ``after`` tuning
+            (:func:`.relative_error`), ``steps`` that were taken.
+        distillation: KL on held-out text ``before`` and ``after`` it, and ``steps``; ``None`` without.
+        perplexity: on held-out text, by stage: ``dense``, ``tuned``, ``distilled``.
+        vocabulary: number of tokens among which the model chooses.
+        tokens: tokens that were predicted.
+        seconds: by part of the work, as measured; empty for a run that had been finished before.
+    """
+
+    run: RunReport
+    settings: dict[str, Any]
+    blocks: tuple[dict[str, Any], ...]
+    distillation: dict[str, Any] | None
+    perplexity: dict[str, float]
+    vocabulary: int
+    tokens: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def final(self) -> float:
+        """The perplexity of the result."""
+        return list(self.perplexity.values())[-1]
+
+    @property
+    def unusable(self) -> str | None:
+        """Why the result is of no use; ``None`` if its perplexity speaks for it."""
+        if not self.final < self.vocabulary:
+            return (
+                f"its perplexity {self.final:.4g} is no better than a uniform guess among {self.vocabulary} "
+                "tokens"
+            )
+        dense = self.perplexity["dense"]
+        if self.final > _USABLE * dense:
+            return f"its perplexity {self.final:.4g} is more than {_USABLE:g} times the dense {dense:.4g}"
+        return None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what the file in the output holds."""
+        return {
+            "settings": self.settings,
+            "blocks": list(self.blocks),
+            "distillation": self.distillation,
+            "perplexity": self.perplexity,
+            "vocabulary": self.vocabulary,
+            "tokens": self.tokens,
+        }
+
+    @classmethod
+    def of(
+        cls, run: RunReport, content: dict[str, Any], seconds: dict[str, float] | None = None
+    ) -> BlockwiseReport:
+        """Return the report of which :meth:`as_dict` gave ``content``."""
+        return cls(
+            run,
+            content["settings"],
+            tuple(content["blocks"]),
+            content["distillation"],
+            content["perplexity"],
+            content["vocabulary"],
+            content["tokens"],
+            seconds or {},
+        )

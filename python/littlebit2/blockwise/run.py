@@ -1,0 +1,418 @@
+"""Quantize a causal language model block by block, each block tuned to what the dense one gives."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns
+from littlebit2.checkpoint import DenseCheckpoint, open_dense
+from littlebit2.disk import check_apart, check_space
+from littlebit2.offline import RunReport
+from littlebit2.offline.assemble import assemble
+from littlebit2.offline.choice import Choice, choose_layers
+from littlebit2.offline.jobs import Job, make_jobs, run_settings
+from littlebit2.offline.pipeline import dense_bytes_of, quantize_batch, start_run
+from littlebit2.offline.work import work_path
+from littlebit2.quantize import QuantConfig
+from littlebit2.quantize.device import check_device
+from littlebit2.quantize.ranks import needs_spectra
+from littlebit2.train.data import find_files
+from littlebit2.train.losses import token_nll
+from littlebit2.train.recipe.work import describe_files
+
+from .block import BlockRunner, batches
+from .check import check_blocks
+from .distill import distill
+from .find import find_blocks
+from .minutes import MOST, fitting
+from .pieces import ModelInPieces
+from .report import BLOCKWISE_NAME, BlockwiseReport
+from .settings import BlockwiseSettings
+from .states import States
+from .text import load_tokenizer, sequences
+from .work import BlockwiseWork
+
+__all__ = ["quantize_blockwise"]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is settled before any work."""
+
+    choice: Choice
+    jobs: list[Job]
+    blocks: str
+    length: int
+    dense_bytes: int
+    dtypes: Mapping[str, torch.dtype]
+    settings: dict[str, Any]
+
+    def of_block(self, index: int) -> list[Job]:
+        """The layers of a block."""
+        prefix = f"{self.blocks}.{index}."
+        return [job for job in self.jobs if job.source.module.startswith(prefix)]
+
+    def outside(self) -> list[Job]:
+        """The layers outside the blocks."""
+        return [job for job in self.jobs if not job.source.module.startswith(f"{self.blocks}.")]
+
+
+def quantize_blockwise(
+    model_dir: str | Path,
+    out: str | Path,
+    config: QuantConfig,
+    data: Sequence[str | Path],
+    settings: BlockwiseSettings | None = None,
+    *,
+    include: str | Sequence[str] = "*",
+    exclude: str | Sequence[str] = DEFAULT_EXCLUDE,
+    text_field: str = "text",
+    threads: int | None = None,
+    device: str = "cpu",
+    progress: bool = True,
+    resume: bool = True,
+    overwrite: bool = False,
+    keep_work: bool = False,
+) -> BlockwiseReport:
+    """Quantize a dense causal language model block by block and write a littlebit2 checkpoint.
+
+    For each block in turn: the importance of every layer's inputs is measured on the hidden states that the
+    quantized blocks before it give; layers are quantized so weighted; then latents, scales, norms and
+    biases are tuned until the block's output is that of the dense block in the dense model (NanoQuant, arXiv
+    2602.06694, works so too). Layers outside the blocks are quantized as :func:`.quantize_checkpoint` does.
+
+    One block and its optimizer are in memory, besides what lies outside the blocks. Hidden states of all
+    sequences are in files of the work folder ``<out>.partial``. Killed at any moment, the same call
+    continues after the last finished block, and the bytes of ``out`` are the same.
+
+    Args:
+        model_dir: directory of a dense checkpoint: safetensors, ``config.json`` and a tokenizer.
+        out: directory to make.
+        config: size, method and seed of the layers' quantization; ranks must not depend on spectra.
+        data: files or directories of text, see :func:`.find_files`.
+        settings: text, steps and rates.
+        include: shell-style pattern or patterns on module names.
+        exclude: likewise; wins. Heads by default.
+        text_field: name of the text in JSON lines and tables.
+        threads: torch's threads, by default those it has; other numbers change the last bits.
+        device: where to compute.
+        progress: whether to show a bar, where stderr is a terminal, and a line for each block.
+        resume: continue an interrupted run; otherwise it is discarded.
+        overwrite: whether ``out`` may exist; it is replaced at the end.
+        keep_work: whether the work folder stays.
+
+    Raises:
+        FileExistsError, FileNotFoundError, OSError, RunError, TypeError: as :func:`.quantize_checkpoint`.
+        ImportError: transformers is not installed.
+        ValueError: as there; or the model is no causal language model of blocks that are called in turn on
+            a hidden state, there is no tokenizer, or the text is too short.
+    """
+    if not isinstance(config, QuantConfig):
+        raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise ValueError(f"threads must be a positive integer or None, got {threads!r}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("method blockwise needs one process, got torchrun with several")
+    if needs_spectra(config):
+        raise ValueError("method blockwise needs bpw or ranks and budget 'uniform': spectra are not measured")
+    chosen = settings or BlockwiseSettings()
+    place = check_device(device)
+    source, target = Path(model_dir), Path(os.path.abspath(out))
+    check_apart(target, work_path(target), model_dir=source)
+    patterns = check_patterns("include", include), check_patterns("exclude", exclude)
+    files = find_files(list(data))
+    tokenizer = load_tokenizer(source)
+    with _threads(threads), open_dense(source) as checkpoint:
+        plan = _settle(checkpoint, config, chosen, patterns, files, text_field, device)
+        pieces = ModelInPieces(
+            plan.choice.trial.model, plan.choice.trial.parts, checkpoint.load_tensor, plan.blocks, place
+        )
+        vocabulary = pieces.model.get_input_embeddings().weight.shape[0]
+        fixed = check_blocks(pieces, vocabulary)
+        work = BlockwiseWork(target, plan.settings)
+        try:
+            before = start_run(work, source, target, resume, overwrite)
+            if before is not None:
+                content = json.loads((target / BLOCKWISE_NAME).read_text("utf-8"))
+                return BlockwiseReport.of(before, content)
+            text = partial(
+                sequences,
+                work.tokens,
+                files,
+                tokenizer,
+                length=plan.length,
+                most=None if chosen.minutes is None else MOST,
+                held_out=chosen.held_out,
+                seed=chosen.seed,
+                text_field=text_field,
+            )
+            make = partial(BlockRunner, pieces, fixed=fixed, dtypes=plan.dtypes)
+            if chosen.minutes is not None:
+                numbers = work.chosen()
+                if numbers is None:
+                    trial = make(chosen, text(samples=chosen.batch_size))
+                    fit = fitting(trial, plan.of_block(0), len(pieces), 60 * chosen.minutes)
+                    numbers = {"samples": fit.samples, "steps": fit.steps}
+                    work.keep_chosen(numbers)
+                if progress:
+                    tqdm.write(
+                        f"{chosen.minutes:g} minutes: {numbers['samples']} sequences, {numbers['steps']} "
+                        "steps for each block",
+                        file=sys.stderr,
+                    )
+                chosen = replace(chosen, **numbers)
+            runner = make(chosen, text(samples=chosen.samples))
+            return _Run(checkpoint, work, plan, chosen, runner, progress, overwrite, keep_work).finish(
+                source, target
+            )
+        finally:
+            work.close()
+
+
+def _settle(
+    checkpoint: DenseCheckpoint,
+    config: QuantConfig,
+    settings: BlockwiseSettings,
+    patterns: tuple[tuple[str, ...], tuple[str, ...]],
+    files: Sequence[Path],
+    text_field: str,
+    device: str,
+) -> _Plan:
+    includes, excludes = patterns
+    choice = choose_layers(checkpoint, config, include=includes, exclude=excludes)
+    if choice.trial is None:
+        raise ValueError(
+            "method blockwise must run the model, which transformers cannot build: use --method admm "
+            f"({'; '.join(choice.notes)})"
+        )
+    model = choice.trial.model
+    if model.get_output_embeddings() is None:
+        raise ValueError(
+            f"method blockwise needs a causal language model, got {type(model).__name__}: use --method admm"
+        )
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    length = min(settings.length, longest) if isinstance(longest, int) and longest > 1 else settings.length
+    run = run_settings(
+        checkpoint,
+        config,
+        includes,
+        excludes,
+        None,
+        device=device,
+        threads=torch.get_num_threads(),
+    )
+    run["blockwise"] = {
+        **settings.as_dict(),
+        "length": length,
+        "data": describe_files(files),
+        "text_field": text_field,
+    }
+    return _Plan(
+        choice=choice,
+        jobs=make_jobs(choice.layers, config),
+        blocks=find_blocks(model, choice.layers),
+        length=length,
+        dense_bytes=dense_bytes_of(checkpoint.dense, choice),
+        dtypes={name: dtype for name, (_, dtype) in checkpoint.dense.items()},
+        settings=run,
+    )
+
+
+class _Run:
+    """The work itself, from the first unfinished block on."""
+
+    def __init__(
+        self,
+        checkpoint: DenseCheckpoint,
+        work: BlockwiseWork,
+        plan: _Plan,
+        settings: BlockwiseSettings,
+        runner: BlockRunner,
+        progress: bool,
+        overwrite: bool,
+        keep_work: bool,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.work = work
+        self.plan = plan
+        self.settings = settings
+        self.runner = runner
+        self.pieces = runner.pieces
+        self.progress = progress
+        self.overwrite = overwrite
+        self.keep_work = keep_work
+        self.entries: list[dict[str, Any]] = []
+        self.seconds: Counter[str] = Counter()
+        self.changed: dict[str, torch.Tensor] = {}
+
+    def finish(self, source: Path, target: Path) -> BlockwiseReport:
+        """Do what is left to do, and assemble the result."""
+        first = self._finished_blocks()
+        dense, quantized = self._states(first)
+        self._check_space(dense)
+        with self._bar("blockwise", len(self.pieces), " blocks", first) as bar:
+            for index in range(first, len(self.pieces)):
+                dense, quantized = self._block(index, dense, quantized)
+                self._tell(bar)
+        for job in self.plan.outside():
+            if self.work.finished(job) is None:
+                quantize_batch(self.checkpoint, self.work, {}, self.pieces.device, [job])
+        perplexity = {"dense": self._perplexity(dense), "tuned": self._perplexity(quantized)}
+        distillation = self._distilled(dense) if self.settings.distill_steps else None
+        if distillation is not None:
+            perplexity["distilled"] = distillation.pop("perplexity")
+        content = {
+            "settings": {
+                **self.plan.settings["blockwise"],
+                "samples": len(self.runner.samples),
+                "steps": self.settings.steps,
+            },
+            "blocks": self.entries,
+            "distillation": distillation,
+            "perplexity": perplexity,
+            "vocabulary": int(self.pieces.model.get_output_embeddings().weight.shape[0]),
+            "tokens": len(self.runner.held_out) * (self.plan.length - 1),
+        }
+        run: RunReport = assemble(
+            source,
+            target,
+            self.work,
+            self.plan.jobs,
+            self.plan.choice,
+            self.plan.settings,
+            overwrite=self.overwrite,
+            changed=self.changed,
+            files={BLOCKWISE_NAME: content},
+            keep_work=self.keep_work,
+        )
+        return BlockwiseReport.of(run, content, dict(self.seconds))
+
+    def _finished_blocks(self) -> int:
+        for index in range(len(self.pieces)):
+            found = self.work.finished_block(index, self.plan.of_block(index))
+            if found is None:
+                return index
+            entry, seconds, changed = found
+            self.entries.append(entry)
+            self.seconds.update(seconds)
+            self.changed.update(changed)
+        return len(self.pieces)
+
+    def _shape(self) -> tuple[int, int, int]:
+        rows, length = self.runner.ids.shape
+        return rows, length, int(self.pieces.embed(self.runner.ids[:1]).shape[-1])
+
+    def _states(self, index: int) -> tuple[States, States]:
+        """Return the hidden states before a block, of the dense and of the quantized model."""
+        shape = self._shape()
+        path = self.work.states("dense", index)
+        if index == 0 and not path.is_file():
+            self.runner.embed(States(path, shape, create=True))
+        return States(path, shape), States(self.work.states("quantized", index), shape)
+
+    def _check_space(self, states: States) -> None:
+        one = 4 * states.shape[0] * states.shape[1] * states.shape[2]
+        layers = sum(job.stored_bytes for job in self.plan.jobs)
+        check_space(self.work.path, 4 * one + 2 * layers + self.plan.dense_bytes)
+
+    def _block(self, index: int, dense: States, quantized: States) -> tuple[States, States]:
+        new = {
+            kind: States(self.work.states(kind, index + 1), dense.shape, create=True)
+            for kind in ("dense", "quantized")
+        }
+        result = self.runner.run(
+            index,
+            self.plan.of_block(index),
+            dense,
+            quantized,
+            next_dense=new["dense"],
+            next_quantized=new["quantized"],
+        )
+        self.entries.append(self.work.write_block(index, result))
+        self.seconds.update(result.seconds)
+        self.changed.update(result.changed)
+        self.work.drop_states(index)
+        return self._states(index + 1)
+
+    def _tell(self, bar: Any) -> None:
+        bar.update()
+        if self.progress:
+            entry = self.entries[-1]
+            bar.write(
+                f"block {entry['index']}: error {entry['before']:.4f} before tuning, {entry['after']:.4f} "
+                f"after {entry['steps']} steps",
+                file=sys.stderr,
+            )
+
+    def _perplexity(self, states: States) -> float:
+        """Return the perplexity of the held-out sequences from their hidden states after the last block."""
+        total = 0.0
+        for rows in batches(self.runner.held_out, self.settings.batch_size):
+            ids = self.runner.ids[rows].to(self.pieces.device)
+            logits = self.pieces.finish(ids, states.read(rows).to(self.pieces.device))
+            total += float(token_nll(logits, ids))
+        return self._exponential(total)
+
+    def _exponential(self, nll: float) -> float:
+        """Return the perplexity of a summed negative log-likelihood of the held-out tokens."""
+        mean = nll / (len(self.runner.held_out) * (self.plan.length - 1))
+        return math.exp(mean) if mean < 700 else math.inf
+
+    def _distilled(self, teacher: States) -> dict[str, Any]:
+        """Distill the whole model unless that is done; return its entry of the report."""
+        found = self.work.distilled()
+        if found is None:
+            with self._bar("distill", self.settings.distill_steps, " steps") as bar:
+                made = distill(
+                    self.runner,
+                    [self.plan.of_block(index) for index in range(len(self.pieces))],
+                    self.work.load_layer,
+                    self.changed,
+                    teacher,
+                    lambda step: bar.update(),
+                )
+            entry = {
+                "before": made.tuned.before,
+                "after": made.tuned.after,
+                "steps": made.tuned.steps,
+                "perplexity": self._exponential(made.nll),
+            }
+            self.work.write_distilled(made, entry)
+            found = entry, made.changed
+        self.changed.update(found[1])
+        return dict(found[0])
+
+    def _bar(self, label: str, total: int, unit: str, done: int = 0) -> Any:
+        return tqdm(
+            total=total,
+            initial=done,
+            desc=label,
+            unit=unit,
+            disable=None if self.progress else True,
+            file=sys.stderr,
+            smoothing=0.3,
+        )
+
+
+@contextmanager
+def _threads(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

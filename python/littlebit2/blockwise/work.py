@@ -1,0 +1,133 @@
+"""The work folder of a block-by-block run: finished layers and blocks, hidden states between blocks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from littlebit2.disk import sync, sync_tree, write_file, write_json
+from littlebit2.offline.jobs import Job
+from littlebit2.offline.work import WorkDirectory, keep_layers
+
+from .block import BlockResult
+from .distill import Distilled
+
+__all__ = ["BlockwiseWork"]
+
+_ENTRY = "littlebit2"
+
+
+class BlockwiseWork(WorkDirectory):
+    """Adds blocks to the folder of finished layers.
+
+    A block is finished once its own file is there, which is written last: after its layers and the hidden
+    states that it hands on. Those that it got are removed then.
+    """
+
+    @property
+    def tokens(self) -> Path:
+        """Where the tokens of the text lie."""
+        return self.path / "tokens"
+
+    def chosen(self) -> dict[str, int] | None:
+        """Return the numbers of sequences and steps that an earlier call chose, ``None`` if none did."""
+        path = self.path / "chosen.json"
+        found: dict[str, int] | None = json.loads(path.read_text("utf-8")) if path.is_file() else None
+        return found
+
+    def keep_chosen(self, numbers: dict[str, int]) -> None:
+        """Keep what was chosen: a run that goes on must not choose anew."""
+        write_json(self.path / "chosen.json", numbers)
+
+    def states(self, kind: str, index: int) -> Path:
+        """Where the hidden states before a block lie; before the first one both kinds are the same."""
+        return self.path / (f"{kind}-{index:04d}.states" if index else "embedded.states")
+
+    def block_path(self, index: int) -> Path:
+        """Where the file of a finished block lies."""
+        return self.path / f"block-{index:04d}.safetensors"
+
+    def write_block(self, index: int, result: BlockResult) -> dict[str, Any]:
+        """Write the layers of a block and, last, the block itself; return its entry of the report."""
+        seconds = sum(result.seconds.values())
+        for job, packed, entry in result.layers:
+            self.write_layer(job, packed, entry, seconds / len(result.layers))
+        line = {
+            "index": index,
+            "layers": len(result.layers),
+            "before": result.tuned.before,
+            "after": result.tuned.after,
+            "steps": result.tuned.steps,
+        }
+        metadata = {_ENTRY: json.dumps({"entry": line, "seconds": result.seconds})}
+        with keep_layers():
+            write_file(self.block_path(index), save(result.changed, metadata))
+        return line
+
+    def layer_path(self, job: Job) -> Path:
+        """Where the file of a finished layer lies: that of the distillation once it is finished."""
+        path = super().layer_path(job)
+        return self._distilled / path.name if self._distilled.is_dir() else path
+
+    @property
+    def _distilled(self) -> Path:
+        return self.path / "distilled"
+
+    def write_distilled(self, result: Distilled, entry: dict[str, Any]) -> None:
+        """Keep what the distillation made: the folder appears whole.
+
+        Args:
+            result: of the distillation.
+            entry: of the report.
+        """
+        folder = self.path / "distilled.new"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for path in sorted(self.path.glob("[0-9]*.safetensors")):
+            shutil.copyfile(path, folder / path.name)
+        with keep_layers():
+            for job, packed, errors in result.layers:
+                found = self.finished(job)
+                assert found is not None  # its block was finished
+                self.write_layer_to(
+                    folder / super().layer_path(job).name, job, packed, {**found[0], **errors}, found[1]
+                )
+            write_file(folder / "changed.safetensors", save(result.changed, {_ENTRY: json.dumps(entry)}))
+            sync_tree(folder)
+            folder.replace(self._distilled)
+            sync(self.path)
+
+    def distilled(self) -> tuple[dict[str, Any], Mapping[str, torch.Tensor]] | None:
+        """Return entry and changed tensors of a finished distillation, ``None`` if there is none."""
+        path = self._distilled / "changed.safetensors"
+        if not path.is_file():
+            return None
+        with safe_open(path, "pt") as file:
+            entry = json.loads((file.metadata() or {})[_ENTRY])
+            return entry, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def finished_block(
+        self, index: int, jobs: Sequence[Job]
+    ) -> tuple[dict[str, Any], dict[str, float], Mapping[str, torch.Tensor]] | None:
+        """Return entry, seconds and changed tensors of a finished block, ``None`` if it is to be done."""
+        try:
+            with safe_open(self.block_path(index), "pt") as file:
+                content = json.loads((file.metadata() or {})[_ENTRY])
+                changed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError):
+            return None
+        if any(self.finished(job) is None for job in jobs):
+            return None
+        return content["entry"], content["seconds"], changed
+
+    def drop_states(self, index: int) -> None:
+        """Remove the hidden states before a block."""
+        for kind in ("dense", "quantized"):
+            self.states(kind, index).unlink(missing_ok=True)

@@ -1,0 +1,124 @@
+"""The block-by-block method of ``littlebit2 quantize``: its options, and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from .common import emit, excluded, method_options, note, quant_config
+
+if TYPE_CHECKING:
+    from littlebit2.blockwise import BlockwiseReport
+
+__all__ = ["BLOCKWISE", "add_blockwise_options", "blockwise_outlook", "is_blockwise", "run_blockwise"]
+
+BLOCKWISE = "blockwise"
+#: What tuning makes superfluous is left out.
+_STEPS = {"admm_iterations": 30, "refine_rounds": 2}
+
+#: Options and the names of their settings.
+_SETTINGS = (
+    (
+        "--minutes",
+        "minutes",
+        float,
+        "T",
+        "time for all blocks; chooses --samples and --steps for this machine",
+    ),
+    ("--samples", "samples", int, "N", "sequences for statistics and tuning"),
+    ("--length", "length", int, "T", "tokens of a sequence"),
+    ("--held-out", "held_out", int, "N", "sequences on which errors and the perplexity are measured"),
+    ("--steps", "steps", int, "N", "steps of tuning for each block; 0: none"),
+    ("--batch-size", "batch_size", int, "N", "sequences of a step"),
+    ("--lr", "lr", float, "RATE", "peak learning rate of latents"),
+    ("--scale-lr", "scale_lr", float, "RATE", "likewise of scales, norms and biases, relative to their size"),
+    ("--distill-steps", "distill_steps", int, "N", "steps of distilling the whole model at the end"),
+    ("--distill-lr", "distill_lr", float, "RATE", "peak learning rate of latents in it"),
+    ("--distill-scale-lr", "distill_scale_lr", float, "RATE", "likewise of scales, norms and biases"),
+)
+
+
+def add_blockwise_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the method."""
+    group = parser.add_argument_group("block by block, with text")
+    group.add_argument(
+        "--data",
+        nargs="+",
+        metavar="PATH",
+        help="text: .txt, .md, .rst, .py, .jsonl (also .gz), .parquet, .arrow, or directories of these",
+    )
+    group.add_argument(
+        "--text-field", default="text", help="name of the text in JSON lines and tables (default text)"
+    )
+    for option, name, kind, metavar, text in _SETTINGS:
+        group.add_argument(option, dest=name, type=kind, metavar=metavar, help=text)
+    group.add_argument("--keep-work", action="store_true", help="keep the work folder OUT.partial")
+
+
+def is_blockwise(args: argparse.Namespace) -> bool:
+    """Whether the command works block by block: where it is asked for, and where there is text.
+
+    Raises:
+        ValueError: options contradict one another.
+    """
+    asked = args.method == BLOCKWISE or (args.method == "auto" and args.data is not None)
+    if asked and args.data is None:
+        raise ValueError(f"--method {BLOCKWISE} needs text: --data PATH")
+    mine = {
+        "--data": args.data is not None,
+        "--keep-work": args.keep_work,
+        **{option: getattr(args, name) is not None for option, name, *_ in _SETTINGS},
+    }
+    layerwise = {
+        "--importance": args.importance is not None,
+        "--workers": args.workers is not None,
+        "--energy": args.energy is not None,
+        "--budget": args.budget != "uniform",
+    }
+    others = [option for option, given in (layerwise if asked else mine).items() if given]
+    if others:
+        how = f"not with --method {BLOCKWISE}" if asked else f"only with --method {BLOCKWISE} and --data"
+        raise ValueError(f"{', '.join(others)}: {how}")
+    if args.minutes is not None and (args.samples is not None or args.steps is not None):
+        raise ValueError("--minutes chooses --samples and --steps: give one or the other")
+    return asked
+
+
+def run_blockwise(args: argparse.Namespace) -> BlockwiseReport:
+    """Do the work that the options describe."""
+    from littlebit2.blockwise import BlockwiseSettings, quantize_blockwise  # noqa: PLC0415  # imports torch
+
+    given: dict[str, Any] = {name: getattr(args, name) for _, name, *_ in _SETTINGS}
+    settings = BlockwiseSettings(
+        seed=args.seed, **{name: value for name, value in given.items() if value is not None}
+    )
+    config = quant_config(args, **method_options(args, _STEPS), method="admm", seed=args.seed)
+    return quantize_blockwise(
+        args.model_dir,
+        args.out,
+        config,
+        args.data,
+        settings,
+        include=args.include,
+        exclude=excluded(args),
+        text_field=args.text_field,
+        threads=args.threads,
+        device=args.device,
+        progress=not args.quiet,
+        resume=not args.restart,
+        overwrite=args.overwrite,
+        keep_work=args.keep_work,
+    )
+
+
+def blockwise_outlook(report: BlockwiseReport, args: argparse.Namespace) -> None:
+    """Print the perplexities, whether the result is of use, and what to do next."""
+    stages = ", ".join(f"{stage} {value:.4g}" for stage, value in report.perplexity.items())
+    emit(f"perplexity on {report.tokens} held-out tokens: {stages}")
+    if report.unusable is not None:
+        note(f"warning: {args.out} is not usable: {report.unusable}. Train it:")
+        note(f"  littlebit2 finetune {args.model_dir} TRAINED --data TEXT --start {args.out}")
+        return
+    emit("next:")
+    emit(f"  littlebit2 evaluate {args.out} --data TEXT")
+    emit(f"  littlebit2 generate {args.out} 'The capital of France is'")
