@@ -52,7 +52,6 @@ endef
 sanitized = $(call ctest,sanitize-$(1),-DCMAKE_BUILD_TYPE=RelWithDebInfo -DLB2_TEST_CUDA=ON -DLB2_SANITIZE=$(subst +,$(comma),$(1)))
 
 # One thread for each process, because the processes fill the cores already.
-FAMILIES := tests/benchmarks/quality/test_families.py
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help venv build test test-slow test-matrix test-families pytest pytest-slow ctest sanitize sanitize-sample demo lint format \
@@ -113,12 +112,11 @@ pytest: $(STAMPS)/dev build/.built ## run the Python tests
 
 pytest-slow: $(STAMPS)/dev build/.built
 	@echo "== pytest, exhaustive sweeps"
-	@$(PYTEST) -m slow --ignore $(FAMILIES) $(PYTEST_ARGS)
+	@$(PYTEST) -m slow $(PYTEST_ARGS)
 
-# Apart from test-slow: it takes a process per core for long, and docs/models.md says how far it got.
+# test-slow tries a sample of them; docs/models.md says how long all take.
 test-families: $(STAMPS)/dev build/.built ## quantize, load and run a tiny model of every family of transformers
-	@echo "== pytest, model families"
-	@HF_HUB_OFFLINE=1 $(PYTEST) --dist load -m slow $(FAMILIES) $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m benchmarks families
 
 # The CUDA kernels run on the host, as the compiler optimizes them.
 ctest: $(STAMPS)/base ## run the C and C++ tests of the torch-free core

@@ -127,7 +127,7 @@ def calibrate(
             if side is not None and not bool(torch.isfinite(side).all()):
                 raise RuntimeError(f"layer {name!r}: activations must be finite; dtype='float32' may help")
     save_importance(target, matched)
-    missing = tuple(name for name in names if name not in matched)
+    missing = tuple(name for name in names.values() if name not in matched)
     return Calibration(tuple(matched), missing, count, time.perf_counter() - start)
 
 

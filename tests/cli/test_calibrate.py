@@ -11,8 +11,10 @@ import torch
 
 from littlebit2.calibrate import calibrate
 from littlebit2.cli import main
-from littlebit2.quantize import load_importance
+from littlebit2.offline import quantize_checkpoint
+from littlebit2.quantize import QuantConfig, load_importance
 from tests.integrations.families import FAMILIES, dense_model
+from tests.train.builders import write_mixture, write_text
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
@@ -187,3 +189,16 @@ def test_text_is_read_as_for_training(model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="data must name at least one file or directory, got none"):
         calibrate(model_dir, [], tmp_path / "out2", progress=False)
     assert not (tmp_path / "out2").exists()
+
+
+def test_experts_are_measured_each_under_the_names_of_the_files(tmp_path: Path) -> None:
+    model, data = write_mixture("mixtral", tmp_path / "model"), write_text(tmp_path / "text.txt", 3000)
+    file = tmp_path / "importance.safetensors"
+    done = calibrate(model, [data], file, tokens=512, progress=False)
+    experts = [name for name in done.layers if ".block_sparse_moe.experts." in name]
+    assert len(experts) == 2 * 4 * 3
+    assert done.missing == ()
+    importance = load_importance(file)
+    config = QuantConfig(bpw=2.0, paths=1, method="joint-itq", itq_iterations=1)
+    report = quantize_checkpoint(model, tmp_path / "q", config, importance=importance, progress=False)
+    assert all("weighted_error" in layer for layer in report.layers)

@@ -6,8 +6,11 @@ import random
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests.integrations.models.moe import MIXTURES
 
 WORDS = tuple(
     "the quick brown fox jumps over a lazy dog while rain falls on green hills and rivers".split()  # noqa: SIM905
@@ -52,6 +55,17 @@ def write_teacher(
                 if parameter.dim() == 2:
                     parameter.mul_(3)
     model.to(dtype).save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+def write_mixture(name: str, path: Path) -> Path:
+    """Write a mixture of experts of the tests' list, with a byte-level tokenizer."""
+    kind, sizes = MIXTURES[name]
+    cls = getattr(transformers, kind)
+    torch.manual_seed(0)
+    tokens = {"vocab_size": 257, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
+    cls(cls.config_class(**{**sizes, **tokens})).save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
     return path
 

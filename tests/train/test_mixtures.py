@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 import littlebit2
@@ -16,20 +15,10 @@ from littlebit2.train.model import trainable_layers
 from littlebit2.train.recipe import Recipe, finetune
 from littlebit2.train.recipe.student import build_student
 from littlebit2_kernels import LittleBitLinear
-from tests.integrations.models.moe import MIXTURES, QUANT
-from tests.train.builders import byte_tokenizer, write_text
+from tests.integrations.models.moe import QUANT
+from tests.train.builders import write_mixture, write_text
 
 RECIPE = Recipe(block=32, steps=2, batch_size=2, lr=2e-3, hold_out=0.1, quiet=True, tensorboard=False)
-
-
-def write_mixture(name: str, path: Path) -> Path:
-    kind, sizes = MIXTURES[name]
-    cls = getattr(transformers, kind)
-    torch.manual_seed(0)
-    tokens = {"vocab_size": 257, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
-    cls(cls.config_class(**{**sizes, **tokens})).save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
-    return path
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +26,15 @@ __all__ = [
     "LittleBitExperts",
     "collapse_experts",
     "expand_experts",
-    "expanded_experts",
     "experts_layout",
+    "is_unknown_experts",
 ]
 
 #: Children of an expert.
 PROJECTION_NAMES = ("gate_proj", "up_proj", "down_proj")
+
+#: Name of transformers' function for ``act_fn(gate) * up`` of gate and up side by side.
+_PLAIN_GATE = "_default_apply_gate"
 
 #: What every ``nn.Module`` has of its own; the rest of an experts module's attributes is taken over.
 _MODULE_STATE = frozenset(vars(nn.Module()))
@@ -130,6 +131,16 @@ def experts_layout(module: nn.Module) -> ExpertsLayout | None:
         biased=biased,
         per_expert_inputs=len(arguments) == 1,
     )
+
+
+def is_unknown_experts(module: nn.Module) -> bool:
+    """Whether a module holds matrices of experts, to judge by its class, in a form that is not expanded.
+
+    DBRX (``w1``, ``v1`` and ``w2`` of all experts in one matrix each) and JetMoE (one tensor for each stage,
+    whose caller applies the activation) are such families.
+    """
+    matrices = any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
+    return matrices and "Expert" in type(module).__name__ and experts_layout(module) is None
 
 
 def _arguments(module: nn.Module) -> list[str]:
@@ -233,20 +244,22 @@ class LittleBitExperts(nn.Module):
         order = torch.argsort(chosen, stable=True)
         tokens = torch.div(order, index.shape[-1], rounding_mode="floor")
         scale = weights.reshape(-1)[order].unsqueeze(-1)
-        experts, counts = torch.unique_consecutive(chosen[order], return_counts=True)
+        found, counted = torch.unique_consecutive(chosen[order], return_counts=True)
+        experts, counts = found.tolist(), counted.tolist()
+        if not hasattr(self, "identity_expert"):
+            while experts and experts[-1] >= self.layout.experts:
+                experts.pop()
+                counts.pop()
+        total = sum(counts)
+        tokens = tokens[:total]
+        # Gathered and summed in one call each: what is done for every expert is its own products.
+        parts = [
+            self._compute(expert, rows) if expert < self.layout.experts else rows
+            for expert, rows in zip(experts, flat[tokens].split(counts), strict=True)
+        ]
         output = torch.zeros_like(flat, dtype=torch.promote_types(flat.dtype, torch.float32))
-        start = 0
-        for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
-            part = slice(start, start + count)
-            start += count
-            rows = flat[tokens[part]]
-            if expert < self.layout.experts:
-                result = self._compute(expert, rows)
-            elif hasattr(self, "identity_expert"):
-                result = rows
-            else:
-                continue
-            output.index_add_(0, tokens[part], (result * scale[part]).to(output.dtype))
+        if parts:
+            output.index_add_(0, tokens, (torch.cat(parts) * scale[:total]).to(output.dtype))
         return output.to(hidden_states.dtype).reshape(hidden_states.shape)
 
     def _sorted_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -277,7 +290,7 @@ class LittleBitExperts(nn.Module):
 
     def _gate(self, gate: torch.Tensor, up: torch.Tensor) -> Any:
         apply: Any = getattr(self._source_class, "_apply_gate", None)
-        if apply is None:
+        if apply is None or (apply.__name__ == _PLAIN_GATE and not self.layout.interleaved):
             return self._call("act_fn", gate) * up
         if self.layout.interleaved:
             return apply(self, torch.stack((gate, up), -1).flatten(-2))
@@ -370,15 +383,18 @@ def expand_experts(model: nn.Module) -> dict[str, nn.Module]:
     No weight is copied: the children are views.
 
     Returns:
-        The modules that were replaced, by name.
+        The modules that were replaced, by name; one with several names under each of them.
     """
     replaced = {
         name: module
-        for name, module in model.named_modules()
+        for name, module in model.named_modules(remove_duplicate=False)
         if name and experts_layout(module) is not None and not isinstance(module, LittleBitExperts)
     }
+    # All are made before any is put in its place: a module that cannot be expanded leaves the model as it is.
+    made = {id(module): module for module in replaced.values()}
+    made = {key: LittleBitExperts(module) for key, module in made.items()}
     for name, module in replaced.items():
-        model.set_submodule(name, LittleBitExperts(module))
+        model.set_submodule(name, made[id(module)])
     return replaced
 
 
@@ -410,13 +426,3 @@ def collapse_experts(model: nn.Module, replaced: dict[str, nn.Module]) -> None:
                 )
                 if layer.bias is not None:
                     layer.bias = nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
-
-
-@contextmanager
-def expanded_experts(model: nn.Module) -> Iterator[None]:
-    """Expand the fused experts of ``model`` for as long as this lasts, and collapse what is dense then."""
-    replaced = expand_experts(model)
-    try:
-        yield
-    finally:
-        collapse_experts(model, replaced)

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-__all__ = ["ExpertPart", "Load", "Part", "Whole"]
+__all__ = ["ExpertPart", "Load", "Part", "Transposed", "Whole"]
 
 
 class Load(Protocol):
@@ -76,3 +76,23 @@ class ExpertPart:
         """Return the part; only its own bytes of the fused tensor are read."""
         matrix = load(self.name, self.index)
         return (matrix.T if self.transposed else matrix)[slice(*self.rows)]
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """A weight ``[N, K]`` that files hold as ``[K, N]``.
+
+    Attributes:
+        part: what files hold.
+    """
+
+    part: Part
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Those of the part."""
+        return self.part.files
+
+    def read(self, load: Load) -> torch.Tensor:
+        """Return a view of the part."""
+        return self.part.read(load).T

@@ -81,7 +81,8 @@ def select_layers(
     if config.get("model_type") in TRANSPOSED:
         raise ValueError(
             f"config: model_type must be of a family that stores weights as [out, in], got "
-            f"{config['model_type']!r}, whose Conv1D modules store them as [in, out]"
+            f"{config['model_type']!r}, whose Conv1D modules store them as [in, out]: install transformers, "
+            "from whose model it is known which ones"
         )
     vocabulary = _telling_vocabulary(config)
     layers = []

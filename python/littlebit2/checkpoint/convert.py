@@ -179,7 +179,7 @@ def _upstream_state(
             leaves[authors_leaf(matrix, index, "shape")] = torch.tensor(shape)
         s = path_suffix(index)
         leaves[f"u1{s}"] = path.out_scale.unsqueeze(0)
-        leaves[f"u2{s}"] = torch.ones(1, path.rank)
+        leaves[f"u2{s}"] = torch.ones(1, path.rank, dtype=torch.float32, device="cpu")
         leaves[f"v1{s}"] = path.latent_scale.unsqueeze(0)
         leaves[f"v2{s}"] = path.in_scale.unsqueeze(0)
     if packed.bias is not None:

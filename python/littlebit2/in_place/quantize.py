@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
-from littlebit2.architecture.experts import collapse_experts, expand_experts
+from littlebit2.architecture.expansion import collapse, expand
 from littlebit2.architecture.linears import is_plain_linear
 from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns
+from littlebit2.architecture.transposed import TransposedLinear, as_linear
 from littlebit2.quantize import Importance, LayerReport, QuantConfig
 from littlebit2.quantize.allocate import RankAllocation
 from littlebit2.quantize.batching import batch_key, batch_size, in_batches
@@ -26,6 +27,18 @@ from .report import QuantizationReport
 from .select import Filter, Selected, select_modules
 
 __all__ = ["quantize_", "quantize_linear"]
+
+#: Where a module keeps what is called around its forward and backward calls.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_always_called",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,8 @@ def quantize_(
 ) -> QuantizationReport:
     """Replace the linear modules of ``model`` by packed ones, in place.
 
-    Every ``nn.Linear`` is packed that the patterns and ``filter_fn`` select. Output heads stay dense, modules
+    Every ``nn.Linear`` is packed that the patterns and ``filter_fn`` select, and every ``Conv1D`` of
+    transformers, which holds its weight transposed (:mod:`.transposed`). Output heads stay dense, modules
     that share their weight, such as a head tied to the embedding, routers, layers whose weight the model's
     own code reads (:func:`.dense_reasons`), and layers that are too small for the bits per weight. The report
     lists what stays dense and why. Experts that the model holds as fused tensors become modules of their own
@@ -116,20 +130,20 @@ def quantize_(
             "littlebit2.quantize_linear quantizes one layer"
         )
     before = _nbytes(model)
-    experts = expand_experts(model)
+    experts = expand(model)
     try:
         selection = select_modules(model, settings, *patterns, filter_fn, include_tied=include_tied)
         jobs = _jobs(selection.packed, settings, weights, place)
         reports, modules = _quantized(jobs, backend, activation, progress)
         _swap(model, {name: modules[one.name] for one in selection.packed for name in one.names})
     finally:
-        collapse_experts(model, experts)
+        collapse(model, experts)
     layers = tuple(reports[one.name] for one in selection.packed)
     return QuantizationReport(layers, selection.dense, before, _nbytes(model))
 
 
 def quantize_linear(
-    linear: nn.Linear,
+    linear: nn.Module,
     config: QuantConfig | float | None = None,
     *,
     importance: Importance | None = None,
@@ -141,7 +155,8 @@ def quantize_linear(
     """Quantize one linear module; it is left as it is.
 
     Args:
-        linear: a module that computes ``x W^T + b`` (:func:`.is_plain_linear`).
+        linear: a module that computes ``x W^T + b`` (:func:`.is_plain_linear`), or a ``Conv1D``, which holds
+            its weight as ``[K, N]``.
         config: settings, or the counted bits per weight as a number; 1.0 by default.
         importance: weights of the squared error by inputs and outputs.
         name: full name of the module in its model. With it the result is that of :func:`quantize_`, whose
@@ -159,7 +174,8 @@ def quantize_linear(
             ``activation`` cannot be used, or the weight, bias or importance cannot be quantized.
         RuntimeError: the decomposition did not converge.
     """
-    if not is_plain_linear(linear):
+    linear = as_linear(linear)
+    if not isinstance(linear, nn.Linear) or not is_plain_linear(linear):
         raise TypeError(
             f"linear must be a torch.nn.Linear that computes x W^T + b, got {type(linear).__name__}; "
             "littlebit2.quantize_weight quantizes a bare weight"
@@ -262,7 +278,7 @@ def _module(linear: nn.Linear, quantized: QuantizedLayer, backend: str, activati
 
 
 def _swap(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Register ``modules`` by name, or none of them."""
+    """Register ``modules`` by name with the hooks of those that they replace, or none of them."""
     before = {name: model.get_submodule(name) for name in modules}
     try:
         for name, module in modules.items():
@@ -271,6 +287,11 @@ def _swap(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         for name, module in before.items():
             model.set_submodule(name, module)
         raise
+    for name, module in modules.items():
+        old = before[name]
+        source = old.source if isinstance(old, TransposedLinear) else old
+        # The same dictionaries: handles that the hooks' owners hold go on removing them.
+        vars(module).update({hooks: vars(source)[hooks] for hooks in _HOOKS})
 
 
 def _nbytes(model: nn.Module) -> int:

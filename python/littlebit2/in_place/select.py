@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from littlebit2.architecture.experts import is_unknown_experts
 from littlebit2.architecture.linears import EXCLUDED, HEAD, NOT_SELECTED, TIED, choose_linears
 from littlebit2.architecture.select import is_selected
+from littlebit2.architecture.transposed import TransposedLinear
 from littlebit2.quantize import QuantConfig
 from littlebit2.quantize.ranks import too_small
 
@@ -96,7 +98,8 @@ def select_modules(
         else:
             continue
         assert why is not None  # of what stays dense
-        dense.append(LeftDense(names[0], type(module).__name__, _weight_shape(module), *why))
+        kind = type(module.source if isinstance(module, TransposedLinear) else module).__name__
+        dense.append(LeftDense(names[0], kind, _weight_shape(module), *why))
     if not packed:
         raise ValueError(_nothing(names_of, dense, include, exclude))
     return Selection(tuple(packed), tuple(dense))
@@ -135,7 +138,9 @@ def _other_kind(module: nn.Module) -> str | None:
     if isinstance(module, nn.MultiheadAttention):
         return "nn.MultiheadAttention has its projections in one parameter"
     if type(module).__name__ == "Conv1D" and len(_weight_shape(module)) == 2:
-        return "Conv1D holds its weight as [K, N]"
+        return "Conv1D that shares its weight or computes something else than x W + b"
+    if is_unknown_experts(module):
+        return f"{type(module).__name__} holds experts in a form that is not packed"
     return None
 
 

@@ -23,6 +23,7 @@ from littlebit2.quantize.device import check_device, check_dtype
 from .bars import no_bars_in_logs
 from .configuration import LittleBit2Config
 from .modules import layers_of
+from .quantizer import reusing
 from .skeleton import model_class
 from .transformers import register
 
@@ -93,7 +94,7 @@ def load(
                 **LittleBit2Config.from_layers(checkpoint.layers, skipped).to_dict(),
                 **how,
             }
-        with _quiet(), no_bars_in_logs():
+        with _quiet(), no_bars_in_logs(), reusing(checkpoint):
             # A file without a head may still tie it to the embedding.
             headed = any(CAUSAL_HEAD in name for name in (*checkpoint.dense, *checkpoint.tied()))
             kind = model_class(config, headed=headed)

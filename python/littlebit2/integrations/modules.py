@@ -39,16 +39,14 @@ class FusedLinear(nn.Module):
     def __init__(self, parent: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
         self.names = tuple(names)
-        self.relink(parent)
-
-    def relink(self, parent: nn.Module) -> None:
-        """Take the parts from ``parent`` anew, after one of them was replaced."""
-        # In a tuple, modules are not registered: they must not appear twice in the state dict.
-        self._parts = tuple(parent.get_submodule(name) for name in self.names)
+        # In a tuple, a module is not registered: its tensors must not appear twice in the state dict.
+        self._parent = (parent,)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``x`` ``[..., K]`` to ``[..., N_1 + N_2 + ...]``."""
-        return torch.cat([part(x) for part in self._parts], dim=-1)
+        # The parts that are there now: any of them may have been replaced, by an adapter for instance.
+        (parent,) = self._parent
+        return torch.cat([parent._modules[name](x) for name in self.names], dim=-1)  # type: ignore[misc]
 
     def extra_repr(self) -> str:
         """Names of the parts."""

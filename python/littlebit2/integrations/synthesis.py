@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from littlebit2.architecture.experts import expand_experts
+from littlebit2.architecture.expansion import expand
 from littlebit2.architecture.linears import choose_linears
 from littlebit2.architecture.select import DEFAULT_EXCLUDE
+from littlebit2.architecture.transposed import collapse_transposed
 from littlebit2.checkpoint import CheckpointWriter
 from littlebit2.plan import load_config
 from littlebit2.quantize import QuantConfig
@@ -68,11 +69,12 @@ def synthesize(
     """
     quant = QuantConfig(bpw=bpw, paths=paths, kv_factor=kv_factor, seed=seed)
     model = _meta_model(config, dtype)
-    # Before experts are expanded: the names go by the parameters of the dense model.
+    # Before anything is expanded: the names go by the parameters of the dense model.
     published = published_names(model)
-    expand_experts(model)
+    expand(model)
     # All ranks before anything is written: a budget that does not fit leaves no directory.
     plans = dict(_plans(model, quant))
+    collapse_transposed(model, keep=plans)
     model.config.dtype = dtype
     model.config.architectures = [type(model).__name__]
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})

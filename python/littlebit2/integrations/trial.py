@@ -18,13 +18,15 @@ import torch
 from torch import nn
 from transformers.core_model_loading import WeightConverter
 
-from littlebit2.architecture.experts import LittleBitExperts, collapse_experts, expand_experts
+from littlebit2.architecture.expansion import expand, expanded
+from littlebit2.architecture.experts import LittleBitExperts, is_unknown_experts
 from littlebit2.architecture.linears import HEAD, TIED, dense_reasons
 from littlebit2.architecture.names import CAUSAL_HEAD
-from littlebit2.architecture.parts import ExpertPart, Load, Part, Whole
+from littlebit2.architecture.parts import ExpertPart, Load, Part, Transposed, Whole
 from littlebit2.architecture.select import is_selected, keeps_heads_dense, output_heads
 from littlebit2.architecture.shapes import DenseShape, Kind, LinearShape, ModelShapes
 from littlebit2.architecture.tensors import FLOATS, LayerSource
+from littlebit2.architecture.transposed import TransposedLinear
 from littlebit2.checkpoint.formats.names import natural_order
 
 from .names import Destination, FileNames
@@ -38,6 +40,31 @@ Tensors = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 _MOST_NAMES = 10
 
 
+class Latest:
+    """The latest conversion of a trial, which is kept because all experts of a layer come from one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sources: object = None
+        self._load: object = None
+        self._made: dict[str, torch.Tensor] = {}
+
+    def of(self, one: Converted, load: Load) -> torch.Tensor:
+        """Return the parameter of ``one``; convert unless this was done last, from the same files."""
+        with self._lock:
+            if self._sources is not one.sources or self._load != load:
+                self._made = {}  # not two at a time
+                converter = deepcopy(one.converter)
+                for file, pattern in one.sources:
+                    converter.add_tensor(one.first, file, pattern, load(file))  # type: ignore[arg-type]
+                made = converter.convert(one.first, model=one.model, config=one.model.config)
+                self._made = {
+                    name: value[0] if isinstance(value, list) else value for name, value in made.items()
+                }
+                self._sources, self._load = one.sources, load
+            return self._made[one.parameter]
+
+
 @dataclass(frozen=True, eq=False)
 class Converted:
     """A parameter that transformers makes of tensors of the files, or a part of it.
@@ -48,6 +75,7 @@ class Converted:
         first: name of the first parameter that the converter makes.
         converter: the conversion.
         model: the model without values that it asks for shapes.
+        latest: what was converted last.
         part: what is taken of the parameter, of which it stands in the name; ``None`` for all of it.
     """
 
@@ -56,6 +84,7 @@ class Converted:
     first: str
     converter: WeightConverter
     model: Any
+    latest: Latest
     part: ExpertPart | None = None
 
     @property
@@ -65,32 +94,12 @@ class Converted:
 
     def read(self, load: Load) -> torch.Tensor:
         """Convert, and return the parameter or its part."""
-        whole = _converted(self, load)
+        whole = self.latest.of(self, load)
         return (
             whole
             if self.part is None
             else self.part.read(lambda _, index=None: whole if index is None else whole[index])
         )
-
-
-_latest_lock = threading.Lock()
-_latest: dict[int, dict[str, torch.Tensor]] = {}
-
-
-def _converted(one: Converted, load: Load) -> torch.Tensor:
-    """Run a conversion; the latest result is kept, as all experts of a layer come from one."""
-    with _latest_lock:
-        key = id(one.sources)
-        if key not in _latest:
-            converter = deepcopy(one.converter)
-            for file, pattern in one.sources:
-                converter.add_tensor(one.first, file, pattern, load(file))  # type: ignore[arg-type]
-            made = converter.convert(one.first, model=one.model, config=one.model.config)
-            _latest.clear()
-            _latest[key] = {
-                name: value[0] if isinstance(value, list) else value for name, value in made.items()
-            }
-        return _latest[key][one.parameter]
 
 
 @dataclass
@@ -211,7 +220,7 @@ def outline(
     trial = try_out(config, tensors, include=include, exclude=exclude)
     called = {layer.module: layer.name for layer in trial.layers}
     heads = output_heads(model)
-    expand_experts(model)
+    expand(model)
     linears: list[LinearShape] = []
     dense: list[DenseShape] = []
     seen: set[int] = set()
@@ -256,6 +265,7 @@ class _Trying:
         self.tensors = tensors
         self.names = FileNames(model)
         self.embedding = embedding
+        self.latest = Latest()
         self.to = self.names.destinations(tensors)
         #: Parameters of the model: where their values come from.
         self.parts: dict[str, Part] = {}
@@ -265,11 +275,8 @@ class _Trying:
     def run(self, include: Sequence[str], exclude: Sequence[str], heads_dense: bool) -> None:
         self._gather()
         self._check_missing()
-        expanded = expand_experts(self.model)
-        try:
+        with expanded(self.model):
             self._choose(include, exclude, heads_dense)
-        finally:
-            collapse_experts(self.model, expanded)
 
     def _gather(self) -> None:
         groups: dict[str, list[tuple[str, Destination]]] = {}
@@ -284,7 +291,9 @@ class _Trying:
             else:
                 sources = tuple((file, str(one.pattern)) for file, one in members)
                 for target in _targets(parameter, converter):
-                    products[target] = Converted(target, sources, parameter, converter, self.model)
+                    products[target] = Converted(
+                        target, sources, parameter, converter, self.model, self.latest
+                    )
             for file, destination in members:
                 expert = self.names.expert(destination)
                 if expert is not None:
@@ -358,6 +367,8 @@ class _Trying:
                 trial.dense[name] = reason
                 continue
             self._check_weight(module, weight)
+            if isinstance(module, TransposedLinear):
+                weight = Transposed(weight)
             layer = LayerSource(
                 name=called,
                 in_features=module.in_features,
@@ -393,7 +404,13 @@ class _Trying:
                         self.parts[child + end] = own
                     elif isinstance(whole, Converted):
                         self.parts[child + end] = Converted(
-                            whole.parameter, whole.sources, whole.first, whole.converter, whole.model, part
+                            whole.parameter,
+                            whole.sources,
+                            whole.first,
+                            whole.converter,
+                            whole.model,
+                            whole.latest,
+                            part,
                         )
                     else:
                         self.parts[child + end] = part
@@ -426,8 +443,8 @@ class _Trying:
                 reason = "embedding"
             elif isinstance(module, nn.modules.conv._ConvNd):
                 reason = "convolution"
-            elif kind == "Conv1D":
-                reason = "Conv1D, whose weight is stored transposed"
+            elif is_unknown_experts(module):
+                reason = f"{kind} holds experts in a form that is not packed"
             elif "Router" in kind or "Gate" in kind or "Gating" in kind:
                 reason = "router or gate"
             else:
@@ -443,6 +460,8 @@ class _Trying:
                     "quantized already; start from its dense weights"
                 )
             expected = (module.out_features, module.in_features)
+            if isinstance(module, TransposedLinear):
+                expected = expected[::-1]
             if isinstance(weight, Whole) and shape != expected:
                 raise ValueError(
                     f"{file} must have shape {list(expected)}, as config.json says, got {list(shape)}"

@@ -92,10 +92,20 @@ class WorkDirectory(RunDirectory):
         if self.closed:
             # A thread that has outlived its run; the folder may be another run's by now.
             raise RunError(f"{self.path} must be open to write {job.source.name} into it, got a closed one")
+        with keep_layers():
+            self.write_layer_to(self.layer_path(job), job, packed, entry, seconds)
+
+    def write_layer_to(
+        self, path: Path, job: Job, packed: PackedLinear, entry: dict[str, Any], seconds: float
+    ) -> None:
+        """Write a finished layer to a file.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         state = {name: tensor.cpu().contiguous() for name, tensor in packed_to_state(packed).items()}
         metadata = {_ENTRY: json.dumps({"job": self._identity(job), "entry": entry, "seconds": seconds})}
-        with keep_layers():
-            write_file(self.layer_path(job), save(state, metadata))
+        write_file(path, save(state, metadata))
 
     def finished(self, job: Job) -> tuple[dict[str, Any], float] | None:
         """Return the report entry and the seconds of a finished layer, ``None`` if it is to be done.

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from littlebit2.architecture.experts import expanded_experts
+from littlebit2.architecture.expansion import expanded
 from littlebit2.disk import write_file
 
 from .solvers.numerics import check_finite, squared_norm
@@ -127,7 +127,7 @@ def collect_importance(
     inputs: dict[str, _MeanSquare] = {}
     outputs: dict[str, _MeanSquare] = {}
     count = 0
-    with expanded_experts(model), _watched(model, inputs, outputs if loss else None):
+    with expanded(model), _watched(model, inputs, outputs if loss else None):
         for batch in batches:
             count += 1
             with torch.set_grad_enabled(loss is not None):

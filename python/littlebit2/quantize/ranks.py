@@ -30,6 +30,8 @@ def too_small(name: str, in_features: int, out_features: int, config: QuantConfi
     dense float16 layer. Where ranks depend on spectra, the uniform or the smallest ones count.
     """
     k, n = in_features, out_features
+    if not k * n:
+        return f"layer {name!r}: has no weights, {n} x {k}"
     try:
         if config.energy is not None:
             ranks: tuple[int, ...] | None = (RANK_MULTIPLE,) * (config.paths or 1)

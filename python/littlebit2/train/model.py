@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from littlebit2.architecture.transposed import as_linear
 from littlebit2_kernels import LittleBitLinear
 from littlebit2_kernels.format import PackedLinear
 
@@ -68,6 +69,7 @@ def make_trainable(
     modules = dict(model.named_modules())
     for name in names:
         module = modules.get(name)
+        module = None if module is None else as_linear(module)
         start = packed[name] if isinstance(packed, Mapping) else packed(name)
         _check_place(name, module, start)
         weight = module.weight if isinstance(module, nn.Linear) else weights(name) if weights else None

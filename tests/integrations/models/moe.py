@@ -97,9 +97,41 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+#: Mixtures whose experts are not packed: model class and sizes.
+UNPACKED: dict[str, tuple[str, dict[str, Any]]] = {
+    "dbrx": (
+        "DbrxForCausalLM",
+        {
+            "d_model": 64,
+            "n_heads": 4,
+            "n_layers": 1,
+            "max_seq_len": 64,
+            "vocab_size": 160,
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+            "ffn_config": {
+                "ffn_hidden_size": 96,
+                "moe_num_experts": 4,
+                "moe_top_k": 2,
+                "hidden_size": 64,
+            },
+        },
+    ),
+    "jetmoe": (
+        "JetMoeForCausalLM",
+        {
+            **_SIZES,
+            "num_hidden_layers": 1,
+            "kv_channels": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+}
+
+
 def make(name: str) -> Any:
     """A model with random weights, float32."""
-    class_name, sizes = {**MIXTURES, **OTHERS}[name]
+    class_name, sizes = {**MIXTURES, **OTHERS, **UNPACKED}[name]
     kind = getattr(transformers, class_name)
     torch.manual_seed(0)
     model = kind(kind.config_class(**sizes)).eval()

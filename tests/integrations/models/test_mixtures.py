@@ -18,7 +18,7 @@ from littlebit2.checkpoint import open_checkpoint
 from littlebit2.integrations.transformers import attach
 from littlebit2.quantize import collect_importance
 from littlebit2_kernels import LittleBitLinear
-from tests.integrations.models.moe import MIXTURES, OTHERS, QUANT, inputs_of, make, run, share
+from tests.integrations.models.moe import MIXTURES, OTHERS, QUANT, UNPACKED, inputs_of, make, run, share
 
 
 def quantized(model: Any) -> Any:
@@ -43,6 +43,20 @@ def test_files_and_memory_give_models_that_load_and_compute(name: str, tmp_path:
     for packed in (from_files, *loaded, in_memory, library):
         assert share(packed) > (0.7 if name in ("siglip", "t5") else 0.9)  # they read some weights
         torch.testing.assert_close(run(packed), run(dequantized(packed, model)), atol=2e-4, rtol=2e-3)
+
+
+@pytest.mark.parametrize("name", UNPACKED)
+def test_experts_in_other_forms_stay_dense_and_are_named(name: str, tmp_path: Path) -> None:
+    model = make(name)
+    model.save_pretrained(tmp_path / "dense")
+    report = littlebit2.quantize_checkpoint(tmp_path / "dense", tmp_path / "q", QUANT, progress=False)
+    assert any(reason.endswith("holds experts in a form that is not packed") for reason in report.reasons)
+    packed = littlebit2.load(tmp_path / "q")
+    torch.testing.assert_close(run(packed), run(dequantized(packed, model)), atol=2e-4, rtol=2e-3)
+    assert not any("router" in n for n, m in packed.named_modules() if isinstance(m, LittleBitLinear))
+    assert len(report.reasons["router or gate"]) == (2 if name == "jetmoe" else 1)
+    in_memory = quantize_(copy.deepcopy(model), QUANT, progress=False)
+    assert any("experts in a form" in one.detail for one in in_memory.dense)
 
 
 @pytest.mark.parametrize("name", [*MIXTURES, *OTHERS])

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from littlebit2._messages import hub_hint
-from littlebit2.architecture.experts import expanded_experts
+from littlebit2.architecture.expansion import expanded
 from littlebit2.checkpoint import CheckpointWriter, find_side_files, open_checkpoint, open_dense
 from littlebit2.disk import RunError
 from littlebit2.integrations.loading import load
@@ -62,7 +62,7 @@ def build_student(teacher: Path, start: Path, recipe: Recipe) -> Any:
     started = load(start, dtype=torch.float32, backend="reference")
     model = load(teacher, dtype=torch.float32)
     layers = layers_of(started)
-    with expanded_experts(model):
+    with expanded(model):
         make_trainable(
             model,
             lambda name: layers[name].packed,
