@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
     parser.add_argument(
-        "--samples", type=positive(int), default=128, help="sequences of 256 tokens (default %(default)s)"
+        "--samples", type=positive(int), default=256, help="sequences of 256 tokens (default %(default)s)"
     )
     parser.add_argument(
         "--steps", type=positive(int), default=100, help="of tuning, for each block (default %(default)s)"

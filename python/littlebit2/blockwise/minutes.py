@@ -15,19 +15,19 @@ from .block import BlockRunner, trained_parameters
 from .settings import BlockwiseSettings
 from .tune import relative_error
 
-__all__ = ["MOST", "fitting"]
+__all__ = ["MOST", "PER_STEP", "fitting"]
 
-#: Sequences and steps at least and at most.
+#: Steps at least and at most.
 LEAST, MOST = 16, 512
+#: Sequences for each step: with fewer, blocks fit the text and not the language, the first ones most.
+PER_STEP = 2
 #: Share of the time that is planned for; the rest is for what is not measured.
 _PLANNED = 0.9
 _TRIALS = 2
 
 
 def fitting(runner: BlockRunner, jobs: Sequence[Job], blocks: int, seconds: float) -> BlockwiseSettings:
-    """Return the settings with as many sequences, and as many steps of tuning, as fit the time.
-
-    Sequences and steps are alike in number: with more of one than of the other, quality gains less.
+    """Return the settings with as many steps of tuning, and twice as many sequences, as fit the time.
 
     Args:
         runner: with at least one batch of sequences.
@@ -75,10 +75,10 @@ def fitting(runner: BlockRunner, jobs: Sequence[Job], blocks: int, seconds: floa
         2 * settings.held_out + settings.importance_samples + (settings.evaluations + 1) * settings.held_out
     )
     fixed = loading + quantizing + passes * one_batch / size
-    each = 2 * one_batch / size + one_step
+    each = 2 * PER_STEP * one_batch / size + one_step
     number = int((_PLANNED * seconds / blocks - fixed) / each)
     number = min(max(number, LEAST), MOST)
-    return replace(settings, samples=number, steps=number)
+    return replace(settings, samples=PER_STEP * number, steps=number)
 
 
 def _timed(do: Callable[[], object], times: int) -> float:

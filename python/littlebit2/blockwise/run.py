@@ -37,7 +37,7 @@ from .block import BlockRunner, batches
 from .check import check_blocks
 from .distill import distill
 from .find import find_blocks
-from .minutes import MOST, fitting
+from .minutes import MOST, PER_STEP, fitting
 from .pieces import ModelInPieces
 from .report import BLOCKWISE_NAME, BlockwiseReport
 from .settings import BlockwiseSettings
@@ -154,7 +154,7 @@ def quantize_blockwise(
                 files,
                 tokenizer,
                 length=plan.length,
-                most=None if chosen.minutes is None else MOST,
+                most=None if chosen.minutes is None else PER_STEP * MOST,
                 held_out=chosen.held_out,
                 seed=chosen.seed,
                 text_field=text_field,

@@ -36,7 +36,7 @@ class BlockwiseSettings:
     """
 
     length: int = 256
-    samples: int = 128
+    samples: int = 256
     held_out: int = 8
     batch_size: int = 4
     steps: int = 100
