@@ -53,12 +53,12 @@ def test_states_are_measured_as_they_are_stored() -> None:
     parameter = nn.Parameter(torch.full((1,), 1.001))
     dtypes = {parameter: torch.bfloat16}
     with rounded(dtypes):
-        assert float(parameter) == 1.0
-    assert float(parameter) == pytest.approx(1.001)
+        assert parameter.item() == 1.0
+    assert parameter.item() == pytest.approx(1.001)
     tuned = tune(
         lambda step: parameter.sum(), lambda: float(parameter), [([parameter], 0.1)], dtypes, steps=0, **STEPS
     )  # type: ignore[arg-type]
-    assert tuned.before == tuned.after == float(parameter) == 1.0
+    assert tuned.before == tuned.after == parameter.item() == 1.0
 
 
 def test_hidden_states_on_disk(tmp_path: Path, rng: torch.Generator) -> None:

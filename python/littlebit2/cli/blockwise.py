@@ -116,7 +116,10 @@ def blockwise_outlook(report: BlockwiseReport, args: argparse.Namespace) -> None
     stages = ", ".join(f"{stage} {value:.4g}" for stage, value in report.perplexity.items())
     emit(f"perplexity on {report.tokens} held-out tokens: {stages}")
     if report.unusable is not None:
-        note(f"warning: {args.out} is not usable: {report.unusable}. Train it:")
+        note(
+            f"warning: {args.out} is not usable: {report.unusable}. Give it more --samples, --steps and "
+            "--distill-steps, or train it:"
+        )
         note(f"  littlebit2 finetune {args.model_dir} TRAINED --data TEXT --start {args.out}")
         return
     emit("next:")
