@@ -1,4 +1,4 @@
-"""Fixtures and settings that every room's tests share."""
+"""Fixtures and settings that all tests share."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def run(options: Namespace) -> int:
     counts = Counter(outcome.kind for outcome in outcomes)
     print(", ".join(f"{count} {kind}" for kind, count in counts.items()))
     if options.markdown is not None:
-        write_text(options.markdown, markdown(outcomes, about["versions"], commit))
+        write_text(options.markdown, markdown(outcomes, about["versions"]))
     if options.json is not None:
         write_result(options.json, options, about, outcomes=outcomes)
     return int(counts[FAILED] > 0)

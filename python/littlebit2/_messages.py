@@ -1,9 +1,10 @@
 """What several modules say in the same words; needs no other package."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ["EXTRAS", "hub_hint", "missing_package"]
+__all__ = ["EXTRAS", "hub_hint", "missing_package", "require"]
 
 #: Packages that are not always installed, and the extra of this package that installs them.
 EXTRAS = {
@@ -36,3 +37,10 @@ def missing_package(error: BaseException) -> str | None:
     if package not in EXTRAS:
         return None
     return f"{package} is not installed; pip install 'littlebit2-kernels[{EXTRAS[package]}]'"
+
+
+def require(package: str) -> None:
+    """Raise ``ModuleNotFoundError`` that names the extra, unless an optional package is installed."""
+    if find_spec(package) is None:
+        error = ModuleNotFoundError(name=package)
+        raise ModuleNotFoundError(missing_package(error), name=package)

@@ -330,7 +330,7 @@ def test_overwrite_takes_checkpoints_only(tmp_path: Path, capsys: pytest.Capture
     assert [main(convert), main(convert), main([*convert, "--overwrite"])] == [0, 1, 0]
     (converted / "folder").mkdir()
     assert main([*convert, "--overwrite"]) == 1
-    assert "must be a checkpoint to be overwritten" in capsys.readouterr().err
+    assert "must be a checkpoint and nothing else to be overwritten" in capsys.readouterr().err
 
 
 def test_plan_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -264,3 +264,21 @@ def test_the_report_reads_as_a_table() -> None:
     ]
     assert title == "left dense"
     assert left == "  lm_head (Linear [100, 64]): excluded"
+
+
+def test_experts_that_share_their_tensors_stay_as_they_are() -> None:
+    twins = nn.ModuleDict({"encoder": FusedExperts(), "decoder": FusedExperts(), "linear": nn.Linear(32, 32)})
+    twins["decoder"].gate_up_proj = twins["encoder"].gate_up_proj
+    before = twins["encoder"]
+    quantize_(twins, CONFIG, progress=False)
+    assert twins["encoder"] is before
+    assert isinstance(twins["linear"], LittleBitLinear)
+    # Only the tie keeps them.
+    apart = nn.ModuleDict({"encoder": FusedExperts()})
+    quantize_(apart, CONFIG, progress=False)
+    assert not isinstance(apart["encoder"], FusedExperts)
+
+
+def test_a_layer_without_outputs_stays_dense() -> None:
+    model = nn.ModuleDict({"empty": nn.Linear(32, 0), "linear": nn.Linear(32, 32)})
+    assert reasons(model, CONFIG) == {"empty": ("budget", "layer 'empty': has no weights, 0 x 32")}

@@ -18,7 +18,7 @@ from littlebit2.offline.jobs import Job
 from littlebit2.offline.work import WorkDirectory
 from littlebit2.offline.workers import run_jobs
 from littlebit2.quantize import QuantConfig, quantize_weight
-from tests.offline.builders import QUICK, contents
+from tests.offline.builders import QUICK, contents, write_model
 
 
 def run(model_dir: Path, out: Path, **options: object):
@@ -72,15 +72,18 @@ def test_a_finished_run_leaves_the_folder_of_another_one(model_dir: Path, tmp_pa
     assert not own.path.exists()
 
 
-def test_a_change_anywhere_in_the_source_is_noticed(model_dir: Path, tmp_path: Path) -> None:
-    first = run(model_dir, tmp_path / "out").settings
-    file = model_dir / "model-00001-of-00002.safetensors"
-    raw, at = bytearray(file.read_bytes()), -1500  # in the middle of a tensor
-    raw[at] ^= 1
+def test_a_change_anywhere_in_the_source_is_noticed(tmp_path: Path, rng: torch.Generator) -> None:
+    source, weight = tmp_path / "dense", torch.randn(128, 128, generator=rng)
+    write_model(source, {"a.weight": weight}, shards=1)
+    (source / "config.json").write_text('{"model_type": "of_its_own"}')
+    first = run(source, tmp_path / "out").settings
+    file = source / "model-00001-of-00001.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-4 * 4000] ^= 1  # one bit, in the 32nd row from the end
     file.write_bytes(raw)
     with pytest.raises(FileExistsError, match="is not the finished result of this command"):
-        run(model_dir, tmp_path / "out")
-    changed = run(model_dir, tmp_path / "out", overwrite=True).settings
+        run(source, tmp_path / "out")
+    changed = run(source, tmp_path / "out", overwrite=True).settings
     assert {name for name in first if first[name] != changed[name]} == {"source"}
 
 

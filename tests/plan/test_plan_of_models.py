@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from littlebit2.offline import quantize_checkpoint
 from littlebit2.plan import plan_model
 from littlebit2.quantize import QuantConfig
+from tests.integrations.families import dense_model
 from tests.integrations.models.moe import MIXTURES, OTHERS, QUANT, make
 
 
@@ -67,16 +69,45 @@ _WITHOUT = """
 import sys
 sys.modules["transformers"] = None
 from littlebit2.cli import main
-sys.exit(main(["plan", "llama-3-8b", "--bpw", "0.55", "--json"]))
+sys.exit(main(sys.argv[1:]))
 """
+
+
+def without_transformers(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", _WITHOUT, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_without_transformers_names_decide() -> None:
     expected = plan_model("llama-3-8b", QuantConfig(bpw=0.55))
-    done = subprocess.run([sys.executable, "-c", _WITHOUT], capture_output=True, text=True, check=True)
+    done = without_transformers("plan", "llama-3-8b", "--bpw", "0.55", "--json")
     plan = json.loads(done.stdout)
     assert [layer["name"] for layer in plan["layers"]] == [layer.name for layer in expected.layers]
     assert plan["bytes"] == expected.bytes()
     assert plan["notes"] == [
         "transformers is not installed: layers are chosen by the names of their tensors alone"
     ]
+
+
+def test_without_transformers_missing_weights_are_refused_too(tmp_path: Path) -> None:
+    dense_model("llama").save_pretrained(tmp_path / "dense")
+    file = tmp_path / "dense/model.safetensors"
+    options = ("--ranks", "16", "--method", "dual-svid", "--quiet")
+    assert without_transformers("quantize", str(file.parent), str(tmp_path / "a"), *options).returncode == 0
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    done = without_transformers("quantize", str(file.parent), str(tmp_path / "b"), *options)
+    assert done.returncode == 1
+    assert "the files lack weights of a llama: model.layers.1.mlp.up_proj.weight" in done.stderr
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("package", "module", "extra"),
+    [("transformers", "loading", "models"), ("transformers", "peft", "models"), ("peft", "peft", "train")],
+)
+def test_imports_of_integrations_name_the_extra(package: str, module: str, extra: str) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; import littlebit2.integrations.{module}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert f"{package} is not installed; pip install 'littlebit2-kernels[{extra}]'" in done.stderr

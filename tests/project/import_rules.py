@@ -1,8 +1,8 @@
 """The checks behind test_import_rules.py: who may know whom, and what no file may contain.
 
-The tables below are the rows of CONTRIBUTING.md's room table. Python is read through its syntax tree,
+The tables below are the rows of CONTRIBUTING.md's module table. Python is read through its syntax tree,
 C, C++ and CUDA through their ``#include`` lines; nothing is imported or compiled, so the rules hold for
-rooms that cannot be built on the machine at hand. Standard-library modules are open to every Python room
+modules that cannot be built on the machine at hand. Standard-library modules are open to every Python module
 unless a row forbids them.
 """
 
@@ -47,13 +47,13 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class PythonRoom:
+class ModuleRule:
     """What the modules under one dotted prefix may refer to.
 
     Attributes:
         may: prefixes of modules outside the standard library that are allowed.
         never: prefixes that stay forbidden although ``may`` or the standard library covers them.
-        lazily: prefixes allowed only inside functions, so that importing the room stays free of them.
+        lazily: prefixes allowed only inside functions, so that importing the module stays free of them.
         public_only: whether underscore names of the kernel package are out of reach.
     """
 
@@ -75,25 +75,25 @@ _TRITON_KERNELS = (
 )
 
 #: The row with the longest matching prefix applies.
-PYTHON_ROOMS = {
-    f"{_KERNELS}.version": PythonRoom(may=()),
-    f"{_KERNELS}.format": PythonRoom(may=("torch",), never=NATIVE),
-    f"{_KERNELS}.reference": PythonRoom(may=("torch", f"{_KERNELS}.format"), never=NATIVE),
-    f"{_KERNELS}.testing": PythonRoom(
+PYTHON_RULES = {
+    f"{_KERNELS}.version": ModuleRule(may=()),
+    f"{_KERNELS}.format": ModuleRule(may=("torch",), never=NATIVE),
+    f"{_KERNELS}.reference": ModuleRule(may=("torch", f"{_KERNELS}.format"), never=NATIVE),
+    f"{_KERNELS}.testing": ModuleRule(
         may=("torch", f"{_KERNELS}.format", f"{_KERNELS}.reference"), never=NATIVE
     ),
-    f"{_KERNELS}.packing": PythonRoom(
+    f"{_KERNELS}.packing": ModuleRule(
         may=("torch", "numpy", f"{_KERNELS}.format", f"{_KERNELS}._native"),
     ),
-    f"{_KERNELS}.state": PythonRoom(may=("torch", f"{_KERNELS}.format"), never=NATIVE),
-    f"{_KERNELS}.linear": PythonRoom(
+    f"{_KERNELS}.state": ModuleRule(may=("torch", f"{_KERNELS}.format"), never=NATIVE),
+    f"{_KERNELS}.linear": ModuleRule(
         may=(
             "torch",
-            *(f"{_KERNELS}.{room}" for room in _BELOW_LINEAR),
+            *(f"{_KERNELS}.{module}" for module in _BELOW_LINEAR),
         ),
         never=NATIVE,
     ),
-    f"{_KERNELS}.triton": PythonRoom(
+    f"{_KERNELS}.triton": ModuleRule(
         may=(
             *("torch", "triton", f"{_KERNELS}.format", f"{_KERNELS}.gpu", f"{_KERNELS}.triton"),
             *(f"{_KERNELS}.ops.autograd", f"{_KERNELS}.ops.operands"),
@@ -101,35 +101,35 @@ PYTHON_ROOMS = {
         never=NATIVE,
     ),
     # What the rest of the package imports; it imports the kernels once a call is to run there.
-    f"{_KERNELS}.triton.backend": PythonRoom(
+    f"{_KERNELS}.triton.backend": ModuleRule(
         may=("torch", f"{_KERNELS}.format", f"{_KERNELS}.gpu"), lazily=(f"{_KERNELS}.triton",), never=NATIVE
     ),
     # What decides needs no Triton, but for the version that a stored configuration was tuned with.
     **{
-        f"{_KERNELS}.triton.{name}": PythonRoom(
+        f"{_KERNELS}.triton.{name}": ModuleRule(
             may=("torch", f"{_KERNELS}.format", f"{_KERNELS}.gpu", f"{_KERNELS}.triton.plan"),
             lazily=lazily,
             never=NATIVE,
         )
         for name, lazily in (("configs", ("triton",)), ("plan", ()))
     },
-    _KERNELS: PythonRoom(
+    _KERNELS: ModuleRule(
         may=("torch", "numpy", _KERNELS),
         lazily=("triton", *(f"{_KERNELS}.triton.{name}" for name in _TRITON_KERNELS)),
     ),
-    "littlebit2._messages": PythonRoom(may=()),
-    "littlebit2.disk": PythonRoom(may=("littlebit2.disk",)),
+    "littlebit2._messages": ModuleRule(may=()),
+    "littlebit2.disk": ModuleRule(may=("littlebit2.disk",)),
     # Names of model parts; what the command line imports of it needs no torch.
     **{
-        f"littlebit2.architecture.{name}": PythonRoom(
+        f"littlebit2.architecture.{name}": ModuleRule(
             may=("littlebit2.architecture.names",), lazily=("torch",), public_only=True
         )
         for name in ("names", "select")
     },
-    "littlebit2.architecture": PythonRoom(
+    "littlebit2.architecture": ModuleRule(
         may=("torch", "littlebit2.architecture", _KERNELS), never=NATIVE, public_only=True
     ),
-    "littlebit2.quantize": PythonRoom(
+    "littlebit2.quantize": ModuleRule(
         may=(
             *_USER_BASE,
             "littlebit2.architecture",
@@ -142,7 +142,7 @@ PYTHON_ROOMS = {
         never=NATIVE,
         public_only=True,
     ),
-    "littlebit2.checkpoint": PythonRoom(
+    "littlebit2.checkpoint": ModuleRule(
         may=(
             "torch",
             "safetensors",
@@ -158,7 +158,7 @@ PYTHON_ROOMS = {
         public_only=True,
     ),
     # Layouts know headers and specs, not the reader that uses them.
-    "littlebit2.checkpoint.formats": PythonRoom(
+    "littlebit2.checkpoint.formats": ModuleRule(
         may=(
             "torch",
             "littlebit2.checkpoint.errors",
@@ -172,7 +172,7 @@ PYTHON_ROOMS = {
         never=NATIVE,
         public_only=True,
     ),
-    "littlebit2.offline": PythonRoom(
+    "littlebit2.offline": ModuleRule(
         may=(
             "torch",
             "safetensors",
@@ -192,7 +192,7 @@ PYTHON_ROOMS = {
         public_only=True,
     ),
     **{
-        f"littlebit2.offline.{name}": PythonRoom(
+        f"littlebit2.offline.{name}": ModuleRule(
             may=(
                 "littlebit2.architecture",
                 "littlebit2.checkpoint",
@@ -205,20 +205,20 @@ PYTHON_ROOMS = {
         )
         for name in ("choice", "rehearsal")
     },
-    "littlebit2.train": PythonRoom(
+    "littlebit2.train": ModuleRule(
         may=("torch", "numpy", "littlebit2.architecture", "littlebit2.disk", "littlebit2.train", _KERNELS),
         never=NATIVE,
         lazily=("pyarrow",),
         public_only=True,
     ),
-    "littlebit2.train.recipe": PythonRoom(
+    "littlebit2.train.recipe": ModuleRule(
         may=(*_USER_BASE, "accelerate", "transformers", "littlebit2", _KERNELS),
         never=NATIVE,
         lazily=("lm_eval",),
         public_only=True,
     ),
     # Runs the model itself: knows the streamed quantizer, training and transformers.
-    "littlebit2.blockwise": PythonRoom(
+    "littlebit2.blockwise": ModuleRule(
         may=(
             *_USER_BASE,
             *(f"littlebit2.{name}" for name in ("architecture", "blockwise", "checkpoint", "disk")),
@@ -231,7 +231,7 @@ PYTHON_ROOMS = {
         public_only=True,
     ),
     # `--help` and usage errors do not wait for torch.
-    "littlebit2.cli": PythonRoom(
+    "littlebit2.cli": ModuleRule(
         may=(
             "littlebit2._messages",
             "littlebit2.architecture.names",
@@ -250,7 +250,7 @@ PYTHON_ROOMS = {
         ),
         public_only=True,
     ),
-    "littlebit2.integrations": PythonRoom(
+    "littlebit2.integrations": ModuleRule(
         may=(
             *_USER_BASE,
             *("accelerate", "peft", "transformers", "vllm", "sglang"),
@@ -259,7 +259,7 @@ PYTHON_ROOMS = {
         ),
         public_only=True,
     ),
-    "littlebit2": PythonRoom(
+    "littlebit2": ModuleRule(
         may=(*_USER_BASE, "littlebit2", _KERNELS),
         lazily=("transformers", "littlebit2.integrations"),
         public_only=True,
@@ -276,8 +276,8 @@ _STABLE_TORCH = r"torch/csrc/stable/.*|torch/csrc/inductor/aoti_torch/c/.*|torch
 #: Our public headers, the generated ones (which no scan of the tree can find) included.
 _PUBLIC = r"csrc/include/.*|littlebit2/.*"
 
-#: Includes that each room under csrc may name: our own files by their path from the root, others as written.
-CXX_ROOMS = {
+#: Includes that each folder of csrc may name: our own files by their path from the root, others as written.
+CXX_RULES = {
     "include": re.compile(rf"{_LIBC}|{_PUBLIC}"),
     "core": re.compile(rf"{_STD}|{_PUBLIC}|csrc/(core|cpu)/.*"),
     "cpu": re.compile(rf"{_STD}|{_CPU}|{_PUBLIC}|csrc/(core|cpu)/.*"),
@@ -406,23 +406,23 @@ def _under(name: str, prefixes: tuple[str, ...]) -> bool:
     return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
 
 
-def _objection(reference: Reference, room: PythonRoom) -> str | None:
+def _objection(reference: Reference, module: ModuleRule) -> str | None:
     name = reference.name
-    if _under(name, room.never):
+    if _under(name, module.never):
         return f"must not refer to {name}"
-    if room.public_only and name.startswith(_KERNELS + "."):
+    if module.public_only and name.startswith(_KERNELS + "."):
         private = [part for part in name.split(".") if part.startswith("_") and not part.endswith("__")]
         if private:
             return f"must not use {name}: {private[0]} is private to {_KERNELS}"
-    if _under(name, room.lazily):
+    if _under(name, module.lazily):
         return f"may import {name} only inside a function" if reference.eager else None
-    if _under(name, room.may) or name.split(".")[0] in sys.stdlib_module_names:
+    if _under(name, module.may) or name.split(".")[0] in sys.stdlib_module_names:
         return None
     return f"must not refer to {name}"
 
 
 def python_findings(root: Path) -> list[Finding]:
-    """Check every Python module of the two packages against PYTHON_ROOMS."""
+    """Check every Python module of the two packages against PYTHON_RULES."""
     findings: dict[tuple[str, int], Finding] = {}
     for top, directory in PYTHON_ROOTS.items():
         for path in sorted((root / directory).rglob("*.py")):
@@ -430,11 +430,11 @@ def python_findings(root: Path) -> list[Finding]:
             is_package = inside[-1] == "__init__"
             module = ".".join([top, *(inside[:-1] if is_package else inside)])
             package = module if is_package else module.rpartition(".")[0]
-            row = max((row for row in PYTHON_ROOMS if _under(module, (row,))), key=len)
+            row = max((row for row in PYTHON_RULES if _under(module, (row,))), key=len)
             visitor = _References(package)
             visitor.visit(ast.parse(path.read_text("utf-8"), str(path)))
             for reference in visitor.found:
-                objection = _objection(reference, PYTHON_ROOMS[row])
+                objection = _objection(reference, PYTHON_RULES[row])
                 where = str(path.relative_to(root))
                 if objection is not None:
                     # One finding a line: `from x import a, b` and uses of an import repeat themselves.
@@ -467,13 +467,13 @@ def _included_name(root: Path, path: Path, written: str) -> str:
 
 
 def include_findings(root: Path) -> list[Finding]:
-    """Check every ``#include`` under csrc against CXX_ROOMS."""
+    """Check every ``#include`` under csrc against CXX_RULES."""
     findings = []
     for path in cxx_files(root):
         where = path.relative_to(root)
-        room = where.parts[1]
-        if room not in CXX_ROOMS:
-            findings.append(Finding(str(where), 1, f"csrc/{room} is not a room of CXX_ROOMS"))
+        module = where.parts[1]
+        if module not in CXX_RULES:
+            findings.append(Finding(str(where), 1, f"csrc/{module} is not a folder of CXX_RULES"))
             continue
         for number, line in enumerate(_without_comments(path.read_text("utf-8")).splitlines(), 1):
             directive = re.match(r"\s*#\s*(?:include|include_next|import)\b\s*(.*)", line)
@@ -483,10 +483,10 @@ def include_findings(root: Path) -> list[Finding]:
             if target is None:
                 findings.append(Finding(str(where), number, f"cannot tell what {directive[1]!r} includes"))
                 continue
-            allowed = (CXX_ROOMS[room], CXX_FILES.get(where.as_posix()))
+            allowed = (CXX_RULES[module], CXX_FILES.get(where.as_posix()))
             name = _included_name(root, path, target[1])
             if not any(pattern and pattern.fullmatch(name) for pattern in allowed):
-                findings.append(Finding(str(where), number, f"csrc/{room} must not include {target[1]}"))
+                findings.append(Finding(str(where), number, f"csrc/{module} must not include {target[1]}"))
     return findings
 
 

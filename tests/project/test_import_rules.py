@@ -1,4 +1,4 @@
-"""The rows of CONTRIBUTING.md's room table hold for the tree, and each of them can fail."""
+"""The rows of CONTRIBUTING.md's module table hold for the tree, and each of them can fail."""
 
 from __future__ import annotations
 
@@ -251,7 +251,7 @@ INCLUDE_OFFENDERS = {
     "torch-uses-kernels-relatively": ("csrc/torch/ops.cpp", '"../core/status.h"'),
     "python-uses-torch": ("csrc/python/module.cpp", "<torch/csrc/stable/tensor.h>"),
     "computed-include": ("csrc/core/forward.cpp", "LB2_HEADER"),
-    "unknown-room": ("csrc/metal/kernels.cpp", "<vector>"),
+    "unknown-module": ("csrc/metal/kernels.cpp", "<vector>"),
 }
 
 
@@ -278,13 +278,13 @@ def test_include_rule_permits_neighbors(tmp_path: Path) -> None:
     assert not import_rules.include_findings(tmp_path)
 
 
-@pytest.mark.parametrize("room", ["core", "cpu", "include", "cuda", "torch", "python"])
+@pytest.mark.parametrize("module", ["core", "cpu", "include", "cuda", "torch", "python"])
 @pytest.mark.parametrize("call", ["std::getenv", "secure_getenv"])
-def test_getenv_rule_can_fail(tmp_path: Path, room: str, call: str) -> None:
-    plant(tmp_path, f"csrc/{room}/a.cpp", f'// getenv is named here\nauto* s = {call}("LB2_CPU_ISA");\n')
+def test_getenv_rule_can_fail(tmp_path: Path, module: str, call: str) -> None:
+    plant(tmp_path, f"csrc/{module}/a.cpp", f'// getenv is named here\nauto* s = {call}("LB2_CPU_ISA");\n')
     plant(tmp_path, "csrc/cpu/dispatch.cpp", 'auto* s = std::getenv("LB2_CPU_ISA");\n')
     (finding,) = import_rules.getenv_findings(tmp_path)
-    assert (finding.path, finding.line) == (f"csrc/{room}/a.cpp", 2)
+    assert (finding.path, finding.line) == (f"csrc/{module}/a.cpp", 2)
 
 
 @pytest.mark.parametrize("path", ["csrc/cpu/a.cpp", "littlebit2_kernels/a.py", "tests/a.py"])

@@ -167,10 +167,10 @@ def sweep(
         before = known.get(model_type)
         if before is not None and not (retry and not (before.kind == WORKS and before.compared)):
             continue
-        outcome = try_apart(model_type, seconds=seconds)
+        outcome = replace(try_apart(model_type, seconds=seconds), commit=commit)
         known[model_type] = outcome
         with results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**asdict(outcome), "commit": commit}) + "\n")
+            file.write(json.dumps(asdict(outcome)) + "\n")
         detail = outcome.reason or ("" if outcome.compared else f"not compared: {outcome.not_compared}")
         show(f"{outcome.kind:9} {outcome.seconds:5.1f} {model_type:28} {outcome.model:44} {detail}\n")
         sys.stdout.flush()
@@ -181,7 +181,6 @@ def read_results(path: Path) -> dict[str, Outcome]:
     """Return what a file of :func:`sweep` holds, the latest result of every model type."""
     found: dict[str, Outcome] = {}
     for line in _lines(path):
-        line.pop("commit", None)
         outcome = Outcome(**line)
         found[outcome.model_type] = outcome
     return found

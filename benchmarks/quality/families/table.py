@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .classes import model_types
 from .trial import FAILED, NOT_BUILT, REFUSED, WORKS, Outcome
 
 __all__ = ["INPUT_KINDS", "input_kind", "markdown"]
@@ -22,9 +24,9 @@ quantized from its files and in memory, loaded, saved, loaded again, and its out
 the dense model whose weights are what its packed layers stand for. "Compared" counts the types for which the
 sweep knows an input that the dense model takes.
 
-Written by `python -m benchmarks families --markdown docs/models.md` at commit {commit}, with torch
-{torch}. The {count} types took {minutes:.0f} minutes of CPU time. `make test-families` runs the whole sweep,
-`make test-slow` a sample of it.
+Written by `python -m benchmarks families --resume --markdown docs/models.md`, with torch {torch},
+at {commits}. {count} of {all} types were tried and took {minutes:.0f} minutes of CPU time.
+`make test-families` runs the whole sweep, `make test-slow` a sample of it.
 
 Tiny models show that names, shapes and code fit together. They say nothing about quality.
 """
@@ -42,19 +44,19 @@ def input_kind(outcome: Outcome) -> str:
     return "multimodal" if len(takes) > 1 else "other"
 
 
-def markdown(outcomes: Sequence[Outcome], versions: Mapping[str, Any], commit: str) -> str:
+def markdown(outcomes: Sequence[Outcome], versions: Mapping[str, Any]) -> str:
     """Return the content of docs/models.md.
 
     Args:
         outcomes: of the sweep.
         versions: of packages, by name.
-        commit: at which the sweep ran.
     """
     head = _HEAD.format(
         transformers=versions.get("transformers"),
         torch=versions.get("torch"),
-        commit=commit,
+        commits=_commits(outcomes),
         count=len(outcomes),
+        all=len(model_types()),
         minutes=sum(one.seconds for one in outcomes) / 60,
     )
     by_kind = {kind: [one for one in outcomes if one.kind == kind] for kind in (FAILED, REFUSED, NOT_BUILT)}
@@ -81,6 +83,13 @@ def markdown(outcomes: Sequence[Outcome], versions: Mapping[str, Any], commit: s
             *_lists(compared),
         ]
     )
+
+
+def _commits(outcomes: Sequence[Outcome]) -> str:
+    """Where a sweep was resumed after a change, its results are of several commits."""
+    found = Counter(one.commit for one in outcomes)
+    listed = ", ".join(f"{commit} ({count} types)" for commit, count in found.most_common())
+    return f"commit{'s' if len(found) > 1 else ''} {listed}"
 
 
 def _counts(outcomes: Sequence[Outcome]) -> list[str]:

@@ -44,6 +44,7 @@ class Outcome:
         compared: whether outputs were compared.
         not_compared: why not: what the model said of the inputs that were tried.
         seconds: CPU time.
+        commit: of this project, at which it was tried.
     """
 
     model: str
@@ -55,6 +56,7 @@ class Outcome:
     compared: bool = False
     not_compared: str = ""
     seconds: float = 0.0
+    commit: str = ""
 
 
 class OutOfTime(BaseException):

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .select import shared_parameters
+
 __all__ = [
     "PROJECTION_NAMES",
     "Expert",
@@ -380,15 +382,20 @@ def _view(source: nn.Module, layout: ExpertsLayout, index: int, projection: str)
 def expand_experts(model: nn.Module) -> dict[str, nn.Module]:
     """Replace the fused experts of ``model`` by :class:`LittleBitExperts`, in place.
 
-    No weight is copied: the children are views.
+    No weight is copied: the children are views. Modules that share their tensors with another one (Diffusion
+    Gemma ties all of its encoder to its decoder) stay as they are.
 
     Returns:
         The modules that were replaced, by name; one with several names under each of them.
     """
+    shared = shared_parameters(model)
     replaced = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
-        if name and experts_layout(module) is not None and not isinstance(module, LittleBitExperts)
+        if name
+        and experts_layout(module) is not None
+        and not isinstance(module, LittleBitExperts)
+        and not any(id(parameter) in shared for parameter in module.parameters(recurse=False))
     }
     # All are made before any is put in its place: a module that cannot be expanded leaves the model as it is.
     made = {id(module): module for module in replaced.values()}

@@ -17,6 +17,7 @@ __all__ = [
     "is_selected",
     "keeps_heads_dense",
     "output_heads",
+    "shared_parameters",
     "tied_names",
 ]
 
@@ -75,15 +76,21 @@ def tied_names(model: Module) -> set[str]:
     """
     from torch.nn import Linear  # noqa: PLC0415  # names alone need no torch
 
+    shared = shared_parameters(model)
+    return {
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, Linear) and id(module.weight) in shared
+    }
+
+
+def shared_parameters(model: Module) -> set[int]:
+    """Return the ``id`` of every parameter that several modules hold."""
     owners: dict[int, set[Module]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), set()).add(module)
-    return {
-        name
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, Linear) and len(owners.get(id(module.weight), ())) > 1
-    }
+    return {one for one, modules in owners.items() if len(modules) > 1}
 
 
 def _names_of(model: Module, wanted: Any) -> set[str]:

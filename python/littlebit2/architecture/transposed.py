@@ -14,6 +14,8 @@ from collections.abc import Container
 import torch
 from torch import nn
 
+from .select import shared_parameters
+
 __all__ = ["TransposedLinear", "as_linear", "collapse_transposed", "expand_transposed", "is_transposed"]
 
 _CLASS = "Conv1D"
@@ -83,13 +85,10 @@ def expand_transposed(model: nn.Module) -> None:
 
     No weight is copied. A module that shares its weight with another one is left as it is.
     """
-    owners: dict[int, set[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), set()).add(module)
+    shared = shared_parameters(model)
     views: dict[nn.Module, TransposedLinear] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if not name or not is_transposed(module) or len(owners[id(module.weight)]) > 1:
+        if not name or not is_transposed(module) or id(module.weight) in shared:
             continue
         if module not in views:
             views[module] = TransposedLinear(module)

@@ -3,3 +3,7 @@
 ``littlebit2.register()`` makes transformers know our checkpoints, ``littlebit2.load`` and
 ``littlebit2.generate`` run them, ``littlebit2.synthesize`` makes random ones.
 """
+
+from littlebit2._messages import require
+
+require("transformers")

@@ -12,14 +12,18 @@ import functools
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.tuners import tuners_utils
-from peft.tuners.lora.layer import LoraLayer
-from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
+from littlebit2._messages import require
 from littlebit2_kernels import LittleBitLinear
+
+require("peft")
+
+from peft import LoraConfig  # noqa: E402  # said in our words where it is missing
+from peft.tuners import tuners_utils  # noqa: E402
+from peft.tuners.lora.layer import LoraLayer  # noqa: E402
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND  # noqa: E402
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES  # noqa: E402
 
 __all__ = ["LoraLittleBitLinear", "with_packed_layers"]
 

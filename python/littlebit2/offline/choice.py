@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from littlebit2.architecture.parts import Part
+from littlebit2.architecture.shapes import model_shapes
 from littlebit2.architecture.tensors import LayerSource, select_layers
 from littlebit2.checkpoint import DenseCheckpoint
 from littlebit2.quantize import QuantConfig
@@ -115,6 +116,7 @@ def _trial(
         if error.name != "transformers":
             raise
         notes.append("transformers is not installed: layers are chosen by the names of their tensors alone")
+        _check_complete(checkpoint)
         return None
     try:
         return try_out(checkpoint.config, checkpoint.dense, include=include, exclude=exclude)
@@ -123,6 +125,21 @@ def _trial(
             f"{error}; layers are chosen by the names of their tensors alone, and the result is untried"
         )
         return None
+
+
+def _check_complete(checkpoint: DenseCheckpoint) -> None:
+    """Raise ``ValueError`` if weights are missing, to judge by the family's shapes where they are known."""
+    try:
+        shapes = model_shapes(checkpoint.config)
+    except ValueError:
+        return
+    names = [f"{linear.name}.weight" for linear in shapes.linears if not linear.is_head]
+    names += [dense.name for dense in shapes.dense]
+    missing = [name for name in names if name not in checkpoint.dense]
+    # A base model alone has the same tensors without the prefix; nothing is known of such names here.
+    if missing and len(missing) < len(names):
+        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
+        raise ValueError(f"the files lack weights of a {shapes.model_type}: {', '.join(missing[:10])}{more}")
 
 
 def _nothing_selected(dense: Mapping[str, str], include: Sequence[str], exclude: Sequence[str]) -> str:

@@ -33,8 +33,9 @@ class QuantConfig:
         bpw: counted bits per weight over all paths (:mod:`.budget`); 1.0 where no size is given.
         energy: in (0, 1); instead of ``bpw``: each layer gets the smallest ranks whose sum keeps this share
             of its squared singular values.
-        ranks: one positive multiple of 8 per path, replacing ``bpw``; ranks may differ, and may exceed
-            ``min(K, N)``: the surplus directions start at zero and the rotation fills them.
+        ranks: one positive multiple of 8 per path, replacing ``bpw``; ranks may differ. More than the largest
+            ``min(K, N)`` of a model's layers, rounded up to 8, is refused; in smaller layers the surplus
+            directions start at zero.
         paths: number of paths of equal rank. Where not given, 1, and 2 for the papers' own methods: a primary
             path and one that quantizes its residual.
         budget: ``"spectral"`` shares the bits of ``bpw`` out over the layers of a model by their spectra

@@ -18,6 +18,7 @@ from littlebit2 import QuantConfig, quantize_, quantize_linear
 from littlebit2.architecture.select import DEFAULT_EXCLUDE
 from littlebit2.architecture.transposed import expand_transposed, is_transposed
 from littlebit2.integrations.transformers import attach
+from littlebit2.plan import plan_model
 from littlebit2.quantize import collect_importance
 from littlebit2.train import make_trainable
 from littlebit2_kernels import LittleBitLinear
@@ -100,6 +101,15 @@ def test_importance_sees_the_layers(model: Any) -> None:
         assert one.inputs.shape == (k,)
         assert one.outputs is not None
         assert one.outputs.shape == (n,)
+
+
+def test_plan_counts_the_layers(model: Any) -> None:
+    planned = plan_model(model.config.to_dict(), QUANT)
+    assert {
+        layer.name.removeprefix("transformer.h.0."): (layer.in_features, layer.out_features)
+        for layer in planned.layers
+        if ".h.0." in layer.name
+    } == LAYERS
 
 
 def test_one_layer_is_quantized_and_trained(model: Any) -> None:
