@@ -55,9 +55,7 @@ def test_states_are_measured_as_they_are_stored() -> None:
     with rounded(dtypes):
         assert parameter.item() == 1.0
     assert parameter.item() == pytest.approx(1.001)
-    tuned = tune(
-        lambda step: parameter.sum(), lambda: parameter.item(), [([parameter], 0.1)], dtypes, steps=0, **STEPS
-    )  # type: ignore[arg-type]
+    tuned = tune(lambda step: parameter.sum(), parameter.item, [([parameter], 0.1)], dtypes, steps=0, **STEPS)  # type: ignore[arg-type]
     assert tuned.before == tuned.after == parameter.item() == 1.0
 
 
