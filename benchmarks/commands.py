@@ -46,11 +46,17 @@ COMMANDS = {
     "experts": Command(
         "models", "models.experts", "time one layer of experts, packed and dense, by routed experts"
     ),
+    "load-memory": Command(
+        "models", "models.load_memory", "measure what loading a mixture of experts takes, beside its files"
+    ),
     "demo": Command("quality", "quality.demo", "quantize a small real model and time one layer"),
     "quantizer": Command(
         "quality", "quality.quantizer", "measure error and time of each quantization method"
     ),
     "finetune": Command("quality", "quality.finetune", "measure what training adds to each initialization"),
+    "blockwise": Command(
+        "quality", "quality.blockwise", "measure each stage of block-by-block quantization on SmolLM2-135M"
+    ),
     "families": Command(
         "quality", "quality.family_sweep", "try every model family of transformers at a tiny size"
     ),

@@ -239,6 +239,8 @@ def _choose_planned(call: Call) -> tuple[str, str]:
         raise ValueError("packed must be a PackedLinear where gpu is given: prepacked layers are the CPU's")
     if call.backend != "auto":
         return call.backend, planned
+    if call.gpu is not None and gpu_properties(call.gpu).capability < _LEAST_CAPABILITY:
+        return "triton", f"{planned}; the CUDA kernels need compute capability 8.0"
     best = "cuda"
     if _by_estimate(call) and call.gpu is not None:
         best = prefill_backend(call.shape, call.tokens, call.dtype, call.gpu)

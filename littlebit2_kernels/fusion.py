@@ -80,9 +80,9 @@ class LinearGroup:
         self.members = tuple(members)
         self.on_cpu = on_cpu
         self.together = True
-        # Of the last input: it, its version, and the results not yet handed out. Replaced as a whole: calls
+        # Of the last input: it, its state, and the results not yet handed out. Replaced as a whole: calls
         # on another thread may come in between.
-        self._pending: tuple[torch.Tensor, int, dict[int, torch.Tensor]] | None = None
+        self._pending: tuple[torch.Tensor, tuple[int, bool, bool], dict[int, torch.Tensor]] | None = None
         # While calls do not go together: an input, and which members were called with it.
         self._seen: tuple[torch.Tensor, set[int]] | None = None
 
@@ -91,10 +91,12 @@ class LinearGroup:
         if _needs_its_own(x):
             return None
         index = self._index(member)
+        if index is None:
+            return None
         pending = self._pending
         if pending is not None:
-            known, version, results = pending
-            if known is x and version == _version(x) and index in results:
+            known, state, results = pending
+            if known is x and state == _state(x) and index in results:
                 y = results.pop(index)
                 if not results:
                     self._pending = None
@@ -110,14 +112,15 @@ class LinearGroup:
             return None
         results = dict(enumerate(outputs))
         y = results.pop(index)
-        self._pending = (x, _version(x), results)
+        self._pending = (x, _state(x), results)
         return y
 
-    def _index(self, member: LittleBitLinear) -> int:
+    def _index(self, member: LittleBitLinear) -> int | None:
+        """Place of a layer, ``None`` for a copy of one, which a replica of the model has."""
         for index, other in enumerate(self.members):
             if other is member:
                 return index
-        raise AssertionError("a layer of another group")
+        return None
 
     def _watch(self, index: int, x: torch.Tensor) -> None:
         if torch.compiler.is_compiling():  # would be a graph for every state
@@ -153,7 +156,7 @@ class LinearGroup:
         choice = choose_for_group(x, shapes, first.backend, first.activation, prepacked)
         if choice is None or choice.backend not in ("cpu", "cuda"):
             return None
-        return run_group(x, layers, [state["bias"] for state in states], shapes, choice)
+        return run_group(x, layers, [member.bias for member in self.members], shapes, choice)
 
 
 def fuse_linears(modules: Sequence[LittleBitLinear], *, on_cpu: bool = False) -> LinearGroup:
@@ -207,7 +210,7 @@ def _needs_its_own(x: Any) -> bool:
         return True
     if torch.is_grad_enabled() and x.requires_grad:
         return True
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type == "meta" or torch.is_autocast_enabled(x.device.type):
         return True
     if torch.compiler.is_compiling():
         return False
@@ -219,6 +222,10 @@ def _needs_its_own(x: Any) -> bool:
     )
 
 
-def _version(x: torch.Tensor) -> int:
+def _state(x: torch.Tensor) -> tuple[int, bool, bool]:
+    """What results depend on besides the values of ``x``, and how often it was changed."""
+    if torch.compiler.is_compiling():
+        return 0, True, False
     # Tensors of inference mode have no count of their changes.
-    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+    version = 0 if x.is_inference() else x._version
+    return version, torch.is_grad_enabled(), torch.is_inference_mode_enabled()

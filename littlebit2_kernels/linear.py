@@ -151,22 +151,24 @@ class LittleBitLinear(nn.Module):
         self.in_features = packed.in_features
         self.out_features = packed.out_features
         buffers = _portable_buffers(packed)
-        self._portable_names = frozenset(buffers) - {"bias"}
+        self._portable_names = _shared(frozenset(buffers) - {"bias"})
         for name, tensor in buffers.items():
             self.register_buffer(name, None if tensor is None else _placed(tensor))
         own = [path_suffix(p) for p in range(len(packed.paths))]
         first = [path_suffix(source) for source in self.shape.shares]
         # Buffer names of each operand; buffers themselves may be replaced by .to() or loading.
-        self._operand_names = tuple(
-            None
-            if packed.single_stage and name in ("U_packed", "latent_scale")
-            else [name + s for s in suffixes]
-            for name, suffixes in (
-                ("V_packed", first),
-                ("U_packed", own),
-                ("v2", first),
-                ("latent_scale", own),
-                ("u1", own),
+        self._operand_names = _shared(
+            tuple(
+                None
+                if packed.single_stage and name in ("U_packed", "latent_scale")
+                else tuple(name + s for s in suffixes)
+                for name, suffixes in (
+                    ("V_packed", first),
+                    ("U_packed", own),
+                    ("v2", first),
+                    ("latent_scale", own),
+                    ("u1", own),
+                )
             )
         )
 
@@ -266,15 +268,16 @@ class LittleBitLinear(nn.Module):
                     latent_scale=latent_scale[p].flatten() if latent_scale else None,
                 )
             )
-        return PackedLinear(tuple(paths), buffers["bias"])
+        return PackedLinear(tuple(paths), self.bias)
 
     def _as_prepacked(self, buffers: dict[str, Any]) -> PrepackedLinear:
-        return PrepackedLinear(buffers["prepacked"], buffers["bias"], self.shape)
+        return PrepackedLinear(buffers["prepacked"], self.bias, self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers, without room between rows on a GPU."""
-        return sum(b.numel() * b.element_size() for b in self._buffers.values() if b is not None)
+        """Bytes of all tensors, without padding between rows on a GPU."""
+        tensors = (*self._buffers.values(), *self._parameters.values())
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``x`` ``[..., K]`` (float32, float16 or bfloat16) to ``[..., N]`` of the same dtype.
@@ -291,7 +294,9 @@ class LittleBitLinear(nn.Module):
             if y is not None:
                 return y
         if layer is not None:
-            y = run_prepacked(x, layer, buffers["bias"], self.shape, self.backend, self.activation)
+            # A bias that is to be trained is a parameter.
+            bias = buffers["bias"] if "bias" in buffers else self._parameters["bias"]
+            y = run_prepacked(x, layer, bias, self.shape, self.backend, self.activation)
             if y is not None:
                 return y
         return self._general_forward(x)
@@ -311,7 +316,7 @@ class LittleBitLinear(nn.Module):
                 buffers = self.prepack_()._buffers
             layer = buffers["prepacked"]
         tensors = self._operands(buffers) if layer is None else layer
-        return run(x, tensors, buffers["bias"], self.shape, choice)
+        return run(x, tensors, self.bias, self.shape, choice)
 
     def _may_prepack(self, x: torch.Tensor, buffers: dict[str, Any]) -> bool:
         # What is traced keeps the buffers it was given, fake tensors have no values to move, and scales that
@@ -339,14 +344,14 @@ class LittleBitLinear(nn.Module):
         kind = "single_stage=True" if shape.ranks is None else f"ranks={list(shape.ranks)}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, {kind}, "
-            f"bias={self._buffers['bias'] is not None}, "
+            f"bias={self.bias is not None}, "
             f"counted_bpw={shape.counted_bpw:.3g}, stored_bpw={shape.stored_bpw:.3g}"
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LittleBitLinear:
         # The prepacked layer stays where it is kept as it is: under a change of dtype, or share_memory(). Not
         # under one of device, or to_empty().
-        probe = torch.arange(64, dtype=torch.uint8)
+        probe = torch.arange(64, dtype=torch.uint8, device="cpu")
         result = fn(probe.clone())
         if result.device != probe.device or result.dtype != probe.dtype or not torch.equal(result, probe):
             self.unpack_()
@@ -461,6 +466,14 @@ class LittleBitLinear(nn.Module):
         if loaded.shape == self.shape:
             return None
         return f"the layer must have the shape {self.shape}, got {loaded.shape}"
+
+
+#: Names of buffers, one object for all layers of a structure: a model may have tens of thousands of layers.
+_structures: dict[Any, Any] = {}
+
+
+def _shared(names: Any) -> Any:
+    return _structures.setdefault(names, names)
 
 
 def _placed(tensor: torch.Tensor) -> torch.Tensor:

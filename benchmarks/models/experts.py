@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,6 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=positive(float), default=0.02, help="least duration of a turn (default %(default)s)"
     )
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="measure the CPU time of the one thread instead of the clock: on a machine that others use",
+    )
     parser.add_argument("--threads", type=positive(int), default=1, help="default %(default)s")
     add_json(parser)
 
@@ -86,6 +92,8 @@ def run(options: Namespace) -> int:
     import torch
 
     cpu_threads([options.threads])
+    if options.cpu_time and options.threads != 1:
+        raise ValueError(f"--cpu-time needs --threads 1, got {options.threads}")
     about = environment(torch.device("cpu"), [options.threads])
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
@@ -143,7 +151,7 @@ def routing(tokens: int, per_token: int, routed: int, experts: int) -> torch.Ten
 def _measure(options: Namespace, dtype: torch.dtype) -> list[ExpertRow]:
     import torch
 
-    from benchmarks.timing import time_interleaved
+    from benchmarks.timing import CpuTimer, time_interleaved
 
     dense = _dense_module(options, dtype)
     packed = _packed_modules(options, dtype)
@@ -164,7 +172,10 @@ def _measure(options: Namespace, dtype: torch.dtype) -> list[ExpertRow]:
             if dense is not None:
                 candidates[f"{name}, dense"] = partial(dense, x, index, weights)
     # All in one rotation: whatever else the machine does falls on every row alike.
-    found = time_interleaved(candidates, repetitions=options.repetitions, seconds=options.seconds, cold=True)
+    timer = CpuTimer(time.thread_time) if options.cpu_time else CpuTimer()
+    found = time_interleaved(
+        candidates, repetitions=options.repetitions, seconds=options.seconds, cold=True, timer=timer
+    )
     return [
         ExpertRow(tokens, per_token, routed, found[name], found.get(f"{name}, dense"))
         for name, tokens, per_token, routed in routings

@@ -57,17 +57,35 @@ def call_operator(
         if operator is None or x.is_cuda:
             operator = load_operator(name, x)
     if forward_ad._current_level >= 0:
-        primal, tangent = forward_ad.unpack_dual(x)
-        if tangent is not None:
-            # Torch has no forward derivative of registered operators.
-            y = call_operator(operator, primal, operands, settings, exact, kernel)
-            bias = operands[-1]
-            no_bias = [None] * len(bias) if isinstance(bias, list) else None
-            dy = call_operator(operator, tangent, (*operands[:-1], no_bias), exact, exact, kernel)
-            if isinstance(y, list):
-                return [forward_ad.make_dual(*pair) for pair in zip(y, dy, strict=True)]
-            return forward_ad.make_dual(y, dy)
+        # Torch has no forward derivative of registered operators.
+        duals = _without_tangents(x, operands[-1])
+        if duals is not None:
+            primal, tangent, bias, bias_tangents = duals
+            y = call_operator(operator, primal, (*operands[:-1], bias), settings, exact, kernel)
+            ys = y if isinstance(y, list) else [y]
+            dys: list[torch.Tensor] = [torch.zeros_like(one) for one in ys]
+            if tangent is not None:
+                no_bias = [None] * len(ys) if isinstance(y, list) else None
+                dy = call_operator(operator, tangent, (*operands[:-1], no_bias), exact, exact, kernel)
+                dys = dy if isinstance(dy, list) else [dy]
+            both = [
+                forward_ad.make_dual(one, d if b is None else d + b.to(d.dtype))
+                for one, d, b in zip(ys, dys, bias_tangents, strict=True)
+            ]
+            return both if isinstance(y, list) else both[0]
     if torch.is_grad_enabled() and (x.requires_grad or requires_grad(operands)):
         return operator(x, *operands, *settings)
     with torch._C._AutoDispatchBelowAutograd():
         return (kernel or operator)(x, *operands, *settings)
+
+
+def _without_tangents(x: torch.Tensor, bias: Any) -> tuple[Any, Any, Any, list[Any]] | None:
+    """Return x, its tangent, the bias or biases, and their tangents; ``None`` if there is no tangent."""
+    primal, tangent = forward_ad.unpack_dual(x)
+    biases = bias if isinstance(bias, list) else [bias]
+    pairs = [(None, None) if one is None else tuple(forward_ad.unpack_dual(one)) for one in biases]
+    tangents = [pair[1] for pair in pairs]
+    if tangent is None and all(one is None for one in tangents):
+        return None
+    primals = [pair[0] for pair in pairs]
+    return primal, tangent, primals if isinstance(bias, list) else primals[0], tangents

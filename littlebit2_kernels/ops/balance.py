@@ -27,7 +27,7 @@ __all__ = ["balance_launches", "balanced"]
 #: in_scale is brought to a length in ``[2**-3, 2**-2)``: large enough for the latents of small tokens to be
 #: normal numbers, small enough for those of tokens that are four times as long as float16's largest number to
 #: be finite.
-_HEADROOM = -2
+_HEADROOM = -2.0
 
 
 def balanced(operands: Operands) -> Operands:
@@ -44,7 +44,9 @@ def balanced(operands: Operands) -> Operands:
     inner = torch.stack(in_scale).flatten(1)  # [P, K]
     # length = mantissa * 2**exponent with a mantissa in [1/2, 1), and an exponent of 0 for a length of 0.
     exponents = torch.frexp(torch.linalg.vector_norm(inner, dim=1, keepdim=True)).exponent
-    factors = torch.exp2(_HEADROOM - exponents)  # [P, 1] float32
+    # A number with a dtype of its own: one without would bring in the default dtype.
+    headroom = torch.tensor(_HEADROOM, dtype=torch.float32, device="cpu")
+    factors = torch.exp2(headroom - exponents)  # [P, 1] float32
     latents = [scale / factor for scale, factor in zip(latent_scale, factors.unbind(), strict=True)]
     return v, u, list((inner * factors).unbind()), latents, out_scale
 

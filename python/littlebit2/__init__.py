@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from littlebit2_kernels.version import __version__
 
     from .architecture.projections import fuse_projections
+    from .blockwise import BlockwiseReport, BlockwiseSettings, quantize_blockwise
     from .in_place import QuantizationReport, quantize_, quantize_linear
     from .integrations.generation import generate
     from .integrations.loading import load
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from .train.recipe import Recipe, evaluate_model, finetune
 
 __all__ = [
+    "BlockwiseReport",
+    "BlockwiseSettings",
     "Importance",
     "QuantConfig",
     "QuantizationReport",
@@ -41,6 +44,7 @@ __all__ = [
     "generate",
     "load",
     "quantize_",
+    "quantize_blockwise",
     "quantize_checkpoint",
     "quantize_linear",
     "quantize_weight",
@@ -51,6 +55,8 @@ __all__ = [
 
 #: The module that defines each public name.
 _HOMES = {
+    "BlockwiseReport": ".blockwise",
+    "BlockwiseSettings": ".blockwise",
     "Importance": ".quantize",
     "QuantConfig": ".quantize",
     "QuantizationReport": ".in_place",
@@ -64,6 +70,7 @@ _HOMES = {
     "generate": ".integrations.generation",
     "load": ".integrations.loading",
     "quantize_": ".in_place",
+    "quantize_blockwise": ".blockwise",
     "quantize_checkpoint": ".offline",
     "quantize_linear": ".in_place",
     "quantize_weight": ".quantize",

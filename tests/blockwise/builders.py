@@ -44,6 +44,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
         {key: value for key, value in SIZES.items() if key != "num_key_value_heads"},
         "GPTNeoXForCausalLM",
     ),
+    # Weights held transposed.
+    "gpt2": (
+        "GPT2Config",
+        {"vocab_size": 257, "n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
+        | {"bos_token_id": None, "eos_token_id": 0},
+        "GPT2LMHeadModel",
+    ),
     "mixtral": (
         "MixtralConfig",
         {**SIZES, "num_local_experts": 3, "num_experts_per_tok": 2},

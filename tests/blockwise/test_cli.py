@@ -26,7 +26,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 def report(perplexity: dict[str, float]) -> BlockwiseReport:
-    return BlockwiseReport(RunReport({}, (), ()), {}, (), perplexity, 100, 45)
+    return BlockwiseReport(RunReport({}, (), ()), {}, (), None, perplexity, 100, 45)
 
 
 def test_whether_a_result_is_of_use() -> None:
@@ -72,6 +72,7 @@ def test_without_text_the_summary_says_what_is_needed(
         (["--method", "blockwise"], "--method blockwise needs text: --data PATH"),
         (["--data", "DATA", "--workers", "2"], "--workers: not with --method blockwise"),
         (["--data", "DATA", "--method", "admm"], "--data: only with --method blockwise"),
+        (["--data", "DATA", "--minutes", "1", "--steps", "2"], "--minutes chooses --samples and --steps"),
         (["--steps", "3"], "--steps: only with --method blockwise and --data"),
     ],
 )

@@ -33,6 +33,7 @@ class Block(nn.Module):
             "tensor": output,
             "tuple": (output, None),
             "pair": (output, output),
+            "extra": (output, output),
             "narrow": output[..., :4],
         }[self.kind]
 
@@ -67,7 +68,10 @@ class Model(nn.Module):
                 "object": {"cache": 1},
             }.get(self.mode, 1.0)
             hidden = block(hidden, other)
-            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+            if isinstance(hidden, tuple):
+                # One block's second value changes the next one's hidden state, another's is read by nobody.
+                second = hidden[1] if block.kind == "pair" else None
+                hidden = hidden[0] if second is None else hidden[0] + second
         return transformers.modeling_outputs.CausalLMOutput(logits=self.head(hidden))
 
 
@@ -90,7 +94,7 @@ def pieces(kind: str = "tensor", mode: str = "plain") -> ModelInPieces:
     return ModelInPieces(model, parts, lambda name: torch.empty(0), "layers", torch.device("cpu"))
 
 
-@pytest.mark.parametrize("kind", ["tensor", "tuple"])
+@pytest.mark.parametrize("kind", ["tensor", "tuple", "extra"])
 def test_plain_blocks_are_taken(kind: str) -> None:
     model = pieces(kind)
     assert check_blocks(model, 20)
@@ -104,7 +108,7 @@ def test_arguments_that_depend_on_tokens_are_noted() -> None:
 @pytest.mark.parametrize(
     ("kind", "mode", "message"),
     [
-        ("pair", "plain", "returns more than a hidden state"),
+        ("pair", "plain", "return more than a hidden state"),
         ("narrow", "plain", "must return a hidden state"),
         ("tensor", "hidden", "depend on hidden states"),
         ("tensor", "object", "takes a dict"),

@@ -55,15 +55,43 @@ def test_checkpoint_is_what_was_tuned(family: str, data: Path, tmp_path: Path) -
     assert report.perplexity["tuned"] == pytest.approx(perplexity_of(out, ids), rel=1e-3)
     assert report.perplexity["tuned"] != pytest.approx(report.perplexity["dense"], rel=1e-2)
     assert report.tokens == QUICK["held_out"] * (QUICK["length"] - 1)
-    assert [block["index"] for block in report.blocks] == list(
-        range(FAMILIES[family][1]["num_hidden_layers"])
-    )
+    assert [block["index"] for block in report.blocks] == list(range(3 if family == "gemma3" else 2))
     assert all(block["after"] <= block["before"] for block in report.blocks)
     assert any(block["after"] < 0.98 * block["before"] for block in report.blocks)
     assert json.loads((out / BLOCKWISE_NAME).read_text()) == report.as_dict()
     assert not out.with_name("out.partial").exists()
     # A further call finds the result finished.
     assert run(model, out, data).as_dict() == report.as_dict()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mixtral"])
+def test_distillation_of_the_whole_model(family: str, data: Path, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "dense", family)
+    out = tmp_path / "out"
+    rates = {"samples": 60, "distill_steps": 40, "distill_lr": 2e-4, "distill_scale_lr": 1e-2}
+    report = run(model, out, data, changes=rates)
+    assert report.distillation is not None
+    assert report.distillation["after"] < report.distillation["before"]
+    ids = held_out(model, data, tmp_path)
+    assert list(report.perplexity) == ["dense", "tuned", "distilled"]
+    assert report.perplexity["distilled"] == pytest.approx(perplexity_of(out, ids), rel=1e-3)
+    assert report.final == report.perplexity["distilled"] != report.perplexity["tuned"]
+
+
+def test_minutes_choose_sequences_and_steps(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_model(tmp_path / "dense")
+    monkeypatch.setattr("littlebit2.blockwise.minutes.LEAST", 3)
+    short = run(model, tmp_path / "short", data, changes={"minutes": 1e-9})
+    assert (short.settings["samples"], short.settings["steps"]) == (3, 3)
+    # With time in plenty, all of the text is taken, and the most steps.
+    monkeypatch.setattr("littlebit2.blockwise.minutes.MOST", 20)
+    monkeypatch.setattr("littlebit2.blockwise.run.MOST", 20)
+    long = run(model, tmp_path / "long", data, changes={"minutes": 1e6}, keep_work=True)
+    assert (long.settings["samples"], long.settings["steps"]) == (20, 20)
+    kept = json.loads((tmp_path / "long.partial" / "chosen.json").read_text())
+    assert kept == {"samples": 20, "steps": 20}
 
 
 def test_rates_far_too_high_leave_a_block_as_it_was(data: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from littlebit2_kernels import PackedLinear, PackedPath, packed_to_state
 from littlebit2_kernels.format import LayerShape
 from littlebit2_kernels.testing import make_packed
 from tests.checkpoint import wild
+from tests.disk.limits import files_up_to
 
 
 def layer(
@@ -209,6 +210,21 @@ def test_existing_output(tmp_path: Path, rng: torch.Generator) -> None:
         CheckpointWriter(tmp_path / "home", {}, overwrite=True)
     with pytest.raises(FileExistsError, match="no directory"):
         CheckpointWriter(tmp_path / "home" / "letter.txt", {}, overwrite=True)
+
+
+@pytest.mark.parametrize("entries", [500, 500_000], ids=["buffered", "unbuffered"])
+def test_a_full_disk_names_path_and_sizes_and_leaves_nothing(tmp_path: Path, entries: int) -> None:
+    def write() -> None:
+        with CheckpointWriter(tmp_path / "out", {}) as writer:
+            writer.add_tensor("a", torch.ones(entries))
+            writer.finish()
+
+    with (
+        files_up_to(1000),
+        pytest.raises(OSError, match=rf"write .*out\.partial-.* \({entries * 4e-6:.3f} MB\): File"),
+    ):
+        write()
+    assert not list(tmp_path.iterdir())
 
 
 def test_output_that_appears_meanwhile_is_not_touched(tmp_path: Path, rng: torch.Generator) -> None:

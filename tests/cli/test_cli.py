@@ -189,7 +189,8 @@ def test_plan_and_finetune_take_the_options_of_quantize() -> None:
     }
     of_the_run = {"--no-trial", "--workers", "--threads", "--restart", "--overwrite", "--device", "--quiet"}
     of_text = {"--data", "--text-field", "--samples", "--length", "--held-out", "--steps", "--batch-size"}
-    of_text |= {"--lr", "--scale-lr", "--keep-work"}
+    of_text |= {"--lr", "--scale-lr", "--keep-work", "--distill-steps", "--distill-lr"}
+    of_text |= {"--distill-scale-lr", "--minutes"}
     assert options["quantize"] - of_the_run - of_text <= options["plan"]
     not_of_finetune = {"--no-trial", "--workers", "--threads"}
     assert options["quantize"] - not_of_finetune - of_text <= options["finetune"]

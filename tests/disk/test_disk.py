@@ -1,4 +1,4 @@
-"""Writing to disk: whole files, whole directories, errors with path and sizes, the folder of a run."""
+"""Writing to disk: whole files, errors with path and sizes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from littlebit2.disk import (
-    RunDirectory,
     RunError,
     check_new_file,
     check_space,
-    move_into_place,
     new_file,
+    reserve,
     write_file,
     write_json,
 )
+from tests.disk.limits import files_up_to
 
 
 def fail_with(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
@@ -80,6 +80,27 @@ def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
         write_file(tmp_path / "nowhere" / "a", b"")
 
 
+def test_an_error_without_a_path_gets_one(tmp_path: Path) -> None:
+    with (
+        files_up_to(1000),
+        pytest.raises(OSError, match=r"cannot write .*/a \(0\.002 MB\): File too large") as caught,
+    ):
+        write_file(tmp_path / "a", bytes(2000))
+    assert caught.value.errno == errno.EFBIG
+    assert not list(tmp_path.iterdir())
+
+
+def test_reserved_space_is_there_or_an_error(tmp_path: Path) -> None:
+    reserve(tmp_path / "a", 100_000)
+    found = (tmp_path / "a").stat()
+    assert found.st_size == 100_000
+    assert 512 * found.st_blocks >= 100_000
+    reserve(tmp_path / "none", 0)
+    with files_up_to(1000), pytest.raises(OSError, match=r"cannot write .*/b \(0\.002 MB\): File too large"):
+        reserve(tmp_path / "b", 2000)
+    assert not (tmp_path / "b").exists()
+
+
 def test_a_new_file_may_not_be_there(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match=r"out must be a file, got .*, which is a directory"):
         check_new_file(tmp_path, overwrite=True)
@@ -87,81 +108,6 @@ def test_a_new_file_may_not_be_there(tmp_path: Path) -> None:
     check_new_file(tmp_path / "a", overwrite=True)
     with pytest.raises(FileExistsError, match="out must be a new file"):
         check_new_file(tmp_path / "a", overwrite=False)
-
-
-def test_a_directory_replaces_a_checkpoint_or_nothing(tmp_path: Path) -> None:
-    new, out = tmp_path / "new", tmp_path / "out"
-    for folder, text in ((new, "new"), (out, "old")):
-        folder.mkdir()
-        (folder / "config.json").write_text(text)
-        (folder / "model.safetensors").touch()
-    with pytest.raises(FileExistsError, match="out must be a new or empty directory"):
-        move_into_place(new, out, overwrite=False)
-    assert (new / "config.json").read_text() == "new"
-    move_into_place(new, out, overwrite=True)
-    assert (out / "config.json").read_text() == "new"
-    assert list(tmp_path.iterdir()) == [out]
-
-
-def test_a_directory_that_cannot_be_moved_leaves_the_old_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "config.json").write_text("old")
-    (out / "model.safetensors").touch()
-    with pytest.raises(FileNotFoundError):
-        move_into_place(tmp_path / "missing", out, overwrite=True)
-    assert (out / "config.json").read_text() == "old"
-    assert list(tmp_path.iterdir()) == [out]
-
-
-def test_one_process_holds_the_folder_of_a_run(tmp_path: Path) -> None:
-    first, second = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
-    first.take()
-    with pytest.raises(RunError, match="run is in use by another process"):
-        second.take()
-    first.close()
-    (tmp_path / "run" / "torn.tmp").touch()
-    second.take()
-    assert not (tmp_path / "run" / "torn.tmp").exists()
-    second.remove()
-    assert not (tmp_path / "run").exists()
-
-
-def test_settings_of_a_run(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path / "run")
-    run.take()
-    assert run.settings() is None
-    run.write_settings({"seed": 1, "ranks": [8]})
-    assert run.differing({"seed": 1, "ranks": (8,)}) == {}
-    differing = run.differing({"seed": 2, "ranks": (8,), "new": "x"})
-    assert differing == {"seed": "seed = 1 there, 2 here", "new": "new = None there, 'x' here"}
-    assert "run with other settings: seed = 1 there, 2 here, new" in str(run.refuse(differing))
-    (tmp_path / "run" / "kept").mkdir()
-    (tmp_path / "run" / "removed").mkdir()
-    run.clear(tmp_path / "run" / "kept")
-    assert sorted(path.name for path in run.path.iterdir()) == ["kept", "lock"]
-    run.close()
-
-
-@pytest.mark.parametrize(("text", "expected"), [("{", "must be JSON"), ("[]", "must hold a JSON object")])
-def test_damaged_settings_are_named(tmp_path: Path, text: str, expected: str) -> None:
-    run = RunDirectory(tmp_path)
-    (tmp_path / "settings.json").write_text(text)
-    with pytest.raises(RunError, match=rf"settings\.json {expected}"):
-        run.settings()
-
-
-def test_an_emptied_folder_is_removed(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path / "run")
-    run.take()
-    (run.path / "logs").mkdir()
-    run.remove_if_empty()
-    assert run.path.is_dir()
-    (run.path / "logs").rmdir()
-    run.remove_if_empty()
-    assert not run.path.exists()
 
 
 def test_too_little_space_is_named(tmp_path: Path) -> None:

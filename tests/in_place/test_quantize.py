@@ -414,3 +414,69 @@ def test_bad_arguments_of_one_layer_are_named(
 ) -> None:
     with pytest.raises(error, match=message):
         quantize_linear(**{"linear": nn.Linear(64, 64), **arguments})  # type: ignore[arg-type]
+
+
+def test_hooks_stay_with_the_packed_module() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    called: list[str] = []
+    handles = [
+        model[0].register_forward_pre_hook(lambda *_: called.append("before")),
+        model[0].register_forward_hook(lambda *_: called.append("after")),
+    ]
+    quantize_(model, 1.0, progress=False)
+    model(torch.zeros(1, 64))
+    assert called == ["before", "after"]
+    for handle in handles:
+        handle.remove()
+    model(torch.zeros(1, 64))
+    assert called == ["before", "after"]
+
+
+class _Clamped(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).clamp(-100, 100)
+
+
+def test_what_shows_for_large_inputs_only_stays_dense() -> None:
+    model = nn.Sequential(_Clamped(64, 64), nn.Linear(64, 64))
+    model[1].forward = lambda x: x  # type: ignore[method-assign]
+    model.append(nn.Linear(64, 64))
+    report = quantize_(model, 1.0, progress=False)
+    assert [layer.name for layer in report.layers] == ["2"]
+    assert {left.name for left in report.dense} == {"0", "1"}
+
+
+def test_an_error_in_the_experts_leaves_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = pytest.importorskip("littlebit2.architecture.experts")
+    made: list[nn.Module] = []
+
+    class Source(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.randn(2, 96, 64))
+            self.down_proj = nn.Parameter(torch.randn(2, 64, 48))
+            self.act_fn = nn.SiLU()
+
+        def forward(
+            self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        ) -> torch.Tensor:
+            return hidden_states
+
+    one = Source()
+    model = nn.ModuleDict({"a": one, "b": one, "c": Source()})
+    inner = experts.LittleBitExperts.__init__
+
+    def second_fails(self: nn.Module, source: nn.Module) -> None:
+        if made:
+            raise KeyError("an attribute exists")
+        made.append(source)
+        inner(self, source)
+
+    monkeypatch.setattr(experts.LittleBitExperts, "__init__", second_fails)
+    with pytest.raises(KeyError):
+        quantize_(model, 1.0, progress=False)
+    assert [type(module) for module in model.values()] == [Source] * 3
+    monkeypatch.undo()
+    quantize_(model, 1.0, progress=False)
+    assert model["a"] is model["b"]
+    assert all(type(module) is experts.LittleBitExperts for module in model.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +85,18 @@ def test_phi_parts_are_siblings(tmp_path: Path) -> None:
         "o_proj", "q_proj", "k_proj", "v_proj", "qkv_proj",
     }  # fmt: skip
     assert not any(".qkv_proj." in name for name in model.state_dict())
+
+
+def test_phi_parts_may_be_replaced(tmp_path: Path, rng: torch.Generator) -> None:
+    write(tmp_path / "phi", dense_model("phi3"))
+    model = littlebit2.load(tmp_path / "phi")
+    attention = model.get_submodule("model.layers.0.self_attn")
+    x = torch.randn(2, attention.q_proj.in_features, generator=rng)
+    before = attention.qkv_proj(x)
+    inner = attention.q_proj
+    attention.q_proj = torch.nn.Sequential(inner, torch.nn.ReLU())  # as an adapter takes a layer's place
+    expected = torch.cat([inner(x).relu(), before[:, inner.out_features :]], -1)
+    assert torch.equal(attention.qkv_proj(x), expected)
+    copied = copy.deepcopy(model)
+    copied.get_submodule("model.layers.0.self_attn").q_proj = inner
+    assert torch.equal(attention.qkv_proj(x), expected)

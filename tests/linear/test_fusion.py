@@ -317,3 +317,36 @@ def test_bad_modules(rng: torch.Generator) -> None:
     with pytest.raises(ValueError, match=r"same number of stages, got \[2, 1\]"):
         fuse_linears([layer, single])
     assert isinstance(fuse_linears([layer, other]), LinearGroup)
+
+
+def test_results_are_not_kept_for_another_gradient_mode(rng: torch.Generator) -> None:
+    model = Projections(rng)
+    for layer in model.layers:
+        layer.prepack_()
+    fuse_linears(model.layers, on_cpu=True)
+    bias = model.v.bias
+    assert bias is not None
+    bias.requires_grad_(True)
+    x = torch.randn(2, K, generator=rng)
+    with torch.no_grad():
+        model.q(x)
+    assert model.v(x).requires_grad
+    with torch.inference_mode():
+        model.q(x)
+    assert not model.k(x).is_inference()
+
+
+def test_a_replica_is_no_member_of_the_group(rng: torch.Generator) -> None:
+    model = Projections(rng)
+    fuse_linears(model.layers, on_cpu=True)
+    x = torch.randn(2, K, generator=rng)
+    expected = model.q(x)
+    replica = model.q._replicate_for_data_parallel()
+    assert torch.equal(replica(x), expected)
+
+
+def test_fused_layers_take_meta_tensors(rng: torch.Generator) -> None:
+    model = Projections(rng).to("meta")
+    fuse_linears(model.layers)
+    shapes = [y.shape for y in model(torch.empty(2, K, device="meta"))]
+    assert shapes == [(2, 70), (2, 33), (2, 10)]

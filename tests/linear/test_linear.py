@@ -468,3 +468,24 @@ def test_the_authors_names_of_a_residual_path_load(rng: torch.Generator) -> None
         packed_from_state(both)
     with pytest.raises(RuntimeError, match="U_packed_R must not be stored twice"):
         layer.load_state_dict(both)
+
+
+@pytest.mark.parametrize("prepacked", [False, True])
+def test_a_bias_may_be_a_parameter(rng: torch.Generator, prepacked: bool) -> None:
+    x, packed = make_problem(3, 64, 24, [16], bias=True, generator=rng)
+    module = LittleBitLinear.from_packed(packed)
+    if prepacked:
+        module.prepack_()
+    expected = module(x)
+    assert module.bias is not None
+    module.bias = torch.nn.Parameter(module.bias.clone())
+    assert [name for name, _ in module.named_parameters()] == ["bias"]
+    y = module(x)
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    assert module.bias.grad is not None
+    assert torch.equal(module.bias.grad, torch.full((24,), 3.0))
+    assert torch.equal(module.packed.bias, module.bias)  # type: ignore[arg-type]
+    assert "bias=True" in repr(module)
+    assert "bias" in module.state_dict()
+    assert module.half().bias.dtype == torch.float32

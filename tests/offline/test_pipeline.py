@@ -239,8 +239,8 @@ def test_a_run_goes_on_where_it_stopped(
 
 
 def test_one_process_at_a_time(model_dir: Path, tmp_path: Path) -> None:
-    holder = work.WorkDirectory(tmp_path / "out")
-    holder.open({}, resume=True)
+    holder = work.WorkDirectory(tmp_path / "out", {})
+    holder.open(resume=True)
     with pytest.raises(RunError, match=r"out\.partial is in use by another process"):
         run(model_dir, tmp_path / "out")
     holder.close()

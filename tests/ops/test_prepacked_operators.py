@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -245,3 +246,20 @@ def test_calls_from_many_threads(problem: Problem) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("layout", ["packed", "prepacked"])
+def test_forward_mode_derivative_of_the_bias(rng: torch.Generator, layout: str) -> None:
+    x, packed = make_problem(3, 64, 24, [16], bias=True, generator=rng)
+    direction, of_bias = torch.randn(3, 64, generator=rng), torch.randn(24, generator=rng)
+    with forward_ad.dual_level():
+        assert packed.bias is not None
+        layer = PackedLinear(packed.paths, forward_ad.make_dual(packed.bias, of_bias))
+        whole = layer if layout == "packed" else replace(prepack(packed), bias=layer.bias)
+        for moved in (False, True):
+            given = forward_ad.make_dual(x, direction) if moved else x
+            tangent = forward_ad.unpack_dual(littlebit_linear(given, whole)).tangent.clone()
+            expected = of_bias.expand(3, 24).double()
+            if moved:
+                expected = expected + linear_reference(direction, PackedLinear(packed.paths))
+            assert relative_error(tangent, expected) <= 2e-6

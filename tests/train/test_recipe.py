@@ -277,6 +277,8 @@ def test_what_is_refused(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyP
         refuse(case, tmp_path, config=None, start=case.teacher)
     with pytest.raises(FileExistsError, match="out must be a new or empty directory"):
         finetune(case.teacher, case.out, case.data, CONFIG, recipe=QUICK)
+    with pytest.raises(ValueError, match=r"out must lie apart from the model, .* got teacher="):
+        finetune(case.teacher, case.teacher, case.data, CONFIG, recipe=QUICK, overwrite=True)
     too_long = dataclasses.replace(QUICK, block=65)
     with pytest.raises(
         ValueError, match="block must be at most 64, the teacher's max_position_embeddings, got 65"

@@ -22,7 +22,11 @@ def expand(model: nn.Module) -> dict[str, nn.Module]:
         The modules of experts that were replaced, by name, for :func:`collapse`.
     """
     expand_transposed(model)
-    return expand_experts(model)
+    try:
+        return expand_experts(model)
+    except BaseException:
+        collapse_transposed(model)
+        raise
 
 
 def collapse(model: nn.Module, replaced: dict[str, nn.Module]) -> None:

@@ -35,6 +35,9 @@ __all__ = [
 #: Children of an expert.
 PROJECTION_NAMES = ("gate_proj", "up_proj", "down_proj")
 
+#: Name of transformers' function for ``act_fn(gate) * up`` of gate and up side by side.
+_PLAIN_GATE = "_default_apply_gate"
+
 #: What every ``nn.Module`` has of its own; the rest of an experts module's attributes is taken over.
 _MODULE_STATE = frozenset(vars(nn.Module()))
 
@@ -243,20 +246,22 @@ class LittleBitExperts(nn.Module):
         order = torch.argsort(chosen, stable=True)
         tokens = torch.div(order, index.shape[-1], rounding_mode="floor")
         scale = weights.reshape(-1)[order].unsqueeze(-1)
-        experts, counts = torch.unique_consecutive(chosen[order], return_counts=True)
+        found, counted = torch.unique_consecutive(chosen[order], return_counts=True)
+        experts, counts = found.tolist(), counted.tolist()
+        if not hasattr(self, "identity_expert"):
+            while experts and experts[-1] >= self.layout.experts:
+                experts.pop()
+                counts.pop()
+        total = sum(counts)
+        tokens = tokens[:total]
+        # Gathered and summed in one call each: what is done for every expert is its own products.
+        parts = [
+            self._compute(expert, rows) if expert < self.layout.experts else rows
+            for expert, rows in zip(experts, flat[tokens].split(counts), strict=True)
+        ]
         output = torch.zeros_like(flat, dtype=torch.promote_types(flat.dtype, torch.float32))
-        start = 0
-        for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
-            part = slice(start, start + count)
-            start += count
-            rows = flat[tokens[part]]
-            if expert < self.layout.experts:
-                result = self._compute(expert, rows)
-            elif hasattr(self, "identity_expert"):
-                result = rows
-            else:
-                continue
-            output.index_add_(0, tokens[part], (result * scale[part]).to(output.dtype))
+        if parts:
+            output.index_add_(0, tokens, (torch.cat(parts) * scale[:total]).to(output.dtype))
         return output.to(hidden_states.dtype).reshape(hidden_states.shape)
 
     def _sorted_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -287,7 +292,7 @@ class LittleBitExperts(nn.Module):
 
     def _gate(self, gate: torch.Tensor, up: torch.Tensor) -> Any:
         apply: Any = getattr(self._source_class, "_apply_gate", None)
-        if apply is None:
+        if apply is None or (apply.__name__ == _PLAIN_GATE and not self.layout.interleaved):
             return self._call("act_fn", gate) * up
         if self.layout.interleaved:
             return apply(self, torch.stack((gate, up), -1).flatten(-2))
@@ -381,19 +386,22 @@ def expand_experts(model: nn.Module) -> dict[str, nn.Module]:
     Gemma ties all of its encoder to its decoder) stay as they are.
 
     Returns:
-        The modules that were replaced, by name.
+        The modules that were replaced, by name; one with several names under each of them.
     """
     shared = shared_parameters(model)
     replaced = {
         name: module
-        for name, module in model.named_modules()
+        for name, module in model.named_modules(remove_duplicate=False)
         if name
         and experts_layout(module) is not None
         and not isinstance(module, LittleBitExperts)
         and not any(id(parameter) in shared for parameter in module.parameters(recurse=False))
     }
+    # All are made before any is put in its place: a module that cannot be expanded leaves the model as it is.
+    made = {id(module): module for module in replaced.values()}
+    made = {key: LittleBitExperts(module) for key, module in made.items()}
     for name, module in replaced.items():
-        model.set_submodule(name, LittleBitExperts(module))
+        model.set_submodule(name, made[id(module)])
     return replaced
 
 

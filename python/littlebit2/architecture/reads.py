@@ -1,8 +1,8 @@
 """Which linear layers a model's code uses as tensors: such layers must keep their dense weights.
 
 A packed layer has no ``weight``. Code that multiplies by ``self.out_proj.weight`` itself, instead of calling
-the module, is found in its source: attribute chains that end in ``.NAME.weight`` or ``.NAME.bias``, outside
-of initialization.
+the module, is found in its source and in that of its base classes: attribute chains that end in
+``.NAME.weight`` or ``.NAME.bias``, also through a local variable, outside of initialization.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch import nn
 __all__ = ["modules_read_as_tensors"]
 
 _TENSORS = ("weight", "bias")
+#: Where the classes below every module are defined.
+_BASES = {nn.Module.__module__, "builtins", "abc", "typing"}
 #: Functions that do not run when a model computes.
 _QUIET = (
     "__init__",
@@ -59,7 +61,8 @@ def modules_read_as_tensors(model: nn.Module) -> dict[str, str]:
     modules that are called so somewhere below such a module, as what it begins with is not known.
     """
     reads: dict[str, list[_Read]] = {}
-    for source in {type(module).__module__ for module in model.modules()}:
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    for source in {kind.__module__ for kind in kinds} - _BASES:
         code = sys.modules.get(source)
         for read in () if code is None else _reads(code):
             reads.setdefault(read.chain[-1], []).append(read)
@@ -99,6 +102,8 @@ class _Visitor(ast.NodeVisitor):
         self.found: list[_Read] = []
         self._module = module
         self._class: str | None = None
+        #: Local variables that stand for an attribute chain: its names, and whether it begins at ``self``.
+        self._locals: dict[str, tuple[tuple[str, ...], bool]] = {}
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
         outside, self._class = self._class, node.name
@@ -107,16 +112,35 @@ class _Visitor(ast.NodeVisitor):
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         if node.name not in _QUIET:
+            outside, self._locals = self._locals, {}
             self.generic_visit(node)
+            self._locals = outside
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        self.generic_visit(node)
+        chain = self._chain(node.value)
+        for target in node.targets:
+            if isinstance(target, ast.Name):
+                if chain is None:
+                    self._locals.pop(target.id, None)
+                else:
+                    self._locals[target.id] = chain
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
-        if self._class is not None and node.attr in _TENSORS and isinstance(node.value, ast.Attribute):
-            names: list[str] = []
-            inner: ast.expr = node.value
-            while isinstance(inner, ast.Attribute):
-                names.insert(0, inner.attr)
-                inner = inner.value
-            own = isinstance(inner, ast.Name) and inner.id == "self"
+        chain = self._chain(node.value) if node.attr in _TENSORS else None
+        if self._class is not None and chain is not None:
             where = f"{self._module}.py:{node.lineno}"
-            self.found.append(_Read(tuple(names), self._class, own, where))
+            self.found.append(_Read(chain[0], self._class, chain[1], where))
         self.generic_visit(node)
+
+    def _chain(self, node: ast.expr) -> tuple[tuple[str, ...], bool] | None:
+        """Names of an attribute chain and whether it begins at ``self``; ``None`` for anything else."""
+        names: list[str] = []
+        while isinstance(node, ast.Attribute):
+            names.insert(0, node.attr)
+            node = node.value
+        start = node.id if isinstance(node, ast.Name) else ""
+        if start in self._locals:
+            known, own = self._locals[start]
+            return (*known, *names), own
+        return (tuple(names), start == "self") if names else None

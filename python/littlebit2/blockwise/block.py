@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from littlebit2.architecture.expansion import expand
 from littlebit2.architecture.parts import Whole
 from littlebit2.offline.jobs import Job
 from littlebit2.offline.report import layer_entry
@@ -24,7 +25,18 @@ from .settings import BlockwiseSettings
 from .states import States
 from .tune import Tuned, relative_error, tune
 
-__all__ = ["BlockResult", "BlockRunner", "batches"]
+__all__ = [
+    "BlockResult",
+    "BlockRunner",
+    "batches",
+    "draw",
+    "relative_rates",
+    "trained_parameters",
+    "weight_errors",
+]
+
+#: Root mean square below which the rate of a parameter does not fall: one of zeros must be able to move.
+_LEAST_SIZE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -132,9 +144,9 @@ class BlockRunner:
         clock.lap("targets")
         importance = self._importance(block, index, quantized)
         clock.lap("importance")
-        packed, reports = self._quantize(block, index, jobs, importance)
+        packed, reports = self.quantize(block, index, jobs, importance)
         clock.lap("quantization")
-        weights = {job.index: _linear(block, self._inside(index, job)).weight.detach() for job in jobs}
+        weights = {job.index: _linear(block, self.inside(index, job)).weight.detach() for job in jobs}
         make_trainable(block, packed)
         tuned, changed = self._tune(block, index, quantized, next_dense)
         clock.lap("tuning")
@@ -143,13 +155,14 @@ class BlockRunner:
         layers = []
         trained = trainable_layers(block)
         for job, entry in zip(jobs, reports, strict=True):
-            inside = self._inside(index, job)
+            inside = self.inside(index, job)
             layer = trained[inside].packed()
-            errors = _weight_errors(layer, weights[job.index], importance.get(inside))
+            errors = weight_errors(layer, weights[job.index], importance.get(inside))
             layers.append((job, layer, {**entry, **errors}))
         return BlockResult(layers, changed, tuned, seconds)
 
-    def _inside(self, index: int, job: Job) -> str:
+    def inside(self, index: int, job: Job) -> str:
+        """Name of a layer in its block."""
         return job.source.module.removeprefix(f"{self.pieces.name(index)}.")
 
     def _importance(self, block: nn.Module, index: int, source: States) -> dict[str, Importance]:
@@ -161,12 +174,14 @@ class BlockRunner:
                 run=lambda module, batch: self._apply(module, index, source, batch),
             )
 
-    def _quantize(
+    def quantize(
         self, block: nn.Module, index: int, jobs: Sequence[Job], importance: Mapping[str, Importance]
     ) -> tuple[dict[str, PackedLinear], list[dict[str, Any]]]:
+        """Return the packed layers of a block by their names in it, and their report entries."""
         packed, reports = {}, []
+        expand(block)  # measuring importance undoes it for weights held transposed
         for job in jobs:
-            inside = self._inside(index, job)
+            inside = self.inside(index, job)
             linear = _linear(block, inside)
             layer = DenseLayer(
                 _copier(linear.weight), job.config, linear.bias, importance.get(inside), job.source.name
@@ -180,11 +195,11 @@ class BlockRunner:
         self, block: nn.Module, index: int, inputs: States, targets: States
     ) -> tuple[Tuned, dict[str, torch.Tensor]]:
         settings = self.settings
-        latents, scales = _own_parameters(block)
-        stored, files = self._norms(block, index)
+        latents, scales = trained_parameters(block)
+        stored, files = self.norms(block, index)
         for parameter in (*latents, *scales, *stored):
             parameter.requires_grad_(True)
-        order = _order(self.samples, settings.batch_size, settings.steps, settings.seed + index)
+        order = draw(self.samples, settings.batch_size, settings.steps, settings.seed + index)
 
         def error(rows: Sequence[int]) -> torch.Tensor:
             target = targets.read(rows).to(self.pieces.device)
@@ -200,7 +215,7 @@ class BlockRunner:
         tuned = tune(
             lambda step: error(order[step]),
             measure,
-            [(latents, settings.lr), ([*scales, *stored], settings.scale_lr)],
+            [(latents, settings.lr), *relative_rates([*scales, *stored], settings.scale_lr)],
             stored,
             steps=settings.steps,
             warmup=settings.warmup,
@@ -211,7 +226,7 @@ class BlockRunner:
         changed = {name: p.detach().to(stored[p]).cpu().contiguous() for p, name in files.items()}
         return tuned, changed
 
-    def _norms(
+    def norms(
         self, block: nn.Module, index: int
     ) -> tuple[dict[nn.Parameter, torch.dtype], dict[nn.Parameter, str]]:
         """Return the vectors outside the packed layers with their dtypes and names in the checkpoint.
@@ -228,7 +243,23 @@ class BlockRunner:
         return stored, files
 
 
-def _own_parameters(block: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def relative_rates(parameters: Sequence[nn.Parameter], rate: float) -> list[tuple[list[nn.Parameter], float]]:
+    """Return a learning rate for each parameter: ``rate`` times its root mean square.
+
+    Steps of AdamW have the size of the rate, whatever the gradient is, and scales of a layer are of very
+    different sizes: about 1 for inputs and outputs, a thousandth of it for the latent scale.
+
+    Args:
+        parameters: scales, norms and biases.
+        rate: of a parameter whose root mean square is 1.
+    """
+    return [
+        ([parameter], rate * max(float(parameter.detach().square().mean().sqrt()), _LEAST_SIZE))
+        for parameter in parameters
+    ]
+
+
+def trained_parameters(block: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Return the latents of a block's packed layers, and their scales and biases."""
     latents: list[nn.Parameter] = []
     scales: list[nn.Parameter] = []
@@ -248,7 +279,7 @@ def _copier(weight: torch.Tensor) -> Callable[[], torch.Tensor]:
     return lambda: weight.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _order(samples: Sequence[int], size: int, steps: int, seed: int) -> list[list[int]]:
+def draw(samples: Sequence[int], size: int, steps: int, seed: int) -> list[list[int]]:
     """Return the sequences of every step: each is seen once before any is seen again."""
     generator = torch.Generator().manual_seed(seed)
     size = min(size, len(samples))
@@ -258,7 +289,7 @@ def _order(samples: Sequence[int], size: int, steps: int, seed: int) -> list[lis
     return [drawn[step * size : (step + 1) * size] for step in range(steps)]
 
 
-def _weight_errors(
+def weight_errors(
     packed: PackedLinear, weight: torch.Tensor, importance: Importance | None
 ) -> dict[str, Any]:
     """Return the squared relative errors of a tuned layer's weight, as reports have them."""

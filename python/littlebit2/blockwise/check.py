@@ -38,6 +38,7 @@ def check_blocks(pieces: ModelInPieces, vocabulary: int) -> bool:
     except Exception as error:  # whatever a model's own code objects to
         text = " ".join(str(error).split())
         raise ValueError(f"{_refusal(pieces)} its blocks cannot be run: {text:.300}") from error
+    _drop_returns(pieces, ids)
     changed = _calls(pieces, ids, factor=1.5)
     for index, (one, other) in enumerate(zip(calls, changed, strict=True)):
         if not _equal(_values(one), _values(other)):
@@ -95,9 +96,34 @@ def _returned(
             f"{_refusal(pieces)} {pieces.name(index)} must return a hidden state {list(hidden.shape)} first, "
             f"got {got}"
         )
-    if rest is not None and any(value is not None for value in rest):
-        raise ValueError(f"{_refusal(pieces)} {pieces.name(index)} returns more than a hidden state")
     return rest
+
+
+def _drop_returns(pieces: ModelInPieces, ids: torch.Tensor) -> None:
+    """Let blocks return nothing after the hidden state, such as attention weights that nobody reads.
+
+    Raises:
+        ValueError: it changes what other blocks or the head get.
+    """
+    full = dict(pieces.returns)
+    empty = {kind: None if rest is None else (None,) * len(rest) for kind, rest in full.items()}
+    if full == empty:
+        return
+    found = []
+    for returns in (full, empty):
+        pieces.returns = dict(returns)
+        calls: list[Any] = []
+
+        def visit(
+            index: int, hidden: torch.Tensor, call: BlockCall, calls: list[Any] = calls
+        ) -> torch.Tensor:
+            calls.append(_values(call))
+            return hidden
+
+        with pieces.visited(visit):
+            found.append([*calls, pieces.run(ids)])
+    if not _equal(*found):
+        raise ValueError(f"{_refusal(pieces)} its blocks return more than a hidden state")
 
 
 def _calls(pieces: ModelInPieces, ids: torch.Tensor, *, factor: float) -> list[BlockCall]:

@@ -162,14 +162,14 @@ class ModelInPieces:
             )
         return reached[0]
 
-    def run(self, ids: torch.Tensor) -> torch.Tensor:
+    def run(self, ids: torch.Tensor, *, gradients: bool = False) -> torch.Tensor:
         """Return the logits ``[B, T, vocabulary]``; the blocks do what :meth:`visited` says."""
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             logits: torch.Tensor = self.model(input_ids=ids.to(self.device), use_cache=False).logits
             return logits
 
     def finish(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the logits of the hidden state ``[B, T, D]`` after the last block."""
+        """Return the logits of the hidden state ``[B, T, D]`` after the last block, without gradients."""
         last = len(self) - 1
         with self.visited(lambda at, state, _: hidden if at == last else state):
             return self.run(ids)

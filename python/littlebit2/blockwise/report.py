@@ -24,6 +24,7 @@ class BlockwiseReport:
         settings: :class:`.BlockwiseSettings` as JSON values.
         blocks: for each block ``index``, ``layers``, errors on held-out text ``before`` and ``after`` tuning
             (:func:`.relative_error`), ``steps`` that were taken.
+        distillation: KL on held-out text ``before`` and ``after`` it, and ``steps``; ``None`` without.
         perplexity: on held-out text, by stage: ``dense``, ``tuned``, ``distilled``.
         vocabulary: number of tokens among which the model chooses.
         tokens: tokens that were predicted.
@@ -33,6 +34,7 @@ class BlockwiseReport:
     run: RunReport
     settings: dict[str, Any]
     blocks: tuple[dict[str, Any], ...]
+    distillation: dict[str, Any] | None
     perplexity: dict[str, float]
     vocabulary: int
     tokens: int
@@ -61,6 +63,7 @@ class BlockwiseReport:
         return {
             "settings": self.settings,
             "blocks": list(self.blocks),
+            "distillation": self.distillation,
             "perplexity": self.perplexity,
             "vocabulary": self.vocabulary,
             "tokens": self.tokens,
@@ -75,6 +78,7 @@ class BlockwiseReport:
             run,
             content["settings"],
             tuple(content["blocks"]),
+            content["distillation"],
             content["perplexity"],
             content["vocabulary"],
             content["tokens"],

@@ -9,7 +9,8 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from tqdm import tqdm
 
 from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns
 from littlebit2.checkpoint import DenseCheckpoint, open_dense
-from littlebit2.disk import check_space
+from littlebit2.disk import check_apart, check_space
 from littlebit2.offline import RunReport
 from littlebit2.offline.assemble import assemble
 from littlebit2.offline.choice import Choice, choose_layers
 from littlebit2.offline.jobs import Job, make_jobs, run_settings
-from littlebit2.offline.pipeline import check_apart, dense_bytes_of, quantize_batch, start_run
+from littlebit2.offline.pipeline import dense_bytes_of, quantize_batch, start_run
+from littlebit2.offline.work import work_path
 from littlebit2.quantize import QuantConfig
 from littlebit2.quantize.device import check_device
 from littlebit2.quantize.ranks import needs_spectra
@@ -33,7 +35,9 @@ from littlebit2.train.recipe.work import describe_files
 
 from .block import BlockRunner, batches
 from .check import check_blocks
+from .distill import distill
 from .find import find_blocks
+from .minutes import MOST, fitting
 from .pieces import ModelInPieces
 from .report import BLOCKWISE_NAME, BlockwiseReport
 from .settings import BlockwiseSettings
@@ -127,7 +131,7 @@ def quantize_blockwise(
     chosen = settings or BlockwiseSettings()
     place = check_device(device)
     source, target = Path(model_dir), Path(os.path.abspath(out))
-    check_apart(source, target)
+    check_apart(target, work_path(target), model_dir=source)
     patterns = check_patterns("include", include), check_patterns("exclude", exclude)
     files = find_files(list(data))
     tokenizer = load_tokenizer(source)
@@ -138,23 +142,39 @@ def quantize_blockwise(
         )
         vocabulary = pieces.model.get_input_embeddings().weight.shape[0]
         fixed = check_blocks(pieces, vocabulary)
-        work = BlockwiseWork(target)
+        work = BlockwiseWork(target, plan.settings)
         try:
-            before = start_run(work, source, target, plan.settings, resume, overwrite)
+            before = start_run(work, source, target, resume, overwrite)
             if before is not None:
                 content = json.loads((target / BLOCKWISE_NAME).read_text("utf-8"))
                 return BlockwiseReport.of(before, content)
-            ids = sequences(
+            text = partial(
+                sequences,
                 work.tokens,
                 files,
                 tokenizer,
                 length=plan.length,
-                samples=chosen.samples,
+                most=None if chosen.minutes is None else MOST,
                 held_out=chosen.held_out,
                 seed=chosen.seed,
                 text_field=text_field,
             )
-            runner = BlockRunner(pieces, chosen, ids, fixed=fixed, dtypes=plan.dtypes)
+            make = partial(BlockRunner, pieces, fixed=fixed, dtypes=plan.dtypes)
+            if chosen.minutes is not None:
+                numbers = work.chosen()
+                if numbers is None:
+                    trial = make(chosen, text(samples=chosen.batch_size))
+                    fit = fitting(trial, plan.of_block(0), len(pieces), 60 * chosen.minutes)
+                    numbers = {"samples": fit.samples, "steps": fit.steps}
+                    work.keep_chosen(numbers)
+                if progress:
+                    tqdm.write(
+                        f"{chosen.minutes:g} minutes: {numbers['samples']} sequences, {numbers['steps']} "
+                        "steps for each block",
+                        file=sys.stderr,
+                    )
+                chosen = replace(chosen, **numbers)
+            runner = make(chosen, text(samples=chosen.samples))
             return _Run(checkpoint, work, plan, chosen, runner, progress, overwrite, keep_work).finish(
                 source, target
             )
@@ -243,15 +263,7 @@ class _Run:
         first = self._finished_blocks()
         dense, quantized = self._states(first)
         self._check_space(dense)
-        with tqdm(
-            total=len(self.pieces),
-            initial=first,
-            desc="blockwise",
-            unit=" blocks",
-            disable=None if self.progress else True,
-            file=sys.stderr,
-            smoothing=0.3,
-        ) as bar:
+        with self._bar("blockwise", len(self.pieces), " blocks", first) as bar:
             for index in range(first, len(self.pieces)):
                 dense, quantized = self._block(index, dense, quantized)
                 self._tell(bar)
@@ -259,9 +271,17 @@ class _Run:
             if self.work.finished(job) is None:
                 quantize_batch(self.checkpoint, self.work, {}, self.pieces.device, [job])
         perplexity = {"dense": self._perplexity(dense), "tuned": self._perplexity(quantized)}
+        distillation = self._distilled(dense) if self.settings.distill_steps else None
+        if distillation is not None:
+            perplexity["distilled"] = distillation.pop("perplexity")
         content = {
-            "settings": self.plan.settings["blockwise"],
+            "settings": {
+                **self.plan.settings["blockwise"],
+                "samples": len(self.runner.samples),
+                "steps": self.settings.steps,
+            },
             "blocks": self.entries,
+            "distillation": distillation,
             "perplexity": perplexity,
             "vocabulary": int(self.pieces.model.get_output_embeddings().weight.shape[0]),
             "tokens": len(self.runner.held_out) * (self.plan.length - 1),
@@ -344,8 +364,47 @@ class _Run:
             ids = self.runner.ids[rows].to(self.pieces.device)
             logits = self.pieces.finish(ids, states.read(rows).to(self.pieces.device))
             total += float(token_nll(logits, ids))
-        nll = total / (len(self.runner.held_out) * (self.plan.length - 1))
-        return math.exp(nll) if nll < 700 else math.inf
+        return self._exponential(total)
+
+    def _exponential(self, nll: float) -> float:
+        """Return the perplexity of a summed negative log-likelihood of the held-out tokens."""
+        mean = nll / (len(self.runner.held_out) * (self.plan.length - 1))
+        return math.exp(mean) if mean < 700 else math.inf
+
+    def _distilled(self, teacher: States) -> dict[str, Any]:
+        """Distill the whole model unless that is done; return its entry of the report."""
+        found = self.work.distilled()
+        if found is None:
+            with self._bar("distill", self.settings.distill_steps, " steps") as bar:
+                made = distill(
+                    self.runner,
+                    [self.plan.of_block(index) for index in range(len(self.pieces))],
+                    self.work.load_layer,
+                    self.changed,
+                    teacher,
+                    lambda step: bar.update(),
+                )
+            entry = {
+                "before": made.tuned.before,
+                "after": made.tuned.after,
+                "steps": made.tuned.steps,
+                "perplexity": self._exponential(made.nll),
+            }
+            self.work.write_distilled(made, entry)
+            found = entry, made.changed
+        self.changed.update(found[1])
+        return dict(found[0])
+
+    def _bar(self, label: str, total: int, unit: str, done: int = 0) -> Any:
+        return tqdm(
+            total=total,
+            initial=done,
+            desc=label,
+            unit=unit,
+            disable=None if self.progress else True,
+            file=sys.stderr,
+            smoothing=0.3,
+        )
 
 
 @contextmanager

@@ -19,15 +19,16 @@ class BlockwiseSettings:
         batch_size: sequences of one step of tuning.
         steps: of tuning, for each block; 0: none.
         lr: peak learning rate of latents.
-        scale_lr: peak learning rate of scales, norms and biases.
+        scale_lr: likewise of scales, norms and biases, relative to the root mean square of each.
         warmup: share of the steps during which the rates rise; afterwards they follow a cosine.
         evaluations: comparisons on the held-out sequences during the tuning of a block.
         patience: comparisons without a gain after which tuning stops.
         importance_samples: sequences for the importance of inputs.
         distill_steps: of distilling the whole model at the end; 0: none.
         distill_lr: peak learning rate of latents in it.
-        distill_scale_lr: peak learning rate of scales, norms and biases in it.
+        distill_scale_lr: likewise of scales, norms and biases, relative as above.
         distill_batch_size: sequences of one step of it.
+        minutes: instead of ``samples`` and ``steps``: time for all blocks, see :func:`.fitting`.
         seed: of the choice and order of sequences.
 
     Raises:
@@ -40,15 +41,16 @@ class BlockwiseSettings:
     batch_size: int = 4
     steps: int = 100
     lr: float = 1e-3
-    scale_lr: float = 1e-3
+    scale_lr: float = 3e-3
     warmup: float = 0.1
     evaluations: int = 4
-    patience: int = 2
+    patience: int = 3
     importance_samples: int = 32
     distill_steps: int = 0
     distill_lr: float = 1e-4
-    distill_scale_lr: float = 1e-4
+    distill_scale_lr: float = 1e-3
     distill_batch_size: int = 4
+    minutes: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -65,6 +67,8 @@ class BlockwiseSettings:
         for name in ("lr", "scale_lr", "distill_lr", "distill_scale_lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"minutes must be positive, got {self.minutes!r}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup must be in [0, 1), got {self.warmup!r}")
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from littlebit2.disk import sync
+from littlebit2.disk import reserve, sync
+from littlebit2.offline.work import keep_layers
 
 __all__ = ["States"]
 
@@ -20,13 +22,20 @@ class States:
         path: of the file.
         shape: S, T and D.
         create: whether to make the file, under a temporary name until :meth:`finish`.
+
+    Raises:
+        RunError: the disk is too full for it; the message has the sizes.
     """
 
     def __init__(self, path: Path, shape: tuple[int, int, int], *, create: bool = False) -> None:
         self.path = path
         self.shape = shape
         self._at = path.with_name(path.name + ".new") if create else path
-        self._array = np.memmap(self._at, np.float32, "w+" if create else "r", shape=shape)
+        if create:
+            self._at.unlink(missing_ok=True)
+            with keep_layers():
+                reserve(self._at, 4 * math.prod(shape))
+        self._array = np.memmap(self._at, np.float32, "r+" if create else "r", shape=shape)
 
     def read(self, rows: Sequence[int]) -> torch.Tensor:
         """Return the states of some sequences, ``[B, T, D]``."""

@@ -38,6 +38,7 @@ def sequences(
     *,
     length: int,
     samples: int,
+    most: int | None = None,
     held_out: int,
     seed: int,
     text_field: str = "text",
@@ -53,6 +54,7 @@ def sequences(
         tokenizer: of the model.
         length: T.
         samples: sequences for tuning.
+        most: sequences for tuning that another choice may ask for; by default ``samples``.
         held_out: further sequences.
         seed: of the choice.
         text_field: name of the text in JSON lines and tables.
@@ -62,8 +64,8 @@ def sequences(
     """
     tokens = TokenFile.open(path)
     if tokens is None:
-        most = _SPREAD * (samples + held_out) * length
-        tokens = write_tokens(path, read_texts(files, text_field), tokenizer, max_tokens=most)
+        limit = _SPREAD * ((most or samples) + held_out) * length
+        tokens = write_tokens(path, read_texts(files, text_field), tokenizer, max_tokens=limit)
     total = tokens.tokens // length
     if total <= held_out:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from littlebit2.disk import write_file
+from littlebit2.disk import sync, sync_tree, write_file, write_json
 from littlebit2.offline.jobs import Job
 from littlebit2.offline.work import WorkDirectory, keep_layers
 
 from .block import BlockResult
+from .distill import Distilled
 
 __all__ = ["BlockwiseWork"]
 
@@ -33,6 +35,16 @@ class BlockwiseWork(WorkDirectory):
     def tokens(self) -> Path:
         """Where the tokens of the text lie."""
         return self.path / "tokens"
+
+    def chosen(self) -> dict[str, int] | None:
+        """Return the numbers of sequences and steps that an earlier call chose, ``None`` if none did."""
+        path = self.path / "chosen.json"
+        found: dict[str, int] | None = json.loads(path.read_text("utf-8")) if path.is_file() else None
+        return found
+
+    def keep_chosen(self, numbers: dict[str, int]) -> None:
+        """Keep what was chosen: a run that goes on must not choose anew."""
+        write_json(self.path / "chosen.json", numbers)
 
     def states(self, kind: str, index: int) -> Path:
         """Where the hidden states before a block lie; before the first one both kinds are the same."""
@@ -58,6 +70,48 @@ class BlockwiseWork(WorkDirectory):
         with keep_layers():
             write_file(self.block_path(index), save(result.changed, metadata))
         return line
+
+    def layer_path(self, job: Job) -> Path:
+        """Where the file of a finished layer lies: that of the distillation once it is finished."""
+        path = super().layer_path(job)
+        return self._distilled / path.name if self._distilled.is_dir() else path
+
+    @property
+    def _distilled(self) -> Path:
+        return self.path / "distilled"
+
+    def write_distilled(self, result: Distilled, entry: dict[str, Any]) -> None:
+        """Keep what the distillation made: the folder appears whole.
+
+        Args:
+            result: of the distillation.
+            entry: of the report.
+        """
+        folder = self.path / "distilled.new"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for path in sorted(self.path.glob("[0-9]*.safetensors")):
+            shutil.copyfile(path, folder / path.name)
+        with keep_layers():
+            for job, packed, errors in result.layers:
+                found = self.finished(job)
+                assert found is not None  # its block was finished
+                self.write_layer_to(
+                    folder / super().layer_path(job).name, job, packed, {**found[0], **errors}, found[1]
+                )
+            write_file(folder / "changed.safetensors", save(result.changed, {_ENTRY: json.dumps(entry)}))
+            sync_tree(folder)
+            folder.replace(self._distilled)
+            sync(self.path)
+
+    def distilled(self) -> tuple[dict[str, Any], Mapping[str, torch.Tensor]] | None:
+        """Return entry and changed tensors of a finished distillation, ``None`` if there is none."""
+        path = self._distilled / "changed.safetensors"
+        if not path.is_file():
+            return None
+        with safe_open(path, "pt") as file:
+            entry = json.loads((file.metadata() or {})[_ENTRY])
+            return entry, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     def finished_block(
         self, index: int, jobs: Sequence[Job]

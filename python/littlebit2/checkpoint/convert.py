@@ -50,7 +50,7 @@ def export_upstream(checkpoint: Checkpoint, out: str | Path, *, overwrite: bool 
         raise CheckpointError(f"{checkpoint.path}: the authors' layout cannot hold it: {summary(faults)}")
     kept = {key: checkpoint.metadata[key] for key in SETTINGS if key in checkpoint.metadata}
     described = {**_described(checkpoint), **kept}
-    replaces = find_side_files(checkpoint.path).in_folders
+    replaces = find_side_files(checkpoint.path).copied
     with StagedDirectory(out, overwrite=overwrite, replaces=replaces) as staged:
         tensors = ShardedTensors(staged.path, MAX_SHARD_BYTES, {"format": "pt"})
         try:
@@ -98,7 +98,7 @@ def convert(source: str | Path, out: str | Path, to: str, *, overwrite: bool = F
             kept = {key: value for key, value in checkpoint.metadata.items() if key in SETTINGS}
             if kept:
                 config[KEPT_SETTINGS] = kept
-        replaces = find_side_files(checkpoint.path).in_folders
+        replaces = find_side_files(checkpoint.path).copied
         with CheckpointWriter(out, config, overwrite=overwrite, replaces=replaces) as writer:
             for name in checkpoint.layers:
                 writer.add_layer(name, checkpoint.load_layer(name))
@@ -179,7 +179,7 @@ def _upstream_state(
             leaves[authors_leaf(matrix, index, "shape")] = torch.tensor(shape)
         s = path_suffix(index)
         leaves[f"u1{s}"] = path.out_scale.unsqueeze(0)
-        leaves[f"u2{s}"] = torch.ones(1, path.rank)
+        leaves[f"u2{s}"] = torch.ones(1, path.rank, dtype=torch.float32, device="cpu")
         leaves[f"v1{s}"] = path.latent_scale.unsqueeze(0)
         leaves[f"v2{s}"] = path.in_scale.unsqueeze(0)
     if packed.bias is not None:

@@ -63,9 +63,10 @@ class DenseCheckpoint:
         """Release the files; tensors that were loaded stay valid."""
         self._checkpoint.close()
 
-    def load_stored(self, name: str) -> torch.Tensor:
-        """Return a tensor of the files, memory-mapped; ``name`` is a key of :attr:`stored`."""
-        return self._checkpoint.load_tensor(name)
+    @property
+    def weight_files(self) -> list[Path]:
+        """The files that hold the tensors, sorted."""
+        return sorted({entry.file for entry in self._checkpoint.files.entries.values()})
 
     def load_tensor(self, name: str, index: int | None = None) -> torch.Tensor:
         """Return one tensor, memory-mapped where the files hold it as it is.

@@ -358,8 +358,8 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _view(storage: Any, entry: TensorEntry) -> torch.Tensor:
     assert entry.begin is not None
     if entry.begin % entry.dtype.itemsize == 0:
-        tensor = torch.empty(0, dtype=entry.dtype)
+        tensor = torch.empty(0, dtype=entry.dtype, device="cpu")
         return tensor.set_(storage, entry.begin // entry.dtype.itemsize, entry.shape, _strides(entry.shape))
     # A header that is not padded leaves tensors unaligned: only a copy has the right address.
-    raw = torch.empty(0, dtype=torch.uint8).set_(storage, entry.begin, (entry.nbytes,), (1,))
+    raw = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage, entry.begin, (entry.nbytes,), (1,))
     return raw.clone().view(entry.dtype).reshape(entry.shape)

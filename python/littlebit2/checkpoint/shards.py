@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -104,8 +105,10 @@ class ShardedTensors:
     def close(self) -> None:
         """Close the files; what was not finished is of no use."""
         if self._spool is not None:
-            self._spool.close()
-            self._spool = None
+            spool, self._spool = self._spool, None
+            # On a full disk it fails once more to write what is of no use.
+            with contextlib.suppress(OSError):
+                spool.close()
 
     def _check(self, name: str, tensor: torch.Tensor) -> None:
         if not isinstance(name, str) or not name or name == "__metadata__":
@@ -134,7 +137,8 @@ class ShardedTensors:
 
     def _close_shard(self) -> None:
         assert self._spool is not None
-        self._spool.flush()
+        with explain_errors(self._directory, self._position):
+            self._spool.flush()
         ordered = sorted(self._spooled, key=lambda item: (-item.dtype.itemsize, item.name))
         checksum = combined(line_of(item.name, item.dtype, item.shape, item.digest) for item in ordered)
         header: dict[str, object] = {"__metadata__": {**self._metadata, CHECKSUM: checksum}}

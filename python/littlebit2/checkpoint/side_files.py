@@ -37,11 +37,6 @@ class SideFiles:
     copied: tuple[str, ...]
     left: Mapping[str, str]
 
-    @property
-    def in_folders(self) -> frozenset[str]:
-        """Those of the copied files that lie in folders."""
-        return frozenset(name for name in self.copied if "/" in name)
-
 
 def find_side_files(source: Path) -> SideFiles:
     """Decide for everything in a model's directory whether it is copied.

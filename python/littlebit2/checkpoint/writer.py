@@ -49,8 +49,8 @@ class CheckpointWriter:
             ``modules_to_not_convert`` in it is kept.
         max_shard_bytes: size at which a new shard is begun.
         overwrite: replace an existing checkpoint directory, at the end.
-        replaces: files in folders of an existing checkpoint that may go, see
-            :func:`littlebit2.disk.check_replaceable`; those of the new one always may.
+        replaces: further files of an existing checkpoint that may go, see
+            :func:`littlebit2.disk.check_replaceable`; those that the new one has too always may.
 
     Raises:
         FileExistsError: ``out`` exists and may not be replaced.

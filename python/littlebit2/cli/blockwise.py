@@ -18,13 +18,23 @@ _STEPS = {"admm_iterations": 30, "refine_rounds": 2}
 
 #: Options and the names of their settings.
 _SETTINGS = (
+    (
+        "--minutes",
+        "minutes",
+        float,
+        "T",
+        "time for all blocks; chooses --samples and --steps for this machine",
+    ),
     ("--samples", "samples", int, "N", "sequences for statistics and tuning"),
     ("--length", "length", int, "T", "tokens of a sequence"),
     ("--held-out", "held_out", int, "N", "sequences on which errors and the perplexity are measured"),
     ("--steps", "steps", int, "N", "steps of tuning for each block; 0: none"),
     ("--batch-size", "batch_size", int, "N", "sequences of a step"),
     ("--lr", "lr", float, "RATE", "peak learning rate of latents"),
-    ("--scale-lr", "scale_lr", float, "RATE", "peak learning rate of scales, norms and biases"),
+    ("--scale-lr", "scale_lr", float, "RATE", "likewise of scales, norms and biases, relative to their size"),
+    ("--distill-steps", "distill_steps", int, "N", "steps of distilling the whole model at the end"),
+    ("--distill-lr", "distill_lr", float, "RATE", "peak learning rate of latents in it"),
+    ("--distill-scale-lr", "distill_scale_lr", float, "RATE", "likewise of scales, norms and biases"),
 )
 
 
@@ -69,6 +79,8 @@ def is_blockwise(args: argparse.Namespace) -> bool:
     if others:
         how = f"not with --method {BLOCKWISE}" if asked else f"only with --method {BLOCKWISE} and --data"
         raise ValueError(f"{', '.join(others)}: {how}")
+    if args.minutes is not None and (args.samples is not None or args.steps is not None):
+        raise ValueError("--minutes chooses --samples and --steps: give one or the other")
     return asked
 
 

@@ -3,9 +3,9 @@
 Every writer of this package goes through here. Needs the standard library alone.
 """
 
-from .directory import StagedDirectory, check_replaceable, move_into_place
-from .errors import FULL, RunError, explain_errors
-from .files import check_new_file, new_file, sync, sync_tree, write_file, write_json
+from .directory import StagedDirectory, check_apart, check_replaceable, move_into_place
+from .errors import FULL, RunError, explain_errors, free_text
+from .files import check_new_file, new_file, reserve, sync, sync_tree, write_file, write_json
 from .run import RunDirectory, check_space
 
 __all__ = [
@@ -13,12 +13,15 @@ __all__ = [
     "RunDirectory",
     "RunError",
     "StagedDirectory",
+    "check_apart",
     "check_new_file",
     "check_replaceable",
     "check_space",
     "explain_errors",
+    "free_text",
     "move_into_place",
     "new_file",
+    "reserve",
     "sync",
     "sync_tree",
     "write_file",

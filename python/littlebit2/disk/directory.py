@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -14,8 +14,20 @@ from types import TracebackType
 
 from .errors import explain_errors
 from .files import sync, sync_tree
+from .locks import is_at, lock
 
-__all__ = ["StagedDirectory", "check_replaceable", "move_into_place"]
+__all__ = ["StagedDirectory", "check_apart", "check_replaceable", "move_into_place"]
+
+#: Weights of a whole model, by the names that transformers and this package give them.
+_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)|model_state\.pt")
+#: What belongs to a checkpoint, is written anew with it, and would be wrong beside another one.
+_OF_CHECKPOINTS = re.compile(
+    rf"{_WEIGHTS.pattern}|(model\.safetensors|pytorch_model\.bin)\.index\.json"
+    r"|(generation_|preprocessor_|processor_|image_processor_|video_preprocessor_|littlebit_|nanoquant_)?config\.json"
+    r"|tokenizer(_config)?\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json"
+    r"|vocab\.(json|txt)|merges\.txt|chat_template\.(jinja|json)"
+    r"|(quantization_report|blockwise_report|finetune)\.json"
+)
 
 
 class StagedDirectory:
@@ -27,7 +39,7 @@ class StagedDirectory:
     Args:
         out: the directory to be.
         overwrite: whether a checkpoint that is there may be replaced.
-        replaces: as for :func:`check_replaceable`; what :attr:`path` holds in the end may always go.
+        replaces: as for :func:`check_replaceable`; files that :attr:`path` holds in the end may always go.
 
     Attributes:
         path: where to write until then.
@@ -43,6 +55,7 @@ class StagedDirectory:
         with explain_errors(self.out):
             self.out.parent.mkdir(parents=True, exist_ok=True)
         self._remove_stale()
+        self._lock: int | None
         with explain_errors(self.out):
             self.path, self._lock = self._make()
 
@@ -86,27 +99,43 @@ class StagedDirectory:
     def _stem(self) -> str:
         return f".{self.out.name}.partial-"
 
-    def _make(self) -> tuple[Path, int | None]:
+    def _make(self) -> tuple[Path, int]:
         while True:
             path = self.out.parent / (self._stem() + secrets.token_hex(4))
             path.mkdir()
-            with contextlib.suppress(OSError):
-                lock = os.open(path, os.O_RDONLY)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                # Another writer may have taken the still unlocked directory for a dead one's.
-                if path.exists():
-                    return path, lock
-                os.close(lock)
+            try:
+                descriptor = self._locked(path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+                raise
+            if descriptor is not None:
+                return path, descriptor
+
+    def _locked(self, path: Path) -> int | None:
+        """Lock a new directory; ``None`` where another writer has taken it, unlocked, for a dead one's."""
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            return None
+        try:
+            if lock(descriptor, path, wait=True) and is_at(descriptor, path):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+        return None
 
     def _remove_stale(self) -> None:
         for path in self.out.parent.glob(f"{_escaped(self._stem())}*"):
             with contextlib.suppress(OSError):
-                lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+                descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
                 try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(path, ignore_errors=True)
+                    if lock(descriptor, path, wait=False):
+                        shutil.rmtree(path, ignore_errors=True)
                 finally:
-                    os.close(lock)
+                    os.close(descriptor)
 
 
 def move_into_place(path: Path, out: Path, *, overwrite: bool) -> None:
@@ -124,34 +153,58 @@ def move_into_place(path: Path, out: Path, *, overwrite: bool) -> None:
         FileExistsError: ``out`` may not be replaced.
         OSError: it cannot be renamed.
     """
-    check_replaceable(out, overwrite=overwrite, replaces=_in_folders(path))
+    check_replaceable(out, overwrite=overwrite, replaces=_files(path))
     with explain_errors(out):
         old: Path | None = None
         if out.exists() and any(out.iterdir()):
             old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent)) / out.name
-            os.rename(out, old)
         try:
-            os.rename(path, out)
-        except OSError:
             if old is not None:
-                os.rename(old, out)
-                old.parent.rmdir()
+                os.rename(out, old)
+            os.rename(path, out)
+        except BaseException:  # an interrupt too
+            if old is not None:
+                done = not path.exists()
+                if old.exists() and not out.exists():
+                    os.rename(old, out)
+                if done or not old.exists():  # else another process has put something at out meanwhile
+                    shutil.rmtree(old.parent, ignore_errors=True)
             raise
         sync(out.parent)
         if old is not None:
             shutil.rmtree(old.parent, ignore_errors=True)
 
 
+def check_apart(*outputs: Path, **sources: Path) -> None:
+    """Raise ``ValueError`` if a result would lie in a source, or take the place of a folder that holds it.
+
+    Args:
+        outputs: what is going to be written, replaced or removed.
+        sources: what is read, by the name of the argument.
+    """
+    for name, source in sources.items():
+        outside = source.resolve()
+        for output in outputs:
+            inside = output.resolve()
+            if inside == outside or inside in outside.parents or outside in inside.parents:
+                raise ValueError(
+                    f"out must lie apart from the model, and its work folder too, got {name}={source}, where "
+                    f"{output} is to be written"
+                )
+
+
 def check_replaceable(out: Path, *, overwrite: bool, replaces: Collection[str] = ()) -> None:
     """Raise ``FileExistsError`` unless ``out`` may be put in place: nothing is there, or an empty directory.
 
-    With ``overwrite`` also a directory that holds a checkpoint and nothing in folders but files that the new
-    one has too: what else a user may have there is not ours to delete.
+    With ``overwrite`` also a directory that holds a checkpoint and nothing else: configuration, weights and
+    their index, tokenizer and processor files, the reports of this package, and files that the new one has
+    too. Whatever a user has beside them is not ours to delete, nor does it belong into another checkpoint:
+    the message names it, and nothing is touched.
 
     Args:
         out: the directory to be.
         overwrite: whether it may be a checkpoint.
-        replaces: files in folders that may go, relative to ``out``, with ``/`` between folders.
+        replaces: further files that may go, relative to ``out``, with ``/`` between folders.
     """
     if not os.path.lexists(out):
         return
@@ -165,22 +218,21 @@ def check_replaceable(out: Path, *, overwrite: bool, replaces: Collection[str] =
             f"out must be a new or empty directory, got {out}; "
             "overwrite=True (--overwrite) replaces a checkpoint"
         )
-    names = [item.name for item in present]
-    weights = any(name.endswith((".safetensors", ".bin")) for name in names)
-    if not weights or "config.json" not in names:
+    names = [item.name for item in present if item.is_file()]
+    if "config.json" not in names or not any(_WEIGHTS.fullmatch(name) for name in names):
         raise FileExistsError(f"out must be a checkpoint to be overwritten, got {out}, which is none")
-    others = sorted(_in_folders(out) - set(replaces))
+    others = sorted(name for name in _files(out) - set(replaces) if not _OF_CHECKPOINTS.fullmatch(name))
     if others:
+        listed = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
         raise FileExistsError(
-            f"out must be a checkpoint to be overwritten, got {out}, in folders of which there is more "
-            f"({', '.join(others[:5])}): remove it first"
+            f"out must be a checkpoint and nothing else to be overwritten, got {out}, which also holds "
+            f"{listed}: move or remove it first"
         )
 
 
-def _in_folders(directory: Path) -> set[str]:
-    """Files, links and empty folders inside the folders of a directory."""
-    inside = (item for folder in directory.iterdir() if folder.is_dir() for item in _leaves(folder))
-    return {item.relative_to(directory).as_posix() for item in inside}
+def _files(directory: Path) -> set[str]:
+    """Files, links and empty folders inside a directory and its folders."""
+    return {item.relative_to(directory).as_posix() for item in _leaves(directory) if item != directory}
 
 
 def _leaves(folder: Path) -> Iterator[Path]:

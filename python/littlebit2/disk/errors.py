@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["FULL", "RunError", "explain_errors", "size_text"]
+__all__ = ["FULL", "RunError", "explain_errors", "free_text", "size_text"]
 
 #: A full disk, and a full quota.
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -22,7 +22,7 @@ class RunError(RuntimeError):
 
 @contextmanager
 def explain_errors(path: Path, nbytes: int | None = None) -> Iterator[None]:
-    """Name ``path`` and the sizes in the message of a full disk or a missing permission.
+    """Name ``path`` and the sizes in the message of a full disk, a missing permission, or one without a path.
 
     Args:
         path: what is being written.
@@ -34,10 +34,11 @@ def explain_errors(path: Path, nbytes: int | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (*FULL, *_REFUSED) or getattr(error, "explained", False):
+        named = error.filename is not None and error.errno not in (*FULL, *_REFUSED)
+        if named or error.errno is None or getattr(error, "explained", False):
             raise
         what = f"{path} ({size_text(nbytes)})" if nbytes is not None else str(path)
-        free = f", {size_text(_free(path))} free" if error.errno in FULL else ""
+        free = f", {free_text(path)}" if error.errno in FULL else ""
         better = OSError(error.errno, f"cannot write {what}: {os.strerror(error.errno)}{free}")
         better.explained = True  # type: ignore[attr-defined]  # an outer call has nothing to add
         raise better from error
@@ -48,8 +49,7 @@ def size_text(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.3f} MB"
 
 
-def _free(path: Path) -> int:
-    for folder in (path, *path.absolute().parents):
-        if folder.is_dir():
-            return shutil.disk_usage(folder).free
-    return 0
+def free_text(path: Path) -> str:
+    """Say how much is free on the disk of ``path``, which need not exist."""
+    folder = next(one for one in (path, *path.absolute().parents) if one.is_dir())
+    return f"{size_text(shutil.disk_usage(folder).free)} free"

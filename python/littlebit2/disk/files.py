@@ -11,7 +11,16 @@ from typing import Any, BinaryIO
 
 from .errors import explain_errors
 
-__all__ = ["TEMPORARY", "check_new_file", "new_file", "sync", "sync_tree", "write_file", "write_json"]
+__all__ = [
+    "TEMPORARY",
+    "check_new_file",
+    "new_file",
+    "reserve",
+    "sync",
+    "sync_tree",
+    "write_file",
+    "write_json",
+]
 
 #: Ending of temporary names. A killed process leaves such files behind; they are never read.
 TEMPORARY = ".tmp"
@@ -51,6 +60,30 @@ def write_file(path: Path, data: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON, as :func:`new_file` does."""
     write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def reserve(path: Path, nbytes: int) -> None:
+    """Give a file its size and its blocks on disk: what is then written through a mapping finds them there.
+
+    A write through a mapping to a full disk kills the process instead of raising an error.
+
+    Args:
+        path: the file; made if there is none. Removed if there is too little space.
+        nbytes: its size.
+
+    Raises:
+        OSError: there is too little space; the message names the path and the sizes.
+    """
+    with explain_errors(path, nbytes):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if nbytes:
+                os.posix_fallocate(descriptor, 0, nbytes)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(descriptor)
 
 
 def check_new_file(out: Path, *, overwrite: bool) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
+import contextlib
 import json
 import os
 import shutil
@@ -11,50 +10,89 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import RunError, size_text
+from .errors import RunError, explain_errors, size_text
 from .files import TEMPORARY, write_json
+from .locks import is_at, lock
 
 __all__ = ["RunDirectory", "check_space"]
 
 _SETTINGS = "settings.json"
-_LOCK = "lock"
+#: Comes first into the folder and goes last, and so marks a folder as a run's.
+_LOCK = "littlebit2.lock"
 
 
 class RunDirectory:
     """A folder that one process works in at a time.
 
+    It is made by :meth:`take`, or was made by it in an earlier process. Any other folder is left alone.
+
     Args:
-        path: the folder; :meth:`take` makes it.
+        path: the folder.
 
     Attributes:
         path: as given.
+        closed: whether it was held and released: nothing may be written into it any more.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.closed = False
         self._lock: int | None = None
 
     def take(self) -> None:
         """Make the folder, lock it, and remove temporary files that a killed process left in it.
 
         Raises:
-            RunError: another process works in it.
-            OSError: it cannot be made or written.
+            RunError: another process works in it, or it holds something and is not the folder of a run.
+            OSError: it cannot be made, locked or written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(lock)
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-            raise RunError(
-                f"{self.path} is in use by another process; wait for it, or give another output"
-            ) from error
-        self._lock = lock
+        with explain_errors(self.path):
+            self._lock = self._take()
+        self.closed = False
         for leftover in self.path.glob(f"*{TEMPORARY}"):
             leftover.unlink(missing_ok=True)
+
+    def _take(self) -> int:
+        file = self.path / _LOCK
+        while True:
+            self._check_ours()
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+            except FileNotFoundError:
+                continue  # another process removed its folder just now
+            try:
+                taken = lock(descriptor, file, wait=False)
+                # It may have removed the folder after this process opened the lock file: a lock on that
+                # file would keep nobody out.
+                ours = taken and is_at(descriptor, file)
+            except BaseException:
+                os.close(descriptor)
+                raise
+            if ours:
+                return descriptor
+            os.close(descriptor)
+            if not taken:
+                raise RunError(
+                    f"{self.path} is in use by another process; wait for it, or give another output"
+                )
+
+    def _check_ours(self) -> None:
+        """Raise unless the folder is absent, empty or a run's: it is going to be cleared and removed."""
+        if not os.path.lexists(self.path):
+            return
+        if not self.path.is_dir():
+            raise RunError(f"{self.path} must be the folder of a run, got a file; give another output")
+        try:
+            present = sorted(entry.name for entry in self.path.iterdir())
+        except FileNotFoundError:
+            return  # removed just now
+        if present and _LOCK not in present:
+            listed = ", ".join(present[:3]) + (", ..." if len(present) > 3 else "")
+            raise RunError(
+                f"{self.path} must be the folder of an earlier run or empty, got a folder with {listed}; "
+                "move it away, or give another output"
+            )
 
     def settings(self) -> dict[str, Any] | None:
         """Return the settings of the run in the folder, ``None`` where there is none.
@@ -111,18 +149,25 @@ class RunDirectory:
         (self.path / _SETTINGS).unlink(missing_ok=True)
         for entry in self.path.iterdir():
             if entry.name != _LOCK and entry not in keep:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
     def close(self) -> None:
         """Release the lock."""
+        self.closed = True
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def remove(self) -> None:
-        """Remove the folder; its settings go first, so that a remainder is never resumed from."""
-        (self.path / _SETTINGS).unlink(missing_ok=True)
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Remove the folder, which this process holds, and release the lock.
+
+        Its settings go first, so that a remainder is never resumed from, and the lock goes last, so that the
+        remainder is known as ours.
+        """
+        with contextlib.suppress(OSError):
+            self.clear()
+            (self.path / _LOCK).unlink()
+            self.path.rmdir()
         self.close()
 
     def remove_if_empty(self) -> None:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from littlebit2.architecture.expansion import collapse, expand
 from littlebit2.architecture.linears import is_plain_linear
 from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns
-from littlebit2.architecture.transposed import as_linear
+from littlebit2.architecture.transposed import TransposedLinear, as_linear
 from littlebit2.quantize import Importance, LayerReport, QuantConfig
 from littlebit2.quantize.allocate import RankAllocation
 from littlebit2.quantize.batching import batch_key, batch_size, in_batches
@@ -27,6 +27,18 @@ from .report import QuantizationReport
 from .select import Filter, Selected, select_modules
 
 __all__ = ["quantize_", "quantize_linear"]
+
+#: Where a module keeps what is called around its forward and backward calls.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_always_called",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
 
 
 @dataclass(frozen=True)
@@ -266,7 +278,7 @@ def _module(linear: nn.Linear, quantized: QuantizedLayer, backend: str, activati
 
 
 def _swap(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Register ``modules`` by name, or none of them."""
+    """Register ``modules`` by name with the hooks of those that they replace, or none of them."""
     before = {name: model.get_submodule(name) for name in modules}
     try:
         for name, module in modules.items():
@@ -275,6 +287,11 @@ def _swap(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         for name, module in before.items():
             model.set_submodule(name, module)
         raise
+    for name, module in modules.items():
+        old = before[name]
+        source = old.source if isinstance(old, TransposedLinear) else old
+        # The same dictionaries: handles that the hooks' owners hold go on removing them.
+        vars(module).update({hooks: vars(source)[hooks] for hooks in _HOOKS})
 
 
 def _nbytes(model: nn.Module) -> int:

@@ -9,16 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import (
     AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
     GenerationConfig,
-    PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from littlebit2.architecture.names import CAUSAL_HEAD
@@ -28,6 +23,8 @@ from littlebit2.quantize.device import check_device, check_dtype
 from .bars import no_bars_in_logs
 from .configuration import LittleBit2Config
 from .modules import layers_of
+from .quantizer import reusing
+from .skeleton import model_class
 from .transformers import register
 
 __all__ = ["load"]
@@ -97,8 +94,10 @@ def load(
                 **LittleBit2Config.from_layers(checkpoint.layers, skipped).to_dict(),
                 **how,
             }
-        with _quiet(), no_bars_in_logs():
-            kind = _model_class(config, checkpoint)
+        with _quiet(), no_bars_in_logs(), reusing(checkpoint):
+            # A file without a head may still tie it to the embedding.
+            headed = any(CAUSAL_HEAD in name for name in (*checkpoint.dense, *checkpoint.tied()))
+            kind = model_class(config, headed=headed)
             if not checkpoint.files.standard and hasattr(kind, "_model_mapping"):
                 kind = kind._model_mapping[type(config)]  # automatic classes need a directory
             model, info = kind.from_pretrained(
@@ -114,19 +113,6 @@ def load(
                 _complete(model, checkpoint.path)
         _check_complete(model, info, checkpoint)
     return model.to(wanted).eval() if wanted.type != "cpu" else model.eval()
-
-
-def _model_class(config: PreTrainedConfig, checkpoint: Checkpoint) -> Any:
-    """The class that config.json names if transformers has it, else the automatic one of its type."""
-    for name in config.architectures or ():
-        found = getattr(transformers, name, None)
-        if isinstance(found, type) and issubclass(found, PreTrainedModel):
-            return found
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return AutoModel
-    # A file without a head may still tie it to the embedding.
-    headed = any(CAUSAL_HEAD in name for name in (*checkpoint.dense, *checkpoint.tied()))
-    return AutoModelForCausalLM if headed else AutoModel
 
 
 def _where(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ __all__ = [
     "initialized",
     "layers_of",
     "spec_of",
+    "variants",
 ]
 
 
@@ -38,16 +39,14 @@ class FusedLinear(nn.Module):
     def __init__(self, parent: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
         self.names = tuple(names)
-        self.relink(parent)
-
-    def relink(self, parent: nn.Module) -> None:
-        """Take the parts from ``parent`` anew, after one of them was replaced."""
-        # In a tuple, modules are not registered: they must not appear twice in the state dict.
-        self._parts = tuple(parent.get_submodule(name) for name in self.names)
+        # In a tuple, a module is not registered: its tensors must not appear twice in the state dict.
+        self._parent = (parent,)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``x`` ``[..., K]`` to ``[..., N_1 + N_2 + ...]``."""
-        return torch.cat([part(x) for part in self._parts], dim=-1)
+        # The parts that are there now: any of them may have been replaced, by an adapter for instance.
+        (parent,) = self._parent
+        return torch.cat([parent._modules[name](x) for name in self.names], dim=-1)  # type: ignore[misc]
 
     def extra_repr(self) -> str:
         """Names of the parts."""
@@ -164,11 +163,16 @@ def fused_parents(places: Iterable[Placement]) -> dict[str, tuple[str, tuple[str
     return found
 
 
-def _in_model(name: str, modules: Mapping[str, nn.Module], prefix: str) -> str:
-    candidates = [name]
+def variants(name: str, prefix: str) -> Iterator[str]:
+    """Yield a name as it is, and with the prefix of the base model, if any, taken away and added."""
+    yield name
     if prefix:
-        candidates += [name.removeprefix(f"{prefix}."), f"{prefix}.{name}"]
-    for candidate in candidates:
+        yield name.removeprefix(f"{prefix}.")
+        yield f"{prefix}.{name}"
+
+
+def _in_model(name: str, modules: Mapping[str, nn.Module], prefix: str) -> str:
+    for candidate in variants(name, prefix):
         if candidate in modules or _fused_of(candidate, modules) is not None:
             return candidate
     return name

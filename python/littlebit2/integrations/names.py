@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,8 @@ from transformers.core_model_loading import (
 )
 
 from littlebit2.architecture.experts import ExpertsLayout, LittleBitExperts, experts_layout
+
+from .modules import variants
 
 __all__ = [
     "ConvertedAlready",
@@ -168,17 +170,10 @@ class FileNames:
             module = renamed.get(name)
             if module is None or taken[module] > 1:
                 # Not a name of published files but of the module itself, as save_pretrained writes them.
-                module = next((one for one in self._variants(name) if one in modules), module)
+                module = next((one for one in variants(name, self._prefix) if one in modules), module)
             if module is not None:
                 found[name] = module
         return found
-
-    def _variants(self, name: str) -> Iterator[str]:
-        """A name as it is, and with the prefix of the base model taken away or added."""
-        yield name
-        if self._prefix:
-            yield name.removeprefix(f"{self._prefix}.")
-            yield f"{self._prefix}.{name}"
 
 
 def _number_in(key: str, pattern: str) -> int | None:

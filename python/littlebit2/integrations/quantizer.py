@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from .modules import (
 )
 from .names import ConvertedAlready, FileNames, HiddenTensors, published_state
 
-__all__ = ["LittleBit2Quantizer", "attach"]
+__all__ = ["LittleBit2Quantizer", "attach", "reusing"]
 
 
 class LittleBit2Quantizer(HfQuantizer):
@@ -119,7 +121,7 @@ class LittleBit2Quantizer(HfQuantizer):
         self._experts = []
         _check_shapes(model, shapes)
         if checkpoint is not None:
-            with checkpoint:
+            with nullcontext() if checkpoint is _opened.get() else checkpoint:
                 self._read_layers(model, checkpoint, places)
         for place in places:
             layer = model.get_submodule(place.module)
@@ -147,10 +149,6 @@ class LittleBit2Quantizer(HfQuantizer):
                 from accelerate.hooks import add_hook_to_module  # noqa: PLC0415  # only dispatched models
 
                 add_hook_to_module(layer, hook)
-        for name, (parent, _) in fused_parents(places).items():
-            fused = model.get_submodule(name)
-            assert isinstance(fused, FusedLinear)
-            fused.relink(model.get_submodule(parent))
 
     def _prepack(self, layer: LittleBitLinear) -> None:
         config = self.quantization_config
@@ -263,14 +261,29 @@ def _device_of(name: str, device_map: Mapping[str, Any], model: PreTrainedModel)
     return torch.device(device_map[""]) if "" in device_map else model.device
 
 
+#: The checkpoint that :func:`littlebit2.load` has open: its headers are read and kept once.
+_opened: ContextVar[Checkpoint | None] = ContextVar("littlebit2_opened_checkpoint", default=None)
+
+
+@contextmanager
+def reusing(checkpoint: Checkpoint) -> Iterator[None]:
+    """Let models that are loaded from the folder of ``checkpoint`` meanwhile read it through that."""
+    token = _opened.set(checkpoint)
+    try:
+        yield
+    finally:
+        _opened.reset(token)
+
+
 def _open(source: str | None, checkpoint_files: Sequence[str] | None) -> Checkpoint | None:
-    if source is not None:
-        return open_checkpoint(source)
-    if not checkpoint_files:
+    if source is None and not checkpoint_files:
         return None
-    checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
-    if checkpoint.files.renamed:
-        checkpoint.close()
+    folder = Path(source) if source is not None else Path((checkpoint_files or [""])[0]).parent
+    opened = _opened.get()
+    checkpoint = opened if opened is not None and opened.path == folder else open_checkpoint(folder)
+    if source is None and checkpoint.files.renamed:
+        if checkpoint is not opened:
+            checkpoint.close()
         raise CheckpointError(
             f"{checkpoint.path}: its tensor names are not those of the model: use littlebit2.load, or "
             "convert it first (littlebit2 convert)"

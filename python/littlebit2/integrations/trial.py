@@ -40,6 +40,31 @@ Tensors = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 _MOST_NAMES = 10
 
 
+class Latest:
+    """The latest conversion of a trial, which is kept because all experts of a layer come from one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sources: object = None
+        self._load: object = None
+        self._made: dict[str, torch.Tensor] = {}
+
+    def of(self, one: Converted, load: Load) -> torch.Tensor:
+        """Return the parameter of ``one``; convert unless this was done last, from the same files."""
+        with self._lock:
+            if self._sources is not one.sources or self._load != load:
+                self._made = {}  # not two at a time
+                converter = deepcopy(one.converter)
+                for file, pattern in one.sources:
+                    converter.add_tensor(one.first, file, pattern, load(file))  # type: ignore[arg-type]
+                made = converter.convert(one.first, model=one.model, config=one.model.config)
+                self._made = {
+                    name: value[0] if isinstance(value, list) else value for name, value in made.items()
+                }
+                self._sources, self._load = one.sources, load
+            return self._made[one.parameter]
+
+
 @dataclass(frozen=True, eq=False)
 class Converted:
     """A parameter that transformers makes of tensors of the files, or a part of it.
@@ -50,6 +75,7 @@ class Converted:
         first: name of the first parameter that the converter makes.
         converter: the conversion.
         model: the model without values that it asks for shapes.
+        latest: what was converted last.
         part: what is taken of the parameter, of which it stands in the name; ``None`` for all of it.
     """
 
@@ -58,6 +84,7 @@ class Converted:
     first: str
     converter: WeightConverter
     model: Any
+    latest: Latest
     part: ExpertPart | None = None
 
     @property
@@ -67,32 +94,12 @@ class Converted:
 
     def read(self, load: Load) -> torch.Tensor:
         """Convert, and return the parameter or its part."""
-        whole = _converted(self, load)
+        whole = self.latest.of(self, load)
         return (
             whole
             if self.part is None
             else self.part.read(lambda _, index=None: whole if index is None else whole[index])
         )
-
-
-_latest_lock = threading.Lock()
-_latest: dict[int, dict[str, torch.Tensor]] = {}
-
-
-def _converted(one: Converted, load: Load) -> torch.Tensor:
-    """Run a conversion; the latest result is kept, as all experts of a layer come from one."""
-    with _latest_lock:
-        key = id(one.sources)
-        if key not in _latest:
-            converter = deepcopy(one.converter)
-            for file, pattern in one.sources:
-                converter.add_tensor(one.first, file, pattern, load(file))  # type: ignore[arg-type]
-            made = converter.convert(one.first, model=one.model, config=one.model.config)
-            _latest.clear()
-            _latest[key] = {
-                name: value[0] if isinstance(value, list) else value for name, value in made.items()
-            }
-        return _latest[key][one.parameter]
 
 
 @dataclass
@@ -258,6 +265,7 @@ class _Trying:
         self.tensors = tensors
         self.names = FileNames(model)
         self.embedding = embedding
+        self.latest = Latest()
         self.to = self.names.destinations(tensors)
         #: Parameters of the model: where their values come from.
         self.parts: dict[str, Part] = {}
@@ -283,7 +291,9 @@ class _Trying:
             else:
                 sources = tuple((file, str(one.pattern)) for file, one in members)
                 for target in _targets(parameter, converter):
-                    products[target] = Converted(target, sources, parameter, converter, self.model)
+                    products[target] = Converted(
+                        target, sources, parameter, converter, self.model, self.latest
+                    )
             for file, destination in members:
                 expert = self.names.expert(destination)
                 if expert is not None:
@@ -394,7 +404,13 @@ class _Trying:
                         self.parts[child + end] = own
                     elif isinstance(whole, Converted):
                         self.parts[child + end] = Converted(
-                            whole.parameter, whole.sources, whole.first, whole.converter, whole.model, part
+                            whole.parameter,
+                            whole.sources,
+                            whole.first,
+                            whole.converter,
+                            whole.model,
+                            whole.latest,
+                            part,
                         )
                     else:
                         self.parts[child + end] = part

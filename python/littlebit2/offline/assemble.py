@@ -16,7 +16,7 @@ from .jobs import Job
 from .report import RunReport
 from .work import WorkDirectory, keep_layers
 
-__all__ = ["REPORT_NAME", "assemble"]
+__all__ = ["REPORT_NAME", "assemble", "weight_bytes"]
 
 #: The per-layer report inside the output; it holds nothing that differs from run to run.
 REPORT_NAME = "quantization_report.json"
@@ -98,7 +98,7 @@ def _write(
     reasons: dict[str, list[str]] = {}
     for module, reason in choice.dense.items():
         reasons.setdefault(reason, []).append(module)
-    sizes = {"before": _weight_bytes(source), "after": _weight_bytes(work.assembled)}
+    sizes = {"before": weight_bytes(source), "after": weight_bytes(work.assembled)}
     report = RunReport(
         settings,
         tuple(layers),
@@ -113,7 +113,8 @@ def _write(
     return report
 
 
-def _weight_bytes(folder: Path) -> int:
+def weight_bytes(folder: Path) -> int:
+    """Return the bytes of the weight files in a checkpoint directory."""
     return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
 
 

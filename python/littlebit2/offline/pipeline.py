@@ -17,25 +17,24 @@ from tqdm import tqdm
 
 from littlebit2.architecture.parts import Whole
 from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns
-from littlebit2.checkpoint import DenseCheckpoint, find_side_files, open_dense
-from littlebit2.disk import check_replaceable, check_space
+from littlebit2.checkpoint import DenseCheckpoint, find_side_files, open_checkpoint, open_dense
+from littlebit2.disk import check_apart, check_replaceable, check_space
 from littlebit2.quantize import Importance, QuantConfig
 from littlebit2.quantize.device import check_device
 from littlebit2.quantize.quantizer import DenseLayer, quantize_together
 from littlebit2.quantize.ranks import needs_spectra
 
-from .assemble import REPORT_NAME, assemble
+from .assemble import REPORT_NAME, assemble, weight_bytes
 from .choice import Choice, choose_layers
 from .group import Group, process_group, share_out
 from .jobs import Job, make_jobs, run_settings, with_allocation
 from .ranks import allocation_of
 from .report import RunReport, layer_entry
-from .work import WorkDirectory
+from .work import WorkDirectory, work_path
 from .workers import choose_workers, make_batches, run_jobs
 
 __all__ = [
     "REPORT_NAME",
-    "check_apart",
     "dense_bytes_of",
     "quantize_batch",
     "quantize_checkpoint",
@@ -101,12 +100,12 @@ def quantize_checkpoint(
         FileNotFoundError: there is no ``model_dir``.
         OSError: a file cannot be read or written.
         RunError: the disk is full or too small, the work directory belongs to a run with other settings
-            or is in use, or another process failed.
+            or is in use, is a folder of somebody else, or another process failed.
         TypeError: ``config`` is no :class:`.QuantConfig`, or a pattern no string.
-        ValueError: ``out`` and ``model_dir`` contain one another, ``workers``, ``threads`` or ``device``
-            cannot be, the checkpoint is malformed or not dense, no layer is selected, ``importance`` holds
-            none of them, the budget does not fit a layer or is more than any can use, or a layer cannot be
-            quantized; the message names it.
+        ValueError: ``out`` or ``<out>.partial`` and ``model_dir`` contain one another, ``workers``,
+            ``threads`` or ``device`` cannot be, the checkpoint is malformed or not dense, no layer is
+            selected, ``importance`` holds none of them, the budget does not fit a layer or is more than any
+            can use, or a layer cannot be quantized; the message names it.
     """
     if not isinstance(config, QuantConfig):
         raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
@@ -116,23 +115,24 @@ def quantize_checkpoint(
         raise ValueError(f"workers must be a positive integer or None, got {workers!r}")
     place = _device(device)
     source, target = Path(model_dir), Path(os.path.abspath(out))
-    check_apart(source, target)
+    check_apart(target, work_path(target), model_dir=source)
     includes, excludes = check_patterns("include", include), check_patterns("exclude", exclude)
     with open_dense(source) as checkpoint:
         choice = choose_layers(checkpoint, config, include=includes, exclude=excludes)
         jobs = make_jobs(choice.layers, config)
         _check_importance(importance, jobs)
-        settings = run_settings(
-            checkpoint, config, includes, excludes, importance, device=device, threads=threads
-        )
         dense_bytes = dense_bytes_of(checkpoint.dense, choice)
-    work = WorkDirectory(target)
-    reading = open_dense(source)  # once: its headers name every tensor
-    with process_group() as group:
+    with process_group() as group, open_dense(source) as reading:
+        settings = group.from_leader(
+            lambda: run_settings(
+                reading, config, includes, excludes, importance, device=device, threads=threads
+            )
+        )
+        work = WorkDirectory(target, settings)
         run = partial(_run_all, group, workers=workers, threads=threads, show=progress)
         weights = importance or {}
         try:
-            before = group.from_leader(partial(start_run, work, source, target, settings, resume, overwrite))
+            before = group.from_leader(partial(start_run, work, source, target, resume, overwrite))
             if before is not None:
                 return before
             if needs_spectra(config):
@@ -157,7 +157,6 @@ def quantize_checkpoint(
             )
         finally:
             work.close()
-            reading.close()
 
 
 def _check_importance(importance: Mapping[str, Importance] | None, jobs: Sequence[Job]) -> None:
@@ -172,45 +171,35 @@ def _check_importance(importance: Mapping[str, Importance] | None, jobs: Sequenc
         )
 
 
-def check_apart(source: Path, target: Path) -> None:
-    """The result may not lie in the source, nor take the place of a folder that holds it."""
-    inside, outside = target.resolve(), source.resolve()
-    if inside == outside or inside in outside.parents or outside in inside.parents:
-        raise ValueError(f"out must lie apart from the model, got out={target} and model_dir={source}")
-
-
 def start_run(
-    work: WorkDirectory,
-    source: Path,
-    target: Path,
-    settings: dict[str, Any],
-    resume: bool,
-    overwrite: bool,
+    work: WorkDirectory, source: Path, target: Path, resume: bool, overwrite: bool
 ) -> RunReport | None:
     """Take the work directory, unless there is nothing left to do: then return the report."""
     if os.path.lexists(target):
-        report = finished_report(target, settings) if resume else None
+        report = finished_report(target, work.wanted) if resume else None
         if report is not None:
-            if work.path.exists():
-                work.remove()  # the run was killed between its last two steps
+            work.remove_remainder()
             return report
         try:
-            check_replaceable(target, overwrite=overwrite, replaces=find_side_files(source).in_folders)
+            check_replaceable(target, overwrite=overwrite, replaces=find_side_files(source).copied)
         except FileExistsError as error:
             raise FileExistsError(
                 f"{error}; what is there is not the finished result of this command"
             ) from None
-    work.open(settings, resume=resume)
+    work.open(resume=resume)
     return None
 
 
-def finished_report(out: Path, settings: dict[str, Any]) -> RunReport | None:
-    """Return the report of a finished run of these settings in ``out``, or ``None``."""
+def finished_report(out: Path, settings: Mapping[str, Any]) -> RunReport | None:
+    """Return the report of a finished run of these settings in ``out``, or ``None``.
+
+    So it is where the report is there and its files are not, or not whole.
+    """
     try:
         content = json.loads((out / REPORT_NAME).read_text("utf-8"))
-        if content["settings"] == settings:
+        if content["settings"] == settings and _is_whole(out, content):
             return RunReport(
-                settings,
+                dict(settings),
                 tuple(content["layers"]),
                 tuple(content["dense"]),
                 left=content.get("left", {}),
@@ -221,6 +210,15 @@ def finished_report(out: Path, settings: dict[str, Any]) -> RunReport | None:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return None
+
+
+def _is_whole(out: Path, content: Mapping[str, Any]) -> bool:
+    """Whether the headers and sizes of the files in ``out`` are those of its report."""
+    if not (out / "config.json").is_file():
+        return False
+    with open_checkpoint(out) as made:
+        names = {layer["name"] for layer in content["layers"]}
+        return set(made.layers) == names and weight_bytes(out) == content["bytes"]["after"]
 
 
 def _device(device: str) -> torch.device:

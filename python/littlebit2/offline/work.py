@@ -6,9 +6,10 @@ layers of different runs are never mixed, and a lock keeps a second process from
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from littlebit2_kernels.state import packed_from_state, packed_to_state
 
 from .jobs import Job
 
-__all__ = ["WorkDirectory", "keep_layers", "reason_of"]
+__all__ = ["WorkDirectory", "keep_layers", "reason_of", "work_path"]
 
 #: The one metadata key of a layer file: with several, their order in the file would not be fixed.
 _ENTRY = "littlebit2"
@@ -33,17 +34,21 @@ class WorkDirectory(RunDirectory):
 
     Args:
         out: the directory that the run will make.
+        settings: everything that its bytes depend on, JSON values by name.
     """
 
-    def __init__(self, out: Path) -> None:
-        super().__init__(out.with_name(out.name + ".partial"))
+    def __init__(self, out: Path, settings: Mapping[str, Any]) -> None:
+        super().__init__(work_path(out))
         self.assembled = self.path / "assembled"
+        self.wanted = dict(settings)
+        self._digest = hashlib.sha256(json.dumps(self.wanted, sort_keys=True).encode()).hexdigest()
 
-    def open(self, settings: dict[str, Any], *, resume: bool) -> None:
+    def open(self, *, resume: bool) -> None:
         """Make the directory or continue in it; the caller then holds its lock.
 
         Raises:
-            RunError: another process works in it, or it belongs to a run with other settings.
+            RunError: another process works in it, it belongs to a run with other settings, or it holds
+                something and is no work directory.
             OSError: it cannot be made or written.
         """
         self.take()
@@ -51,11 +56,27 @@ class WorkDirectory(RunDirectory):
             # Without settings it was left by a run that was killed before it wrote them, or by remove().
             self.clear()
             with keep_layers():
-                self.write_settings(settings)
-        differing = self.differing(settings, _difference)
+                self.write_settings(self.wanted)
+        differing = self.differing(self.wanted, _difference)
         if differing:
             raise self.refuse(differing)
         shutil.rmtree(self.assembled, ignore_errors=True)
+
+    def remove_remainder(self) -> None:
+        """Remove what a finished run of these settings has left, because it was killed before it could.
+
+        The folder of another run, finished or not, and a folder of somebody else are left alone.
+        """
+        if not self.path.exists():
+            return
+        try:
+            self.take()
+            if self.settings() is None or not self.differing(self.wanted):
+                self.remove()
+        except (OSError, RunError):
+            pass  # in use, damaged or not ours: what is asked for is there without it
+        finally:
+            self.close()
 
     def layer_path(self, job: Job) -> Path:
         """Where the file of a finished layer lies."""
@@ -65,13 +86,26 @@ class WorkDirectory(RunDirectory):
         """Write a finished layer.
 
         Raises:
-            RunError: the disk is full.
+            RunError: the disk is full, or the directory was closed.
+            OSError: it cannot be written.
+        """
+        if self.closed:
+            # A thread that has outlived its run; the folder may be another run's by now.
+            raise RunError(f"{self.path} must be open to write {job.source.name} into it, got a closed one")
+        with keep_layers():
+            self.write_layer_to(self.layer_path(job), job, packed, entry, seconds)
+
+    def write_layer_to(
+        self, path: Path, job: Job, packed: PackedLinear, entry: dict[str, Any], seconds: float
+    ) -> None:
+        """Write a finished layer to a file.
+
+        Raises:
             OSError: it cannot be written.
         """
         state = {name: tensor.cpu().contiguous() for name, tensor in packed_to_state(packed).items()}
-        metadata = {_ENTRY: json.dumps({"job": _identity(job), "entry": entry, "seconds": seconds})}
-        with keep_layers():
-            write_file(self.layer_path(job), save(state, metadata))
+        metadata = {_ENTRY: json.dumps({"job": self._identity(job), "entry": entry, "seconds": seconds})}
+        write_file(path, save(state, metadata))
 
     def finished(self, job: Job) -> tuple[dict[str, Any], float] | None:
         """Return the report entry and the seconds of a finished layer, ``None`` if it is to be done.
@@ -81,11 +115,20 @@ class WorkDirectory(RunDirectory):
         try:
             with safe_open(self.layer_path(job), "pt") as file:
                 content = json.loads((file.metadata() or {})[_ENTRY])
-            if content["job"] == _identity(job):
+            if content["job"] == self._identity(job):
                 return content["entry"], content["seconds"]
         except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError):
             pass
         return None
+
+    def _identity(self, job: Job) -> dict[str, Any]:
+        assert job.config.ranks is not None
+        return {
+            "name": job.source.name,
+            "ranks": list(job.config.ranks),
+            "seed": job.config.seed,
+            "run": self._digest,
+        }
 
     def load_layer(self, job: Job) -> PackedLinear:
         """Read a finished layer back, checked.
@@ -102,9 +145,9 @@ class WorkDirectory(RunDirectory):
             raise RunError(f"{path}: is damaged ({reason_of(error)}); remove it and run again") from error
 
 
-def _identity(job: Job) -> dict[str, Any]:
-    assert job.config.ranks is not None
-    return {"name": job.source.name, "ranks": list(job.config.ranks), "seed": job.config.seed}
+def work_path(out: Path) -> Path:
+    """Where the work directory of ``out`` lies."""
+    return out.with_name(out.name + ".partial")
 
 
 def _difference(name: str, found: Any, wanted: Any) -> str:

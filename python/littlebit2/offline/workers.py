@@ -89,7 +89,7 @@ def run_jobs(
     """Run ``do`` on every batch, ``workers`` at a time, and ``done`` after each in the calling thread.
 
     After a failure no further batch is begun; those that run are finished first, then the failure is raised.
-    An interrupt does not wait for them.
+    So they are after an interrupt, which may take as long as one batch; a second interrupt does not wait.
 
     Args:
         batches: in the order in which they are begun.
@@ -151,9 +151,10 @@ def _run_threads(
             else:
                 done(ended)
     finally:
+        # A thread that went on would write into a folder that the next run may hold by then.
         stop.set()
-    for thread in crew:
-        thread.join()
+        for thread in crew:
+            thread.join()
     if failures:
         raise min(failures, key=lambda failure: failure[0])[1]
 

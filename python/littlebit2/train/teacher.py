@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from littlebit2.disk import sync, write_json
+from littlebit2.disk import explain_errors, reserve, sync, write_json
 
 from .data import TokenBlocks
 from .losses import TopK, distillation_kl, hidden_mse, top_k, top_k_kl
@@ -122,6 +122,7 @@ def store_teacher(
         progress: called with the blocks that are done and all.
 
     Raises:
+        OSError: it cannot be written, or the disk is too full for it; the message has path and sizes.
         ValueError: ``k`` or ``batch_size`` is out of range, or ``path`` holds a teacher of other blocks.
     """
     if batch_size < 1:
@@ -140,8 +141,11 @@ def store_teacher(
     path.mkdir(parents=True, exist_ok=True)
     model.eval()
     shape = (len(blocks), blocks.length, k)
-    values = np.lib.format.open_memmap(path / "log_probabilities.npy", "w+", np.float16, shape)
-    tokens = np.lib.format.open_memmap(path / "tokens.npy", "w+", np.uint32, shape)
+    with explain_errors(path):
+        values = np.lib.format.open_memmap(path / "log_probabilities.npy", "w+", np.float16, shape)
+        tokens = np.lib.format.open_memmap(path / "tokens.npy", "w+", np.uint32, shape)
+    for name in ("log_probabilities.npy", "tokens.npy"):
+        reserve(path / name, (path / name).stat().st_size)
     device = next(model.parameters()).device
     for start in range(0, len(blocks), batch_size):
         stop = min(start + batch_size, len(blocks))

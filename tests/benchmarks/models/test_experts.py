@@ -26,7 +26,7 @@ def test_every_possible_routing_is_measured(tmp_path: Path, capsys: pytest.Captu
     file = tmp_path / "experts.json"
     sizes = ["--experts", "4", "--hidden", "64", "--inner", "48", "--top-k", "2", "--bpw", "2"]
     quick = ["--tokens", "1", "3", "--routed", "1", "2", "4", "8", "--repetitions", "1", "--seconds", "1e-6"]
-    assert main(["experts", *sizes, *quick, "--copies", "1", "--json", str(file)]) == 0
+    assert main(["experts", *sizes, *quick, "--copies", "1", "--cpu-time", "--json", str(file)]) == 0
     rows = read_result(file, ["experts"])["rows"]
     assert [(row["tokens"], row["routed"]) for row in rows] == [(1, 1), (1, 2), (3, 1), (3, 2), (3, 4)]
     assert all(row["packed"] and row["dense"] for row in rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -154,3 +155,54 @@ def test_every_matrix_has_a_verdict() -> None:
 def test_unknown_models_cannot_be_built(config: dict[str, str]) -> None:
     with pytest.raises(UnknownModelError, match="model_type must be one that transformers"):
         skeleton(config)
+
+
+BASE = """
+import torch
+from torch import nn
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x):
+        key = self.key
+        return nn.functional.linear(self.value(x), self.query.weight) + x @ key.weight.T
+"""
+
+
+def test_weights_that_base_classes_read_and_local_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lb2_test_base.py").write_text(BASE)
+    (tmp_path / "lb2_test_derived.py").write_text(
+        "import lb2_test_base\n\nclass Own(lb2_test_base.Attention):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    model = nn.Sequential(importlib.import_module("lb2_test_derived").Own())
+    report = littlebit2.quantize_(model, 1.0, progress=False)
+    assert [layer.name for layer in report.layers] == ["0.value"]
+    assert model(torch.zeros(1, 64)).shape == (1, 64)
+
+
+def test_conversions_of_two_checkpoints_are_not_mixed(tmp_path: Path) -> None:
+    """What was converted last is kept, but not for another checkpoint."""
+    config = transformers.Qwen3MoeConfig(
+        **LLAMA, head_dim=16, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=48
+    )
+    loads, trials = [], []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        path = tmp_path / str(seed)
+        transformers.Qwen3MoeForCausalLM(config).save_pretrained(path)
+        tensors = load_file(path / "model.safetensors")
+        headers = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+        trials.append(try_out(config.to_dict(), headers, include=("*",), exclude=DEFAULT_EXCLUDE))
+        loads.append(lambda name, index=None, tensors=tensors: tensors[name])
+    parts = [part for part in trials[0].parts.values() if hasattr(part, "latest")]
+    assert parts
+    for part in parts:
+        first, other = (part.read(load).clone() for load in loads)
+        assert not torch.equal(first, other)
+        assert torch.equal(part.read(loads[0]), first)

@@ -52,12 +52,12 @@ def _complete_path(state: dict[str, torch.Tensor], layer: StoredLayer, path: int
     shape = layer.spec.shape
     rows = shape.out_features if shape.ranks is None else layer.stored_ranks[path]
     if f"V_packed{s}" in state:
-        state.setdefault(f"V_shape{s}", torch.tensor([rows, shape.in_features]))
+        state.setdefault(f"V_shape{s}", torch.tensor([rows, shape.in_features], device="cpu"))
     if shape.ranks is None:
         return
-    state.setdefault(f"U_shape{s}", torch.tensor([shape.out_features, rows]))
+    state.setdefault(f"U_shape{s}", torch.tensor([shape.out_features, rows], device="cpu"))
     if f"v1{s}" not in state:
-        state.setdefault(f"latent_scale{s}", torch.ones(rows))
+        state.setdefault(f"latent_scale{s}", torch.ones(rows, dtype=torch.float32, device="cpu"))
     missing = shape.ranks[path] - rows
     if missing:
         _pad_rank(state, s, missing, rows)

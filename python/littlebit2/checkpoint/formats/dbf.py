@@ -153,7 +153,7 @@ def _words(packed: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
 def _factors(scale: torch.Tensor, rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The scale of a ``[rows, cols]`` matrix as one vector for its rows and one for its columns."""
     scale = scale.float()
-    row_scale, col_scale = torch.ones(rows), torch.ones(cols)
+    row_scale, col_scale = scale.new_ones(rows), scale.new_ones(cols)
     if scale.numel() == 1:
         row_scale *= scale.reshape(())
     elif scale.dim() == 2 and scale.shape[1] == 1:

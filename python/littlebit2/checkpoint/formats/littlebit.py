@@ -6,11 +6,10 @@ path carry its suffix before the kind (``U_R_packed``), scales at the end (``u1_
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from littlebit2_kernels.state import path_suffix
+from littlebit2_kernels.state import path_suffix, portable_name
 
 from .layout import Layout
 from .littlebit2 import has_signs
@@ -31,8 +30,6 @@ SETTINGS = (
 #: Key of our config.json under which the authors' settings survive a conversion.
 KEPT_SETTINGS = "littlebit_settings"
 
-_MATRIX = re.compile(r"([UV])(_R\d*)_(packed|shape)")
-
 
 class LittleBit(Layout):
     """The authors' packed tensors."""
@@ -44,17 +41,13 @@ class LittleBit(Layout):
 
     def claims(self, leaves: Collection[str]) -> bool:
         """See :meth:`.Layout.claims`."""
-        if any(_MATRIX.fullmatch(leaf) for leaf in leaves):
+        if any(portable_name(leaf) != leaf for leaf in leaves):
             return True
         return has_signs(leaves) and ("v1" in leaves or "u2" in leaves)
 
     def rename(self, leaf: str) -> str:
         """See :meth:`.Layout.rename`."""
-        match = _MATRIX.fullmatch(leaf)
-        if match is None:
-            return leaf
-        matrix, suffix, kind = match.groups()
-        return f"{matrix}_{kind}{suffix}"
+        return portable_name(leaf)
 
 
 def authors_leaf(matrix: str, path: int, kind: str) -> str:

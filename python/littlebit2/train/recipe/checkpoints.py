@@ -9,14 +9,39 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from littlebit2.disk import sync_tree, write_file
+from safetensors import SafetensorError
 
-__all__ = ["latest_checkpoint", "mark_complete", "remove_incomplete"]
+from littlebit2.disk import RunError, free_text, sync_tree, write_file
+
+__all__ = ["latest_checkpoint", "mark_complete", "remove_incomplete", "saving"]
 
 _MARK = "complete"
+#: In the messages of torch.save's writer, whose errors have no class of their own.
+_TORCH_WRITER = ("inline_container", "PytorchStreamWriter")
 _NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@contextmanager
+def saving(checkpoint: Path) -> Iterator[None]:
+    """Name the checkpoint, and what is free, in the errors of the libraries that write its files.
+
+    Raises:
+        RunError: a file could not be written; the run continues from the checkpoint before.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch.save says that its writer is at another place than it should be.
+        if isinstance(error, RuntimeError) and not any(name in str(error) for name in _TORCH_WRITER):
+            raise
+        raise RunError(
+            f"cannot write the training checkpoint {checkpoint}: {error}; {free_text(checkpoint)}. Free some "
+            "and run the same command again: it continues from the checkpoint before"
+        ) from error
 
 
 def mark_complete(checkpoint: Path) -> None:

@@ -22,7 +22,7 @@ from littlebit2._messages import hub_hint
 from littlebit2.architecture.experts import LittleBitExperts
 from littlebit2.architecture.select import DEFAULT_EXCLUDE
 from littlebit2.checkpoint import find_side_files
-from littlebit2.disk import check_replaceable, write_json
+from littlebit2.disk import check_apart, check_replaceable, write_json
 from littlebit2.integrations.bars import no_bars_in_logs
 from littlebit2.integrations.loading import load
 from littlebit2.offline import importance_digest, quantize_checkpoint
@@ -120,9 +120,11 @@ def finetune(
     Raises:
         FileExistsError: ``out`` exists and may not be replaced.
         FileNotFoundError: a directory or data file is not there.
-        RunError: the folder of the run is in use or of other settings; or a loss is not finite.
+        RunError: the folder of the run is in use, of other settings or somebody else's; or a loss is not
+            finite.
         ImportError: TensorBoard or pyarrow is needed and not installed.
-        ValueError: any other argument that cannot be; the message names it.
+        ValueError: any other argument that cannot be, such as an ``out`` that does not lie apart from the
+            models; the message names it.
     """
     began = time.perf_counter()
     recipe = (recipe or Recipe()).sized(check_dense(Path(teacher)).get("max_position_embeddings"))
@@ -199,7 +201,10 @@ class _Run:
 
     def check(self) -> None:
         """Raise what can be told before anything is computed."""
-        replaces = find_side_files(self.teacher).in_folders
+        check_apart(self.out, self.work.path, teacher=self.teacher)
+        if self.start is not None:
+            check_apart(self.out, self.work.path, start=self.start)
+        replaces = find_side_files(self.teacher).copied
         check_replaceable(self.out, overwrite=self.overwrite, replaces=replaces)
         if self.start is not None and not self.start.is_dir():
             raise FileNotFoundError(

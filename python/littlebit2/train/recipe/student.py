@@ -121,7 +121,7 @@ def export_student(
     model.config.architectures = [type(model).__name__]
     config = model.config.to_diff_dict()
     config["use_cache"] = True  # turned off while training
-    replaces = find_side_files(Path(teacher)).in_folders
+    replaces = find_side_files(Path(teacher)).copied
     with CheckpointWriter(out, config, overwrite=overwrite, replaces=replaces) as writer:
         for name, packed in packed_layers(model, tensors):
             writer.add_layer(name, packed)

@@ -19,7 +19,7 @@ from littlebit2.train.model import parameter_kind
 from littlebit2.train.perplexity import Perplexity
 from littlebit2.train.teacher import LiveTeacher, Teacher
 
-from .checkpoints import mark_complete
+from .checkpoints import mark_complete, saving
 
 __all__ = ["DistillationTrainer"]
 
@@ -248,12 +248,14 @@ class DistillationTrainer(Trainer):
             self.flip_meter().load_state_dict(state)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        torch.save(self.flip_meter().state_dict(), self._flips_file(folder))
+        with saving(folder):
+            super()._save_checkpoint(model, trial)
+            torch.save(self.flip_meter().state_dict(), self._flips_file(folder))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            mark_complete(folder)
+            with saving(folder):
+                mark_complete(folder)
         self.accelerator.wait_for_everyone()
 
     def _flips_file(self, checkpoint: Path) -> Path:

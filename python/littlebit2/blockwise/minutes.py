@@ -1,0 +1,91 @@
+"""How many sequences and steps fit a given time, from times measured on the first block."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from littlebit2.offline.jobs import Job
+from littlebit2.train.model import make_trainable
+
+from .block import BlockRunner, trained_parameters
+from .settings import BlockwiseSettings
+from .tune import relative_error
+
+__all__ = ["MOST", "fitting"]
+
+#: Sequences and steps at least and at most.
+LEAST, MOST = 16, 512
+#: Share of the time that is planned for; the rest is for what is not measured.
+_PLANNED = 0.9
+_TRIALS = 2
+
+
+def fitting(runner: BlockRunner, jobs: Sequence[Job], blocks: int, seconds: float) -> BlockwiseSettings:
+    """Return the settings with as many sequences, and as many steps of tuning, as fit the time.
+
+    Sequences and steps are alike in number: with more of one than of the other, quality gains less.
+
+    Args:
+        runner: with at least one batch of sequences.
+        jobs: layers of the first block.
+        blocks: number of blocks.
+        seconds: for all of them; distillation is not in it.
+    """
+    settings = runner.settings
+    rows = runner.samples[: settings.batch_size]
+    device = runner.pieces.device
+    block = None
+
+    def load() -> None:
+        nonlocal block
+        block = runner.pieces.load_block(0)
+
+    loading = _timed(load, 1)
+    assert block is not None
+    call, hidden = runner.call(0, rows), runner.pieces.embed(runner.ids[rows]).to(device)
+    target = torch.empty(0)
+
+    def forward() -> None:
+        nonlocal target
+        with torch.no_grad():
+            target = call(block, hidden)
+
+    one_batch = _timed(forward, _TRIALS)
+    packed: dict[str, object] = {}
+    quantizing = _timed(lambda: packed.update(runner.quantize(block, 0, jobs, {})[0]), 1)
+    make_trainable(block, packed)  # type: ignore[arg-type]
+    latents, scales = trained_parameters(block)
+    for parameter in (*latents, *scales):
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW([*latents, *scales], lr=0.0)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        torch.autograd.backward(relative_error(call(block, hidden), target))
+        optimizer.step()
+
+    one_step = _timed(step, _TRIALS)
+    size = len(rows)
+    # Outputs of the dense block, those of the quantized one, importance, and comparisons on held-out text.
+    passes = (
+        2 * settings.held_out + settings.importance_samples + (settings.evaluations + 1) * settings.held_out
+    )
+    fixed = loading + quantizing + passes * one_batch / size
+    each = 2 * one_batch / size + one_step
+    number = int((_PLANNED * seconds / blocks - fixed) / each)
+    number = min(max(number, LEAST), MOST)
+    return replace(settings, samples=number, steps=number)
+
+
+def _timed(do: Callable[[], object], times: int) -> float:
+    """Return the least seconds of a few runs."""
+    least = float("inf")
+    for _ in range(times):
+        start = time.perf_counter()
+        do()
+        least = min(least, time.perf_counter() - start)
+    return least
