@@ -25,7 +25,9 @@ the dense model whose weights are what its packed layers stand for. "Compared" c
 sweep knows an input that the dense model takes.
 
 Written by `python -m benchmarks families --resume --markdown docs/models.md`, with torch {torch},
-at {commits}. {count} of {all} types were tried and took {minutes:.0f} minutes of CPU time.
+at
+{commits}.
+{count} of {all} types were tried and took {minutes:.0f} minutes of CPU time.
 `make test-families` runs the whole sweep, `make test-slow` a sample of it.
 
 Tiny models show that names, shapes and code fit together. They say nothing about quality.
@@ -81,6 +83,7 @@ def markdown(outcomes: Sequence[Outcome], versions: Mapping[str, Any]) -> str:
             "## Works",
             "",
             *_lists(compared),
+            *_untried(outcomes),
         ]
     )
 
@@ -122,11 +125,24 @@ def _reasons(title: str, text: str, outcomes: Sequence[Outcome]) -> list[str]:
     return [f"## {title}", "", text, "", "| model type | class | reason |", "|---|---|---|", *rows, ""]
 
 
+def _untried(outcomes: Sequence[Outcome]) -> list[str]:
+    """Types that the sweep, interrupted, has not reached."""
+    left = sorted(set(model_types()) - {one.model_type for one in outcomes})
+    if not left:
+        return []
+    text = f"The sweep was stopped before these {len(left)} types: {', '.join(left)}."
+    return ["## Not tried", "", *_wrapped(text), ""]
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 120, break_on_hyphens=False, break_long_words=False)
+
+
 def _lists(outcomes: Sequence[Outcome]) -> list[str]:
     lines = []
     for kind in INPUT_KINDS:
         names = sorted(one.model_type for one in outcomes if input_kind(one) == kind)
         if names:
             text = f"**{kind}** ({len(names)}): {', '.join(names)}."
-            lines += [*textwrap.wrap(text, 120, break_on_hyphens=False, break_long_words=False), ""]
+            lines += [*_wrapped(text), ""]
     return lines
