@@ -92,8 +92,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config.rope_theta": 10000.0},
     "emu3": {"vocabulary_map": {"<image>": 5}},
     "mamba2": {"num_heads": 8, "head_dim": 16, "expand": 2, "n_groups": 1, "state_size": 16},
-    "qwen4_exp": {"text_config.layer_types": ["linear_attention", "full_attention"]},
-    "qwen4_exp_text": {"layer_types": ["linear_attention", "full_attention"]},
     "reformer": {
         "is_decoder": True,
         "axial_pos_shape": [8, 8],
