@@ -309,5 +309,5 @@ def test_deepcopy_keeps_the_fused_parts(tmp_path: Path) -> None:
     model = littlebit2.load(tmp_path / "phi")
     copied = copy.deepcopy(model)
     attention = copied.get_submodule("model.layers.0.self_attn")
-    assert attention.qkv_proj._parts == (attention.q_proj, attention.k_proj, attention.v_proj)
+    assert attention.qkv_proj._parent == (attention,)
     assert torch.equal(outputs(copied, token_ids()), outputs(model, token_ids()))

@@ -335,7 +335,8 @@ def test_plans_refuse() -> None:
     with pytest.raises(ValueError, match=r"dtype must be that of x, torch.float32, or not be given"):
         explain(torch.ones(2, 40), packed, dtype=torch.float16, gpu="H200")
     with pytest.raises(BackendUnavailableError, match=r"cannot run on GpuProperties\(capability=75.*got 7.5"):
-        explain((2, 40), packed, gpu=GpuProperties(75, 40, 65536))
+        explain((2, 40), packed, backend="cuda", gpu=GpuProperties(75, 40, 65536))
+    assert explain((2, 40), packed, gpu=GpuProperties(75, 40, 65536)).backend == "triton"
 
 
 def test_properties_pass_through() -> None:

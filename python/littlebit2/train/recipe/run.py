@@ -203,7 +203,9 @@ class _Run:
         """Raise what can be told before anything is computed."""
         check_apart(self.out, self.work.path, teacher=self.teacher)
         if self.start is not None:
-            check_apart(self.out, self.work.path, start=self.start)
+            # The result may take the place of its start, which stays until then.
+            replaced = self.out.resolve() == self.start.resolve()
+            check_apart(*(() if replaced else (self.out,)), self.work.path, start=self.start)
         replaces = find_side_files(self.teacher).copied
         check_replaceable(self.out, overwrite=self.overwrite, replaces=replaces)
         if self.start is not None and not self.start.is_dir():
