@@ -24,9 +24,8 @@ quantized from its files and in memory, loaded, saved, loaded again, and its out
 the dense model whose weights are what its packed layers stand for. "Compared" counts the types for which the
 sweep knows an input that the dense model takes.
 
-Written by `python -m benchmarks families --resume --markdown docs/models.md`, with torch {torch},
-at
-{commits}.
+Written by `python -m benchmarks families --resume --markdown docs/models.md`, with torch {torch}.
+Results are of {commits}.
 {count} of {all} types were tried and took {minutes:.0f} minutes of CPU time.
 `make test-families` runs the whole sweep, `make test-slow` a sample of it.
 
