@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from .architecture.select import DEFAULT_EXCLUDE
 from .checkpoint import open_dense
+from .checkpoint.side_files import check_tokenizer
 from .disk import check_new_file
 from .offline.choice import candidates
 from .quantize import Importance, collect_importance, save_importance
@@ -26,7 +27,6 @@ from .train.data import find_files, read_texts
 
 __all__ = ["Calibration", "calibrate"]
 
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _BLOCK = 512
 
 
@@ -169,9 +169,7 @@ def _load(model_dir: Path, architecture: str, device: torch.device, dtype: str |
     if built is None:
         raise ValueError(f"{model_dir}: transformers {transformers.__version__} has no class {architecture}")
     precision = "auto" if dtype is None else check_dtype(dtype)
-    if not any((model_dir / name).is_file() for name in _TOKENIZERS):
-        # Without one of these, transformers may make a tokenizer that knows no word.
-        raise ValueError(f"{model_dir}: must hold a tokenizer, one of {', '.join(_TOKENIZERS)}")
+    check_tokenizer(model_dir)
     bars = transformers.utils.logging
     shown = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()

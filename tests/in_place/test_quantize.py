@@ -15,6 +15,7 @@ from littlebit2.quantize.quantizer import DenseLayer, QuantizedLayer, quantize_t
 from littlebit2_kernels import LittleBitLinear
 from littlebit2_kernels.format import PackedLinear
 from littlebit2_kernels.reference import linear_reference
+from tests.in_place.builders import FusedExperts
 
 CONFIG = QuantConfig(ranks=(8,), method="joint-itq", itq_iterations=3)
 
@@ -450,20 +451,8 @@ def test_an_error_in_the_experts_leaves_the_model(monkeypatch: pytest.MonkeyPatc
     experts = pytest.importorskip("littlebit2.architecture.experts")
     made: list[nn.Module] = []
 
-    class Source(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate_up_proj = nn.Parameter(torch.randn(2, 96, 64))
-            self.down_proj = nn.Parameter(torch.randn(2, 64, 48))
-            self.act_fn = nn.SiLU()
-
-        def forward(
-            self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-        ) -> torch.Tensor:
-            return hidden_states
-
-    one = Source()
-    model = nn.ModuleDict({"a": one, "b": one, "c": Source()})
+    one = FusedExperts()
+    model = nn.ModuleDict({"a": one, "b": one, "c": FusedExperts()})
     inner = experts.LittleBitExperts.__init__
 
     def second_fails(self: nn.Module, source: nn.Module) -> None:
@@ -475,7 +464,7 @@ def test_an_error_in_the_experts_leaves_the_model(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(experts.LittleBitExperts, "__init__", second_fails)
     with pytest.raises(KeyError):
         quantize_(model, 1.0, progress=False)
-    assert [type(module) for module in model.values()] == [Source] * 3
+    assert [type(module) for module in model.values()] == [FusedExperts] * 3
     monkeypatch.undo()
     quantize_(model, 1.0, progress=False)
     assert model["a"] is model["b"]

@@ -9,6 +9,7 @@ from torch.nn.utils import prune
 
 from littlebit2 import QuantConfig, quantize_
 from littlebit2_kernels import LittleBitLinear
+from tests.in_place.builders import FusedExperts
 
 CONFIG = QuantConfig(ranks=(8,), method="joint-itq", itq_iterations=2)
 
@@ -26,21 +27,6 @@ class Subclass(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x).abs()
-
-
-class FusedExperts(nn.Module):
-    """As in transformers: the experts of a layer in two tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.randn(2, 96, 32))
-        self.down_proj = nn.Parameter(torch.randn(2, 32, 48))
-        self.act_fn = nn.SiLU()
-
-    def forward(
-        self, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        raise NotImplementedError
 
 
 class Mixture(nn.Module):

@@ -17,43 +17,25 @@ from tests.offline.builders import contents, llama_tensors, write_model
 
 #: Kills itself before the k-th change of the file system, for every k, each time in a fork.
 EVERY_CHANGE = """
-import itertools, json, os, signal, sys
+import itertools, sys
 from pathlib import Path
 from littlebit2.quantize import QuantConfig
 from littlebit2.offline import quantize_checkpoint
+from tests.harness.killing import changes_of
 from tests.offline.builders import QUICK, contents
 import torch
 
 torch.set_num_threads(1)
 model_dir, base = Path(sys.argv[1]), Path(sys.argv[2])
-CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "shutil.copyfile")
-WRITING = os.O_WRONLY | os.O_RDWR
 
 def run(out):
     quantize_checkpoint(model_dir, out, QuantConfig(**QUICK), workers=1, progress=False)
-
-def killed_before_change(out, number):
-    count = 0
-
-    def watch(event, args):
-        nonlocal count
-        if event in CHANGES or (event == "open" and str(out) in str(args[0]) and args[2] & WRITING):
-            count += 1
-            if count == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    child = os.fork()
-    if child == 0:
-        sys.addaudithook(watch)
-        run(out)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 run(base / "whole")
 expected = contents(base / "whole")
 for number in itertools.count(1):
     out = base / str(number)
-    killed = killed_before_change(out, number)
+    killed = changes_of(run, out, kill_before=number) is None
     run(out)
     assert contents(out) == expected, number
     if not killed:

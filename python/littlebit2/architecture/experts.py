@@ -398,10 +398,9 @@ def expand_experts(model: nn.Module) -> dict[str, nn.Module]:
         and not any(id(parameter) in shared for parameter in module.parameters(recurse=False))
     }
     # All are made before any is put in its place: a module that cannot be expanded leaves the model as it is.
-    made = {id(module): module for module in replaced.values()}
-    made = {key: LittleBitExperts(module) for key, module in made.items()}
+    made = {module: LittleBitExperts(module) for module in dict.fromkeys(replaced.values())}
     for name, module in replaced.items():
-        model.set_submodule(name, made[id(module)])
+        model.set_submodule(name, made[module])
     return replaced
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections import Counter
@@ -31,6 +30,7 @@ from littlebit2.quantize.device import check_device
 from littlebit2.quantize.ranks import needs_spectra
 from littlebit2.train.data import find_files
 from littlebit2.train.losses import token_nll
+from littlebit2.train.perplexity import Perplexity
 from littlebit2.train.recipe.work import describe_files
 
 from .block import BlockRunner, batches
@@ -368,8 +368,8 @@ class _Run:
 
     def _exponential(self, nll: float) -> float:
         """Return the perplexity of a summed negative log-likelihood of the held-out tokens."""
-        mean = nll / (len(self.runner.held_out) * (self.plan.length - 1))
-        return math.exp(mean) if mean < 700 else math.inf
+        count = len(self.runner.held_out) * (self.plan.length - 1)
+        return Perplexity(nll / count, count).value
 
     def _distilled(self, teacher: States) -> dict[str, Any]:
         """Distill the whole model unless that is done; return its entry of the report."""

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
+from littlebit2.checkpoint.side_files import check_tokenizer
 from littlebit2.train.data import TokenBlocks, TokenFile, read_texts, write_tokens
 
 __all__ = ["load_tokenizer", "sequences"]
 
 #: Times as many tokens are read as are used, so that the sequences are of many documents.
 _SPREAD = 16
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 def load_tokenizer(model_dir: Path) -> Any:
@@ -24,8 +24,7 @@ def load_tokenizer(model_dir: Path) -> Any:
         ImportError: transformers is not installed.
         ValueError: there is none.
     """
-    if not any((model_dir / name).is_file() for name in _TOKENIZERS):
-        raise ValueError(f"{model_dir}: must hold a tokenizer, one of {', '.join(_TOKENIZERS)}")
+    check_tokenizer(model_dir)
     from transformers import AutoTokenizer  # noqa: PLC0415  # slow to import
 
     return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)

@@ -17,10 +17,11 @@ from littlebit2.disk import explain_errors
 
 from .files import contained, is_weight_file
 
-__all__ = ["SideFiles", "copy_side_files", "find_side_files"]
+__all__ = ["SideFiles", "check_tokenizer", "copy_side_files", "find_side_files"]
 
 #: Written anew for the layout of the copy.
 _REWRITTEN = ("config.json", "littlebit_config.json", "nanoquant_config.json")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _CODE = (".py", ".pyc", ".pyd", ".so", ".sh")
 
 
@@ -114,3 +115,12 @@ def _pipeline_folders(source: Path) -> set[str]:
     listed = modules if isinstance(modules, list) else []
     paths = (module.get("path") for module in listed if isinstance(module, dict))
     return {folder for folder in paths if isinstance(folder, str) and folder}
+
+
+def check_tokenizer(model_dir: Path) -> None:
+    """Raise ``ValueError`` unless the files of a tokenizer lie in a model's directory.
+
+    Without one of these, transformers may make a tokenizer that knows no word.
+    """
+    if not any((model_dir / name).is_file() for name in _TOKENIZERS):
+        raise ValueError(f"{model_dir}: must hold a tokenizer, one of {', '.join(_TOKENIZERS)}")
