@@ -3,10 +3,10 @@
 Names are imported on first use, so that ``littlebit2 --help`` does not wait for torch.
 """
 
-from typing import TYPE_CHECKING
-
 from ._lazy import import_on_use
 
+# What typing has under this name; importing typing takes longer than all of this package.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from littlebit2_kernels.version import __version__
 

@@ -1,10 +1,14 @@
 """Names of a package that are imported on first use (PEP 562)."""
 
-from collections.abc import Callable, Mapping
-from importlib import import_module
-from typing import Any
+from __future__ import annotations
 
-from ._messages import missing_package
+from importlib import import_module
+
+# What typing has under this name; importing typing takes longer than all of this package.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
 
 __all__ = ["import_on_use"]
 
@@ -26,6 +30,8 @@ def import_on_use(
         try:
             value = getattr(import_module(homes[name], package), name)
         except ModuleNotFoundError as error:
+            from ._messages import missing_package  # noqa: PLC0415  # only to explain an error
+
             message = missing_package(error)
             if message is None:
                 raise
