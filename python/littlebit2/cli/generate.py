@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict
 
 from .common import Commands, add_command, add_load_options, emit_json, gigabytes, load_options, note
 
@@ -51,6 +50,8 @@ def add_parser(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from dataclasses import asdict  # noqa: PLC0415  # takes a tenth of --help
+
     from littlebit2 import generate  # noqa: PLC0415  # imports transformers
 
     result = generate(
