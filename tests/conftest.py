@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import secrets
+import shutil
+import tempfile
 import zlib
 from collections.abc import Generator
 
@@ -36,6 +38,11 @@ _LONGEST = (
 _SEED_VARIABLE = "LB2_TEST_SEED"
 _SEED = pytest.StashKey[int]()
 
+#: Where Inductor keeps what it compiled. The one that a user's processes share may hold code for other
+#: vectors: its keys do not contain ATEN_CPU_CAPABILITY, and such code computes garbage.
+_INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+_CACHE = pytest.StashKey[str]()
+
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     """Load the plugins of the suite."""
@@ -49,6 +56,17 @@ def pytest_configure(config: pytest.Config) -> None:
     if text != "random" and not text.isdecimal():
         raise pytest.UsageError(f"{_SEED_VARIABLE} must be a non-negative integer or 'random', got {text!r}")
     config.stash[_SEED] = secrets.randbits(32) if text == "random" else int(text)
+    if _INDUCTOR_CACHE not in os.environ:
+        # One for all processes of the session, which inherit it.
+        config.stash[_CACHE] = os.environ[_INDUCTOR_CACHE] = tempfile.mkdtemp(prefix="littlebit2-inductor-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove the session's cache of compiled graphs."""
+    cache = config.stash.get(_CACHE, None)
+    if cache is not None:
+        os.environ.pop(_INDUCTOR_CACHE, None)
+        shutil.rmtree(cache, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
