@@ -5,6 +5,7 @@ The decoders follow the descriptions in docs/checkpoints.md, bit by bit.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -232,16 +233,154 @@ def test_nanoquant_state_dict(tmp_path: Path, nprng: np.random.Generator, file: 
     check(tmp_path / "nq", {NAME: np.diag(scale_post) @ u @ v @ np.diag(scale_pre)}, "nanoquant")
 
 
-def test_nanoquant_s_dense_columns_are_refused(tmp_path: Path, nprng: np.random.Generator) -> None:
-    state = wild.random_layer(nprng, 40, 24, [16]).nanoquant()
-    state["salient_idx"] = torch.tensor([3, 7], dtype=torch.int32)
-    state["salient_weight"] = torch.ones(24, 2, dtype=torch.int8)
-    state["salient_scale"] = torch.ones(2)
+def salient(nprng: np.random.Generator, k: int, n: int, count: int, kind: str) -> dict[str, torch.Tensor]:
+    """Columns that stay dense: floats, or int8 and a scale of each column."""
+    index = torch.from_numpy(nprng.permutation(k)[:count].astype(np.int32))
+    if kind == "int8":
+        values = torch.from_numpy(nprng.integers(-127, 128, (n, count)).astype(np.int8))
+        scale = torch.from_numpy(nprng.uniform(0.01, 0.1, count)).half()
+        return {"salient_idx": index, "salient_weight": values, "salient_scale": scale}
+    values = torch.from_numpy(nprng.normal(size=(n, count)))
+    return {"salient_idx": index.long(), "salient_weight": values.to(getattr(torch, kind))}
+
+
+def weight_of_nanoquant(state: Mapping[str, torch.Tensor], k: int, rank: int) -> Array:
+    u, v = words_to_signs(state["U_packed"], rank), words_to_signs(state["V_packed"], k)
+    scales = [stored(state[name]).reshape(-1) for name in ("scale_post", "scale_mid", "scale_pre")]
+    weight: Array = np.diag(scales[0]) @ u @ np.diag(scales[1]) @ v @ np.diag(scales[2])
+    if "salient_idx" in state:
+        columns = stored(state["salient_weight"])
+        if "salient_scale" in state:
+            columns = columns * stored(state["salient_scale"]).reshape(1, -1)
+        for place, column in enumerate(state["salient_idx"].tolist()):
+            weight[:, column] += columns[:, place]
+    return weight
+
+
+@pytest.mark.parametrize("kind", ["int8", "float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(("k", "n", "rank", "count"), [(40, 24, 16, 3), (33, 17, 20, 33), (64, 8, 8, 1)])
+def test_nanoquant_s_salient_columns(
+    tmp_path: Path, nprng: np.random.Generator, kind: str, k: int, n: int, rank: int, count: int
+) -> None:
+    state = wild.random_layer(nprng, k, n, [rank], bias=True).nanoquant() | salient(nprng, k, n, count, kind)
+    state["scale_pre"][:, state["salient_idx"].long()] = 0
+    plain = wild.random_layer(nprng, k, n, [rank]).nanoquant()
+    other = NAME.replace("q_proj", "k_proj")
+    source, out, again = (tmp_path / name for name in ("nq", "ours", "again"))
+    wild.write(source, wild.prefixed({NAME: state, other: plain}) | DENSE, config=wild.CONFIG)
+    convert(source, out, "littlebit2")
+    convert(out, again, "littlebit2")
+    assert (out / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+    for path, layout in ((source, "nanoquant"), (out, "littlebit2")):
+        with open_checkpoint(path) as checkpoint:
+            assert checkpoint.format == layout
+            assert list(checkpoint.layers) == [other, f"{NAME}.linear"]
+            assert set(checkpoint.dense) == set(DENSE)
+            spec = checkpoint.columns[NAME]
+            assert (spec.name, spec.layer, spec.out_features, spec.count) == (
+                NAME,
+                f"{NAME}.linear",
+                n,
+                count,
+            )
+            packed, columns = checkpoint.load_layer(spec.layer), checkpoint.load_columns(NAME)
+            assert columns.weight.dtype == (torch.float32 if kind == "int8" else getattr(torch, kind))
+            weight = dense_weight(packed, torch.float64).numpy()
+            assert not weight[:, columns.index.numpy()].any()
+            weight[:, columns.index.numpy()] += stored(columns.weight)
+            expected = weight_of_nanoquant(state, k, rank)
+            np.testing.assert_allclose(weight, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
+            bias = packed.bias
+            assert bias is not None
+            np.testing.assert_array_equal(bias.numpy(), stored(state["bias"]))
+            found = describe(checkpoint)
+            layer = found["layers"][spec.layer]
+            assert layer["salient_columns"] == count
+            assert found["layers"][other]["salient_columns"] == 0
+            extra = count * (16 * n + 32) / (n * k)
+            assert layer["counted_bpw"] == pytest.approx(found["layers"][other]["counted_bpw"] + extra)
+            there = [state[leaf] for leaf in state if leaf.startswith("salient")]
+            there = there if path == source else [columns.index, columns.weight]
+            size = sum(tensor.nbytes for tensor in there)
+            assert found["totals"]["bytes"]["salient"] == size
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"salient_idx": None}, r"q_proj\.salient_idx is missing"),
+        ({"salient_weight": None}, r"q_proj\.salient_weight is missing"),
+        ({"salient_scale": None}, r"q_proj\.salient_scale is missing"),
+        ({"salient_weight": torch.ones(24, 2)}, r"salient_scale is unexpected beside .* torch\.float32"),
+        (
+            {"salient_weight": torch.ones(24, 3, dtype=torch.int8)},
+            r"must have shape \[24, 2\], got \[24, 3\]",
+        ),
+        (
+            {"salient_weight": torch.ones(24, 2, dtype=torch.int16)},
+            r"or int8 with a salient_scale, got torch\.int16",
+        ),
+        ({"salient_scale": torch.ones(3)}, r"salient_scale must have shape \[2\] or \[1, 2\], got \[3\]"),
+        (
+            {"salient_idx": torch.tensor([1.0, 2.0])},
+            r"salient_idx must be int32 or int64, got torch\.float32",
+        ),
+        ({"salient_idx": torch.zeros(41, dtype=torch.int32)}, r"salient_idx must hold 1 to 40 columns"),
+    ],
+)
+def test_damaged_salient_columns(
+    tmp_path: Path, nprng: np.random.Generator, change: dict[str, Any], message: str
+) -> None:
+    state: dict[str, Any] = wild.random_layer(nprng, 40, 24, [16]).nanoquant()
+    state = {**state, **salient(nprng, 40, 24, 2, "int8"), **change}
+    state = {name: tensor for name, tensor in state.items() if tensor is not None}
     wild.write(tmp_path, wild.prefixed({NAME: state}), config=wild.CONFIG)
-    with pytest.raises(
-        CheckpointError, match=r"q_proj\.salient_idx holds columns .* that NanoQuant keeps dense"
-    ):
+    with pytest.raises(CheckpointError, match=message):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"salient_idx": torch.tensor([3, 40])},
+            r"q_proj: salient_idx must hold different columns from 0 to 39",
+        ),
+        ({"salient_idx": torch.tensor([3, 3])}, r"q_proj: salient_idx must hold different columns"),
+        ({"salient_scale": torch.tensor([1.0, float("nan")])}, r"q_proj: salient_weight must be finite"),
+    ],
+)
+def test_salient_columns_with_wrong_values(
+    tmp_path: Path, nprng: np.random.Generator, change: dict[str, Any], message: str
+) -> None:
+    state = wild.random_layer(nprng, 40, 24, [16]).nanoquant() | salient(nprng, 40, 24, 2, "int8") | change
+    wild.write(tmp_path, wild.prefixed({NAME: state}), config=wild.CONFIG)
+    with open_checkpoint(tmp_path) as checkpoint, pytest.raises(CheckpointError, match=message):
+        checkpoint.load_columns(NAME)
+
+
+def test_salient_columns_elsewhere_are_refused(tmp_path: Path, nprng: np.random.Generator) -> None:
+    columns = salient(nprng, 40, 24, 2, "float32")
+    state = wild.random_layer(nprng, 40, 24, [16]).upstream() | columns
+    wild.write(tmp_path / "theirs", wild.prefixed({NAME: state}), config=wild.CONFIG)
+    with pytest.raises(
+        CheckpointError, match=r"q_proj\.salient_idx .* beside a layer of layout littlebit, not read"
+    ):
+        open_checkpoint(tmp_path / "theirs")
+    state = wild.random_layer(nprng, 40, 24, [16]).nanoquant() | columns
+    wild.write(tmp_path / "nq", wild.prefixed({NAME: state}), config=wild.CONFIG)
+    with pytest.raises(
+        CheckpointError, match=r"layer .*q_proj: expected no dense columns, got 2 salient ones"
+    ):
+        convert(tmp_path / "nq", tmp_path / "out", "littlebit")
+    convert(tmp_path / "nq", tmp_path / "out", "littlebit2")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["quantization_config"]["salient_columns"] == {NAME: 2}
+    for said in ({}, {NAME: 3}, {NAME: 2, "other": 1}):
+        config["quantization_config"]["salient_columns"] = said
+        (tmp_path / "out/config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match="salient_columns of layer"):
+            open_checkpoint(tmp_path / "out")
 
 
 def test_a_pickle_that_is_not_read_without_running_it(tmp_path: Path) -> None:

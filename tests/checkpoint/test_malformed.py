@@ -198,7 +198,7 @@ CONFIG_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "missing-single": (quantization(single_stage=["b", "c"]), "layer 'c': expected a single-stage layer"),
     "unexpected-single": (quantization(single_stage=[]), "layer b: expected in single_stage"),
     "shares": (quantization(shares={"a": [0, 0]}), r"shares of layer a: expected \[0, 0\]"),
-    "ranks-type": (quantization(ranks=[1]), "ranks and shares must be objects"),
+    "ranks-type": (quantization(ranks=[1]), "ranks must be an object, got list"),
     "ranks-value": (quantization(ranks={"a": 3}), r"ranks of layer a: expected 3, .* got \[16, 8\]"),
     "no-object": (
         lambda config: config.update(quantization_config=[1]),

@@ -14,25 +14,12 @@ from safetensors.torch import load_file, save_file
 import littlebit2
 from littlebit2.checkpoint import CheckpointError
 from littlebit2.integrations.modules import layers_of
-from littlebit2.integrations.transformers import LittleBit2Config, attach
+from littlebit2.integrations.transformers import LittleBit2Config
 from littlebit2_kernels import LittleBitLinear
 from tests.integrations import upstream
-from tests.integrations.families import dense_model, outputs, quantized_copy, token_ids
+from tests.integrations.families import dense_model, outputs, token_ids
 
 LAYER = "model.layers.1.mlp.up_proj"
-
-
-@pytest.fixture(scope="module")
-def packed() -> Any:
-    model = quantized_copy(dense_model("llama"))
-    attach(model)
-    return model
-
-
-@pytest.fixture
-def path(packed: Any, tmp_path: Path) -> Path:
-    packed.save_pretrained(tmp_path / "packed")
-    return tmp_path / "packed"
 
 
 def nanoquant(model: Any) -> dict[str, torch.Tensor]:

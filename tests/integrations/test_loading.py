@@ -30,19 +30,6 @@ from tests.integrations.families import (
 LAYER = "model.layers.1.mlp.up_proj"
 
 
-@pytest.fixture(scope="module")
-def packed() -> Any:
-    model = quantized_copy(dense_model("llama"))
-    attach(model)
-    return model
-
-
-@pytest.fixture
-def path(packed: Any, tmp_path: Path) -> Path:
-    packed.save_pretrained(tmp_path / "packed")
-    return tmp_path / "packed"
-
-
 def _edit(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
     file = path / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}

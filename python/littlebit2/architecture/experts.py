@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .places import MODULE_STATE, Places
 from .select import shared_parameters
 
 __all__ = [
@@ -37,9 +38,6 @@ PROJECTION_NAMES = ("gate_proj", "up_proj", "down_proj")
 
 #: Name of transformers' function for ``act_fn(gate) * up`` of gate and up side by side.
 _PLAIN_GATE = "_default_apply_gate"
-
-#: What every ``nn.Module`` has of its own; the rest of an experts module's attributes is taken over.
-_MODULE_STATE = frozenset(vars(nn.Module()))
 
 
 @dataclass(frozen=True)
@@ -188,7 +186,7 @@ class LittleBitExperts(nn.Module):
             )
         _keep_from_dynamo()
         for name, value in vars(source).items():
-            if name not in _MODULE_STATE:
+            if name not in MODULE_STATE:
                 self.__dict__[name] = value
         self.layout = layout
         self.training = source.training
@@ -308,7 +306,7 @@ class LittleBitExperts(nn.Module):
         module = self._source_class.__new__(self._source_class)
         nn.Module.__init__(module)
         for name, value in vars(self).items():
-            if name not in _MODULE_STATE and name not in _OWN:
+            if name not in MODULE_STATE and name not in _OWN:
                 module.__dict__[name] = value
         for name in (layout.first, "down_proj"):
             weights, biases = self._gathered(name)
@@ -399,8 +397,9 @@ def expand_experts(model: nn.Module) -> dict[str, nn.Module]:
     }
     # All are made before any is put in its place: a module that cannot be expanded leaves the model as it is.
     made = {module: LittleBitExperts(module) for module in dict.fromkeys(replaced.values())}
+    places = Places(model)
     for name, module in replaced.items():
-        model.set_submodule(name, made[module])
+        places.put(name, made[module])
     return replaced
 
 
@@ -414,6 +413,7 @@ def collapse_experts(model: nn.Module, replaced: dict[str, nn.Module]) -> None:
         model: what :func:`expand_experts` was called with.
         replaced: what it returned.
     """
+    places = Places(model)
     for name, source in replaced.items():
         module = model.get_submodule(name)
         if not isinstance(module, LittleBitExperts):
@@ -422,7 +422,7 @@ def collapse_experts(model: nn.Module, replaced: dict[str, nn.Module]) -> None:
             layer for index in range(module.layout.experts) for layer in module.expert(index).children()
         ]
         if all(type(layer) is nn.Linear for layer in layers):
-            model.set_submodule(name, source)
+            places.put(name, source)
             continue
         for layer in layers:
             if type(layer) is nn.Linear and layer.weight.device.type != "meta":

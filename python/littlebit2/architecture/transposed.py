@@ -14,6 +14,7 @@ from collections.abc import Container
 import torch
 from torch import nn
 
+from .places import Places
 from .select import shared_parameters
 
 __all__ = ["TransposedLinear", "as_linear", "collapse_transposed", "expand_transposed", "is_transposed"]
@@ -85,21 +86,22 @@ def expand_transposed(model: nn.Module) -> None:
 
     No weight is copied. A module that shares its weight with another one is left as it is.
     """
-    shared = shared_parameters(model)
+    shared, places = shared_parameters(model), Places(model)
     views: dict[nn.Module, TransposedLinear] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not name or not is_transposed(module) or id(module.weight) in shared:
             continue
         if module not in views:
             views[module] = TransposedLinear(module)
-        model.set_submodule(name, views[module])
+        places.put(name, views[module])
 
 
 def collapse_transposed(model: nn.Module, keep: Container[str] = ()) -> None:
     """Undo :func:`expand_transposed` for what was not replaced since, except for the names in ``keep``."""
+    places = Places(model)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, TransposedLinear) and name not in keep:
-            model.set_submodule(name, module.source)
+            places.put(name, module.source)
 
 
 def _tensors(module: nn.Module) -> tuple[nn.Parameter | None, nn.Parameter | None]:

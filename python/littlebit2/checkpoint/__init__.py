@@ -6,15 +6,17 @@ from .describe import describe
 from .errors import CheckpointError
 from .reader import Checkpoint, looks_packed, open_checkpoint
 from .side_files import SideFiles, find_side_files
-from .specs import LayerSpec
+from .specs import ColumnsSpec, LayerSpec, SalientColumns
 from .writer import CheckpointWriter, quantization_config
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
     "CheckpointWriter",
+    "ColumnsSpec",
     "DenseCheckpoint",
     "LayerSpec",
+    "SalientColumns",
     "SideFiles",
     "convert",
     "describe",

@@ -42,7 +42,8 @@ def export_upstream(checkpoint: Checkpoint, out: str | Path, *, overwrite: bool 
 
     Raises:
         CheckpointError: the layout cannot hold a layer: more than two paths, unequal ranks, a shared first
-            stage, a single stage, a packed head; or a dense layer that their code would expect packed.
+            stage, a single stage, salient columns, a packed head; or a dense layer that their code would
+            expect packed.
         FileExistsError: ``out`` exists, and ``overwrite`` is off or it is no checkpoint.
     """
     faults = list(_unfit(checkpoint))
@@ -102,6 +103,8 @@ def convert(source: str | Path, out: str | Path, to: str, *, overwrite: bool = F
         with CheckpointWriter(out, config, overwrite=overwrite, replaces=replaces) as writer:
             for name in checkpoint.layers:
                 writer.add_layer(name, checkpoint.load_layer(name))
+            for name in checkpoint.columns:
+                writer.add_columns(name, checkpoint.load_columns(name))
             for name in checkpoint.dense:
                 writer.add_tensor(name, checkpoint.load_tensor(name))
             found = writer.copy_side_files(checkpoint.path)
@@ -119,6 +122,8 @@ def _got(checkpoint: Checkpoint) -> str:
 def _unfit(checkpoint: Checkpoint) -> Iterator[str]:
     if not checkpoint.layers:
         yield "there is no packed layer"
+    for name, columns in checkpoint.columns.items():
+        yield f"layer {name}: expected no dense columns, got {columns.count} salient ones"
     counts = {spec.shape.num_paths for spec in checkpoint.layers.values()}
     if len(counts) > 1:
         yield f"expected the same number of paths in every layer, got {sorted(counts)}"

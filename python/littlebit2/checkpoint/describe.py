@@ -16,35 +16,41 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return a JSON-able summary of an opened checkpoint, from headers alone.
 
     Keys: ``path``, ``format``, ``model_type``, ``layers`` (by name: ``in_features``, ``out_features``,
-    ``ranks``, ``shares``, ``bias``, ``counted_bpw``, ``stored_bpw``, ``bytes``), ``dense`` (by name:
-    ``shape``, ``dtype``, ``bytes``), ``totals`` (``layers``, ``packed_weights``, ``dense_parameters``,
-    ``counted_bpw``, ``stored_bpw``, both over the packed layers, and ``bytes``: ``packed``, ``scales``,
-    ``bias``, ``other``, ``dense``, ``all``), ``metadata``, ``tied`` and ``problems``.
+    ``ranks``, ``shares``, ``bias``, ``salient_columns``, ``counted_bpw``, ``stored_bpw``, ``bytes``),
+    ``dense`` (by name: ``shape``, ``dtype``, ``bytes``), ``totals`` (``layers``, ``packed_weights``,
+    ``dense_parameters``, ``counted_bpw``, ``stored_bpw``, both over the packed layers, and ``bytes``:
+    ``packed``, ``scales``, ``salient``, ``bias``, ``other``, ``dense``, ``all``), ``metadata``, ``tied`` and
+    ``problems``.
 
-    Counted bits are the papers' (16 for a scale entry); stored ones are those of the files, scales in their
-    stored dtypes and padding included, biases and bookkeeping not.
+    Counted bits are the papers' (16 for an entry of a scale or of a salient column, 32 for the index of a
+    column); stored ones are those of the files, scales in their stored dtypes and padding included, biases
+    and bookkeeping not.
     """
     layers: dict[str, Any] = {}
-    sizes = {"packed": 0, "scales": 0, "bias": 0, "other": 0}
+    sizes = {"packed": 0, "scales": 0, "salient": 0, "bias": 0, "other": 0}
     counted = stored = weights = 0
+    beside = {columns.spec.layer: columns for columns in checkpoint.stored_columns.values()}
     for name, layer in checkpoint.stored.items():
         shape = layer.spec.shape
-        parts = _bytes(checkpoint, layer)
+        columns = beside.get(name)
+        parts = {**_bytes(checkpoint, layer), "salient": 0 if columns is None else columns.nbytes}
         dense = shape.in_features * shape.out_features
-        bits = 8 * (parts["packed"] + parts["scales"])
+        bits = 8 * (parts["packed"] + parts["scales"] + parts["salient"])
+        counted_bits = shape.counted_bits + (0 if columns is None else columns.counted_bits)
         layers[name] = {
             "in_features": shape.in_features,
             "out_features": shape.out_features,
             "ranks": None if shape.ranks is None else list(shape.ranks),
             "shares": list(shape.shares),
             "bias": layer.spec.bias,
-            "counted_bpw": shape.counted_bpw,
+            "salient_columns": 0 if columns is None else columns.spec.count,
+            "counted_bpw": counted_bits / dense,
             "stored_bpw": bits / dense,
             "bytes": sum(parts.values()),
         }
         for part, size in parts.items():
             sizes[part] += size
-        counted += shape.counted_bits
+        counted += counted_bits
         stored += bits
         weights += dense
     other = {

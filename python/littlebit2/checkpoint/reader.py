@@ -23,12 +23,21 @@ from littlebit2_kernels.format import PackedLinear
 from .checksums import matches
 from .errors import CheckpointError
 from .files import TensorFiles, contained, open_files
-from .formats import LAYOUTS, StoredLayer, build_layer, find_layers, has_packed, natural_order
+from .formats import (
+    LAYOUTS,
+    StoredColumns,
+    StoredLayer,
+    build_columns,
+    build_layer,
+    find_layers,
+    has_packed,
+    natural_order,
+)
 from .formats.littlebit import authors_settings
 from .headers import TensorEntry
 from .jsonfile import read_object
 from .settings import QUANT_METHOD, check_layers, check_version, is_ours, summary
-from .specs import LayerSpec
+from .specs import ColumnsSpec, LayerSpec, SalientColumns
 
 __all__ = ["Checkpoint", "looks_packed", "open_checkpoint"]
 
@@ -43,18 +52,22 @@ class Checkpoint:
             packed by another method, which config.json names and transformers may know.
         config: contents of config.json; empty where there is none.
         layers: packed layers by module name, in the order of the model.
+        columns: layers that have dense columns beside their packed part, by module name. The packed part is
+            in ``layers``, under the name :attr:`.ColumnsSpec.layer`.
         dense: every other tensor by full name: its shape and dtype.
         metadata: quantization settings that were found (the authors' ``quant_func``, ``eff_bit``, ...), with
             ``source`` (the file) and, where Phi's fused projection was split, ``split_qkv`` (true).
         problems: remarks that do not keep the checkpoint from being used.
         files: the tensor files, for this package's own use.
         stored: the layers as the files hold them, for this package's own use.
+        stored_columns: likewise the columns.
     """
 
     path: Path
     format: str
     config: dict[str, Any]
     layers: Mapping[str, LayerSpec]
+    columns: Mapping[str, ColumnsSpec]
     dense: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
     metadata: dict[str, Any]
     problems: list[str]
@@ -69,10 +82,14 @@ class Checkpoint:
         ours = is_ours(self.config, str(path / "config.json"))
         if ours:
             check_version(self.config["quantization_config"], str(path / "config.json"))
-        self.stored = self._examine(ours)
+        self.stored, self.stored_columns = self._examine(ours)
         self.layers = {name: layer.spec for name, layer in self.stored.items()}
+        self.columns = {name: columns.spec for name, columns in self.stored_columns.items()}
         held = {entry.name for layer in self.stored.values() for entry in layer.tensors.values()}
         held.update(name for layer in self.stored.values() for name in layer.extras)
+        held.update(
+            entry.name for columns in self.stored_columns.values() for entry in columns.entries.values()
+        )
         self.dense = {
             name: (files.entries[name].shape, files.entries[name].dtype)
             for name in sorted(files.entries, key=natural_order)
@@ -81,7 +98,8 @@ class Checkpoint:
         self.format = self._format(ours)
         self.metadata = self._settings(ours)
         if ours:
-            check_layers(self.config["quantization_config"], self.layers, str(path / "config.json"))
+            where = str(path / "config.json")
+            check_layers(self.config["quantization_config"], self.layers, self.columns, where)
         self._remark()
 
     def __enter__(self) -> Checkpoint:
@@ -110,6 +128,24 @@ class Checkpoint:
             raise KeyError(f"name must be a packed layer of {self.path}, got {name!r}; {_some(self.stored)}")
         layer = self.stored[name]
         return build_layer(layer, self.files.read(entry.name for entry in layer.tensors.values()))
+
+    def load_columns(self, name: str) -> SalientColumns:
+        """Read the dense columns of one layer into memory of their own, on the CPU; int8 ones as float32.
+
+        Args:
+            name: a key of :attr:`columns`.
+
+        Raises:
+            KeyError: there is no such layer.
+            CheckpointError: its tensors are malformed.
+        """
+        if name not in self.stored_columns:
+            raise KeyError(
+                f"name must be a layer of {self.path} with salient columns, got {name!r}; "
+                f"{_some(self.columns)}"
+            )
+        stored = self.stored_columns[name]
+        return build_columns(stored, self.files.read(entry.name for entry in stored.entries.values()))
 
     def load_tensor(self, name: str) -> torch.Tensor:
         """Return one dense tensor, in its stored dtype, memory-mapped.
@@ -175,8 +211,8 @@ class Checkpoint:
             return None
         return read_object(contained(self.path, name))
 
-    def _examine(self, ours: bool) -> dict[str, StoredLayer]:
-        found, faults, unknown = find_layers(self.files.entries, self._read_ints, strict=ours)
+    def _examine(self, ours: bool) -> tuple[dict[str, StoredLayer], dict[str, StoredColumns]]:
+        found, columns, faults, unknown = find_layers(self.files.entries, self._read_ints, strict=ours)
         self._other = bool(unknown) and not found and self._other_method() is not None
         if unknown and not self._other:
             known = ", ".join(layout.name for layout in LAYOUTS)
@@ -184,7 +220,7 @@ class Checkpoint:
             faults = [f"{what}: {unknown[0]}", *unknown[1:], *faults]
         if faults:
             raise CheckpointError(f"{self.path}: {summary(faults)}")
-        return found
+        return found, columns
 
     def _other_method(self) -> str | None:
         """The ``quant_method`` of a quantization of another kind than those that are read here."""

@@ -8,7 +8,7 @@ from typing import Any
 from littlebit2_kernels.format import FORMAT_VERSION
 
 from .errors import CheckpointError
-from .specs import LayerSpec
+from .specs import ColumnsSpec, LayerSpec
 
 __all__ = [
     "PACK",
@@ -24,7 +24,7 @@ QUANT_METHOD = "littlebit2"
 PACK = "i32-lsb-neg1"
 
 
-def quantization_config(layers: Any, modules_to_not_convert: Any) -> dict[str, Any]:
+def quantization_config(layers: Any, modules_to_not_convert: Any, columns: Any = ()) -> dict[str, Any]:
     """See :func:`littlebit2.checkpoint.quantization_config`."""
     ranks: dict[str, list[int]] = {}
     single_stage: list[str] = []
@@ -38,6 +38,7 @@ def quantization_config(layers: Any, modules_to_not_convert: Any) -> dict[str, A
         shared = shape.shares != tuple(range(shape.num_paths))
         if shared or (shape.single_stage and shape.num_paths > 1):
             shares[spec.name] = list(shape.shares)
+    salient = {spec.name: spec.count for spec in columns}
     return {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
@@ -46,6 +47,7 @@ def quantization_config(layers: Any, modules_to_not_convert: Any) -> dict[str, A
         "single_stage": single_stage,
         "shares": shares,
         "modules_to_not_convert": list(modules_to_not_convert),
+        **({"salient_columns": salient} if salient else {}),
     }
 
 
@@ -77,22 +79,26 @@ def check_version(quantization: Mapping[str, Any], where: str) -> None:
         raise CheckpointError(f"{where}: pack must be {PACK!r}, got {quantization.get('pack')!r:.80}")
 
 
-def check_layers(quantization: Mapping[str, Any], layers: Mapping[str, LayerSpec], where: str) -> None:
-    """Raise unless the config's ranks and shares are those of the tensors, layer by layer."""
-    ranks, single_stage, shares = (
-        quantization.get(key, default)
-        for key, default in (("ranks", {}), ("single_stage", []), ("shares", {}))
-    )
-    if not isinstance(ranks, dict) or not isinstance(shares, dict) or not isinstance(single_stage, list):
-        raise CheckpointError(
-            f"{where}: ranks and shares must be objects and single_stage a list, got {type(ranks).__name__}, "
-            f"{type(shares).__name__} and {type(single_stage).__name__}"
-        )
+def check_layers(
+    quantization: Mapping[str, Any],
+    layers: Mapping[str, LayerSpec],
+    columns: Mapping[str, ColumnsSpec],
+    where: str,
+) -> None:
+    """Raise unless ranks, shares and salient columns of the config are those of the tensors."""
+    kinds: dict[str, type] = {"ranks": dict, "shares": dict, "salient_columns": dict, "single_stage": list}
+    given = {key: quantization.get(key, kind()) for key, kind in kinds.items()}
+    for key, kind in kinds.items():
+        if not isinstance(given[key], kind):
+            what = "an object" if kind is dict else "a list"
+            raise CheckpointError(f"{where}: {key} must be {what}, got {type(given[key]).__name__}")
+    single_stage = given["single_stage"]
     faults = []
-    actual = quantization_config(layers.values(), [])
-    for key, declared in (("ranks", ranks), ("shares", shares)):
-        for name in [*actual[key], *(name for name in declared if name not in actual[key])]:
-            expected, got = declared.get(name), actual[key].get(name)
+    actual = quantization_config(layers.values(), [], columns.values())
+    for key in ("ranks", "shares", "salient_columns"):
+        declared, there = given[key], actual.get(key, {})
+        for name in [*there, *(name for name in declared if name not in there)]:
+            expected, got = declared.get(name), there.get(name)
             if expected != got:
                 faults.append(f"{key} of layer {name}: expected {expected}, as the config says, got {got}")
     faults += [

@@ -1,12 +1,14 @@
-"""What a checkpoint says about its packed layers, without their data."""
+"""What a checkpoint says about its packed layers, without their data; and dense columns beside them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from littlebit2_kernels.format import LayerShape
 
-__all__ = ["LayerSpec"]
+__all__ = ["ColumnsSpec", "LayerSpec", "SalientColumns", "packed_part"]
 
 
 @dataclass(frozen=True)
@@ -22,3 +24,41 @@ class LayerSpec:
     name: str
     shape: LayerShape
     bias: bool
+
+
+@dataclass(frozen=True)
+class ColumnsSpec:
+    """Columns of one layer that stay dense beside its packed part, known from tensor headers alone.
+
+    Attributes:
+        name: module path of the whole layer; its packed part is the layer :attr:`layer`.
+        out_features: N.
+        count: S, the number of columns.
+    """
+
+    name: str
+    out_features: int
+    count: int
+
+    @property
+    def layer(self) -> str:
+        """Name of the packed part."""
+        return packed_part(self.name)
+
+
+@dataclass(frozen=True)
+class SalientColumns:
+    """Columns of one layer: it computes ``packed part(x) + x[..., index] @ weight.T``.
+
+    Attributes:
+        index: int32 ``[S]``, different columns.
+        weight: float32, float16 or bfloat16 ``[N, S]``.
+    """
+
+    index: torch.Tensor
+    weight: torch.Tensor
+
+
+def packed_part(name: str) -> str:
+    """Name of the packed part of a layer that has salient columns too."""
+    return f"{name}.linear"

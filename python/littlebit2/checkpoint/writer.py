@@ -15,25 +15,30 @@ from littlebit2_kernels.format import FORMAT_VERSION, PackedLinear
 from littlebit2_kernels.state import packed_to_state
 
 from . import settings
-from .formats import module_prefix, split_name
+from .formats import SALIENT_IDX, SALIENT_WEIGHT, module_prefix, split_name
 from .shards import ShardedTensors
 from .side_files import SideFiles, copy_side_files
-from .specs import LayerSpec
+from .specs import ColumnsSpec, LayerSpec, SalientColumns, packed_part
 
 __all__ = ["MAX_SHARD_BYTES", "CheckpointWriter", "quantization_config"]
 
 MAX_SHARD_BYTES = 5 * 2**30
 
 
-def quantization_config(layers: Iterable[LayerSpec], modules_to_not_convert: Sequence[str]) -> dict[str, Any]:
+def quantization_config(
+    layers: Iterable[LayerSpec],
+    modules_to_not_convert: Sequence[str],
+    columns: Iterable[ColumnsSpec] = (),
+) -> dict[str, Any]:
     """Return the ``quantization_config`` entry of config.json.
 
     Keys: ``quant_method`` (``"littlebit2"``), ``format_version``, ``pack`` (``"i32-lsb-neg1"``), ``ranks``
     (two-stage layers: ``{name: [R, ...]}``), ``single_stage`` (list of the names of single-stage layers),
     ``shares`` (``{name: [leader, ...]}``, only for layers where some path shares a first stage and for
-    single-stage layers of several paths) and ``modules_to_not_convert`` (list).
+    single-stage layers of several paths), ``modules_to_not_convert`` (list) and, only where there are layers
+    with salient columns, ``salient_columns`` (``{name: S}``).
     """
-    return settings.quantization_config(layers, modules_to_not_convert)
+    return settings.quantization_config(layers, modules_to_not_convert, columns)
 
 
 class CheckpointWriter:
@@ -73,6 +78,7 @@ class CheckpointWriter:
             raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
         self._config = dict(config)
         self._layers: list[LayerSpec] = []
+        self._columns: list[ColumnsSpec] = []
         self._matrices: list[str] = []
         self._staged = StagedDirectory(out, overwrite=overwrite, replaces=replaces)
         self._tensors = ShardedTensors(
@@ -109,6 +115,31 @@ class CheckpointWriter:
             {module_prefix(name) + leaf: tensor for leaf, tensor in packed_to_state(packed).items()}
         )
         self._layers.append(LayerSpec(name, packed.shape, packed.bias is not None))
+
+    def add_columns(self, name: str, columns: SalientColumns) -> None:
+        """Write the dense columns of a layer whose packed part was added as :attr:`.ColumnsSpec.layer`.
+
+        Args:
+            name: module path of the whole layer.
+            columns: nothing of them is kept.
+
+        Raises:
+            ValueError: the packed part was not added, or does not fit.
+        """
+        part = next((spec for spec in self._layers if spec.name == packed_part(name)), None)
+        if part is None:
+            raise ValueError(
+                f"name must be a layer whose packed part {packed_part(name)} was added, got {name!r}"
+            )
+        expected = (part.shape.out_features, columns.index.numel())
+        if tuple(columns.weight.shape) != expected:
+            raise ValueError(
+                f"columns of {name}: weight must have shape {list(expected)}, "
+                f"got {list(columns.weight.shape)}"
+            )
+        prefix = module_prefix(name)
+        self._tensors.add({prefix + SALIENT_IDX: columns.index, prefix + SALIENT_WEIGHT: columns.weight})
+        self._columns.append(ColumnsSpec(name, *expected))
 
     def add_tensor(self, name: str, tensor: torch.Tensor) -> None:
         """Write a dense tensor under its full name, in its dtype.
@@ -148,7 +179,7 @@ class CheckpointWriter:
             given = self._config.get("quantization_config")
             dense = given.get("modules_to_not_convert") if isinstance(given, dict) else None
             self._config["quantization_config"] = quantization_config(
-                self._layers, self._dense_modules() if dense is None else dense
+                self._layers, self._dense_modules() if dense is None else dense, self._columns
             )
         write_json(self._staged.path / "config.json", self._config)
         self._staged.publish()

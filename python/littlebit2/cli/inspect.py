@@ -57,8 +57,8 @@ def _run(args: argparse.Namespace) -> int:
             f"{totals['counted_bpw']:.4f} bpw, stored {totals['stored_bpw']:.4f} bpw"
         )
     size = totals["bytes"]
-    parts = ("packed", "scales", "bias", "other", "dense", "all")
-    emit(", ".join(f"{part} {gigabytes(size[part])}" for part in parts))
+    parts = ("packed", "scales", "salient", "bias", "other", "dense", "all")
+    emit(", ".join(f"{part} {gigabytes(size[part])}" for part in parts if part != "salient" or size[part]))
     for name, source in found["tied"].items():
         emit(f"tied: {name} is {source}")
     if found["metadata"]:
@@ -75,18 +75,19 @@ def _layer_table(layers: dict[str, dict[str, Any]]) -> str:
     for name, layer in layers.items():
         pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
         ranks = "single stage" if layer["ranks"] is None else "+".join(map(str, layer["ranks"]))
-        key = (pattern, layer["out_features"], layer["in_features"], ranks, layer["bias"])
+        salient = layer["salient_columns"]
+        key = (pattern, layer["out_features"], layer["in_features"], ranks, salient, layer["bias"])
         groups.setdefault(key, []).append(layer)
     rows = [
         (
             pattern,
             len(members),
             f"{n} x {k}",
-            ranks,
+            ranks + (f" and {salient} columns" if salient else ""),
             "yes" if bias else "no",
             f"{members[0]['counted_bpw']:.4f}",
             f"{members[0]['stored_bpw']:.4f}",
         )
-        for (pattern, n, k, ranks, bias), members in groups.items()
+        for (pattern, n, k, ranks, salient, bias), members in groups.items()
     ]
     return table(("layers", "count", "N x K", "ranks", "bias", "counted bpw", "stored bpw"), rows)

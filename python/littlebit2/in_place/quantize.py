@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from littlebit2.architecture.expansion import collapse, expand
 from littlebit2.architecture.linears import is_plain_linear
+from littlebit2.architecture.places import Places
 from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns
 from littlebit2.architecture.transposed import TransposedLinear, as_linear
 from littlebit2.quantize import Importance, LayerReport, QuantConfig
@@ -280,12 +281,13 @@ def _module(linear: nn.Linear, quantized: QuantizedLayer, backend: str, activati
 def _swap(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     """Register ``modules`` by name with the hooks of those that they replace, or none of them."""
     before = {name: model.get_submodule(name) for name in modules}
+    places = Places(model)
     try:
         for name, module in modules.items():
-            model.set_submodule(name, module)
+            places.put(name, module)
     except BaseException:
         for name, module in before.items():
-            model.set_submodule(name, module)
+            places.put(name, module)
         raise
     for name, module in modules.items():
         old = before[name]

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from littlebit2.checkpoint import LayerSpec, quantization_config
+from littlebit2.checkpoint import ColumnsSpec, LayerSpec, quantization_config
 from littlebit2_kernels import FORMAT_VERSION, LittleBitLinear
 from littlebit2_kernels.dispatch import BACKENDS, check_activation_mode
 
@@ -16,6 +16,8 @@ __all__ = ["METHOD", "LittleBit2Config"]
 METHOD = "littlebit2"
 #: Arguments that say how a model is loaded and run, and are not stored.
 RUN_SETTINGS = ("backend", "activation", "prepack", "fuse", "source")
+#: Entries that say which layers are packed and how.
+STRUCTURE = ("ranks", "single_stage", "shares", "modules_to_not_convert", "salient_columns")
 PACK = "i32-lsb-neg1"
 
 
@@ -28,6 +30,8 @@ class LittleBit2Config(QuantizationConfigMixin):
         shares: layers with shared first stages, or single-stage layers of several paths: for each path, the
             path whose first stage it uses.
         modules_to_not_convert: linear modules that stayed dense.
+        salient_columns: number of dense columns of the layers that have some (:class:`.SalientLinear`); their
+            packed part is the layer ``NAME.linear``.
         format_version: version of the packed format.
         pack: name of the packing.
         backend: backend for every layer, see :func:`littlebit2_kernels.littlebit_linear`; not stored.
@@ -50,6 +54,7 @@ class LittleBit2Config(QuantizationConfigMixin):
         single_stage: Sequence[str] = (),
         shares: Mapping[str, Sequence[int]] | None = None,
         modules_to_not_convert: Sequence[str] | None = (),
+        salient_columns: Mapping[str, int] | None = None,
         format_version: int = FORMAT_VERSION,
         pack: str = PACK,
         *,
@@ -80,6 +85,7 @@ class LittleBit2Config(QuantizationConfigMixin):
         self.single_stage = list(single_stage)
         self.shares = {name: list(values) for name, values in (shares or {}).items()}
         self.modules_to_not_convert = list(modules_to_not_convert or ())
+        self.salient_columns = dict(salient_columns or {})
         self.format_version = format_version
         self.pack = pack
         self.backend = backend
@@ -90,10 +96,15 @@ class LittleBit2Config(QuantizationConfigMixin):
 
     @classmethod
     def from_layers(
-        cls, layers: Mapping[str, LayerSpec], modules_to_not_convert: Sequence[str] = (), **how: Any
+        cls,
+        layers: Mapping[str, LayerSpec],
+        modules_to_not_convert: Sequence[str] = (),
+        columns: Mapping[str, ColumnsSpec] | None = None,
+        **how: Any,
     ) -> LittleBit2Config:
         """Make the configuration of the given layers; ``how`` are the arguments that are not stored."""
-        return cls(**quantization_config(layers.values(), modules_to_not_convert), **how)
+        stored = quantization_config(layers.values(), modules_to_not_convert, (columns or {}).values())
+        return cls(**stored, **how)
 
     def run_as(self, given: LittleBit2Config) -> LittleBit2Config:
         """Return this configuration of a checkpoint with the run settings of one that the caller gave.
@@ -102,8 +113,7 @@ class LittleBit2Config(QuantizationConfigMixin):
             ValueError: ``given`` names layers, and not those of the checkpoint.
         """
         stored, wanted = self.to_dict(), given.to_dict()
-        structure = ("ranks", "single_stage", "shares", "modules_to_not_convert")
-        differing = [key for key in structure if wanted[key] and wanted[key] != stored[key]]
+        differing = [key for key in STRUCTURE if wanted.get(key) and wanted[key] != stored.get(key)]
         if differing:
             raise ValueError(
                 f"quantization_config must leave {', '.join(differing)} out, or agree with the checkpoint, "
@@ -126,6 +136,7 @@ class LittleBit2Config(QuantizationConfigMixin):
             "single_stage": list(self.single_stage),
             "shares": {name: list(values) for name, values in self.shares.items()},
             "modules_to_not_convert": list(self.modules_to_not_convert),
+            **({"salient_columns": dict(self.salient_columns)} if self.salient_columns else {}),
         }
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:

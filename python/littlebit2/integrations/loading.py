@@ -91,7 +91,7 @@ def load(
         if checkpoint.layers:
             skipped = (checkpoint.config.get("quantization_config") or {}).get("modules_to_not_convert") or ()
             config.quantization_config = {
-                **LittleBit2Config.from_layers(checkpoint.layers, skipped).to_dict(),
+                **LittleBit2Config.from_layers(checkpoint.layers, skipped, checkpoint.columns).to_dict(),
                 **how,
             }
         with _quiet(), no_bars_in_logs(), reusing(checkpoint):

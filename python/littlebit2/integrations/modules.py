@@ -9,13 +9,15 @@ import torch
 from torch import nn
 
 from littlebit2.architecture.names import FUSED
-from littlebit2.checkpoint import CheckpointError, LayerSpec
+from littlebit2.architecture.salient import SalientLinear
+from littlebit2.checkpoint import CheckpointError, ColumnsSpec, LayerSpec
 from littlebit2_kernels import LittleBitLinear
 
 __all__ = [
     "FusedLinear",
     "PendingLinear",
     "Placement",
+    "columns_of",
     "find_places",
     "fused_parents",
     "initialized",
@@ -82,11 +84,13 @@ class Placement:
         spec: the layer, under its name in the checkpoint.
         module: its name in the model.
         fused: name of the fused module whose part it is, or ``None``.
+        columns: name of the layer in the checkpoint whose packed part it is, beside salient columns.
     """
 
     spec: LayerSpec
     module: str
     fused: str | None = None
+    columns: str | None = None
 
 
 def initialized(*shape: int) -> torch.Tensor:
@@ -101,6 +105,15 @@ def layers_of(model: nn.Module) -> dict[str, LittleBitLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LittleBitLinear)}
 
 
+def columns_of(model: nn.Module) -> dict[str, ColumnsSpec]:
+    """Describe the salient columns of a model as checkpoints do, by name."""
+    return {
+        name: ColumnsSpec(name, module.out_features, len(module.salient_idx))
+        for name, module in model.named_modules()
+        if isinstance(module, SalientLinear)
+    }
+
+
 def spec_of(name: str, layer: LittleBitLinear) -> LayerSpec:
     """Describe a module as checkpoints do."""
     return LayerSpec(name, layer.shape, layer.bias is not None)
@@ -111,6 +124,7 @@ def find_places(
     layers: Mapping[str, LayerSpec],
     prefix: str = "",
     names: Mapping[str, str] | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> list[Placement]:
     """Find the ``nn.Linear`` of ``model`` that each layer of a checkpoint replaces.
 
@@ -121,6 +135,7 @@ def find_places(
             one load into the other, as they do in transformers.
         names: modules of layers that are called otherwise in the model, from
             :meth:`.FileNames.modules`.
+        columns: layers with salient columns, by the name of their packed part.
 
     Raises:
         CheckpointError: layers have no counterpart, or one of another shape; the message names them all.
@@ -130,10 +145,12 @@ def find_places(
     problems: list[str] = []
     parts: dict[str, list[Placement]] = {}
     for spec in layers.values():
-        name = (names or {}).get(spec.name) or _in_model(spec.name, modules, prefix)
+        whole = (columns or {}).get(spec.name)
+        looked = spec.name if whole is None else whole
+        name = (names or {}).get(looked) or _in_model(looked, modules, prefix)
         target = modules.get(name)
         if isinstance(target, nn.Linear):
-            places.append(Placement(spec, name))
+            places.append(Placement(spec, name, columns=whole))
             problems += _disagreement(spec, target)
             continue
         fused = _fused_of(name, modules)
@@ -141,7 +158,7 @@ def find_places(
             kind = "no module" if target is None else f"a {type(target).__name__}"
             problems.append(f"{spec.name}: the model has {kind} there, expected an nn.Linear")
             continue
-        places.append(Placement(spec, name, fused))
+        places.append(Placement(spec, name, fused, whole))
         parts.setdefault(fused, []).append(places[-1])
     problems += _claimed_twice(places)
     for fused, members in parts.items():

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from littlebit2._messages import require
+from littlebit2.architecture.salient import SalientLinear
 from littlebit2_kernels import LittleBitLinear
 
 require("peft")
@@ -27,6 +28,8 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES  # noqa: E402
 
 __all__ = ["LoraLittleBitLinear", "with_packed_layers"]
 
+#: Layers that take adapters.
+_PACKED = (LittleBitLinear, SalientLinear)
 #: Options of a ``LoraConfig`` that need the dense weight of the layer, by the values that do not.
 _PLAIN = {"use_dora": (False, None), "init_lora_weights": (True, False, "gaussian", "orthogonal")}
 
@@ -61,7 +64,7 @@ def with_packed_layers(config: LoraConfig) -> LoraConfig:
             )
     _resolve_all_linear()
     # peft's extension point for layers that it does not know.
-    config._register_custom_module({LittleBitLinear: LoraLittleBitLinear})
+    config._register_custom_module(dict.fromkeys(_PACKED, LoraLittleBitLinear))
     return config
 
 
@@ -95,16 +98,17 @@ def _packed_targets(config: Any, model: nn.Module) -> set[str]:
     if head is None and config.task_type == "SEQ_CLS":
         found = (getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES)
         head = next((module for module in found if module is not None), None)
+    # The packed part of a layer with salient columns is inside that layer.
     inside = tuple(
         f"{name}."
         for name, module in model.named_modules()
-        if isinstance(module, tuners_utils.BaseTunerLayer)
+        if isinstance(module, (tuners_utils.BaseTunerLayer, SalientLinear))
     )
     heads = set() if head is None else set(head.modules())
     return {
         name
         for name, module in model.named_modules()
-        if isinstance(module, LittleBitLinear) and module not in heads and not name.startswith(inside)
+        if isinstance(module, _PACKED) and module not in heads and not name.startswith(inside)
     }
 
 
@@ -129,7 +133,7 @@ class LoraLittleBitLinear(nn.Module, LoraLayer):
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        assert isinstance(module, LittleBitLinear)
+        assert isinstance(module, _PACKED)
         return module.in_features, module.out_features
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:

@@ -16,17 +16,20 @@ from transformers.quantizers.base import HfQuantizer
 
 from littlebit2.architecture.expansion import collapse, expand
 from littlebit2.architecture.experts import LittleBitExperts
+from littlebit2.architecture.places import Places
 from littlebit2.architecture.projections import fuse_projections
+from littlebit2.architecture.salient import SalientLinear
 from littlebit2.checkpoint import Checkpoint, CheckpointError, LayerSpec, open_checkpoint, quantization_config
 from littlebit2.checkpoint.formats.layout import StoredLayer
 from littlebit2_kernels import LittleBitLinear, packed_from_state
 from littlebit2_kernels.format import LayerShape
 
-from .configuration import METHOD, LittleBit2Config
+from .configuration import METHOD, STRUCTURE, LittleBit2Config
 from .modules import (
     FusedLinear,
     PendingLinear,
     Placement,
+    columns_of,
     find_places,
     fused_parents,
     initialized,
@@ -75,31 +78,38 @@ class LittleBit2Quantizer(HfQuantizer):
         # Before anything is replaced: the conversions go by the parameters of the dense model.
         names = FileNames(model)
         replaced = expand(model)
+        columns: dict[str, str] = {}
         if checkpoint is None:
             layers = _specs_from_config(model, config)
             modules = {name: name for name in layers}
         else:
             layers = dict(checkpoint.layers)
-            absent = sorted(set(config.layer_names) - set(layers))
+            absent = sorted({*config.layer_names, *config.salient_columns} - {*layers, *checkpoint.columns})
             if absent:
                 raise CheckpointError(
                     f"{checkpoint.path}: quantization_config names layers that have no tensors: "
                     f"{', '.join(absent)}"
                 )
-            modules = names.modules(layers, checkpoint.dense, model)
-        self._places = find_places(model, layers, model.base_model_prefix, modules)
+            columns = {one.layer: name for name, one in checkpoint.columns.items()}
+            wholes = [columns.get(name, name) for name in layers]
+            modules = names.modules(wholes, checkpoint.dense, model)
+        self._places = find_places(model, layers, model.base_model_prefix, modules, columns)
         self._checkpoint = checkpoint
         if checkpoint is not None:
             self._hidden = [name for layer in checkpoint.stored.values() for name in _tensors_of(layer)]
+            self._hidden += [
+                entry.name for one in checkpoint.stored_columns.values() for entry in one.entries.values()
+            ]
             known = set(model._keys_to_ignore_on_load_unexpected or ())
             # On the instance: the attribute of the class is shared by every model.
             model._keys_to_ignore_on_load_unexpected = known | {HiddenTensors.ignored}
+        kept = Places(model)
         for place in self._places:
             pending = checkpoint is not None
             module = PendingLinear(place.spec) if pending else config.make_layer(place.spec, "meta")
-            model.set_submodule(place.module, module)
+            kept.put(place.module, module)
         for name, (parent, parts) in fused_parents(self._places).items():
-            model.set_submodule(name, FusedLinear(model.get_submodule(parent), parts))
+            kept.put(name, FusedLinear(model.get_submodule(parent), parts))
         collapse(model, replaced)
         self._experts = _protect_experts(model)
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -123,12 +133,11 @@ class LittleBit2Quantizer(HfQuantizer):
         if checkpoint is not None:
             with nullcontext() if checkpoint is _opened.get() else checkpoint:
                 self._read_layers(model, checkpoint, places)
-        for place in places:
+        for place in places if checkpoint is None else ():
             layer = model.get_submodule(place.module)
             assert isinstance(layer, LittleBitLinear)
-            if checkpoint is None:
-                _check_loaded(place.module, layer)
-                self._prepack(layer)
+            _check_loaded(place.module, layer)
+            self._prepack(layer)
         self._update_config(model)
         if self.quantization_config.fuse:
             fuse_projections(model)
@@ -137,18 +146,25 @@ class LittleBit2Quantizer(HfQuantizer):
     def _read_layers(self, model: PreTrainedModel, checkpoint: Checkpoint, places: list[Placement]) -> None:
         config = self.quantization_config
         device_map = getattr(model, "hf_device_map", {})
+        kept = Places(model)
         for place in places:
             device = _device_of(place.module, device_map, model)
             packed = checkpoint.load_layer(place.spec.name).to(device)
             layer = LittleBitLinear.from_packed(packed, backend=config.backend, activation=config.activation)
             self._prepack(layer)
             layer.eval()
+            module: nn.Module = layer
+            if place.columns is not None:
+                columns = checkpoint.load_columns(place.columns)
+                # Dense values, of the dtype that dense tensors have.
+                weight = columns.weight.to(device, model.dtype)
+                module = SalientLinear(layer, columns.index.to(device), weight)
             hook = getattr(model.get_submodule(place.module), "_hf_hook", None)
-            model.set_submodule(place.module, layer)
+            kept.put(place.module, module)
             if hook is not None:
                 from accelerate.hooks import add_hook_to_module  # noqa: PLC0415  # only dispatched models
 
-                add_hook_to_module(layer, hook)
+                add_hook_to_module(module, hook)
 
     def _prepack(self, layer: LittleBitLinear) -> None:
         config = self.quantization_config
@@ -161,9 +177,10 @@ class LittleBit2Quantizer(HfQuantizer):
         own = quantization_config(
             [spec_of(name, layer) for name, layer in layers_of(model).items()],
             [name for name, module in model.named_modules() if type(module) is nn.Linear],
+            columns_of(model).values(),
         )
         config = self.quantization_config
-        for key in ("ranks", "single_stage", "shares", "modules_to_not_convert"):
+        for key in STRUCTURE:
             setattr(config, key, own.get(key) or type(getattr(config, key))())
 
     def get_state_dict_and_metadata(
@@ -221,7 +238,7 @@ def attach(model: Any) -> None:
 
 
 def _state_to_save(model: Any) -> dict[str, torch.Tensor]:
-    layers = layers_of(model)
+    layers = {*layers_of(model), *columns_of(model)}
     packed: dict[str, torch.Tensor] = {}
     dense: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():
@@ -295,6 +312,10 @@ def _specs_from_config(model: PreTrainedModel, config: LittleBit2Config) -> dict
     """Describe the layers where there is no file to look at: the dense model gives the sizes."""
     modules = dict(model.named_modules())
     specs = {}
+    for name in config.salient_columns:
+        raise CheckpointError(
+            f"layer {name} has salient columns, which are read from files only, got a state dict"
+        )
     for name in config.layer_names:
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):

@@ -21,7 +21,8 @@ def rehearse(path: str | Path) -> str | None:
         ``None`` if it ran; else why it could not be tried.
 
     Raises:
-        CheckpointError: it cannot be loaded, or its code asks a packed layer for what only dense ones have.
+        CheckpointError: it cannot be loaded, or its code asks a packed layer for what only dense ones have,
+            or calls a dense layer that was replaced.
     """
     model = load(path)
     inputs = _inputs(model)
@@ -38,8 +39,18 @@ def rehearse(path: str | Path) -> str | None:
             "again and exclude the layers whose weight its code reads"
         ) from error
     except Exception as error:  # the input may be at fault
-        return f"loaded, but not run: {type(error).__name__}: {' '.join(str(error).split()):.200}"
+        # Layers without values: what was replaced is still called where it is not known.
+        if "device meta" in str(error) or "was not loaded from its checkpoint" in str(error):
+            raise CheckpointError(
+                f"{path}: was written and loads, but {type(model).__name__} calls a layer that was replaced "
+                f"by its packed one: {_line(error)}; quantize again and exclude that layer"
+            ) from error
+        return f"loaded, but not run: {_line(error)}"
     return None
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
 
 
 def _inputs(model: Any) -> dict[str, torch.Tensor] | None:

@@ -131,7 +131,7 @@ def _describe_foreign(directory: Path, config: Mapping[str, Any]) -> dict[str, A
                 f"layout; its tensors are called {', '.join(leaves[:20])}. If the model is dense, remove "
                 f"{said[0]}"
             )
-        return LittleBit2Config.from_layers(checkpoint.layers).to_dict()
+        return LittleBit2Config.from_layers(checkpoint.layers, columns=checkpoint.columns).to_dict()
 
 
 register()

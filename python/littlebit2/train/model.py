@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from littlebit2.architecture.places import Places
 from littlebit2.architecture.transposed import as_linear
 from littlebit2_kernels import LittleBitLinear
 from littlebit2_kernels.format import PackedLinear
@@ -66,7 +67,7 @@ def make_trainable(
             raise ValueError("names must be given where packed is a function, got None")
         names = packed
     done = []
-    modules = dict(model.named_modules())
+    modules, places = dict(model.named_modules()), Places(model)
     for name in names:
         module = modules.get(name)
         module = None if module is None else as_linear(module)
@@ -77,7 +78,7 @@ def make_trainable(
             layer = TrainableLittleBitLinear(start, weight, surrogate=surrogate, magnitude=magnitude)
         except (TypeError, ValueError) as error:
             raise type(error)(f"layer {name!r}: {error}") from error
-        model.set_submodule(name, layer)
+        places.put(name, layer)
         done.append(name)
     if not done:
         raise ValueError("packed must hold at least one layer to train, got none")
@@ -133,9 +134,9 @@ def pack_model(model: nn.Module, **options: Any) -> list[str]:
         model: with trainable layers.
         **options: of :meth:`LittleBitLinear.from_packed`.
     """
-    names = []
+    names, places = [], Places(model)
     for name, packed in packed_layers(model):
-        model.set_submodule(name, LittleBitLinear.from_packed(packed, **options))
+        places.put(name, LittleBitLinear.from_packed(packed, **options))
         names.append(name)
     return names
 

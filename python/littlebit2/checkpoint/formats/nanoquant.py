@@ -2,7 +2,7 @@
 
 ``scale_pre`` is ``in_scale``, ``scale_post`` is ``out_scale``, and ``scale_mid``, where it is present, is
 ``latent_scale``. Sign matrices that NanoQuant has prepared for one of its kernels (``U_int8``, ...) are no
-file format and are refused.
+file format and are refused. Columns that stay dense (``salient_weight``) are those of :mod:`.columns`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from .layout import Layout
 __all__ = ["NanoQuant"]
 
 _NAMES = {"scale_pre": "v2", "scale_post": "u1", "scale_mid": "latent_scale"}
-#: Dense columns: ``y += (salient_weight * salient_scale) @ x[salient_idx]``, where ``scale_pre`` is zero.
-_SALIENT = ("salient_idx", "salient_weight", "salient_scale")
 _PREPARED = re.compile(r"[UV]_(?!packed|shape|shared|R)\w+")
 
 
@@ -37,11 +35,6 @@ class NanoQuant(Layout):
 
     def refusal(self, leaf: str) -> str:
         """See :meth:`.Layout.refusal`."""
-        if leaf in _SALIENT:
-            return (
-                "holds columns of the weight that NanoQuant keeps dense beside the packed matrices (salient "
-                "columns): a packed layer has no dense columns, so the layer cannot be read whole"
-            )
         if _PREPARED.fullmatch(leaf) is None:
             return super().refusal(leaf)
         return (

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from littlebit2.checkpoint.headers import TensorEntry
+from littlebit2.checkpoint.specs import packed_part
 
+from .columns import StoredColumns, join_columns, take_columns
 from .dbf import DoubleBinary
 from .examination import ReadInts
 from .layout import Layout, Leaves, StoredLayer
@@ -32,7 +34,7 @@ LAYOUTS: tuple[Layout, ...] = (
 
 def find_layers(
     entries: Mapping[str, TensorEntry], read_ints: ReadInts, *, strict: bool
-) -> tuple[dict[str, StoredLayer], list[str], list[str]]:
+) -> tuple[dict[str, StoredLayer], dict[str, StoredColumns], list[str], list[str]]:
     """Find the packed layers among the tensors of a checkpoint and check their headers.
 
     Args:
@@ -41,10 +43,11 @@ def find_layers(
         strict: whether the checkpoint declares this project's format.
 
     Returns:
-        The layers by module path, in the order of the model; what is wrong with others, one line each; and
-        tensors that look like packed weights and fit no layout, one line each.
+        The layers by module path, in the order of the model; salient columns beside them, by module path;
+        what is wrong with others, one line each; and tensors that look like packed weights and fit no layout,
+        one line each.
     """
-    claimed, modules = _claim(entries)
+    claimed, modules, columns = _claim(entries)
     found: dict[str, StoredLayer] = {}
     faults: list[str] = []
     for module, (layout, leaves) in sorted(claimed.items(), key=lambda item: natural_order(item[0])):
@@ -52,27 +55,32 @@ def find_layers(
         faults += wrong
         if layer is not None:
             found[module] = layer
+    layers, beside, wrong = join_columns(columns, found)
+    faults += wrong
     unknown = [
         f"{entry.file.name}: {entry.name} ({entry.dtype} of shape {list(entry.shape)})"
         for entry in _unknown(modules)
     ]
-    return found, faults, unknown
+    return layers, beside, faults, unknown
 
 
 def has_packed(entries: Mapping[str, TensorEntry]) -> bool:
     """Whether some tensors look like packed weights, of a layout that is read or of another."""
-    claimed, modules = _claim(entries)
+    claimed, modules, _ = _claim(entries)
     return bool(claimed) or any(True for _ in _unknown(modules))
 
 
 def _claim(
     entries: Mapping[str, TensorEntry],
-) -> tuple[dict[str, tuple[Layout, Leaves]], dict[str, dict[str, TensorEntry]]]:
-    """Return the layers, by module path, and the tensors that are left, by module path and leaf."""
+) -> tuple[
+    dict[str, tuple[Layout, Leaves]], dict[str, dict[str, TensorEntry]], dict[str, dict[str, TensorEntry]]
+]:
+    """Return the layers and their salient columns, by module path, and the tensors that are left."""
     modules: dict[str, dict[str, TensorEntry]] = {}
     for name, entry in entries.items():
         module, leaf = split_name(name)
         modules.setdefault(module, {})[leaf] = entry
+    columns = take_columns(modules)
     claimed: dict[str, tuple[Layout, Leaves]] = {}
     for layout in LAYOUTS:
         for module, leaves in layout.find(modules).items():
@@ -81,7 +89,9 @@ def _claim(
             for owner in {split_name(name)[0] for name in taken}:
                 left = {leaf: entry for leaf, entry in modules[owner].items() if entry.name not in taken}
                 modules[owner] = left
-    return claimed, modules
+    for module in [name for name in columns if name not in claimed and packed_part(name) not in claimed]:
+        modules[module] |= columns.pop(module)  # of no packed layer
+    return claimed, modules, columns
 
 
 def _unknown(modules: Mapping[str, Leaves]) -> Iterator[TensorEntry]:

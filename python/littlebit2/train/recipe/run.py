@@ -38,7 +38,7 @@ from .checkpoints import latest_checkpoint, remove_incomplete
 from .evaluation import load_tokenizer
 from .progress import Progress
 from .settings import Recipe
-from .student import build_student, check_dense, check_export, export_student, round_dense
+from .student import build_student, check_dense, check_export, check_start, export_student, round_dense
 from .trainer import DistillationTrainer, MetricsLog, StopAfter
 from .work import FinetuneDirectory, describe_files
 
@@ -212,6 +212,8 @@ class _Run:
             raise FileNotFoundError(
                 f"start must be a checkpoint directory, got {self.start}, which is none{hub_hint(self.start)}"
             )
+        if self.start is not None:
+            check_start(self.start)
         load_tokenizer(self.teacher, "teacher")
 
     def settings(self) -> dict[str, Any]:

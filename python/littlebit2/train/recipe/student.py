@@ -20,7 +20,7 @@ from littlebit2.train.model import make_trainable, packed_layers, select_dense, 
 
 from .settings import Recipe
 
-__all__ = ["build_student", "check_dense", "check_export", "export_student", "round_dense"]
+__all__ = ["build_student", "check_dense", "check_export", "check_start", "export_student", "round_dense"]
 
 #: Most that packed and trained logits may differ, relative to the largest: far above float32's rounding,
 #: far below one wrong sign.
@@ -49,15 +49,25 @@ def check_dense(teacher: Path) -> dict[str, Any]:
         return dict(dense.config)
 
 
+def check_start(start: Path) -> None:
+    """Raise ``ValueError`` where layers cannot be trained: dense ones, or with salient columns."""
+    with open_checkpoint(start) as checkpoint:
+        if not checkpoint.layers:
+            raise ValueError(f"start must be a packed checkpoint, got {start}, which is dense")
+        for name, columns in checkpoint.columns.items():
+            raise ValueError(
+                f"start must have no layer with salient columns, which are not trained, got layer {name} "
+                f"with {columns.count} of them"
+            )
+
+
 def build_student(teacher: Path, start: Path, recipe: Recipe) -> Any:
     """Return the dense model of ``teacher`` in float32, its linears replaced by those of ``start``.
 
     Raises:
         ValueError: ``start`` has no packed layers, or they do not fit the model; the message names them.
     """
-    with open_checkpoint(start) as checkpoint:
-        if not checkpoint.layers:
-            raise ValueError(f"start must be a packed checkpoint, got {start}, which is dense")
+    check_start(start)
     # Not prepacked: the layers give up their signs again.
     started = load(start, dtype=torch.float32, backend="reference")
     model = load(teacher, dtype=torch.float32)

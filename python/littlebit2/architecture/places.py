@@ -1,0 +1,77 @@
+"""Modules in the place of others, also where a model keeps them outside of its children.
+
+Code of some families calls its layers through a list of its own (``self.layers = [linear, activation]``,
+MaskFormer and its kin) and registers the same modules as children for their names. A module that is replaced
+among the children alone would go on being called through the list, without values if it was built without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+__all__ = ["MODULE_STATE", "Places"]
+
+#: What every ``nn.Module`` has of its own, children and tensors included.
+MODULE_STATE = frozenset(vars(nn.Module()))
+
+
+class Places:
+    """Where a model keeps its modules; looked for once, and followed by every :meth:`put`.
+
+    Args:
+        model: holds the modules.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        #: By module: modules that hold it in an attribute, and the attribute's name.
+        self._kept: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+        for owner in model.modules():
+            for attribute, value in vars(owner).items():
+                if attribute not in MODULE_STATE:
+                    for module in _modules_in(value):
+                        self._kept.setdefault(module, []).append((owner, attribute))
+
+    def put(self, name: str, module: nn.Module) -> None:
+        """Put ``module`` in the place of the module ``name``, and of its other references in the model.
+
+        Attributes, lists, tuples and dictionaries are followed. A name that is new to its parent is added.
+
+        Raises:
+            AttributeError: the model has no parent of this name.
+        """
+        parent, _, leaf = name.rpartition(".")
+        old = self._model.get_submodule(parent)._modules.get(leaf)
+        self._model.set_submodule(name, module)
+        kept = self._kept.pop(old, ()) if old is not None else ()
+        for owner, attribute in kept:
+            vars(owner)[attribute] = _exchanged(vars(owner)[attribute], old, module)
+        if kept:
+            self._kept.setdefault(module, []).extend(kept)
+
+
+def _modules_in(value: Any) -> Iterator[nn.Module]:
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _modules_in(one)
+    elif isinstance(value, dict):
+        for one in value.values():
+            yield from _modules_in(one)
+
+
+def _exchanged(value: Any, old: nn.Module, new: nn.Module) -> Any:
+    """Return ``value`` with ``new`` for ``old``; lists and dictionaries change in place."""
+    if value is old:
+        return new
+    if isinstance(value, list):
+        value[:] = [_exchanged(one, old, new) for one in value]
+    elif type(value) is tuple:
+        return tuple(_exchanged(one, old, new) for one in value)
+    elif isinstance(value, dict):
+        value.update({key: _exchanged(one, old, new) for key, one in value.items()})
+    return value
