@@ -42,8 +42,10 @@ def test_text_makes_it_blockwise(
 ) -> None:
     model, data = inputs
     out = str(tmp_path / "out")
-    assert main(["quantize", model, out, "--data", data, *QUICK]) == 0
+    assert main(["quantize", model, out, "--data", data, *QUICK, "--keep-work"]) == 0
     printed = capsys.readouterr()
+    assert f"{out}.partial: the work folder, which --keep-work keeps" in printed.out
+    assert Path(f"{out}.partial", "littlebit2.lock").is_file()
     # The random model's perplexity on English is far above the size of its vocabulary.
     assert "perplexity on 45 held-out tokens: dense" in printed.out
     assert f"warning: {out} is not usable: its perplexity" in printed.err

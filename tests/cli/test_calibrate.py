@@ -93,7 +93,7 @@ def test_the_command_writes_what_quantize_and_plan_read(
     assert ranks == {layer["name"]: (layer["ranks"], layer["predicted_error"]) for layer in made["layers"]}
     assert len({tuple(found[0]) for found in ranks.values()}) > 1
     assert main(["plan", str(model_dir), "--energy", "0.9"]) == 0
-    assert "predicted error" in capsys.readouterr().out
+    assert "predicted squared error" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_an_existing_file_is_replaced_only_on_demand(
     # Before any work: not even the model is looked for.
     assert main(["calibrate", "nowhere", *command[2:]]) == 1
     assert "out must be a new file, got" in (error := capsys.readouterr().err)
-    assert "overwrite=True (--overwrite) replaces it" in error
+    assert "; --overwrite replaces it" in error
     assert main(command) == 1
     assert out.read_text() == "something else"
     capsys.readouterr()

@@ -137,10 +137,6 @@ sys.exit(main(["finetune", "nowhere", "out", "--data", "none.txt"]))
             "--budget spectral and --energy need the directory of a model, with weights, got llama-2-7b",
         ),
         (
-            ["plan", "llama-2-7b", "--importance", "x"],
-            "--importance changes a plan only with --budget spectral",
-        ),
-        (
             ["plan", "llama-2-7b", "--bpw", "0.001"],
             "layer 'model.layers.0.self_attn.q_proj': bpw must be above",
         ),
@@ -174,6 +170,14 @@ def test_errors_are_one_line(arguments: list[str], message: str, capsys: pytest.
         (["quantize", "nowhere", "out", "--time-budget", "0"], "--time-budget must be"),
         (["plan", "llama-2-7b", "--itq-iterations", "-1"], "--itq-iterations must be"),
         (["finetune", "nowhere", "out", "--data", "x", "--accumulate", "0"], "--accumulate must be"),
+        (["quantize", "nowhere", "out", "--data", "none.txt"], "--data: no such file or directory: none.txt"),
+        (["calibrate", "nowhere", "--out", "x", "--data", "none.txt"], "--data: no such file or directory"),
+        (["evaluate", "nowhere", "--data", "none.txt"], "--data: no such file or directory"),
+        (
+            ["quantize", "nowhere", "out", "--ranks", "8", "--budget", "spectral"],
+            "--budget='spectral' needs --bpw",
+        ),
+        (["quantize", "nowhere", "out", "--ranks", "8", "16", "--paths", "1"], "--paths must be left out or"),
         (["generate", "nowhere", "text", "--max-new-tokens", "0"], "--max-new-tokens must be"),
     ],
 )
@@ -182,16 +186,32 @@ def test_errors_name_options(arguments: list[str], said: str, capsys: pytest.Cap
     assert f"error: {said}" in capsys.readouterr().err
 
 
+def test_a_plan_takes_the_command_line_of_quantize(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [str(model_dir), str(tmp_path / "out"), "--bpw", "3", "--json", "--quiet"]
+    assert main(["quantize", *given, "--workers", "1", "--admm-iterations", "3", "--no-trial"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert main(["plan", *given, "--workers", "1", "--admm-iterations", "3", "--no-trial"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    ranks = [{layer["name"]: list(layer["ranks"]) for layer in one["layers"]} for one in (made, planned)]
+    assert ranks[0] == ranks[1]
+    assert main(["plan", *given, "--data", "a text", "--steps", "3"]) == 0
+    assert {len(layer["ranks"]) for layer in json.loads(capsys.readouterr().out)["layers"]} == {1}
+    for command in ("plan", "quantize"):
+        assert main([command, *given, "--data", "a text", "--workers", "1"]) == 1
+        assert "--workers: not with --method blockwise" in capsys.readouterr().err
+
+
 def test_plan_and_finetune_take_the_options_of_quantize() -> None:
     options = {
         command: {option for action in parser._actions for option in action.option_strings}
         for command, parser in build_parser()._subparsers._group_actions[0].choices.items()  # type: ignore
     }
-    of_the_run = {"--no-trial", "--workers", "--threads", "--restart", "--overwrite", "--device", "--quiet"}
+    assert options["quantize"] == options["plan"]
     of_text = {"--data", "--text-field", "--samples", "--length", "--held-out", "--steps", "--batch-size"}
     of_text |= {"--lr", "--scale-lr", "--keep-work", "--distill-steps", "--distill-lr"}
     of_text |= {"--distill-scale-lr", "--minutes"}
-    assert options["quantize"] - of_the_run - of_text <= options["plan"]
     not_of_finetune = {"--no-trial", "--workers", "--threads"}
     assert options["quantize"] - not_of_finetune - of_text <= options["finetune"]
 
@@ -284,7 +304,19 @@ def test_quantize_by_spectra_and_activations(
     options = ["--bpw", "3", "--budget", "spectral", "--admm-iterations", "3", "--quiet"]
     options += ["--importance", str(tmp_path / "importance")]
     assert main(["quantize", str(model_dir), str(tmp_path / "out"), *options]) == 0
-    assert "predicted from the spectra: mean 0." in capsys.readouterr().out
+    report = json.loads((tmp_path / "out/quantization_report.json").read_text())
+    # One layer has an importance: the error that is predicted and minimized is the weighted one there alone.
+    weights = [layer["in_features"] * layer["out_features"] for layer in report["layers"]]
+    kinds = ["weighted_error" if layer["name"] == name else "error" for layer in report["layers"]]
+    errors = [layer[kind] for layer, kind in zip(report["layers"], kinds, strict=True)]
+    mean = sum(error * weight for error, weight in zip(errors, weights, strict=True)) / sum(weights)
+    assert report["totals"]["mean_minimized_error"] == pytest.approx(mean)
+    assert (
+        "squared relative error weighted by importance: predicted from the spectra "
+        f"{report['totals']['mean_predicted_error']:.4f}, achieved {mean:.4f}"
+    ) in capsys.readouterr().out
+    assert main(["plan", str(model_dir), *options[:2], *options[-2:]]) == 0
+    assert "--importance changes a plan only with --budget spectral" in capsys.readouterr().err
     options = ["--energy", "0.8", "--method", "refine", "--refine-rounds", "1", "--quiet", "--json"]
     assert main(["quantize", str(model_dir), str(tmp_path / "energy"), *options]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -323,7 +355,7 @@ def test_overwrite_takes_checkpoints_only(tmp_path: Path, capsys: pytest.Capture
     command[4] = "3"
     assert main(command) == 0
     assert main(command) == 1
-    assert "overwrite=True (--overwrite) replaces a checkpoint" in capsys.readouterr().err
+    assert "; --overwrite replaces a checkpoint" in capsys.readouterr().err
     assert main([*command, "--overwrite"]) == 0
     converted = tmp_path / "converted"
     convert = ["convert", str(out), str(converted), "--to", "littlebit2"]

@@ -51,7 +51,7 @@ def test_kv_factor_is_for_key_and_value_projections_only() -> None:
         ({"ranks": (8, 9)}, ValueError, r"ranks\[1\] must be a positive multiple of 8, got 9"),
         ({"ranks": (0,)}, ValueError, r"ranks\[0\] must be a positive multiple of 8, got 0"),
         ({"ranks": (8,), "bpw": 1.0}, ValueError, "bpw must be None where ranks are given, got 1.0"),
-        ({"ranks": (8,), "paths": 2}, ValueError, r"paths must be None or len\(ranks\) = 1, got 2"),
+        ({"ranks": (8,), "paths": 2}, ValueError, r"paths must be None or the number of ranks, 1, got 2"),
         (
             {"method": "svd"},
             ValueError,

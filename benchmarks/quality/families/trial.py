@@ -99,7 +99,10 @@ def try_type(model_type: str, names: Sequence[str], folder: Path, step: Callable
     outcome.kind = FAILED
     try:
         models = _packed_models(dense, folder, note)
-        outcome.reason = "" if inputs is None else _disagreement(models, dense, inputs)
+        if inputs is not None:
+            outcome.reason = _disagreement(models, dense, inputs)
+            note("bfloat16")
+            outcome.reason = outcome.reason or _disagreement_in_16_bits(folder, inputs)
     except Exception as error:
         outcome.reason = f"{doing}: {_line(error)}"
         return outcome
@@ -226,6 +229,27 @@ def _disagreement(models: dict[str, Any], dense: Any, inputs: Any) -> str:
         far = difference(outputs_of(dequantized(packed, dense), inputs), outputs_of(packed, inputs))
         if not far < FAR:
             return f"{what}: outputs differ by {far:.2g} from those of the dequantized model"
+    return ""
+
+
+def _disagreement_in_16_bits(folder: Path, inputs: Any) -> str:
+    """Say where the packed model in bfloat16 gives other dtypes than the dense one, or no finite values.
+
+    Empty if all is well, or if the dense model does not run in bfloat16 either. Values are not compared: what
+    rounding makes of a random model's outputs says nothing.
+    """
+    lower = {name: value.bfloat16() if value.is_floating_point() else value for name, value in inputs.items()}
+    try:
+        dense = outputs_of(littlebit2.load(folder / "dense", dtype=torch.bfloat16), lower)
+    except Exception:  # whatever the code of a family raises
+        return ""
+    packed = outputs_of(littlebit2.load(folder / "files", dtype=torch.bfloat16), lower)
+    kinds = [[str(value.dtype) for value in values] for values in (dense, packed)]
+    if kinds[0] != kinds[1]:
+        return f"bfloat16: outputs are {', '.join(kinds[1])}, those of the dense model {', '.join(kinds[0])}"
+    for value, other in zip(dense, packed, strict=True):
+        if value.isfinite().all() and not other.isfinite().all():
+            return "bfloat16: outputs are not finite"
     return ""
 
 

@@ -9,8 +9,16 @@ from .common import emit, excluded, method_options, note, quant_config
 
 if TYPE_CHECKING:
     from littlebit2.blockwise import BlockwiseReport
+    from littlebit2.quantize import QuantConfig
 
-__all__ = ["BLOCKWISE", "add_blockwise_options", "blockwise_outlook", "is_blockwise", "run_blockwise"]
+__all__ = [
+    "BLOCKWISE",
+    "add_blockwise_options",
+    "blockwise_config",
+    "blockwise_outlook",
+    "is_blockwise",
+    "run_blockwise",
+]
 
 BLOCKWISE = "blockwise"
 #: What tuning makes superfluous is left out.
@@ -84,6 +92,11 @@ def is_blockwise(args: argparse.Namespace) -> bool:
     return asked
 
 
+def blockwise_config(args: argparse.Namespace) -> QuantConfig:
+    """Make the configuration of the layers."""
+    return quant_config(args, **method_options(args, _STEPS), method="admm", seed=args.seed)
+
+
 def run_blockwise(args: argparse.Namespace) -> BlockwiseReport:
     """Do the work that the options describe."""
     from littlebit2.blockwise import BlockwiseSettings, quantize_blockwise  # noqa: PLC0415  # imports torch
@@ -92,11 +105,10 @@ def run_blockwise(args: argparse.Namespace) -> BlockwiseReport:
     settings = BlockwiseSettings(
         seed=args.seed, **{name: value for name, value in given.items() if value is not None}
     )
-    config = quant_config(args, **method_options(args, _STEPS), method="admm", seed=args.seed)
     return quantize_blockwise(
         args.model_dir,
         args.out,
-        config,
+        blockwise_config(args),
         args.data,
         settings,
         include=args.include,

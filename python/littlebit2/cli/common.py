@@ -102,8 +102,16 @@ def name_options(text: str, options: Mapping[str, str]) -> str:
         options: options, or metavars of positional arguments, by the name of the argument.
     """
     for name, option in options.items():
-        # As messages name arguments: at the start, before "must" or "=", or in a list with other ones.
-        text = re.sub(rf"(?<![\w.-]){name}(?=(\[\d+\])? must | or [\w-]+ must | cannot |=)", option, text)
+        # As messages name arguments: before what is said of them, before a colon at the start, with a value,
+        # or in a list with other ones. A name of several words is no other word.
+        said = r"(\[\d+\])? must | or [\w-]+ must | cannot | needs? |="
+        text = re.sub(
+            rf"(?<![\w.-]){name}(?={said})|^{name}(?=: | \w+ (must|needs) )|(?<=needs ){name}\b", option, text
+        )
+        if "_" in name:
+            text = re.sub(rf"(?<![\w.'\"-]){name}(?![\w('\"])", option, text)
+        text = text.replace(f"{option}=True ({option})", option)
+        text = text.replace(f"{option} must be None ", f"{option} must be left out ")
     return text
 
 

@@ -7,22 +7,21 @@ import os
 import re
 from typing import TYPE_CHECKING
 
+from .blockwise import blockwise_config, is_blockwise
 from .common import (
     Commands,
     add_command,
-    add_method_options,
-    add_pattern_options,
-    add_size_options,
-    add_spectral_options,
     at_largest_rank,
     emit,
     emit_json,
     excluded,
     gigabytes,
     method_options,
+    note,
     quant_config,
     table,
 )
+from .quantize import add_quantize_options, add_run_options
 
 if TYPE_CHECKING:
     from littlebit2.plan import LayerPlan, ModelPlan
@@ -56,19 +55,21 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "config", metavar="CONFIG_OR_NAME", help="a config.json, a directory with one, or a shipped name"
     )
-    add_spectral_options(parser, add_size_options(parser))
-    add_method_options(parser)
-    parser.add_argument("--seed", type=int, default=0, help="as of quantize; changes no rank and no size")
-    add_pattern_options(parser)
+    parser.add_argument("out", metavar="OUT", nargs="?", help="as of quantize, without effect on a plan")
+    add_quantize_options(parser)
+    add_run_options(parser.add_argument_group("as of quantize, without effect on a plan"))
     parser.add_argument("--json", action="store_true", help="print every layer and all sizes as JSON")
 
 
 def _run(args: argparse.Namespace) -> int:
     from littlebit2.plan import plan_model  # noqa: PLC0415  # imports torch
 
-    config = quant_config(
-        args, energy=args.energy, budget=args.budget, seed=args.seed, **method_options(args)
-    )
+    if is_blockwise(args):
+        config = blockwise_config(args)
+    else:
+        config = quant_config(
+            args, energy=args.energy, budget=args.budget, seed=args.seed, **method_options(args)
+        )
     exclude = excluded(args)
     plan = plan_model(
         args.config,
@@ -92,7 +93,7 @@ def _run(args: argparse.Namespace) -> int:
             }
         )
         return 0
-    emit(_layer_table(plan.layers))
+    emit(_layer_table(plan.layers, "weighted error" if args.importance else "squared error"))
     full = at_largest_rank([layer.name for layer in plan.layers if layer.at_largest_rank], args)
     if full is not None:
         emit(full)
@@ -113,26 +114,27 @@ def _allocation(
     from littlebit2.quantize import load_importance  # noqa: PLC0415  # imports torch
     from littlebit2.quantize.ranks import needs_spectra  # noqa: PLC0415  # imports torch
 
+    importance = None if args.importance is None else load_importance(args.importance)
     if not needs_spectra(config):
-        if args.importance is not None:
-            raise ValueError("--importance changes a plan only with --budget spectral or --energy")
+        if importance is not None:
+            note("--importance changes a plan only with --budget spectral or --energy")
         return None
     if not os.path.isdir(args.config):
         raise ValueError(
             f"--budget spectral and --energy need the directory of a model, with weights, got {args.config}"
         )
-    importance = None if args.importance is None else load_importance(args.importance)
     return measure_ranks(
         args.config,
         config,
         include=args.include,
         exclude=exclude,
         importance=importance,
+        progress=not args.quiet,
     )
 
 
-def _layer_table(layers: tuple[LayerPlan, ...]) -> str:
-    """One row for all layers that differ only in numbers of their names."""
+def _layer_table(layers: tuple[LayerPlan, ...], kind: str) -> str:
+    """One row for all layers that differ only in numbers of their names; ``kind`` of the predicted errors."""
     groups: dict[tuple[str, int, int, tuple[int, ...]], list[LayerPlan]] = {}
     for layer in layers:
         pattern = re.sub(r"\.\d+(?=\.|$)", ".*", layer.name)
@@ -148,7 +150,7 @@ def _layer_table(layers: tuple[LayerPlan, ...]) -> str:
         bits = (f"{one.counted_bpw:.4f}", f"{one.stored_bpw:.4f}")
         rows.append((pattern, len(members), f"{n} x {k}", ranks, *bits, *error))
     head = ("layers", "count", "N x K", "ranks", "counted bpw", "stored bpw")
-    return table((*head, "predicted error") if by_spectra else head, rows)
+    return table((*head, f"predicted {kind}") if by_spectra else head, rows)
 
 
 def _reason_rows(plan: ModelPlan) -> list[tuple[object, ...]]:

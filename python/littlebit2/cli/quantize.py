@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .blockwise import BLOCKWISE, add_blockwise_options, blockwise_outlook, is_blockwise, run_blockwise
 from .common import (
@@ -28,6 +28,8 @@ from .common import (
 
 if TYPE_CHECKING:
     from littlebit2.offline import RunReport
+
+__all__ = ["add_parser", "add_quantize_options", "add_run_options"]
 
 #: Mean squared relative error of the weights from which a model's outputs are far from the dense model's.
 _FAR = 0.05
@@ -63,6 +65,15 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("model_dir", metavar="MODEL_DIR", help="directory of the dense checkpoint")
     parser.add_argument("out", metavar="OUT", help="directory to make")
+    add_quantize_options(parser)
+    add_run_options(parser)
+    parser.add_argument(
+        "--json", action="store_true", help="print the per-layer report, with timings, as JSON"
+    )
+
+
+def add_quantize_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what is packed and how, which ``plan`` takes too."""
     size = add_size_options(
         parser, {BLOCKWISE: "admm on few iterations, each block tuned on text (the default with --data)"}
     )
@@ -71,6 +82,10 @@ def add_parser(commands: Commands) -> None:
     add_blockwise_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed for rotations and random signs (default 0)")
     add_pattern_options(parser)
+
+
+def add_run_options(parser: Any) -> None:
+    """Add the options that say how the work is done, to a parser or a group of options."""
     parser.add_argument(
         "--workers", type=int, help="layers quantized at a time (default: by cores and free memory)"
     )
@@ -87,9 +102,6 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("--restart", action="store_true", help="discard an interrupted run")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT at the end if it exists")
-    parser.add_argument(
-        "--json", action="store_true", help="print the per-layer report, with timings, as JSON"
-    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -155,17 +167,18 @@ def _run(args: argparse.Namespace) -> int:
         emit(full)
     note_left(report.left)
     if "mean_predicted_error" in totals:
-        kind = "weighted " if "mean_weighted_error" in totals else ""
-        achieved = totals[f"mean_{kind.strip() + '_' if kind else ''}error"]
+        kind = " weighted by importance" if args.importance is not None else ""
         emit(
-            f"{kind}error predicted from the spectra: mean {totals['mean_predicted_error']:.4f}, "
-            f"achieved {achieved:.4f}"
+            f"squared relative error{kind}: predicted from the spectra {totals['mean_predicted_error']:.4f}, "
+            f"achieved {totals['mean_minimized_error']:.4f}"
         )
     emit(_packed(report))
     if blockwise is None:
         _outlook(report, args)
     else:
         blockwise_outlook(blockwise, args)
+    if args.keep_work:
+        emit(f"{args.out}.partial: the work folder, which --keep-work keeps")
     return 0
 
 

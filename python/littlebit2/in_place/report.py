@@ -96,7 +96,7 @@ class QuantizationReport:
         ]
         lines = [
             f"{len(self.layers)} linear modules packed at {self.counted_bpw:.3f} counted "
-            f"({self.stored_bpw:.3f} stored) bits per weight, error {self.error:.4f}; "
+            f"({self.stored_bpw:.3f} stored) bits per weight, squared relative error {self.error:.4f}; "
             f"{len(self.dense)} left dense; {_size(self.bytes_before)} -> {_size(self.bytes_after)}",
             "",
             *_table([head, *rows]),

@@ -21,8 +21,9 @@ class RunReport:
         settings: everything that the result's bytes depend on.
         layers: one JSON object per quantized layer, in the order of the checkpoint: ``name``,
             ``in_features``, ``out_features``, ``ranks``, ``bias``, ``error`` (squared relative Frobenius
-            error), ``predicted_error`` (of the allocation, or null), ``weighted_error`` (with importance, or
-            null), ``method``, ``path_errors`` (after each path), ``truncation_errors`` (null without SVD),
+            error), ``weighted_error`` (squared and relative in the norm of the importance, or null),
+            ``predicted_error`` (of the allocation, or null; of the weighted error where there is one),
+            ``method``, ``path_errors`` (after each path), ``truncation_errors`` (null without SVD),
             ``itq_iterations`` and ``itq_converged`` (per path), ``counted_bpw``, ``stored_bpw``.
         dense: names of the tensors that were copied.
         seconds: per layer, as measured; empty for a run that had been finished before.
@@ -60,10 +61,17 @@ class RunReport:
 
         predicted = {}
         if all(layer["weighted_error"] is not None for layer in self.layers):
-            # What a prediction is of, where errors are weighed.
             predicted["mean_weighted_error"] = mean("weighted_error")
         if all(layer["predicted_error"] is not None for layer in self.layers):
+            # Of the same kind: weighted in the layers that have an importance, plain in others.
+            kinds = [
+                "error" if layer["weighted_error"] is None else "weighted_error" for layer in self.layers
+            ]
+            achieved = [layer[kind] for layer, kind in zip(self.layers, kinds, strict=True)]
             predicted["mean_predicted_error"] = mean("predicted_error")
+            predicted["mean_minimized_error"] = (
+                sum(value * w for value, w in zip(achieved, weights, strict=True)) / total
+            )
         worst = max(self.layers, key=lambda layer: layer["error"])
         return {
             "layers": len(self.layers),

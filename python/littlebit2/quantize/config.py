@@ -119,7 +119,9 @@ class QuantConfig:
         if self.budget == "spectral":
             raise ValueError("budget='spectral' needs bpw: there are no bits to share out with ranks")
         if self.paths not in (None, len(self.ranks)):
-            raise ValueError(f"paths must be None or len(ranks) = {len(self.ranks)}, got {self.paths}")
+            raise ValueError(
+                f"paths must be None or the number of ranks, {len(self.ranks)}, got {self.paths}"
+            )
         object.__setattr__(self, "paths", len(self.ranks))
 
     def ranks_for(self, in_features: int, out_features: int, *, is_kv: bool = False) -> tuple[int, ...]:
