@@ -21,7 +21,7 @@ from littlebit2_kernels.format import LayerShape
 from ._messages import hub_hint
 from .architecture.names import CAUSAL_HEAD
 from .architecture.parts import Whole
-from .architecture.select import DEFAULT_EXCLUDE, check_patterns, is_selected
+from .architecture.select import DEFAULT_EXCLUDE, check_patterns, is_selected, nothing_selected
 from .architecture.shapes import DenseShape, Kind, LinearShape, ModelShapes, model_shapes
 from .architecture.tensors import LayerSource, select_layers
 from .checkpoint import open_dense
@@ -218,10 +218,7 @@ def plan_model(
     shapes, chosen, dense_by, notes = _outline(source, includes, excludes)
     selected = [shape for shape in shapes.linears if shape.name in chosen]
     if not selected:
-        raise ValueError(
-            f"include must select at least one linear layer, got include={list(includes)}, "
-            f"exclude={list(excludes)}"
-        )
+        raise ValueError(nothing_selected(includes, excludes))
     small = {
         shape: too_small(shape.name, shape.in_features, shape.out_features, config) for shape in selected
     }

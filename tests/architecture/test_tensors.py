@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from littlebit2.architecture.parts import Whole
+from littlebit2.architecture.select import DEFAULT_EXCLUDE
 from littlebit2.architecture.shapes import model_shapes
 from littlebit2.architecture.tensors import select_layers
 from littlebit2.plan import load_config, shipped_configs
@@ -115,9 +116,17 @@ def test_patterns() -> None:
     assert named == ["layers.1.q"]
     assert "lm_head" in [layer.name for layer in select_layers(tensors, {}, exclude=())]
     with pytest.raises(
-        ValueError, match=r"include must select at least one linear layer .* got include=\['x'\]"
+        ValueError, match=r"include must select at least one linear layer besides heads, got include=\['x'\]$"
     ):
         select_layers(tensors, {}, include="x")
+    with pytest.raises(
+        ValueError, match=r"select at least one linear layer besides heads, got exclude=\['\*'\]$"
+    ):
+        select_layers(tensors, {}, exclude=[*DEFAULT_EXCLUDE, "*"])
+    with pytest.raises(ValueError, match=r"^the model has no linear layer to pack besides heads$"):
+        select_layers({"lm_head.weight": DENSE}, {})
+    with pytest.raises(ValueError, match=r"^the model has no linear layer to pack$"):
+        select_layers({"norm.weight": DENSE}, {}, exclude=())
     with pytest.raises(TypeError, match="exclude must hold strings, got 3"):
         select_layers(tensors, {}, exclude=[3])  # type: ignore[list-item]
 

@@ -179,3 +179,75 @@ def test_given_settings_may_not_contradict_the_checkpoint(path: Path) -> None:
     stored = json.loads((path / "config.json").read_text())["quantization_config"]
     same = LittleBit2Config(**stored, activation="int8")
     assert load(path, quantization_config=same).get_submodule(LAYER).activation == "int8"
+
+
+@pytest.mark.parametrize("size", ["5GB", "100KB"])
+def test_variant_of_the_weights(packed: Any, tmp_path: Path, size: str) -> None:
+    """``model.fp16.safetensors``, whole and in shards; beside others, it is not clear which are meant."""
+    packed.save_pretrained(tmp_path, variant="fp16", max_shard_size=size)
+    assert not (tmp_path / "model.safetensors").exists()
+    littlebit2.register()
+    expected = outputs(packed, token_ids())
+    auto = transformers.AutoModelForCausalLM
+    for model in (littlebit2.load(tmp_path), auto.from_pretrained(tmp_path, variant="fp16")):
+        assert len(layers_of(model)) == 14
+        assert torch.equal(outputs(model, token_ids()), expected)
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        auto.from_pretrained(tmp_path)
+    packed.save_pretrained(tmp_path)
+    assert torch.equal(outputs(auto.from_pretrained(tmp_path), token_ids()), expected)
+    with pytest.raises(
+        CheckpointError, match=r"asked for are in model\.fp16.*read from model\.safetensors: keep one"
+    ):
+        auto.from_pretrained(tmp_path, variant="fp16")
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_weights_of_torch_save(packed: Any, path: Path, count: int) -> None:
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    names = sorted(tensors)
+    files = [f"pytorch_model-{i + 1:05}-of-{count:05}.bin" for i in range(count)]
+    files = files if count > 1 else ["pytorch_model.bin"]
+    for number, file in enumerate(files):
+        torch.save({name: tensors[name] for name in names[number::count]}, path / file)
+    if count > 1:
+        weight_map = {name: files[number % count] for number, name in enumerate(names)}
+        index = {"metadata": {}, "weight_map": weight_map}
+        (path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    littlebit2.register()
+    expected = outputs(packed, token_ids())
+    for load in (littlebit2.load, transformers.AutoModelForCausalLM.from_pretrained):
+        model = load(path)
+        assert len(layers_of(model)) == 14
+        assert torch.equal(outputs(model, token_ids()), expected)
+
+
+_PARTS = ("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head")
+
+
+@pytest.mark.parametrize("where", ["auto", "cpu", {"": "cpu"}, dict.fromkeys(_PARTS, "cpu")])
+def test_device_maps(packed: Any, path: Path, where: Any) -> None:
+    littlebit2.register()
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, device_map=where)
+    assert len(layers_of(model)) == 14
+    assert torch.equal(outputs(model, token_ids()), outputs(packed, token_ids()))
+
+
+@pytest.mark.parametrize(
+    ("options", "place"),
+    [
+        ({"device_map": {"model": "disk", "lm_head": "cpu"}}, "disk"),
+        ({"device_map": "auto", "max_memory": {"cpu": "60KB"}}, "disk"),
+        ({"device_map": "meta"}, "meta"),
+        ({"device_map": {"": "meta"}}, "meta"),
+    ],
+)
+def test_device_maps_without_values_are_refused(
+    path: Path, tmp_path: Path, options: dict[str, Any], place: str
+) -> None:
+    littlebit2.register()
+    with pytest.raises(ValueError, match=f'device_map must not place modules on "{place}"'):
+        transformers.AutoModelForCausalLM.from_pretrained(
+            path, offload_folder=str(tmp_path / "off"), **options
+        )

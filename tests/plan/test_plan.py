@@ -122,7 +122,7 @@ def test_options_select_layers_and_ranks() -> None:
     assert plan.bytes()["other_matrices"] == 2 * 32 * 3 * 4096 * 14336
     assert "lm_head" in [layer.name for layer in plan_model("llama-3-8b", QuantConfig(), exclude=()).layers]
     with pytest.raises(
-        ValueError, match=r"include must select at least one linear layer, got include=\['x'\]"
+        ValueError, match=r"include must select at least one linear layer besides heads, got include=\['x'\]"
     ):
         plan_model("llama-3-8b", QuantConfig(), include="x")
     with pytest.raises(ValueError, match=r"layer 'model\.layers\.0\.self_attn\.q_proj': bpw must be above"):

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 __all__ = [
     "DEFAULT_EXCLUDE",
     "check_patterns",
+    "given_patterns",
     "is_selected",
     "keeps_heads_dense",
+    "nothing_selected",
     "output_heads",
     "shared_parameters",
     "tied_names",
@@ -56,6 +58,23 @@ def keeps_heads_dense(exclude: Sequence[str]) -> bool:
     If so, the heads that :func:`output_heads` finds stay dense too, whatever their name.
     """
     return set(DEFAULT_EXCLUDE) <= set(exclude)
+
+
+def given_patterns(include: Sequence[str], exclude: Sequence[str]) -> str:
+    """Return the patterns for a message, without the defaults, which nobody gave."""
+    default = DEFAULT_EXCLUDE if keeps_heads_dense(exclude) else ()
+    own = [pattern for pattern in exclude if pattern not in default]
+    given = [] if tuple(include) == ("*",) else [f"include={list(include)}"]
+    return ", ".join([*given, f"exclude={own}"] if own else given)
+
+
+def nothing_selected(include: Sequence[str], exclude: Sequence[str]) -> str:
+    """Say that patterns select no layer."""
+    given = given_patterns(include, exclude)
+    besides = " besides heads" if keeps_heads_dense(exclude) else ""
+    if not given:
+        return f"the model has no linear layer to pack{besides}"
+    return f"include must select at least one linear layer{besides}, got {given}"
 
 
 def output_heads(model: Module) -> set[str]:

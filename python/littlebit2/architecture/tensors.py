@@ -25,7 +25,7 @@ import torch
 
 from .names import CAUSAL_HEAD, TRANSPOSED, is_linear_name
 from .parts import Part, Whole
-from .select import DEFAULT_EXCLUDE, check_patterns, is_selected
+from .select import DEFAULT_EXCLUDE, check_patterns, is_selected, nothing_selected
 
 __all__ = ["FLOATS", "LayerSource", "select_layers"]
 
@@ -110,10 +110,7 @@ def select_layers(
             )
         )
     if not layers:
-        raise ValueError(
-            f"include must select at least one linear layer of the checkpoint, got include={list(includes)}, "
-            f"exclude={list(excludes)}"
-        )
+        raise ValueError(nothing_selected(includes, excludes))
     return layers
 
 

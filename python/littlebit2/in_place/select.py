@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from littlebit2.architecture.experts import is_unknown_experts
 from littlebit2.architecture.linears import EXCLUDED, HEAD, NOT_SELECTED, TIED, choose_linears
-from littlebit2.architecture.select import is_selected
+from littlebit2.architecture.select import given_patterns, is_selected
 from littlebit2.architecture.transposed import TransposedLinear
 from littlebit2.quantize import QuantConfig
 from littlebit2.quantize.ranks import too_small
@@ -119,9 +119,8 @@ def _nothing(
     else:
         kinds = sorted({type(module).__name__ for module in names_of})
         seen = f"none, only {', '.join(kinds[:8])}{', ...' if len(kinds) > 8 else ''}"
-    return (
-        f"model must have an nn.Linear to pack, got {seen} (include={list(include)}, exclude={list(exclude)})"
-    )
+    given = given_patterns(include, exclude)
+    return f"model must have an nn.Linear to pack, got {seen}{f' ({given})' if given else ''}"
 
 
 def _shared(linear: nn.Module, names_of: Mapping[nn.Module, Sequence[str]]) -> str:

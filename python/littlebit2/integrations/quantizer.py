@@ -64,10 +64,15 @@ class LittleBit2Quantizer(HfQuantizer):
         self._experts: list[tuple[nn.Module, list[str]]] = []
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Raise ``ValueError`` for a device map that offloads to disk."""
-        if isinstance(device_map, dict) and "disk" in device_map.values():
+        """Raise ``ValueError`` for a device map that leaves modules without values in memory."""
+        placed = {str(one) for one in (device_map.values() if isinstance(device_map, dict) else [device_map])}
+        if "disk" in placed:
             raise ValueError(
                 'device_map must not place modules on "disk": packed layers are small, keep them'
+            )
+        if "meta" in placed:
+            raise ValueError(
+                'device_map must not place modules on "meta": packed layers are read with values'
             )
 
     def _process_model_before_weight_loading(
@@ -304,6 +309,15 @@ def _open(source: str | None, checkpoint_files: Sequence[str] | None) -> Checkpo
         raise CheckpointError(
             f"{checkpoint.path}: its tensor names are not those of the model: use littlebit2.load, or "
             "convert it first (littlebit2 convert)"
+        )
+    asked = {Path(name).name for name in checkpoint_files or ()}
+    read = {entry.file.name for entry in checkpoint.files.entries.values()}
+    if source is None and not read <= asked:
+        if checkpoint is not opened:
+            checkpoint.close()
+        raise CheckpointError(
+            f"{checkpoint.path}: the weights that were asked for are in {', '.join(sorted(asked))}, but "
+            f"packed layers would be read from {', '.join(sorted(read))}: keep one of them in the directory"
         )
     return checkpoint
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from littlebit2.architecture.parts import Part
+from littlebit2.architecture.select import nothing_selected
 from littlebit2.architecture.shapes import model_shapes
 from littlebit2.architecture.tensors import LayerSource, select_layers
 from littlebit2.checkpoint import DenseCheckpoint
@@ -150,7 +151,4 @@ def _nothing_selected(dense: Mapping[str, str], include: Sequence[str], exclude:
         f"{len(names)} {reason} ({names[0]}{', ...' if len(names) > 1 else ''})"
         for reason, names in by_reason.items()
     )
-    return (
-        f"include must select at least one linear layer, got include={list(include)}, "
-        f"exclude={list(exclude)}. Of the model's matrices: {listed}"
-    )
+    return f"{nothing_selected(include, exclude)}. Of the model's matrices: {listed}"
