@@ -33,6 +33,7 @@ COPIED = (
     "2_Dense/config.json",
     "2_Dense/model.safetensors",
     "onnx/ort_config.json",
+    "spk_dict.pt",
     "additional_chat_templates/tools.jinja",
 )
 LEFT = {

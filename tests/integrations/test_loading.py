@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import littlebit2
 from littlebit2.checkpoint import CheckpointError
+from littlebit2.integrations import loading
 from littlebit2.integrations.transformers import LittleBit2Config, attach
 from littlebit2_kernels import LittleBitLinear
 from tests.integrations.families import (
@@ -298,3 +299,43 @@ def test_deepcopy_keeps_the_fused_parts(tmp_path: Path) -> None:
     attention = copied.get_submodule("model.layers.0.self_attn")
     assert attention.qkv_proj._parent == (attention,)
     assert torch.equal(outputs(copied, token_ids()), outputs(model, token_ids()))
+
+
+class CalledFromAList(transformers.PreTrainedModel):
+    """Registers its layers as children and calls them through a list, as MaskFormer's heads do."""
+
+    config_class = transformers.LlamaConfig
+    main_input_name = "x"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        size = config.hidden_size
+        self.layers = [torch.nn.Linear(size, size), torch.nn.LayerNorm(size), torch.nn.Linear(size, size)]
+        for index, layer in enumerate(self.layers):
+            self.add_module(str(index), layer)
+        self.post_init()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_layers_that_are_called_from_a_list(tmp_path: Path, rng: torch.Generator) -> None:
+    model = CalledFromAList(transformers.LlamaConfig(hidden_size=64, num_attention_heads=4))
+    packed = quantized_copy(model)
+    attach(packed)
+    packed.save_pretrained(tmp_path)
+    littlebit2.register()
+    loaded = CalledFromAList.from_pretrained(tmp_path)
+    x = torch.randn(3, 64, generator=rng)
+    assert isinstance(loaded.layers[0], LittleBitLinear)
+    assert loaded.layers[0] is loaded.get_submodule("0")
+    torch.testing.assert_close(loaded(x), packed(x))
+    torch.testing.assert_close(packed(x), reconstructed_copy(model, packed)(x), rtol=1e-4, atol=1e-4)
+
+
+def test_voices_that_a_class_reads_are_asked_for(tmp_path: Path) -> None:
+    kind = transformers.Qwen2_5OmniForConditionalGeneration
+    with pytest.raises(CheckpointError, match=r"spk_dict\.pt is missing, which Qwen2_5Omni.* reads"):
+        loading._with_info(kind, tmp_path)()

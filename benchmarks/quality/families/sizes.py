@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-__all__ = ["IN_STAGES", "OVERRIDES", "SIZES", "by_rule", "is_layer_count", "is_stage_list"]
+__all__ = ["FILES", "IN_STAGES", "OVERRIDES", "SIZES", "by_rule", "is_layer_count", "is_stage_list"]
 
 #: Sizes by exact name.
 SIZES: dict[str, Any] = {
@@ -84,6 +84,9 @@ SIZES: dict[str, Any] = {
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
+#: Every stage doubles the filters.
+_VIBEVOICE = {"num_filters": 2, "depths": [1] * 7}
+
 #: What no table or rule knows, by model type: fields of the configuration, dotted for those of a part.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": 5}},
@@ -100,7 +103,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "csm": {"codec_config.upsample_groups": 64},
     "fun_asr_nano": {"adaptor_config.intermediate_size": 16},
-    "gemma4_assistant": {"text_config.hidden_size_per_layer_input": 0},
+    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
+    "glm5_next": {"text_config.index_topk": 16, "text_config.qk_rope_head_dim": 0},
+    "glm5_next_text": {"index_topk": 16, "qk_rope_head_dim": 0},
+    "granite4_vision": {
+        "deepstack_layer_map": [[0, 0], [1, 1]],
+        "spatial_target_layers": [0, 1, 0, 1],
+        "downsample_rate": "1/2",
+    },
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "kyutai_speech_to_text": {
         "audio_pad_token_id": 0,
@@ -112,13 +122,36 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mimi": {"upsample_groups": 64},
     "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
     "moonshine_streaming": {"num_key_value_heads": 4},
+    "nemotron_h_omni": {"vision_config.video_temporal_patch_size": 2},
+    "qwen2_5_omni": {"token2wav_config.bigvgan_config.upsample_initial_channel": 128},
     "qwen3_omni_moe": {
         "talker_config.text_config.shared_expert_intermediate_size": 48,
         "talker_config.spatial_merge_size": 2,
     },
+    "t5gemma2_encoder": {"text_config.dropout_rate": 0.0},
+    "vibevoice": {
+        f"{part}.{name}": value
+        for part in ("audio_config", "semantic_model_config")
+        for name, value in _VIBEVOICE.items()
+    },
+    "vibevoice_acoustic_tokenizer": _VIBEVOICE,
+    "vibevoice_acoustic_tokenizer_decoder": _VIBEVOICE,
+    "vibevoice_acoustic_tokenizer_encoder": _VIBEVOICE,
+    "vibevoice_asr": {
+        f"{part}_tokenizer_encoder_config.{name}": value
+        for part in ("acoustic", "semantic")
+        for name, value in _VIBEVOICE.items()
+    },
+    "xcodec": {
+        "acoustic_model_config.encoder_hidden_size": 4,
+        "acoustic_model_config.decoder_hidden_size": 64,
+    },
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
 }
+
+#: Files beside the weights that a model's class reads, by model type.
+FILES: dict[str, dict[str, Any]] = {"qwen2_5_omni": {"spk_dict.pt": {}}}
 
 #: Special tokens are moved into the small vocabulary, from here on.
 _FIRST_TOKEN = 100

@@ -147,7 +147,10 @@ class _Shrinking:
     def _rope(self, value: dict[str, Any], head_dim: float | None) -> dict[str, Any]:
         """Shrink the sections of a multimodal rotary embedding with the heads; say a base where none is."""
         if any(isinstance(one, dict) for one in value.values()):
-            return {name: self._rope(one, head_dim) for name, one in value.items()}
+            return {
+                name: self._rope(one, head_dim) if isinstance(one, dict) else one
+                for name, one in value.items()
+            }
         rope = dict(value)
         if rope.get("rope_theta", 0) is None:
             rope["rope_theta"] = 10000.0

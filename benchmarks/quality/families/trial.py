@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from littlebit2.quantize import QuantConfig
 
 from .compare import dequantized, difference, outputs_of, packed_share
 from .inputs import inputs_of
+from .sizes import FILES
 from .tiny import tiny_configs
 
 __all__ = ["FAILED", "KINDS", "NOT_BUILT", "REFUSED", "WORKS", "OutOfTime", "Outcome", "try_type"]
@@ -24,6 +26,8 @@ __all__ = ["FAILED", "KINDS", "NOT_BUILT", "REFUSED", "WORKS", "OutOfTime", "Out
 MOST_WEIGHTS = 30e6
 #: Relative difference of outputs that counts as a failure.
 FAR = 1e-3
+#: Magnitude below which the quantizer takes no matrix.
+_SMALLEST = 2.0**-126
 QUANT = QuantConfig(ranks=(16,), method="joint-itq", itq_iterations=1)
 
 #: Works; refused before any work; no small dense model could be made (the type was not tried); wrong.
@@ -140,11 +144,18 @@ def _dense_model(
             first = first or error
             continue
         step("save of the dense model")
-        model.save_pretrained(folder / "dense")
+        _save(model, folder / "dense")
         step("load of the dense model")
         return littlebit2.load(folder / "dense", dtype=torch.float32), inputs, why
     assert first is not None  # there is at least one class
     raise first
+
+
+def _save(model: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+    # Files that a class reads and does not write.
+    for name, content in FILES.get(model.config.model_type, {}).items():
+        torch.save(content, folder / name)
 
 
 def _first_that_runs(name: str, model_type: str, step: Callable[[str], None]) -> tuple[Any, Any, str]:
@@ -185,7 +196,11 @@ def _random_model(name: str, config: Any) -> Any:
     model = kind(config).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            if not parameter.is_floating_point() or not parameter.numel():
+                continue
+            # Memory that no initialization has written to: no numbers, or such small ones as are refused.
+            largest = float(parameter.abs().max())
+            if not math.isfinite(largest) or 0 < largest < _SMALLEST:
                 parameter.normal_(0, 0.02)
     return model
 
@@ -207,7 +222,7 @@ def _packed_models(dense: Any, folder: Path, step: Callable[[str], None]) -> dic
     step("load")
     first = littlebit2.load(folder / "files", dtype=torch.float32)
     step("save")
-    first.save_pretrained(folder / "again")
+    _save(first, folder / "again")
     step("load what was saved")
     second = littlebit2.load(folder / "again", dtype=torch.float32)
     step("from_pretrained")
@@ -216,7 +231,7 @@ def _packed_models(dense: Any, folder: Path, step: Callable[[str], None]) -> dic
     memory = copy.deepcopy(dense)
     quantize_in_memory(memory)
     step("save of what was quantized in memory")
-    memory.save_pretrained(folder / "memory")
+    _save(memory, folder / "memory")
     step("load of what was quantized in memory")
     third = littlebit2.load(folder / "memory", dtype=torch.float32)
     step("forward")

@@ -22,6 +22,8 @@ __all__ = ["SideFiles", "check_tokenizer", "copy_side_files", "find_side_files"]
 #: Written anew for the layout of the copy.
 _REWRITTEN = ("config.json", "littlebit_config.json", "nanoquant_config.json")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+#: Named like weights, but read by a model's own class: the voices of Qwen2.5-Omni.
+_READ_BY_MODELS = ("spk_dict.pt",)
 _CODE = (".py", ".pyc", ".pyd", ".so", ".sh")
 
 
@@ -43,8 +45,8 @@ def find_side_files(source: Path) -> SideFiles:
     """Decide for everything in a model's directory whether it is copied.
 
     Not copied: weights (in the formats that are read, and others: ``.onnx``, ``.gguf``, ``.h5``, ...), except
-    in the folders that ``modules.json`` names as modules of a sentence-transformers pipeline; code, which a
-    copy could not vouch for; what is hidden; and links to folders.
+    in the folders that ``modules.json`` names as modules of a sentence-transformers pipeline, and files that
+    a model's class reads itself; code, which a copy could not vouch for; hidden files; and links to folders.
 
     Raises:
         CheckpointError: ``modules.json`` leads out of ``source``.
@@ -59,7 +61,7 @@ def find_side_files(source: Path) -> SideFiles:
             continue
         if path.name.endswith(_CODE):
             left[name] = "code"
-        elif is_weight_file(path.name) and not inside:
+        elif is_weight_file(path.name) and not inside and name not in _READ_BY_MODELS:
             formats = (".safetensors", ".index.json") if safetensors else (".bin", ".pt", ".pth", ".json")
             if "/" in name or not path.name.endswith(formats):
                 left[name] = "weights in another file than the model's"

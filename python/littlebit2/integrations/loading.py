@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from .transformers import register
 
 __all__ = ["load"]
 
+#: The voices of Qwen2.5-Omni.
+_VOICES = "spk_dict.pt"
 #: Names listed in one message; a wrong model class can miss thousands.
 _MOST_NAMES = 20
 
@@ -100,7 +102,7 @@ def load(
             kind = model_class(config, headed=headed)
             if not checkpoint.files.standard and hasattr(kind, "_model_mapping"):
                 kind = kind._model_mapping[type(config)]  # automatic classes need a directory
-            model, info = kind.from_pretrained(
+            model, info = _with_info(kind, checkpoint.path)(
                 **_where(checkpoint),
                 config=config,
                 dtype="auto" if dtype is None else dtype,
@@ -121,6 +123,25 @@ def _where(checkpoint: Checkpoint) -> dict[str, Any]:
         return {"pretrained_model_name_or_path": str(checkpoint.path)}
     dense = checkpoint.files.read(checkpoint.dense)
     return {"pretrained_model_name_or_path": None, "state_dict": dense}
+
+
+def _with_info(kind: Any, path: Path) -> Callable[..., Any]:
+    """Return ``kind.from_pretrained``, mended where a class has one that cannot give what it found.
+
+    That of Qwen2.5-Omni expects a model from the library's own, whatever was asked for, to load its voices.
+    """
+    if not hasattr(kind, "load_speakers"):
+        whole: Callable[..., Any] = kind.from_pretrained
+        return whole
+
+    def from_pretrained(**options: Any) -> Any:
+        if not (path / _VOICES).is_file():
+            raise CheckpointError(f"{path}: {_VOICES} is missing, which {kind.__name__} reads")
+        model, info = vars(PreTrainedModel)["from_pretrained"].__func__(kind, **options)
+        model.load_speakers(str(path / _VOICES))
+        return model, info
+
+    return from_pretrained
 
 
 def _complete(model: PreTrainedModel, path: Path) -> None:
