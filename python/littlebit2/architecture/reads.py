@@ -1,5 +1,7 @@
 """Which linear layers a model's code uses as tensors: such layers must keep their dense weights.
 
+Code that asks a weight for its dtype or device alone is told apart: :class:`.TypedLinear` can say these.
+
 A packed layer has no ``weight``. Code that multiplies by ``self.out_proj.weight`` itself, instead of calling
 the module, is found in its source and in that of its base classes: attribute chains that end in
 ``.NAME.weight`` or ``.NAME.bias``, also through a local variable, outside of initialization.
@@ -13,12 +15,15 @@ import inspect
 import sys
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TypeGuard
 
 from torch import nn
 
-__all__ = ["modules_read_as_tensors"]
+__all__ = ["modules_asked_for_dtype", "modules_read_as_tensors"]
 
 _TENSORS = ("weight", "bias")
+#: What a layer without a weight can say of it.
+_KINDS = ("dtype", "device")
 #: Where the classes below every module are defined.
 _BASES = {nn.Module.__module__, "builtins", "abc", "typing"}
 #: Functions that do not run when a model computes.
@@ -46,25 +51,37 @@ class _Read:
         owner: name of the class whose code it is.
         own: whether the chain begins at ``self``; else at any module below.
         where: file and line.
+        kind: whether the weight is only asked for its dtype or device, or for being a tensor.
     """
 
     chain: tuple[str, ...]
     owner: str
     own: bool
     where: str
+    kind: bool = False
 
 
 def modules_read_as_tensors(model: nn.Module) -> dict[str, str]:
     """Return the names of modules whose weight or bias the model's code reads, and where it does.
 
     A chain from ``self`` counts for children of modules of its class; any other chain in a method for all
-    modules that are called so somewhere below such a module, as what it begins with is not known.
+    modules that are called so somewhere below such a module, as what it begins with is not known. Reads of
+    dtype and device do not count.
     """
+    return _found(model, kind=False)
+
+
+def modules_asked_for_dtype(model: nn.Module) -> set[str]:
+    """Return the names of modules whose weight the model's code asks for its dtype or device, and no more."""
+    return set(_found(model, kind=True)) - set(_found(model, kind=False))
+
+
+def _found(model: nn.Module, *, kind: bool) -> dict[str, str]:
     reads: dict[str, list[_Read]] = {}
-    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
-    for source in {kind.__module__ for kind in kinds} - _BASES:
+    classes = {one for module in model.modules() for one in type(module).__mro__}
+    for source in {one.__module__ for one in classes} - _BASES:
         code = sys.modules.get(source)
-        for read in () if code is None else _reads(code):
+        for read in () if code is None else (one for one in _reads(code) if one.kind == kind):
             reads.setdefault(read.chain[-1], []).append(read)
     found: dict[str, str] = {}
     for name, _ in model.named_modules():
@@ -84,6 +101,10 @@ def modules_read_as_tensors(model: nn.Module) -> dict[str, str]:
 
 def _classes(module: nn.Module) -> set[str]:
     return {kind.__name__ for kind in type(module).__mro__}
+
+
+def _is_weight(node: ast.expr) -> TypeGuard[ast.Attribute]:
+    return isinstance(node, ast.Attribute) and node.attr == "weight"
 
 
 @functools.cache
@@ -127,11 +148,23 @@ class _Visitor(ast.NodeVisitor):
                     self._locals[target.id] = chain
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
+        if node.attr in _KINDS and _is_weight(node.value):
+            self._note(node.value, kind=True)
+        else:
+            self._note(node, kind=False)
+            self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        if isinstance(node.func, ast.Name) and node.func.id == "isinstance" and _is_weight(node.args[0]):
+            self._note(node.args[0], kind=True)
+        else:
+            self.generic_visit(node)
+
+    def _note(self, node: ast.Attribute, *, kind: bool) -> None:
         chain = self._chain(node.value) if node.attr in _TENSORS else None
         if self._class is not None and chain is not None:
             where = f"{self._module}.py:{node.lineno}"
-            self.found.append(_Read(chain[0], self._class, chain[1], where))
-        self.generic_visit(node)
+            self.found.append(_Read(chain[0], self._class, chain[1], where, kind))
 
     def _chain(self, node: ast.expr) -> tuple[tuple[str, ...], bool] | None:
         """Names of an attribute chain and whether it begins at ``self``; ``None`` for anything else."""

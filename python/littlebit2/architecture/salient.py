@@ -79,6 +79,12 @@ class SalientLinear(nn.Module):
         return bias
 
     @property
+    def weight(self) -> torch.Tensor:
+        """That of the packed part, which only a :class:`.TypedLinear` has."""
+        weight: torch.Tensor = self.linear.weight
+        return weight
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors, those of the packed part included."""
         own = (self.salient_idx, self.salient_weight)

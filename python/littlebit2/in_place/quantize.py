@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,8 +14,10 @@ from tqdm import tqdm
 from littlebit2.architecture.expansion import collapse, expand
 from littlebit2.architecture.linears import is_plain_linear
 from littlebit2.architecture.places import Places
+from littlebit2.architecture.reads import modules_asked_for_dtype
 from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns
 from littlebit2.architecture.transposed import TransposedLinear, as_linear
+from littlebit2.architecture.typed import TypedLinear
 from littlebit2.quantize import Importance, LayerReport, QuantConfig
 from littlebit2.quantize.allocate import RankAllocation
 from littlebit2.quantize.batching import batch_key, batch_size, in_batches
@@ -135,7 +138,8 @@ def quantize_(
     try:
         selection = select_modules(model, settings, *patterns, filter_fn, include_tied=include_tied)
         jobs = _jobs(selection.packed, settings, weights, place)
-        reports, modules = _quantized(jobs, backend, activation, progress)
+        asked = modules_asked_for_dtype(model)
+        reports, modules = _quantized(jobs, backend, activation, progress, asked)
         _swap(model, {name: modules[one.name] for one in selection.packed for name in one.names})
     finally:
         collapse(model, experts)
@@ -242,9 +246,9 @@ def _jobs(
 
 
 def _quantized(
-    jobs: Sequence[_Job], backend: str, activation: str, progress: bool
+    jobs: Sequence[_Job], backend: str, activation: str, progress: bool, asked: Set[str]
 ) -> tuple[dict[str, LayerReport], dict[str, LittleBitLinear]]:
-    """Return reports and packed modules by name."""
+    """Return reports and packed modules by name; of which ``asked`` are asked for a dtype."""
     batches = in_batches(
         jobs,
         lambda job: (batch_key(*job.shape, job.config), job.device, job.selected.linear.weight.dtype),
@@ -257,7 +261,8 @@ def _quantized(
             made = quantize_together([_dense_layer(job) for job in batch])
             for job, quantized in zip(batch, made, strict=True):
                 name = job.selected.name
-                modules[name] = _module(job.selected.linear, quantized, backend, activation)
+                typed = not asked.isdisjoint(job.selected.names)
+                modules[name] = _module(job.selected.linear, quantized, backend, activation, typed=typed)
                 reports[name] = replace(quantized.report, predicted_error=job.predicted_error)
                 bar.update()
     return reports, modules
@@ -272,9 +277,16 @@ def _dense_layer(job: _Job) -> DenseLayer:
     return DenseLayer(load, job.config, linear.bias, job.importance, name=job.selected.name)
 
 
-def _module(linear: nn.Linear, quantized: QuantizedLayer, backend: str, activation: str) -> LittleBitLinear:
+def _module(
+    linear: nn.Linear, quantized: QuantizedLayer, backend: str, activation: str, *, typed: bool = False
+) -> LittleBitLinear:
     packed = quantized.packed.to(linear.weight.device)
-    module = LittleBitLinear.from_packed(packed, backend=backend, activation=activation)
+    how: dict[str, Any] = {"backend": backend, "activation": activation}
+    module = (
+        TypedLinear.from_packed(packed, weight_dtype=linear.weight.dtype, **how)
+        if typed
+        else LittleBitLinear.from_packed(packed, **how)
+    )
     return module.train(linear.training)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from littlebit2.architecture.typed import TypedLinear
 from littlebit2.checkpoint import ColumnsSpec, LayerSpec, quantization_config
 from littlebit2_kernels import FORMAT_VERSION, LittleBitLinear
 from littlebit2_kernels.dispatch import BACKENDS, check_activation_mode
@@ -142,9 +143,9 @@ class LittleBit2Config(QuantizationConfigMixin):
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         return iter(self.to_dict().items())
 
-    def make_layer(self, spec: LayerSpec, device: str) -> LittleBitLinear:
-        """Return an all-zero layer of this configuration."""
-        return LittleBitLinear(
+    def make_layer(self, spec: LayerSpec, device: str, typed: bool = False) -> LittleBitLinear:
+        """Return an all-zero layer of this configuration, ``typed`` if it is asked for a dtype."""
+        return (TypedLinear if typed else LittleBitLinear)(
             spec.shape.in_features,
             spec.shape.out_features,
             spec.shape.ranks,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -18,7 +19,9 @@ from littlebit2.architecture.expansion import collapse, expand
 from littlebit2.architecture.experts import LittleBitExperts
 from littlebit2.architecture.places import Places
 from littlebit2.architecture.projections import fuse_projections
+from littlebit2.architecture.reads import modules_asked_for_dtype
 from littlebit2.architecture.salient import SalientLinear
+from littlebit2.architecture.typed import TypedLinear
 from littlebit2.checkpoint import Checkpoint, CheckpointError, LayerSpec, open_checkpoint, quantization_config
 from littlebit2.checkpoint.formats.layout import StoredLayer
 from littlebit2_kernels import LittleBitLinear, packed_from_state
@@ -61,7 +64,8 @@ class LittleBit2Quantizer(HfQuantizer):
         self._places: list[Placement] = []
         self._shapes: dict[str, torch.Size] = {}
         self._hidden: list[str] = []
-        self._experts: list[tuple[nn.Module, list[str]]] = []
+        self._asked: set[str] = set()
+        self._protected: list[tuple[nn.Module, list[str]]] = []
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raise ``ValueError`` for a device map that leaves modules without values in memory."""
@@ -83,6 +87,7 @@ class LittleBit2Quantizer(HfQuantizer):
         # Before anything is replaced: the conversions go by the parameters of the dense model.
         names = FileNames(model)
         replaced = expand(model)
+        self._asked = modules_asked_for_dtype(model)
         columns: dict[str, str] = {}
         if checkpoint is None:
             layers = _specs_from_config(model, config)
@@ -111,12 +116,16 @@ class LittleBit2Quantizer(HfQuantizer):
         kept = Places(model)
         for place in self._places:
             pending = checkpoint is not None
-            module = PendingLinear(place.spec) if pending else config.make_layer(place.spec, "meta")
+            typed = place.module in self._asked
+            module = PendingLinear(place.spec) if pending else config.make_layer(place.spec, "meta", typed)
             kept.put(place.module, module)
         for name, (parent, parts) in fused_parents(self._places).items():
             kept.put(name, FusedLinear(model.get_submodule(parent), parts))
         collapse(model, replaced)
-        self._experts = _protect_experts(model)
+        self._protected = [
+            *_protect_experts(model),
+            *(() if checkpoint is not None else _protect_layers(model)),
+        ]
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         return model
 
@@ -130,10 +139,10 @@ class LittleBit2Quantizer(HfQuantizer):
         checkpoint, self._checkpoint = self._checkpoint, None
         shapes, self._shapes = self._shapes, {}
         self._hidden = []
-        for module, names in self._experts:
+        for module, names in self._protected:
             for name in names:
                 del module.__dict__[name]
-        self._experts = []
+        self._protected = []
         _check_shapes(model, shapes)
         if checkpoint is not None:
             with nullcontext() if checkpoint is _opened.get() else checkpoint:
@@ -143,6 +152,7 @@ class LittleBit2Quantizer(HfQuantizer):
             assert isinstance(layer, LittleBitLinear)
             _check_loaded(place.module, layer)
             self._prepack(layer)
+            self._set_dtype(model, place.module, layer)
         self._update_config(model)
         if self.quantization_config.fuse:
             fuse_projections(model)
@@ -155,7 +165,8 @@ class LittleBit2Quantizer(HfQuantizer):
         for place in places:
             device = _device_of(place.module, device_map, model)
             packed = checkpoint.load_layer(place.spec.name).to(device)
-            layer = LittleBitLinear.from_packed(packed, backend=config.backend, activation=config.activation)
+            kind = TypedLinear if place.module in self._asked else LittleBitLinear
+            layer = kind.from_packed(packed, backend=config.backend, activation=config.activation)
             self._prepack(layer)
             layer.eval()
             module: nn.Module = layer
@@ -166,10 +177,19 @@ class LittleBit2Quantizer(HfQuantizer):
                 module = SalientLinear(layer, columns.index.to(device), weight)
             hook = getattr(model.get_submodule(place.module), "_hf_hook", None)
             kept.put(place.module, module)
+            self._set_dtype(model, place.module, layer)
             if hook is not None:
                 from accelerate.hooks import add_hook_to_module  # noqa: PLC0415  # only dispatched models
 
                 add_hook_to_module(module, hook)
+
+    def _set_dtype(self, model: PreTrainedModel, name: str, layer: LittleBitLinear) -> None:
+        """Let a layer that is asked for a dtype say the one that its dense weight would have."""
+        if isinstance(layer, TypedLinear):
+            kept: dict[str, torch.dtype] = model._get_dtype_plan(model.dtype)
+            patterns = [(pattern.replace("*", r".*"), dtype) for pattern, dtype in kept.items()]
+            found = [dtype for pattern, dtype in patterns if re.search(pattern, f"{name}.weight")]
+            layer.weight_dtype = found[0] if found else model.dtype
 
     def _prepack(self, layer: LittleBitLinear) -> None:
         config = self.quantization_config
@@ -272,6 +292,14 @@ def _protect_experts(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
             module.__dict__.update({name: initialized(layout.experts, 1, 1) for name in names})
             protected.append((module, names))
     return protected
+
+
+def _protect_layers(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
+    """Likewise for packed layers, which get the weight that a :class:`.PendingLinear` has."""
+    layers = [layer for layer in layers_of(model).values() if not isinstance(layer, TypedLinear)]
+    for layer in layers:
+        layer.__dict__["weight"] = initialized(layer.out_features, layer.in_features)
+    return [(layer, ["weight"]) for layer in layers]
 
 
 def _device_of(name: str, device_map: Mapping[str, Any], model: PreTrainedModel) -> torch.device:

@@ -86,6 +86,12 @@ class TrainableLittleBitLinear(nn.Module):
         )
         self.bias = None if packed.bias is None else nn.Parameter(packed.bias.clone())
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """An empty tensor that tells code which asks for them the dtype and device of the parameters."""
+        scale: Any = self.paths[0].out_scale
+        return torch.empty(0, dtype=scale.dtype, device=scale.device)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``x`` ``[..., K]`` to ``[..., N]``, of its dtype or autocast's.
 

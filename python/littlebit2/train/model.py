@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from littlebit2.architecture.places import Places
+from littlebit2.architecture.reads import modules_asked_for_dtype
 from littlebit2.architecture.transposed import as_linear
+from littlebit2.architecture.typed import TypedLinear
 from littlebit2_kernels import LittleBitLinear
 from littlebit2_kernels.format import PackedLinear
 
@@ -135,8 +137,10 @@ def pack_model(model: nn.Module, **options: Any) -> list[str]:
         **options: of :meth:`LittleBitLinear.from_packed`.
     """
     names, places = [], Places(model)
+    asked = modules_asked_for_dtype(model)
     for name, packed in packed_layers(model):
-        places.put(name, LittleBitLinear.from_packed(packed, **options))
+        kind = TypedLinear if name in asked else LittleBitLinear
+        places.put(name, kind.from_packed(packed, **options))
         names.append(name)
     return names
 
