@@ -46,11 +46,12 @@ class Places:
         parent, _, leaf = name.rpartition(".")
         old = self._model.get_submodule(parent)._modules.get(leaf)
         self._model.set_submodule(name, module)
-        kept = self._kept.pop(old, ()) if old is not None else ()
+        if old is None or old not in self._kept:
+            return
+        kept = self._kept.pop(old)
         for owner, attribute in kept:
             vars(owner)[attribute] = _exchanged(vars(owner)[attribute], old, module)
-        if kept:
-            self._kept.setdefault(module, []).extend(kept)
+        self._kept.setdefault(module, []).extend(kept)
 
 
 def _modules_in(value: Any) -> Iterator[nn.Module]:

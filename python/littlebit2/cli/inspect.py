@@ -75,19 +75,20 @@ def _layer_table(layers: dict[str, dict[str, Any]]) -> str:
     for name, layer in layers.items():
         pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
         ranks = "single stage" if layer["ranks"] is None else "+".join(map(str, layer["ranks"]))
-        salient = layer["salient_columns"]
-        key = (pattern, layer["out_features"], layer["in_features"], ranks, salient, layer["bias"])
+        if layer["salient_columns"]:
+            ranks += f" and {layer['salient_columns']} columns"
+        key = (pattern, layer["out_features"], layer["in_features"], ranks, layer["bias"])
         groups.setdefault(key, []).append(layer)
     rows = [
         (
             pattern,
             len(members),
             f"{n} x {k}",
-            ranks + (f" and {salient} columns" if salient else ""),
+            ranks,
             "yes" if bias else "no",
             f"{members[0]['counted_bpw']:.4f}",
             f"{members[0]['stored_bpw']:.4f}",
         )
-        for (pattern, n, k, ranks, salient, bias), members in groups.items()
+        for (pattern, n, k, ranks, bias), members in groups.items()
     ]
     return table(("layers", "count", "N x K", "ranks", "bias", "counted bpw", "stored bpw"), rows)
