@@ -9,6 +9,7 @@ from .format import FORMAT_VERSION, PackedLinear, PackedPath
 from .functional import littlebit_linear
 from .fusion import LinearGroup, fuse_linears, grouped_linear, unfuse_linears
 from .gpu import GpuProperties
+from .int8 import Int8Embedding, Int8Linear
 from .linear import LittleBitLinear
 from .ops.library import load
 from .packing import pack_signs, unpack_signs
@@ -23,6 +24,8 @@ __all__ = [
     "BackendUnavailableError",
     "Explanation",
     "GpuProperties",
+    "Int8Embedding",
+    "Int8Linear",
     "LinearGroup",
     "LittleBitLinear",
     "NativeLibraryError",

@@ -138,6 +138,10 @@ lb2_status check_dtype(lb2_dtype dtype) noexcept {
               "dtype must be LB2_FLOAT32 (0), LB2_FLOAT16 (1) or LB2_BFLOAT16 (2), got %" PRId32, dtype);
 }
 
+lb2_status check_columns(int64_t k) noexcept {
+  return k < 1 || k > kMaxDim ? invalid_size("k", k, 1) : LB2_OK;
+}
+
 lb2_status check_shape_struct(const lb2_layer_shape* shape) noexcept {
   if (shape == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "shape must not be NULL");
   if (shape->struct_size == sizeof(lb2_layer_shape)) return LB2_OK;
@@ -205,6 +209,29 @@ lb2_status check_prepacked_buffers(const lb2_prepacked_args& args, int64_t k, in
   const int64_t bytes = element_bytes(args.dtype);
   LB2_RETURN_IF_ERROR(check_rows("input", args.input, args.m, k, args.input_stride, 0, bytes));
   LB2_RETURN_IF_ERROR(check_rows("output", args.output, args.m, n, args.output_stride, n, bytes));
+  return check_workspace(args.workspace, args.workspace_bytes, workspace_bytes);
+}
+
+lb2_status check_int8(const lb2_int8_args* args) noexcept {
+  if (args == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "args must not be NULL");
+  if (args->struct_size != sizeof(lb2_int8_args))
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "args->struct_size must equal sizeof(lb2_int8_args) = %zu, got %" PRIu64
+                " (header and library of different versions?)",
+                sizeof(lb2_int8_args), args->struct_size);
+  LB2_RETURN_IF_ERROR(check_dtype(args->dtype));
+  LB2_RETURN_IF_ERROR(check_tokens(args->m));
+  LB2_RETURN_IF_ERROR(check_columns(args->k));
+  if (args->n < 1 || args->n > kMaxDim) return invalid_size("n", args->n, 1);
+  if (args->scale == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "scale must not be NULL");
+  return check_rows("weight", args->weight, args->n, args->k, args->weight_stride, args->k, 1);
+}
+
+lb2_status check_int8_buffers(const lb2_int8_args& args, int64_t workspace_bytes) noexcept {
+  if (args.m == 0) return LB2_OK;
+  const int64_t bytes = element_bytes(args.dtype);
+  LB2_RETURN_IF_ERROR(check_rows("input", args.input, args.m, args.k, args.input_stride, 0, bytes));
+  LB2_RETURN_IF_ERROR(check_rows("output", args.output, args.m, args.n, args.output_stride, args.n, bytes));
   return check_workspace(args.workspace, args.workspace_bytes, workspace_bytes);
 }
 

@@ -11,6 +11,9 @@ enum class Direction { kForward, kBackward };
 lb2_status check_tokens(int64_t m) noexcept;
 lb2_status check_dtype(lb2_dtype dtype) noexcept;
 
+// Columns of a matrix, in_features of a layer.
+lb2_status check_columns(int64_t k) noexcept;
+
 // A shape that a caller gave, its values included.
 lb2_status check_shape(const lb2_layer_shape* shape) noexcept;
 
@@ -28,5 +31,9 @@ lb2_status check_buffers(const lb2_linear_args& args, Direction direction, int64
 lb2_status check_prepacked(const lb2_prepacked_args* args) noexcept;
 lb2_status check_prepacked_buffers(const lb2_prepacked_args& args, int64_t k, int64_t n,
                                    int64_t workspace_bytes) noexcept;
+
+// Everything in args of an int8 layer but its buffers; then these.
+lb2_status check_int8(const lb2_int8_args* args) noexcept;
+lb2_status check_int8_buffers(const lb2_int8_args& args, int64_t workspace_bytes) noexcept;
 
 }  // namespace lb2

@@ -27,6 +27,14 @@ struct SignRows {
   int64_t words_per_row;
 };
 
+// Rows of a dense int8 matrix.
+struct Int8Rows {
+  const int8_t* values;  // first row; any address
+  int64_t stride;        // bytes between rows
+  int64_t rows;
+  int64_t cols;
+};
+
 struct Kernels {
   // out[i] = float(in[i]) * scale[i] for i < n, and 0 for n <= i < padded (a multiple of kLanes).
   void (*load_scaled)(lb2_dtype dtype, const void* in, const float* scale, int64_t n, int64_t padded,
@@ -42,6 +50,14 @@ struct Kernels {
 
   // out[i] = dtype(in[i]), rounded to nearest even.
   void (*store)(lb2_dtype dtype, const float* in, int64_t n, void* out);
+
+  // out[i] = float(in[i]) for i < n, and 0 for n <= i < padded (a multiple of kLanes).
+  void (*load_padded)(lb2_dtype dtype, const void* in, int64_t n, int64_t padded, float* out);
+
+  // out[t * kTileRows + r] = sum_c rows[r][c] * x[t * x_stride + c], r < rows.rows <= kTileRows, in the order
+  // above; products are not rounded before they are added. x holds rows.cols columns per token, padded with zeros
+  // to a multiple of kLanes. Entries for r >= rows.rows are unspecified.
+  void (*int8_dots)(const Int8Rows& rows, const float* x, int64_t x_stride, int64_t tokens, float* out);
 };
 
 // Each defined by its isa/kernels_<isa>.cpp, where that is built.

@@ -7,7 +7,7 @@
 
 #include "littlebit2/cuda.h"
 #include "torch/arguments.h"
-#include "torch/factors.h"
+#include "torch/dense/factors.h"
 #include "torch/layers.h"
 
 namespace lb2::torch_ops {

@@ -3,9 +3,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include "torch/grouped.h"
+#include "torch/dense/int8.h"
 #include "torch/linear.h"
 #include "torch/prepacked.h"
-#include "torch/unpack.h"
+#include "torch/dense/unpack.h"
 
 // Per path p: v[p] int32 [R, ceil(K/32)], u[p] int32 [N, ceil(R/32)], in_scale[p] [K], latent_scale[p] [R],
 // out_scale[p] [N] (float32). A single-stage layer passes no u and latent_scale, and v[p] [N, ceil(K/32)].
@@ -49,6 +50,8 @@ STABLE_TORCH_LIBRARY(littlebit2, m) {
       "grouped_linear_prepacked(Tensor x, Tensor[] layers, Tensor?[] bias, int[] out_features, int "
       "activation=0) -> Tensor[]");
   m.def("linear_prepacked_backward_x(Tensor grad, Tensor layer, int in_features) -> Tensor");
+  // Dense int8 rows with a scale each: weight int8 [N, K], scale and bias float32 [N].
+  m.def("int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(littlebit2, CPU, m) {
@@ -60,5 +63,6 @@ STABLE_TORCH_LIBRARY_IMPL(littlebit2, CPU, m) {
   m.impl("prepack", TORCH_BOX(&lb2::torch_ops::prepack_cpu));
   m.impl("unprepack", TORCH_BOX(&lb2::torch_ops::unprepack_cpu));
   m.impl("linear_prepacked", TORCH_BOX(&lb2::torch_ops::linear_prepacked_cpu));
+  m.impl("int8_linear", TORCH_BOX(&lb2::torch_ops::int8_linear_cpu));
   m.impl("linear_prepacked_backward_x", TORCH_BOX(&lb2::torch_ops::linear_prepacked_backward_x_cpu));
 }

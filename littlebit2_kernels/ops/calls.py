@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import dense
+from . import dense, int8
 from .autograd import call_operator, requires_grad
 from .library import load_for
 from .operands import Operands
@@ -19,6 +19,7 @@ __all__ = [
     "dense_linear",
     "grouped_linear",
     "grouped_linear_prepacked",
+    "int8_linear",
     "linear",
     "linear_prepacked",
     "triton_linear",
@@ -27,6 +28,9 @@ __all__ = [
 
 #: The lb2_activation (littlebit2.h) of exact sums, which derivatives use.
 _EXACT = 1
+
+#: Most tokens of a call that the native int8 kernel is faster for than widening and torch.matmul.
+_INT8_TOKENS = {torch.float32: 64, torch.float16: 16, torch.bfloat16: 16}
 
 
 def linear(
@@ -156,6 +160,30 @@ def grouped_linear_prepacked(
     return call_operator(
         "grouped_linear_prepacked", x, (list(layers), list(bias)), (sizes, activation), (sizes, _EXACT)
     )
+
+
+def int8_linear(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Apply dense int8 rows: ``y = scale * (x @ weight.T) + bias``.
+
+    On the CPU few tokens go to the native kernel, which reads the int8 weights once and sums in float32. More
+    of them, and other devices, go to torch.matmul on widened rows.
+
+    Args:
+        x: ``[..., K]`` float32, float16 or bfloat16.
+        weight: int8 ``[N, K]``.
+        scale: float32 ``[N]``.
+        bias: float32 ``[N]`` or ``None``.
+
+    Returns:
+        ``[..., N]`` in the dtype of ``x``. Differentiable in ``x`` and ``bias``.
+    """
+    if x.device.type in ("cpu", "meta") and (
+        torch.compiler.is_compiling() or x.numel() <= _INT8_TOKENS[x.dtype] * x.shape[-1]
+    ):
+        return call_operator("int8_linear", x, (weight, scale, bias), (), ())
+    return int8.dequantized_linear(x, weight, scale, bias)
 
 
 def triton_linear(

@@ -4,8 +4,10 @@
 //   static Vec signs(const char* half_word);                       // +-1 from 16 packed signs, bit 1 is -1
 //   template <int kHalf> static Vec word_signs(const char* word);  // the same of the low or high half of a word
 //   static Vec fma(Vec a, Vec b, Vec c);                           // a * b + c; a is +-1, so the product is exact
+//   static Vec fused(Vec a, Vec b, Vec c);                         // a * b + c, rounded once
 //   static Vec mul(Vec, Vec), add(Vec, Vec);
 //   static Vec load_half(const void*), load_bfloat(const void*);
+//   static Vec load_int8(const void*);
 //   void store_half(void*) const, store_bfloat(void*) const;
 //   template <int kCount> static void reduce(const Vec*, float*);  // tree sums of kCount vectors
 //
@@ -42,6 +44,26 @@ void load_scaled(lb2_dtype dtype, const void* in, const float* scale, int64_t n,
   if (dtype == LB2_FLOAT32) return load_scaled_as<load_float, 4>(in, scale, n, padded, out);
   if (dtype == LB2_FLOAT16) return load_scaled_as<load_half, 2>(in, scale, n, padded, out);
   return load_scaled_as<load_bfloat, 2>(in, scale, n, padded, out);
+}
+
+template <LoadVec kLoad, int kBytes>
+void load_padded_as(const void* in, int64_t n, int64_t padded, float* out) {
+  const char* bytes = static_cast<const char*>(in);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) kLoad(bytes + i * kBytes).store(out + i);
+  if (i < n) {
+    char tail[kLanes * kBytes] = {};
+    for (int64_t b = 0; b < (n - i) * kBytes; ++b) tail[b] = bytes[i * kBytes + b];
+    kLoad(tail).store(out + i);
+    i += kLanes;
+  }
+  for (; i < padded; i += kLanes) Vec::zero().store(out + i);
+}
+
+void load_padded(lb2_dtype dtype, const void* in, int64_t n, int64_t padded, float* out) {
+  if (dtype == LB2_FLOAT32) return load_padded_as<load_float, 4>(in, n, padded, out);
+  if (dtype == LB2_FLOAT16) return load_padded_as<load_half, 2>(in, n, padded, out);
+  return load_padded_as<load_bfloat, 2>(in, n, padded, out);
 }
 
 inline void store_vec(lb2_dtype dtype, const Vec& value, void* out) {

@@ -16,17 +16,19 @@ constexpr int kDotRows1 = 4;
 constexpr int kDotRows = 2;
 constexpr int kDotTokens = 3;
 constexpr int kSumTokens = 3;
+constexpr int kInt8Tokens = 1;
 
 // clang-format off: the order matters
 #include "cpu/isa/elementwise_body.h"
 #include "cpu/portable/kernel_body.h"
+#include "cpu/int8/int8_body.h"
 #include "cpu/prepacked/lookup_body.h"
 #include "cpu/prepacked/lookup_avx2_body.h"
 // clang-format on
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {load_scaled, sign_dots, sign_sums, store};
+const Kernels kAvx2Kernels = {load_scaled, sign_dots, sign_sums, store, load_padded, int8_dots};
 const LookupKernels kAvx2Lookup = kLookup;
 
 }  // namespace lb2::cpu

@@ -17,17 +17,19 @@ constexpr int kDotRows1 = 16;
 constexpr int kDotRows = 4;
 constexpr int kDotTokens = 6;
 constexpr int kSumTokens = 8;
+constexpr int kInt8Tokens = 6;
 
 // clang-format off: the order matters
 #include "cpu/isa/elementwise_body.h"
 #include "cpu/portable/kernel_body.h"
+#include "cpu/int8/int8_body.h"
 #include "cpu/prepacked/lookup_body.h"
 #include "cpu/prepacked/lookup_avx512_body.h"
 // clang-format on
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {load_scaled, sign_dots, sign_sums, store};
+const Kernels kAvx512Kernels = {load_scaled, sign_dots, sign_sums, store, load_padded, int8_dots};
 const LookupKernels kAvx512Lookup = kLookup;
 
 }  // namespace lb2::cpu

@@ -13,17 +13,19 @@ constexpr int kDotRows1 = 2;
 constexpr int kDotRows = 2;
 constexpr int kDotTokens = 2;
 constexpr int kSumTokens = 1;
+constexpr int kInt8Tokens = 1;
 
 // clang-format off: the order matters
 #include "cpu/isa/elementwise_body.h"
 #include "cpu/portable/kernel_body.h"
+#include "cpu/int8/int8_body.h"
 #include "cpu/prepacked/lookup_body.h"
 #include "cpu/prepacked/lookup_scalar_body.h"
 // clang-format on
 
 }  // namespace
 
-const Kernels kScalarKernels = {load_scaled, sign_dots, sign_sums, store};
+const Kernels kScalarKernels = {load_scaled, sign_dots, sign_sums, store, load_padded, int8_dots};
 const LookupKernels kScalarLookup = kLookup;
 
 }  // namespace lb2::cpu

@@ -41,6 +41,8 @@ struct Vec {
     return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
   }
 
+  static Vec fused(const Vec& a, const Vec& b, const Vec& c) { return fma(a, b, c); }
+
   static Vec load_half(const void* p) {
     const __m128i* halves = static_cast<const __m128i*>(p);
     return {_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
@@ -48,6 +50,11 @@ struct Vec {
   static Vec load_bfloat(const void* p) {
     const __m128i* values = static_cast<const __m128i*>(p);
     return {widen_bfloat(_mm_loadu_si128(values)), widen_bfloat(_mm_loadu_si128(values + 1))};
+  }
+  static Vec load_int8(const void* p) {
+    const __m128i bytes = _mm_loadu_si128(static_cast<const __m128i*>(p));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
   }
   void store_half(void* p) const {
     __m128i* halves = static_cast<__m128i*>(p);

@@ -31,12 +31,17 @@ struct Vec {
   static Vec mul(const Vec& a, const Vec& b) { return {_mm512_mul_ps(a.lanes, b.lanes)}; }
   static Vec add(const Vec& a, const Vec& b) { return {_mm512_add_ps(a.lanes, b.lanes)}; }
 
+  static Vec fused(const Vec& a, const Vec& b, const Vec& c) { return fma(a, b, c); }
+
   static Vec load_half(const void* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)))};
   }
   static Vec load_bfloat(const void* p) {
     const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16))};
+  }
+  static Vec load_int8(const void* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))))};
   }
   void store_half(void* p) const {
     _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(lanes, _MM_FROUND_TO_NEAREST_INT));

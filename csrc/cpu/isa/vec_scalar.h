@@ -92,6 +92,12 @@ struct Vec {
   }
   static Vec fma(const Vec& a, const Vec& b, const Vec& c) { return add(mul(a, b), c); }
 
+  static Vec fused(const Vec& a, const Vec& b, const Vec& c) {
+    Vec v;
+    for (int i = 0; i < kLanes; ++i) v.lane[i] = __builtin_fmaf(a.lane[i], b.lane[i], c.lane[i]);
+    return v;
+  }
+
   static Vec load_half(const void* p) {
     uint16_t halves[kLanes];
     std::memcpy(halves, p, sizeof halves);
@@ -104,6 +110,13 @@ struct Vec {
     std::memcpy(values, p, sizeof values);
     Vec v;
     for (int i = 0; i < kLanes; ++i) v.lane[i] = float_of(static_cast<uint32_t>(values[i]) << 16);
+    return v;
+  }
+  static Vec load_int8(const void* p) {
+    int8_t values[kLanes];
+    std::memcpy(values, p, sizeof values);
+    Vec v;
+    for (int i = 0; i < kLanes; ++i) v.lane[i] = static_cast<float>(values[i]);
     return v;
   }
   void store_half(void* p) const {

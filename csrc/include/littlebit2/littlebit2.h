@@ -211,6 +211,38 @@ LB2_API lb2_status lb2_prepacked_plan_cpu(const lb2_prepacked_args* args, lb2_pr
  * magnitudes of a chunk sum to more than a float holds. */
 LB2_API lb2_status lb2_prepacked_forward_cpu(const lb2_prepacked_args* args);
 
+/* ---- Dense int8 rows: heads and embeddings beside the packed layers ----
+ *
+ *   y[M,N] = scale[N] * (x[M,K] @ weight[N,K]^T) + bias[N]
+ *
+ * Sums are in fp32, in the order of the calls above: results have the same bits whatever the ISA, the thread
+ * count and the other tokens. Zero-initialize, then set struct_size = sizeof(lb2_int8_args). */
+typedef struct lb2_int8_args {
+  uint64_t struct_size;
+  int64_t m;             /* tokens, >= 0 */
+  int64_t k;             /* in_features, >= 1 */
+  int64_t n;             /* out_features, >= 1 */
+  const int8_t* weight;  /* [N, K] */
+  int64_t weight_stride; /* bytes between rows, >= K; ignored when n == 1 */
+  const float* scale;    /* [N] */
+  const float* bias;     /* [N] or NULL */
+  const void* input;     /* x [M, K] */
+  int64_t input_stride;
+  void* output; /* y [M, N]; may not overlap input */
+  int64_t output_stride;
+  lb2_dtype dtype; /* of input and output */
+  lb2_isa isa;
+  void* workspace; /* at least what lb2_int8_workspace_cpu says */
+  int64_t workspace_bytes;
+  lb2_parallel_for parallel_for; /* NULL runs on the calling thread */
+  void* parallel_context;
+} lb2_int8_args;
+
+/* Bytes of workspace for m tokens of k columns. */
+LB2_API lb2_status lb2_int8_workspace_cpu(int64_t m, int64_t k, int64_t* bytes);
+
+LB2_API lb2_status lb2_int8_forward_cpu(const lb2_int8_args* args);
+
 /* Pack `negative` [rows, cols] (one byte each, non-zero means -1) into words [rows, ceil(cols/32)]. Pad bits
  * are 0. Strides are in elements between rows. */
 LB2_API lb2_status lb2_pack_signs(const uint8_t* negative, int64_t negative_stride, int64_t rows,

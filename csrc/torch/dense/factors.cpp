@@ -1,4 +1,4 @@
-#include "torch/factors.h"
+#include "torch/dense/factors.h"
 
 namespace lb2::torch_ops {
 namespace {

@@ -1,4 +1,4 @@
-#include "torch/unpack.h"
+#include "torch/dense/unpack.h"
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "torch/factors.h"
+#include "torch/dense/factors.h"
 
 namespace lb2::torch_ops {
 namespace {
