@@ -9,7 +9,7 @@ import torch
 
 from littlebit2_kernels import Int8Embedding, Int8Linear
 from littlebit2_kernels._native import core
-from littlebit2_kernels.int8 import dequantize_rows, quantize_rows
+from littlebit2_kernels.rounding import dequantize_rows, quantize_rows
 from littlebit2_kernels.ops import calls, library
 from littlebit2_kernels.ops.int8 import dequantized_linear
 

@@ -6,7 +6,7 @@ from .describe import describe
 from .errors import CheckpointError
 from .reader import Checkpoint, looks_packed, open_checkpoint
 from .side_files import SideFiles, find_side_files
-from .specs import ColumnsSpec, LayerSpec, SalientColumns
+from .specs import ColumnsSpec, Int8Spec, LayerSpec, SalientColumns
 from .writer import CheckpointWriter, quantization_config
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "CheckpointWriter",
     "ColumnsSpec",
     "DenseCheckpoint",
+    "Int8Spec",
     "LayerSpec",
     "SalientColumns",
     "SideFiles",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,20 +69,31 @@ def export_upstream(checkpoint: Checkpoint, out: str | Path, *, overwrite: bool 
     return found
 
 
-def convert(source: str | Path, out: str | Path, to: str, *, overwrite: bool = False) -> SideFiles:
+def convert(
+    source: str | Path,
+    out: str | Path,
+    to: str,
+    *,
+    int8: Collection[str] = (),
+    left_out: Collection[str] = (),
+    overwrite: bool = False,
+) -> SideFiles:
     """Convert a checkpoint directory, one layer in memory at a time.
 
     Args:
         source: a checkpoint of any layout that is read, with packed layers.
         out: directory to make; must not exist (or be empty) unless ``overwrite``.
         to: ``"littlebit2"`` (ours) or ``"littlebit"`` (the authors').
+        int8: full names of dense matrices that become int8 rows, in our layout only; those of heads and
+            embeddings are found by :func:`littlebit2.integrations.rows.int8_tensors`.
+        left_out: full names of dense tensors that are not written.
         overwrite: replace an existing checkpoint directory, at the end.
 
     Returns:
         Which of the files beside the weights were copied, and which were not and why.
 
     Raises:
-        ValueError: ``to`` is unknown.
+        ValueError: ``to`` is unknown, or ``int8`` is given for the authors' layout.
         CheckpointError: ``source`` is malformed, has no packed layer, or does not fit the target layout.
         FileExistsError: ``out`` exists, and ``overwrite`` is off or it is no checkpoint.
     """
@@ -92,6 +103,8 @@ def convert(source: str | Path, out: str | Path, to: str, *, overwrite: bool = F
         if not checkpoint.layers:
             raise CheckpointError(f"{checkpoint.path}: expected packed layers, got {_got(checkpoint)}")
         if to == "littlebit":
+            if int8:
+                raise ValueError("to must be 'littlebit2' for int8 rows, got 'littlebit'")
             return export_upstream(checkpoint, out, overwrite=overwrite)
         config = dict(checkpoint.config)
         if checkpoint.format != "littlebit2":
@@ -100,13 +113,16 @@ def convert(source: str | Path, out: str | Path, to: str, *, overwrite: bool = F
             if kept:
                 config[KEPT_SETTINGS] = kept
         replaces = find_side_files(checkpoint.path).copied
-        with CheckpointWriter(out, config, overwrite=overwrite, replaces=replaces) as writer:
+        with CheckpointWriter(out, config, int8=int8, overwrite=overwrite, replaces=replaces) as writer:
             for name in checkpoint.layers:
                 writer.add_layer(name, checkpoint.load_layer(name))
             for name in checkpoint.columns:
                 writer.add_columns(name, checkpoint.load_columns(name))
+            for name in checkpoint.int8:
+                writer.add_int8(name, *checkpoint.load_int8(name))
             for name in checkpoint.dense:
-                writer.add_tensor(name, checkpoint.load_tensor(name))
+                if name not in left_out:
+                    writer.add_tensor(name, checkpoint.load_tensor(name))
             found = writer.copy_side_files(checkpoint.path)
             writer.finish()
     return found
@@ -124,6 +140,8 @@ def _unfit(checkpoint: Checkpoint) -> Iterator[str]:
         yield "there is no packed layer"
     for name, columns in checkpoint.columns.items():
         yield f"layer {name}: expected no dense columns, got {columns.count} salient ones"
+    for name in checkpoint.int8:
+        yield f"{name}: expected a dense matrix, got int8 rows"
     counts = {spec.shape.num_paths for spec in checkpoint.layers.values()}
     if len(counts) > 1:
         yield f"expected the same number of paths in every layer, got {sorted(counts)}"

@@ -17,10 +17,11 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
     Keys: ``path``, ``format``, ``model_type``, ``layers`` (by name: ``in_features``, ``out_features``,
     ``ranks``, ``shares``, ``bias``, ``salient_columns``, ``counted_bpw``, ``stored_bpw``, ``bytes``),
+    ``int8`` (heads and embeddings in int8 rows, by name: ``rows``, ``columns``, ``bytes``),
     ``dense`` (by name: ``shape``, ``dtype``, ``bytes``), ``totals`` (``layers``, ``packed_weights``,
     ``dense_parameters``, ``counted_bpw``, ``stored_bpw``, both over the packed layers, and ``bytes``:
-    ``packed``, ``scales``, ``salient``, ``bias``, ``other``, ``dense``, ``all``), ``metadata``, ``tied`` and
-    ``problems``.
+    ``packed``, ``scales``, ``salient``, ``bias``, ``other``, ``int8``, ``dense``, ``all``), ``metadata``,
+    ``tied`` and ``problems``.
 
     Counted bits are the papers' (16 for an entry of a scale or of a salient column, 32 for the index of a
     column); stored ones are those of the files, scales in their stored dtypes and padding included, biases
@@ -62,6 +63,11 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         for name, entry in checkpoint.files.entries.items()
         if name in checkpoint.dense
     }
+    int8 = {
+        name: {"rows": spec.rows, "columns": spec.columns, "bytes": spec.stored_bytes}
+        for name, spec in checkpoint.int8.items()
+    }
+    sizes["int8"] = sum(spec.stored_bytes for spec in checkpoint.int8.values())
     sizes["dense"] = sum(checkpoint.files.entries[name].nbytes for name in other)
     sizes["all"] = sum(sizes.values())
     return {
@@ -69,6 +75,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "format": checkpoint.format,
         "model_type": checkpoint.config.get("model_type"),
         "layers": layers,
+        "int8": int8,
         "dense": other,
         "totals": {
             "layers": len(layers),

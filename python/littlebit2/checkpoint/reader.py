@@ -24,6 +24,8 @@ from .checksums import matches
 from .errors import CheckpointError
 from .files import TensorFiles, contained, open_files
 from .formats import (
+    INT8_SCALE,
+    INT8_WEIGHT,
     LAYOUTS,
     StoredColumns,
     StoredLayer,
@@ -31,15 +33,16 @@ from .formats import (
     build_layer,
     find_layers,
     has_packed,
+    module_prefix,
     natural_order,
 )
 from .formats.littlebit import authors_settings
 from .headers import TensorEntry
 from .jsonfile import read_object
 from .settings import QUANT_METHOD, check_layers, check_version, is_ours, summary
-from .specs import ColumnsSpec, LayerSpec, SalientColumns
+from .specs import ColumnsSpec, Int8Spec, LayerSpec, SalientColumns
 
-__all__ = ["Checkpoint", "looks_packed", "open_checkpoint"]
+__all__ = ["Checkpoint", "int8_names", "looks_packed", "open_checkpoint"]
 
 
 class Checkpoint:
@@ -54,6 +57,7 @@ class Checkpoint:
         layers: packed layers by module name, in the order of the model.
         columns: layers that have dense columns beside their packed part, by module name. The packed part is
             in ``layers``, under the name :attr:`.ColumnsSpec.layer`.
+        int8: heads and embeddings in int8 rows, by module name.
         dense: every other tensor by full name: its shape and dtype.
         metadata: quantization settings that were found (the authors' ``quant_func``, ``eff_bit``, ...), with
             ``source`` (the file) and, where Phi's fused projection was split, ``split_qkv`` (true).
@@ -68,6 +72,7 @@ class Checkpoint:
     config: dict[str, Any]
     layers: Mapping[str, LayerSpec]
     columns: Mapping[str, ColumnsSpec]
+    int8: Mapping[str, Int8Spec]
     dense: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
     metadata: dict[str, Any]
     problems: list[str]
@@ -82,7 +87,7 @@ class Checkpoint:
         ours = is_ours(self.config, str(path / "config.json"))
         if ours:
             check_version(self.config["quantization_config"], str(path / "config.json"))
-        self.stored, self.stored_columns = self._examine(ours)
+        self.stored, self.stored_columns, self.int8 = self._examine(ours)
         self.layers = {name: layer.spec for name, layer in self.stored.items()}
         self.columns = {name: columns.spec for name, columns in self.stored_columns.items()}
         held = {entry.name for layer in self.stored.values() for entry in layer.tensors.values()}
@@ -90,6 +95,7 @@ class Checkpoint:
         held.update(
             entry.name for columns in self.stored_columns.values() for entry in columns.entries.values()
         )
+        held.update(name for module in self.int8 for name in int8_names(module))
         self.dense = {
             name: (files.entries[name].shape, files.entries[name].dtype)
             for name in sorted(files.entries, key=natural_order)
@@ -99,7 +105,7 @@ class Checkpoint:
         self.metadata = self._settings(ours)
         if ours:
             where = str(path / "config.json")
-            check_layers(self.config["quantization_config"], self.layers, self.columns, where)
+            check_layers(self.config["quantization_config"], self.layers, self.columns, self.int8, where)
         self._remark()
 
     def __enter__(self) -> Checkpoint:
@@ -146,6 +152,26 @@ class Checkpoint:
             )
         stored = self.stored_columns[name]
         return build_columns(stored, self.files.read(entry.name for entry in stored.entries.values()))
+
+    def load_int8(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read one head or embedding into memory of its own, on the CPU.
+
+        Args:
+            name: a key of :attr:`int8`.
+
+        Returns:
+            int8 ``[rows, columns]`` and float32 ``[rows]``; a row is its int8 values times its scale.
+
+        Raises:
+            KeyError: there is no such module.
+            CheckpointError: a scale is not finite, or the tensors cannot be read.
+        """
+        if name not in self.int8:
+            raise KeyError(f"name must be int8 rows of {self.path}, got {name!r}; {_some(self.int8)}")
+        weight, scale = (self.files.read_own(one) for one in int8_names(name))
+        if not bool(torch.isfinite(scale).all()):
+            raise CheckpointError(f"{self.path}: {name}: {INT8_SCALE} must be finite, got NaN or infinity")
+        return weight, scale
 
     def load_tensor(self, name: str) -> torch.Tensor:
         """Return one dense tensor, in its stored dtype, memory-mapped.
@@ -196,12 +222,13 @@ class Checkpoint:
         )
         if declared is None:
             declared = config.get("model_type") in TIED_BY_DEFAULT
-        embedding = next((name for name in self.dense if name.endswith(EMBEDDING_WEIGHTS)), None)
+        matrices = [*self.dense, *(f"{name}.weight" for name in self.int8)]
+        embedding = next((name for name in matrices if name.endswith(EMBEDDING_WEIGHTS)), None)
         if declared is not True or embedding is None:
             return {}
         masked = any(name.startswith(f"{MASKED_HEAD.rpartition('.')[0]}.") for name in self.dense)
         head = MASKED_HEAD if masked else CAUSAL_HEAD
-        if f"{head}.weight" in self.dense or head in self.layers:
+        if f"{head}.weight" in matrices or head in self.layers:
             return {}
         return {f"{head}.weight": embedding}
 
@@ -211,16 +238,19 @@ class Checkpoint:
             return None
         return read_object(contained(self.path, name))
 
-    def _examine(self, ours: bool) -> tuple[dict[str, StoredLayer], dict[str, StoredColumns]]:
-        found, columns, faults, unknown = find_layers(self.files.entries, self._read_ints, strict=ours)
-        self._other = bool(unknown) and not found and self._other_method() is not None
+    def _examine(
+        self, ours: bool
+    ) -> tuple[dict[str, StoredLayer], dict[str, StoredColumns], dict[str, Int8Spec]]:
+        found = find_layers(self.files.entries, self._read_ints, strict=ours)
+        faults, unknown = found.faults, found.unknown
+        self._other = bool(unknown) and not found.layers and self._other_method() is not None
         if unknown and not self._other:
             known = ", ".join(layout.name for layout in LAYOUTS)
             what = f"expected packed layers of a layout that is read ({known}), got what looks like others"
             faults = [f"{what}: {unknown[0]}", *unknown[1:], *faults]
         if faults:
             raise CheckpointError(f"{self.path}: {summary(faults)}")
-        return found, columns
+        return found.layers, found.columns, found.int8
 
     def _other_method(self) -> str | None:
         """The ``quant_method`` of a quantization of another kind than those that are read here."""
@@ -281,6 +311,12 @@ class Checkpoint:
             )
         if self.metadata.get("source") and self.format == "dense":
             self.problems.append("quantization settings were found, but no packed layer")
+
+
+def int8_names(module: str) -> tuple[str, str]:
+    """Full names of the rows and the scales of a module in int8."""
+    prefix = module_prefix(module)
+    return prefix + INT8_WEIGHT, prefix + INT8_SCALE
 
 
 def _some(names: Mapping[str, object]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from littlebit2_kernels.format import FORMAT_VERSION
@@ -24,7 +24,9 @@ QUANT_METHOD = "littlebit2"
 PACK = "i32-lsb-neg1"
 
 
-def quantization_config(layers: Any, modules_to_not_convert: Any, columns: Any = ()) -> dict[str, Any]:
+def quantization_config(
+    layers: Any, modules_to_not_convert: Any, columns: Any = (), int8: Any = ()
+) -> dict[str, Any]:
     """See :func:`littlebit2.checkpoint.quantization_config`."""
     ranks: dict[str, list[int]] = {}
     single_stage: list[str] = []
@@ -48,6 +50,7 @@ def quantization_config(layers: Any, modules_to_not_convert: Any, columns: Any =
         "shares": shares,
         "modules_to_not_convert": list(modules_to_not_convert),
         **({"salient_columns": salient} if salient else {}),
+        **({"int8": list(int8)} if int8 else {}),
     }
 
 
@@ -83,17 +86,29 @@ def check_layers(
     quantization: Mapping[str, Any],
     layers: Mapping[str, LayerSpec],
     columns: Mapping[str, ColumnsSpec],
+    int8: Collection[str],
     where: str,
 ) -> None:
-    """Raise unless ranks, shares and salient columns of the config are those of the tensors."""
-    kinds: dict[str, type] = {"ranks": dict, "shares": dict, "salient_columns": dict, "single_stage": list}
+    """Raise unless ranks, shares, salient columns and int8 rows of the config are those of the tensors."""
+    kinds: dict[str, type] = {
+        "ranks": dict,
+        "shares": dict,
+        "salient_columns": dict,
+        "single_stage": list,
+        "int8": list,
+    }
     given = {key: quantization.get(key, kind()) for key, kind in kinds.items()}
     for key, kind in kinds.items():
         if not isinstance(given[key], kind):
             what = "an object" if kind is dict else "a list"
             raise CheckpointError(f"{where}: {key} must be {what}, got {type(given[key]).__name__}")
     single_stage = given["single_stage"]
-    faults = []
+    faults = [
+        f"int8 rows of {name!r:.200}: expected tensors, as the config says, got none"
+        for name in given["int8"]
+        if name not in int8
+    ]
+    faults += [f"int8 rows of {name}: expected in int8" for name in int8 if name not in given["int8"]]
     actual = quantization_config(layers.values(), [], columns.values())
     for key in ("ranks", "shares", "salient_columns"):
         declared, there = given[key], actual.get(key, {})

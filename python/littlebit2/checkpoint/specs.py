@@ -8,7 +8,7 @@ import torch
 
 from littlebit2_kernels.format import LayerShape
 
-__all__ = ["ColumnsSpec", "LayerSpec", "SalientColumns", "packed_part"]
+__all__ = ["ColumnsSpec", "Int8Spec", "LayerSpec", "SalientColumns", "packed_part"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,26 @@ class ColumnsSpec:
     def layer(self) -> str:
         """Name of the packed part."""
         return packed_part(self.name)
+
+
+@dataclass(frozen=True)
+class Int8Spec:
+    """A head or an embedding in int8 rows, known from tensor headers alone.
+
+    Attributes:
+        name: module path.
+        rows: N, or the number of embeddings.
+        columns: K, or the dimension of an embedding.
+    """
+
+    name: str
+    rows: int
+    columns: int
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the rows and their float32 scales."""
+        return self.rows * (self.columns + 4)
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ import torch
 from littlebit2.architecture.names import CAUSAL_HEAD
 from littlebit2.disk import StagedDirectory, write_json
 from littlebit2_kernels.format import FORMAT_VERSION, PackedLinear
+from littlebit2_kernels.rounding import quantize_rows
 from littlebit2_kernels.state import packed_to_state
 
 from . import settings
-from .formats import SALIENT_IDX, SALIENT_WEIGHT, module_prefix, split_name
+from .formats import INT8_SCALE, INT8_WEIGHT, SALIENT_IDX, SALIENT_WEIGHT, module_prefix, split_name
 from .shards import ShardedTensors
 from .side_files import SideFiles, copy_side_files
 from .specs import ColumnsSpec, LayerSpec, SalientColumns, packed_part
@@ -29,16 +30,18 @@ def quantization_config(
     layers: Iterable[LayerSpec],
     modules_to_not_convert: Sequence[str],
     columns: Iterable[ColumnsSpec] = (),
+    int8: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Return the ``quantization_config`` entry of config.json.
 
     Keys: ``quant_method`` (``"littlebit2"``), ``format_version``, ``pack`` (``"i32-lsb-neg1"``), ``ranks``
     (two-stage layers: ``{name: [R, ...]}``), ``single_stage`` (list of the names of single-stage layers),
     ``shares`` (``{name: [leader, ...]}``, only for layers where some path shares a first stage and for
-    single-stage layers of several paths), ``modules_to_not_convert`` (list) and, only where there are layers
-    with salient columns, ``salient_columns`` (``{name: S}``).
+    single-stage layers of several paths), ``modules_to_not_convert`` (list) and, only where there are such,
+    ``salient_columns`` (``{name: S}``, layers with salient columns) and ``int8`` (list of the names of heads
+    and embeddings in int8 rows).
     """
-    return settings.quantization_config(layers, modules_to_not_convert, columns)
+    return settings.quantization_config(layers, modules_to_not_convert, columns, list(int8))
 
 
 class CheckpointWriter:
@@ -52,6 +55,7 @@ class CheckpointWriter:
         out: directory to make; must not exist (or be empty) unless ``overwrite``.
         config: contents of config.json; its ``quantization_config`` is replaced, except that a
             ``modules_to_not_convert`` in it is kept.
+        int8: full names of dense matrices that are rounded to int8 rows when they are added.
         max_shard_bytes: size at which a new shard is begun.
         overwrite: replace an existing checkpoint directory, at the end.
         replaces: further files of an existing checkpoint that may go, see
@@ -68,6 +72,7 @@ class CheckpointWriter:
         out: str | Path,
         config: dict[str, Any],
         *,
+        int8: Collection[str] = (),
         max_shard_bytes: int = MAX_SHARD_BYTES,
         overwrite: bool = False,
         replaces: Collection[str] = (),
@@ -79,6 +84,8 @@ class CheckpointWriter:
         self._config = dict(config)
         self._layers: list[LayerSpec] = []
         self._columns: list[ColumnsSpec] = []
+        self._to_int8 = frozenset(int8)
+        self._int8: list[str] = []
         self._matrices: list[str] = []
         self._staged = StagedDirectory(out, overwrite=overwrite, replaces=replaces)
         self._tensors = ShardedTensors(
@@ -142,16 +149,37 @@ class CheckpointWriter:
         self._columns.append(ColumnsSpec(name, *expected))
 
     def add_tensor(self, name: str, tensor: torch.Tensor) -> None:
-        """Write a dense tensor under its full name, in its dtype.
+        """Write a dense tensor under its full name, in its dtype or, if it was named so, as int8 rows.
 
         Raises:
             TypeError: it is no dense tensor, or of a dtype that safetensors cannot hold.
-            ValueError: ``name`` was added before, or the tensor is on the meta device.
+            ValueError: ``name`` was added before, the tensor is on the meta device, or one that is to be
+                rounded holds values that are not finite.
         """
+        if name in self._to_int8:
+            try:
+                return self.add_int8(split_name(name)[0], *quantize_rows(tensor))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}: {error}") from error
         self._tensors.add({name: tensor})
         module, leaf = split_name(name)
         if leaf == "weight" and tensor.dim() == 2:
             self._matrices.append(module)
+
+    def add_int8(self, name: str, weight: torch.Tensor, scale: torch.Tensor) -> None:
+        """Write a head or an embedding in int8 rows.
+
+        Args:
+            name: its module path.
+            weight: int8 ``[rows, columns]``.
+            scale: float32 ``[rows]``.
+
+        Raises:
+            ValueError: ``name`` was added before.
+        """
+        prefix = module_prefix(name)
+        self._tensors.add({prefix + INT8_WEIGHT: weight, prefix + INT8_SCALE: scale})
+        self._int8.append(name)
 
     def copy_side_files(self, source: str | Path) -> SideFiles:
         """Copy what lies beside the weights of a model, see :func:`.find_side_files`.
@@ -178,8 +206,9 @@ class CheckpointWriter:
         if self._layers:
             given = self._config.get("quantization_config")
             dense = given.get("modules_to_not_convert") if isinstance(given, dict) else None
+            dense = self._dense_modules() if dense is None else dense
             self._config["quantization_config"] = quantization_config(
-                self._layers, self._dense_modules() if dense is None else dense, self._columns
+                self._layers, [one for one in dense if one not in self._int8], self._columns, self._int8
             )
         write_json(self._staged.path / "config.json", self._config)
         self._staged.publish()

@@ -57,7 +57,7 @@ def _run(args: argparse.Namespace) -> int:
             f"{totals['counted_bpw']:.4f} bpw, stored {totals['stored_bpw']:.4f} bpw"
         )
     size = totals["bytes"]
-    parts = ("packed", "scales", "salient", "bias", "other", "dense", "all")
+    parts = ("packed", "scales", "salient", "bias", "other", "int8", "dense", "all")
     emit(", ".join(f"{part} {gigabytes(size[part])}" for part in parts if part != "salient" or size[part]))
     for name, source in found["tied"].items():
         emit(f"tied: {name} is {source}")

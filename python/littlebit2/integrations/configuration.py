@@ -18,7 +18,7 @@ METHOD = "littlebit2"
 #: Arguments that say how a model is loaded and run, and are not stored.
 RUN_SETTINGS = ("backend", "activation", "prepack", "fuse", "source")
 #: Entries that say which layers are packed and how.
-STRUCTURE = ("ranks", "single_stage", "shares", "modules_to_not_convert", "salient_columns")
+STRUCTURE = ("ranks", "single_stage", "shares", "modules_to_not_convert", "salient_columns", "int8")
 PACK = "i32-lsb-neg1"
 
 
@@ -33,6 +33,7 @@ class LittleBit2Config(QuantizationConfigMixin):
         modules_to_not_convert: linear modules that stayed dense.
         salient_columns: number of dense columns of the layers that have some (:class:`.SalientLinear`); their
             packed part is the layer ``NAME.linear``.
+        int8: names of the head and the embedding where they are in int8 rows.
         format_version: version of the packed format.
         pack: name of the packing.
         backend: backend for every layer, see :func:`littlebit2_kernels.littlebit_linear`; not stored.
@@ -56,6 +57,7 @@ class LittleBit2Config(QuantizationConfigMixin):
         shares: Mapping[str, Sequence[int]] | None = None,
         modules_to_not_convert: Sequence[str] | None = (),
         salient_columns: Mapping[str, int] | None = None,
+        int8: Sequence[str] = (),
         format_version: int = FORMAT_VERSION,
         pack: str = PACK,
         *,
@@ -87,6 +89,7 @@ class LittleBit2Config(QuantizationConfigMixin):
         self.shares = {name: list(values) for name, values in (shares or {}).items()}
         self.modules_to_not_convert = list(modules_to_not_convert or ())
         self.salient_columns = dict(salient_columns or {})
+        self.int8 = list(int8)
         self.format_version = format_version
         self.pack = pack
         self.backend = backend
@@ -101,10 +104,11 @@ class LittleBit2Config(QuantizationConfigMixin):
         layers: Mapping[str, LayerSpec],
         modules_to_not_convert: Sequence[str] = (),
         columns: Mapping[str, ColumnsSpec] | None = None,
+        int8: Sequence[str] = (),
         **how: Any,
     ) -> LittleBit2Config:
         """Make the configuration of the given layers; ``how`` are the arguments that are not stored."""
-        stored = quantization_config(layers.values(), modules_to_not_convert, (columns or {}).values())
+        stored = quantization_config(layers.values(), modules_to_not_convert, (columns or {}).values(), int8)
         return cls(**stored, **how)
 
     def run_as(self, given: LittleBit2Config) -> LittleBit2Config:
@@ -138,6 +142,7 @@ class LittleBit2Config(QuantizationConfigMixin):
             "shares": {name: list(values) for name, values in self.shares.items()},
             "modules_to_not_convert": list(self.modules_to_not_convert),
             **({"salient_columns": dict(self.salient_columns)} if self.salient_columns else {}),
+            **({"int8": list(self.int8)} if self.int8 else {}),
         }
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:

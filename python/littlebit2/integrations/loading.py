@@ -93,7 +93,9 @@ def load(
         if checkpoint.layers:
             skipped = (checkpoint.config.get("quantization_config") or {}).get("modules_to_not_convert") or ()
             config.quantization_config = {
-                **LittleBit2Config.from_layers(checkpoint.layers, skipped, checkpoint.columns).to_dict(),
+                **LittleBit2Config.from_layers(
+                    checkpoint.layers, skipped, checkpoint.columns, tuple(checkpoint.int8)
+                ).to_dict(),
                 **how,
             }
         with _quiet(), no_bars_in_logs(), reusing(checkpoint):

@@ -28,6 +28,7 @@ from littlebit2_kernels import LittleBitLinear, packed_from_state
 from littlebit2_kernels.format import LayerShape
 
 from .configuration import METHOD, STRUCTURE, LittleBit2Config
+from .int8 import drop_ties, int8_names_of, place_rows
 from .modules import (
     FusedLinear,
     PendingLinear,
@@ -100,6 +101,12 @@ class LittleBit2Quantizer(HfQuantizer):
                     f"{checkpoint.path}: quantization_config names layers that have no tensors: "
                     f"{', '.join(absent)}"
                 )
+            absent = sorted({*config.int8} - {*checkpoint.int8})
+            if absent:
+                raise CheckpointError(
+                    f"{checkpoint.path}: quantization_config names int8 rows that have no tensors: "
+                    f"{', '.join(absent)}"
+                )
             columns = {one.layer: name for name, one in checkpoint.columns.items()}
             wholes = [columns.get(name, name) for name in layers]
             modules = names.modules(wholes, checkpoint.dense, model)
@@ -119,6 +126,12 @@ class LittleBit2Quantizer(HfQuantizer):
             typed = place.module in self._asked
             module = PendingLinear(place.spec) if pending else config.make_layer(place.spec, "meta", typed)
             kept.put(place.module, module)
+        if checkpoint is not None and checkpoint.int8:
+            place_rows(model, checkpoint, names, kept)
+        elif config.int8:
+            raise CheckpointError(
+                f"{config.int8[0]} has int8 rows, which are read from files only, got a state dict"
+            )
         for name, (parent, parts) in fused_parents(self._places).items():
             kept.put(name, FusedLinear(model.get_submodule(parent), parts))
         collapse(model, replaced)
@@ -203,6 +216,7 @@ class LittleBit2Quantizer(HfQuantizer):
             [spec_of(name, layer) for name, layer in layers_of(model).items()],
             [name for name, module in model.named_modules() if type(module) is nn.Linear],
             columns_of(model).values(),
+            int8_names_of(model),
         )
         config = self.quantization_config
         for key in STRUCTURE:
@@ -253,6 +267,7 @@ def attach(model: Any) -> None:
     layers = layers_of(model)
     if not layers:
         raise ValueError("model must hold at least one LittleBitLinear, got none")
+    drop_ties(model)
     config = LittleBit2Config.from_layers({name: spec_of(name, layer) for name, layer in layers.items()})
     quantizer = LittleBit2Quantizer(config)
     quantizer._update_config(model)
@@ -263,7 +278,7 @@ def attach(model: Any) -> None:
 
 
 def _state_to_save(model: Any) -> dict[str, torch.Tensor]:
-    layers = {*layers_of(model), *columns_of(model)}
+    layers = {*layers_of(model), *columns_of(model), *int8_names_of(model)}
     packed: dict[str, torch.Tensor] = {}
     dense: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():

@@ -2,11 +2,14 @@
 
 from .build import build_layer
 from .columns import SALIENT_IDX, SALIENT_WEIGHT, StoredColumns, build_columns
+from .int8 import INT8_SCALE, INT8_WEIGHT
 from .layout import Layout, StoredLayer
 from .names import module_prefix, natural_order, split_name
 from .registry import LAYOUTS, find_layers, has_packed
 
 __all__ = [
+    "INT8_SCALE",
+    "INT8_WEIGHT",
     "LAYOUTS",
     "SALIENT_IDX",
     "SALIENT_WEIGHT",
