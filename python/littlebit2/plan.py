@@ -21,7 +21,15 @@ from littlebit2_kernels.format import LayerShape
 from ._messages import hub_hint
 from .architecture.names import CAUSAL_HEAD
 from .architecture.parts import Whole
-from .architecture.select import DEFAULT_EXCLUDE, check_patterns, is_selected, nothing_selected
+from .architecture.select import (
+    DEFAULT_EXCLUDE,
+    INT8,
+    KEEP,
+    check_patterns,
+    check_rows,
+    is_selected,
+    nothing_selected,
+)
 from .architecture.shapes import DenseShape, Kind, LinearShape, ModelShapes, model_shapes
 from .architecture.tensors import LayerSource, select_layers
 from .checkpoint import open_dense
@@ -122,6 +130,7 @@ class ModelPlan:
         left_dense: linear layers that are not packed: heads, excluded ones, and those too small for the bits.
         reasons: names of matrices that stay dense, by why they do; empty where the model was not built.
         notes: remarks for the user.
+        int8: names of modules in int8 rows, by what they are: ``"heads"`` and ``"embeddings"``.
     """
 
     shapes: ModelShapes
@@ -129,14 +138,15 @@ class ModelPlan:
     left_dense: tuple[LinearShape, ...]
     reasons: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    int8: Mapping[str, str] = field(default_factory=dict)
 
     def bytes(self) -> dict[str, float]:
         """Return the parts and the totals.
 
         Parts: ``linear_fp16`` (the packed layers before), ``signs_and_scales_counted`` (the papers' count),
         ``words``, ``scales_fp16``, ``scales_fp32``, ``embeddings``, ``norms``, ``biases``, ``heads`` and
-        ``other_matrices`` (dense linear layers, convolutions and the like), the last five in fp16. Totals:
-        ``model_fp16`` (the dense model); ``total_counted`` (counted bits and all dense tensors);
+        ``other_matrices`` (dense linear layers, convolutions and the like), the last five in fp16 but for
+        int8 rows. Totals: ``model_fp16`` (the dense model); ``total_counted`` (counted bits and all else);
         ``total_fp16_scales`` and ``total`` (words and scales, float32 as loaded, and all dense tensors);
         ``total_without_embeddings`` (``total`` without embeddings and head).
         """
@@ -158,7 +168,7 @@ class ModelPlan:
         packed = parts["words"] + parts["scales_fp32"]
         return {
             **parts,
-            "model_fp16": parts["linear_fp16"] + dense,
+            "model_fp16": parts["linear_fp16"] + dense + self._saved_by_int8(),
             "total_counted": parts["signs_and_scales_counted"] + dense,
             "total_fp16_scales": parts["words"] + parts["scales_fp16"] + dense,
             "total": packed + dense,
@@ -180,11 +190,23 @@ class ModelPlan:
 
     def _dense_bytes(self, kind: str) -> float:
         tensors: Sequence[DenseShape] = self.shapes.dense
-        return float(sum(prod(t.shape) for t in tensors if t.kind == kind) * _DENSE_BYTES)
+        return float(sum(self._bytes_of(t.name, t.shape) for t in tensors if t.kind == kind))
 
     def _linear_bytes(self, *, is_head: bool) -> float:
-        sizes = (s.in_features * s.out_features for s in self.left_dense if s.is_head == is_head)
-        return float(sum(sizes) * _DENSE_BYTES)
+        chosen = (s for s in self.left_dense if s.is_head == is_head)
+        return float(sum(self._bytes_of(f"{s.name}.weight", (s.out_features, s.in_features)) for s in chosen))
+
+    def _bytes_of(self, name: str, shape: Sequence[int]) -> int:
+        if name.removesuffix(".weight") in self.int8.values():
+            return shape[0] * (shape[1] + _SCALE_BYTES["fp32"])
+        return prod(shape) * _DENSE_BYTES
+
+    def _saved_by_int8(self) -> float:
+        matrices = {t.name: tuple(t.shape) for t in self.shapes.dense}
+        matrices |= {f"{s.name}.weight": (s.out_features, s.in_features) for s in self.left_dense}
+        return float(
+            sum(prod(shape) * _DENSE_BYTES - self._bytes_of(name, shape) for name, shape in matrices.items())
+        )
 
     def _biases(self) -> float:
         return float(sum(s.out_features for s in self.shapes.linears if s.bias) * _DENSE_BYTES)
@@ -196,6 +218,8 @@ def plan_model(
     *,
     include: str | Sequence[str] = "*",
     exclude: str | Sequence[str] = DEFAULT_EXCLUDE,
+    head: str = KEEP,
+    embedding: str = KEEP,
     allocation: Mapping[str, RankAllocation] | None = None,
 ) -> ModelPlan:
     """Plan the quantization of a model.
@@ -206,6 +230,8 @@ def plan_model(
         config: bits per weight or ranks, paths, ``kv_factor``.
         include: shell-style pattern or patterns of linear layers to pack.
         exclude: likewise, of layers that stay dense; wins.
+        head: ``"keep"`` or ``"int8"``, as for :func:`.quantize_checkpoint`.
+        embedding: likewise.
         allocation: ranks by layer where they depend on the weights (``budget="spectral"``, ``energy``), from
             :func:`littlebit2.offline.measure_ranks`.
 
@@ -215,7 +241,17 @@ def plan_model(
             fits none of them or is more than any can use.
     """
     includes, excludes = check_patterns("include", include), check_patterns("exclude", exclude)
-    shapes, chosen, dense_by, notes = _outline(source, includes, excludes)
+    check_rows(head, embedding)
+    shapes, chosen, dense_by, notes, model = _outline(source, includes, excludes)
+    int8: dict[str, str] = {}
+    if (head, embedding) != (KEEP, KEEP):
+        if model is None:
+            raise ValueError("head and embedding can be int8 only in a model that transformers can build")
+        from .architecture.int8 import find_rows  # noqa: PLC0415  # imports the kernels
+
+        rows = find_rows(model, head=head == INT8, embedding=embedding == INT8)
+        named = {"heads": rows.head, "embeddings": rows.embedding}
+        int8 = {kind: name for kind, name in named.items() if name is not None}
     selected = [shape for shape in shapes.linears if shape.name in chosen]
     if not selected:
         raise ValueError(nothing_selected(includes, excludes))
@@ -236,16 +272,16 @@ def plan_model(
             shape.name for shape in selected if small[shape] is not None
         )
     listed = {reason: tuple(names) for reason, names in reasons.items() if names}
-    return ModelPlan(shapes, layers, tuple(dense), listed, tuple(notes))
+    return ModelPlan(shapes, layers, tuple(dense), listed, tuple(notes), int8)
 
 
-_Outline = tuple[ModelShapes, set[str], Mapping[str, str], Sequence[str]]
+_Outline = tuple[ModelShapes, set[str], Mapping[str, str], Sequence[str], Any]
 
 
 def _outline(
     source: str | Path | Mapping[str, Any], include: tuple[str, ...], exclude: tuple[str, ...]
 ) -> _Outline:
-    """Return shapes, names of the layers to pack, why other matrices stay dense, and remarks."""
+    """Return shapes, layers to pack, why other matrices stay dense, remarks, and the model or ``None``."""
     config = source if isinstance(source, Mapping) else load_config(source)
     tensors = None
     if not isinstance(source, Mapping) and _has_weights(Path(source)):
@@ -266,8 +302,8 @@ def _outline(
             raise ValueError(f"{error}; give the directory of the model, with its weights") from error
         notes = [f"{error}; layers are chosen by the names of their tensors alone"]
         sources = select_layers(tensors, config, include=include, exclude=exclude)
-        return _shapes_of_files(config, tensors, sources), {one.name for one in sources}, {}, notes
-    return shapes, {layer.name for layer in trial.layers}, trial.dense, trial.notes
+        return _shapes_of_files(config, tensors, sources), {one.name for one in sources}, {}, notes, None
+    return shapes, {layer.name for layer in trial.layers}, trial.dense, trial.notes, trial.model
 
 
 def _has_weights(path: Path) -> bool:
@@ -282,7 +318,7 @@ def _outline_by_names(
         for shape in shapes.linears
         if is_selected(shape.name, include, exclude) and (not shape.is_head or shape.name == CAUSAL_HEAD)
     }
-    return shapes, chosen, {}, notes
+    return shapes, chosen, {}, notes, None
 
 
 def _shapes_of_files(

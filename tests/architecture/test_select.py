@@ -95,8 +95,8 @@ def test_the_api_has_one_default(function: object) -> None:
     [
         ([], [*DEFAULT_EXCLUDE]),
         (["--exclude", "*.down_proj"], [*DEFAULT_EXCLUDE, "*.down_proj"]),
-        (["--include-heads"], []),
-        (["--include-heads", "--exclude", "score"], ["score"]),
+        (["--head", "packed"], []),
+        (["--head", "packed", "--exclude", "score"], ["score"]),
     ],
 )
 def test_the_command_line_has_the_default_of_the_api(arguments: list[str], expected: list[str]) -> None:

@@ -291,7 +291,7 @@ def test_quantize_json_and_patterns(
     assert report["settings"]["method"] == "dual-svid"
     assert report["settings"]["seed"] == 3
     assert "lm_head.weight" in report["dense"]
-    options = ["--json", "--include", "lm_head", "--include-heads"]
+    options = ["--json", "--include", "lm_head", "--head", "packed"]
     assert main(["quantize", str(model_dir), str(tmp_path / "head"), *QUICK, *options]) == 0
     assert [layer["name"] for layer in json.loads(capsys.readouterr().out)["layers"]] == ["lm_head"]
 

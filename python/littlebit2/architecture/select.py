@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_EXCLUDE",
+    "INT8",
+    "INT8_ROWS",
+    "KEEP",
     "check_patterns",
+    "check_rows",
     "given_patterns",
     "is_selected",
     "keeps_heads_dense",
@@ -22,6 +26,19 @@ __all__ = [
     "shared_parameters",
     "tied_names",
 ]
+
+
+#: What becomes of a head or an embedding.
+KEEP, INT8 = "keep", "int8"
+#: Why a matrix is not packed that is written as int8 rows.
+INT8_ROWS = "int8 rows"
+
+
+def check_rows(head: str, embedding: str) -> None:
+    """Raise ``ValueError`` unless both are names of what can become of a head or an embedding."""
+    for name, value in (("head", head), ("embedding", embedding)):
+        if value not in (KEEP, INT8):
+            raise ValueError(f"{name} must be {KEEP!r} or {INT8!r}, got {value!r}")
 
 
 def check_patterns(name: str, patterns: str | Sequence[str]) -> tuple[str, ...]:

@@ -27,13 +27,28 @@ from .names import CAUSAL_HEAD, TRANSPOSED, is_linear_name
 from .parts import Part, Whole
 from .select import DEFAULT_EXCLUDE, check_patterns, is_selected, nothing_selected
 
-__all__ = ["FLOATS", "LayerSource", "select_layers"]
+__all__ = ["FLOATS", "Int8Tensors", "LayerSource", "select_layers"]
 
 #: Other dimensions that a configuration names.
 _SIZE_FIELDS = ("hidden_size", "intermediate_size", "ffn_dim", "word_embed_proj_dim", "d_model", "d_ff")
 
 #: Dtypes of weights that can be quantized.
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Int8Tensors:
+    """What of a checkpoint becomes int8 rows.
+
+    Attributes:
+        rounded: full names of the tensors that are rounded.
+        left_out: full names of tensors that repeat one of them: of a head that is tied to the embedding.
+        notes: remarks for the user.
+    """
+
+    rounded: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns
+from littlebit2.architecture.select import DEFAULT_EXCLUDE, KEEP, check_patterns
 from littlebit2.checkpoint import DenseCheckpoint, open_dense
 from littlebit2.disk import check_apart, check_space
 from littlebit2.offline import RunReport
@@ -79,6 +79,8 @@ def quantize_blockwise(
     *,
     include: str | Sequence[str] = "*",
     exclude: str | Sequence[str] = DEFAULT_EXCLUDE,
+    head: str = KEEP,
+    embedding: str = KEEP,
     text_field: str = "text",
     threads: int | None = None,
     device: str = "cpu",
@@ -106,6 +108,8 @@ def quantize_blockwise(
         settings: text, steps and rates.
         include: shell-style pattern or patterns on module names.
         exclude: likewise; wins. Heads by default.
+        head: as for :func:`.quantize_checkpoint`. Perplexities are those of the dense head and embedding.
+        embedding: likewise.
         text_field: name of the text in JSON lines and tables.
         threads: torch's threads, by default those it has; other numbers change the last bits.
         device: where to compute.
@@ -136,7 +140,7 @@ def quantize_blockwise(
     files = find_files(list(data))
     tokenizer = load_tokenizer(source)
     with _threads(threads), open_dense(source) as checkpoint:
-        plan = _settle(checkpoint, config, chosen, patterns, files, text_field, device)
+        plan = _settle(checkpoint, config, chosen, patterns, (head, embedding), files, text_field, device)
         pieces = ModelInPieces(
             plan.choice.trial.model, plan.choice.trial.parts, checkpoint.load_tensor, plan.blocks, place
         )
@@ -187,12 +191,16 @@ def _settle(
     config: QuantConfig,
     settings: BlockwiseSettings,
     patterns: tuple[tuple[str, ...], tuple[str, ...]],
+    rows: tuple[str, str],
     files: Sequence[Path],
     text_field: str,
     device: str,
 ) -> _Plan:
     includes, excludes = patterns
-    choice = choose_layers(checkpoint, config, include=includes, exclude=excludes)
+    head, embedding = rows
+    choice = choose_layers(
+        checkpoint, config, include=includes, exclude=excludes, head=head, embedding=embedding
+    )
     if choice.trial is None:
         raise ValueError(
             "method blockwise must run the model, which transformers cannot build: use --method admm "
@@ -211,6 +219,8 @@ def _settle(
         includes,
         excludes,
         None,
+        head=head,
+        embedding=embedding,
         device=device,
         threads=torch.get_num_threads(),
     )

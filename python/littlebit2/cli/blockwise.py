@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from .common import emit, excluded, method_options, note, quant_config
+from .common import emit, excluded, method_options, note, quant_config, rows_options
 
 if TYPE_CHECKING:
     from littlebit2.blockwise import BlockwiseReport
@@ -113,6 +113,7 @@ def run_blockwise(args: argparse.Namespace) -> BlockwiseReport:
         settings,
         include=args.include,
         exclude=excluded(args),
+        **rows_options(args),
         text_field=args.text_field,
         threads=args.threads,
         device=args.device,

@@ -290,8 +290,13 @@ def add_spectral_options(parser: argparse.ArgumentParser, size: Any) -> None:
     )
 
 
-def add_pattern_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that select layers."""
+def add_pattern_options(parser: argparse.ArgumentParser, *, int8: bool = False) -> None:
+    """Add the options that select layers.
+
+    Args:
+        parser: of a command.
+        int8: whether heads and embeddings can be rounded to int8.
+    """
     parser.add_argument(
         "--include",
         nargs="+",
@@ -307,8 +312,31 @@ def add_pattern_options(parser: argparse.ArgumentParser) -> None:
         help="patterns of module names that stay dense, besides heads (lm_head, score, classifier, ...)",
     )
     parser.add_argument(
-        "--include-heads", action="store_true", help="quantize heads too, except those that --exclude names"
+        "--head",
+        choices=("keep", "int8", "packed") if int8 else ("keep", "packed"),
+        default="keep",
+        help="what becomes of heads: dense as they are (default)"
+        + (", int8 rows with a scale each" if int8 else "")
+        + ", or packed like other layers, except those that --exclude names",
     )
+    if int8:
+        add_embedding_option(parser)
+
+
+def add_embedding_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says what becomes of the embedding of tokens."""
+    parser.add_argument(
+        "--embedding",
+        choices=("keep", "int8"),
+        default="keep",
+        help="what becomes of the embedding of tokens: dense as it is (default), or int8 rows with a scale "
+        "each; a head that is tied to it becomes the same rows",
+    )
+
+
+def rows_options(args: argparse.Namespace) -> dict[str, str]:
+    """Return what --head and --embedding say of a head that is not packed, for the Python API."""
+    return {"head": "int8" if args.head == "int8" else "keep", "embedding": args.embedding}
 
 
 def at_largest_rank(names: Sequence[str], args: argparse.Namespace) -> str | None:
@@ -327,7 +355,7 @@ def _first(names: Sequence[str], most: int = 3) -> list[str]:
 
 def excluded(args: argparse.Namespace) -> list[str]:
     """Return the patterns of layers that stay dense: the default of the Python API, and --exclude."""
-    return [*([] if args.include_heads else DEFAULT_EXCLUDE), *args.exclude]
+    return [*([] if args.head == "packed" else DEFAULT_EXCLUDE), *args.exclude]
 
 
 def quant_config(args: argparse.Namespace, **others: Any) -> QuantConfig:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from .common import Commands, add_command, emit, note_left
+from .common import Commands, add_command, add_embedding_option, emit, note, note_left
 
 _LAYOUTS = ("littlebit2", "littlebit")
 
@@ -25,6 +26,13 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("out", metavar="OUT", help="directory to make")
     parser.add_argument("--to", choices=_LAYOUTS, required=True, help="layout to write")
     parser.add_argument(
+        "--head",
+        choices=("keep", "int8"),
+        default="keep",
+        help="what becomes of a dense head: as it is (default), or int8 rows with a scale each",
+    )
+    add_embedding_option(parser)
+    parser.add_argument(
         "--overwrite", action="store_true", help="replace OUT at the end if it holds a checkpoint"
     )
 
@@ -32,7 +40,24 @@ def add_parser(commands: Commands) -> None:
 def _run(args: argparse.Namespace) -> int:
     from littlebit2.checkpoint import convert  # noqa: PLC0415  # imports torch
 
-    side = convert(args.source, args.out, args.to, overwrite=args.overwrite)
+    more: dict[str, Any] = {}
+    if args.head == "int8" or args.embedding == "int8":
+        if args.to != "littlebit2":
+            raise ValueError(f"to must be littlebit2 for int8 rows, got {args.to}")
+        from littlebit2.checkpoint import open_checkpoint  # noqa: PLC0415
+        from littlebit2.integrations.int8 import int8_tensors  # noqa: PLC0415  # imports transformers
+
+        with open_checkpoint(args.source) as checkpoint:
+            chosen = int8_tensors(
+                checkpoint.config,
+                checkpoint.dense,
+                head=args.head == "int8",
+                embedding=args.embedding == "int8",
+            )
+        for remark in chosen.notes:
+            note(remark)
+        more = {"int8": chosen.rounded, "left_out": chosen.left_out}
+    side = convert(args.source, args.out, args.to, **more, overwrite=args.overwrite)
     emit(f"{args.out}: written in the layout {args.to}")
     note_left(side.left)
     return 0

@@ -19,6 +19,7 @@ from .common import (
     method_options,
     note,
     quant_config,
+    rows_options,
     table,
 )
 from .quantize import add_quantize_options, add_run_options
@@ -76,6 +77,7 @@ def _run(args: argparse.Namespace) -> int:
         config,
         include=args.include,
         exclude=exclude,
+        **rows_options(args),
         allocation=_allocation(args, config, exclude),
     )
     if args.json:
@@ -86,6 +88,7 @@ def _run(args: argparse.Namespace) -> int:
                 "stored_bpw": plan.stored_bpw,
                 "bytes": plan.bytes(),
                 "tied_head": plan.shapes.tied_head,
+                "int8": dict(plan.int8),
                 "left_dense": [shape.name for shape in plan.left_dense],
                 "reasons": {reason: list(names) for reason, names in plan.reasons.items()},
                 "notes": list(plan.notes),
@@ -162,11 +165,12 @@ def _reason_rows(plan: ModelPlan) -> list[tuple[object, ...]]:
 
 def _size_table(plan: ModelPlan) -> str:
     size = plan.bytes()
-    head = "head: tied to the embedding" if plan.shapes.tied_head else "head, 16 bit"
+    bits = {name: "int8" if name in plan.int8 else "16 bit" for name in ("embeddings", "heads")}
+    head = "head: tied to the embedding" if plan.shapes.tied_head else f"head, {bits['heads']}"
     rows: list[tuple[str, str]] = [
         ("packed layers: sign words, rows padded to 32 bits", gigabytes(size["words"])),
         ("packed layers: scales, fp32 as loaded", gigabytes(size["scales_fp32"])),
-        ("embeddings, 16 bit", gigabytes(size["embeddings"])),
+        (f"embeddings, {bits['embeddings']}", gigabytes(size["embeddings"])),
         (head, gigabytes(size["heads"])),
         ("norms and biases, 16 bit", gigabytes(size["norms"] + size["biases"])),
     ]

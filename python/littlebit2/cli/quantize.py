@@ -23,6 +23,7 @@ from .common import (
     note,
     note_left,
     quant_config,
+    rows_options,
     table,
 )
 
@@ -45,6 +46,7 @@ continues where it was (what is finished is kept in OUT.partial) and writes the 
 _EXAMPLES = """\
   littlebit2 quantize MODEL_DIR OUT --bpw 0.55 --data texts/
   littlebit2 quantize MODEL_DIR OUT --bpw 0.55
+  littlebit2 quantize MODEL_DIR OUT --bpw 0.55 --head int8 --embedding int8    the rest in int8
   littlebit2 quantize MODEL_DIR OUT --bpw 0.55 --budget spectral --importance calibration.safetensors
   littlebit2 quantize MODEL_DIR OUT --bpw 0.55 --method joint-itq    as LittleBit-2 initializes it
   littlebit2 quantize MODEL_DIR OUT --bpw 0.1 --kv-factor 2 --exclude "model.layers.0.*" --workers 4
@@ -81,7 +83,7 @@ def add_quantize_options(parser: argparse.ArgumentParser) -> None:
     add_method_options(parser)
     add_blockwise_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed for rotations and random signs (default 0)")
-    add_pattern_options(parser)
+    add_pattern_options(parser, int8=True)
 
 
 def add_run_options(parser: Any) -> None:
@@ -130,6 +132,7 @@ def _layerwise(args: argparse.Namespace) -> RunReport:
         ),
         include=args.include,
         exclude=excluded(args),
+        **rows_options(args),
         importance=None if args.importance is None else load_importance(args.importance),
         workers=args.workers,
         threads=1 if args.threads is None else args.threads,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .common import Commands, add_command, emit, emit_json, note
+from .common import Commands, add_command, add_embedding_option, emit, emit_json, note, rows_options
 
 
 def add_parser(commands: Commands) -> None:
@@ -28,6 +28,13 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--kv-factor", type=float, default=1.0, help="multiply the rank of k_proj and v_proj (default 1)"
     )
+    parser.add_argument(
+        "--head",
+        choices=("keep", "int8"),
+        default="keep",
+        help="what becomes of the head: dense (default), or int8 rows with a scale each",
+    )
+    add_embedding_option(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed for all random values (default 0)")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace OUT at the end if it holds a checkpoint"
@@ -45,6 +52,7 @@ def _run(args: argparse.Namespace) -> int:
         args.bpw,
         paths=args.paths,
         kv_factor=args.kv_factor,
+        **rows_options(args),
         seed=args.seed,
         overwrite=args.overwrite,
         progress=None if args.quiet else note,

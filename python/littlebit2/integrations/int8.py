@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from littlebit2.architecture.int8 import TiedInt8Linear, find_rows, put_rows
 from littlebit2.architecture.names import CAUSAL_HEAD
 from littlebit2.architecture.places import Places
+from littlebit2.architecture.tensors import Int8Tensors
 from littlebit2.checkpoint import Checkpoint, CheckpointError
 from littlebit2_kernels import Int8Embedding, Int8Linear
 
 from .names import FileNames
 from .skeleton import skeleton
 
-__all__ = ["Int8Tensors", "drop_ties", "int8_names_of", "int8_tensors", "place_rows"]
-
-
-@dataclass(frozen=True)
-class Int8Tensors:
-    """What of a checkpoint becomes int8 rows.
-
-    Attributes:
-        rounded: full names of the tensors that are rounded.
-        left_out: full names of tensors that repeat one of them: of a head that is tied to the embedding.
-        notes: remarks for the user.
-    """
-
-    rounded: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+__all__ = ["drop_ties", "int8_names_of", "int8_tensors", "place_rows"]
 
 
 def int8_tensors(

@@ -12,8 +12,9 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from littlebit2.architecture.expansion import expand
+from littlebit2.architecture.int8 import find_rows
 from littlebit2.architecture.linears import choose_linears
-from littlebit2.architecture.select import DEFAULT_EXCLUDE
+from littlebit2.architecture.select import DEFAULT_EXCLUDE, INT8, KEEP, check_rows
 from littlebit2.architecture.transposed import collapse_transposed
 from littlebit2.checkpoint import CheckpointWriter
 from littlebit2.plan import load_config
@@ -36,6 +37,8 @@ def synthesize(
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
     kv_factor: float = 1.0,
+    head: str = KEEP,
+    embedding: str = KEEP,
     overwrite: bool = False,
     progress: Callable[[str], object] | None = None,
 ) -> list[str]:
@@ -55,6 +58,8 @@ def synthesize(
         seed: seed for all random values; the same arguments write the same bytes.
         dtype: dtype of the dense tensors.
         kv_factor: factor on the rank of key and value projections.
+        head: ``"keep"``, or ``"int8"`` for int8 rows with a float32 scale each.
+        embedding: likewise, the embedding of tokens. Either rounds both if the head is tied to it.
         overwrite: replace an existing checkpoint directory, at the end.
         progress: called with the name of each packed layer that was written.
 
@@ -68,7 +73,9 @@ def synthesize(
             the first). Layers that are too small for it stay dense.
     """
     quant = QuantConfig(bpw=bpw, paths=paths, kv_factor=kv_factor, seed=seed)
+    check_rows(head, embedding)
     model = _meta_model(config, dtype)
+    rows = find_rows(model, head=head == INT8, embedding=embedding == INT8)
     # Before anything is expanded: the names go by the parameters of the dense model.
     published = published_names(model)
     expand(model)
@@ -79,7 +86,8 @@ def synthesize(
     model.config.architectures = [type(model).__name__]
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     generator = torch.Generator().manual_seed(seed)
-    writing = CheckpointWriter(out_dir, model.config.to_diff_dict(), overwrite=overwrite)
+    int8 = {published.get(f"{name}.weight", f"{name}.weight") for name in rows.stored}
+    writing = CheckpointWriter(out_dir, model.config.to_diff_dict(), int8=int8, overwrite=overwrite)
     names: list[str] = []
     with torch.random.fork_rng(devices=[]), writing as writer:
         torch.manual_seed(seed)

@@ -184,7 +184,7 @@ def try_out(
         if _has_tied_head(untied):
             raise ValueError(
                 f"the head of {type(model).__name__} is always tied to another weight and cannot be packed: "
-                "leave out --include-heads (exclude heads)"
+                "leave out --head packed (exclude heads)"
             )
         trial.notes.append("the head is packed on its own: tie_word_embeddings becomes false")
         embedding = _embedding_of(model)

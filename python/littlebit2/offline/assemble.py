@@ -79,7 +79,7 @@ def _write(
         by_file.setdefault(job.source.weight.files[0], []).append(job)
     layers, seconds, dense = [], {}, []
     with open_dense(source) as checkpoint:
-        writer = CheckpointWriter(work.assembled, {**checkpoint.config, **choice.changes})
+        writer = CheckpointWriter(work.assembled, {**checkpoint.config, **choice.changes}, int8=choice.int8)
         with writer:
             for name in checkpoint.dense:
                 for job in by_file.get(name, ()):

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from littlebit2.architecture.parts import Part
-from littlebit2.architecture.select import nothing_selected
+from littlebit2.architecture.select import INT8, INT8_ROWS, KEEP, check_rows, nothing_selected
 from littlebit2.architecture.shapes import model_shapes
-from littlebit2.architecture.tensors import LayerSource, select_layers
+from littlebit2.architecture.tensors import Int8Tensors, LayerSource, select_layers
 from littlebit2.checkpoint import DenseCheckpoint
 from littlebit2.quantize import QuantConfig
 from littlebit2.quantize.ranks import too_small
@@ -28,6 +28,7 @@ class Choice:
         changes: entries of config.json that the result needs.
         replaced: tensors that are not copied.
         extra: tensors that are written besides, by name.
+        int8: tensors that are written as int8 rows.
         trial: what the model itself said (:class:`littlebit2.integrations.trial.Trial`), ``None`` where it
             could not be built.
     """
@@ -38,11 +39,18 @@ class Choice:
     changes: Mapping[str, Any] = field(default_factory=dict)
     replaced: frozenset[str] = frozenset()
     extra: Mapping[str, Part] = field(default_factory=dict)
+    int8: frozenset[str] = frozenset()
     trial: Any = None
 
 
 def choose_layers(
-    checkpoint: DenseCheckpoint, config: QuantConfig, *, include: Sequence[str], exclude: Sequence[str]
+    checkpoint: DenseCheckpoint,
+    config: QuantConfig,
+    *,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    head: str = KEEP,
+    embedding: str = KEEP,
 ) -> Choice:
     """Decide for every weight of a dense checkpoint whether it is packed.
 
@@ -51,10 +59,14 @@ def choose_layers(
         config: of the quantization; layers that are too small for its budget stay dense.
         include: patterns of names.
         exclude: likewise; wins.
+        head: ``"keep"`` or ``"int8"``: what becomes of a head that is not packed.
+        embedding: likewise, of the embedding of tokens.
 
     Raises:
-        ValueError: no layer is selected, none fits the budget, or the checkpoint is malformed.
+        ValueError: no layer is selected, none fits the budget, the checkpoint is malformed, or the head or
+            the embedding cannot be int8.
     """
+    check_rows(head, embedding)
     notes: list[str] = []
     layers, trial = candidates(checkpoint, include=include, exclude=exclude, notes=notes)
     dense: dict[str, str] = {} if trial is None else dict(trial.dense)
@@ -74,7 +86,41 @@ def choose_layers(
         replaced, extra = {file for part in parts for file in part.files}, {}
     else:
         replaced, extra = trial.rest(fitting)
-    return Choice(tuple(fitting), dense, tuple(notes), changes, frozenset(replaced), extra, trial)
+    rows = _int8_rows(checkpoint, trial, head, embedding)
+    packed = {layer.weight.files[0] for layer in fitting}
+    for name in rows.rounded:
+        if name in packed:
+            raise ValueError(f"head must be 'keep' for a head that is packed, got 'int8' for {name}")
+        dense[name.removesuffix(".weight")] = INT8_ROWS
+    return Choice(
+        tuple(fitting),
+        dense,
+        (*notes, *rows.notes),
+        changes,
+        frozenset({*replaced, *rows.left_out}),
+        extra,
+        frozenset(rows.rounded),
+        trial,
+    )
+
+
+def _int8_rows(checkpoint: DenseCheckpoint, trial: Any, head: str, embedding: str) -> Int8Tensors:
+    if (head, embedding) == (KEEP, KEEP):
+        return Int8Tensors()
+    if trial is None:
+        raise ValueError(
+            "head and embedding can be int8 only in a model that transformers can build: its code says which "
+            "modules they are"
+        )
+    from littlebit2.integrations.int8 import int8_tensors  # noqa: PLC0415  # needs transformers
+
+    return int8_tensors(
+        checkpoint.config,
+        checkpoint.dense,
+        head=head == INT8,
+        embedding=embedding == INT8,
+        model=trial.model,
+    )
 
 
 def candidates(

@@ -134,6 +134,8 @@ def run_settings(
     exclude: Sequence[str],
     importance: Mapping[str, Importance] | None,
     *,
+    head: str,
+    embedding: str,
     device: str,
     threads: int,
 ) -> dict[str, Any]:
@@ -148,6 +150,8 @@ def run_settings(
         "compute_dtype": str(config.compute_dtype).removeprefix("torch."),
         "include": list(include),
         "exclude": list(exclude),
+        "head": head,
+        "embedding": embedding,
         "importance": None if importance is None else importance_digest(importance),
         "device": device,
         "threads": threads,

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from littlebit2.architecture.parts import Whole
-from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns
+from littlebit2.architecture.select import DEFAULT_EXCLUDE, KEEP, check_patterns
 from littlebit2.checkpoint import DenseCheckpoint, find_side_files, open_checkpoint, open_dense
 from littlebit2.disk import check_apart, check_replaceable, check_space
 from littlebit2.quantize import Importance, QuantConfig
@@ -49,6 +49,8 @@ def quantize_checkpoint(
     *,
     include: str | Sequence[str] = "*",
     exclude: str | Sequence[str] = DEFAULT_EXCLUDE,
+    head: str = KEEP,
+    embedding: str = KEEP,
     importance: Mapping[str, Importance] | None = None,
     workers: int | None = None,
     threads: int = 1,
@@ -82,6 +84,8 @@ def quantize_checkpoint(
         include: shell-style pattern or patterns on module names; which tensors are linear weights
             is said in :mod:`littlebit2.architecture.tensors`.
         exclude: likewise; wins. Heads by default.
+        head: ``"keep"``, or ``"int8"``: a dense head is written as int8 rows with a float32 scale each.
+        embedding: likewise, the embedding of tokens. Either rounds both if the head is tied to it.
         importance: by module name (:func:`.collect_importance`); layers that are not in it weigh all errors
             alike.
         workers: layers at a time (in each process); ``None`` chooses by cores and free memory.
@@ -118,14 +122,24 @@ def quantize_checkpoint(
     check_apart(target, work_path(target), model_dir=source)
     includes, excludes = check_patterns("include", include), check_patterns("exclude", exclude)
     with open_dense(source) as checkpoint:
-        choice = choose_layers(checkpoint, config, include=includes, exclude=excludes)
+        choice = choose_layers(
+            checkpoint, config, include=includes, exclude=excludes, head=head, embedding=embedding
+        )
         jobs = make_jobs(choice.layers, config)
         _check_importance(importance, jobs)
         dense_bytes = dense_bytes_of(checkpoint.dense, choice)
     with process_group() as group, open_dense(source) as reading:
         settings = group.from_leader(
             lambda: run_settings(
-                reading, config, includes, excludes, importance, device=device, threads=threads
+                reading,
+                config,
+                includes,
+                excludes,
+                importance,
+                head=head,
+                embedding=embedding,
+                device=device,
+                threads=threads,
             )
         )
         work = WorkDirectory(target, settings)
