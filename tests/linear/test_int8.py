@@ -9,9 +9,9 @@ import torch
 
 from littlebit2_kernels import Int8Embedding, Int8Linear
 from littlebit2_kernels._native import core
+from littlebit2_kernels.int8.rounding import dequantize_rows, quantize_rows
 from littlebit2_kernels.ops import calls, library
 from littlebit2_kernels.ops.int8 import dequantized_linear
-from littlebit2_kernels.rounding import dequantize_rows, quantize_rows
 
 ISAS = core().cpu_isas()
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}

@@ -151,6 +151,7 @@ PYTHON_RULES = {
             "littlebit2.checkpoint",
             "littlebit2.disk",
             f"{_KERNELS}.format",
+            f"{_KERNELS}.int8.rounding",
             f"{_KERNELS}.packing",
             f"{_KERNELS}.state",
         ),

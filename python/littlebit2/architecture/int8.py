@@ -10,7 +10,7 @@ from torch import nn
 
 from littlebit2_kernels import Int8Embedding, Int8Linear
 from littlebit2_kernels.int8 import int8_rows_linear
-from littlebit2_kernels.rounding import dequantize_rows, quantize_rows
+from littlebit2_kernels.int8.rounding import dequantize_rows, quantize_rows
 
 from .linears import is_plain_linear
 from .places import Places
@@ -197,7 +197,7 @@ def int8_embedding(embedding: nn.Embedding) -> Int8Embedding:
     weight = embedding.weight
     made._make_rows(*weight.shape, weight.device)
     made.dtype = weight.dtype
-    return made.train(embedding.training)  # type: ignore[no-any-return]
+    return made.train(embedding.training)
 
 
 _classes: dict[type[nn.Embedding], type[Int8Embedding]] = {}

@@ -85,7 +85,7 @@ def convert(
         out: directory to make; must not exist (or be empty) unless ``overwrite``.
         to: ``"littlebit2"`` (ours) or ``"littlebit"`` (the authors').
         int8: full names of dense matrices that become int8 rows, in our layout only; those of heads and
-            embeddings are found by :func:`littlebit2.integrations.rows.int8_tensors`.
+            embeddings are found by :func:`littlebit2.offline.convert_checkpoint`.
         left_out: full names of dense tensors that are not written.
         overwrite: replace an existing checkpoint directory, at the end.
 

@@ -12,7 +12,7 @@ import torch
 from littlebit2.architecture.names import CAUSAL_HEAD
 from littlebit2.disk import StagedDirectory, write_json
 from littlebit2_kernels.format import FORMAT_VERSION, PackedLinear
-from littlebit2_kernels.rounding import quantize_rows
+from littlebit2_kernels.int8.rounding import quantize_rows
 from littlebit2_kernels.state import packed_to_state
 
 from . import settings

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from .common import Commands, add_command, add_embedding_option, emit, note, note_left
 
@@ -38,26 +37,18 @@ def add_parser(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from littlebit2.checkpoint import convert  # noqa: PLC0415  # imports torch
+    from littlebit2.offline import convert_checkpoint  # noqa: PLC0415  # imports torch
 
-    more: dict[str, Any] = {}
-    if args.head == "int8" or args.embedding == "int8":
-        if args.to != "littlebit2":
-            raise ValueError(f"to must be littlebit2 for int8 rows, got {args.to}")
-        from littlebit2.checkpoint import open_checkpoint  # noqa: PLC0415
-        from littlebit2.integrations.int8 import int8_tensors  # noqa: PLC0415  # imports transformers
-
-        with open_checkpoint(args.source) as checkpoint:
-            chosen = int8_tensors(
-                checkpoint.config,
-                checkpoint.dense,
-                head=args.head == "int8",
-                embedding=args.embedding == "int8",
-            )
-        for remark in chosen.notes:
-            note(remark)
-        more = {"int8": chosen.rounded, "left_out": chosen.left_out}
-    side = convert(args.source, args.out, args.to, **more, overwrite=args.overwrite)
+    side, notes = convert_checkpoint(
+        args.source,
+        args.out,
+        args.to,
+        head=args.head,
+        embedding=args.embedding,
+        overwrite=args.overwrite,
+    )
+    for remark in notes:
+        note(remark)
     emit(f"{args.out}: written in the layout {args.to}")
     note_left(side.left)
     return 0

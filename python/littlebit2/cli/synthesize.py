@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .common import Commands, add_command, add_embedding_option, emit, emit_json, note, rows_options
+from .common import Commands, add_command, add_embedding_option, emit, emit_json, note
 
 
 def add_parser(commands: Commands) -> None:
@@ -52,7 +52,8 @@ def _run(args: argparse.Namespace) -> int:
         args.bpw,
         paths=args.paths,
         kv_factor=args.kv_factor,
-        **rows_options(args),
+        head=args.head,
+        embedding=args.embedding,
         seed=args.seed,
         overwrite=args.overwrite,
         progress=None if args.quiet else note,

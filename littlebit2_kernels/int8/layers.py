@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .format import check_dim
-from .ops import calls
-from .ops.operands import ACTIVATION_DTYPES
+from ..format import check_dim
+from ..ops import calls
+from ..ops.operands import ACTIVATION_DTYPES
 from .rounding import dequantize_rows
 
 __all__ = ["Int8Embedding", "Int8Linear", "int8_rows_linear"]
