@@ -17,9 +17,10 @@ from benchmarks.models.llama import WEIGHT_STD, twin
 from benchmarks.problems import random_packed
 from benchmarks.shapes import LlamaShape
 from littlebit2.quantize import rank_for_bpw
-from littlebit2_kernels import LittleBitLinear
+from littlebit2_kernels import Int8Linear, LittleBitLinear
+from littlebit2_kernels.int8 import quantize_rows
 
-__all__ = ["DEFAULT", "OPTIONS", "FlatLinear", "Int8Linear", "Option", "apply_options", "parse_options"]
+__all__ = ["DEFAULT", "OPTIONS", "FlatLinear", "Option", "apply_options", "parse_options"]
 
 #: The name of a model without options.
 DEFAULT = "as is"
@@ -40,29 +41,6 @@ class FlatLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``x`` ``[..., K]`` to ``[..., N]``."""
         return self.linear(x.reshape(-1, x.shape[-1])).unflatten(0, x.shape[:-1])
-
-
-class Int8Linear(nn.Module):
-    """A dense layer rounded to int8 with one scale per row: half of the bytes of bfloat16."""
-
-    weight: torch.Tensor
-    scale: torch.Tensor
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        weight = linear.weight.detach()
-        scale = (weight.abs().amax(1).float() / 127).clamp(min=torch.finfo(torch.float32).tiny)
-        rounded = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-        # In pieces: a float32 copy of lm_head is as large as everything else.
-        for target, source, s in zip(rounded.split(1024), weight.split(1024), scale.split(1024), strict=True):
-            target.copy_((source.float() / s[:, None]).round())
-        self.register_buffer("weight", rounded)
-        self.register_buffer("scale", scale.to(weight.dtype))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map ``x`` ``[..., K]`` to ``[..., N]``."""
-        y = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), self.weight, self.scale)
-        return y.unflatten(0, x.shape[:-1])
 
 
 @dataclass
@@ -104,7 +82,7 @@ def _flat_head(changes: _Changes) -> None:
 
 
 def _int8_head(changes: _Changes) -> None:
-    changes.head = Int8Linear
+    changes.head = lambda linear: Int8Linear.from_rows(*quantize_rows(linear.weight))
 
 
 def _pack_head(changes: _Changes) -> None:
@@ -145,15 +123,12 @@ def apply_options(model: Any, shape: LlamaShape, text: str) -> Any:
     """Make a model with the options of ``text`` that shares the other weights of ``model``.
 
     Raises:
-        ValueError: see :func:`parse_options`, or an option does not fit the model.
+        ValueError: see :func:`parse_options`.
     """
     names = parse_options(text)
     changes = _Changes()
     for name in names:
         OPTIONS[name].change(changes)
-    if changes.head is Int8Linear and model.dtype == torch.float32:
-        # torch has no fast kernel for it: ten times slower than what it replaces.
-        raise ValueError("int8-head needs a model in bfloat16 or float16, got one in float32")
     changed = twin(model, shape, attention=changes.attention)
     if changes.head is not None:
         changed.lm_head = changes.head(model.lm_head)

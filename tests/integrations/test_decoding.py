@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import littlebit2
-from littlebit2.integrations.decoding import static as decoding
 from littlebit2.integrations.decoding import StaticDecoder
+from littlebit2.integrations.decoding import static as decoding
 from littlebit2.integrations.transformers import attach
 from littlebit2_kernels import LittleBitLinear, fuse_linears
 from tests.integrations.families import GENERATIVE, dense_model, greedy, quantized_copy, token_ids
