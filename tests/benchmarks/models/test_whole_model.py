@@ -25,12 +25,19 @@ from benchmarks.models.decode import (
     profile_decode,
 )
 from benchmarks.models.llama import build_dense, build_packed, twin, weight_bytes
-from benchmarks.models.llama_options import DEFAULT, FlatLinear, Int8Linear, apply_options, parse_options
+from benchmarks.models.llama_options import (
+    DEFAULT,
+    OPTIONS,
+    FlatLinear,
+    Option,
+    apply_options,
+    parse_options,
+)
 from benchmarks.models.model_rows import extrapolate
 from benchmarks.models.whole_model import OPTION_NAMES
 from benchmarks.shapes import LLAMA_SHAPES, LlamaShape, parse_llama_shape
 from benchmarks.timing import Timing
-from littlebit2_kernels import LittleBitLinear
+from littlebit2_kernels import Int8Linear, LittleBitLinear
 from littlebit2_kernels.testing import relative_error
 
 TINY = LLAMA_SHAPES["tiny"]
@@ -134,23 +141,11 @@ def test_packed_head(packed: Any) -> None:
     assert len(generate(model, PROMPT, 3).tokens) == 3
 
 
-def test_int8_linear(rng: torch.Generator) -> None:
-    linear = nn.Linear(64, 1100, bias=False, dtype=torch.bfloat16)
-    linear.weight.data.normal_(0, 0.02, generator=rng)
-    linear.weight.data[3] = 0
-    x = torch.randn(2, 3, 64, generator=rng).bfloat16()
-    rounded = Int8Linear(linear)(x)
-    assert rounded.shape == (2, 3, 1100)
-    truth = x.double() @ linear.weight.detach().double().T
-    assert relative_error(rounded, truth) < 0.02
-    assert not rounded[..., 3].any()
-
-
-def test_int8_head_needs_16_bits(packed: Any) -> None:
-    with pytest.raises(
-        ValueError, match="int8-head needs a model in bfloat16 or float16, got one in float32"
-    ):
-        apply_options(packed, TINY, "int8-head")
+def test_int8_head(packed: Any) -> None:
+    changed = apply_options(packed, TINY, "int8-head")
+    assert isinstance(changed.lm_head, Int8Linear)
+    assert isinstance(packed.lm_head, nn.Linear)
+    assert relative_error(changed(PROMPT).logits, packed(PROMPT).logits.double()) < 0.02
 
 
 def test_flat_linear(rng: torch.Generator) -> None:
@@ -354,7 +349,13 @@ def test_dense_measured_whole(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @needs_transformers
-def test_an_option_that_fails_leaves_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_option_that_fails_leaves_the_others(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(changes: Any) -> None:
+        raise ValueError("int8-head needs what is not here")
+
+    monkeypatch.setitem(OPTIONS, "int8-head", Option("fails", fail))
     options = ["--dtype", "float32", "--dense", "--options", "int8-head", "flat-head"]
     assert main([*WHOLE, *options]) == 0
     output = capsys.readouterr()
