@@ -30,7 +30,8 @@ PIP := $(PY) -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-BUILD_INPUTS := $(shell find csrc -type f) CMakeLists.txt setup.py littlebit2_kernels/version.py
+BUILD_INPUTS := $(shell find csrc cmake -type f) CMakeLists.txt setup.py littlebit2_kernels/version.py \
+  $(wildcard python/*littlebit2_autoregister*)
 CXX_FILES := $(shell find csrc tests/cpp -type f \
   \( -name '*.h' -o -name '*.c' -o -name '*.cc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 

@@ -49,6 +49,9 @@ COMMANDS = {
     "load-memory": Command(
         "models", "models.load_memory", "measure what loading a mixture of experts takes, beside its files"
     ),
+    "startup": Command(
+        "models", "models.startup", "time interpreter starts with and without the hook for transformers"
+    ),
     "demo": Command("quality", "quality.demo", "quantize a small real model and time one layer"),
     "quantizer": Command(
         "quality", "quality.quantizer", "measure error and time of each quantization method"

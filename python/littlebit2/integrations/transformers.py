@@ -11,6 +11,9 @@ its own registries. Two things have none, and :func:`register` wraps a public cl
   ``from_pretrained`` in favor of the stored one. The run settings of the given one are kept.
 
 Nothing else is changed, and :func:`unregister` undoes it.
+
+Where the package is installed, ``_littlebit2_autoregister`` has put stand-ins into the registries when the
+interpreter started. They import this module for the first packed checkpoint.
 """
 
 from __future__ import annotations
@@ -21,14 +24,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
-    AutoHfQuantizer,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers import configuration_utils
+from transformers.quantizers import auto
 
 from littlebit2.checkpoint import CheckpointError, looks_packed, open_checkpoint
 
@@ -45,25 +42,42 @@ _SETTINGS_FILES = ("littlebit_config.json", "nanoquant_config.json")
 
 def register() -> None:
     """Make transformers load our checkpoints and the authors'; further calls do nothing."""
-    # Not the decorators' own check: they raise the second time, say after a reload of this module.
-    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(METHOD)(LittleBit2Config)
-    if METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(METHOD)(LittleBit2Quantizer)
-    for home, name, wrap in _WRAPPED:
+    for mapping, add, ours in _registries():
+        held = mapping.get(METHOD)
+        # Not the decorators' own check: they raise the second time, say after a reload of this module.
+        if held is None:
+            add(METHOD)(ours)
+        elif getattr(held, "is_stand_in", False):
+            _stand_ins[ours] = held
+            mapping[METHOD] = ours  # at once: another thread may be loading a checkpoint
+    for home, name, wrap in _wrapped():
         current = vars(home)[name].__func__
         if not hasattr(current, _ORIGINAL):
             setattr(home, name, classmethod(wrap(current)))
 
 
 def unregister() -> None:
-    """Undo :func:`register`."""
-    AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
-    AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
-    for home, name, _ in _WRAPPED:
+    """Undo :func:`register`; the stand-ins of an installed package, which register when used, come back."""
+    for mapping, _, ours in _registries():
+        mapping.pop(METHOD, None)
+        if ours in _stand_ins:
+            mapping[METHOD] = _stand_ins.pop(ours)
+    for home, name, _ in _wrapped():
         current = vars(home)[name].__func__
         if hasattr(current, _ORIGINAL):
             setattr(home, name, classmethod(getattr(current, _ORIGINAL)))
+
+
+#: What :func:`register` has replaced by each of our classes.
+_stand_ins: dict[type, Any] = {}
+
+
+def _registries() -> tuple[tuple[dict[str, Any], Callable[..., Any], type], ...]:
+    """The registries of transformers, how to add to each, and our class for it."""
+    return (
+        (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.register_quantization_config, LittleBit2Config),
+        (auto.AUTO_QUANTIZER_MAPPING, auto.register_quantizer, LittleBit2Quantizer),
+    )
 
 
 _ORIGINAL = "_littlebit2_original"
@@ -102,11 +116,12 @@ def _keeping_settings(original: Callable[..., Any]) -> Callable[..., Any]:
     return merge_quantization_configs
 
 
-#: Class methods that :func:`register` wraps: of which class, and by what.
-_WRAPPED: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
-    (PreTrainedConfig, "get_config_dict", _describing),
-    (AutoHfQuantizer, "merge_quantization_configs", _keeping_settings),
-)
+def _wrapped() -> tuple[tuple[Any, str, Callable[..., Any]], ...]:
+    """Class methods that :func:`register` wraps: of which class, and by what."""
+    return (
+        (configuration_utils.PreTrainedConfig, "get_config_dict", _describing),
+        (auto.AutoHfQuantizer, "merge_quantization_configs", _keeping_settings),
+    )
 
 
 def _describe_foreign(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:

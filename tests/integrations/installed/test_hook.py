@@ -1,0 +1,221 @@
+"""The import hook by itself: what it does to modules that it waits for, and that it is in nobody's way."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import threading
+import types
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integrations.installed.hook import load_hook
+
+hook = load_hook()
+
+SOURCE = "import threading\nVALUE = {value}\nimported_by = threading.get_ident()\n"
+
+
+@pytest.fixture(autouse=True)
+def _undo_imports(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+    importlib.invalidate_caches()
+
+
+class Calls(list[Any]):
+    """A function that keeps what it is called with."""
+
+    def __call__(self, module: Any) -> None:
+        self.append(module)
+
+
+def package(folder: Path, value: int = 1) -> Path:
+    (folder / "awaited").mkdir(parents=True)
+    (folder / "awaited/__init__.py").write_text("")
+    (folder / "awaited/inner.py").write_text(SOURCE.format(value=value))
+    (folder / "awaited/other.py").write_text("")
+    sys.path.insert(0, str(folder))
+    return folder
+
+
+def wait_for(name: str, function: Callable[[Any], None], position: int = 0) -> Any:
+    finder = hook.AfterImport({name: function})
+    sys.meta_path.insert(position, finder)
+    return finder
+
+
+def test_called_once_the_module_has_run(tmp_path: Path) -> None:
+    package(tmp_path)
+    seen = []
+    wait_for("awaited.inner", lambda module: seen.append((module.VALUE, module.__loader__, module.__spec__)))
+    module = importlib.import_module("awaited.inner")
+    importlib.import_module("awaited.other")
+    importlib.import_module("awaited.inner")
+    ((value, loader, spec),) = seen
+    assert value == 1
+    # The module looks as without the hook.
+    assert type(loader) is type(sys.modules["awaited.other"].__loader__)
+    assert spec.loader is loader
+    assert spec is module.__spec__
+
+
+def test_reloading_calls_again(tmp_path: Path) -> None:
+    package(tmp_path)
+    calls = Calls()
+    wait_for("awaited.inner", calls)
+    module = importlib.import_module("awaited.inner")
+    (tmp_path / "awaited/inner.py").write_text(SOURCE.format(value=22))
+    importlib.invalidate_caches()
+    assert importlib.reload(module).VALUE == 22
+    assert calls == [module, module]
+
+
+def test_failing_module_fails_as_it_would(tmp_path: Path) -> None:
+    package(tmp_path)
+    (tmp_path / "awaited/inner.py").write_text("raise KeyError('own failure')")
+    calls = Calls()
+    wait_for("awaited.inner", calls)
+    with pytest.raises(KeyError, match="own failure"):
+        importlib.import_module("awaited.inner")
+    assert "awaited.inner" not in sys.modules
+    with pytest.raises(ModuleNotFoundError, match=r"awaited\.missing"):
+        importlib.import_module("awaited.missing")
+    assert not calls
+
+
+def test_module_that_is_not_there(tmp_path: Path) -> None:
+    package(tmp_path)
+    wait_for("awaited.missing", Calls())
+    with pytest.raises(ModuleNotFoundError, match=r"No module named 'awaited\.missing'"):
+        importlib.import_module("awaited.missing")
+    assert importlib.util.find_spec("awaited.missing") is None
+
+
+def test_looking_at_a_spec_imports_nothing(tmp_path: Path) -> None:
+    package(tmp_path)
+    calls = Calls()
+    wait_for("awaited.inner", calls)
+    spec = importlib.util.find_spec("awaited.inner")
+    assert spec is not None
+    assert spec.loader is not None
+    assert "VALUE = 1" in spec.loader.get_source("awaited.inner")  # type: ignore[attr-defined]
+    assert "awaited.inner" not in sys.modules
+    assert not calls
+
+
+def test_failing_function_becomes_a_warning(tmp_path: Path) -> None:
+    package(tmp_path)
+
+    def fail(module: Any) -> None:
+        raise AttributeError("no such registry")
+
+    wait_for("awaited.inner", fail)
+    with pytest.warns(
+        RuntimeWarning, match=r"after the import of awaited\.inner .*no such registry.*register"
+    ):
+        assert importlib.import_module("awaited.inner").VALUE == 1
+
+
+def test_modules_in_archives(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "archive.zip", "w") as archive:
+        archive.writestr("zipped/__init__.py", "")
+        archive.writestr("zipped/inner.py", SOURCE.format(value=3))
+    sys.path.insert(0, str(tmp_path / "archive.zip"))
+    calls = Calls()
+    wait_for("zipped.inner", calls)
+    module = importlib.import_module("zipped.inner")
+    assert calls == [module]
+    assert type(module.__loader__).__name__ == "zipimporter"
+
+
+class Searching:
+    """A finder as hooks of other packages have it: it starts the search anew, and wraps what that finds."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.searching = False
+        self.ran: list[str] = []
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != self.name or self.searching:
+            return None
+        self.searching = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.searching = False
+        assert spec is not None
+        assert spec.loader is not None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: types.ModuleType) -> None:
+            execute(module)
+            self.ran.append(module.__name__)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_beside_another_hook(tmp_path: Path, ours_first: bool) -> None:
+    package(tmp_path)
+    theirs = Searching("awaited.inner")
+    sys.meta_path.insert(0, theirs)
+    calls = Calls()
+    wait_for("awaited.inner", calls, 0 if ours_first else 1)
+    module = importlib.import_module("awaited.inner")
+    assert calls == [module]
+    assert theirs.ran == ["awaited.inner"]
+    assert module.VALUE == 1
+
+
+def test_finder_that_is_no_modern_one(tmp_path: Path) -> None:
+    package(tmp_path)
+    calls = Calls()
+    wait_for("awaited.inner", calls)
+    sys.meta_path.insert(1, object())  # type: ignore[arg-type]
+    sys.modules.pop("awaited", None)
+    spec = sys.meta_path[0].find_spec("awaited.inner", [str(tmp_path / "awaited")])
+    assert spec is not None
+
+
+def test_threads_that_import_together(tmp_path: Path) -> None:
+    package(tmp_path)
+    calls = Calls()
+    wait_for("awaited.inner", calls)
+    start = threading.Barrier(8)
+    found = []
+
+    def work() -> None:
+        start.wait()
+        found.append(importlib.import_module("awaited.inner"))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+    assert found == [calls[0]] * 8
+
+
+def test_installing_twice_and_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = types.ModuleType("awaited_late")
+    calls = Calls()
+    monkeypatch.setitem(sys.modules, "awaited_late", loaded)
+    monkeypatch.setattr(hook, "_FUNCTIONS", {"awaited_late": calls})
+    before = len(sys.meta_path)
+    hook.install()
+    hook.install()
+    assert len(sys.meta_path) == before + 1
+    assert calls == [loaded]
