@@ -3,7 +3,13 @@
 Importing is free: the native library is loaded on first use.
 """
 
-from ._native import NativeLibraryError, get_include, get_library_dir
+from ._native import (
+    NativeLibraryError,
+    get_cmake_dir,
+    get_include,
+    get_library_dir,
+    get_pkgconfig_dir,
+)
 from .dispatch import BackendUnavailableError
 from .format import FORMAT_VERSION, PackedLinear, PackedPath
 from .functional import littlebit_linear
@@ -35,8 +41,10 @@ __all__ = [
     "__version__",
     "explain",
     "fuse_linears",
+    "get_cmake_dir",
     "get_include",
     "get_library_dir",
+    "get_pkgconfig_dir",
     "grouped_linear",
     "littlebit_linear",
     "load",

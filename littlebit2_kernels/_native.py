@@ -15,8 +15,10 @@ __all__ = [
     "NativeLibraryError",
     "core",
     "cuda_ops_library_path",
+    "get_cmake_dir",
     "get_include",
     "get_library_dir",
+    "get_pkgconfig_dir",
     "load_cuda_ops",
     "load_ops",
     "no_cuda_reason",
@@ -66,8 +68,21 @@ def get_include() -> str:
 
 
 def get_library_dir() -> str:
-    """Folder that holds ``liblittlebit2.so``, for C and C++ clients (``-L``, ``-rpath``)."""
+    """Folder of the library, for C and C++ clients (``-L``, ``-rpath``).
+
+    Linkers find it there as ``-llittlebit2``; what is loaded, also by ``dlopen``, is ``liblittlebit2.so.1``.
+    """
     return str(_PACKAGE / "lib")
+
+
+def get_cmake_dir() -> str:
+    """Folder of the CMake package: ``cmake -Dlittlebit2_DIR=...``, then ``find_package(littlebit2)``."""
+    return str(_PACKAGE / "lib" / "cmake" / "littlebit2")
+
+
+def get_pkgconfig_dir() -> str:
+    """Folder of the pkg-config files: ``PKG_CONFIG_PATH=... pkg-config --cflags --libs littlebit2``."""
+    return str(_PACKAGE / "lib" / "pkgconfig")
 
 
 def ops_library_path() -> Path:

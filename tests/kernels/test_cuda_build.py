@@ -116,15 +116,48 @@ def test_every_instance_compiles_for_every_architecture_without_spills(build: Bu
 def test_library_exports_the_c_abi_and_nothing_else_of_ours(build: Build) -> None:
     if shutil.which("nm") is None:
         pytest.skip("needs nm on PATH")
-    symbols = _run("nm", "-D", "--defined-only", str(build.library))
+    symbols = _run("nm", "-D", "--defined-only", "--with-symbol-versions", str(build.library))
     defined = {line.split()[-1] for line in symbols.splitlines()}
-    ours = {name for name in defined if "lb2" in name}
-    assert ours == {
-        "lb2_cuda_get_device",
-        "lb2_grouped_forward_cuda",
-        "lb2_linear_forward_cuda",
-        "lb2_linear_unpack_cuda",
+    # The version of the symbols, and the symbols: nothing of the CUDA runtime inside either.
+    assert defined == {
+        "LITTLEBIT2_CUDA_1",
+        *("lb2_cuda_get_device@@LITTLEBIT2_CUDA_1", "lb2_grouped_forward_cuda@@LITTLEBIT2_CUDA_1"),
+        *("lb2_linear_forward_cuda@@LITTLEBIT2_CUDA_1", "lb2_linear_unpack_cuda@@LITTLEBIT2_CUDA_1"),
     }
+
+
+_CLIENT = """
+#include <stdio.h>
+#include "littlebit2/cuda.h"
+int main(void) {
+  lb2_cuda_device device = {sizeof device, 0, 0, 0};
+  printf("%d %s", (int)lb2_cuda_get_device(0, &device), lb2_last_error());
+  return 0;
+}
+"""
+
+
+def test_program_links_the_installed_library(
+    built: Callable[[tuple[int, ...]], Build], tmp_path: Path
+) -> None:
+    """find_package's component cuda; where there is no GPU, the program is told so."""
+    _run("cmake", "--install", str(built(COMMON).folder), "--prefix", str(tmp_path / "prefix"))
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "client.c").write_text(_CLIENT)
+    (source / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.24)\nproject(client LANGUAGES C)\n"
+        "find_package(littlebit2 REQUIRED COMPONENTS cuda)\nadd_executable(client client.c)\n"
+        "target_link_libraries(client PRIVATE littlebit2::cuda)\n"
+    )
+    prefix = f"-DCMAKE_PREFIX_PATH={tmp_path / 'prefix'}"
+    _run("cmake", "-S", str(source), "-B", str(tmp_path / "build"), prefix)
+    _run("cmake", "--build", str(tmp_path / "build"))
+    status, _, message = _run(str(tmp_path / "build/client")).partition(" ")
+    assert status == "0" or message.startswith("counting the GPUs: "), message
+    needed = _run("readelf", "-d", str(tmp_path / "prefix/lib/liblittlebit2_cuda.so.1"))
+    assert "Library soname: [liblittlebit2_cuda.so.1]" in needed
+    assert "Shared library: [liblittlebit2.so.1]" in needed
 
 
 def _disassembler() -> str | None:
