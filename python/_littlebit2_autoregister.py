@@ -38,6 +38,8 @@ _SETTINGS_FILES = ("littlebit_config.json", "nanoquant_config.json")
 _FOREIGN_METHODS = ("littlebit", "nanoquant")
 #: Dtypes of safetensors that can hold packed words.
 _INTEGERS = ("BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
+#: How files of torch.save begin that a training leaves beside the weights.
+_OF_TRAINING = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 #: Longest header of a safetensors file that the format allows.
 _MAX_HEADER = 100_000_000
 
@@ -241,7 +243,8 @@ def _integer_tensors(directory: str) -> "set[str]":
             if isinstance(entry, dict) and entry.get("dtype") in _INTEGERS:
                 found.add(tensor.rpartition(".")[2])
     if not shards:  # files of torch.save cannot be looked into from here
-        found.update(name for name in names if name.endswith((".bin", ".pt", ".pth")))
+        pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+        found.update(name for name in pickles if not name.startswith(_OF_TRAINING))
     return found
 
 

@@ -28,6 +28,10 @@ def test_source_distribution_can_be_built_from(tmp_path: Path) -> None:
         "littlebit2_kernels/linear.py",
         "littlebit2_kernels/py.typed",
         "python/littlebit2/quantize/config.py",
+        "python/_littlebit2_autoregister.py",
+        "python/littlebit2_autoregister.pth",
+        "cmake/littlebit2-config.cmake.in",
+        "examples/cpp/CMakeLists.txt",
     }
     assert needed | packages <= inside
     assert not [name for name in inside if name.endswith((".so", ".pyc"))]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
+import json
+import subprocess
 import sys
 import threading
 import types
@@ -14,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.integrations.installed.hook import load_hook
+from tests.integrations.installed.hook import ROOT, load_hook
 
 hook = load_hook()
 
@@ -207,6 +210,37 @@ def test_threads_that_import_together(tmp_path: Path) -> None:
         thread.join()
     assert len(calls) == 1
     assert found == [calls[0]] * 8
+
+
+def test_which_tensors_may_be_packed(tmp_path: Path) -> None:
+    def header(**dtypes: str) -> bytes:
+        entries = {f"model.{name}": {"dtype": dtype} for name, dtype in dtypes.items()}
+        text = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
+        return len(text).to_bytes(8, "little") + text
+
+    assert hook._integer_tensors(tmp_path) == set()
+    for name in ("training_args.bin", "optimizer.pt", "notes.txt"):
+        (tmp_path / name).touch()
+    assert hook._integer_tensors(tmp_path) == set()
+    (tmp_path / "pytorch_model.bin").touch()
+    assert hook._integer_tensors(tmp_path) == {"pytorch_model.bin"}
+    # Where there are safetensors, transformers reads those.
+    (tmp_path / "a.safetensors").write_bytes(header(weight="BF16", words="I32"))
+    (tmp_path / "b.safetensors").write_bytes(header(bits="U8", scale="F32", table="I64"))
+    assert hook._integer_tensors(tmp_path) == {"words", "bits", "table"}
+    for content in (b"", b"1234", b"\xff" * 8, b"\x04" + bytes(7) + b"[1]x", b"\x02" + bytes(7) + b"[]"):
+        (tmp_path / "a.safetensors").write_bytes(content)
+        assert hook._integer_tensors(tmp_path) == {"bits", "table"}
+
+
+def test_starting_imports_nothing_else(tmp_path: Path) -> None:
+    code = "import os, sys; before = set(sys.modules); {}; print(sorted(set(sys.modules) - before))"
+    folder = str(ROOT / "python")
+    load = f"sys.path.insert(0, {folder!r}); import _littlebit2_autoregister as hook; hook.install()"
+    run = subprocess.run(
+        [sys.executable, "-S", "-c", code.format(load)], capture_output=True, text=True, check=True
+    )
+    assert ast.literal_eval(run.stdout) == ["_littlebit2_autoregister"]
 
 
 def test_installing_twice_and_late(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,7 +164,10 @@ def test_installing_and_uninstalling(tmp_path: Path, sources: Path, mode: str) -
     code = "import _littlebit2_autoregister as hook, littlebit2; print(hook.__file__, littlebit2.__file__)"
     hook, package = environment.run("-c", code).stdout.split()
     assert Path(hook).parent == environment.packages
-    assert Path(package).is_relative_to(environment.packages if mode == "wheel" else sources)
+    home = environment.packages if mode == "wheel" else sources
+    assert Path(package).is_relative_to(home)
+    folder = "littlebit2_kernels/lib/cmake/littlebit2"
+    assert (home / folder / "littlebit2-config.cmake").is_file()
     assert environment.run("-c", STATE).stdout.strip() == "True"
     environment.pip("uninstall", "--yes", "littlebit2-kernels")
     assert not [name for name in HOOK if (environment.packages / name).exists()]
