@@ -110,6 +110,8 @@ class _Loader:
 
     def __getattr__(self, name: str) -> "Any":
         # get_source, is_package and so on, for a spec that is only looked at.
+        if name == "loader":  # a copy that is being made has none yet
+            raise AttributeError(name)
         return getattr(self.loader, name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import importlib
 import importlib.util
 import json
@@ -112,6 +113,7 @@ def test_looking_at_a_spec_imports_nothing(tmp_path: Path) -> None:
     assert spec is not None
     assert spec.loader is not None
     assert "VALUE = 1" in spec.loader.get_source("awaited.inner")  # type: ignore[attr-defined]
+    assert copy.copy(spec.loader).is_package("awaited.inner") is False  # type: ignore[attr-defined]
     assert "awaited.inner" not in sys.modules
     assert not calls
 
