@@ -1,9 +1,9 @@
 """Makes transformers know packed checkpoints wherever this package is installed.
 
 transformers skips a ``quant_method`` that nobody has registered: it warns, and leaves the packed layers
-random. So ``littlebit2_autoregister.pth``, which lies beside this file in site-packages, runs :func:`install`
-when an interpreter starts. That imports nothing. It puts a finder before the others, which steps in for two
-modules:
+random. So ``littlebit2_autoregister.pth``, which lies beside this file in site-packages, puts a finder before
+the others when an interpreter starts, and imports nothing. When transformers is looked for, that finder calls
+:func:`install`, which puts another one in its place. This one steps in for two modules:
 
 - ``transformers.quantizers.auto``: once it has run, stand-ins for our classes are registered.
 - ``transformers.configuration_utils``: once it has run, ``PreTrainedConfig.get_config_dict`` looks whether a
@@ -14,17 +14,19 @@ checkpoint fails with the reason; other checkpoints load as always. ``LB2_NO_AUT
 off.
 """
 
+from __future__ import annotations
+
+import functools
+import importlib
+import json
 import os
 import sys
-from _thread import get_ident
-
-# Annotations are strings: the modules __future__ and typing take longer to import than everything here.
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from importlib.machinery import ModuleSpec
-    from types import ModuleType
-    from typing import Any
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
 
 __all__ = ["AfterImport", "install"]
 
@@ -51,18 +53,18 @@ class AfterImport:
         functions: the function for each full module name. What it raises becomes a warning.
     """
 
-    def __init__(self, functions: "Mapping[str, Callable[[Any], None]]") -> None:
+    def __init__(self, functions: Mapping[str, Callable[[Any], None]]) -> None:
         self.functions = functions
         self._busy: set[tuple[int, str]] = set()
 
     def find_spec(
-        self, name: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
-    ) -> "ModuleSpec | None":
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         """Return the spec that the finders behind find, with a loader that also calls the function."""
         if name not in self.functions:
             return None
         # A finder behind this one may start the whole search again, as hooks of other packages do.
-        search = (get_ident(), name)
+        search = (threading.get_ident(), name)
         if search in self._busy:
             return None
         self._busy.add(search)
@@ -75,9 +77,7 @@ class AfterImport:
             spec.loader = _Loader(loader, self.functions[name])  # type: ignore[assignment]
         return spec
 
-    def _find(
-        self, name: str, path: "Sequence[str] | None", target: "ModuleType | None"
-    ) -> "ModuleSpec | None":
+    def _find(self, name: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
         finders = list(sys.meta_path)
         behind = finders[finders.index(self) + 1 :] if self in finders else finders
         for finder in behind:
@@ -91,16 +91,16 @@ class AfterImport:
 class _Loader:
     """Loads a module by the loader that was found for it, and calls a function with it."""
 
-    def __init__(self, loader: "Any", function: "Callable[[Any], None]") -> None:
+    def __init__(self, loader: Any, function: Callable[[Any], None]) -> None:
         self.loader = loader
         self.function = function
 
-    def create_module(self, spec: "ModuleSpec") -> "ModuleType | None":
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         create = getattr(self.loader, "create_module", None)
         module: ModuleType | None = None if create is None else create(spec)
         return module
 
-    def exec_module(self, module: "ModuleType") -> None:
+    def exec_module(self, module: ModuleType) -> None:
         # The module shows its own loader, to itself already.
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
@@ -108,14 +108,14 @@ class _Loader:
         self.loader.exec_module(module)
         _call(self.function, module)
 
-    def __getattr__(self, name: str) -> "Any":
+    def __getattr__(self, name: str) -> Any:
         # get_source, is_package and so on, for a spec that is only looked at.
         if name == "loader":  # a copy that is being made has none yet
             raise AttributeError(name)
         return getattr(self.loader, name)
 
 
-def _call(function: "Callable[[Any], None]", module: "ModuleType") -> None:
+def _call(function: Callable[[Any], None], module: ModuleType) -> None:
     """Call the function; the import of a module of other people does not fail by it."""
     try:
         function(module)
@@ -128,8 +128,6 @@ def _call(function: "Callable[[Any], None]", module: "ModuleType") -> None:
 
 
 def _warn(message: str) -> None:
-    import warnings  # noqa: PLC0415  # nothing is imported when an interpreter starts
-
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
@@ -139,8 +137,6 @@ def _register() -> None:
     Raises:
         ImportError: that did not work.
     """
-    import importlib  # noqa: PLC0415  # nothing is imported when an interpreter starts
-
     try:
         importlib.import_module(HOME).register()
     except Exception as error:
@@ -150,11 +146,11 @@ def _register() -> None:
         ) from error
 
 
-def _announce(auto: "Any") -> None:
+def _announce(auto: Any) -> None:
     """Register stand-ins in ``transformers.quantizers.auto``, until the first packed checkpoint."""
     configs, quantizers = auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING
 
-    def real(mapping: "dict[str, Any]", stand_in: type) -> "Any":
+    def real(mapping: dict[str, Any], stand_in: type) -> Any:
         _register()
         found = mapping.get(METHOD)
         if found is None or found is stand_in:
@@ -164,17 +160,17 @@ def _announce(auto: "Any") -> None:
     class LittleBit2Config:
         """Stands in for our class of this name until that is imported."""
 
-        def __new__(cls, *args: "Any", **kwargs: "Any") -> "Any":
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
             return real(configs, cls)(*args, **kwargs)
 
         @classmethod
-        def from_dict(cls, *args: "Any", **kwargs: "Any") -> "Any":
+        def from_dict(cls, *args: Any, **kwargs: Any) -> Any:
             return real(configs, cls).from_dict(*args, **kwargs)
 
     class LittleBit2Quantizer:
         """Stands in for our class of this name until that is imported."""
 
-        def __new__(cls, *args: "Any", **kwargs: "Any") -> "Any":
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
             return real(quantizers, cls)(*args, **kwargs)
 
     for mapping, stand_in in ((configs, LittleBit2Config), (quantizers, LittleBit2Quantizer)):
@@ -183,19 +179,15 @@ def _announce(auto: "Any") -> None:
         mapping.setdefault(METHOD, stand_in)
 
 
-def _watch(configuration_utils: "Any") -> None:
+def _watch(configuration_utils: Any) -> None:
     """Let ``get_config_dict`` import littlebit2 for a directory that may be packed as other people do it."""
-    import functools  # noqa: PLC0415  # nothing is imported when an interpreter starts
-
     home = configuration_utils.PreTrainedConfig
     original = vars(home)["get_config_dict"].__func__
 
     @functools.wraps(original)
-    def get_config_dict(cls: type, pretrained_model_name_or_path: "Any", **kwargs: "Any") -> "Any":
+    def get_config_dict(cls: type, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         found = original(cls, pretrained_model_name_or_path, **kwargs)
-        # Once littlebit2 is registered, it wraps this method itself.
-        registered = vars(home)["get_config_dict"].__func__ is not get_config_dict
-        if registered or not isinstance(pretrained_model_name_or_path, (str, os.PathLike)):
+        if not isinstance(pretrained_model_name_or_path, (str, os.PathLike)) or _wraps(home, get_config_dict):
             return found
         directory = os.fspath(pretrained_model_name_or_path)
         if kwargs.get("subfolder"):
@@ -204,9 +196,8 @@ def _watch(configuration_utils: "Any") -> None:
         if not config or not os.path.isdir(directory):
             return found
         entry = config.get("quantization_config")
-        if entry is not None and not (
-            isinstance(entry, dict) and entry.get("quant_method") in _FOREIGN_METHODS
-        ):
+        method = entry.get("quant_method") if isinstance(entry, dict) else None
+        if entry is not None and method not in _FOREIGN_METHODS:
             return found
         integers = _integer_tensors(directory)
         said = entry is not None or _says_packed(directory, config, integers)
@@ -224,7 +215,17 @@ def _watch(configuration_utils: "Any") -> None:
     home.get_config_dict = classmethod(get_config_dict)  # type: ignore[arg-type]
 
 
-def _says_packed(directory: str, config: "Mapping[str, Any]", integers: "set[str]") -> bool:
+def _wraps(home: Any, ours: Callable[..., Any]) -> bool:
+    """Whether littlebit2 is registered, and so does the work of ``ours`` itself, in a wrapper above it."""
+    current = vars(home)["get_config_dict"].__func__
+    while current is not None and current is not ours:
+        if hasattr(current, "_littlebit2_original"):
+            return True
+        current = getattr(current, "__wrapped__", None)
+    return False
+
+
+def _says_packed(directory: str, config: Mapping[str, Any], integers: set[str]) -> bool:
     """Whether a file, an entry or the name of a tensor says that the directory is packed."""
     files = any(os.path.isfile(os.path.join(directory, name)) for name in _SETTINGS_FILES)
     return (
@@ -234,7 +235,7 @@ def _says_packed(directory: str, config: "Mapping[str, Any]", integers: "set[str
     )
 
 
-def _integer_tensors(directory: str) -> "set[str]":
+def _integer_tensors(directory: str) -> set[str]:
     """Last parts of the names of integers, of which packed layers are made; littlebit2 says what they are."""
     found: set[str] = set()
     names = os.listdir(directory)
@@ -250,10 +251,8 @@ def _integer_tensors(directory: str) -> "set[str]":
     return found
 
 
-def _header(path: str) -> "dict[str, Any]":
+def _header(path: str) -> dict[str, Any]:
     """The header of a safetensors file; nothing of a damaged one, which is not for us to refuse."""
-    import json  # noqa: PLC0415  # nothing is imported when an interpreter starts
-
     try:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -264,17 +263,25 @@ def _header(path: str) -> "dict[str, Any]":
 
 
 def install() -> None:
-    """Put the finder in place; a further call does nothing. Modules that are loaded are served at once."""
+    """Put the finder in place; a further call does nothing. Modules that are loaded are served at once.
+
+    Where transformers is being looked for, the search goes on with the finders behind.
+    """
     if any(getattr(finder, "functions", None) is _FUNCTIONS for finder in sys.meta_path):
         return
-    sys.meta_path.insert(0, AfterImport(_FUNCTIONS))
+    waiting = [i for i, finder in enumerate(sys.meta_path) if getattr(finder, "__name__", "") == _WAITING]
+    # Replaced where it is, because importlib is walking through the list.
+    place = slice(waiting[0], waiting[0] + 1) if waiting else slice(0, 0)
+    sys.meta_path[place] = [AfterImport(_FUNCTIONS)]
     for name, function in _FUNCTIONS.items():
         module = sys.modules.get(name)
         if module is not None:
             _call(function, module)
 
 
-_FUNCTIONS: "dict[str, Callable[[Any], None]]" = {
+#: The finder of the .pth file.
+_WAITING = "LittleBit2Autoregister"
+_FUNCTIONS: dict[str, Callable[[Any], None]] = {
     "transformers.configuration_utils": _watch,
     "transformers.quantizers.auto": _announce,
 }

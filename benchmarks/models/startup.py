@@ -2,13 +2,14 @@
 
 Two virtual environments are made, and the files that an installation puts into site-packages are copied into
 one of them. Their interpreters are started in turn. Programs that use neither torch nor transformers pay
-no more than the difference.
+no more than the difference. On a busy machine, read the CPU time.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -16,14 +17,14 @@ import tempfile
 import time
 import venv
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.markdown import markdown
 from benchmarks.options import add_json, positive
 from benchmarks.records import ROOT, describe_environment, host_environment, write_result
 
-__all__ = ["add_arguments", "measure", "run"]
+__all__ = ["add_arguments", "measure", "run", "startup_table"]
 
 #: The files of the hook, in ``python``.
 HOOK = ("_littlebit2_autoregister.py", "littlebit2_autoregister.pth")
@@ -42,22 +43,24 @@ def run(options: Namespace) -> int:
     about = host_environment()
     found = {name: measure(code, options.starts) for name, code in PROGRAMS.items()}
     print(describe_environment(about))
-    rows = [
-        (
-            name,
-            *(f"{1e3 * value:.2f}" for value in (without, with_hook)),
-            f"{1e3 * (with_hook - without):+.2f}",
-        )
-        for name, (without, with_hook) in found.items()
-    ]
-    print(f"\n{markdown(('program', 'without, ms', 'with, ms', 'difference, ms'), rows)}")
+    print(f"\n{startup_table(found)}")
     if options.json is not None:
         write_result(options.json, options, about, medians=found)
     return 0
 
 
-def measure(code: str, starts: int) -> tuple[float, float]:
-    """Return the median seconds of a start without the hook, and with it.
+def startup_table(found: Mapping[str, Mapping[str, tuple[float, float]]]) -> str:
+    """Return the medians of :func:`measure` for each program as a table."""
+    rows = [
+        (program, clock, f"{1e3 * without:.2f}", f"{1e3 * hook:.2f}", f"{1e3 * (hook - without):+.2f}")
+        for program, clocks in found.items()
+        for clock, (without, hook) in clocks.items()
+    ]
+    return markdown(("program", "clock", "without, ms", "with, ms", "difference, ms"), rows)
+
+
+def measure(code: str, starts: int) -> dict[str, tuple[float, float]]:
+    """Return the median seconds of a start without the hook, and with it, by clock: ``elapsed`` and ``CPU``.
 
     Args:
         code: the program.
@@ -71,13 +74,18 @@ def measure(code: str, starts: int) -> tuple[float, float]:
         packages = next(Path(folder, "with").glob("lib/python*/site-packages"))
         for name in HOOK:
             shutil.copy(ROOT / "python" / name, packages)
-        samples: list[list[float]] = [[], []]
+        samples: tuple[list[tuple[float, float]], ...] = ([], [])
         for turn in range(-2, starts):  # the first starts compile the module and warm the files
             for index in (0, 1) if turn % 2 else (1, 0):
-                seconds = _start([str(pythons[index]), "-c", code])
+                sample = _start([str(pythons[index]), "-c", code])
                 if turn >= 0:
-                    samples[index].append(seconds)
-    return statistics.median(samples[0]), statistics.median(samples[1])
+                    samples[index].append(sample)
+
+    def medians(clock: int) -> tuple[float, float]:
+        without, with_hook = (statistics.median(sample[clock] for sample in taken) for taken in samples)
+        return without, with_hook
+
+    return {"elapsed": medians(0), "CPU": medians(1)}
 
 
 def _environment(folder: Path) -> Path:
@@ -85,8 +93,15 @@ def _environment(folder: Path) -> Path:
     return folder / "bin/python"
 
 
-def _start(command: Sequence[str]) -> float:
+def _start(command: Sequence[str]) -> tuple[float, float]:
+    """Elapsed and CPU seconds of a process."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "LB2_"))}
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), _children_seconds()
     subprocess.run(command, check=True, env=inherited)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, _children_seconds() - cpu_start
+
+
+def _children_seconds() -> float:
+    # os.times counts in steps of 10 ms.
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

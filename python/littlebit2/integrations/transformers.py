@@ -80,6 +80,7 @@ def _registries() -> tuple[tuple[dict[str, Any], Callable[..., Any], type], ...]
     )
 
 
+#: Marks our wrappers; ``_littlebit2_autoregister`` looks for it too.
 _ORIGINAL = "_littlebit2_original"
 
 _GetConfigDict = Callable[..., tuple[dict[str, Any], dict[str, Any]]]

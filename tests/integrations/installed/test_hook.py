@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import copy
+import functools
 import importlib
 import importlib.util
 import json
@@ -235,14 +235,88 @@ def test_which_tensors_may_be_packed(tmp_path: Path) -> None:
         assert hook._integer_tensors(tmp_path) == {"bits", "table"}
 
 
-def test_starting_imports_nothing_else(tmp_path: Path) -> None:
-    code = "import os, sys; before = set(sys.modules); {}; print(sorted(set(sys.modules) - before))"
-    folder = str(ROOT / "python")
-    load = f"sys.path.insert(0, {folder!r}); import _littlebit2_autoregister as hook; hook.install()"
-    run = subprocess.run(
-        [sys.executable, "-S", "-c", code.format(load)], capture_output=True, text=True, check=True
+def line_of_the_pth_file() -> str:
+    (line,) = (ROOT / "python/littlebit2_autoregister.pth").read_text("utf-8").splitlines()
+    return line
+
+
+def test_starting_imports_nothing(tmp_path: Path) -> None:
+    (tmp_path / "line.py").write_text(
+        "import os, sys\nbefore = set(sys.modules)\n"
+        + line_of_the_pth_file()
+        + "\nprint(sorted(set(sys.modules) - before), sys.meta_path[0].__name__)"
     )
-    assert ast.literal_eval(run.stdout) == ["_littlebit2_autoregister"]
+    run = subprocess.run(
+        [sys.executable, "-S", tmp_path / "line.py"], capture_output=True, text=True, check=True
+    )
+    assert run.stdout == "[] LittleBit2Autoregister\n"
+
+
+def test_finder_of_the_pth_file_gives_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once transformers is looked for, another finder takes its place, and the search goes on behind it."""
+    monkeypatch.delenv("LB2_NO_AUTOREGISTER", raising=False)
+    monkeypatch.setitem(sys.modules, "_littlebit2_autoregister", hook)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "transformers/quantizers").mkdir(parents=True)
+    (tmp_path / "transformers/__init__.py").write_text("FAKE = True")
+    (tmp_path / "transformers/quantizers/__init__.py").write_text("")
+    registries = "AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING = {}, {}"
+    (tmp_path / "transformers/quantizers/auto.py").write_text(registries)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    theirs = Searching("transformers")
+    exec(line_of_the_pth_file())
+    waiting = sys.meta_path[0]
+    sys.meta_path.insert(0, theirs)
+    before = list(sys.meta_path)
+    importlib.import_module("json.tool")
+    assert sys.meta_path == before
+    assert importlib.import_module("transformers").FAKE
+    assert theirs.ran == ["transformers"]
+    assert waiting not in sys.meta_path
+    assert type(sys.meta_path[1]) is hook.AfterImport
+    assert [*sys.meta_path[:1], *sys.meta_path[2:]] == [*before[:1], *before[2:]]
+    auto = importlib.import_module("transformers.quantizers.auto")
+    assert auto.AUTO_QUANTIZER_MAPPING["littlebit2"].is_stand_in
+    # A second .pth file, of another folder of packages.
+    exec(line_of_the_pth_file())
+    importlib.util.find_spec("transformers")
+    importlib.reload(sys.modules["transformers"])
+    assert sum(type(finder) is hook.AfterImport for finder in sys.meta_path) == 1
+
+
+def test_directories_are_looked_at_below_wrappers_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class PreTrainedConfig:
+        @classmethod
+        def get_config_dict(cls, path: Any, **kwargs: Any) -> Any:
+            return {"quant_func": "x"}, {}
+
+    hook._watch(types.SimpleNamespace(PreTrainedConfig=PreTrainedConfig))
+    ours = vars(PreTrainedConfig)["get_config_dict"].__func__
+
+    @functools.wraps(ours)
+    def theirs(cls: type, path: Any, **kwargs: Any) -> Any:
+        return ours(cls, path, **kwargs)
+
+    PreTrainedConfig.get_config_dict = classmethod(theirs)  # type: ignore[assignment]
+    calls = Calls()
+
+    def register() -> None:
+        calls(None)
+
+        def get_config_dict(cls: type, path: Any, **kwargs: Any) -> Any:
+            return "described", theirs(cls, path, **kwargs)
+
+        get_config_dict._littlebit2_original = theirs  # type: ignore[attr-defined]
+        PreTrainedConfig.get_config_dict = classmethod(get_config_dict)  # type: ignore[assignment]
+
+    monkeypatch.setitem(sys.modules, hook.HOME, types.SimpleNamespace(register=register))
+    for _ in range(2):
+        assert PreTrainedConfig.get_config_dict(tmp_path) == ("described", ({"quant_func": "x"}, {}))
+    assert len(calls) == 1
+    assert PreTrainedConfig.get_config_dict("organization/model")[0] == "described"
 
 
 def test_installing_twice_and_late(monkeypatch: pytest.MonkeyPatch) -> None:
