@@ -10,9 +10,9 @@ from benchmarks.models import startup
 
 
 def test_both_environments_are_measured() -> None:
-    medians = startup.measure("pass", starts=1)
-    assert list(medians) == ["elapsed", "CPU"]
-    assert all(value > 0 for pair in medians.values() for value in pair)
+    fastest = startup.measure("pass", starts=1)
+    assert list(fastest) == ["elapsed", "CPU"]
+    assert all(value > 0 for pair in fastest.values() for value in pair)
     # One of the two has no hook.
     with pytest.raises(subprocess.CalledProcessError):
         startup.measure("import _littlebit2_autoregister", starts=1)
