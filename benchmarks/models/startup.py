@@ -59,7 +59,7 @@ def startup_table(found: Mapping[str, Mapping[str, tuple[float, float]]]) -> str
 
 
 def measure(code: str, starts: int) -> dict[str, tuple[float, float]]:
-    """Return the seconds of the fastest start without the hook, and with it, by clock: ``elapsed`` and ``CPU``.
+    """Return the seconds of the fastest start without the hook and with it, for ``elapsed`` and ``CPU`` time.
 
     Args:
         code: the program.
