@@ -86,6 +86,26 @@ FIELD(lb2_prepacked_plan, n, 40);
 FIELD(lb2_prepacked_plan, isa, 48);
 FIELD(lb2_prepacked_plan, activation, 52);
 
+SIZE(lb2_int8_args, 136);
+FIELD(lb2_int8_args, struct_size, 0);
+FIELD(lb2_int8_args, m, 8);
+FIELD(lb2_int8_args, k, 16);
+FIELD(lb2_int8_args, n, 24);
+FIELD(lb2_int8_args, weight, 32);
+FIELD(lb2_int8_args, weight_stride, 40);
+FIELD(lb2_int8_args, scale, 48);
+FIELD(lb2_int8_args, bias, 56);
+FIELD(lb2_int8_args, input, 64);
+FIELD(lb2_int8_args, input_stride, 72);
+FIELD(lb2_int8_args, output, 80);
+FIELD(lb2_int8_args, output_stride, 88);
+FIELD(lb2_int8_args, dtype, 96);
+FIELD(lb2_int8_args, isa, 100);
+FIELD(lb2_int8_args, workspace, 104);
+FIELD(lb2_int8_args, workspace_bytes, 112);
+FIELD(lb2_int8_args, parallel_for, 120);
+FIELD(lb2_int8_args, parallel_context, 128);
+
 SIZE(lb2_cuda_device, 24);
 FIELD(lb2_cuda_device, struct_size, 0);
 FIELD(lb2_cuda_device, capability, 8);
