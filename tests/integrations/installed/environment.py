@@ -69,10 +69,12 @@ class Environment:
         self.run(*run, **variables)
 
 
-def make_environment(folder: Path) -> Environment:
-    """Make an environment without packages of its own."""
+def make_environment(folder: Path, *, alone: bool = False) -> Environment:
+    """Make an environment without packages of its own, and if ``alone``, without those of this one."""
     venv.create(folder, symlinks=True, with_pip=False)
     environment = Environment(folder)
+    if alone:
+        return environment
     # A folder that a .pth file names is searched, but .pth files in it are not read: no editable install.
     outer = dict.fromkeys([sysconfig.get_path("purelib"), *sys.path])
     (environment.packages / "outer.pth").write_text(

@@ -27,7 +27,9 @@ SOURCE = "import threading\nVALUE = {value}\nimported_by = threading.get_ident()
 
 @pytest.fixture(autouse=True)
 def _undo_imports(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    # Without the hook of an installed package.
+    others = [finder for finder in sys.meta_path if "utoregister" not in f"{type(finder)} {finder}"]
+    monkeypatch.setattr(sys, "meta_path", others)
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = set(sys.modules)
     yield

@@ -145,7 +145,8 @@ def test_where_the_hook_is(
 
 def test_interpreters_start_without_the_hook_module(tmp_path: Path) -> None:
     """With half of the hook, Python starts, and transformers does not: it could leave layers random."""
-    environment = make_environment(tmp_path / "environment")
+    environment = make_environment(tmp_path / "environment", alone=True)
+    (environment.packages / "transformers.py").touch()
     source = Path(__file__).resolve().parents[3] / "python" / HOOK[1]
     (environment.packages / HOOK[1]).write_bytes(source.read_bytes())
     run = environment.run("-c", "print('started')")

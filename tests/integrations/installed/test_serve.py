@@ -61,6 +61,7 @@ def expected(checkpoint: Path) -> list[str]:
     return [f"w{token}" for token in found.tolist()]
 
 
+@pytest.mark.slow
 def test_pipeline(installed: Environment, checkpoint: Path, expected: list[str]) -> None:
     code = """
 import sys, transformers
