@@ -55,8 +55,8 @@ struct Kernels {
   void (*load_padded)(lb2_dtype dtype, const void* in, int64_t n, int64_t padded, float* out);
 
   // out[t * kTileRows + r] = sum_c rows[r][c] * x[t * x_stride + c], r < rows.rows <= kTileRows, in the order
-  // above; products are not rounded before they are added. x holds rows.cols columns per token, padded with zeros
-  // to a multiple of kLanes. Entries for r >= rows.rows are unspecified.
+  // above; products are not rounded before they are added. x holds rows.cols columns per token, padded with
+  // zeros to a multiple of kLanes. Entries for r >= rows.rows are unspecified.
   void (*int8_dots)(const Int8Rows& rows, const float* x, int64_t x_stride, int64_t tokens, float* out);
 };
 
