@@ -228,7 +228,7 @@ class Checkpoint:
             return {}
         masked = any(name.startswith(f"{MASKED_HEAD.rpartition('.')[0]}.") for name in self.dense)
         head = MASKED_HEAD if masked else CAUSAL_HEAD
-        if f"{head}.weight" in matrices or head in self.layers:
+        if f"{head}.weight" in matrices or head in self.layers or head in self.columns:
             return {}
         return {f"{head}.weight": embedding}
 
@@ -303,7 +303,7 @@ class Checkpoint:
                     "with latents of scale zero"
                 )
         if str(self.config.get("model_type")).startswith(("phi3", "phi4")) and any(
-            name.endswith(f".{FUSED['qkv_proj'][0]}") for name in self.layers
+            name.endswith(f".{FUSED['qkv_proj'][0]}") for name in (*self.layers, *self.columns)
         ):
             self.metadata["split_qkv"] = True
             self.problems.append(

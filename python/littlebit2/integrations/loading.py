@@ -100,7 +100,8 @@ def load(
             }
         with _quiet(), no_bars_in_logs(), reusing(checkpoint):
             # A file without a head may still tie it to the embedding.
-            headed = any(CAUSAL_HEAD in name for name in (*checkpoint.dense, *checkpoint.tied()))
+            names = (*checkpoint.dense, *checkpoint.layers, *checkpoint.tied())
+            headed = any(CAUSAL_HEAD in name for name in names)
             kind = model_class(config, headed=headed)
             if not checkpoint.files.standard and hasattr(kind, "_model_mapping"):
                 kind = kind._model_mapping[type(config)]  # automatic classes need a directory

@@ -99,6 +99,16 @@ def test_trained_and_packed_again(packed: Any) -> None:
     assert relative_error(outputs(student), y) < 1e-4
 
 
+def test_adapters(packed: Any) -> None:
+    peft = pytest.importorskip("peft")
+    from littlebit2.integrations.peft import with_packed_layers
+
+    y = outputs(packed)
+    config = with_packed_layers(peft.LoraConfig(target_modules=["wo"]))
+    adapted = peft.get_peft_model(copy.deepcopy(packed), config)
+    assert relative_error(outputs(adapted), y) < 1e-6
+
+
 class Asking(nn.Module):
     """Asks the first three for dtype, device or kind; reads the values of the others too."""
 
