@@ -22,7 +22,8 @@ What `littlebit2 quantize`, `littlebit2.load`, `from_pretrained`, `quantize_` an
 every model type of transformers {transformers}. Each is tried with a tiny random model of one class:
 quantized from its files and in memory, loaded, saved, loaded again, and its outputs compared with those of
 the dense model whose weights are what its packed layers stand for. "Compared" counts the types for which the
-sweep knows an input that the dense model takes.
+sweep knows an input that the dense model takes. Where the dense model takes it in bfloat16 too, so must the
+packed one, with outputs of the same dtypes.
 
 Written by `python -m benchmarks families --resume --markdown docs/models.md`, with torch {torch}.
 Results are of {commits}.
