@@ -123,3 +123,10 @@ def test_malformed(index: Any, weight: Any, error: type[Exception], message: str
         SalientLinear(LittleBitLinear(K, N, (16,)), index, weight)
     with pytest.raises(TypeError, match="linear must be a LittleBitLinear, got Linear"):
         SalientLinear(nn.Linear(K, N), torch.tensor([1]), torch.zeros(N, 1))  # type: ignore[arg-type]
+
+
+def test_no_columns_change_nothing(layer: SalientLinear, rng: torch.Generator) -> None:
+    bare = SalientLinear(layer.linear, torch.empty(0, dtype=torch.int32), torch.empty(N, 0))
+    x = torch.randn(3, K, generator=rng)
+    assert torch.equal(bare(x), layer.linear(x))
+    assert torch.equal(bare.dequantize(), layer.linear.dequantize())

@@ -116,8 +116,8 @@ def _faults(name: str, leaves: Leaves, layer: StoredLayer, beside: bool) -> list
     wrong = []
     if index.dtype not in (torch.int32, torch.int64):
         wrong.append(fault(SALIENT_IDX, f"must be int32 or int64, got {index.dtype}"))
-    if len(index.shape) != 1 or not 1 <= count <= k:
-        wrong.append(fault(SALIENT_IDX, f"must hold 1 to {k} columns, got shape {list(index.shape)}"))
+    if len(index.shape) != 1 or count > k:
+        wrong.append(fault(SALIENT_IDX, f"must hold at most {k} columns, got shape {list(index.shape)}"))
     small = weight.dtype == torch.int8 and beside
     if not small and weight.dtype not in _FLOATS:
         kinds = "float32, float16 or bfloat16" + (", or int8 with a salient_scale" if beside else "")
