@@ -13,6 +13,7 @@ from typing import get_args
 
 import pytest
 import torch
+import transformers
 
 from littlebit2 import offline
 from littlebit2.cli import build_parser, main
@@ -325,6 +326,22 @@ def test_quantize_by_spectra_and_activations(
     assert report["settings"]["energy"] == 0.8
     assert main(["quantize", str(model_dir), str(tmp_path / "x"), "--importance", "nothing"]) == 1
     assert "nothing" in capsys.readouterr().err
+
+
+def test_only_commands_that_take_the_model_are_recommended(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = transformers.T5Config(vocab_size=64, d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2)
+    transformers.T5EncoderModel(config).save_pretrained(tmp_path / "t5")
+    options = ["--ranks", "16", "--workers", "1", "--quiet"]
+    assert main(["quantize", str(tmp_path / "t5"), str(tmp_path / "out"), *options]) == 0
+    printed = capsys.readouterr().out
+    assert f"next, in Python:\n  model = littlebit2.load({str(tmp_path / 'out')!r})" in printed
+    assert "more bits (--bpw), or fewer layers (--exclude)" in printed
+    assert "finetune" not in printed
+    assert "evaluate" not in printed
+    assert main(["quantize", str(model_dir), str(tmp_path / "lm"), *options, "--no-trial"]) == 0
+    assert f"--start {tmp_path / 'lm'}" in capsys.readouterr().out
 
 
 def test_convert_there_and_back(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -200,16 +201,31 @@ def _packed(report: RunReport) -> str:
     return "\n".join(lines)
 
 
+def _is_causal(folder: str) -> bool:
+    """Whether a checkpoint is a causal language model, to judge by the class that its configuration names."""
+    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+        named = json.load(file).get("architectures") or ["ForCausalLM"]
+    return str(named[0]).endswith(("ForCausalLM", "LMHeadModel"))
+
+
 def _outlook(report: RunReport, args: argparse.Namespace) -> None:
     """Print what to expect of a model that was quantized without text, and what to do next."""
     mean = report.totals()["mean_error"]
+    kept = (
+        f"layers keep {1 - mean:.0%} of their weights' energy on average: expect outputs far from the dense "
+        "model's"
+    )
+    if not _is_causal(args.out):
+        # The other commands evaluate, train and tune causal language models.
+        if mean > _FAR:
+            emit(f"{kept}; more bits (--bpw), or fewer layers (--exclude), bring them nearer")
+        emit("next, in Python:")
+        emit(f"  model = littlebit2.load({args.out!r})")
+        return
     if mean <= _FAR:
         emit("next:")
         emit(f"  littlebit2 evaluate {args.out} --data TEXT")
         return
-    emit(
-        f"layers keep {1 - mean:.0%} of their weights' energy on average: expect outputs far from the dense "
-        "model's until it is trained, or quantized again with text. Next:"
-    )
+    emit(f"{kept} until it is trained, or quantized again with text. Next:")
     emit(f"  littlebit2 finetune {args.model_dir} TRAINED --data TEXT --start {args.out}")
     emit(f"  littlebit2 quantize {args.model_dir} OUT --data TEXT")
