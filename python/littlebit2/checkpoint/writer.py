@@ -215,7 +215,7 @@ class CheckpointWriter:
 
     def _dense_modules(self) -> list[str]:
         """Modules with a dense matrix; a tied head has none of its own, yet must stay as it is."""
-        layers = {one.name for one in (*self._layers, *self._columns)}
+        layers = {*(layer.name for layer in self._layers), *(columns.name for columns in self._columns)}
         tied = self._config.get("tie_word_embeddings") is True and CAUSAL_HEAD not in layers
         head = [CAUSAL_HEAD] if tied and CAUSAL_HEAD not in self._matrices else []
         return [*self._matrices, *head]

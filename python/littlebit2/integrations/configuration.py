@@ -31,11 +31,11 @@ class LittleBit2Config(QuantizationConfigMixin):
         shares: layers with shared first stages, or single-stage layers of several paths: for each path, the
             path whose first stage it uses.
         modules_to_not_convert: linear modules that stayed dense.
+        format_version: version of the packed format.
+        pack: name of the packing.
         salient_columns: number of dense columns of the layers that have some (:class:`.SalientLinear`); their
             packed part is the layer ``NAME.linear``.
         int8: names of the head and the embedding where they are in int8 rows.
-        format_version: version of the packed format.
-        pack: name of the packing.
         backend: backend for every layer, see :func:`littlebit2_kernels.littlebit_linear`; not stored.
         activation: likewise.
         prepack: whether layers on the CPU are brought to the kernels' layout while loading; not stored.
@@ -56,11 +56,11 @@ class LittleBit2Config(QuantizationConfigMixin):
         single_stage: Sequence[str] = (),
         shares: Mapping[str, Sequence[int]] | None = None,
         modules_to_not_convert: Sequence[str] | None = (),
-        salient_columns: Mapping[str, int] | None = None,
-        int8: Sequence[str] = (),
         format_version: int = FORMAT_VERSION,
         pack: str = PACK,
         *,
+        salient_columns: Mapping[str, int] | None = None,
+        int8: Sequence[str] = (),
         quant_method: str = METHOD,
         backend: str = "auto",
         activation: str = "auto",
