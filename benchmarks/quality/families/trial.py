@@ -63,6 +63,10 @@ class Outcome:
     commit: str = ""
 
 
+#: Further calls of a dense model that must be finite for those of the packed one to be.
+_CALLS = 8
+
+
 class OutOfTime(BaseException):
     """A class took longer than it may. No ``Exception``, which the code of models catches."""
 
@@ -254,18 +258,25 @@ def _disagreement_in_16_bits(folder: Path, inputs: Any) -> str:
     rounding makes of a random model's outputs says nothing.
     """
     lower = {name: value.bfloat16() if value.is_floating_point() else value for name, value in inputs.items()}
+    dense = littlebit2.load(folder / "dense", dtype=torch.bfloat16)
     try:
-        dense = outputs_of(littlebit2.load(folder / "dense", dtype=torch.bfloat16), lower)
+        outputs_of(dense, lower)
     except Exception:  # whatever the code of a family raises
         return ""
-    packed = outputs_of(littlebit2.load(folder / "files", dtype=torch.bfloat16), lower)
-    kinds = [[str(value.dtype) for value in values] for values in (dense, packed)]
+    model = littlebit2.load(folder / "files", dtype=torch.bfloat16)
+    packed = outputs_of(model, lower)
+    # With the same weights: others may well overflow where those of the source do not.
+    same = dequantized(model, dense)
+    expected = outputs_of(same, lower)
+    kinds = [[str(value.dtype) for value in values] for values in (expected, packed)]
     if kinds[0] != kinds[1]:
         return f"bfloat16: outputs are {', '.join(kinds[1])}, those of the dense model {', '.join(kinds[0])}"
-    for value, other in zip(dense, packed, strict=True):
-        if value.isfinite().all() and not other.isfinite().all():
-            return "bfloat16: outputs are not finite"
-    return ""
+    if all(value.isfinite().all() for value in packed):
+        return ""
+    # Some families are finite in some calls only: D-FINE's deformable attention.
+    again = [outputs_of(same, lower) for _ in range(_CALLS)]
+    finite = all(value.isfinite().all() for values in (expected, *again) for value in values)
+    return "bfloat16: outputs are not finite" if finite else ""
 
 
 def quantize_in_memory(model: Any) -> None:
