@@ -1,6 +1,6 @@
 """Runs of vLLM without a server: the tokens of prompts, alone and together, as JSON.
 
-Run by ``tests.servers.check`` in a process of its own.
+Run by ``check.py`` in a process of its own.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         )
     except Exception as error:  # what a run was refused with is what its check looks at
         return {"error": f"{type(error).__name__}: {error}"}
-    how = SamplingParams(temperature=0.0, max_tokens=job["tokens"], ignore_eos=True)
-
-    def generate(prompts: list[list[int]]) -> list[list[int]]:
-        inputs: Any = [{"prompt_token_ids": ids} for ids in prompts]
-        return [list(one.outputs[0].token_ids) for one in llm.generate(inputs, how, use_tqdm=False)]
-
-    together = generate(job["prompts"])
-    alone = [generate([prompt])[0] for prompt in job["prompts"]]
+    together = generate(llm, job["prompts"], job["tokens"])
+    alone = [generate(llm, [prompt], job["tokens"])[0] for prompt in job["prompts"]]
     del llm
     gc.collect()
     return {"alone": alone, "together": together}
+
+
+def generate(llm: LLM, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    how = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+    inputs: Any = [{"prompt_token_ids": ids} for ids in prompts]
+    return [list(one.outputs[0].token_ids) for one in llm.generate(inputs, how, use_tqdm=False)]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tokens of ``littlebit2.load`` and ``generate``, as JSON. Run by ``tests.servers.check`` in a process of its own."""
+"""Tokens of ``littlebit2.load`` and ``generate``, as JSON. Run by ``check.py`` in a process of its own."""
 
 from __future__ import annotations
 

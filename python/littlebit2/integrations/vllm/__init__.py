@@ -6,14 +6,18 @@ processes. It only registers a quantization configuration; nothing of vLLM is re
 
 from __future__ import annotations
 
-from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
-
-from .config import METHOD, PackedConfig
-
-__all__ = ["METHOD", "PackedConfig", "register"]
+__all__ = ["register"]
 
 
 def register() -> None:
     """Make vLLM know the quantization method of our checkpoints; further calls do nothing."""
+    # Here, so that what needs no vLLM can be imported without it.
+    from vllm.model_executor.layers.quantization import (  # noqa: PLC0415
+        QUANTIZATION_METHODS,
+        register_quantization_config,
+    )
+
+    from .config import METHOD, PackedConfig  # noqa: PLC0415
+
     if METHOD not in QUANTIZATION_METHODS:
         register_quantization_config(METHOD)(PackedConfig)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from littlebit2.checkpoint import Checkpoint, CheckpointError, open_checkpoint
@@ -47,9 +48,18 @@ def _missing(checkpoint: Checkpoint) -> list[str]:
     biases = [f"{name}.bias" for name, spec in checkpoint.layers.items() if spec.bias]
     keys = [*checkpoint.dense, *checkpoint.tied(), *weights, *biases]
     found = {destination.parameter for destination in FileNames(model).destinations(keys).values()}
+    # Experts are packed one by one, and are parameters of one module in the model.
+    above = {name for layer in checkpoint.layers for name in _ancestors(layer)}
     optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     return [
         name
         for name in model.state_dict()
-        if name not in found and not any(pattern.search(name) for pattern in optional)
+        if name not in found
+        and name.rpartition(".")[0] not in above
+        and not any(pattern.search(name) for pattern in optional)
     ]
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    while name := name.rpartition(".")[0]:
+        yield name

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import LinearMethodBase
 
@@ -45,7 +46,17 @@ class PackedLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra: Any,
     ) -> None:
-        """Register placeholders for the tensors of the packed layers, which collect what is loaded."""
+        """Register placeholders for the tensors of the packed layers, which collect what is loaded.
+
+        Raises:
+            ValueError: the server is to add LoRA adapters.
+        """
+        config = get_current_vllm_config_or_none()
+        if config is not None and config.lora_config is not None:
+            raise ValueError(
+                f"{self.parts[0].name}: LoRA adapters beside packed layers are not served: start without "
+                "--enable-lora, or merge the adapter before quantization"
+            )
         self.placeholders = Placeholders(layer, self.parts)
         self.params_dtype = params_dtype
 

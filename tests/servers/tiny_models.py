@@ -15,12 +15,14 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
 
+from littlebit2 import QuantConfig, quantize_
 from littlebit2.checkpoint import quantization_config
 from littlebit2.integrations.modules import layers_of, spec_of
+from littlebit2.integrations.transformers import attach
 from littlebit2_kernels import LittleBitLinear, PackedLinear, PackedPath
 from littlebit2_kernels.testing import make_packed
 
-__all__ = ["MODELS", "VOCABULARY", "make_dense", "make_model"]
+__all__ = ["MODELS", "VOCABULARY", "make_experts", "make_model"]
 
 VOCABULARY = 320
 
@@ -53,12 +55,13 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-def make_model(name: str, path: Path) -> None:
+def make_model(name: str, path: Path, packed_head: bool = False) -> None:
     """Write a packed checkpoint with a tokenizer whose words are ``t0``, ``t1``, ...
 
     Args:
         name: a key of :data:`MODELS`.
         path: the directory, which is made.
+        packed_head: whether the head is packed too.
     """
     family, settings, kind = MODELS[name]
     model = _dense(family, settings)
@@ -66,20 +69,24 @@ def make_model(name: str, path: Path) -> None:
     generator = torch.Generator().manual_seed(draw.randrange(2**31))
     for module, linear in list(model.named_modules()):
         # The first down projection of each model stays dense.
-        dense = "lm_head" in module or module.endswith("layers.0.mlp.down_proj")
+        dense = module.endswith("layers.0.mlp.down_proj") or ("lm_head" in module and not packed_head)
         if isinstance(linear, nn.Linear) and not dense:
             model.set_submodule(
-                module, LittleBitLinear.from_packed(_packed(linear, kind, draw, generator), activation="exact")
+                module,
+                LittleBitLinear.from_packed(_packed(linear, kind, draw, generator), activation="exact"),
             )
     kept = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     specs = [spec_of(name, layer) for name, layer in layers_of(model).items()]
     _save(model, path, {"quantization_config": quantization_config(specs, kept)})
 
 
-def make_dense(name: str, path: Path) -> None:
-    """Write the dense model of the same sizes."""
-    family, settings, _ = MODELS[name]
-    _save(_dense(family, settings), path, {})
+def make_experts(path: Path) -> None:
+    """Write a mixture of experts, all of whose layers are packed."""
+    model = _dense("Mixtral", {"num_local_experts": 2, "num_experts_per_tok": 1})
+    quantize_(model, QuantConfig(ranks=(16,), method="joint-itq", itq_iterations=1), progress=False)
+    attach(model)
+    model.save_pretrained(path)
+    _save_tokenizer(path)
 
 
 def _dense(family: str, settings: dict[str, Any]) -> Any:
@@ -124,6 +131,10 @@ def _save(model: Any, path: Path, extra: dict[str, Any]) -> None:
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     state = {name: one.contiguous() for name, one in model.state_dict().items() if name not in tied}
     save_file(state, path / "model.safetensors", {"format": "pt"})
+    _save_tokenizer(path)
+
+
+def _save_tokenizer(path: Path) -> None:
     vocabulary = {f"t{index}": index for index in range(VOCABULARY)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="t3"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
