@@ -97,7 +97,7 @@ class PackedConfig(QuantizationConfig):
                 return UnquantizedLinearMethod()
             return PackedLinearMethod(parts, self.stored.backend, self.stored.activation)
         if isinstance(layer, RoutedExperts):
-            self.layers.refuse_under(prefix, "packed experts are not served yet: quantize without them")
+            self.layers.refuse_experts("packed experts are not served yet: quantize without them")
         else:
             self.layers.refuse_at(
                 prefix, f"a packed {type(layer).__name__} is not served: keep heads and embeddings dense"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from littlebit2.architecture.names import FUSED
 from littlebit2.integrations.configuration import LittleBit2Config
 
 __all__ = ["LayerTable", "Part", "Structure"]
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -112,8 +115,8 @@ class LayerTable:
         if name in self.structures:
             raise ValueError(f"{name}: {why}")
 
-    def refuse_under(self, prefix: str, why: str) -> None:
-        """Raise ``ValueError`` if a layer below ``prefix`` is packed."""
-        packed = [name for name in self.structures if name.startswith(f"{prefix}.")]
+    def refuse_experts(self, why: str) -> None:
+        """Raise ``ValueError`` if a layer of an expert is packed, whatever the module above is called."""
+        packed = [name for name in self.structures if _EXPERT.search(name)]
         if packed:
             raise ValueError(f"{packed[0]} and {len(packed) - 1} more: {why}")
