@@ -167,6 +167,9 @@ def _refused(steps: Steps, prompts: list[list[int]]) -> None:
     cases.append(
         ("adapters", models / "llama", adapters, "LoRA adapters beside packed layers are not served")
     )
+    # That it is refused shows that vLLM's overrides reach the kernels' settings.
+    overrides = {"hf_overrides": {"quantization_config": {"activation": "int4"}}}
+    cases.append(("an unknown activation", models / "llama", overrides, "activation must be one of"))
     jobs = [
         {
             "model": str(path),
