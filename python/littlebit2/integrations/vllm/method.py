@@ -10,6 +10,7 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import LinearMethodBase
 
+from littlebit2.checkpoint import CheckpointError
 from littlebit2_kernels import JoinedLinear, PackedLinear, StagedLinear, warmup
 
 from .layers import Part
@@ -72,6 +73,7 @@ class PackedLinearMethod(LinearMethodBase):
         device = self.placeholders.device
         packed = self.placeholders.take()
         self.placeholders = None
+        self._check_biases(layer, packed)
         placement = Placement.of(layer, [part.name for part in self.parts])
         placement.check(packed)
         if placement.by_columns:
@@ -84,6 +86,11 @@ class PackedLinearMethod(LinearMethodBase):
             layer.packed = JoinedLinear([part.to(device) for part in own], **self.settings)
         if device.type != "cpu":
             warmup(layer.packed, self.params_dtype)
+
+    def _check_biases(self, layer: Any, packed: Sequence[PackedLinear]) -> None:
+        for part, one in zip(self.parts, packed, strict=True):
+            if layer.bias is not None and one.bias is None:
+                raise CheckpointError(f"{part.structure.stored}.bias is missing: the model has a bias there")
 
     def _by_columns(
         self, layer: Any, placement: Placement, packed: PackedLinear, device: torch.device
@@ -118,8 +125,4 @@ def _keep_bias(layer: Any, parts: Sequence[PackedLinear]) -> None:
     if layer.bias is None:
         return
     with torch.no_grad():
-        layer.bias.copy_(torch.cat([_bias(part) for part in parts]).to(layer.bias.dtype))
-
-
-def _bias(part: PackedLinear) -> torch.Tensor:
-    return part.paths[0].out_scale.new_zeros(part.out_features) if part.bias is None else part.bias
+        layer.bias.copy_(torch.cat([part.bias for part in parts if part.bias is not None]))
