@@ -75,6 +75,8 @@ def test_refuses() -> None:
         _table("lm_head").refuse_at("lm_head", "heads stay dense")
     with pytest.raises(ValueError, match=r"mlp\.experts\.1\.up_proj and 0 more: not yet"):
         _table("model.layers.0.mlp.experts.1.up_proj").refuse_experts("not yet")
+    with pytest.raises(ValueError, match="lm_head: heads and embeddings in int8 rows are not served yet"):
+        _table(f"{ATTENTION}.q_proj", int8=["lm_head"])
     some.refuse_at("lm_head", "never said")
     some.refuse_experts("never said")
 

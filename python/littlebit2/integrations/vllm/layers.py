@@ -60,7 +60,17 @@ class LayerTable:
 
     @classmethod
     def from_config(cls, config: LittleBit2Config) -> LayerTable:
-        """The table of a checkpoint, under its own names."""
+        """The table of a checkpoint, under its own names.
+
+        Raises:
+            ValueError: the checkpoint has parts that no module of vLLM can hold yet.
+        """
+        for what, names in (
+            ("heads and embeddings in int8 rows", config.int8),
+            ("salient columns", config.salient_columns),
+        ):
+            if names:
+                raise ValueError(f"{next(iter(names))}: {what} are not served yet: quantize without them")
         two_stage = {
             name: Structure(name, tuple(ranks), tuple(config.shares.get(name, ())))
             for name, ranks in config.ranks.items()
