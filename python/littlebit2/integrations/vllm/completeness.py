@@ -31,6 +31,11 @@ def check_directory(path: Path) -> None:
     if _checked.get(path) == state:
         return
     with open_checkpoint(path) as checkpoint:
+        if checkpoint.format != "littlebit2":
+            raise CheckpointError(
+                f"{path}: the layout must be littlebit2, got {checkpoint.format}: convert it first "
+                "(littlebit2 convert)"
+            )
         missing = _missing(checkpoint)
     if missing:
         rest = len(missing) - _MOST_NAMES

@@ -62,6 +62,9 @@ class Placeholders:
         return getattr(self.layer, self.names[0]).device
 
     def _load(self, name: str, parameter: Parameter, tensor: torch.Tensor, shard: Any = None) -> None:
+        if parameter is self.layer:  # what vLLM hands over for a name that the module does not have
+            names = ", ".join(part.structure.stored for part in self.parts)
+            raise CheckpointError(f"{names}: a tensor is stored that a packed layer does not have")
         tensors = self.tensors[self._index(shard, name)]
         if name in tensors:
             raise CheckpointError(f"{self.parts[self._index(shard, name)].name}.{name} is stored twice")
