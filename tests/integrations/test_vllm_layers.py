@@ -104,3 +104,9 @@ def test_missing_tensors_are_named(model: Any, tmp_path: Path, missing: str) -> 
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=missing.replace(".", r"\.")):
         check_directory(path)
+
+
+def test_other_layouts_are_refused(tmp_path: Path) -> None:
+    dense_model("llama").save_pretrained(tmp_path / "dense")
+    with pytest.raises(CheckpointError, match="the layout must be littlebit2, got dense: convert it first"):
+        check_directory(tmp_path / "dense")

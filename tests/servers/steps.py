@@ -90,7 +90,8 @@ def run_json(steps: Steps, script: str, jobs: Sequence[dict[str, Any]], log: str
             [sys.executable, str(HERE / script), str(path)],
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=environment(steps.work),
+            # In one process, the next model needs no new one; the server's checks run it as it is.
+            env={**environment(steps.work), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
             cwd=steps.work,
             start_new_session=True,
         )
