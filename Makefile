@@ -7,6 +7,7 @@
 #   PYTEST_ARGS=...     extra arguments of pytest in `make test` and `make test-slow`
 #   TEST_PROCESSES=1    how many processes share its files (default: one for each core)
 #   MATRIX=...          rows of `make test-matrix` (default: all)
+#   SERVING=path        environment of `make test-serving` (default .venv-serving)
 #
 # pip's own variables (PIP_INDEX_URL, PIP_FIND_LINKS, ...) select where packages come from, for instance a
 # CPU-only or a CUDA build of torch.
@@ -20,6 +21,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV ?= .venv
+SERVING ?= .venv-serving
 PYTEST_ARGS ?=
 # nproc answers OMP_NUM_THREADS where that is set.
 CORES := $(shell env -u OMP_NUM_THREADS nproc)
@@ -55,7 +57,7 @@ sanitized = $(call ctest,sanitize-$(1),-DCMAKE_BUILD_TYPE=RelWithDebInfo -DLB2_T
 # One thread for each process, because the processes fill the cores already.
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help venv build test test-slow test-matrix test-families pytest pytest-slow ctest sanitize sanitize-sample demo lint format \
+.PHONY: help venv build test test-slow test-matrix test-families test-serving pytest pytest-slow ctest sanitize sanitize-sample demo lint format \
   clean distclean
 
 help: ## list the targets
@@ -118,6 +120,20 @@ pytest-slow: $(STAMPS)/dev build/.built
 # test-slow tries a sample of them; docs/models.md says how long all take.
 test-families: $(STAMPS)/dev build/.built ## quantize, load and run a tiny model of every family of transformers
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m benchmarks families
+
+# vLLM has an environment of its own, because it pins other versions of the same packages.
+$(SERVING)/.installed: $(STAMPS)/base .ci/serving.py .ci/serving-constraints.txt constraints.txt
+	@echo "installing vLLM into $(SERVING)"
+	@$(PYTHON) -m venv $(SERVING)
+	@$(PY) .ci/serving.py $(SERVING)/bin/python build/serving
+	@touch $@
+
+# The wheel is built and installed: what vLLM finds is its entry point. Nothing comes from the tree but the checks.
+test-serving: $(SERVING)/.installed ## serve tiny packed models with vLLM and compare the tokens
+	@rm -rf build/serving/dist
+	@$(call quietly,build/serving/wheel.log,$(PIP) wheel --no-deps --no-build-isolation -w build/serving/dist .)
+	@$(SERVING)/bin/python -m pip --disable-pip-version-check install -qq --no-deps --force-reinstall build/serving/dist/*.whl
+	@env -u PYTHONPATH $(SERVING)/bin/python tests/servers/check.py --work build/serving/run
 
 # The CUDA kernels run on the host, as the compiler optimizes them.
 ctest: $(STAMPS)/base ## run the C and C++ tests of the torch-free core

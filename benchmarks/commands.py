@@ -52,6 +52,9 @@ COMMANDS = {
     "startup": Command(
         "models", "models.startup", "time interpreter starts with and without the hook for transformers"
     ),
+    "serving": Command(
+        "models", "models.serving", "measure the throughput of vLLM, packed and dense, by batch size"
+    ),
     "demo": Command("quality", "quality.demo", "quantize a small real model and time one layer"),
     "quantizer": Command(
         "quality", "quality.quantizer", "measure error and time of each quantization method"

@@ -21,6 +21,10 @@ from .ops.library import load
 from .packing import pack_signs, unpack_signs
 from .planning.explanation import Explanation, explain
 from .prepacked import PrepackedLinear, prepack
+from .serving.joined import JoinedLinear
+from .serving.slicing import select_rows, slice_columns, slice_rows
+from .serving.staged import StagedLinear
+from .serving.stages import split_stages
 from .state import packed_from_state, packed_to_state
 from .version import __version__
 from .warming import warmup
@@ -32,12 +36,14 @@ __all__ = [
     "GpuProperties",
     "Int8Embedding",
     "Int8Linear",
+    "JoinedLinear",
     "LinearGroup",
     "LittleBitLinear",
     "NativeLibraryError",
     "PackedLinear",
     "PackedPath",
     "PrepackedLinear",
+    "StagedLinear",
     "__version__",
     "explain",
     "fuse_linears",
@@ -52,6 +58,10 @@ __all__ = [
     "packed_from_state",
     "packed_to_state",
     "prepack",
+    "select_rows",
+    "slice_columns",
+    "slice_rows",
+    "split_stages",
     "unfuse_linears",
     "unpack_signs",
     "warmup",

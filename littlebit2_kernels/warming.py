@@ -13,6 +13,7 @@ from .dispatch import Call, may_choose_blas
 from .format import LayerShape, PackedLinear
 from .functional import littlebit_linear
 from .linear import LittleBitLinear
+from .serving.joined import JoinedLinear
 
 __all__ = ["WARMUP_TOKENS", "warmup"]
 
@@ -32,7 +33,9 @@ def warmup(
     backend: str = "auto",
     activation: str = "auto",
 ) -> int:
-    """Run a layer, or every :class:`LittleBitLinear` of a model, on zeros, and wait until that is done.
+    """Run a layer, or every packed layer of a model, on zeros, and wait until that is done.
+
+    Those of a model are :class:`LittleBitLinear` and :class:`littlebit2_kernels.JoinedLinear`.
 
     What a backend does on a first call (Triton compiles a kernel for each configuration, libraries are
     loaded, tuned configurations are read) must not happen while a CUDA graph is captured, and takes seconds
@@ -90,21 +93,27 @@ def _distinct(
         raise TypeError(f"layer must be a PackedLinear or a module, got {type(layer).__name__}")
     seen = set()
     for module in layer.modules():
-        if isinstance(module, LittleBitLinear):
+        if isinstance(module, (LittleBitLinear, JoinedLinear)):
             buffers = list(module.buffers())
             device = buffers[0].device
             native = device.type == "cpu" and module.backend != "triton"
+            shapes = module.shapes if isinstance(module, JoinedLinear) else (module.shape,)
             key = (
-                *(module.shape, module.backend, module.activation, module.bias is None, device),
+                *(type(module), shapes, module.backend, module.activation, device),
+                *(buffer.shape for buffer in buffers),  # which layers have a bias
                 # Kernels are compiled for what addresses and pitches are multiples of.
                 *((buffer.stride(), buffer.data_ptr() % 16) for buffer in buffers if not native),
             )
             if key not in seen:
                 seen.add(key)
-                dequantizes = may_dequantize(module.shape, device, module.backend, module.activation)
+                dequantizes = any(
+                    may_dequantize(shape, device, module.backend, module.activation) for shape in shapes
+                )
                 by_blas = functools.partial(_by_blas, module) if dequantizes else None
                 yield module, module.in_features, device, by_blas
 
 
-def _by_blas(module: LittleBitLinear, x: torch.Tensor) -> torch.Tensor:
+def _by_blas(module: LittleBitLinear | JoinedLinear, x: torch.Tensor) -> torch.Tensor:
+    if isinstance(module, JoinedLinear):
+        return module.call(x, backend="blas")
     return littlebit_linear(x, module.packed, "blas")

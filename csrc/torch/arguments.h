@@ -94,6 +94,8 @@ struct Rows {
 };
 Rows rows_of(const char* name, const Tensor& input, int64_t columns, const Place& place);
 
+inline int64_t element_bytes(lb2_dtype dtype) { return dtype == LB2_FLOAT32 ? 4 : 2; }
+
 // An uninitialized [..., columns] for the rows of `input`, on its device.
 Tensor new_output(const Tensor& input, int64_t columns);
 

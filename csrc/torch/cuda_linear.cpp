@@ -46,27 +46,51 @@ lb2_cuda_device describe_gpu(int32_t gpu) {
   return device;
 }
 
-// Runs layers on the rows of x and returns one output each. `layers` have all fields set but m, dtype, input
-// and output.
-std::vector<Tensor> forward_cuda(std::vector<lb2_linear_args>& layers, const Tensor& x, const Place& place,
-                                 lb2_activation mode) {
-  const torch::stable::accelerator::DeviceGuard guard(place.gpu);
-  const Rows rows = rows_of("x", x, layers[0].k, place);
+// Sets the rows of x in `layers`, which have all fields set but m, dtype, input and output.
+Rows set_input(std::vector<lb2_linear_args>& layers, const Tensor& x, const Place& place) {
+  Rows rows = rows_of("x", x, layers[0].k, place);
   for (lb2_linear_args& args : layers) {
     args.dtype = rows.dtype;
     args.m = rows.count;
     args.input = rows.tensor.const_data_ptr();
     args.input_stride = rows.stride;
   }
-  const int64_t count = static_cast<int64_t>(layers.size());
+  return rows;
+}
+
+// Runs `count` layers whose input and output are set, in launches that they share.
+void launch(lb2_linear_args* layers, size_t count, const Tensor& x, const Place& place, lb2_activation mode) {
   std::vector<lb2_layer_shape> shapes;
-  shapes.reserve(layers.size());
-  for (const lb2_linear_args& args : layers) shapes.push_back(shape_of_layer(args));
+  shapes.reserve(count);
+  for (size_t i = 0; i < count; ++i) shapes.push_back(shape_of_layer(layers[i]));
   const lb2_cuda_device device = describe_gpu(place.gpu);
   lb2_cuda_plan plan = {};
   plan.struct_size = sizeof plan;
-  throw_on_error(
-      lb2_grouped_plan_cuda(shapes.data(), count, rows.count, rows.dtype, mode, &device, nullptr, &plan));
+  const int64_t signed_count = static_cast<int64_t>(count);
+  throw_on_error(lb2_grouped_plan_cuda(shapes.data(), signed_count, layers[0].m, layers[0].dtype, mode,
+                                       &device, nullptr, &plan));
+  // Freed on return, which is safe: the allocator reuses it in the order of this stream.
+  Tensor workspace = new_bytes(x, plan.workspace_bytes);
+  layers[0].workspace = workspace.mutable_data_ptr();
+  layers[0].workspace_bytes = plan.workspace_bytes;
+  throw_on_error(lb2_grouped_forward_cuda(layers, signed_count, &plan, current_stream(place.gpu)));
+}
+
+// The same for any number of paths: in one call where the kernels take them all.
+void launch_all(std::vector<lb2_linear_args>& layers, const Tensor& x, const Place& place,
+                lb2_activation mode) {
+  int64_t paths = 0;
+  for (const lb2_linear_args& args : layers) paths += args.num_paths;
+  if (paths <= LB2_MAX_PATHS) return launch(layers.data(), layers.size(), x, place, mode);
+  for (lb2_linear_args& args : layers) launch(&args, 1, x, place, mode);
+}
+
+// Runs layers on the rows of x and returns one output each. `layers` have all fields set but m, dtype, input
+// and output.
+std::vector<Tensor> forward_cuda(std::vector<lb2_linear_args>& layers, const Tensor& x, const Place& place,
+                                 lb2_activation mode) {
+  const torch::stable::accelerator::DeviceGuard guard(place.gpu);
+  const Rows rows = set_input(layers, x, place);
   std::vector<Tensor> outputs;
   outputs.reserve(layers.size());
   for (lb2_linear_args& args : layers) {
@@ -74,12 +98,26 @@ std::vector<Tensor> forward_cuda(std::vector<lb2_linear_args>& layers, const Ten
     args.output = outputs.back().mutable_data_ptr();
     args.output_stride = args.n;
   }
-  // Freed on return, which is safe: the allocator reuses it in the order of this stream.
-  Tensor workspace = new_bytes(x, plan.workspace_bytes);
-  layers[0].workspace = workspace.mutable_data_ptr();
-  layers[0].workspace_bytes = plan.workspace_bytes;
-  throw_on_error(lb2_grouped_forward_cuda(layers.data(), count, &plan, current_stream(place.gpu)));
+  launch_all(layers, x, place, mode);
   return outputs;
+}
+
+// The same into slices of one output [..., sum N_i].
+Tensor forward_joined_cuda(std::vector<lb2_linear_args>& layers, const Tensor& x, const Place& place,
+                           lb2_activation mode) {
+  const torch::stable::accelerator::DeviceGuard guard(place.gpu);
+  const Rows rows = set_input(layers, x, place);
+  int64_t total = 0;
+  for (const lb2_linear_args& args : layers) total += args.n;
+  Tensor output = new_output(x, total);
+  char* slice = static_cast<char*>(output.mutable_data_ptr());
+  for (lb2_linear_args& args : layers) {
+    args.output = slice;
+    args.output_stride = total;
+    slice += args.n * element_bytes(rows.dtype);
+  }
+  launch_all(layers, x, place, mode);
+  return output;
 }
 
 Place gpu_of(const char* name, const Tensor& tensor) {
@@ -101,6 +139,17 @@ Tensor linear_cuda(const Tensor& x, const std::vector<Tensor>& v, const Optional
   return forward_cuda(layers, x, place, mode)[0];
 }
 
+// Several layers of an operator's lists; they point into `storage`.
+std::vector<lb2_linear_args> set_layers(const std::vector<LayerTensors>& tensors, const Biases& bias,
+                                        std::vector<lb2_path>& storage, const Place& place) {
+  std::vector<lb2_linear_args> layers(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    set_layer(layers[i], storage.data() + tensors[i].first, tensors[i], place);
+    layers[i].bias = bias_data(bias, i, layers[i].n, place);
+  }
+  return layers;
+}
+
 std::vector<Tensor> grouped_linear_cuda(const Tensor& x, const std::vector<Tensor>& v,
                                         const OptionalTensors& u, const std::vector<Tensor>& in_scale,
                                         const OptionalTensors& latent_scale,
@@ -110,19 +159,22 @@ std::vector<Tensor> grouped_linear_cuda(const Tensor& x, const std::vector<Tenso
   const Place place = gpu_of("x", x);
   const std::vector<LayerTensors> tensors =
       split_layers(v, u, in_scale, latent_scale, out_scale, bias, paths);
-  std::vector<lb2_linear_args> layers(tensors.size());
   std::vector<lb2_path> storage(v.size());
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    set_layer(layers[i], storage.data() + tensors[i].first, tensors[i], place);
-    layers[i].bias = bias_data(bias, i, layers[i].n, place);
-  }
-  if (v.size() <= LB2_MAX_PATHS) return forward_cuda(layers, x, place, mode);
-  std::vector<Tensor> outputs;
-  for (const lb2_linear_args& args : layers) {
-    std::vector<lb2_linear_args> one = {args};
-    outputs.push_back(forward_cuda(one, x, place, mode)[0]);
-  }
-  return outputs;
+  std::vector<lb2_linear_args> layers = set_layers(tensors, bias, storage, place);
+  return forward_cuda(layers, x, place, mode);
+}
+
+Tensor joined_linear_cuda(const Tensor& x, const std::vector<Tensor>& v, const OptionalTensors& u,
+                          const std::vector<Tensor>& in_scale, const OptionalTensors& latent_scale,
+                          const std::vector<Tensor>& out_scale, const Biases& bias,
+                          const std::vector<int64_t>& paths, int64_t activation) {
+  const lb2_activation mode = activation_mode(activation);
+  const Place place = gpu_of("x", x);
+  const std::vector<LayerTensors> tensors =
+      split_layers(v, u, in_scale, latent_scale, out_scale, bias, paths);
+  std::vector<lb2_path> storage(v.size());
+  std::vector<lb2_linear_args> layers = set_layers(tensors, bias, storage, place);
+  return forward_joined_cuda(layers, x, place, mode);
 }
 
 std::vector<Tensor> unpack_cuda(const std::vector<Tensor>& v, const OptionalTensors& u,
@@ -145,6 +197,7 @@ std::vector<Tensor> unpack_cuda(const std::vector<Tensor>& v, const OptionalTens
 STABLE_TORCH_LIBRARY_IMPL(littlebit2, CUDA, m) {
   m.impl("linear", TORCH_BOX(&linear_cuda));
   m.impl("grouped_linear", TORCH_BOX(&grouped_linear_cuda));
+  m.impl("joined_linear", TORCH_BOX(&joined_linear_cuda));
   m.impl("unpack", TORCH_BOX(&unpack_cuda));
 }
 

@@ -1,7 +1,6 @@
 #include "torch/grouped.h"
 
 #include "torch/linear.h"
-#include "torch/prepacked.h"
 
 namespace lb2::torch_ops {
 
@@ -22,18 +21,29 @@ std::vector<Tensor> grouped_linear_cpu(const Tensor& x, const std::vector<Tensor
   return outputs;
 }
 
-std::vector<Tensor> grouped_linear_prepacked_cpu(const Tensor& x, const std::vector<Tensor>& layers,
-                                                 const Biases& bias, const std::vector<int64_t>& out_features,
-                                                 int64_t activation) {
-  LB2_CHECK(!layers.empty(), "layers must not be empty");
-  LB2_CHECK(bias.size() == layers.size(), "bias must hold one tensor or None per layer (", layers.size(),
-            "), got ", bias.size());
-  LB2_CHECK(out_features.size() == layers.size(), "out_features must hold one number per layer (",
-            layers.size(), "), got ", out_features.size());
-  std::vector<Tensor> outputs;
-  for (size_t i = 0; i < layers.size(); ++i)
-    outputs.push_back(linear_prepacked_cpu(x, layers[i], bias[i], out_features[i], activation));
-  return outputs;
+Tensor joined_linear_cpu(const Tensor& x, const std::vector<Tensor>& v, const OptionalTensors& u,
+                         const std::vector<Tensor>& in_scale, const OptionalTensors& latent_scale,
+                         const std::vector<Tensor>& out_scale, const Biases& bias,
+                         const std::vector<int64_t>& paths, int64_t activation) {
+  check_portable_activation(activation);
+  const std::vector<LayerTensors> tensors =
+      split_layers(v, u, in_scale, latent_scale, out_scale, bias, paths);
+  std::vector<lb2_linear_args> layers(tensors.size());
+  std::vector<lb2_path> storage(v.size());
+  int64_t total = 0;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    set_layer(layers[i], storage.data() + tensors[i].first, tensors[i], kCpu);
+    layers[i].bias = bias_data(bias, i, layers[i].n, kCpu);
+    total += layers[i].n;
+  }
+  const Rows rows = rows_of("x", x, layers[0].k, kCpu);
+  Tensor output = new_output(x, total);
+  char* slice = static_cast<char*>(output.mutable_data_ptr());
+  for (lb2_linear_args& args : layers) {
+    forward_into_cpu(args, x, slice, total);
+    slice += args.n * element_bytes(rows.dtype);
+  }
+  return output;
 }
 
 }  // namespace lb2::torch_ops

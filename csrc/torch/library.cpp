@@ -39,6 +39,10 @@ STABLE_TORCH_LIBRARY(littlebit2, m) {
   m.def(
       "grouped_linear(Tensor x, Tensor[] v, Tensor[]? u, Tensor[] in_scale, Tensor[]? latent_scale, Tensor[] "
       "out_scale, Tensor?[] bias, int[] paths, int activation=0) -> Tensor[]");
+  // The same, all side by side in one [..., sum N_i].
+  m.def(
+      "joined_linear(Tensor x, Tensor[] v, Tensor[]? u, Tensor[] in_scale, Tensor[]? latent_scale, Tensor[] "
+      "out_scale, Tensor?[] bias, int[] paths, int activation=0) -> Tensor");
   // The CPU's own layout, one uint8 tensor per layer. activation: 0 auto, 1 exact, 2 int16, 3 int8, 4 sign.
   m.def(
       "prepack(Tensor[] v, Tensor[]? u, Tensor[] in_scale, Tensor[]? latent_scale, Tensor[] out_scale) -> "
@@ -49,6 +53,9 @@ STABLE_TORCH_LIBRARY(littlebit2, m) {
   m.def(
       "grouped_linear_prepacked(Tensor x, Tensor[] layers, Tensor?[] bias, int[] out_features, int "
       "activation=0) -> Tensor[]");
+  m.def(
+      "joined_linear_prepacked(Tensor x, Tensor[] layers, Tensor?[] bias, int[] out_features, int "
+      "activation=0) -> Tensor");
   m.def("linear_prepacked_backward_x(Tensor grad, Tensor layer, int in_features) -> Tensor");
   // Dense int8 rows with a scale each: weight int8 [N, K], scale and bias float32 [N].
   m.def("int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None) -> Tensor");
@@ -60,6 +67,8 @@ STABLE_TORCH_LIBRARY_IMPL(littlebit2, CPU, m) {
   m.impl("unpack", TORCH_BOX(&lb2::torch_ops::unpack_cpu));
   m.impl("grouped_linear", TORCH_BOX(&lb2::torch_ops::grouped_linear_cpu));
   m.impl("grouped_linear_prepacked", TORCH_BOX(&lb2::torch_ops::grouped_linear_prepacked_cpu));
+  m.impl("joined_linear", TORCH_BOX(&lb2::torch_ops::joined_linear_cpu));
+  m.impl("joined_linear_prepacked", TORCH_BOX(&lb2::torch_ops::joined_linear_prepacked_cpu));
   m.impl("prepack", TORCH_BOX(&lb2::torch_ops::prepack_cpu));
   m.impl("unprepack", TORCH_BOX(&lb2::torch_ops::unprepack_cpu));
   m.impl("linear_prepacked", TORCH_BOX(&lb2::torch_ops::linear_prepacked_cpu));

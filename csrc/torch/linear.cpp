@@ -5,27 +5,39 @@ namespace {
 
 using Call = lb2_status (*)(const lb2_linear_args*);
 
-// Runs `call` on the rows of `input` [..., in_cols] and returns its output [..., out_cols].
-Tensor run(lb2_linear_args& args, const char* name, const Tensor& input, int64_t in_cols, int64_t out_cols,
-           Call call, int64_t lb2_cpu_plan::* workspace_bytes) {
-  const Rows rows = rows_of(name, input, in_cols, kCpu);
+// Sets the rows of `input` [..., in_cols] in `args` and returns the bytes of workspace that their plan asks
+// for.
+int64_t set_input(lb2_linear_args& args, const Rows& rows, int64_t lb2_cpu_plan::* workspace_bytes) {
   args.dtype = rows.dtype;
   args.m = rows.count;
   args.input = rows.tensor.const_data_ptr();
   args.input_stride = rows.stride;
-
   const lb2_layer_shape shape = shape_of_layer(args);
   lb2_cpu_plan plan = {};
   plan.struct_size = sizeof plan;
   throw_on_error(lb2_linear_plan_cpu(&shape, args.m, args.isa, &plan));
-  Tensor output = new_output(input, out_cols);
-  args.output = output.mutable_data_ptr();
-  args.output_stride = out_cols;
-  Tensor workspace = new_bytes(input, plan.*workspace_bytes);
+  return plan.*workspace_bytes;
+}
+
+// Runs `call`, whose input is set, into rows `stride` elements apart.
+void finish(lb2_linear_args& args, const Tensor& input, int64_t bytes, Call call, void* output,
+            int64_t stride) {
+  args.output = output;
+  args.output_stride = stride;
+  Tensor workspace = new_bytes(input, bytes);
   args.workspace = workspace.mutable_data_ptr();
-  args.workspace_bytes = plan.*workspace_bytes;
+  args.workspace_bytes = bytes;
   args.parallel_for = torch_parallel;
   throw_on_error(call(&args));
+}
+
+// Runs `call` on the rows of `input` [..., in_cols] and returns its output [..., out_cols].
+Tensor run(lb2_linear_args& args, const char* name, const Tensor& input, int64_t in_cols, int64_t out_cols,
+           Call call, int64_t lb2_cpu_plan::* workspace_bytes) {
+  const Rows rows = rows_of(name, input, in_cols, kCpu);
+  const int64_t bytes = set_input(args, rows, workspace_bytes);
+  Tensor output = new_output(input, out_cols);
+  finish(args, input, bytes, call, output.mutable_data_ptr(), out_cols);
   return output;
 }
 
@@ -40,6 +52,12 @@ void check_portable_activation(int64_t activation) {
 
 Tensor forward_cpu(lb2_linear_args& args, const Tensor& x) {
   return run(args, "x", x, args.k, args.n, lb2_linear_forward_cpu, &lb2_cpu_plan::forward_workspace_bytes);
+}
+
+void forward_into_cpu(lb2_linear_args& args, const Tensor& x, void* output, int64_t stride) {
+  const Rows rows = rows_of("x", x, args.k, kCpu);
+  const int64_t bytes = set_input(args, rows, &lb2_cpu_plan::forward_workspace_bytes);
+  finish(args, x, bytes, lb2_linear_forward_cpu, output, stride);
 }
 
 Tensor linear_cpu(const Tensor& x, const std::vector<Tensor>& v, const OptionalTensors& u,

@@ -17,9 +17,10 @@ Tensor linear_backward_x_cpu(const Tensor& grad, const std::vector<Tensor>& v, c
                              const std::vector<Tensor>& in_scale, const OptionalTensors& latent_scale,
                              const std::vector<Tensor>& out_scale);
 
-// Parts of linear_cpu. The first raises unless the mode is supported for packed words on the CPU; the second
-// runs the layer that `args` describe.
+// Parts of linear_cpu. The first raises unless the mode is supported for packed words on the CPU; the others
+// run the layer that `args` describe, the last into rows `stride` elements apart.
 void check_portable_activation(int64_t activation);
 Tensor forward_cpu(lb2_linear_args& args, const Tensor& x);
+void forward_into_cpu(lb2_linear_args& args, const Tensor& x, void* output, int64_t stride);
 
 }  // namespace lb2::torch_ops

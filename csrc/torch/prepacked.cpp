@@ -86,6 +86,66 @@ Operands unprepack(const Tensor& layer, const lb2_layer_shape& layer_shape, bool
   return operands;
 }
 
+// Activations of any width as rows; the layer's K is checked with the plan.
+Rows rows_for_prepacked(const Tensor& x) {
+  LB2_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "x must have a last dimension of size K, got shape ",
+            shape_of(x));
+  return rows_of("x", x, x.size(x.dim() - 1), kCpu);
+}
+
+void check_counts(const std::vector<Tensor>& layers, const Biases& bias,
+                  const std::vector<int64_t>& out_features) {
+  LB2_CHECK(!layers.empty(), "layers must not be empty");
+  LB2_CHECK(bias.size() == layers.size(), "bias must hold one tensor or None per layer (", layers.size(),
+            "), got ", bias.size());
+  LB2_CHECK(out_features.size() == layers.size(), "out_features must hold one number per layer (",
+            layers.size(), "), got ", out_features.size());
+}
+
+// A checked call that lacks its output.
+struct PrepackedCall {
+  lb2_prepacked_args args;
+  int64_t workspace_bytes;
+};
+
+PrepackedCall plan_prepacked(const Tensor& x, const Rows& rows, const Tensor& layer,
+                             const std::optional<Tensor>& bias, const Name& size_name, int64_t out_features,
+                             int64_t activation) {
+  check_layer_tensor(layer);
+  LB2_CHECK(activation >= LB2_ACTIVATION_AUTO && activation <= LB2_ACTIVATION_SIGN,
+            "activation must be between ", LB2_ACTIVATION_AUTO, " and ", LB2_ACTIVATION_SIGN, ", got ",
+            activation);
+  lb2_prepacked_args args = {};
+  args.struct_size = sizeof args;
+  args.layer = layer.const_data_ptr();
+  args.layer_bytes = layer.numel();
+  args.m = rows.count;
+  args.input = rows.tensor.const_data_ptr();
+  args.input_stride = rows.stride;
+  args.dtype = rows.dtype;
+  args.activation = static_cast<lb2_activation>(activation);
+  args.num_threads = static_cast<int32_t>(torch::stable::get_num_threads());
+  args.parallel_for = torch_parallel;
+  lb2_prepacked_plan plan = {};
+  plan.struct_size = sizeof plan;
+  throw_on_error(lb2_prepacked_plan_cpu(&args, &plan));
+  args.isa = plan.isa;  // the choice of this process may change meanwhile
+  LB2_CHECK(x.size(x.dim() - 1) == plan.k, "x.size(-1) must equal ", plan.k, ", got shape ", shape_of(x));
+  LB2_CHECK(out_features == plan.n, size_name, " must be ", plan.n, " as the layer says, got ", out_features);
+  if (bias) args.bias = scale_data(Name{"bias"}, *bias, plan.n, kCpu);
+  return {args, plan.workspace_bytes};
+}
+
+// Writes rows of the output `stride` elements apart.
+void run_prepacked(PrepackedCall& call, void* output, int64_t stride) {
+  call.args.output = output;
+  call.args.output_stride = stride;
+  const Workspace workspace(call.workspace_bytes);
+  call.args.workspace = workspace.data();
+  call.args.workspace_bytes = call.workspace_bytes;
+  throw_on_error(lb2_prepacked_forward_cpu(&call.args));
+}
+
 }  // namespace
 
 Tensor prepack_cpu(const std::vector<Tensor>& v, const OptionalTensors& u,
@@ -118,41 +178,42 @@ std::vector<Tensor> unprepack_cpu(const Tensor& layer) {
 
 Tensor linear_prepacked_cpu(const Tensor& x, const Tensor& layer, const std::optional<Tensor>& bias,
                             int64_t out_features, int64_t activation) {
-  check_layer_tensor(layer);
-  LB2_CHECK(activation >= LB2_ACTIVATION_AUTO && activation <= LB2_ACTIVATION_SIGN,
-            "activation must be between ", LB2_ACTIVATION_AUTO, " and ", LB2_ACTIVATION_SIGN, ", got ",
-            activation);
-  LB2_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "x must have a last dimension of size K, got shape ",
-            shape_of(x));
-  const int64_t columns = x.size(x.dim() - 1);
-  const Rows rows = rows_of("x", x, columns, kCpu);
-  lb2_prepacked_args args = {};
-  args.struct_size = sizeof args;
-  args.layer = layer.const_data_ptr();
-  args.layer_bytes = layer.numel();
-  args.m = rows.count;
-  args.input = rows.tensor.const_data_ptr();
-  args.input_stride = rows.stride;
-  args.dtype = rows.dtype;
-  args.activation = static_cast<lb2_activation>(activation);
-  args.num_threads = static_cast<int32_t>(torch::stable::get_num_threads());
-  args.parallel_for = torch_parallel;
-  lb2_prepacked_plan plan = {};
-  plan.struct_size = sizeof plan;
-  throw_on_error(lb2_prepacked_plan_cpu(&args, &plan));
-  args.isa = plan.isa;  // the choice of this process may change meanwhile
-  LB2_CHECK(columns == plan.k, "x.size(-1) must equal ", plan.k, ", got shape ", shape_of(x));
-  LB2_CHECK(out_features == plan.n, "out_features must be ", plan.n, " as the layer says, got ",
-            out_features);
-  if (bias) args.bias = scale_data(Name{"bias"}, *bias, plan.n, kCpu);
-  Tensor output = new_output(x, plan.n);
-  args.output = output.mutable_data_ptr();
-  args.output_stride = plan.n;
-  const Workspace workspace(plan.workspace_bytes);
-  args.workspace = workspace.data();
-  args.workspace_bytes = plan.workspace_bytes;
-  throw_on_error(lb2_prepacked_forward_cpu(&args));
+  const Rows rows = rows_for_prepacked(x);
+  PrepackedCall call = plan_prepacked(x, rows, layer, bias, Name{"out_features"}, out_features, activation);
+  Tensor output = new_output(x, out_features);
+  run_prepacked(call, output.mutable_data_ptr(), out_features);
   return output;
+}
+
+Tensor joined_linear_prepacked_cpu(const Tensor& x, const std::vector<Tensor>& layers, const Biases& bias,
+                                   const std::vector<int64_t>& out_features, int64_t activation) {
+  check_counts(layers, bias, out_features);
+  const Rows rows = rows_for_prepacked(x);
+  std::vector<PrepackedCall> calls;
+  calls.reserve(layers.size());
+  int64_t total = 0;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const Name name = {"out_features", static_cast<int64_t>(i)};
+    calls.push_back(plan_prepacked(x, rows, layers[i], bias[i], name, out_features[i], activation));
+    total += out_features[i];
+  }
+  Tensor output = new_output(x, total);
+  char* slice = static_cast<char*>(output.mutable_data_ptr());
+  for (size_t i = 0; i < layers.size(); ++i) {
+    run_prepacked(calls[i], slice, total);
+    slice += out_features[i] * element_bytes(rows.dtype);
+  }
+  return output;
+}
+
+std::vector<Tensor> grouped_linear_prepacked_cpu(const Tensor& x, const std::vector<Tensor>& layers,
+                                                 const Biases& bias, const std::vector<int64_t>& out_features,
+                                                 int64_t activation) {
+  check_counts(layers, bias, out_features);
+  std::vector<Tensor> outputs;
+  for (size_t i = 0; i < layers.size(); ++i)
+    outputs.push_back(linear_prepacked_cpu(x, layers[i], bias[i], out_features[i], activation));
+  return outputs;
 }
 
 Tensor linear_prepacked_backward_x_cpu(const Tensor& grad, const Tensor& layer, int64_t in_features) {

@@ -1,7 +1,7 @@
 // The operators on prepacked layers of library.cpp.
 #pragma once
 
-#include "torch/arguments.h"
+#include "torch/layers.h"
 
 namespace lb2::torch_ops {
 
@@ -16,6 +16,13 @@ std::vector<Tensor> unprepack_cpu(const Tensor& layer);
 // y[..., N] for x[..., K]; `activation` is an lb2_activation.
 Tensor linear_prepacked_cpu(const Tensor& x, const Tensor& layer, const std::optional<Tensor>& bias,
                             int64_t out_features, int64_t activation);
+
+// Several layers on one x: an output each, or all side by side in one [..., sum N_i].
+std::vector<Tensor> grouped_linear_prepacked_cpu(const Tensor& x, const std::vector<Tensor>& layers,
+                                                 const Biases& bias, const std::vector<int64_t>& out_features,
+                                                 int64_t activation);
+Tensor joined_linear_prepacked_cpu(const Tensor& x, const std::vector<Tensor>& layers, const Biases& bias,
+                                   const std::vector<int64_t>& out_features, int64_t activation);
 
 // Gradient of x[..., K] from that of y[..., N], with exact sums.
 Tensor linear_prepacked_backward_x_cpu(const Tensor& grad, const Tensor& layer, int64_t in_features);

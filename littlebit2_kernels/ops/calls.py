@@ -20,6 +20,8 @@ __all__ = [
     "grouped_linear",
     "grouped_linear_prepacked",
     "int8_linear",
+    "joined_linear",
+    "joined_linear_prepacked",
     "linear",
     "linear_prepacked",
     "triton_linear",
@@ -125,12 +127,32 @@ def grouped_linear(
     """
     if torch.is_grad_enabled() and requires_grad(bias):  # the grouped operator has no gradient of biases
         return [linear(x, *layer, activation) for layer in zip(layers, bias, strict=True)]
+    lists, paths = _listed(layers)
+    return call_operator("grouped_linear", x, (*lists, list(bias)), (paths, activation), (paths, _EXACT))
+
+
+def joined_linear(
+    x: torch.Tensor,
+    layers: Sequence[Operands],
+    bias: Sequence[torch.Tensor | None],
+    activation: int = 0,
+) -> torch.Tensor:
+    """Call ``torch.ops.littlebit2.joined_linear``: :func:`grouped_linear` into one output.
+
+    Returns:
+        ``[..., sum N_i]`` in the dtype of ``x``. Differentiable in ``x`` only.
+    """
+    lists, paths = _listed(layers)
+    return call_operator("joined_linear", x, (*lists, list(bias)), (paths, activation), (paths, _EXACT))
+
+
+def _listed(layers: Sequence[Operands]) -> tuple[list[Any], list[int]]:
+    """The operands of all layers as the lists of one call, and how many paths each layer has."""
     lists = [
         None if layers[0][i] is None else [tensor for operands in layers for tensor in operands[i] or ()]
         for i in range(5)
     ]
-    paths = [len(operands[0]) for operands in layers]
-    return call_operator("grouped_linear", x, (*lists, list(bias)), (paths, activation), (paths, _EXACT))
+    return lists, [len(operands[0]) for operands in layers]
 
 
 def grouped_linear_prepacked(
@@ -184,6 +206,26 @@ def int8_linear(
     ):
         return call_operator("int8_linear", x, (weight, scale, bias), (), ())
     return int8.dequantized_linear(x, weight, scale, bias)
+
+
+def joined_linear_prepacked(
+    x: torch.Tensor,
+    layers: Sequence[torch.Tensor],
+    bias: Sequence[torch.Tensor | None],
+    out_features: Sequence[int],
+    activation: int,
+) -> torch.Tensor:
+    """Call ``torch.ops.littlebit2.joined_linear_prepacked``: prepacked layers into one output.
+
+    Args: as :func:`grouped_linear_prepacked`.
+
+    Returns:
+        ``[..., sum N_i]`` in the dtype of ``x``. Differentiable in ``x`` only.
+    """
+    sizes = list(out_features)
+    return call_operator(
+        "joined_linear_prepacked", x, (list(layers), list(bias)), (sizes, activation), (sizes, _EXACT)
+    )
 
 
 def triton_linear(

@@ -21,18 +21,26 @@ from .operands import (
     saved_operands,
 )
 
-__all__ = ["register"]
+__all__ = [
+    "grouped_backward",
+    "grouped_fake",
+    "grouped_setup",
+    "prepacked_backward",
+    "prepacked_fake",
+    "prepacked_setup",
+    "register",
+]
 
 
 def register() -> None:
     """Register fakes and gradients of the operators, which must be loaded."""
-    torch.library.register_fake("littlebit2::grouped_linear", _grouped_fake)
+    torch.library.register_fake("littlebit2::grouped_linear", grouped_fake)
     torch.library.register_autograd(
-        "littlebit2::grouped_linear", _grouped_backward, setup_context=_grouped_setup
+        "littlebit2::grouped_linear", grouped_backward, setup_context=grouped_setup
     )
-    torch.library.register_fake("littlebit2::grouped_linear_prepacked", _prepacked_fake)
+    torch.library.register_fake("littlebit2::grouped_linear_prepacked", prepacked_fake)
     torch.library.register_autograd(
-        "littlebit2::grouped_linear_prepacked", _prepacked_backward, setup_context=_prepacked_setup
+        "littlebit2::grouped_linear_prepacked", prepacked_backward, setup_context=prepacked_setup
     )
 
 
@@ -51,7 +59,7 @@ def _no_bias_gradients(ctx: Any) -> list[None] | None:
     return [None] * len(ctx.biased) if all(ctx.biased) else None
 
 
-def _grouped_fake(
+def grouped_fake(
     x: torch.Tensor,
     v: list[torch.Tensor],
     u: list[torch.Tensor] | None,
@@ -62,6 +70,7 @@ def _grouped_fake(
     paths: list[int],
     activation: int = 0,
 ) -> list[torch.Tensor]:
+    """Shapes of ``littlebit2::grouped_linear``."""
     check_fake("x", x, in_scale[0].shape[-1], (v, u, in_scale, latent_scale, out_scale), None)
     if sum(paths) != len(v) or len(bias) != len(paths):
         raise RuntimeError(
@@ -74,7 +83,8 @@ def _grouped_fake(
     ]
 
 
-def _grouped_setup(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
+def grouped_setup(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
+    """Save what :func:`grouped_backward` needs."""
     operands, bias, ctx.paths = inputs[1:6], inputs[6], inputs[7]
     refuse_gradients_of_scales(operands)
     _refuse_gradients_of_biases(bias)
@@ -83,7 +93,8 @@ def _grouped_setup(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]
     ctx.biased = [one is not None for one in bias]
 
 
-def _grouped_backward(ctx: Any, grads: list[torch.Tensor | None]) -> tuple[Any, ...]:
+def grouped_backward(ctx: Any, grads: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
+    """Gradient of x from those of the outputs, and none for the rest."""
     lists = saved_operands(ctx)
     grad_x = None
     if ctx.needs_input_grad[0]:
@@ -94,23 +105,25 @@ def _grouped_backward(ctx: Any, grads: list[torch.Tensor | None]) -> tuple[Any, 
             if grad is not None:
                 own = [None if tensors is None else tensors[part] for tensors in lists]
                 grad_x = _added(grad_x, torch.ops.littlebit2.linear_backward_x(grad.contiguous(), *own))
-    # The dispatcher drops an activation left at its default.
-    none = (*no_gradients(ctx), _no_bias_gradients(ctx), None, None)
-    return (grad_x, *none)[: len(ctx.needs_input_grad)]
+    # The dispatcher drops an activation left at its default; other operators have more settings.
+    count = len(ctx.needs_input_grad)
+    return (grad_x, *no_gradients(ctx), _no_bias_gradients(ctx), *[None] * count)[:count]
 
 
-def _prepacked_fake(
+def prepacked_fake(
     x: torch.Tensor,
     layers: list[torch.Tensor],
     bias: list[torch.Tensor | None],
     out_features: list[int],
     activation: int = 0,
 ) -> list[torch.Tensor]:
+    """Shapes of ``littlebit2::grouped_linear_prepacked``."""
     check_fake_x("x", x, layers)
     return [x.new_empty((*x.shape[:-1], size)) for size in out_features]
 
 
-def _prepacked_setup(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
+def prepacked_setup(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
+    """Save what :func:`prepacked_backward` needs."""
     x, layers, bias = inputs[:3]
     _refuse_gradients_of_biases(bias)
     ctx.save_for_backward(*layers)
@@ -118,7 +131,8 @@ def _prepacked_setup(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tenso
     ctx.biased = [one is not None for one in bias]
 
 
-def _prepacked_backward(ctx: Any, grads: list[torch.Tensor | None]) -> tuple[Any, ...]:
+def prepacked_backward(ctx: Any, grads: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
+    """Gradient of x from those of the outputs, and none for the rest."""
     grad_x = None
     if ctx.needs_input_grad[0]:
         for grad, layer in zip(grads, ctx.saved_tensors, strict=True):

@@ -45,7 +45,7 @@ void fill(char* output, int64_t stride, int64_t rows, int64_t cols, lb2_dtype dt
     int64_t row_bytes, cols;
     lb2_dtype dtype;
     const Add* add;
-  } task = {output, stride * (dtype == LB2_FLOAT32 ? 4 : 2), cols, dtype, &add};
+  } task = {output, stride * element_bytes(dtype), cols, dtype, &add};
   const auto run = [](int64_t begin, int64_t end, void* context) {
     const Task& own = *static_cast<const Task*>(context);
     std::vector<float> sums(static_cast<size_t>(own.cols));
@@ -80,18 +80,17 @@ std::vector<Tensor> unpack_cpu(const std::vector<Tensor>& v, const OptionalTenso
     return factors;
   }
   char* first = static_cast<char*>(factors[0].mutable_data_ptr());
-  const int64_t element_bytes = args.dtype == LB2_FLOAT32 ? 4 : 2, latents = factors[0].size(0);
+  const int64_t bytes = element_bytes(args.dtype), latents = factors[0].size(0);
   int64_t before = 0;
   for (int64_t p = 0; p < args.num_paths; ++p) {
     const lb2_path& path = args.paths[p];
-    fill(first + before * args.k * element_bytes, args.k, path.rank, args.k, args.dtype,
+    fill(first + before * args.k * bytes, args.k, path.rank, args.k, args.dtype,
          [&](int64_t row, float* sums) {
            add_row(path.v + row * path.v_stride, args.k, 1.0f, path.in_scale, sums);
          });
-    fill(last + before * element_bytes, latents, args.n, path.rank, args.dtype,
-         [&](int64_t row, float* sums) {
-           add_row(path.u + row * path.u_stride, path.rank, path.out_scale[row], path.latent_scale, sums);
-         });
+    fill(last + before * bytes, latents, args.n, path.rank, args.dtype, [&](int64_t row, float* sums) {
+      add_row(path.u + row * path.u_stride, path.rank, path.out_scale[row], path.latent_scale, sums);
+    });
     before += path.rank;
   }
   return factors;

@@ -142,9 +142,10 @@ class LittleBit2Quantizer(HfQuantizer):
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         return model
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         """Hide the tensors of packed layers, before any pattern that is meant for dense ones sees them."""
-        conversions: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        # Older versions of the library do not pass the model.
+        conversions: list[Any] = super().update_weight_conversions(weight_conversions, *model)
         return [HiddenTensors(self._hidden), *conversions] if self._hidden else conversions
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:

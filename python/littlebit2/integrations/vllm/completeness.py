@@ -1,0 +1,70 @@
+"""Checks a checkpoint directory before vLLM loads it: vLLM does not ask whether everything was there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from littlebit2.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from littlebit2.integrations.names import FileNames
+from littlebit2.integrations.skeleton import UnknownModelError, skeleton
+
+__all__ = ["check_directory"]
+
+#: Names listed in one message.
+_MOST_NAMES = 20
+
+_checked: dict[Path, tuple[int, ...]] = {}
+
+
+def check_directory(path: Path) -> None:
+    """Compare the headers of a checkpoint with config.json and with the model of transformers.
+
+    Packed layers are checked by :func:`littlebit2.checkpoint.open_checkpoint`. Of dense tensors, those that
+    transformers' model of this type has must be there; a type that it does not have is left to vLLM.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or mis-shaped; the message names it.
+    """
+    state = tuple(sorted(file.stat().st_mtime_ns for file in path.iterdir()))
+    if _checked.get(path) == state:
+        return
+    with open_checkpoint(path) as checkpoint:
+        if checkpoint.format != "littlebit2":
+            raise CheckpointError(
+                f"{path}: the layout must be littlebit2, got {checkpoint.format}: convert it first "
+                "(littlebit2 convert)"
+            )
+        missing = _missing(checkpoint)
+    if missing:
+        rest = len(missing) - _MOST_NAMES
+        more = f" and {rest} more" if rest > 0 else ""
+        raise CheckpointError(f"{path}: missing tensors: {', '.join(missing[:_MOST_NAMES])}{more}")
+    _checked[path] = state
+
+
+def _missing(checkpoint: Checkpoint) -> list[str]:
+    try:
+        model = skeleton(checkpoint.config)
+    except UnknownModelError:
+        return []
+    weights = [f"{name}.weight" for name in checkpoint.layers]
+    biases = [f"{name}.bias" for name, spec in checkpoint.layers.items() if spec.bias]
+    keys = [*checkpoint.dense, *checkpoint.tied(), *weights, *biases]
+    found = {destination.parameter for destination in FileNames(model).destinations(keys).values()}
+    # Experts are packed one by one, and are parameters of one module in the model.
+    above = {name for layer in checkpoint.layers for name in _ancestors(layer)}
+    optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    return [
+        name
+        for name in model.state_dict()
+        if name not in found
+        and name.rpartition(".")[0] not in above
+        and not any(pattern.search(name) for pattern in optional)
+    ]
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    while name := name.rpartition(".")[0]:
+        yield name
