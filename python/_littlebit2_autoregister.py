@@ -128,7 +128,10 @@ def _call(function: Callable[[Any], None], module: ModuleType) -> None:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
+    try:
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    except RuntimeWarning:  # where warnings are errors, the import of other people's module still succeeds
+        sys.stderr.write(f"RuntimeWarning: {message}\n")
 
 
 def _register() -> None:

@@ -133,13 +133,14 @@ def int8_rows_linear(
         TypeError: ``x`` is of another dtype.
         ValueError: its last dimension is not K.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if x.dtype not in ACTIVATION_DTYPES:
         raise TypeError(f"x must be float32, float16 or bfloat16, got {x.dtype}")
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x.size(-1) must equal K={weight.shape[1]}, got shape {list(x.shape)}")
-    return calls.int8_linear(x, weight, scale, bias)
+    # A bias that belongs to the model follows its dtype.
+    return calls.int8_linear(x, weight, scale, None if bias is None else bias.float())
 
 
 class Int8Embedding(_Int8Rows, nn.Embedding):
@@ -192,9 +193,8 @@ class Int8Embedding(_Int8Rows, nn.Embedding):
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """A stand-in of the dense shape, dtype and device, for code that asks for these: all NaN."""
-        nan = torch.full((), torch.nan, dtype=self.dtype, device=self.weight_int8.device)
-        weight = nan.expand(self.weight_int8.shape)
+        """Has the dense shape and dtype, for code that asks for these, and no values: it is on meta."""
+        weight = torch.empty(self.weight_int8.shape, dtype=self.dtype, device="meta")
         # What transformers' initializers leave alone.
         weight._is_hf_initialized = True  # type: ignore[attr-defined]
         return weight

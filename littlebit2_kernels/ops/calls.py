@@ -189,8 +189,8 @@ def int8_linear(
 ) -> torch.Tensor:
     """Apply dense int8 rows: ``y = scale * (x @ weight.T) + bias``.
 
-    On the CPU few tokens go to the native kernel, which reads the int8 weights once and sums in float32. More
-    of them, and other devices, go to torch.matmul on widened rows.
+    On the CPU few tokens, and calls that need a gradient, go to the native kernel, which reads the int8
+    weights and sums in float32. More of them, and other devices, go to torch.matmul on widened rows.
 
     Args:
         x: ``[..., K]`` float32, float16 or bfloat16.
@@ -201,8 +201,10 @@ def int8_linear(
     Returns:
         ``[..., N]`` in the dtype of ``x``. Differentiable in ``x`` and ``bias``.
     """
+    # Autograd would keep the widened rows.
+    differentiates = torch.is_grad_enabled() and requires_grad((x, bias))
     if x.device.type in ("cpu", "meta") and (
-        torch.compiler.is_compiling() or x.numel() <= _INT8_TOKENS[x.dtype] * x.shape[-1]
+        torch.compiler.is_compiling() or differentiates or x.numel() <= _INT8_TOKENS[x.dtype] * x.shape[-1]
     ):
         return call_operator("int8_linear", x, (weight, scale, bias), (), ())
     return int8.dequantized_linear(x, weight, scale, bias)

@@ -122,6 +122,37 @@ def test_head_alone_and_embedding_alone():
     assert isinstance(tied.lm_head, TiedInt8Linear)
 
 
+def test_a_tied_bias_of_the_head_stays_tied(tmp_path):
+    config = transformers.BertConfig(
+        vocab_size=160, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4
+    )
+    torch.manual_seed(0)
+    model = quantized_copy(transformers.BertForMaskedLM(config).eval())
+    with torch.no_grad():
+        model.cls.predictions.bias.normal_()
+    int8_(model)
+    assert model.get_output_embeddings().bias is model.cls.predictions.bias
+    attach(model)
+    model.save_pretrained(tmp_path)
+    loaded = littlebit2.load(tmp_path)
+    assert torch.equal(outputs(loaded, IDS), outputs(model, IDS))
+    assert loaded.get_output_embeddings().bias is loaded.cls.predictions.bias
+
+
+def test_values_of_the_dense_weight_are_not_there():
+    model = dense_model("llama")
+    handle = model.model.embed_tokens.register_forward_hook(lambda *_: calls.append(1))
+    calls: list[int] = []
+    int8_(model)
+    outputs(model, IDS)
+    assert calls == [1]
+    handle.remove()
+    weight = model.model.embed_tokens.weight
+    assert (weight.shape, weight.dtype, weight.is_meta) == ((160, 64), torch.float32, True)
+    with pytest.raises(ValueError, match="int8 rows cannot be resized"):
+        model.resize_token_embeddings(200)
+
+
 class Odd(nn.Embedding):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return nn.functional.embedding(ids, self.weight).tanh()
@@ -149,7 +180,7 @@ def test_refused():
     with torch.no_grad():
         model.lm_head.weight[3, 5] = 0
     assert outputs(model, IDS).shape == before.shape
-    with pytest.raises(ValueError, match="BertModel says of no module that it is its head"):
+    with pytest.raises(ValueError, match="BertModel has no output head"):
         int8_(dense_model("bert"))
 
 
@@ -173,6 +204,10 @@ def test_refused():
                 }
             ),
             r"lm_head must have shape \[160, 64\], got \[159, 64\]",
+        ),
+        (
+            lambda state: state["lm_head.weight_scale"].fill_(torch.nan),
+            "lm_head.weight_scale must be finite",
         ),
         (
             lambda state: [state.pop(f"lm_head.weight_{leaf}") for leaf in ("int8", "scale")],

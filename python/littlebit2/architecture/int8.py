@@ -13,9 +13,10 @@ from littlebit2_kernels.int8 import int8_rows_linear
 from littlebit2_kernels.int8.rounding import dequantize_rows, quantize_rows
 
 from .linears import is_plain_linear
-from .places import Places
+from .places import Places, copy_hooks
+from .reads import modules_read_as_tensors
 
-__all__ = ["Int8Rows", "TiedInt8Linear", "find_rows", "int8_", "int8_embedding", "put_rows"]
+__all__ = ["Int8Rows", "TiedInt8Linear", "drop_ties", "find_rows", "int8_", "int8_embedding", "put_rows"]
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,10 @@ class TiedInt8Linear(nn.Module):
 
     bias: torch.Tensor | None
 
-    def __init__(self, embedding: Int8Embedding, bias: torch.Tensor | None = None) -> None:
+    def __init__(self, embedding: Int8Embedding, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self._embedding = (embedding,)
-        self.register_buffer("bias", None if bias is None else bias.detach().float())
+        self.register_parameter("bias", bias)
 
     @property
     def in_features(self) -> int:
@@ -66,8 +67,7 @@ class TiedInt8Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``x`` ``[..., K]`` to ``[..., N]`` in its dtype, or autocast's where that is on."""
         (embedding,) = self._embedding
-        bias = None if self.bias is None else self.bias.float()
-        return int8_rows_linear(x, embedding.weight_int8, embedding.weight_scale, bias)
+        return int8_rows_linear(x, embedding.weight_int8, embedding.weight_scale, self.bias)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the dense matrix in ``dtype``."""
@@ -99,7 +99,7 @@ def find_rows(model: Any, *, head: bool, embedding: bool) -> Int8Rows:
     kind = type(model).__name__
     if head:
         if top is None or top not in names:
-            raise ValueError(f"the head cannot be int8: {kind} says of no module that it is its head")
+            raise ValueError(f"the head cannot be int8: {kind} has no output head")
         if not is_plain_linear(top):
             raise ValueError(
                 f"the head cannot be int8: {names[top]} is a {type(top).__name__}, which computes something "
@@ -107,13 +107,19 @@ def find_rows(model: Any, *, head: bool, embedding: bool) -> Int8Rows:
             )
     if embedding:
         if table is None or table not in names:
-            raise ValueError(f"the embedding cannot be int8: {kind} says of no module that it is one")
+            raise ValueError(f"the embedding cannot be int8: {kind} has no embedding of tokens")
         if not _is_plain_embedding(table):
             raise ValueError(
                 f"the embedding cannot be int8: {names[table]} is a {type(table).__name__}, which is read "
                 "otherwise than by rows"
             )
     wanted = [module for module, want in ((top, head), (table, embedding)) if want]
+    read = modules_read_as_tensors(model)
+    for module in wanted:
+        if names[module] in read:
+            raise ValueError(
+                f"{names[module]} cannot be int8: the model's code reads its weight ({read[names[module]]})"
+            )
     weights = {id(module.weight) for module in wanted}
     for name, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -136,22 +142,53 @@ def put_rows(model: Any, rows: Int8Rows, places: Places | None = None) -> None:
         places: of the model, where some are at hand.
     """
     places = Places(model) if places is None else places
+    _put(model, rows, places)
+    drop_ties(model)
+
+
+def _put(model: Any, rows: Int8Rows, places: Places) -> None:
     table = None
     if rows.embedding is not None:
         table = int8_embedding(model.get_submodule(rows.embedding))
+        copy_hooks(model.get_submodule(rows.embedding), table)
         places.put(rows.embedding, table)
     if rows.head is None:
         return
     linear = model.get_submodule(rows.head)
-    bias = None if linear.bias is None else linear.bias
+    # The same parameter, which may be tied to another (BERT's heads).
+    bias = linear.bias
     if rows.tied:
         assert table is not None
         head: nn.Module = TiedInt8Linear(table, bias)
     else:
         head = Int8Linear(linear.in_features, linear.out_features, device=linear.weight.device)
-        head.register_buffer("bias", None if bias is None else bias.detach().float())
+        del head._buffers["bias"]
+        head.register_parameter("bias", bias)
     head.train(linear.training)
+    copy_hooks(linear, head)
     places.put(rows.head, head)
+
+
+def drop_ties(model: Any) -> None:
+    """Let transformers tie no weight of a module that has int8 rows: it would look for a ``weight``."""
+    gone = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, (Int8Embedding, Int8Linear, TiedInt8Linear))
+    }
+    if not gone:
+        return
+    for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+        ties = getattr(model, attribute, None)
+        if isinstance(ties, dict):
+            kept = {target: source for target, source in ties.items() if not {target, source} & gone}
+            setattr(model, attribute, kept)
+    if hasattr(model, "resize_token_embeddings"):
+        model.resize_token_embeddings = _refuse_resize
+
+
+def _refuse_resize(*args: Any, **kwargs: Any) -> None:
+    raise ValueError("int8 rows cannot be resized: resize the dense model, and quantize it again")
 
 
 def int8_(model: Any, *, head: bool = True, embedding: bool = True) -> Int8Rows:
@@ -249,7 +286,10 @@ def _is_plain_embedding(module: nn.Module) -> bool:
     except Exception:  # whatever foreign code raises, it is no plain embedding
         return False
     return (
-        isinstance(expected, torch.Tensor) and expected.shape == got.shape and torch.allclose(expected, got)
+        isinstance(expected, torch.Tensor)
+        and not got.is_meta  # it computed with the weight itself
+        and expected.shape == got.shape
+        and torch.allclose(expected, got)
     )
 
 

@@ -12,10 +12,29 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["MODULE_STATE", "Places"]
+__all__ = ["MODULE_STATE", "Places", "copy_hooks"]
 
 #: What every ``nn.Module`` has of its own, children and tensors included.
 MODULE_STATE = frozenset(vars(nn.Module()))
+#: Where a module keeps what is called around its forward and backward calls.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_always_called",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def copy_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Give ``target`` the hooks of the module whose place it takes.
+
+    The same dictionaries: handles that the hooks' owners hold go on removing them.
+    """
+    vars(target).update({hooks: vars(source)[hooks] for hooks in _HOOKS})
 
 
 class Places:
@@ -32,7 +51,7 @@ class Places:
         for owner in model.modules():
             for attribute, value in vars(owner).items():
                 if attribute not in MODULE_STATE:
-                    for module in _modules_in(value):
+                    for module in _modules_in(value, set()):
                         self._kept.setdefault(module, []).append((owner, attribute))
 
     def put(self, name: str, module: nn.Module) -> None:
@@ -54,25 +73,29 @@ class Places:
         self._kept.setdefault(module, []).extend(kept)
 
 
-def _modules_in(value: Any) -> Iterator[nn.Module]:
+def _modules_in(value: Any, seen: set[int]) -> Iterator[nn.Module]:
+    """Yield the modules in nested containers; ``seen`` holds those that were looked into."""
     if isinstance(value, nn.Module):
         yield value
-    elif isinstance(value, (list, tuple)):
-        for one in value:
-            yield from _modules_in(one)
-    elif isinstance(value, dict):
-        for one in value.values():
-            yield from _modules_in(one)
+    elif isinstance(value, (list, tuple, dict)) and id(value) not in seen:
+        seen.add(id(value))
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _modules_in(one, seen)
 
 
-def _exchanged(value: Any, old: nn.Module, new: nn.Module) -> Any:
+def _exchanged(value: Any, old: nn.Module, new: nn.Module, within: tuple[int, ...] = ()) -> Any:
     """Return ``value`` with ``new`` for ``old``; lists and dictionaries change in place."""
     if value is old:
         return new
+    if not isinstance(value, (list, tuple, dict)) or id(value) in within:
+        return value
+    inside = (*within, id(value))
+    if isinstance(value, dict):
+        value.update({key: _exchanged(one, old, new, inside) for key, one in value.items()})
+        return value
+    changed = [_exchanged(one, old, new, inside) for one in value]
     if isinstance(value, list):
-        value[:] = [_exchanged(one, old, new) for one in value]
-    elif type(value) is tuple:
-        return tuple(_exchanged(one, old, new) for one in value)
-    elif isinstance(value, dict):
-        value.update({key: _exchanged(one, old, new) for key, one in value.items()})
-    return value
+        value[:] = changed
+        return value
+    # A tuple, perhaps one with names for its fields.
+    return type(value)(*changed) if hasattr(value, "_fields") else type(value)(changed)

@@ -102,6 +102,9 @@ def check_layers(
         if not isinstance(given[key], kind):
             what = "an object" if kind is dict else "a list"
             raise CheckpointError(f"{where}: {key} must be {what}, got {type(given[key]).__name__}")
+    for key in ("single_stage", "int8"):
+        if not all(isinstance(name, str) for name in given[key]):
+            raise CheckpointError(f"{where}: {key} must hold names, got {given[key]!r:.80}")
     single_stage = given["single_stage"]
     faults = [
         f"int8 rows of {name!r:.200}: expected tensors, as the config says, got none"

@@ -228,4 +228,8 @@ def _outlook(report: RunReport, args: argparse.Namespace) -> None:
         return
     emit(f"{kept} until it is trained, or quantized again with text. Next:")
     emit(f"  littlebit2 finetune {args.model_dir} TRAINED --data TEXT --start {args.out}")
-    emit(f"  littlebit2 quantize {args.model_dir} OUT --data TEXT")
+    rows = "".join(f" --{name} {value}" for name, value in rows_options(args).items() if value != "keep")
+    if rows:  # training keeps them dense
+        emit(f"  littlebit2 convert TRAINED SMALL --to littlebit2{rows}")
+    size = "" if args.bpw is None else f" --bpw {args.bpw:g}"
+    emit(f"  littlebit2 quantize {args.model_dir} OUT{size}{rows} --data TEXT")

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from littlebit2.architecture.expansion import collapse, expand
 from littlebit2.architecture.linears import is_plain_linear
-from littlebit2.architecture.places import Places
+from littlebit2.architecture.places import Places, copy_hooks
 from littlebit2.architecture.reads import modules_asked_for_dtype
 from littlebit2.architecture.select import DEFAULT_EXCLUDE, check_patterns
 from littlebit2.architecture.transposed import TransposedLinear, as_linear
@@ -31,18 +31,6 @@ from .report import QuantizationReport
 from .select import Filter, Selected, select_modules
 
 __all__ = ["quantize_", "quantize_linear"]
-
-#: Where a module keeps what is called around its forward and backward calls.
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_always_called",
-    "_forward_hooks_with_kwargs",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
 
 
 @dataclass(frozen=True)
@@ -304,8 +292,7 @@ def _swap(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     for name, module in modules.items():
         old = before[name]
         source = old.source if isinstance(old, TransposedLinear) else old
-        # The same dictionaries: handles that the hooks' owners hold go on removing them.
-        vars(module).update({hooks: vars(source)[hooks] for hooks in _HOOKS})
+        copy_hooks(source, module)
 
 
 def _nbytes(model: nn.Module) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from littlebit2.architecture.int8 import TiedInt8Linear, find_rows, put_rows
+import torch
+
+from littlebit2.architecture.int8 import find_rows, put_rows
 from littlebit2.architecture.names import CAUSAL_HEAD
 from littlebit2.architecture.places import Places
 from littlebit2.architecture.tensors import Int8Tensors
@@ -15,11 +17,17 @@ from littlebit2_kernels import Int8Embedding, Int8Linear
 from .names import FileNames
 from .skeleton import skeleton
 
-__all__ = ["drop_ties", "int8_names_of", "int8_tensors", "place_rows"]
+__all__ = ["check_scales", "int8_names_of", "int8_tensors", "place_rows"]
 
 
 def int8_tensors(
-    config: Mapping[str, Any], tensors: Iterable[str], *, head: bool, embedding: bool, model: Any = None
+    config: Mapping[str, Any],
+    tensors: Iterable[str],
+    *,
+    head: bool,
+    embedding: bool,
+    model: Any = None,
+    already: Iterable[str] = (),
 ) -> Int8Tensors:
     """Find the tensors of a head and an embedding among those of a checkpoint.
 
@@ -29,6 +37,7 @@ def int8_tensors(
         head: whether the head is wanted in int8.
         embedding: whether the embedding is.
         model: of that config without values, where it is at hand; its packed layers may be replaced.
+        already: modules in the files that are in int8 rows, which stay as they are.
 
     Raises:
         UnknownModelError: transformers does not know the model type.
@@ -42,11 +51,13 @@ def int8_tensors(
         headed = any(CAUSAL_HEAD in name for name in names) or bool(config.get("tie_word_embeddings"))
         model = skeleton(config, headed=headed)
     rows = find_rows(model, head=head, embedding=embedding)
+    rounded = [f"{name}.weight" for name in already]
     by_module: dict[str, list[str]] = {}
-    for name, destination in FileNames(model).destinations(names).items():
+    for name, destination in FileNames(model).destinations([*names, *rounded]).items():
         if destination.module is not None:
             by_module.setdefault(destination.module, []).append(name)
-    for module in rows.stored:
+    wanted = [module for module in rows.stored if not {*by_module.get(module, ())} & {*rounded}]
+    for module in wanted:
         if len(by_module.get(module, ())) != 1:
             raise ValueError(
                 f"{module} cannot be int8: expected one tensor of its weight in the files, got "
@@ -56,7 +67,7 @@ def int8_tensors(
     if rows.tied and head != embedding:
         notes.append("the head is tied to the embedding: both are the same int8 rows")
     return Int8Tensors(
-        tuple(by_module[module][0] for module in rows.stored),
+        tuple(by_module[module][0] for module in wanted),
         tuple(by_module.get(rows.head, ())) if rows.tied and rows.head is not None else (),
         tuple(notes),
     )
@@ -94,25 +105,15 @@ def place_rows(model: Any, checkpoint: Checkpoint, names: FileNames, places: Pla
                 f"{checkpoint.path}: {spec.name} must have shape {shape}, got {[spec.rows, spec.columns]}"
             )
     put_rows(model, rows, places)
-    drop_ties(model)
     # Else scales would be rounded to the dtype of the model.
     model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "weight_scale"}
 
 
-def drop_ties(model: Any) -> None:
-    """Let transformers tie no weight of a module that has int8 rows: it would look for a ``weight``."""
-    gone = {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, (Int8Embedding, Int8Linear, TiedInt8Linear))
-    }
-    if not gone:
-        return
-    for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
-        ties = getattr(model, attribute, None)
-        if isinstance(ties, dict):
-            kept = {target: source for target, source in ties.items() if not {target, source} & gone}
-            setattr(model, attribute, kept)
+def check_scales(model: Any) -> None:
+    """Raise ``CheckpointError`` if the scales of int8 rows that were loaded are not finite."""
+    for name in int8_names_of(model):
+        if not bool(torch.isfinite(model.get_submodule(name).weight_scale).all()):
+            raise CheckpointError(f"{name}.weight_scale must be finite, got NaN or infinity")
 
 
 def int8_names_of(model: Any) -> list[str]:

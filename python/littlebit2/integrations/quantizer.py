@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from littlebit2.architecture.expansion import collapse, expand
 from littlebit2.architecture.experts import LittleBitExperts
+from littlebit2.architecture.int8 import drop_ties
 from littlebit2.architecture.places import Places
 from littlebit2.architecture.projections import fuse_projections
 from littlebit2.architecture.reads import modules_asked_for_dtype
@@ -24,11 +25,12 @@ from littlebit2.architecture.salient import SalientLinear
 from littlebit2.architecture.typed import TypedLinear
 from littlebit2.checkpoint import Checkpoint, CheckpointError, LayerSpec, open_checkpoint, quantization_config
 from littlebit2.checkpoint.formats.layout import StoredLayer
+from littlebit2.checkpoint.reader import int8_names
 from littlebit2_kernels import LittleBitLinear, packed_from_state
 from littlebit2_kernels.format import LayerShape
 
 from .configuration import METHOD, STRUCTURE, LittleBit2Config
-from .int8 import drop_ties, int8_names_of, place_rows
+from .int8 import check_scales, int8_names_of, place_rows
 from .modules import (
     FusedLinear,
     PendingLinear,
@@ -158,6 +160,7 @@ class LittleBit2Quantizer(HfQuantizer):
                 del module.__dict__[name]
         self._protected = []
         _check_shapes(model, shapes)
+        check_scales(model)
         if checkpoint is not None:
             with nullcontext() if checkpoint is _opened.get() else checkpoint:
                 self._read_layers(model, checkpoint, places)
@@ -279,11 +282,13 @@ def attach(model: Any) -> None:
 
 
 def _state_to_save(model: Any) -> dict[str, torch.Tensor]:
-    layers = {*layers_of(model), *columns_of(model), *int8_names_of(model)}
+    layers = {*layers_of(model), *columns_of(model)}
+    rows = {full for name in int8_names_of(model) for full in int8_names(name)}
     packed: dict[str, torch.Tensor] = {}
     dense: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():
-        (packed if name.rpartition(".")[0] in layers else dense)[name] = tensor
+        # The bias of an int8 head is a dense tensor, which may be tied to another.
+        (packed if name in rows or name.rpartition(".")[0] in layers else dense)[name] = tensor
     for name in model._keys_to_ignore_on_save or ():
         dense.pop(name, None)
     dense = remove_tied_weights_from_state_dict(dense, model)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils.generic import ModelOutput
 
 from littlebit2.checkpoint import CheckpointError
 
@@ -30,7 +31,7 @@ def rehearse(path: str | Path) -> str | None:
         return f"loaded, but not run: no input for {type(model).__name__} is known"
     try:
         with torch.inference_mode():
-            model(**inputs)
+            outputs = model(**inputs)
     except AttributeError as error:
         if "LittleBit" not in str(error):
             return f"loaded, but not run: {error}"
@@ -46,6 +47,9 @@ def rehearse(path: str | Path) -> str | None:
                 f"by its packed one: {_line(error)}; quantize again and exclude that layer"
             ) from error
         return f"loaded, but not run: {_line(error)}"
+    first: Any = outputs[0] if isinstance(outputs, (tuple, ModelOutput)) else outputs
+    if isinstance(first, torch.Tensor) and not bool(torch.isfinite(first).all()):
+        return "loaded and run, but its outputs are not finite"
     return None
 
 

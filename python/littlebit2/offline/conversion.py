@@ -47,7 +47,11 @@ def convert_checkpoint(
 
         with open_checkpoint(source) as checkpoint:
             chosen = int8_tensors(
-                checkpoint.config, checkpoint.dense, head=head == INT8, embedding=embedding == INT8
+                checkpoint.config,
+                checkpoint.dense,
+                head=head == INT8,
+                embedding=embedding == INT8,
+                already=checkpoint.int8,
             )
     side = convert(source, out, to, int8=chosen.rounded, left_out=chosen.left_out, overwrite=overwrite)
     return side, chosen.notes
