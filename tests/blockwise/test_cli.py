@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from littlebit2.blockwise import BlockwiseReport
 from littlebit2.cli import main
+from littlebit2.cli.blockwise import blockwise_outlook
 from littlebit2.offline import RunReport
 from tests.blockwise.builders import write_data, write_model
 
@@ -34,6 +36,7 @@ def test_whether_a_result_is_of_use() -> None:
     assert "more than 5 times the dense 10" in str(report({"dense": 10.0, "tuned": 50.1}).unusable)
     assert "uniform guess among 100" in str(report({"dense": 30.0, "tuned": 100.0}).unusable)
     assert "uniform guess" in str(report({"dense": 10.0, "tuned": math.nan}).unusable)
+    assert "the dense model's own perplexity" in str(report({"dense": 130.0, "tuned": 120.0}).unusable)
     assert report({"dense": 10.0, "tuned": 70.0, "distilled": 20.0}).unusable is None
 
 
@@ -46,15 +49,23 @@ def test_text_makes_it_blockwise(
     printed = capsys.readouterr()
     assert f"{out}.partial: the work folder, which --keep-work keeps" in printed.out
     assert Path(f"{out}.partial", "littlebit2.lock").is_file()
-    # The random model's perplexity on English is far above the size of its vocabulary.
+    # The random model's perplexity on English is far above the size of its vocabulary: no work helps.
     assert "perplexity on 45 held-out tokens: dense" in printed.out
-    assert f"warning: {out} is not usable: its perplexity" in printed.err
-    assert f"littlebit2 finetune {model} TRAINED --data TEXT --start {out}" in printed.err
+    assert f"warning: {out} is not usable: the dense model's own perplexity" in printed.err
+    assert "littlebit2 finetune" not in printed.err
     assert main(["quantize", model, out, "--data", data, *QUICK, "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert [block["steps"] for block in content["blockwise"]["blocks"]] == [4, 4]
     assert content["settings"]["admm_iterations"] == 5
     assert content["settings"]["refine_rounds"] == 2
+
+
+def test_a_bad_result_of_a_good_model_names_the_next_command(capsys: pytest.CaptureFixture[str]) -> None:
+    args = argparse.Namespace(out="OUT", model_dir="DENSE")
+    blockwise_outlook(report({"dense": 10.0, "tuned": 70.0}), args)
+    printed = capsys.readouterr().err
+    assert "warning: OUT is not usable: its perplexity 70 is more than 5 times the dense 10" in printed
+    assert "littlebit2 finetune DENSE TRAINED --data TEXT --start OUT" in printed
 
 
 def test_without_text_the_summary_says_what_is_needed(

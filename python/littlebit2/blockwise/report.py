@@ -46,8 +46,18 @@ class BlockwiseReport:
         return list(self.perplexity.values())[-1]
 
     @property
+    def dense_is_at_chance(self) -> bool:
+        """Whether the dense model knows nothing of the text: no work on the packed one helps then."""
+        return not self.perplexity["dense"] < self.vocabulary
+
+    @property
     def unusable(self) -> str | None:
         """Why the result is of no use; ``None`` if its perplexity speaks for it."""
+        if self.dense_is_at_chance:
+            return (
+                f"the dense model's own perplexity {self.perplexity['dense']:.4g} on this text is no better than "
+                f"a uniform guess among {self.vocabulary} tokens"
+            )
         if not self.final < self.vocabulary:
             return (
                 f"its perplexity {self.final:.4g} is no better than a uniform guess among {self.vocabulary} "

@@ -141,6 +141,11 @@ def quantize_blockwise(
     tokenizer = load_tokenizer(source)
     with _threads(threads), open_dense(source) as checkpoint:
         plan = _settle(checkpoint, config, chosen, patterns, (head, embedding), files, text_field, device)
+        if progress and plan.length < chosen.length:
+            tqdm.write(
+                f"sequences have {plan.length} tokens, the model's positions, instead of {chosen.length}",
+                file=sys.stderr,
+            )
         pieces = ModelInPieces(
             plan.choice.trial.model, plan.choice.trial.parts, checkpoint.load_tensor, plan.blocks, place
         )

@@ -128,6 +128,9 @@ def blockwise_outlook(report: BlockwiseReport, args: argparse.Namespace) -> None
     """Print the perplexities, whether the result is of use, and what to do next."""
     stages = ", ".join(f"{stage} {value:.4g}" for stage, value in report.perplexity.items())
     emit(f"perplexity on {report.tokens} held-out tokens: {stages}")
+    if report.dense_is_at_chance:
+        note(f"warning: {args.out} is not usable: {report.unusable}. Give --data text of the model's kind")
+        return
     if report.unusable is not None:
         note(
             f"warning: {args.out} is not usable: {report.unusable}. Give it more --samples, --steps and "
