@@ -55,8 +55,8 @@ class BlockwiseReport:
         """Why the result is of no use; ``None`` if its perplexity speaks for it."""
         if self.dense_is_at_chance:
             return (
-                f"the dense model's own perplexity {self.perplexity['dense']:.4g} on this text is no better than "
-                f"a uniform guess among {self.vocabulary} tokens"
+                f"the dense model's own perplexity {self.perplexity['dense']:.4g} on this text is no better "
+                f"than a uniform guess among {self.vocabulary} tokens"
             )
         if not self.final < self.vocabulary:
             return (
