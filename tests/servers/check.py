@@ -54,7 +54,8 @@ def main() -> int:
     parser.add_argument("--only", default="", help="run the groups whose names hold this")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="littlebit2-serving-") as temporary:
-        work = options.work or Path(temporary)
+        # Absolute: what is started below runs in other folders.
+        work = (options.work or Path(temporary)).resolve()
         work.mkdir(parents=True, exist_ok=True)
         return check(Steps(work, _SECONDS), options.only)
 
