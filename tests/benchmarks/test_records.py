@@ -65,7 +65,7 @@ def test_stored_results_can_be_read() -> None:
     paths = sorted(folder.glob("*.json"))
     assert paths
     for path in paths:
-        content = read_result(path, ("goals", "whole-model", "predict", "experts", "load-memory"))
+        content = read_result(path, ("goals", "whole-model", "predict", "experts", "load-memory", "serving"))
         assert content["command"].startswith(f"python -m benchmarks {content['benchmark']}")
         assert content["environment"]["git"]["commit"]
 
