@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import re
 import sys
 from dataclasses import dataclass
 from types import ModuleType
@@ -22,6 +23,7 @@ from torch import nn
 __all__ = ["modules_asked_for_dtype", "modules_read_as_tensors"]
 
 _TENSORS = ("weight", "bias")
+_ATTRIBUTE = re.compile(r"\.\s*([^\W\d]\w*)")
 #: What a layer without a weight can say of it.
 _KINDS = ("dtype", "device")
 #: Where the classes below every module are defined.
@@ -62,7 +64,7 @@ class _Read:
 
 
 def modules_read_as_tensors(model: nn.Module) -> dict[str, str]:
-    """Return the names of modules whose weight or bias the model's code reads, and where it does.
+    """Return the linear layers and embeddings whose weight or bias the model's code reads, and where.
 
     A chain from ``self`` counts for children of modules of its class; any other chain in a method for all
     modules that are called so somewhere below such a module, as what it begins with is not known. Reads of
@@ -72,19 +74,25 @@ def modules_read_as_tensors(model: nn.Module) -> dict[str, str]:
 
 
 def modules_asked_for_dtype(model: nn.Module) -> set[str]:
-    """Return the names of modules whose weight the model's code asks for its dtype or device, and no more."""
-    return set(_found(model, kind=True)) - set(_found(model, kind=False))
+    """Return the names of linear layers and embeddings that are asked for dtype or device, and no more."""
+    asked = _found(model, kind=True)
+    return set(asked) - set(_found(model, kind=False)) if asked else set()
 
 
 def _found(model: nn.Module, *, kind: bool) -> dict[str, str]:
+    names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))]
+    leaves = {name.rpartition(".")[2] for name in names}
     reads: dict[str, list[_Read]] = {}
     classes = {one for module in model.modules() for one in type(module).__mro__}
     for source in {one.__module__ for one in classes} - _BASES:
         code = sys.modules.get(source)
-        for read in () if code is None else (one for one in _reads(code) if one.kind == kind):
+        # Most of the library's own modules name no layer: they are not parsed, which takes half a second.
+        if code is None or leaves.isdisjoint(_attributes(code)):
+            continue
+        for read in (one for one in _reads(code) if one.kind == kind):
             reads.setdefault(read.chain[-1], []).append(read)
     found: dict[str, str] = {}
-    for name, _ in model.named_modules():
+    for name in names:
         parts = tuple(name.split("."))
         for read in reads.get(parts[-1], ()):
             size = len(read.chain)
@@ -108,10 +116,24 @@ def _is_weight(node: ast.expr) -> TypeGuard[ast.Attribute]:
 
 
 @functools.cache
+def _source(code: ModuleType) -> str:
+    try:
+        return inspect.getsource(code)
+    except (OSError, TypeError):
+        return ""
+
+
+@functools.cache
+def _attributes(code: ModuleType) -> frozenset[str]:
+    """Names that stand behind a dot somewhere in the source, in code or not."""
+    return frozenset(_ATTRIBUTE.findall(_source(code)))
+
+
+@functools.cache
 def _reads(code: ModuleType) -> tuple[_Read, ...]:
     try:
-        tree = ast.parse(inspect.getsource(code))
-    except (OSError, TypeError, SyntaxError):
+        tree = ast.parse(_source(code))
+    except SyntaxError:
         return ()
     visitor = _Visitor(code.__name__.rpartition(".")[2])
     visitor.visit(tree)
