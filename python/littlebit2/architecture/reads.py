@@ -64,7 +64,7 @@ class _Read:
 
 
 def modules_read_as_tensors(model: nn.Module) -> dict[str, str]:
-    """Return the linear layers and embeddings whose weight or bias the model's code reads, and where.
+    """Return the names of modules whose weight or bias the model's code reads, and where it does.
 
     A chain from ``self`` counts for children of modules of its class; any other chain in a method for all
     modules that are called so somewhere below such a module, as what it begins with is not known. Reads of
@@ -74,13 +74,13 @@ def modules_read_as_tensors(model: nn.Module) -> dict[str, str]:
 
 
 def modules_asked_for_dtype(model: nn.Module) -> set[str]:
-    """Return the names of linear layers and embeddings that are asked for dtype or device, and no more."""
+    """Return the names of modules whose weight the model's code asks for its dtype or device, and no more."""
     asked = _found(model, kind=True)
     return set(asked) - set(_found(model, kind=False)) if asked else set()
 
 
 def _found(model: nn.Module, *, kind: bool) -> dict[str, str]:
-    names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))]
+    names = [name for name, module in model.named_modules() if _may_have_weight(module)]
     leaves = {name.rpartition(".")[2] for name in names}
     reads: dict[str, list[_Read]] = {}
     classes = {one for module in model.modules() for one in type(module).__mro__}
@@ -105,6 +105,12 @@ def _found(model: nn.Module, *, kind: bool) -> dict[str, str]:
                 found[name] = read.where
                 break
     return found
+
+
+def _may_have_weight(module: nn.Module) -> bool:
+    """Whether a module is more than a container of others; trainable layers have a property ``weight``."""
+    own = module._parameters or module._buffers or not module._modules
+    return bool(own) or hasattr(type(module), "weight")
 
 
 def _classes(module: nn.Module) -> set[str]:
