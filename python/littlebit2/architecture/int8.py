@@ -96,6 +96,8 @@ def find_rows(model: Any, *, head: bool, embedding: bool) -> Int8Rows:
     table = _asked(model, "get_input_embeddings")
     tied = _are_tied(model, names, top, table)
     head, embedding = head or (tied and embedding), embedding or (tied and head)
+    if not head and not embedding:
+        return Int8Rows()
     kind = type(model).__name__
     if head:
         if top is None or top not in names:
@@ -142,31 +144,26 @@ def put_rows(model: Any, rows: Int8Rows, places: Places | None = None) -> None:
         places: of the model, where some are at hand.
     """
     places = Places(model) if places is None else places
-    _put(model, rows, places)
+    if rows.embedding is not None:
+        old = model.get_submodule(rows.embedding)
+        table = int8_embedding(old)
+        copy_hooks(old, table)
+        places.put(rows.embedding, table)
+    if rows.head is not None:
+        linear = model.get_submodule(rows.head)
+        head = TiedInt8Linear(table, linear.bias) if rows.tied else _int8_head(linear)
+        head.train(linear.training)
+        copy_hooks(linear, head)
+        places.put(rows.head, head)
     drop_ties(model)
 
 
-def _put(model: Any, rows: Int8Rows, places: Places) -> None:
-    table = None
-    if rows.embedding is not None:
-        table = int8_embedding(model.get_submodule(rows.embedding))
-        copy_hooks(model.get_submodule(rows.embedding), table)
-        places.put(rows.embedding, table)
-    if rows.head is None:
-        return
-    linear = model.get_submodule(rows.head)
+def _int8_head(linear: nn.Linear) -> Int8Linear:
+    head = Int8Linear(linear.in_features, linear.out_features, device=linear.weight.device)
     # The same parameter, which may be tied to another (BERT's heads).
-    bias = linear.bias
-    if rows.tied:
-        assert table is not None
-        head: nn.Module = TiedInt8Linear(table, bias)
-    else:
-        head = Int8Linear(linear.in_features, linear.out_features, device=linear.weight.device)
-        del head._buffers["bias"]
-        head.register_parameter("bias", bias)
-    head.train(linear.training)
-    copy_hooks(linear, head)
-    places.put(rows.head, head)
+    del head._buffers["bias"]
+    head.register_parameter("bias", linear.bias)
+    return head
 
 
 def drop_ties(model: Any) -> None:

@@ -130,8 +130,7 @@ class Checkpoint:
             KeyError: there is no such layer.
             CheckpointError: its tensors are malformed.
         """
-        if name not in self.stored:
-            raise KeyError(f"name must be a packed layer of {self.path}, got {name!r}; {_some(self.stored)}")
+        _check_name(name, f"a packed layer of {self.path}", self.stored)
         layer = self.stored[name]
         return build_layer(layer, self.files.read(entry.name for entry in layer.tensors.values()))
 
@@ -145,11 +144,7 @@ class Checkpoint:
             KeyError: there is no such layer.
             CheckpointError: its tensors are malformed.
         """
-        if name not in self.stored_columns:
-            raise KeyError(
-                f"name must be a layer of {self.path} with salient columns, got {name!r}; "
-                f"{_some(self.columns)}"
-            )
+        _check_name(name, f"a layer of {self.path} with salient columns", self.stored_columns)
         stored = self.stored_columns[name]
         return build_columns(stored, self.files.read(entry.name for entry in stored.entries.values()))
 
@@ -166,8 +161,7 @@ class Checkpoint:
             KeyError: there is no such module.
             CheckpointError: a scale is not finite, or the tensors cannot be read.
         """
-        if name not in self.int8:
-            raise KeyError(f"name must be int8 rows of {self.path}, got {name!r}; {_some(self.int8)}")
+        _check_name(name, f"int8 rows of {self.path}", self.int8)
         weight, scale = (self.files.read_own(one) for one in int8_names(name))
         if not bool(torch.isfinite(scale).all()):
             raise CheckpointError(f"{self.path}: {name}: {INT8_SCALE} must be finite, got NaN or infinity")
@@ -185,8 +179,7 @@ class Checkpoint:
             KeyError: there is no such tensor.
             CheckpointError: it cannot be read.
         """
-        if name not in self.dense:
-            raise KeyError(f"name must be a dense tensor of {self.path}, got {name!r}; {_some(self.dense)}")
+        _check_name(name, f"a dense tensor of {self.path}", self.dense)
         return self.files.read([name])[name]
 
     def read_tensor(self, name: str) -> torch.Tensor:
@@ -194,8 +187,7 @@ class Checkpoint:
 
         Args and errors: as :meth:`load_tensor`.
         """
-        if name not in self.dense:
-            raise KeyError(f"name must be a dense tensor of {self.path}, got {name!r}; {_some(self.dense)}")
+        _check_name(name, f"a dense tensor of {self.path}", self.dense)
         return self.files.read_own(name)
 
     def verify(self) -> dict[str, bool | None]:
@@ -317,6 +309,11 @@ def int8_names(module: str) -> tuple[str, str]:
     """Full names of the rows and the scales of a module in int8."""
     prefix = module_prefix(module)
     return prefix + INT8_WEIGHT, prefix + INT8_SCALE
+
+
+def _check_name(name: str, what: str, known: Mapping[str, object]) -> None:
+    if name not in known:
+        raise KeyError(f"name must be {what}, got {name!r}; {_some(known)}")
 
 
 def _some(names: Mapping[str, object]) -> str:

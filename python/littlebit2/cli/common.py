@@ -311,27 +311,33 @@ def add_pattern_options(parser: argparse.ArgumentParser, *, int8: bool = False) 
         metavar="PATTERN",
         help="patterns of module names that stay dense, besides heads (lm_head, score, classifier, ...)",
     )
+    add_rows_options(parser, int8=int8, packed=True)
+
+
+def add_rows_options(parser: argparse.ArgumentParser, *, int8: bool = True, packed: bool = False) -> None:
+    """Add the options that say what becomes of heads and of the embedding of tokens.
+
+    Args:
+        parser: of a command.
+        int8: whether they can be rounded to int8.
+        packed: whether heads can be packed.
+    """
     parser.add_argument(
         "--head",
-        choices=("keep", "int8", "packed") if int8 else ("keep", "packed"),
+        choices=("keep", *(["int8"] if int8 else []), *(["packed"] if packed else [])),
         default="keep",
         help="what becomes of heads: dense as they are (default)"
         + (", int8 rows with a scale each" if int8 else "")
-        + ", or packed like other layers, except those that --exclude names",
+        + (", or packed like other layers, except those that --exclude names" if packed else ""),
     )
     if int8:
-        add_embedding_option(parser)
-
-
-def add_embedding_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option that says what becomes of the embedding of tokens."""
-    parser.add_argument(
-        "--embedding",
-        choices=("keep", "int8"),
-        default="keep",
-        help="what becomes of the embedding of tokens: dense as it is (default), or int8 rows with a scale "
-        "each; a head that is tied to it becomes the same rows",
-    )
+        parser.add_argument(
+            "--embedding",
+            choices=("keep", "int8"),
+            default="keep",
+            help="what becomes of the embedding of tokens: dense as it is (default), or int8 rows with a "
+            "scale each; a head that is tied to it becomes the same rows",
+        )
 
 
 def rows_options(args: argparse.Namespace) -> dict[str, str]:

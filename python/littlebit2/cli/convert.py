@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .common import Commands, add_command, add_embedding_option, emit, note, note_left
+from .common import Commands, add_command, add_rows_options, emit, note, note_left
 
 _LAYOUTS = ("littlebit2", "littlebit")
 
@@ -24,13 +24,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("source", metavar="SRC", help="directory of the checkpoint")
     parser.add_argument("out", metavar="OUT", help="directory to make")
     parser.add_argument("--to", choices=_LAYOUTS, required=True, help="layout to write")
-    parser.add_argument(
-        "--head",
-        choices=("keep", "int8"),
-        default="keep",
-        help="what becomes of a dense head: as it is (default), or int8 rows with a scale each",
-    )
-    add_embedding_option(parser)
+    add_rows_options(parser)
     parser.add_argument(
         "--overwrite", action="store_true", help="replace OUT at the end if it holds a checkpoint"
     )

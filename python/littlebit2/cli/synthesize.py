@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .common import Commands, add_command, add_embedding_option, emit, emit_json, note
+from .common import Commands, add_command, add_rows_options, emit, emit_json, note
 
 
 def add_parser(commands: Commands) -> None:
@@ -28,13 +28,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--kv-factor", type=float, default=1.0, help="multiply the rank of k_proj and v_proj (default 1)"
     )
-    parser.add_argument(
-        "--head",
-        choices=("keep", "int8"),
-        default="keep",
-        help="what becomes of the head: dense (default), or int8 rows with a scale each",
-    )
-    add_embedding_option(parser)
+    add_rows_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed for all random values (default 0)")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace OUT at the end if it holds a checkpoint"

@@ -17,7 +17,6 @@ from transformers.quantizers.base import HfQuantizer
 
 from littlebit2.architecture.expansion import collapse, expand
 from littlebit2.architecture.experts import LittleBitExperts
-from littlebit2.architecture.int8 import drop_ties
 from littlebit2.architecture.places import Places
 from littlebit2.architecture.projections import fuse_projections
 from littlebit2.architecture.reads import modules_asked_for_dtype
@@ -97,16 +96,11 @@ class LittleBit2Quantizer(HfQuantizer):
             modules = {name: name for name in layers}
         else:
             layers = dict(checkpoint.layers)
-            absent = sorted({*config.layer_names, *config.salient_columns} - {*layers, *checkpoint.columns})
+            named = {*config.layer_names, *config.salient_columns, *config.int8}
+            absent = sorted(named - {*layers, *checkpoint.columns, *checkpoint.int8})
             if absent:
                 raise CheckpointError(
                     f"{checkpoint.path}: quantization_config names layers that have no tensors: "
-                    f"{', '.join(absent)}"
-                )
-            absent = sorted({*config.int8} - {*checkpoint.int8})
-            if absent:
-                raise CheckpointError(
-                    f"{checkpoint.path}: quantization_config names int8 rows that have no tensors: "
                     f"{', '.join(absent)}"
                 )
             columns = {one.layer: name for name, one in checkpoint.columns.items()}
@@ -271,7 +265,6 @@ def attach(model: Any) -> None:
     layers = layers_of(model)
     if not layers:
         raise ValueError("model must hold at least one LittleBitLinear, got none")
-    drop_ties(model)
     config = LittleBit2Config.from_layers({name: spec_of(name, layer) for name, layer in layers.items()})
     quantizer = LittleBit2Quantizer(config)
     quantizer._update_config(model)
