@@ -2,35 +2,24 @@
 // Built without ISA flags: all work proportional to the number of weights is in the kernels.
 #include <algorithm>
 #include <cinttypes>
-#include <cstring>
 
 #include "core/check.h"
 #include "core/shape.h"
 #include "core/status.h"
 #include "cpu/dispatch.h"
+#include "cpu/driver.h"
 #include "cpu/kernels.h"
-#include "cpu/parallel.h"
 
 namespace lb2::cpu {
 namespace {
 
 // Tokens whose fp32 rows stay in the L2 cache while the weights pass by; each block reads all weights.
 constexpr int64_t kTokenBlock = 16;
-// Below this much work per chunk, waking a thread costs more than it saves.
-constexpr int64_t kMacsPerChunk = 256 * 1024;
-
 int64_t padded_columns(int64_t k) { return (k + kLanes - 1) / kLanes * kLanes; }
 
 int64_t workspace_bytes(int64_t m, int64_t k) {
   if (m == 0) return 0;
   return std::min(m, kTokenBlock) * padded_columns(k) * static_cast<int64_t>(sizeof(float)) + 63;
-}
-
-// Scales may lie at any byte address.
-float load_scale(const float* scale, int64_t i) {
-  float value;
-  std::memcpy(&value, reinterpret_cast<const char*>(scale) + i * 4, 4);
-  return value;
 }
 
 // One block of at most kTokenBlock tokens.
@@ -82,8 +71,7 @@ lb2_status forward(const lb2_int8_args* args) noexcept {
       for (int64_t index = begin; index < end; ++index) block.tile(index);
     };
     const int64_t macs = kTileRows * args->k * block.tokens;
-    LB2_RETURN_IF_ERROR(run_parallel(args->parallel_for, args->parallel_context, tiles,
-                                     std::max<int64_t>(1, kMacsPerChunk / macs), body));
+    LB2_RETURN_IF_ERROR(run_items(args->parallel_for, args->parallel_context, tiles, macs, body));
   }
   return LB2_OK;
 }

@@ -7,22 +7,12 @@
 #include "core/check.h"
 #include "core/status.h"
 #include "cpu/dispatch.h"
+#include "cpu/driver.h"
 #include "cpu/kernels.h"
-#include "cpu/parallel.h"
 #include "cpu/portable/plan.h"
 
 namespace lb2::cpu {
 namespace {
-
-// Below this much work per chunk, waking a thread costs more than it saves.
-constexpr int64_t kMacsPerChunk = 256 * 1024;
-
-// Scales may lie at any byte address.
-float load_scale(const float* scale, int64_t i) {
-  float value;
-  std::memcpy(&value, reinterpret_cast<const char*>(scale) + i * 4, 4);
-  return value;
-}
 
 // Everything the tasks of one block of tokens need.
 struct Block {
@@ -46,11 +36,10 @@ struct Block {
   float* latent_buffer(int index) const { return workspace + plan.latents[index].offset; }
 };
 
-// run_parallel with `macs` per item deciding the grain.
+// The work of a call, `macs` of it per item.
 template <typename Body>
 lb2_status run_items(const lb2_linear_args& args, int64_t count, int64_t macs, const Body& body) {
-  const int64_t grain = std::max<int64_t>(1, kMacsPerChunk / std::max<int64_t>(1, macs));
-  return run_parallel(args.parallel_for, args.parallel_context, count, grain, body);
+  return cpu::run_items(args.parallel_for, args.parallel_context, count, macs, body);
 }
 
 int64_t tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
