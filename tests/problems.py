@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +17,7 @@ from littlebit2_kernels.testing import TOLERANCE, make_problem
 
 __all__ = [
     "CUDA",
+    "GROUPS",
     "PORTABLE",
     "PREPACKED",
     "TRITON",
@@ -32,6 +33,21 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+#: Layers that share their input: arguments of ``make_packed``.
+GROUPS: dict[str, list[dict[str, Any]]] = {
+    "qkv": [
+        {"out_features": 70, "ranks": [40], "bias": True},
+        {"out_features": 33, "ranks": [16, 24]},
+        {"out_features": 1, "ranks": [8], "bias": True},
+    ],
+    "shared-v": [
+        {"out_features": 20, "ranks": [24, 24], "share_v": True},
+        {"out_features": 20, "ranks": [8]},
+    ],
+    "single-stage": [{"out_features": 70, "ranks": None, "bias": True}, {"out_features": 5, "ranks": None}],
+    "one": [{"out_features": 9, "ranks": [8]}],
+}
 
 
 @dataclass(frozen=True)

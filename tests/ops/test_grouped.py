@@ -10,21 +10,7 @@ import torch
 import littlebit2_kernels
 from littlebit2_kernels import PackedLinear, grouped_linear, littlebit_linear, prepack
 from littlebit2_kernels.testing import make_packed, make_problem
-from tests.problems import random_problem
-
-GROUPS: dict[str, list[dict[str, Any]]] = {
-    "qkv": [
-        {"out_features": 70, "ranks": [40], "bias": True},
-        {"out_features": 33, "ranks": [16, 24]},
-        {"out_features": 1, "ranks": [8], "bias": True},
-    ],
-    "shared-v": [
-        {"out_features": 20, "ranks": [24, 24], "share_v": True},
-        {"out_features": 20, "ranks": [8]},
-    ],
-    "single-stage": [{"out_features": 70, "ranks": None, "bias": True}, {"out_features": 5, "ranks": None}],
-    "one": [{"out_features": 9, "ranks": [8]}],
-}
+from tests.problems import GROUPS, random_problem
 
 
 @pytest.fixture(params=GROUPS, ids=str)

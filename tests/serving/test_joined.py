@@ -10,21 +10,9 @@ import torch
 from littlebit2_kernels import JoinedLinear, PackedLinear, littlebit_linear, prepack, warmup
 from littlebit2_kernels.serving import operator
 from littlebit2_kernels.testing import make_packed
+from tests.problems import GROUPS
 
 K = 100
-GROUPS: dict[str, list[dict[str, Any]]] = {
-    "qkv": [
-        {"out_features": 70, "ranks": [40], "bias": True},
-        {"out_features": 33, "ranks": [16, 24]},
-        {"out_features": 1, "ranks": [8], "bias": True},
-    ],
-    "shared-v": [
-        {"out_features": 20, "ranks": [24, 24], "share_v": True},
-        {"out_features": 21, "ranks": [8]},
-    ],
-    "single-stage": [{"out_features": 70, "ranks": None, "bias": True}, {"out_features": 5, "ranks": None}],
-    "one": [{"out_features": 9, "ranks": [8]}],
-}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
