@@ -5,7 +5,9 @@
 //   template <int kHalf> static Vec word_signs(const char* word);  // the same of the low or high half of a word
 //   static Vec fma(Vec a, Vec b, Vec c);                           // a * b + c; a is +-1, so the product is exact
 //   static Vec fused(Vec a, Vec b, Vec c);                         // a * b + c, rounded once
-//   static Vec mul(Vec, Vec), add(Vec, Vec);
+//   static Vec mul(Vec, Vec), add(Vec, Vec), div(Vec, Vec);
+//   static Vec max(Vec a, Vec b), min(Vec a, Vec b);               // b if one is NaN
+//   static Vec power_of_two(Vec n);                                // 2^n; n is an integer from -126 to 127, or NaN
 //   static Vec load_half(const void*), load_bfloat(const void*);
 //   static Vec load_int8(const void*);
 //   void store_half(void*) const, store_bfloat(void*) const;

@@ -14,6 +14,7 @@ namespace {
 // clang-format off: the order matters
 #include "cpu/isa/vec_avx512.h"
 #include "cpu/isa/elementwise_body.h"
+#include "cpu/isa/exponential_body.h"
 #include "cpu/prepacked/lookup_body.h"
 #include "cpu/prepacked/lookup_avx512_body.h"
 // clang-format on

@@ -40,6 +40,16 @@ struct Vec {
   static Vec add(const Vec& a, const Vec& b) {
     return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
   }
+  static Vec div(const Vec& a, const Vec& b) {
+    return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)};
+  }
+  static Vec max(const Vec& a, const Vec& b) {
+    return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)};
+  }
+  static Vec min(const Vec& a, const Vec& b) {
+    return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)};
+  }
+  static Vec power_of_two(const Vec& n) { return {power_of_two(n.low), power_of_two(n.high)}; }
 
   static Vec fused(const Vec& a, const Vec& b, const Vec& c) { return fma(a, b, c); }
 
@@ -81,6 +91,11 @@ struct Vec {
   }
 
  private:
+  // Adding 2^23 leaves the exponent's bits at the bottom.
+  static __m256 power_of_two(__m256 n) {
+    const __m256 biased = _mm256_add_ps(n, _mm256_set1_ps(0x1p23f + 127.0f));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(biased), 23));
+  }
   static __m256 signs_of(__m256i bits, __m256i shifts) {
     const __m256 top = _mm256_castsi256_ps(_mm256_sllv_epi32(bits, shifts));
     return _mm256_or_ps(_mm256_and_ps(top, _mm256_set1_ps(-0.0f)), _mm256_set1_ps(1.0f));

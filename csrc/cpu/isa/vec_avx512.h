@@ -30,6 +30,14 @@ struct Vec {
   }
   static Vec mul(const Vec& a, const Vec& b) { return {_mm512_mul_ps(a.lanes, b.lanes)}; }
   static Vec add(const Vec& a, const Vec& b) { return {_mm512_add_ps(a.lanes, b.lanes)}; }
+  static Vec div(const Vec& a, const Vec& b) { return {_mm512_div_ps(a.lanes, b.lanes)}; }
+  static Vec max(const Vec& a, const Vec& b) { return {_mm512_max_ps(a.lanes, b.lanes)}; }
+  static Vec min(const Vec& a, const Vec& b) { return {_mm512_min_ps(a.lanes, b.lanes)}; }
+  // Adding 2^23 leaves the exponent's bits at the bottom.
+  static Vec power_of_two(const Vec& n) {
+    const __m512 biased = _mm512_add_ps(n.lanes, _mm512_set1_ps(0x1p23f + 127.0f));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(biased), 23))};
+  }
 
   static Vec fused(const Vec& a, const Vec& b, const Vec& c) { return fma(a, b, c); }
 

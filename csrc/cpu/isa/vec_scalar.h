@@ -90,6 +90,27 @@ struct Vec {
     for (int i = 0; i < kLanes; ++i) v.lane[i] = a.lane[i] * b.lane[i];
     return v;
   }
+  static Vec div(const Vec& a, const Vec& b) {
+    Vec v;
+    for (int i = 0; i < kLanes; ++i) v.lane[i] = a.lane[i] / b.lane[i];
+    return v;
+  }
+  static Vec max(const Vec& a, const Vec& b) {
+    Vec v;
+    for (int i = 0; i < kLanes; ++i) v.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
+    return v;
+  }
+  static Vec min(const Vec& a, const Vec& b) {
+    Vec v;
+    for (int i = 0; i < kLanes; ++i) v.lane[i] = a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i];
+    return v;
+  }
+  // Adding 2^23 leaves the exponent's bits at the bottom.
+  static Vec power_of_two(const Vec& n) {
+    Vec v;
+    for (int i = 0; i < kLanes; ++i) v.lane[i] = float_of(bits_of(n.lane[i] + (0x1p23f + 127.0f)) << 23);
+    return v;
+  }
   static Vec fma(const Vec& a, const Vec& b, const Vec& c) { return add(mul(a, b), c); }
 
   static Vec fused(const Vec& a, const Vec& b, const Vec& c) {
