@@ -29,6 +29,7 @@ from littlebit2_kernels import LittleBitLinear, packed_from_state
 from littlebit2_kernels.format import LayerShape
 
 from .configuration import METHOD, STRUCTURE, LittleBit2Config
+from .heads import keep_rows_flat
 from .int8 import check_scales, int8_names_of, place_rows
 from .modules import (
     FusedLinear,
@@ -165,6 +166,7 @@ class LittleBit2Quantizer(HfQuantizer):
             self._prepack(layer)
             self._set_dtype(model, place.module, layer)
         self._update_config(model)
+        keep_rows_flat(model)
         if self.quantization_config.fuse:
             fuse_projections(model)
         return model
