@@ -11,6 +11,7 @@ import torch
 import littlebit2
 from littlebit2.checkpoint import open_checkpoint
 from littlebit2.quantize import rank_for_bpw
+from littlebit2_kernels import LittleBitLinear
 from tests.integrations.families import FAMILIES, dense_model, outputs, token_ids
 
 
@@ -63,3 +64,14 @@ def test_unknown_configuration(tmp_path: Path) -> None:
         littlebit2.synthesize("no-such-model", tmp_path / "out", 1.0)
     with pytest.raises(ValueError, match="model_type"):
         littlebit2.synthesize({"hidden_size": 8}, tmp_path / "out", 1.0)
+
+
+def test_packed_head(tmp_path: Path) -> None:
+    names = littlebit2.synthesize(_config("llama"), tmp_path / "out", 2.0, exclude=(), embedding="int8")
+    assert "lm_head" in names
+    model = littlebit2.load(tmp_path / "out")
+    assert isinstance(model.lm_head, LittleBitLinear)
+    assert outputs(model, token_ids()).isfinite().all()
+    with pytest.raises(ValueError, match=r"head must be 'keep' where exclude lets .*lm_head.* got 'int8'"):
+        littlebit2.synthesize(_config("llama"), tmp_path / "both", 2.0, exclude=(), head="int8")
+    assert not (tmp_path / "both").exists()

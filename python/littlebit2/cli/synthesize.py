@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from .common import Commands, add_command, add_rows_options, emit, emit_json, note
+from .common import (
+    Commands,
+    add_command,
+    add_rows_options,
+    emit,
+    emit_json,
+    excluded,
+    note,
+    rows_options,
+)
 
 
 def add_parser(commands: Commands) -> None:
@@ -28,7 +37,14 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--kv-factor", type=float, default=1.0, help="multiply the rank of k_proj and v_proj (default 1)"
     )
-    add_rows_options(parser)
+    parser.add_argument(
+        "--exclude",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="patterns of module names that stay dense, besides heads",
+    )
+    add_rows_options(parser, packed=True)
     parser.add_argument("--seed", type=int, default=0, help="seed for all random values (default 0)")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace OUT at the end if it holds a checkpoint"
@@ -46,8 +62,8 @@ def _run(args: argparse.Namespace) -> int:
         args.bpw,
         paths=args.paths,
         kv_factor=args.kv_factor,
-        head=args.head,
-        embedding=args.embedding,
+        exclude=excluded(args),
+        **rows_options(args),
         seed=args.seed,
         overwrite=args.overwrite,
         progress=None if args.quiet else note,

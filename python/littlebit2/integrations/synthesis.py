@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from littlebit2.architecture.expansion import expand
 from littlebit2.architecture.int8 import find_rows
 from littlebit2.architecture.linears import choose_linears
-from littlebit2.architecture.select import DEFAULT_EXCLUDE, INT8, KEEP, check_rows
+from littlebit2.architecture.select import DEFAULT_EXCLUDE, INT8, KEEP, check_patterns, check_rows
 from littlebit2.architecture.transposed import collapse_transposed
 from littlebit2.checkpoint import CheckpointWriter
 from littlebit2.plan import load_config
@@ -37,6 +37,7 @@ def synthesize(
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
     kv_factor: float = 1.0,
+    exclude: Sequence[str] = DEFAULT_EXCLUDE,
     head: str = KEEP,
     embedding: str = KEEP,
     overwrite: bool = False,
@@ -58,6 +59,7 @@ def synthesize(
         seed: seed for all random values; the same arguments write the same bytes.
         dtype: dtype of the dense tensors.
         kv_factor: factor on the rank of key and value projections.
+        exclude: patterns of layers that stay dense. Without the default ones, heads are packed too.
         head: ``"keep"``, or ``"int8"`` for int8 rows with a float32 scale each.
         embedding: likewise, the embedding of tokens. Either rounds both if the head is tied to it.
         overwrite: replace an existing checkpoint directory, at the end.
@@ -69,8 +71,9 @@ def synthesize(
     Raises:
         FileExistsError: ``out_dir`` exists and is not empty, and ``overwrite`` is off or it is no checkpoint.
         FileNotFoundError: there is no such configuration.
-        ValueError: transformers does not know the model type, or the budget fits no layer (the message names
-            the first). Layers that are too small for it stay dense.
+        ValueError: transformers does not know the model type, a head would be both packed and rounded, or
+            the budget fits no layer (the message names the first). Layers that are too small for it stay
+            dense.
     """
     quant = QuantConfig(bpw=bpw, paths=paths, kv_factor=kv_factor, seed=seed)
     check_rows(head, embedding)
@@ -80,12 +83,17 @@ def synthesize(
     published = published_names(model)
     expand(model)
     # All ranks before anything is written: a budget that does not fit leaves no directory.
-    plans = dict(_plans(model, quant))
+    plans = dict(_plans(model, quant, check_patterns("exclude", exclude)))
     collapse_transposed(model, keep=plans)
     model.config.dtype = dtype
     model.config.architectures = [type(model).__name__]
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     generator = torch.Generator().manual_seed(seed)
+    both = sorted({*rows.stored} & {*plans})
+    if both:
+        raise ValueError(
+            f"head must be {KEEP!r} where exclude lets heads be packed ({both[0]}), got {head!r}"
+        )
     int8 = {published.get(f"{name}.weight", f"{name}.weight") for name in rows.stored}
     writing = CheckpointWriter(out_dir, model.config.to_diff_dict(), int8=int8, overwrite=overwrite)
     names: list[str] = []
@@ -155,8 +163,10 @@ def _meta_model(source: PreTrainedConfig | Mapping[str, Any] | str | Path, dtype
         return make(config, dtype=dtype)
 
 
-def _plans(model: PreTrainedModel, quant: QuantConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    chosen, _ = choose_linears(model, ("*",), DEFAULT_EXCLUDE)
+def _plans(
+    model: PreTrainedModel, quant: QuantConfig, exclude: Sequence[str]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    chosen, _ = choose_linears(model, ("*",), exclude)
     layers = [(names[0], linear.in_features, linear.out_features) for linear, names in chosen.items()]
     small = {name: too_small(name, k, n, quant) for name, k, n in layers}
     fitting = [layer for layer in layers if small[layer[0]] is None]
