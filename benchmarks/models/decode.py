@@ -33,6 +33,7 @@ __all__ = [
     "DecodeTimer",
     "GenerateDecode",
     "Generation",
+    "LoadedDecode",
     "Profile",
     "StaticDecode",
     "generate",
@@ -163,6 +164,31 @@ class GenerateDecode(Decode):
     def run(self, on_token: Callable[[], object] = lambda: None) -> Generation:
         """See :class:`Decode`; ``on_token`` is called after each new token."""
         return generate(self.model, self.prompt, self.tokens, on_token=on_token)
+
+
+class LoadedDecode(Decode):
+    """Decodes as ``littlebit2.generate`` does by default."""
+
+    def run(self, on_token: Callable[[], object] = lambda: None) -> Generation:
+        """See :class:`Decode`; ``on_token`` is called after each new token."""
+        import littlebit2
+
+        times: list[float] = []
+
+        def stream(text: str) -> None:
+            times.append(time.perf_counter())
+            on_token()
+
+        start = time.perf_counter()
+        made = littlebit2.generate(
+            self.model,
+            self.prompt,
+            max_new_tokens=self.tokens,
+            stream=stream,
+            ignore_eos=True,
+        )
+        steps = [after - before for before, after in itertools.pairwise(times)]
+        return Generation(list(made.token_ids), times[0] - start, steps)
 
 
 class StaticDecode(Decode):
@@ -302,7 +328,7 @@ def _wrapped(model: nn.Module, spans: _Spans) -> Iterator[None]:
                 module.__dict__["forward"] = forward
 
 
-def profile_decode(decode: GenerateDecode, rounds: int = 3) -> Profile:
+def profile_decode(decode: GenerateDecode | LoadedDecode, rounds: int = 3) -> Profile:
     """Decode with and without clocks in the modules, and tell in which parts the steps are spent.
 
     The figures are means over the faster half of all steps: medians would not sum up, and on a shared machine
@@ -324,7 +350,7 @@ def profile_decode(decode: GenerateDecode, rounds: int = 3) -> Profile:
     return Profile(step, parts, statistics.fmean(sorted(plain)[: (len(plain) + 1) // 2]))
 
 
-def _clocked_steps(decode: GenerateDecode) -> list[tuple[float, dict[str, float]]]:
+def _clocked_steps(decode: GenerateDecode | LoadedDecode) -> list[tuple[float, dict[str, float]]]:
     spans = _Spans()
     taken: list[dict[str, float]] = []
     with _wrapped(decode.model, spans):

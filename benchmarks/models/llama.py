@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ __all__ = [
     "WEIGHT_STD",
     "build_dense",
     "build_packed",
+    "load_random",
     "require_transformers",
     "twin",
     "weight_bytes",
@@ -99,6 +101,46 @@ def build_dense(
     return _build(shape, layers, dtype, make, generator)
 
 
+def load_random(
+    folder: Path,
+    shape: LlamaShape,
+    layers: int,
+    bpw: float,
+    dtype: torch.dtype,
+    *,
+    paths: int,
+    head: str,
+    device: torch.device | str = "cpu",
+) -> Any:
+    """Write a random checkpoint and load it, as a user's own checkpoint is loaded.
+
+    Args:
+        folder: where to write it; must stay while the model is used.
+        shape: sizes.
+        layers: number of decoder layers.
+        bpw: counted bits per weight of every packed layer.
+        dtype: of the activations and of what is dense.
+        paths: number of equal paths of a layer.
+        head: ``keep``; ``int8``, with the embedding; or ``packed``, with the embedding in int8.
+        device: where it is loaded.
+    """
+    from littlebit2 import load, synthesize
+    from littlebit2.architecture.names import DEFAULT_EXCLUDE
+
+    config = _config(shape, layers, dtype).to_dict()
+    synthesize(
+        config,
+        folder,
+        bpw,
+        paths=paths,
+        dtype=dtype,
+        exclude=() if head == "packed" else DEFAULT_EXCLUDE,
+        head="int8" if head == "int8" else "keep",
+        embedding="keep" if head == "keep" else "int8",
+    )
+    return load(folder, device=device)
+
+
 def _dense_linear(linear: nn.Linear, dtype: torch.dtype, generator: torch.Generator) -> nn.Linear:
     linear.weight = _frozen(linear.weight, dtype, 0.0, WEIGHT_STD, generator)
     return linear
@@ -112,28 +154,32 @@ def _frozen(
     return nn.Parameter(values, requires_grad=False)
 
 
-def _skeleton(shape: LlamaShape, layers: int, dtype: torch.dtype, attention: str) -> Any:
+def _config(shape: LlamaShape, layers: int, dtype: torch.dtype, **more: Any) -> Any:
     require_transformers()
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig
 
-    # transformers declares this one for its loaders only.
-    implementation: dict[str, Any] = {"attn_implementation": attention}
-    config = LlamaConfig(
+    return LlamaConfig(
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_hidden_layers=layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads or shape.heads,
         vocab_size=shape.vocabulary,
-        max_position_embeddings=4096,
+        max_position_embeddings=16384,
         tie_word_embeddings=False,
         # The random model is to go on, whatever it says.
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=0,
         dtype=dtype,
-        **implementation,
+        **more,
     )
+
+
+def _skeleton(shape: LlamaShape, layers: int, dtype: torch.dtype) -> Any:
+    config = _config(shape, layers, dtype, attn_implementation="sdpa")
+    from transformers import LlamaForCausalLM
+
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(config)
     return model.eval()
@@ -142,7 +188,7 @@ def _skeleton(shape: LlamaShape, layers: int, dtype: torch.dtype, attention: str
 def _build(
     shape: LlamaShape, layers: int, dtype: torch.dtype, make: LayerMaker, generator: torch.Generator
 ) -> Any:
-    model = _skeleton(shape, layers, dtype, "sdpa")
+    model = _skeleton(shape, layers, dtype)
     for name, module in list(model.named_modules()):
         if name == "lm_head":
             _dense_linear(module, dtype, generator)
@@ -165,18 +211,15 @@ def _build(
     return model
 
 
-def twin(model: Any, shape: LlamaShape, *, layers: int | None = None, attention: str | None = None) -> Any:
-    """Make a model that shares all weights and can be changed by itself.
+def twin(model: Any, shape: LlamaShape, *, layers: int) -> Any:
+    """Make a model of the first layers of another, which shares their weights.
 
     Args:
         model: of this module.
         shape: its sizes.
-        layers: how many of its layers, the first ones; all of them by default.
-        attention: implementation of attention as transformers calls it; the same one by default.
+        layers: how many of its layers.
     """
-    count = model.config.num_hidden_layers if layers is None else layers
-    attention = model.config._attn_implementation if attention is None else attention
-    other = _skeleton(shape, count, model.dtype, attention)
+    other = _skeleton(shape, layers, model.dtype)
     for name, module in list(other.named_modules()):
         if not any(module.children()):
             other.set_submodule(name, model.get_submodule(name))

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 
 from benchmarks.markdown import markdown
 from benchmarks.models.decode import PARTS, Profile
+from benchmarks.models.memory import Memory
 from benchmarks.timing import Timing, spread_of
 
 __all__ = [
-    "Memory",
+    "LOADED",
+    "PLAIN",
     "ModelRow",
     "add_speedups",
     "extrapolate",
@@ -21,24 +23,8 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes that are resident in this process, or allocated on the GPU.
-
-    Attributes:
-        before: before the model.
-        after: with the model, after it decoded.
-        peak: the most in between, or ``None`` where the system does not report it.
-    """
-
-    before: int
-    after: int
-    peak: int | None
-
-    @property
-    def growth(self) -> int:
-        """What the model added."""
-        return self.after - self.before
+#: Packed models: built in memory and run as transformers runs any model, or loaded and run by littlebit2.
+PLAIN, LOADED = "plain", "loaded"
 
 
 @dataclass(frozen=True)
@@ -47,12 +33,13 @@ class ModelRow:
 
     Attributes:
         name: tells it from the others.
-        linears: ``packed`` or ``dense``.
+        linears: ``packed``, ``dense`` or ``llama.cpp``.
         bpw: counted bits per weight of the packed layers; ``None`` if dense.
-        fused: whether projections on one input are one call.
-        dtype: dtype of activations and dense weights.
-        option: see :data:`benchmarks.models.llama_options.OPTIONS`.
+        form: :data:`PLAIN` or :data:`LOADED`.
+        head: ``keep``, ``int8`` or ``packed``; of llama.cpp, the head's type.
+        dtype: dtype of activations and dense weights; of llama.cpp, the type of the linear layers.
         step: ``generate``, ``eager``, ``compile`` or ``graph``.
+        prompt: tokens before the first step.
         layers: decoder layers.
         measured_layers: layers of the models that were measured; two numbers if the row is extrapolated.
         samples: median seconds of a step in each round.
@@ -60,7 +47,7 @@ class ModelRow:
         low: lower quartile of all steps of all rounds; of ``samples`` if the row is extrapolated.
         high: their upper quartile.
         fastest: shortest of all steps of all rounds: the least disturbed one.
-        prefill: median seconds up to the first token, or ``None`` if the row is extrapolated.
+        prefill: median seconds up to the first token.
         weight_bytes: bytes of all weights and buffers of the model.
         memory: of the first row of a model that was measured whole.
         fixed_seconds: extrapolated rows: seconds of a step outside of the layers.
@@ -71,10 +58,11 @@ class ModelRow:
     name: str
     linears: str
     bpw: float | None
-    fused: bool
+    form: str
+    head: str
     dtype: str
-    option: str
     step: str
+    prompt: int
     layers: int
     measured_layers: list[int]
     samples: list[float]
@@ -82,7 +70,7 @@ class ModelRow:
     low: float
     high: float
     fastest: float
-    prefill: float | None
+    prefill: float
     weight_bytes: int
     memory: Memory | None = None
     fixed_seconds: float | None = None
@@ -135,38 +123,38 @@ def extrapolated_row(name: str, few: ModelRow, many: ModelRow, layers: int) -> M
         low=spread.low,
         high=spread.high,
         fastest=extrapolate(few.fastest, many.fastest, counts, layers)[0],
-        prefill=None,
+        prefill=extrapolate(few.prefill, many.prefill, counts, layers)[0],
         weight_bytes=round(size),
         fixed_seconds=spread_of([fixed for _, fixed, _ in fits]).median,
         layer_seconds=spread_of([layer for _, _, layer in fits]).median,
     )
 
 
-def add_speedups(rows: Sequence[ModelRow], default: str) -> None:
-    """Compare each packed row with dense rows of its step, and with its model's row of option ``default``."""
+def add_speedups(rows: Sequence[ModelRow]) -> None:
+    """Compare each packed row with rows of the same prompt that are not, and loaded ones with plain ones."""
     for row in rows:
-        if row.linears == "dense":
+        if row.linears != "packed":
             continue
         for peer in rows:
-            same = (peer.bpw, peer.step, peer.fused) == (row.bpw, row.step, row.fused)
-            plain = same and peer.option == default != row.option
-            if plain or (peer.linears, peer.step) == ("dense", row.step):
+            if (peer.prompt, peer.step) != (row.prompt, row.step):
+                continue
+            plain = (peer.bpw, peer.form) == (row.bpw, PLAIN) and row.form == LOADED
+            if plain or peer.linears != "packed":
                 spread = Timing(tuple(row.samples)).speedup_spread(Timing(tuple(peer.samples)))
-                row.speedups[peer.name] = [spread.median, spread.low, spread.high]
+                row.speedups[PLAIN if plain else peer.name] = [spread.median, spread.low, spread.high]
 
 
 def models_table(rows: Sequence[ModelRow]) -> str:
     """Every model: step, tokens per second, prefill, weights, memory, and ratios within rounds."""
-    peers = list(dict.fromkeys(name for row in rows for name in row.speedups if name.startswith("dense")))
+    peers = [PLAIN, *dict.fromkeys(name for row in rows for name in row.speedups if name != PLAIN)]
     extrapolated = {row.name for row in rows if len(row.measured_layers) > 1}
     against = [f"vs {peer}" + (" (extrapolated)" if peer in extrapolated else "") for peer in peers]
-    head = ["model", "layers", "ms/token (quartiles)", "fastest", "tok/s", "first token ms", "weights MiB"]
-    head += ["memory MiB (peak)", *against, "vs as is"]
+    head = ["model", "prompt", "layers", "ms/token (quartiles)", "fastest", "tok/s", "first token ms"]
+    head += ["weights MiB", "memory MiB (peak)", *against]
     return markdown(head, [_cells(row, peers) for row in rows])
 
 
 def _cells(row: ModelRow, peers: Sequence[str]) -> list[str]:
-    own = next((ratio for name, ratio in row.speedups.items() if name not in peers), None)
     layers = str(row.layers)
     if len(row.measured_layers) > 1:
         layers += f", extrapolated from {' and '.join(map(str, row.measured_layers))} layers"
@@ -176,15 +164,15 @@ def _cells(row: ModelRow, peers: Sequence[str]) -> list[str]:
         memory = _mib(row.memory.growth) + ("" if peak is None else f" ({_mib(peak - row.memory.before)})")
     return [
         row.name,
+        str(row.prompt),
         layers,
         f"{row.median * 1e3:.2f} ({row.low * 1e3:.2f}-{row.high * 1e3:.2f})",
         f"{row.fastest * 1e3:.2f}",
         f"{row.tokens_per_second:.2f}",
-        "" if row.prefill is None else f"{row.prefill * 1e3:.0f}",
+        f"{row.prefill * 1e3:.0f}",
         _mib(row.weight_bytes),
         memory,
         *(_ratio(row.speedups.get(peer)) for peer in peers),
-        _ratio(own),
     ]
 
 

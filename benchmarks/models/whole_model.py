@@ -1,9 +1,13 @@
 """Time decode of a Llama of random weights, packed beside dense.
 
-Steps: `generate` is transformers' `generate`; `eager`, `compile` and `graph` decode through littlebit2's
-static cache, by Python, torch.compile(mode="reduce-overhead") and one CUDA graph. Every model decodes
-once per round, in rotating order, and ratios are formed within a round. Needs transformers; downloads
-nothing.
+Packed models are `plain`, built in memory and run as transformers runs any model, or `loaded`: a random
+checkpoint that littlebit2 wrote, loads and runs with its defaults. Dense and llama.cpp's models are measured
+with few layers and extrapolated.
+
+Steps: `generate` is transformers' `generate`, or for loaded models littlebit2's; `eager`, `compile` and
+`graph` decode through littlebit2's static cache, by Python, torch.compile(mode="reduce-overhead") and one
+CUDA graph. Every model decodes once per round, in rotating order, and ratios are formed within a round. Needs
+transformers; downloads nothing.
 """
 
 from __future__ import annotations
@@ -16,11 +20,9 @@ from benchmarks import PROCESSORS
 from benchmarks.options import add_json, cpu_threads, positive, usable_device
 from benchmarks.shapes import LLAMA_SHAPES
 
-__all__ = ["OPTION_NAMES", "add_arguments", "run"]
+__all__ = ["add_arguments", "run"]
 
 STEPS = ("generate", "eager", "compile", "graph")
-#: See benchmarks/models/llama_options.py.
-OPTION_NAMES = ("eager-attention", "flat-head", "int8-head", "packed-head")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,10 +33,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bpw", nargs="*", type=positive(float), default=[0.1, 0.55], help="packed models")
     parser.add_argument("--paths", type=positive(int), default=2, help="P (default %(default)s)")
     parser.add_argument(
-        "--projections",
+        "--forms",
         nargs="+",
-        choices=("fused", "apart"),
-        help="packed projections on one input as one call, or one by one (default: apart; on a GPU fused)",
+        choices=("plain", "loaded"),
+        default=["plain", "loaded"],
+        help="packed models as transformers runs them, and as littlebit2 does (default: both)",
+    )
+    parser.add_argument(
+        "--heads",
+        nargs="+",
+        choices=("keep", "int8", "packed"),
+        default=["int8"],
+        help="what loaded models have for a head: dense, int8, or packed (default int8); unless dense, the "
+        "embedding is int8",
     )
     parser.add_argument(
         "--dtype", help="dtype of packed models' activations (default: bfloat16; on a GPU float16)"
@@ -48,20 +59,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", nargs="+", choices=STEPS, help="default: generate; on a GPU graph")
     parser.add_argument(
-        "--options",
-        nargs="+",
-        default=[],
-        help=f"packed models with changes, several joined by +: {', '.join(OPTION_NAMES)}",
-    )
-    parser.add_argument("--dense-options", nargs="+", default=[], help="the same for dense models")
-    parser.add_argument(
         "--rows", type=positive(int), default=1, help="sequences of a batch (default %(default)s)"
     )
-    parser.add_argument("--prompt", type=positive(int), default=16, help="tokens (default %(default)s)")
+    parser.add_argument("--prompt", nargs="+", type=positive(int), default=[16], help="tokens (default 16)")
     parser.add_argument("--tokens", type=positive(int), default=32, help="new ones (default %(default)s)")
     parser.add_argument("--rounds", type=positive(int), default=5, help="default %(default)s")
     parser.add_argument(
         "--threads", type=positive(int), default=min(2, len(PROCESSORS)), help="default %(default)s"
+    )
+    parser.add_argument(
+        "--llama-bench",
+        metavar="BINARY",
+        help="llama.cpp's llama-bench: time Q1_0 and Q4_0 models of the same sizes too (needs the package "
+        "gguf)",
+    )
+    parser.add_argument(
+        "--llama-bench-prompt",
+        type=positive(int),
+        default=512,
+        help="longest prompt for it (default %(default)s); its prefill takes long",
     )
     parser.add_argument("--profile", action="store_true", help="where the time of a `generate` step goes")
     parser.add_argument(
@@ -100,8 +116,8 @@ def run(options: Namespace) -> int:
     print(
         f"\n{session.shape.name}, {session.layers} layers, random weights, activations "
         f"{dtype_name(session.dtype)}, batch {options.rows}, {options.threads} threads; prompt of "
-        f"{options.prompt} tokens, {options.tokens} new ones, {options.rounds} rounds; memory before any "
-        f"model {(report.memory_before or 0) / 2**20:.0f} MiB"
+        f"{' or '.join(map(str, options.prompt))} tokens, {options.tokens} new ones, {options.rounds} "
+        f"rounds; memory before any model {(report.memory_before or 0) / 2**20:.0f} MiB"
     )
     print(f"\n{models_table(report.rows)}")
     if report.profiles:

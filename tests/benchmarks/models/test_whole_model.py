@@ -14,31 +14,21 @@ import torch
 from torch import nn
 
 from benchmarks.__main__ import main
-from benchmarks.models import llama_options
 from benchmarks.models.decode import (
     PARTS,
     DecodeTimer,
     GenerateDecode,
+    LoadedDecode,
     Profile,
     StaticDecode,
     generate,
     profile_decode,
 )
-from benchmarks.models.llama import build_dense, build_packed, twin, weight_bytes
-from benchmarks.models.llama_options import (
-    DEFAULT,
-    OPTIONS,
-    FlatLinear,
-    Option,
-    apply_options,
-    parse_options,
-)
+from benchmarks.models.llama import build_dense, build_packed, load_random, twin, weight_bytes
 from benchmarks.models.model_rows import extrapolate
-from benchmarks.models.whole_model import OPTION_NAMES
 from benchmarks.shapes import LLAMA_SHAPES, LlamaShape, parse_llama_shape
 from benchmarks.timing import Timing
-from littlebit2_kernels import Int8Linear, LittleBitLinear
-from littlebit2_kernels.testing import relative_error
+from littlebit2_kernels import Int8Embedding, Int8Linear, LittleBitLinear
 
 TINY = LLAMA_SHAPES["tiny"]
 PROMPT = torch.arange(5)[None]
@@ -102,14 +92,35 @@ def test_same_tokens_as_the_reference_backend(packed: Any) -> None:
 
 
 def test_twins_share_weights(packed: Any) -> None:
-    other = twin(packed, TINY, layers=1, attention="eager")
+    other = twin(packed, TINY, layers=1)
     assert other.config.num_hidden_layers == len(other.model.layers) == 1
     assert packed.config.num_hidden_layers == len(packed.model.layers) == 2
     name = "model.layers.0.mlp.up_proj"
     assert other.get_submodule(name) is packed.get_submodule(name)
     assert other.lm_head is packed.lm_head
-    assert (other.config._attn_implementation, packed.config._attn_implementation) == ("eager", "sdpa")
-    assert generate(twin(packed, TINY), PROMPT, 4).tokens == generate(packed, PROMPT, 4).tokens
+    assert generate(twin(packed, TINY, layers=2), PROMPT, 4).tokens == generate(packed, PROMPT, 4).tokens
+
+
+@needs_transformers
+@pytest.mark.parametrize(
+    ("head", "head_kind", "embedding_kind"),
+    [
+        ("keep", nn.Linear, nn.Embedding),
+        ("int8", Int8Linear, Int8Embedding),
+        ("packed", LittleBitLinear, Int8Embedding),
+    ],
+)
+def test_loaded_model(head: str, head_kind: type, embedding_kind: type, tmp_path: Path) -> None:
+    model = load_random(tmp_path / "m", TINY, 2, 1.0, torch.float32, paths=1, head=head)
+    assert type(model.lm_head) is head_kind
+    assert type(model.model.embed_tokens) is embedding_kind
+    layers = [module for module in model.modules() if isinstance(module, LittleBitLinear)]
+    assert len(layers) == 2 * 7 + (head == "packed")
+    decode = LoadedDecode(model, PROMPT, 6)
+    assert decode() > 0
+    (made,) = decode.generations
+    assert len(made.steps) == 5
+    assert made.tokens == generate(model, PROMPT, 6).tokens
 
 
 def test_tensors_that_would_stay_empty_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,61 +136,14 @@ def test_tensors_that_would_stay_empty_are_an_error(monkeypatch: pytest.MonkeyPa
         build_dense(TINY, 1, torch.float32)
 
 
-# --- options -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("text", ["eager-attention", "flat-head", "eager-attention+flat-head"])
-def test_exact_options_keep_the_tokens(packed: Any, text: str) -> None:
-    model = apply_options(packed, TINY, text)
-    assert generate(model, PROMPT, 8).tokens == generate(packed, PROMPT, 8).tokens
-
-
-def test_packed_head(packed: Any) -> None:
-    model = apply_options(packed, TINY, "packed-head")
-    assert isinstance(model.lm_head, LittleBitLinear)
-    assert isinstance(packed.lm_head, nn.Linear)
-    assert len(generate(model, PROMPT, 3).tokens) == 3
-
-
-def test_int8_head(packed: Any) -> None:
-    changed = apply_options(packed, TINY, "int8-head")
-    assert isinstance(changed.lm_head, Int8Linear)
-    assert isinstance(packed.lm_head, nn.Linear)
-    assert relative_error(changed(PROMPT).logits, packed(PROMPT).logits.double()) < 0.02
-
-
-def test_flat_linear(rng: torch.Generator) -> None:
-    linear = nn.Linear(64, 48)
-    x = torch.randn(2, 5, 64, generator=rng)[:, -1:]
-    torch.testing.assert_close(FlatLinear(linear)(x), linear(x))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("fast", "option must be one of .* got 'fast'"),
-        ("flat-head+", "option must be one of .* got ''"),
-        ("flat-head+int8-head", "option must change lm_head once"),
-    ],
-)
-def test_bad_options(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        parse_options(text)
-
-
-def test_no_options() -> None:
-    assert parse_options(DEFAULT) == []
-
-
 # --- steps and parts -----------------------------------------------------------------------------------
 
 
 def test_profile_sums_to_the_step(packed: Any) -> None:
-    model = apply_options(packed, TINY, "flat-head")
-    decode = GenerateDecode(model, PROMPT, 6)
-    forwards = [module.__dict__.get("forward") for module in model.modules()]
+    decode = GenerateDecode(packed, PROMPT, 6)
+    forwards = [module.__dict__.get("forward") for module in packed.modules()]
     profile = profile_decode(decode)
-    assert [module.__dict__.get("forward") for module in model.modules()] == forwards
+    assert [module.__dict__.get("forward") for module in packed.modules()] == forwards
     assert decode.generations == []
     assert tuple(profile.parts) == PARTS
     assert sum(profile.shares.values()) == pytest.approx(1)
@@ -188,7 +152,7 @@ def test_profile_sums_to_the_step(packed: Any) -> None:
 
 
 def test_profile_restores_what_was_replaced(packed: Any) -> None:
-    model = twin(packed, TINY)
+    model = twin(packed, TINY, layers=2)
     plain = model.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -264,80 +228,64 @@ WHOLE += ["--threads", "1"]
 @needs_transformers
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "whole.json"
-    options = [
-        "--layers",
-        "4",
-        "--dense-layers",
-        "2",
-        "--options",
-        "flat-head",
-        "--dense-options",
-        "flat-head",
-    ]
+    options = ["--layers", "4", "--dense-layers", "2", "--heads", "int8", "packed", "--prompt", "3", "6"]
     before = torch.get_num_threads()
     assert main([*WHOLE, *options, "--profile", "--json", str(path)]) == 0
     assert torch.get_num_threads() == before
     output = capsys.readouterr().out
     assert "4, extrapolated from 1 and 2 layers" in output
     assert "vs dense bfloat16 (extrapolated)" in output
-    assert "vs dense bfloat16, flat-head (extrapolated)" in output
     content = json.loads(path.read_text("utf-8"))
     assert content["benchmark"] == "whole-model"
     assert content["environment"]["threads"] == [1]
-    rows = {row["name"]: row for row in content["rows"]}
-    assert set(rows) == {
-        "packed 1 bpw",
-        "packed 1 bpw, flat-head",
-        "dense bfloat16, 1 layers",
-        "dense bfloat16, 2 layers",
-        "dense bfloat16, 1 layers, flat-head",
-        "dense bfloat16, 2 layers, flat-head",
-        "dense bfloat16",
-        "dense bfloat16, flat-head",
-    }
-    few, many = (rows[f"dense bfloat16, {count} layers"]["samples"] for count in (1, 2))
-    expected = [extrapolate(a, b, (1, 2), 4)[0] for a, b in zip(few, many, strict=True)]
-    dense = rows["dense bfloat16"]
-    assert dense["samples"] == pytest.approx(expected)
-    assert dense["measured_layers"] == [1, 2]
-    assert dense["weight_bytes"] == weight_bytes(build_dense(TINY, 4, torch.bfloat16))
-    mine = rows["packed 1 bpw"]
-    ratio = Timing(tuple(mine["samples"])).speedup_over(Timing(tuple(dense["samples"])))
-    assert mine["speedups"]["dense bfloat16"][0] == pytest.approx(ratio)
-    assert set(rows["packed 1 bpw, flat-head"]["speedups"]) == {
-        "packed 1 bpw",
-        "dense bfloat16",
-        "dense bfloat16, flat-head",
-    }
-    assert set(content["profiles"]) == {"packed 1 bpw", "packed 1 bpw, flat-head"}
+    rows = {(row["name"], row["prompt"]): row for row in content["rows"]}
+    packed = ["packed 1 bpw, plain", "packed 1 bpw, loaded, int8 head", "packed 1 bpw, loaded, packed head"]
+    dense = ["dense bfloat16, 1 layers", "dense bfloat16, 2 layers", "dense bfloat16"]
+    assert set(rows) == {(name, prompt) for name in (*packed, *dense) for prompt in (3, 6)}
+    for prompt in (3, 6):
+        few, many = (rows[name, prompt] for name in dense[:2])
+        whole = rows["dense bfloat16", prompt]
+        expected = [
+            extrapolate(a, b, (1, 2), 4)[0] for a, b in zip(few["samples"], many["samples"], strict=True)
+        ]
+        assert whole["samples"] == pytest.approx(expected)
+        assert whole["measured_layers"] == [1, 2]
+        assert whole["prefill"] == pytest.approx(extrapolate(few["prefill"], many["prefill"], (1, 2), 4)[0])
+        assert whole["weight_bytes"] == weight_bytes(build_dense(TINY, 4, torch.bfloat16))
+        plain, loaded = rows[packed[0], prompt], rows[packed[1], prompt]
+        assert set(plain["speedups"]) == {"dense bfloat16"}
+        assert set(loaded["speedups"]) == {"dense bfloat16", "plain"}
+        for peer, other in (("plain", plain), ("dense bfloat16", whole)):
+            ratio = Timing(tuple(loaded["samples"])).speedup_over(Timing(tuple(other["samples"])))
+            assert loaded["speedups"][peer][0] == pytest.approx(ratio)
+    assert set(content["profiles"]) == {f"{name}, prompt {prompt}" for name in packed for prompt in (3, 6)}
 
 
 @needs_transformers
-def test_every_step_and_projection(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_step(tmp_path: Path) -> None:
     path = tmp_path / "steps.json"
-    arguments = ["--layers", "1", "--bpw", "0.5", "1", "--projections", "fused", "apart"]
-    assert main([*WHOLE, *arguments, "--rows", "2", "--steps", "eager", "graph", "--json", str(path)]) == 0
+    arguments = ["--layers", "1", "--bpw", "0.5", "1", "--rows", "2", "--steps", "eager", "graph"]
+    assert main([*WHOLE, *arguments, "--json", str(path)]) == 0
     content = json.loads(path.read_text())
     rows = {row["name"]: row for row in content["rows"]}
-    packed = [f"packed {bpw} bpw, {kind}" for bpw in ("0.5", "1") for kind in ("fused", "apart")]
-    models = [*packed, "dense bfloat16"]
+    kinds = ("plain", "loaded, int8 head")
+    models = [*(f"packed {bpw} bpw, {kind}" for bpw in ("0.5", "1") for kind in kinds), "dense bfloat16"]
     assert list(rows) == [f"{model}, eager" for model in models]
     assert list(content["unavailable"]) == [f"{model}, graph" for model in models]
     assert "needs a model on a CUDA device" in content["unavailable"]["dense bfloat16, graph"]
     for name, row in rows.items():
-        assert (len(row["samples"]), row["step"], row["fused"]) == (2, "eager", "fused" in name)
+        assert (len(row["samples"]), row["step"], row["form"]) == (
+            2,
+            "eager",
+            "loaded" if "loaded" in name else "plain",
+        )
         assert min(row["samples"]) > 0
-        assert set(row["speedups"]) == (set() if row["bpw"] is None else {"dense bfloat16, eager"})
-    sizes = [rows[f"{model}, eager"]["weight_bytes"] for model in models]
-    assert sizes[0] == sizes[1] < sizes[2] == sizes[3] < sizes[4]
-    assert content["profiles"] == {}
-    assert "| packed 0.5 bpw, apart, eager" in capsys.readouterr().out
 
 
 @needs_transformers
 def test_steps_that_cannot_run_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*WHOLE, "--steps", "graph", "--dense"]) == 1
-    assert "not measured: packed 1 bpw, graph: ValueError" in capsys.readouterr().err
+    assert "not measured: packed 1 bpw, plain, graph: ValueError" in capsys.readouterr().err
 
 
 @needs_transformers
@@ -349,29 +297,12 @@ def test_dense_measured_whole(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @needs_transformers
-def test_an_option_that_fails_leaves_the_others(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(changes: Any) -> None:
-        raise ValueError("int8-head needs what is not here")
-
-    monkeypatch.setitem(OPTIONS, "int8-head", Option("fails", fail))
-    options = ["--dtype", "float32", "--dense", "--options", "int8-head", "flat-head"]
-    assert main([*WHOLE, *options]) == 0
-    output = capsys.readouterr()
-    assert "not measured: packed 1 bpw, int8-head: ValueError: int8-head needs" in output.err
-    assert "packed 1 bpw, flat-head" in output.out
-
-
-@needs_transformers
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--shape", "llama9"], "shape must be one of llama2-7b, llama2-13b, llama3-8b, tiny, got 'llama9'"),
         (["--dtype", "int8"], "dtype must be one of .* got 'int8'"),
         (["--dense", "int4"], "dtype must be one of .* got 'int4'"),
-        (["--options", "fast"], "option must be one of .* got 'fast'"),
-        (["--options", DEFAULT], "options must name changes, 'as is' is always measured"),
         (["--tokens", "1"], "tokens must be at least 2"),
         (["--rows", "2"], "rows must be 1 with the step 'generate', got 2"),
         (["--threads", "100000"], "threads must be at most .* got 100000"),
@@ -396,5 +327,3 @@ def test_shapes() -> None:
     shape = parse_llama_shape("llama2-7b")
     assert isinstance(shape, LlamaShape)
     assert shape.linear_macs(shape.layers) == 6_476_005_376
-    assert tuple(llama_options.OPTIONS) == OPTION_NAMES
-    assert DEFAULT not in OPTION_NAMES
