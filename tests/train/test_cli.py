@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import types
@@ -56,6 +57,18 @@ def test_finetune_then_evaluate(
     assert found["block"] == 32
     assert main(["evaluate", teacher, "--data", data, "--block", "32"]) == 0
     assert float(capsys.readouterr().out.split()[1]) == pytest.approx(figures["teacher"], rel=1e-3)
+    compare = ["evaluate", out, "--data", data, "--block", "32", "--stride", "16", "--teacher", teacher]
+    assert main(compare) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert "tokens in blocks of 32 every 16)" in first
+    assert re.fullmatch(
+        r"teacher [\d.]+; KL [\d.]+ nats a token, likeliest token the same for [\d.]+%", second
+    )
+    assert main([*compare, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["text"]
+    assert found["stride"] == 16
+    assert found["kl"] > 0
+    assert 0 <= found["top1"] < 1
     assert main(["inspect", out, "--json"]) == 0
     layers = capsys.readouterr().out
     assert "q_proj.V_packed" not in layers
@@ -136,6 +149,16 @@ def test_tasks_go_to_the_harness(
         (["evaluate", "absent", "--data", "{data}"], "MODEL must be a checkpoint directory"),
         (["evaluate", "{teacher}", "--data", "{data}", "--block", "65"], "block must be at most 64"),
         (["evaluate", "absent", "--data", "{data}", "--block", "1"], "block must be at least 2, got 1"),
+        (["evaluate", "absent", "--data", "{data}", "--stride", "0"], "stride must be at least 1, got 0"),
+        (
+            ["evaluate", "{teacher}", "--data", "{data}", "--block", "32", "--stride", "33"],
+            "stride must be from 1 to the 32 tokens of a block, got 33",
+        ),
+        (
+            ["evaluate", "{teacher}", "--data", "{data}", "--teacher", "absent"],
+            "--teacher must be a checkpoint directory",
+        ),
+        (["evaluate", "{teacher}", "--tasks", "x", "--teacher", "y"], "--teacher needs --data"),
         (
             ["evaluate", "absent", "--data", "{data}", "--batch-size", "0"],
             "--batch-size must be at least 1, got 0",

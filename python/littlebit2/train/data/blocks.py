@@ -21,15 +21,28 @@ class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
         length: T, tokens in a block; those left over at the end of the file are not used.
         start: first block.
         stop: one past the last block, by default all.
+        stride: tokens from the begin of a block to that of the next; by default ``length``.
 
     Raises:
-        ValueError: ``length`` is below 2, or there is no block in the range.
+        ValueError: ``length`` is below 2, ``stride`` is not from 1 to ``length``, or there is no block in the
+            range.
     """
 
-    def __init__(self, tokens: TokenFile, length: int, start: int = 0, stop: int | None = None) -> None:
+    def __init__(
+        self,
+        tokens: TokenFile,
+        length: int,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        stride: int | None = None,
+    ) -> None:
         if length < 2:
             raise ValueError(f"block must be at least 2 tokens, got {length}")
-        total = tokens.tokens // length
+        if stride is not None and not 1 <= stride <= length:
+            raise ValueError(f"stride must be from 1 to the {length} tokens of a block, got {stride}")
+        self.stride = length if stride is None else stride
+        total = self._count(tokens.tokens, length)
         if total == 0:
             raise ValueError(
                 f"data must hold at least one block of {length} tokens, got {tokens.tokens} tokens: "
@@ -46,7 +59,10 @@ class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
     @property
     def total(self) -> int:
         """Blocks in the file."""
-        return self.tokens.tokens // self.length
+        return self._count(self.tokens.tokens, self.length)
+
+    def _count(self, tokens: int, length: int) -> int:
+        return max(0, (tokens - length) // self.stride + 1)
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -58,7 +74,8 @@ class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
         if self._array is None:
             self._array = self.tokens.array()
         block = self.start + index
-        ids = self._array[block * self.length : (block + 1) * self.length]
+        first = block * self.stride
+        ids = self._array[first : first + self.length]
         return {
             "input_ids": torch.from_numpy(ids.astype(np.int64)),
             "block": torch.tensor(block),

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from littlebit2._messages import hub_hint
 from littlebit2.integrations.loading import load
 from littlebit2.train.data import TokenBlocks, find_files, read_texts, write_tokens
-from littlebit2.train.perplexity import Perplexity, perplexity
+from littlebit2.train.perplexity import Agreement, Perplexity, agreement, perplexity
 from littlebit2.train.teacher import check_logits
 
 from .settings import DEFAULT_BLOCK
@@ -28,12 +28,16 @@ class Evaluation:
     Attributes:
         perplexity: perplexity on the text, or ``None`` where none was given.
         block: T.
+        stride: tokens from the begin of a block to that of the next.
+        agreement: comparison with a teacher, or ``None`` where none was given.
         characters: number of characters that the tokens come from.
         tasks: results of lm-evaluation-harness by task: metric to value.
     """
 
     perplexity: Perplexity | None
     block: int
+    stride: int
+    agreement: Agreement | None = None
     characters: int = 0
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -42,7 +46,9 @@ def evaluate_model(
     model_dir: str | Path,
     data: str | Path | Sequence[str | Path] | None = None,
     *,
+    teacher: str | Path | None = None,
     block: int | None = None,
+    stride: int | None = None,
     text_field: str = "text",
     max_tokens: int | None = None,
     batch_size: int = 8,
@@ -55,7 +61,10 @@ def evaluate_model(
     Args:
         model_dir: its directory, with a tokenizer.
         data: files or directories of text, see :func:`.find_files`.
+        teacher: directory of a dense checkpoint to compare with on the text (KL, top-1); both are in memory.
         block: T; by default 2048 or what the model can take, whichever is less.
+        stride: tokens from the begin of a block to that of the next; by default T, so that blocks do not
+            overlap. A smaller one gives every token at least ``T - stride`` tokens of context.
         text_field: name of the text in JSON lines and tables.
         max_tokens: read at most so many tokens.
         batch_size: sequences at a time.
@@ -71,9 +80,13 @@ def evaluate_model(
     """
     if data is None and not tasks:
         raise ValueError("data or tasks must be given: there is nothing to measure")
+    if data is None and (teacher is not None or stride is not None):
+        name = "stride" if teacher is None else "teacher"
+        raise ValueError(f"{name} needs data: tasks do not use it")
     # Before the model, which takes longer to fail.
     for name, value, least in (
         ("block", block, 2),
+        ("stride", stride, 1),
         ("max_tokens", max_tokens, 1),
         ("batch_size", batch_size, 1),
     ):
@@ -82,15 +95,25 @@ def evaluate_model(
     harness = _harness() if tasks else None
     files = find_files(data) if data is not None else []
     tokenizer = load_tokenizer(Path(model_dir))
+    if teacher is not None:
+        _check_same_tokens(tokenizer, load_tokenizer(Path(teacher), "teacher"), teacher)
     model = load(model_dir, **load_options)
     check_logits(model, "model")
     length = _block(model, block)
-    found, characters = None, 0
+    other = None
+    if teacher is not None:
+        other = load(teacher, **load_options)
+        check_logits(other, "teacher")
+    found, compared, characters = None, None, 0
     if files:
         with tempfile.TemporaryDirectory() as folder:
             texts = read_texts(files, text_field)
             tokens = write_tokens(Path(folder) / "tokens", texts, tokenizer, max_tokens=max_tokens)
-            found = perplexity(model, TokenBlocks(tokens, length), batch_size=batch_size)
+            blocks = TokenBlocks(tokens, length, stride=stride)
+            if other is None:
+                found = perplexity(model, blocks, batch_size=batch_size)
+            else:
+                found, compared = agreement(model, other, blocks, batch_size=batch_size)
             characters = tokens.characters
     results: dict[str, dict[str, Any]] = {}
     if harness is not None:
@@ -99,7 +122,7 @@ def evaluate_model(
         )
         out = harness.simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit)
         results = {task: dict(values) for task, values in out["results"].items()}
-    return Evaluation(found, length, characters, results)
+    return Evaluation(found, length, stride or length, compared, characters, results)
 
 
 def load_tokenizer(directory: Path, what: str = "model") -> Any:
@@ -120,6 +143,11 @@ def load_tokenizer(directory: Path, what: str = "model") -> Any:
         raise ValueError(
             f"{what} must have a tokenizer in its directory, got {directory}: {reason}"
         ) from error
+
+
+def _check_same_tokens(own: Any, others: Any, teacher: str | Path) -> None:
+    if own.get_vocab() != others.get_vocab():
+        raise ValueError(f"teacher must have the tokenizer of the model, got another one in {teacher}")
 
 
 def context_length(model: Any) -> int | None:
