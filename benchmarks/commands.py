@@ -63,6 +63,9 @@ COMMANDS = {
     "blockwise": Command(
         "quality", "quality.blockwise", "measure each stage of block-by-block quantization on SmolLM2-135M"
     ),
+    "int8-rows": Command(
+        "quality", "quality.int8_rows", "measure what int8 embeddings and heads do to SmolLM2-135M"
+    ),
     "families": Command(
         "quality", "quality.family_sweep", "try every model family of transformers at a tiny size"
     ),
@@ -70,7 +73,7 @@ COMMANDS = {
     "kernel-report": Command("cuda", "cuda.kernel_report", "list registers and spills of each CUDA kernel"),
     "gpu-suite": Command("cuda", "cuda.gpu_suite", "build, test and measure everything on a GPU machine"),
     "table": Command("results", "table", "print a sweep or goals JSON as a markdown table"),
-    "plot": Command("results", "plots", "plot a sweep or goals JSON as PNG files"),
+    "plot": Command("results", "plots", "plot a sweep, goals or whole-model JSON as PNG files"),
 }
 
 

@@ -1,4 +1,7 @@
-"""Plot a JSON of `sweep` or `goals` as PNG files: roofline, speedup by bits per weight, latency by tokens.
+"""Plot a JSON as PNG files.
+
+Of `sweep` or `goals`: roofline, speedup by bits per weight, latency by tokens. Of `whole-model --profile`:
+where the time of a step goes.
 
 Every figure of the benchmarks is drawn here, one function each, with one style.
 """
@@ -28,6 +31,7 @@ __all__ = [
     "run",
     "series",
     "spectra_figure",
+    "steps_figure",
 ]
 
 #: Inches of one panel.
@@ -61,8 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: Namespace) -> int:
     """Write the figures and print their paths."""
     from benchmarks.layers.rows import load_document
+    from benchmarks.records import read_result
 
-    for path in document_figures(load_document(options.json), options.out):
+    if read_result(options.json, ("sweep", "goals", "whole-model"))["benchmark"] == "whole-model":
+        paths = [steps_figure(options.json, options.out / "steps.png")]
+    else:
+        paths = document_figures(load_document(options.json), options.out)
+    for path in paths:
         print(path)
     return 0
 
@@ -232,6 +241,52 @@ def _latency(panels: Sequence[Any], document: Document, chosen: Sequence[tuple[s
             axes.plot(*zip(*points, strict=True), **style.of(key))
         axes.set(xscale="log", yscale="log", xlabel="M", ylabel="us per call", title=f"{shape}, {bpw:g} bpw")
         _legend(axes)
+
+
+# --- whole models --------------------------------------------------------------------------------------
+
+
+def steps_figure(result: Path, path: Path) -> Path:
+    """Draw where the time of a decoding step goes, a panel for each prompt; returns ``path``.
+
+    Args:
+        result: JSON of `whole-model --profile`.
+        path: the file to write; its folder is made.
+
+    Raises:
+        RuntimeError: matplotlib is missing.
+        ValueError: the result has no profiles.
+    """
+    from benchmarks.records import read_result
+
+    content = read_result(result, ("whole-model",))
+    by_prompt: dict[str, dict[str, Mapping[str, float]]] = {}
+    for name, profile in content["profiles"].items():
+        model, _, prompt = name.rpartition(", prompt ")
+        by_prompt.setdefault(prompt, {})[model] = profile["parts"]
+    if not by_prompt:
+        raise ValueError(f"{result} must hold profiles, it has none: run whole-model with --profile")
+    about = content["environment"]
+    commit = str((about.get("git") or {}).get("commit") or "unknown")[:12]
+    title = f"where a decoding step goes, batch 1\n{about.get('device')}, commit {commit}"
+    with _figure(path, 1, len(by_prompt), title=title) as grid:
+        for axes, (prompt, models) in zip(grid[0], by_prompt.items(), strict=True):
+            _steps_panel(axes, models)
+            axes.set(title=f"prompt of {prompt} tokens", ylabel="ms of a step")
+    return path
+
+
+def _steps_panel(axes: Any, models: Mapping[str, Mapping[str, float]]) -> None:
+    labels = [model.removeprefix("packed ").replace(", ", "\n") for model in models]
+    bottom = [0.0] * len(models)
+    for part in next(iter(models.values())):
+        heights = [parts[part] * 1e3 for parts in models.values()]
+        axes.bar(labels, heights, bottom=bottom, label=part, width=0.6)
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    for label, total in zip(labels, bottom, strict=True):
+        axes.annotate(f"{total:.1f}", (label, total), ha="center", va="bottom", fontsize=7)
+    axes.tick_params(axis="x", labelsize=7)
+    _legend(axes)
 
 
 # --- demo ----------------------------------------------------------------------------------------------

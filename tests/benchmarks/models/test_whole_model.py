@@ -259,6 +259,13 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             ratio = Timing(tuple(loaded["samples"])).speedup_over(Timing(tuple(other["samples"])))
             assert loaded["speedups"][peer][0] == pytest.approx(ratio)
     assert set(content["profiles"]) == {f"{name}, prompt {prompt}" for name in packed for prompt in (3, 6)}
+    assert main(["plot", str(path), "--out", str(tmp_path / "figures")]) == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "figures" / "steps.png")]
+    assert (tmp_path / "figures" / "steps.png").read_bytes().startswith(b"\x89PNG")
+    content["profiles"] = {}
+    path.write_text(json.dumps(content), "utf-8")
+    assert main(["plot", str(path), "--out", str(tmp_path / "none")]) == 2
+    assert "must hold profiles, it has none" in capsys.readouterr().err
 
 
 @needs_transformers
