@@ -56,6 +56,7 @@ def add_parser(commands: Commands) -> None:
 def _run(args: argparse.Namespace) -> int:
     from littlebit2 import synthesize  # noqa: PLC0415  # imports transformers
 
+    rows = rows_options(args)
     layers = synthesize(
         args.config,
         args.out,
@@ -63,7 +64,8 @@ def _run(args: argparse.Namespace) -> int:
         paths=args.paths,
         kv_factor=args.kv_factor,
         exclude=excluded(args),
-        **rows_options(args),
+        head=rows["head"],
+        embedding=rows["embedding"],
         seed=args.seed,
         overwrite=args.overwrite,
         progress=None if args.quiet else note,
