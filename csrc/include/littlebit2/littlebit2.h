@@ -211,6 +211,119 @@ LB2_API lb2_status lb2_prepacked_plan_cpu(const lb2_prepacked_args* args, lb2_pr
  * magnitudes of a chunk sum to more than a float holds. */
 LB2_API lb2_status lb2_prepacked_forward_cpu(const lb2_prepacked_args* args);
 
+/* ---- Several prepacked layers in one call ----
+ *
+ * What surrounds the layers of a decoder block is done in the same call and the same parallel region: the
+ * normalization of the input, the activation function of an MLP, and the residual sum. Values between the input
+ * and the output are fp32 and are never rounded to dtype. Arithmetic and guarantees are those of
+ * lb2_prepacked_forward_cpu: a layer has the same bits in any group and in its own call. */
+
+/* Layers of one lb2_grouped_forward_cpu. */
+#define LB2_MAX_LAYERS 8
+
+/* The input x of a call becomes x / sqrt(mean(x^2) + eps) * (weight + offset), the mean over K, before its
+ * layers: RMS normalization, with offset 1 for Gemma's. A token whose sum of squares is more than a float holds
+ * becomes 0 where it is finite, as in torch. */
+typedef struct lb2_norm {
+  const void* weight; /* [K] */
+  lb2_dtype dtype;    /* of weight */
+  float eps;          /* >= 0, finite */
+  float offset;       /* finite */
+} lb2_norm;
+
+/* A prepacked layer and its bias. */
+typedef struct lb2_prepacked_layer {
+  const void* data; /* made by lb2_prepack_cpu; at any address, fastest at a multiple of 64 */
+  int64_t bytes;
+  const float* bias; /* [N] or NULL */
+} lb2_prepacked_layer;
+
+/* Where a layer of a group writes: y [M, N]; may not overlap input, nor another output. */
+typedef struct lb2_rows {
+  void* data;
+  int64_t stride; /* elements between rows, >= N; ignored when m <= 1 */
+} lb2_rows;
+
+/* y_i = layer_i(norm(x)) + residual for layers of equal K. Zero-initialize, then set
+ * struct_size = sizeof(lb2_grouped_args). */
+typedef struct lb2_grouped_args {
+  uint64_t struct_size;
+  const lb2_prepacked_layer* layers; /* [num_layers] */
+  const lb2_rows* outputs;           /* [num_layers] */
+  int64_t num_layers;                /* 1 .. LB2_MAX_LAYERS */
+  int64_t m;
+  const lb2_norm* norm; /* or NULL */
+  const void* input;    /* x [M, K] */
+  int64_t input_stride;
+  const void* residual; /* [M, N], only with one layer; or NULL. It may be the output */
+  int64_t residual_stride;
+  lb2_dtype dtype;           /* of input, outputs and residual */
+  lb2_activation activation; /* of every layer */
+  lb2_isa isa;
+  int32_t num_threads; /* threads that parallel_for can run at the same time; < 1 means 1 */
+  void* workspace;     /* at least what lb2_grouped_plan_cpu reports */
+  int64_t workspace_bytes;
+  lb2_parallel_for parallel_for; /* NULL runs on the calling thread */
+  void* parallel_context;
+} lb2_grouped_args;
+
+/* What a call will do. Set struct_size = sizeof(lb2_fused_plan) first. */
+typedef struct lb2_fused_plan {
+  uint64_t struct_size;
+  int64_t workspace_bytes;
+  int64_t token_block; /* tokens per pass over the layers */
+  int64_t workers;     /* threads that get work */
+  int64_t k;
+  int64_t n[LB2_MAX_LAYERS]; /* of each layer */
+  lb2_isa isa;
+  lb2_activation activation; /* AUTO resolved */
+} lb2_fused_plan;
+
+/* Fill *plan for args. Input, outputs, residual, norm and workspace are not read, but that there is a norm is
+ * taken into account. */
+LB2_API lb2_status lb2_grouped_plan_cpu(const lb2_grouped_args* args, lb2_fused_plan* plan);
+
+/* The workspace must be that of a plan with the same isa, num_threads, parallel_for and norm or none. */
+LB2_API lb2_status lb2_grouped_forward_cpu(const lb2_grouped_args* args);
+
+/* Activation functions of an MLP. */
+typedef int32_t lb2_function;
+#define LB2_FUNCTION_SILU 0      /* x / (1 + exp(-x)) */
+#define LB2_FUNCTION_GELU 1      /* x * Phi(x), the distribution function of the normal distribution */
+#define LB2_FUNCTION_GELU_TANH 2 /* x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3))) */
+#define LB2_FUNCTION_RELU 3      /* max(x, 0) */
+
+/* A whole MLP. Of three layers, gate, up and down: y = down(f(gate(h)) * up(h)) + residual with h = norm(x). Of
+ * two, up and down: y = down(f(up(h))) + residual if N of up is K of down; if it is twice that, gate and up are
+ * the first and second half of its rows. Zero-initialize, then set struct_size = sizeof(lb2_mlp_args). */
+typedef struct lb2_mlp_args {
+  uint64_t struct_size;
+  const lb2_prepacked_layer* layers; /* [num_layers] */
+  int64_t num_layers;                /* 2 or 3 */
+  int64_t m;
+  const lb2_norm* norm; /* or NULL */
+  const void* input;    /* x [M, K] */
+  int64_t input_stride;
+  const void* residual; /* [M, N] or NULL; it may be the output */
+  int64_t residual_stride;
+  void* output; /* y [M, N]; may not overlap input */
+  int64_t output_stride;
+  lb2_dtype dtype;           /* of input, output and residual */
+  lb2_activation activation; /* of every layer; AUTO is resolved by dtype for all of them */
+  lb2_function function;
+  lb2_isa isa;
+  int32_t num_threads;
+  void* workspace; /* at least what lb2_mlp_plan_cpu reports */
+  int64_t workspace_bytes;
+  lb2_parallel_for parallel_for; /* NULL runs on the calling thread */
+  void* parallel_context;
+} lb2_mlp_args;
+
+/* As lb2_grouped_plan_cpu: k of the first layer, n of each of layers. */
+LB2_API lb2_status lb2_mlp_plan_cpu(const lb2_mlp_args* args, lb2_fused_plan* plan);
+
+LB2_API lb2_status lb2_mlp_forward_cpu(const lb2_mlp_args* args);
+
 /* ---- Dense int8 rows: heads and embeddings beside the packed layers ----
  *
  *   y[M,N] = scale[N] * (x[M,K] @ weight[N,K]^T) + bias[N]
