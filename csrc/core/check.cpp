@@ -126,6 +126,53 @@ lb2_status check_rows(const char* name, const void* data, int64_t rows, int64_t 
   return LB2_OK;
 }
 
+// Tokens, element type and activation of a call on prepacked layers.
+template <typename Args>
+lb2_status check_mode(const Args& args) {
+  LB2_RETURN_IF_ERROR(check_dtype(args.dtype));
+  LB2_RETURN_IF_ERROR(check_tokens(args.m));
+  if (args.activation >= LB2_ACTIVATION_AUTO && args.activation <= LB2_ACTIVATION_SIGN) return LB2_OK;
+  return fail(
+      LB2_ERROR_INVALID_ARGUMENT,
+      "activation must be LB2_ACTIVATION_AUTO (0), _EXACT (1), _INT16 (2), _INT8 (3) or _SIGN (4), got "
+      "%" PRId32,
+      args.activation);
+}
+
+// What all calls on several prepacked layers have in common.
+template <typename Args>
+lb2_status check_fused(const Args* args, const char* type, int64_t fewest, int64_t most) {
+  if (args == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "args must not be NULL");
+  if (args->struct_size != sizeof(Args))
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "args->struct_size must equal sizeof(%s) = %zu, got %" PRIu64
+                " (header and library of different versions?)",
+                type, sizeof(Args), args->struct_size);
+  LB2_RETURN_IF_ERROR(check_mode(*args));
+  if (args->num_layers < fewest || args->num_layers > most)
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "num_layers must be between %" PRId64 " and %" PRId64 ", got %" PRId64, fewest, most,
+                args->num_layers);
+  if (args->layers == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "layers must not be NULL");
+  return LB2_OK;
+}
+
+lb2_status check_norm(const lb2_norm* norm) {
+  if (norm == nullptr) return LB2_OK;
+  if (norm->weight == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "norm->weight must not be NULL");
+  if (norm->dtype != LB2_FLOAT32 && norm->dtype != LB2_FLOAT16 && norm->dtype != LB2_BFLOAT16)
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "norm->dtype must be LB2_FLOAT32 (0), LB2_FLOAT16 (1) or LB2_BFLOAT16 (2), got %" PRId32,
+                norm->dtype);
+  if (!(norm->eps >= 0.0f && norm->eps <= __FLT_MAX__))
+    return fail(LB2_ERROR_INVALID_ARGUMENT, "norm->eps must be finite and >= 0, got %g",
+                static_cast<double>(norm->eps));
+  if (!(norm->offset >= -__FLT_MAX__ && norm->offset <= __FLT_MAX__))
+    return fail(LB2_ERROR_INVALID_ARGUMENT, "norm->offset must be finite, got %g",
+                static_cast<double>(norm->offset));
+  return LB2_OK;
+}
+
 }  // namespace
 
 lb2_status check_tokens(int64_t m) noexcept {
@@ -192,15 +239,7 @@ lb2_status check_prepacked(const lb2_prepacked_args* args) noexcept {
                 "args->struct_size must equal sizeof(lb2_prepacked_args) = %zu, got %" PRIu64
                 " (header and library of different versions?)",
                 sizeof(lb2_prepacked_args), args->struct_size);
-  LB2_RETURN_IF_ERROR(check_dtype(args->dtype));
-  if (args->m < 0 || args->m > kMaxDim) return invalid_size("m", args->m, 0);
-  if (args->activation < LB2_ACTIVATION_AUTO || args->activation > LB2_ACTIVATION_SIGN)
-    return fail(
-        LB2_ERROR_INVALID_ARGUMENT,
-        "activation must be LB2_ACTIVATION_AUTO (0), _EXACT (1), _INT16 (2), _INT8 (3) or _SIGN (4), got "
-        "%" PRId32,
-        args->activation);
-  return LB2_OK;
+  return check_mode(*args);
 }
 
 lb2_status check_prepacked_buffers(const lb2_prepacked_args& args, int64_t k, int64_t n,
@@ -209,6 +248,52 @@ lb2_status check_prepacked_buffers(const lb2_prepacked_args& args, int64_t k, in
   const int64_t bytes = element_bytes(args.dtype);
   LB2_RETURN_IF_ERROR(check_rows("input", args.input, args.m, k, args.input_stride, 0, bytes));
   LB2_RETURN_IF_ERROR(check_rows("output", args.output, args.m, n, args.output_stride, n, bytes));
+  return check_workspace(args.workspace, args.workspace_bytes, workspace_bytes);
+}
+
+lb2_status check_grouped(const lb2_grouped_args* args) noexcept {
+  LB2_RETURN_IF_ERROR(check_fused(args, "lb2_grouped_args", 1, LB2_MAX_LAYERS));
+  if (args->residual != nullptr && args->num_layers != 1)
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "residual must be NULL unless num_layers is 1, got num_layers %" PRId64, args->num_layers);
+  return LB2_OK;
+}
+
+lb2_status check_grouped_buffers(const lb2_grouped_args& args, int64_t k, const int64_t* n,
+                                 int64_t workspace_bytes) noexcept {
+  if (args.m == 0) return LB2_OK;
+  const int64_t bytes = element_bytes(args.dtype);
+  LB2_RETURN_IF_ERROR(check_norm(args.norm));
+  LB2_RETURN_IF_ERROR(check_rows("input", args.input, args.m, k, args.input_stride, 0, bytes));
+  if (args.outputs == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "outputs must not be NULL");
+  for (int64_t i = 0; i < args.num_layers; ++i) {
+    char name[32];
+    std::snprintf(name, sizeof name, "outputs[%d]", static_cast<int>(i));
+    const lb2_rows& output = args.outputs[i];
+    LB2_RETURN_IF_ERROR(check_rows(name, output.data, args.m, n[i], output.stride, n[i], bytes));
+  }
+  if (args.residual != nullptr)
+    LB2_RETURN_IF_ERROR(check_rows("residual", args.residual, args.m, n[0], args.residual_stride, 0, bytes));
+  return check_workspace(args.workspace, args.workspace_bytes, workspace_bytes);
+}
+
+lb2_status check_mlp(const lb2_mlp_args* args) noexcept {
+  LB2_RETURN_IF_ERROR(check_fused(args, "lb2_mlp_args", 2, 3));
+  if (args->function >= LB2_FUNCTION_SILU && args->function <= LB2_FUNCTION_RELU) return LB2_OK;
+  return fail(LB2_ERROR_INVALID_ARGUMENT,
+              "function must be LB2_FUNCTION_SILU (0), _GELU (1), _GELU_TANH (2) or _RELU (3), got %" PRId32,
+              args->function);
+}
+
+lb2_status check_mlp_buffers(const lb2_mlp_args& args, int64_t k, int64_t n,
+                             int64_t workspace_bytes) noexcept {
+  if (args.m == 0) return LB2_OK;
+  const int64_t bytes = element_bytes(args.dtype);
+  LB2_RETURN_IF_ERROR(check_norm(args.norm));
+  LB2_RETURN_IF_ERROR(check_rows("input", args.input, args.m, k, args.input_stride, 0, bytes));
+  LB2_RETURN_IF_ERROR(check_rows("output", args.output, args.m, n, args.output_stride, n, bytes));
+  if (args.residual != nullptr)
+    LB2_RETURN_IF_ERROR(check_rows("residual", args.residual, args.m, n, args.residual_stride, 0, bytes));
   return check_workspace(args.workspace, args.workspace_bytes, workspace_bytes);
 }
 

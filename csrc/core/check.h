@@ -32,6 +32,14 @@ lb2_status check_prepacked(const lb2_prepacked_args* args) noexcept;
 lb2_status check_prepacked_buffers(const lb2_prepacked_args& args, int64_t k, int64_t n,
                                    int64_t workspace_bytes) noexcept;
 
+// The same for calls on several prepacked layers; `n` holds the N of each layer.
+lb2_status check_grouped(const lb2_grouped_args* args) noexcept;
+lb2_status check_grouped_buffers(const lb2_grouped_args& args, int64_t k, const int64_t* n,
+                                 int64_t workspace_bytes) noexcept;
+lb2_status check_mlp(const lb2_mlp_args* args) noexcept;
+lb2_status check_mlp_buffers(const lb2_mlp_args& args, int64_t k, int64_t n,
+                             int64_t workspace_bytes) noexcept;
+
 // Everything in args of an int8 layer but its buffers; then these.
 lb2_status check_int8(const lb2_int8_args* args) noexcept;
 lb2_status check_int8_buffers(const lb2_int8_args& args, int64_t workspace_bytes) noexcept;

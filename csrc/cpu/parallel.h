@@ -32,18 +32,25 @@ lb2_status run_parallel(lb2_parallel_for parallel_for, void* context, int64_t co
 // any number of threads can serve the workers: a single thread runs all tasks in order.
 class Phases {
  public:
-  static constexpr int kMost = 2;
+  static constexpr int kMost = 5;
 
-  Phases(const int64_t (&counts)[kMost], int64_t workers)
-      : ranges_(workers < kMostRanges ? workers : kMostRanges), counts_{counts[0], counts[1]} {
-    for (int phase = 0; phase < kMost; ++phase)
-      for (int64_t range = 0; range < ranges_; ++range) next_[phase][range].value = begin(phase, range);
+  template <int kCount>
+  Phases(const int64_t (&counts)[kCount], int64_t workers)
+      : phases_(kCount), ranges_(workers < kMostRanges ? workers : kMostRanges) {
+    static_assert(kCount <= kMost, "there is room for kMost phases");
+    for (int phase = 0; phase < kCount; ++phase) {
+      counts_[phase] = counts[phase];
+      done_[phase].value.store(0, std::memory_order_relaxed);
+      for (int64_t range = 0; range < ranges_; ++range)
+        next_[phase][range].value.store(begin(phase, range), std::memory_order_relaxed);
+    }
   }
 
   // Runs run(phase, task, worker) for the tasks left. Call it once per worker.
   template <typename Run>
   void work(int64_t worker, const Run& run) {
-    for (int phase = 0; phase < kMost; ++phase) {
+    for (int phase = 0; phase < phases_; ++phase) {
+      if (counts_[phase] == 0) continue;
       for (int64_t i = 0; i < ranges_; ++i) {
         const int64_t range = (worker + i) % ranges_, end = begin(phase, range + 1);
         std::atomic<int64_t>& next = next_[phase][range].value;
@@ -56,7 +63,7 @@ class Phases {
         }
       }
       // parallel_for waits for the tasks that the last phase leaves running.
-      if (phase + 1 == kMost) return;
+      if (phase + 1 == phases_) return;
       for (int spins = 0; done_[phase].value.load(std::memory_order_acquire) < counts_[phase];) pause(&spins);
     }
   }
@@ -64,7 +71,7 @@ class Phases {
  private:
   static constexpr int64_t kMostRanges = 64;
   struct alignas(64) Counter {
-    std::atomic<int64_t> value{0};
+    std::atomic<int64_t> value;  // set where it is used: most are not
   };
 
   int64_t begin(int phase, int64_t range) const { return counts_[phase] * range / ranges_; }
@@ -78,8 +85,9 @@ class Phases {
 #endif
   }
 
+  const int phases_;
   const int64_t ranges_;
-  const int64_t counts_[kMost];
+  int64_t counts_[kMost];
   Counter next_[kMost][kMostRanges];
   Counter done_[kMost];
 };

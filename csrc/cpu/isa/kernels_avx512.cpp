@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <initializer_list>
 
 #include "cpu/kernels.h"
 #include "cpu/prepacked/lookup.h"
@@ -22,6 +23,7 @@ constexpr int kInt8Tokens = 6;
 // clang-format off: the order matters
 #include "cpu/isa/elementwise_body.h"
 #include "cpu/isa/exponential_body.h"
+#include "cpu/isa/fused_body.h"
 #include "cpu/portable/kernel_body.h"
 #include "cpu/int8/int8_body.h"
 #include "cpu/prepacked/lookup_body.h"

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <initializer_list>
 
 #include "cpu/kernels.h"
 #include "cpu/prepacked/lookup.h"
@@ -15,6 +16,7 @@ namespace {
 #include "cpu/isa/vec_avx512.h"
 #include "cpu/isa/elementwise_body.h"
 #include "cpu/isa/exponential_body.h"
+#include "cpu/isa/fused_body.h"
 #include "cpu/prepacked/lookup_body.h"
 #include "cpu/prepacked/lookup_avx512_body.h"
 // clang-format on

@@ -1,5 +1,6 @@
 // Portable kernels: plain C++ that runs on any little-endian CPU; compilers vectorize the 16-lane loops.
 #include <cstring>
+#include <initializer_list>
 
 #include "cpu/kernels.h"
 #include "cpu/prepacked/lookup.h"
@@ -18,6 +19,7 @@ constexpr int kInt8Tokens = 1;
 // clang-format off: the order matters
 #include "cpu/isa/elementwise_body.h"
 #include "cpu/isa/exponential_body.h"
+#include "cpu/isa/fused_body.h"
 #include "cpu/portable/kernel_body.h"
 #include "cpu/int8/int8_body.h"
 #include "cpu/prepacked/lookup_body.h"

@@ -89,6 +89,16 @@ struct LookupKernels {
   // sums[i] = (dots[i] * factor) * scale[i] + (add ? sums[i] : 0), each step rounded.
   void (*scale_rows)(const float* dots, const float* scale, float factor, int64_t n, bool add, float* sums);
   void (*add_bias)(const float* bias, int64_t n, float* sums);
+  // What surrounds the layers of a call (isa/fused_body.h).
+  // sum float(in[i])^2 over i < n, in the order of abs_sum with four vectors in turn.
+  float (*sum_squares)(lb2_dtype dtype, const void* in, int64_t n);
+  // out[i] *= factor * (float(weight[i]) + offset) for i < n. `out` is writable up to a multiple of 16.
+  void (*scale_norm)(lb2_dtype dtype, const void* weight, float offset, float factor, int64_t n, float* out);
+  // out[i] = f(gate[i]) * up[i], or f(gate[i]) if up is NULL. All three can be accessed up to the next
+  // multiple of 16 from `n`.
+  void (*activate)(lb2_function function, const float* gate, const float* up, int64_t n, float* out);
+  // sums[i] += float(residual[i]).
+  void (*add_residual)(lb2_dtype dtype, const void* residual, int64_t n, float* sums);
   void (*store)(lb2_dtype dtype, const float* in, int64_t n, void* out);
   int64_t macs_per_worker;  // below this much work, waking another thread costs more than it saves
 };

@@ -360,6 +360,10 @@ const LookupKernels kLookup = {
     abs_sum,
     scale_rows,
     add_bias,
+    sum_squares,
+    scale_norm,
+    activate,
+    add_residual,
     store,
     128 * 1024,
 };
