@@ -13,10 +13,12 @@ from ._native import (
 from .dispatch import BackendUnavailableError
 from .format import FORMAT_VERSION, PackedLinear, PackedPath
 from .functional import littlebit_linear
+from .fused_mlp import mlp
 from .fusion import LinearGroup, fuse_linears, grouped_linear, unfuse_linears
 from .gpu import GpuProperties
 from .int8 import Int8Embedding, Int8Linear
 from .linear import LittleBitLinear
+from .norm import RMSNorm
 from .ops.library import load
 from .packing import pack_signs, unpack_signs
 from .planning.explanation import Explanation, explain
@@ -43,6 +45,7 @@ __all__ = [
     "PackedLinear",
     "PackedPath",
     "PrepackedLinear",
+    "RMSNorm",
     "StagedLinear",
     "__version__",
     "explain",
@@ -54,6 +57,7 @@ __all__ = [
     "grouped_linear",
     "littlebit_linear",
     "load",
+    "mlp",
     "pack_signs",
     "packed_from_state",
     "packed_to_state",

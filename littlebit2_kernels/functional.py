@@ -5,15 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.autograd import forward_ad
 
 from .dispatch import ACTIVATIONS, PREPACKED, Choice, check_activation_mode, choose_for
 from .format import LayerShape, PackedLinear
+from .norm import RMSNorm
 from .ops import calls
+from .ops.autograd import requires_grad
 from .ops.operands import ACTIVATION_DTYPES, Operands
 from .prepacked import PrepackedLinear
 from .reference import reference_from_operands
 
-__all__ = ["Layer", "check_x", "littlebit_linear", "run", "run_group", "run_prepacked"]
+__all__ = [
+    "Layer",
+    "check_norm",
+    "check_residual",
+    "check_x",
+    "differentiates",
+    "littlebit_linear",
+    "run",
+    "run_fused",
+    "run_group",
+    "run_mlp",
+    "run_prepacked",
+]
 
 #: The tensors of a layer: operands, or the bytes of a prepacked one.
 Layer = Operands | torch.Tensor
@@ -134,6 +149,89 @@ def run_group(
     if choice.backend in ("cpu", "cuda") and one_kind:
         return calls.grouped_linear(x, layers, bias, activation)  # type: ignore[arg-type]
     return [run(x, *layer, choice) for layer in zip(layers, bias, shapes, strict=True)]
+
+
+def run_fused(
+    x: torch.Tensor,
+    layers: Sequence[Layer],
+    bias: Sequence[torch.Tensor | None],
+    shapes: Sequence[LayerShape],
+    choice: Choice,
+    norm: RMSNorm | None,
+    residual: torch.Tensor | None,
+) -> list[torch.Tensor] | None:
+    """:func:`run_group` with a norm before and a residual sum after, without gradients.
+
+    Returns:
+        ``[..., N_i]`` of each layer, or ``None`` where no operator takes such a call.
+    """
+    if choice.backend != "cpu" or not isinstance(layers[0], torch.Tensor):
+        return None
+    sizes = [shape.out_features for shape in shapes]
+    code = ACTIVATIONS[choice.activation]
+    return calls.fused_linear_prepacked(x, layers, bias, sizes, norm, residual, code)  # type: ignore[arg-type]
+
+
+def run_mlp(
+    x: torch.Tensor,
+    layers: Sequence[Layer],
+    bias: Sequence[torch.Tensor | None],
+    shapes: Sequence[LayerShape],
+    function: int,
+    choice: Choice,
+    norm: RMSNorm | None,
+    residual: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """Apply an MLP, without gradients; ``None`` where no operator takes such a call."""
+    if choice.backend != "cpu" or not isinstance(layers[0], torch.Tensor):
+        return None
+    size, code = shapes[-1].out_features, ACTIVATIONS[choice.activation]
+    return calls.mlp_prepacked(x, layers, bias, size, function, norm, residual, code)  # type: ignore[arg-type]
+
+
+def differentiates(
+    x: torch.Tensor,
+    bias: Sequence[torch.Tensor | None],
+    norm: RMSNorm | None,
+    residual: torch.Tensor | None,
+) -> bool:
+    """Whether a call must be composed of operators that torch differentiates or casts."""
+    if forward_ad._current_level >= 0 or torch.is_autocast_enabled(x.device.type):
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    return requires_grad((x, list(bias), residual, None if norm is None else norm.weight))
+
+
+def check_norm(norm: RMSNorm | None, x: torch.Tensor, shape: LayerShape) -> None:
+    """Raise unless ``norm`` is ``None`` or normalizes ``x`` for a layer of ``shape``."""
+    if norm is None:
+        return
+    if not isinstance(norm, RMSNorm):
+        raise TypeError(f"norm must be a littlebit2_kernels.RMSNorm or None, got {type(norm).__name__}")
+    if norm.weight.shape[0] != shape.in_features:
+        raise ValueError(
+            f"norm.weight must have shape [K={shape.in_features}], got {list(norm.weight.shape)}"
+        )
+    if norm.weight.device != x.device:
+        raise ValueError(f"norm.weight must be on {x.device} like x, got {norm.weight.device}")
+
+
+def check_residual(residual: torch.Tensor | None, x: torch.Tensor, shape: LayerShape) -> None:
+    """Raise unless ``residual`` is ``None`` or can be added to the output of a layer of ``shape``."""
+    if residual is None:
+        return
+    if not isinstance(residual, torch.Tensor):
+        raise TypeError(f"residual must be a torch.Tensor or None, got {type(residual).__name__}")
+    if residual.dtype != x.dtype:
+        raise TypeError(f"residual must have the dtype of x, {x.dtype}, got {residual.dtype}")
+    if residual.shape != (*x.shape[:-1], shape.out_features):
+        expected = [*x.shape[:-1], shape.out_features]
+        raise ValueError(
+            f"residual must have the shape of the output, {expected}, got {list(residual.shape)}"
+        )
+    if residual.device != x.device:
+        raise ValueError(f"residual must be on {x.device} like x, got {residual.device}")
 
 
 def check_x(x: torch.Tensor, shape: LayerShape, device: torch.device) -> None:

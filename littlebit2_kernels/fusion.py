@@ -10,8 +10,17 @@ from torch.autograd import forward_ad
 
 from .dispatch import choose_for_group
 from .format import PackedLinear
-from .functional import check_x, littlebit_linear, run_group
+from .functional import (
+    check_norm,
+    check_residual,
+    check_x,
+    differentiates,
+    littlebit_linear,
+    run_fused,
+    run_group,
+)
 from .linear import LittleBitLinear
+from .norm import RMSNorm
 from .ops.operands import ACTIVATION_DTYPES
 from .prepacked import PrepackedLinear
 
@@ -23,8 +32,16 @@ def grouped_linear(
     layers: Sequence[PackedLinear] | Sequence[PrepackedLinear],
     backend: str = "auto",
     activation: str = "auto",
+    *,
+    norm: RMSNorm | None = None,
+    residual: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """Apply several packed layers to one ``x``, as the projections of an attention are.
+
+    ``layer(norm(x)) + residual``. Prepacked layers on the CPU run in one parallel region, norm and residual
+    sum included, which are then computed in float32 and not rounded in between. Other calls with a norm or a
+    residual, and those that need a gradient or run under autocast, are composed of this one and torch's
+    operations: the same within the rounding of values in between to the dtype of ``x``.
 
     On CUDA the layers share their launches if all are single-stage or all two-stage, they have at most 16
     paths together, and all come to the same choice of backend (docs/dispatch.md). Up to 16 tokens, sums may
@@ -36,13 +53,16 @@ def grouped_linear(
         layers: at least one, all packed or all prepacked, of the same K.
         backend: see :func:`littlebit2_kernels.littlebit_linear`.
         activation: likewise.
+        norm: of ``x``.
+        residual: ``[..., N]`` in the dtype of ``x``, only with one layer; added to its output.
 
     Returns:
-        ``[..., N_i]`` of each layer, in the dtype of ``x``. Differentiable in ``x`` and the biases.
+        ``[..., N_i]`` of each layer, in the dtype of ``x``. Differentiable in ``x``, ``residual``, the weight
+        of ``norm`` and the biases.
 
     Raises:
         TypeError: ``layers`` holds something else, or both kinds; or as ``littlebit_linear``.
-        ValueError: ``layers`` is empty; or as ``littlebit_linear``.
+        ValueError: ``layers`` is empty; ``norm`` or ``residual`` does not fit; or as ``littlebit_linear``.
         BackendUnavailableError, NativeLibraryError, RuntimeError: as ``littlebit_linear``.
     """
     if len(layers) == 0:
@@ -54,8 +74,23 @@ def grouped_linear(
     shapes = [layer.shape for layer in layers]
     for layer in layers:
         check_x(x, layer.shape, layer.device)
+    check_norm(norm, x, shapes[0])
+    if residual is not None and len(layers) != 1:
+        raise ValueError(f"residual must be None unless layers holds one layer, got {len(layers)} layers")
+    check_residual(residual, x, shapes[0])
     prepacked = [layer for layer in layers if isinstance(layer, PrepackedLinear)]
     choice = choose_for_group(x, shapes, backend, activation, bool(prepacked))
+    if norm is not None or residual is not None:
+        bias = [layer.bias for layer in layers]
+        if choice is not None and not differentiates(x, bias, norm, residual):
+            tensors = [
+                layer.layer if isinstance(layer, PrepackedLinear) else layer.operands for layer in layers
+            ]
+            outputs = run_fused(x, tensors, bias, shapes, choice, norm, residual)
+            if outputs is not None:
+                return outputs
+        outputs = grouped_linear(x if norm is None else norm.apply(x), layers, backend, activation)
+        return outputs if residual is None else [outputs[0] + residual]
     if choice is None or (prepacked and choice.backend != "cpu"):
         return [littlebit_linear(x, layer, backend, activation) for layer in layers]
     tensors = [layer.layer if isinstance(layer, PrepackedLinear) else layer.operands for layer in layers]

@@ -4,6 +4,7 @@
 
 #include "torch/dense/int8.h"
 #include "torch/dense/unpack.h"
+#include "torch/fused.h"
 #include "torch/grouped.h"
 #include "torch/linear.h"
 #include "torch/prepacked.h"
@@ -56,6 +57,15 @@ STABLE_TORCH_LIBRARY(littlebit2, m) {
   m.def(
       "joined_linear_prepacked(Tensor x, Tensor[] layers, Tensor?[] bias, int[] out_features, int "
       "activation=0) -> Tensor");
+  // grouped_linear_prepacked of x / sqrt(mean(x^2) + eps) * (norm + offset), norm [K], plus the residual [..., N] of
+  // one layer; and an MLP, of gate, up and down or of up and down, with an lb2_function: 0 silu, 1 gelu, 2 gelu_tanh,
+  // 3 relu. Not differentiable.
+  m.def(
+      "fused_linear_prepacked(Tensor x, Tensor[] layers, Tensor?[] bias, int[] out_features, Tensor? norm, "
+      "float eps, float offset, Tensor? residual, int activation=0) -> Tensor[]");
+  m.def(
+      "mlp_prepacked(Tensor x, Tensor[] layers, Tensor?[] bias, int out_features, int function, Tensor? norm, "
+      "float eps, float offset, Tensor? residual, int activation=0) -> Tensor");
   m.def("linear_prepacked_backward_x(Tensor grad, Tensor layer, int in_features) -> Tensor");
   // Dense int8 rows with a scale each: weight int8 [N, K], scale and bias float32 [N].
   m.def("int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None) -> Tensor");
@@ -67,6 +77,8 @@ STABLE_TORCH_LIBRARY_IMPL(littlebit2, CPU, m) {
   m.impl("unpack", TORCH_BOX(&lb2::torch_ops::unpack_cpu));
   m.impl("grouped_linear", TORCH_BOX(&lb2::torch_ops::grouped_linear_cpu));
   m.impl("grouped_linear_prepacked", TORCH_BOX(&lb2::torch_ops::grouped_linear_prepacked_cpu));
+  m.impl("fused_linear_prepacked", TORCH_BOX(&lb2::torch_ops::fused_linear_prepacked_cpu));
+  m.impl("mlp_prepacked", TORCH_BOX(&lb2::torch_ops::mlp_prepacked_cpu));
   m.impl("joined_linear", TORCH_BOX(&lb2::torch_ops::joined_linear_cpu));
   m.impl("joined_linear_prepacked", TORCH_BOX(&lb2::torch_ops::joined_linear_prepacked_cpu));
   m.impl("prepack", TORCH_BOX(&lb2::torch_ops::prepack_cpu));

@@ -1,42 +1,12 @@
 #include "torch/prepacked.h"
 
 #include <algorithm>
-#include <memory>
 
 #include "torch/linear.h"
+#include "torch/workspace.h"
 
 namespace lb2::torch_ops {
 namespace {
-
-// Scratch memory that a thread keeps between calls, because making a tensor costs as much as a small layer.
-// Large workspaces are not kept.
-class Workspace {
- public:
-  explicit Workspace(int64_t bytes) {
-    constexpr int64_t kLargestKept = 8 << 20;
-    if (bytes > kLargestKept) {
-      own_.reset(new char[static_cast<size_t>(bytes)]);
-    } else if (bytes > kept_bytes_) {
-      kept_.reset(new char[static_cast<size_t>(bytes)]);
-      kept_bytes_ = bytes;
-    }
-  }
-  void* data() const { return own_ ? own_.get() : kept_.get(); }
-
- private:
-  std::unique_ptr<char[]> own_;
-  static thread_local std::unique_ptr<char[]> kept_;
-  static thread_local int64_t kept_bytes_;
-};
-thread_local std::unique_ptr<char[]> Workspace::kept_;
-thread_local int64_t Workspace::kept_bytes_ = 0;
-
-void check_layer_tensor(const Tensor& layer) {
-  LB2_CHECK(layer.is_cpu(), "layer must be on the CPU");
-  LB2_CHECK(layer.scalar_type() == ScalarType::Byte && layer.dim() == 1 && layer.is_contiguous(),
-            "layer must be contiguous uint8 [bytes] as littlebit2::prepack returns it, got ",
-            torch::headeronly::toString(layer.scalar_type()), " ", shape_of(layer));
-}
 
 lb2_layer_shape shape_of_prepacked(const Tensor& layer) {
   check_layer_tensor(layer);
@@ -86,22 +56,6 @@ Operands unprepack(const Tensor& layer, const lb2_layer_shape& layer_shape, bool
   return operands;
 }
 
-// Activations of any width as rows; the layer's K is checked with the plan.
-Rows rows_for_prepacked(const Tensor& x) {
-  LB2_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "x must have a last dimension of size K, got shape ",
-            shape_of(x));
-  return rows_of("x", x, x.size(x.dim() - 1), kCpu);
-}
-
-void check_counts(const std::vector<Tensor>& layers, const Biases& bias,
-                  const std::vector<int64_t>& out_features) {
-  LB2_CHECK(!layers.empty(), "layers must not be empty");
-  LB2_CHECK(bias.size() == layers.size(), "bias must hold one tensor or None per layer (", layers.size(),
-            "), got ", bias.size());
-  LB2_CHECK(out_features.size() == layers.size(), "out_features must hold one number per layer (",
-            layers.size(), "), got ", out_features.size());
-}
-
 // A checked call that lacks its output.
 struct PrepackedCall {
   lb2_prepacked_args args;
@@ -147,6 +101,29 @@ void run_prepacked(PrepackedCall& call, void* output, int64_t stride) {
 }
 
 }  // namespace
+
+void check_layer_tensor(const Tensor& layer) {
+  LB2_CHECK(layer.is_cpu(), "layer must be on the CPU");
+  LB2_CHECK(layer.scalar_type() == ScalarType::Byte && layer.dim() == 1 && layer.is_contiguous(),
+            "layer must be contiguous uint8 [bytes] as littlebit2::prepack returns it, got ",
+            torch::headeronly::toString(layer.scalar_type()), " ", shape_of(layer));
+}
+
+// Activations of any width as rows; the layer's K is checked with the plan.
+Rows rows_for_prepacked(const Tensor& x) {
+  LB2_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "x must have a last dimension of size K, got shape ",
+            shape_of(x));
+  return rows_of("x", x, x.size(x.dim() - 1), kCpu);
+}
+
+void check_counts(const std::vector<Tensor>& layers, const Biases& bias,
+                  const std::vector<int64_t>& out_features) {
+  LB2_CHECK(!layers.empty(), "layers must not be empty");
+  LB2_CHECK(bias.size() == layers.size(), "bias must hold one tensor or None per layer (", layers.size(),
+            "), got ", bias.size());
+  LB2_CHECK(out_features.size() == layers.size(), "out_features must hold one number per layer (",
+            layers.size(), "), got ", out_features.size());
+}
 
 Tensor prepack_cpu(const std::vector<Tensor>& v, const OptionalTensors& u,
                    const std::vector<Tensor>& in_scale, const OptionalTensors& latent_scale,
@@ -204,16 +181,6 @@ Tensor joined_linear_prepacked_cpu(const Tensor& x, const std::vector<Tensor>& l
     slice += out_features[i] * element_bytes(rows.dtype);
   }
   return output;
-}
-
-std::vector<Tensor> grouped_linear_prepacked_cpu(const Tensor& x, const std::vector<Tensor>& layers,
-                                                 const Biases& bias, const std::vector<int64_t>& out_features,
-                                                 int64_t activation) {
-  check_counts(layers, bias, out_features);
-  std::vector<Tensor> outputs;
-  for (size_t i = 0; i < layers.size(); ++i)
-    outputs.push_back(linear_prepacked_cpu(x, layers[i], bias[i], out_features[i], activation));
-  return outputs;
 }
 
 Tensor linear_prepacked_backward_x_cpu(const Tensor& grad, const Tensor& layer, int64_t in_features) {

@@ -17,12 +17,16 @@ std::vector<Tensor> unprepack_cpu(const Tensor& layer);
 Tensor linear_prepacked_cpu(const Tensor& x, const Tensor& layer, const std::optional<Tensor>& bias,
                             int64_t out_features, int64_t activation);
 
-// Several layers on one x: an output each, or all side by side in one [..., sum N_i].
-std::vector<Tensor> grouped_linear_prepacked_cpu(const Tensor& x, const std::vector<Tensor>& layers,
-                                                 const Biases& bias, const std::vector<int64_t>& out_features,
-                                                 int64_t activation);
+// Several layers on one x, side by side in one [..., sum N_i].
 Tensor joined_linear_prepacked_cpu(const Tensor& x, const std::vector<Tensor>& layers, const Biases& bias,
                                    const std::vector<int64_t>& out_features, int64_t activation);
+
+// Checks of arguments: a prepacked layer, the lists of several, activations of any width as rows (the layer's K is
+// checked with the plan).
+void check_layer_tensor(const Tensor& layer);
+void check_counts(const std::vector<Tensor>& layers, const Biases& bias,
+                  const std::vector<int64_t>& out_features);
+Rows rows_for_prepacked(const Tensor& x);
 
 // Gradient of x[..., K] from that of y[..., N], with exact sums.
 Tensor linear_prepacked_backward_x_cpu(const Tensor& grad, const Tensor& layer, int64_t in_features);

@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 
+from ..norm import RMSNorm
 from . import dense, int8
 from .autograd import call_operator, requires_grad
-from .library import load_for
+from .library import eager_operators, load_for, load_operator
 from .operands import Operands
 
 __all__ = [
     "dense_linear",
+    "fused_linear_prepacked",
     "grouped_linear",
     "grouped_linear_prepacked",
     "int8_linear",
@@ -24,6 +26,7 @@ __all__ = [
     "joined_linear_prepacked",
     "linear",
     "linear_prepacked",
+    "mlp_prepacked",
     "triton_linear",
     "unpack",
 ]
@@ -182,6 +185,80 @@ def grouped_linear_prepacked(
     return call_operator(
         "grouped_linear_prepacked", x, (list(layers), list(bias)), (sizes, activation), (sizes, _EXACT)
     )
+
+
+def fused_linear_prepacked(
+    x: torch.Tensor,
+    layers: Sequence[torch.Tensor],
+    bias: Sequence[torch.Tensor | None],
+    out_features: Sequence[int],
+    norm: RMSNorm | None,
+    residual: torch.Tensor | None,
+    activation: int,
+) -> list[torch.Tensor]:
+    """Call ``torch.ops.littlebit2.fused_linear_prepacked``: a norm, prepacked layers, a residual sum.
+
+    Args:
+        x, layers, bias, out_features, activation: as :func:`grouped_linear_prepacked`.
+        norm: of ``x``, or ``None``.
+        residual: ``[..., N]`` in the dtype of ``x``, added to the output of one layer; or ``None``.
+
+    Returns:
+        ``[..., N_i]`` of each layer, in the dtype of ``x``. Not differentiable.
+    """
+    weight, eps, offset = _norm_arguments(norm)
+    return _call_fused(
+        "fused_linear_prepacked",
+        x,
+        (list(layers), list(bias), list(out_features), weight, eps, offset, residual, activation),
+    )
+
+
+def mlp_prepacked(
+    x: torch.Tensor,
+    layers: Sequence[torch.Tensor],
+    bias: Sequence[torch.Tensor | None],
+    out_features: int,
+    function: int,
+    norm: RMSNorm | None,
+    residual: torch.Tensor | None,
+    activation: int,
+) -> torch.Tensor:
+    """Call ``torch.ops.littlebit2.mlp_prepacked``: an MLP of prepacked layers.
+
+    Args:
+        x: ``[..., K]``.
+        layers: uint8 ``[bytes]`` of gate, up and down, or of up and down.
+        bias: float32 ``[N]`` or ``None`` of each layer.
+        out_features: N of down.
+        function: a value of :data:`littlebit2_kernels.fused_mlp.FUNCTIONS`.
+        norm: of ``x``, or ``None``.
+        residual: ``[..., N]`` in the dtype of ``x``, added to the output; or ``None``.
+        activation: a value of :data:`littlebit2_kernels.dispatch.ACTIVATIONS`.
+
+    Returns:
+        ``[..., N]`` in the dtype of ``x``. Not differentiable.
+    """
+    weight, eps, offset = _norm_arguments(norm)
+    return _call_fused(
+        "mlp_prepacked",
+        x,
+        (list(layers), list(bias), out_features, function, weight, eps, offset, residual, activation),
+    )
+
+
+def _norm_arguments(norm: RMSNorm | None) -> tuple[torch.Tensor | None, float, float]:
+    return (None, 0.0, 0.0) if norm is None else (norm.weight, norm.eps, norm.offset)
+
+
+def _call_fused(name: str, x: torch.Tensor, arguments: tuple[Any, ...]) -> Any:
+    """Call an operator that is not differentiable, for arguments that need no gradient."""
+    if torch.compiler.is_compiling():
+        load_for(x)
+        return getattr(torch.ops.littlebit2, name)(x, *arguments)
+    operator = eager_operators.get(name) or load_operator(name, x)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(x, *arguments)
 
 
 def int8_linear(
