@@ -13,12 +13,12 @@ from ._native import (
 from .dispatch import BackendUnavailableError
 from .format import FORMAT_VERSION, PackedLinear, PackedPath
 from .functional import littlebit_linear
-from .fused_mlp import mlp
+from .fused.mlp import mlp
+from .fused.norm import RMSNorm
 from .fusion import LinearGroup, fuse_linears, grouped_linear, unfuse_linears
 from .gpu import GpuProperties
 from .int8 import Int8Embedding, Int8Linear
 from .linear import LittleBitLinear
-from .norm import RMSNorm
 from .ops.library import load
 from .packing import pack_signs, unpack_signs
 from .planning.explanation import Explanation, explain

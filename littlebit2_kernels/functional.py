@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 
 from .dispatch import ACTIVATIONS, PREPACKED, Choice, check_activation_mode, choose_for
 from .format import LayerShape, PackedLinear
-from .norm import RMSNorm
+from .fused.norm import RMSNorm
 from .ops import calls
 from .ops.autograd import requires_grad
 from .ops.operands import ACTIVATION_DTYPES, Operands

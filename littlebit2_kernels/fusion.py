@@ -19,8 +19,8 @@ from .functional import (
     run_fused,
     run_group,
 )
+from .fused.norm import RMSNorm
 from .linear import LittleBitLinear
-from .norm import RMSNorm
 from .ops.operands import ACTIVATION_DTYPES
 from .prepacked import PrepackedLinear
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..norm import RMSNorm
+from ..fused.norm import RMSNorm
 from . import dense, int8
 from .autograd import call_operator, requires_grad
 from .library import eager_operators, load_for, load_operator
@@ -199,9 +199,13 @@ def fused_linear_prepacked(
     """Call ``torch.ops.littlebit2.fused_linear_prepacked``: a norm, prepacked layers, a residual sum.
 
     Args:
-        x, layers, bias, out_features, activation: as :func:`grouped_linear_prepacked`.
+        x: ``[..., K]``.
+        layers: uint8 ``[bytes]`` of each :class:`PrepackedLinear`.
+        bias: float32 ``[N]`` or ``None`` of each layer.
+        out_features: N of each layer.
         norm: of ``x``, or ``None``.
         residual: ``[..., N]`` in the dtype of ``x``, added to the output of one layer; or ``None``.
+        activation: a value of :data:`littlebit2_kernels.dispatch.ACTIVATIONS`.
 
     Returns:
         ``[..., N_i]`` of each layer, in the dtype of ``x``. Not differentiable.
@@ -231,7 +235,7 @@ def mlp_prepacked(
         layers: uint8 ``[bytes]`` of gate, up and down, or of up and down.
         bias: float32 ``[N]`` or ``None`` of each layer.
         out_features: N of down.
-        function: a value of :data:`littlebit2_kernels.fused_mlp.FUNCTIONS`.
+        function: a value of :data:`littlebit2_kernels.fused.mlp.FUNCTIONS`.
         norm: of ``x``, or ``None``.
         residual: ``[..., N]`` in the dtype of ``x``, added to the output; or ``None``.
         activation: a value of :data:`littlebit2_kernels.dispatch.ACTIVATIONS`.

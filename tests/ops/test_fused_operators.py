@@ -1,4 +1,4 @@
-"""``fused_linear_prepacked`` and ``mlp_prepacked``: schema, fakes, compilation, export; and wrong arguments."""
+"""``fused_linear_prepacked`` and ``mlp_prepacked``: schema, fakes, compilation, wrong arguments."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "layers must hold (gate, up, down) or (up, down), got 1",
     ),
-    "order": ({"layers": slice(None, None, -1)}, ValueError, "layers[0] must have N=64"),
+    "order": ({"layers": slice(None, None, -1)}, ValueError, "layers[1] must have N=64"),
     "two ups": (
         {"layers": slice(0, 2)},
         ValueError,

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn import functional
 
-from .dispatch import choose_for
-from .format import PackedLinear
-from .functional import check_norm, check_residual, check_x, differentiates, littlebit_linear, run_mlp
+from ..dispatch import choose_for
+from ..format import PackedLinear
+from ..functional import check_norm, check_residual, check_x, differentiates, littlebit_linear, run_mlp
+from ..prepacked import PrepackedLinear
 from .norm import RMSNorm
-from .prepacked import PrepackedLinear
 
 __all__ = ["FUNCTIONS", "mlp"]
 
@@ -38,14 +38,14 @@ def mlp(
 ) -> torch.Tensor:
     """Apply the MLP of a decoder block to ``x``.
 
-    ``down(function(gate(h)) * up(h)) + residual`` with ``h = norm(x)`` for layers ``(gate, up, down)``. For
-    ``(up, down)`` it is ``down(function(up(h))) + residual`` where N of ``up`` is K of ``down``, and where it is
-    twice that, the halves of ``up(h)`` are gate and up.
+    ``down(function(gate(h)) * up(h)) + residual`` with ``h = norm(x)`` for layers ``(gate, up, down)``.
+    For ``(up, down)`` it is ``down(function(up(h))) + residual`` where N of ``up`` is K of ``down``. Where it
+    is twice that, the halves of ``up(h)`` are gate and up.
 
-    Prepacked layers on the CPU take one call of a native kernel, and values in between are float32. Calls that
-    need a gradient or run under autocast, packed layers, and those of other backends are composed of
-    :func:`littlebit2_kernels.littlebit_linear` and torch's operations: the same within the rounding of values
-    in between to the dtype of ``x``.
+    Prepacked layers on the CPU take one call of a native kernel, and values in between are float32. Calls
+    that need a gradient or run under autocast, packed layers, and those of other backends are composed of
+    :func:`littlebit2_kernels.littlebit_linear` and torch's operations: the same within the rounding of
+    values in between to the dtype of ``x``.
 
     Args:
         x: ``[..., K]`` float32, float16 or bfloat16.
