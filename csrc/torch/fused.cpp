@@ -63,8 +63,8 @@ void check_columns(const Tensor& x, const std::optional<Tensor>& norm, int64_t k
 Rows residual_rows(const Tensor& residual, const Tensor& x, const Rows& input, int64_t n) {
   std::vector<int64_t> expected(x.sizes().begin(), x.sizes().end());
   expected.back() = n;
-  const bool same =
-      residual.dim() == x.dim() && std::equal(expected.begin(), expected.end(), residual.sizes().begin(), residual.sizes().end());
+  const bool same = residual.dim() == x.dim() && std::equal(expected.begin(), expected.end(),
+                                                            residual.sizes().begin(), residual.sizes().end());
   LB2_CHECK(same, "residual must have the shape of the output, the leading dimensions of x ", shape_of(x),
             " and ", n, ", got ", shape_of(residual));
   const Rows rows = rows_of("residual", residual, n, kCpu);

@@ -10,8 +10,8 @@ std::vector<Tensor> grouped_linear_prepacked_cpu(const Tensor& x, const std::vec
                                                  const Biases& bias, const std::vector<int64_t>& out_features,
                                                  int64_t activation);
 
-// The same of the normalized x, if there is a norm (the weight of an lb2_norm), plus the residual [..., N] of one
-// layer.
+// The same of the normalized x, if there is a norm (the weight of an lb2_norm), plus the residual [..., N] of
+// one layer.
 std::vector<Tensor> fused_linear_prepacked_cpu(const Tensor& x, const std::vector<Tensor>& layers,
                                                const Biases& bias, const std::vector<int64_t>& out_features,
                                                const std::optional<Tensor>& norm, double eps, double offset,

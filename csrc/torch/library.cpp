@@ -57,14 +57,15 @@ STABLE_TORCH_LIBRARY(littlebit2, m) {
   m.def(
       "joined_linear_prepacked(Tensor x, Tensor[] layers, Tensor?[] bias, int[] out_features, int "
       "activation=0) -> Tensor");
-  // grouped_linear_prepacked of x / sqrt(mean(x^2) + eps) * (norm + offset), norm [K], plus the residual [..., N] of
-  // one layer; and an MLP, of gate, up and down or of up and down, with an lb2_function: 0 silu, 1 gelu, 2 gelu_tanh,
-  // 3 relu. Not differentiable.
+  // grouped_linear_prepacked of x / sqrt(mean(x^2) + eps) * (norm + offset), norm [K], plus the residual
+  // [..., N] of one layer; and an MLP, of gate, up and down or of up and down, with an lb2_function: 0 silu,
+  // 1 gelu, 2 gelu_tanh, 3 relu. Not differentiable.
   m.def(
       "fused_linear_prepacked(Tensor x, Tensor[] layers, Tensor?[] bias, int[] out_features, Tensor? norm, "
       "float eps, float offset, Tensor? residual, int activation=0) -> Tensor[]");
   m.def(
-      "mlp_prepacked(Tensor x, Tensor[] layers, Tensor?[] bias, int out_features, int function, Tensor? norm, "
+      "mlp_prepacked(Tensor x, Tensor[] layers, Tensor?[] bias, int out_features, int function, Tensor? "
+      "norm, "
       "float eps, float offset, Tensor? residual, int activation=0) -> Tensor");
   m.def("linear_prepacked_backward_x(Tensor grad, Tensor layer, int in_features) -> Tensor");
   // Dense int8 rows with a scale each: weight int8 [N, K], scale and bias float32 [N].

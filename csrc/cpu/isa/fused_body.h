@@ -82,7 +82,8 @@ struct Silu {
 // x / 2 * (1 + tanh(u)) is x / (1 + exp(-2 u)).
 struct GeluTanh {
   static Vec of(const Vec& x) {
-    const Vec inner = Vec::fused(Vec::mul(x, x), Vec::broadcast(0x1.2444f2p-4f), Vec::broadcast(0x1.988454p+0f));
+    const Vec inner =
+        Vec::fused(Vec::mul(x, x), Vec::broadcast(0x1.2444f2p-4f), Vec::broadcast(0x1.988454p+0f));
     return gated(x, Vec::mul(x, inner));
   }
 };
@@ -97,7 +98,8 @@ struct Gelu {
     const Vec one = Vec::broadcast(1.0f);
     const Vec inverse = Vec::div(one, Vec::fused(magnitude, Vec::broadcast(0x1.6a09e6p-2f), one));
     Vec p = Vec::broadcast(-0x1.e3e52p-5f);
-    for (const float coefficient : {0x1.2367fp-2f, -0x1.f2e528p-2f, 0x1.1cbe54p-2f, -0x1.b4435ap-6f, 0x1.9f1aa8p-3f, 0x1.f1e04cp-3f, 0x1.2127p-2f, 0x1.20db42p-2f})
+    for (const float coefficient : {0x1.2367fp-2f, -0x1.f2e528p-2f, 0x1.1cbe54p-2f, -0x1.b4435ap-6f,
+                                    0x1.9f1aa8p-3f, 0x1.f1e04cp-3f, 0x1.2127p-2f, 0x1.20db42p-2f})
       p = Vec::fused(p, inverse, Vec::broadcast(coefficient));
     const Vec tail = Vec::mul(exponential(Vec::mul(Vec::mul(x, Vec::broadcast(-0.5f)), x)),
                               Vec::mul(Vec::mul(inverse, p), Vec::mul(magnitude, Vec::broadcast(-0.5f))));

@@ -30,7 +30,7 @@ lb2_status run_block(const Call& call, const Group& group, const lb2_rows* outpu
   const CallPlan& plan = group.plan;
   const int64_t tokens = std::min(plan.token_block, call.m - first);
   const auto tasks_of = [&](int i) {
-    return LayerTasks{group.layers[i], group.layer_plans[i],      plan,           call.kernels(),
+    return LayerTasks{group.layers[i], group.layer_plans[i],     plan,           call.kernels(),
                       *call.mode,      call.source(plan, first), call.workspace, tokens};
   };
   int64_t counts[kPhases] = {call.norm == nullptr ? 0 : tokens, 0, 0};
@@ -132,8 +132,7 @@ extern "C" lb2_status lb2_prepacked_forward_cpu(const lb2_prepacked_args* args) 
   Group group;
   LB2_RETURN_IF_ERROR(resolve_prepacked(args, &call, &group));
   const Layout& layout = group.layers[0].layout;
-  LB2_RETURN_IF_ERROR(
-      lb2::check_prepacked_buffers(*args, layout.k, layout.n, group.plan.workspace_bytes));
+  LB2_RETURN_IF_ERROR(lb2::check_prepacked_buffers(*args, layout.k, layout.n, group.plan.workspace_bytes));
   const lb2_rows output = {args->output, args->output_stride};
   return run_group(call, group, &output);
 }

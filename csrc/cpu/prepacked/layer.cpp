@@ -44,7 +44,8 @@ void LayerTasks::load_input(int stage, int64_t token, int64_t first, int64_t col
   // The vectors at the end of a chunk may read into the next one, which costs less than stopping short.
   const int64_t readable = std::min(padded, layout().k - first);
   const char* row = source.rows + (token * source.stride + first) * element_bytes(source.dtype);
-  kernels.load_scaled(source.dtype, row, scale(layout().stages[stage].in_scale) + first, readable, padded, out);
+  kernels.load_scaled(source.dtype, row, scale(layout().stages[stage].in_scale) + first, readable, padded,
+                      out);
   if (source.norm != nullptr) {
     const lb2_norm& norm = *source.norm;
     const char* weight = static_cast<const char*>(norm.weight) + first * element_bytes(norm.dtype);

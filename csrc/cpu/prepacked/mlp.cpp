@@ -27,7 +27,7 @@ struct LayerRows {
   float* first;
   int64_t stride;
   LayerRows(const LayerTasks& tasks, int64_t begin, int64_t end, Range range, const Scratch& scratch,
-          float* sums) {
+            float* sums) {
     constexpr int64_t kTileRows = kTileBlocks * kBlockRows;
     const Range tiles = {begin / kTileRows, divide_up(end, kTileRows)};
     tasks.sum_outputs(tiles, range, scratch, sums);
@@ -66,8 +66,8 @@ class Block {
 
  private:
   LayerTasks on(int i, const Source& source) const {
-    return {mlp_.layers[i], mlp_.layer_plans[i], mlp_.plan,       call_.kernels(),
-            *call_.mode,    source,              call_.workspace, tokens_};
+    return {mlp_.layers[i], mlp_.layer_plans[i], mlp_.plan, call_.kernels(), *call_.mode,
+            source,         call_.workspace,     tokens_};
   }
   LayerTasks tasks(int i) const { return on(i, call_.source(mlp_.plan, first_)); }
   LayerTasks down() const {
@@ -79,8 +79,8 @@ class Block {
   void run_hidden(int64_t task, const Scratch& scratch) const {
     constexpr int64_t kTileRows = kTileBlocks * kBlockRows;
     const int64_t columns = mlp_.hidden_columns();
-    const Range tiles = piece(divide_up(columns, kTileRows), task / mlp_.plan.token_tasks,
-                              mlp_.plan.hidden_splits);
+    const Range tiles =
+        piece(divide_up(columns, kTileRows), task / mlp_.plan.token_tasks, mlp_.plan.hidden_splits);
     const Range range = token_piece(mlp_.plan, tokens_, task);
     if (tiles.size() == 0 || range.size() == 0) return;
     const int64_t begin = tiles.begin * kTileRows, end = std::min(tiles.end * kTileRows, columns);
@@ -88,8 +88,8 @@ class Block {
     const LayerRows gate(tasks(0), begin, end, range, scratch, scratch.gate);
     const int64_t offset = mlp_.halves ? columns : 0;
     const LayerRows up = gated ? LayerRows(tasks(mlp_.halves ? 0 : 1), begin + offset, end + offset, range,
-                                       scratch, scratch.sums)
-                             : gate;
+                                           scratch, scratch.sums)
+                               : gate;
     float* hidden = reinterpret_cast<float*>(call_.workspace + mlp_.plan.hidden);
     for (int64_t t = range.begin; t < range.end; ++t) {
       const int64_t row = t - range.begin;
@@ -129,8 +129,7 @@ lb2_status check_sizes(Mlp* mlp) {
 lb2_status resolve(const lb2_mlp_args* args, Call* call, Mlp* mlp) {
   LB2_RETURN_IF_ERROR(check_mlp(args));
   mlp->num_layers = static_cast<int>(args->num_layers);
-  for (int i = 0; i < mlp->num_layers; ++i)
-    LB2_RETURN_IF_ERROR(read_layer(args->layers[i], &mlp->layers[i]));
+  for (int i = 0; i < mlp->num_layers; ++i) LB2_RETURN_IF_ERROR(read_layer(args->layers[i], &mlp->layers[i]));
   LB2_RETURN_IF_ERROR(check_sizes(mlp));
   LB2_RETURN_IF_ERROR(resolve_call(*args, call));
   call->norm = args->norm;
@@ -158,8 +157,8 @@ extern "C" lb2_status lb2_mlp_forward_cpu(const lb2_mlp_args* args) {
   Call call;
   Mlp mlp;
   LB2_RETURN_IF_ERROR(resolve(args, &call, &mlp));
-  LB2_RETURN_IF_ERROR(lb2::check_mlp_buffers(*args, mlp.layers[0].layout.k, mlp.down().layout.n,
-                                             mlp.plan.workspace_bytes));
+  LB2_RETURN_IF_ERROR(
+      lb2::check_mlp_buffers(*args, mlp.layers[0].layout.k, mlp.down().layout.n, mlp.plan.workspace_bytes));
   const lb2_rows output = {args->output, args->output_stride};
   for (int64_t first = 0; first < call.m; first += mlp.plan.token_block)
     LB2_RETURN_IF_ERROR(Block(call, mlp, args->function, output, first).run());

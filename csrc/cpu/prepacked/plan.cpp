@@ -3,9 +3,10 @@
 namespace lb2::cpu {
 namespace {
 
-constexpr int64_t kPartsBytes = 1 << 20;  // what a block hands on, mostly latents in several parts: an L2 cache
-constexpr int64_t kMostTaskTokens = 8;    // together with kMostTaskTiles: sums of a task stay in L2
-constexpr int64_t kMostTaskTiles = 32;    // enough rows to hide the building of tables
+constexpr int64_t kPartsBytes =
+    1 << 20;                            // what a block hands on, mostly latents in several parts: an L2 cache
+constexpr int64_t kMostTaskTokens = 8;  // together with kMostTaskTiles: sums of a task stay in L2
+constexpr int64_t kMostTaskTiles = 32;  // enough rows to hide the building of tables
 constexpr int64_t kLeastTaskTiles = 2;
 constexpr int64_t kMostTokenBlock = 128;
 constexpr int64_t kTasksPerWorker = 2;  // so that a thread that lost its core delays the others less
@@ -16,9 +17,7 @@ int64_t split_tiles(int64_t tiles, int64_t most_tiles, int64_t tasks, int64_t al
   return std::max<int64_t>(1, std::min(splits, tiles / kLeastTaskTiles));
 }
 
-int64_t output_tiles(const Layout& layout) {
-  return divide_up(divide_up(layout.n, kBlockRows), kTileBlocks);
-}
+int64_t output_tiles(const Layout& layout) { return divide_up(divide_up(layout.n, kBlockRows), kTileBlocks); }
 
 // Most tiles and number of segments of the first stages that run in a phase of their own.
 struct Stages {

@@ -214,16 +214,16 @@ LB2_API lb2_status lb2_prepacked_forward_cpu(const lb2_prepacked_args* args);
 /* ---- Several prepacked layers in one call ----
  *
  * What surrounds the layers of a decoder block is done in the same call and the same parallel region: the
- * normalization of the input, the activation function of an MLP, and the residual sum. Values between the input
- * and the output are fp32 and are never rounded to dtype. Arithmetic and guarantees are those of
+ * normalization of the input, the activation function of an MLP, and the residual sum. Values between the
+ * input and the output are fp32 and are never rounded to dtype. Arithmetic and guarantees are those of
  * lb2_prepacked_forward_cpu: a layer has the same bits in any group and in its own call. */
 
 /* Layers of one lb2_grouped_forward_cpu. */
 #define LB2_MAX_LAYERS 8
 
 /* The input x of a call becomes x / sqrt(mean(x^2) + eps) * (weight + offset), the mean over K, before its
- * layers: RMS normalization, with offset 1 for Gemma's. A token whose sum of squares is more than a float holds
- * becomes 0 where it is finite, as in torch. */
+ * layers: RMS normalization, with offset 1 for Gemma's. A token whose sum of squares is more than a float
+ * holds becomes 0 where it is finite, as in torch. */
 typedef struct lb2_norm {
   const void* weight; /* [K] */
   lb2_dtype dtype;    /* of weight */
@@ -293,9 +293,10 @@ typedef int32_t lb2_function;
 #define LB2_FUNCTION_GELU_TANH 2 /* x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3))) */
 #define LB2_FUNCTION_RELU 3      /* max(x, 0) */
 
-/* A whole MLP. Of three layers, gate, up and down: y = down(f(gate(h)) * up(h)) + residual with h = norm(x). Of
- * two, up and down: y = down(f(up(h))) + residual if N of up is K of down; if it is twice that, gate and up are
- * the first and second half of its rows. Zero-initialize, then set struct_size = sizeof(lb2_mlp_args). */
+/* A whole MLP. Of three layers, gate, up and down: y = down(f(gate(h)) * up(h)) + residual with h = norm(x).
+ * Of two, up and down: y = down(f(up(h))) + residual if N of up is K of down; if it is twice that, gate and
+ * up are the first and second half of its rows. Zero-initialize, then set struct_size = sizeof(lb2_mlp_args).
+ */
 typedef struct lb2_mlp_args {
   uint64_t struct_size;
   const lb2_prepacked_layer* layers; /* [num_layers] */
