@@ -205,7 +205,7 @@ def fuse_linears(modules: Sequence[LittleBitLinear], *, on_cpu: bool = False) ->
 
     Args:
         modules: at least two, of the same ``in_features``, all with one stage or all with two.
-        on_cpu: fuse on the CPU too. It saves nothing there (docs/performance.md); all else is the same.
+        on_cpu: fuse on the CPU too, where prepacked layers then share a parallel region.
 
     Returns:
         The group.
