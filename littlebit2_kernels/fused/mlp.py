@@ -92,7 +92,7 @@ def mlp(
     return y if residual is None else y + residual
 
 
-def _check_layers(layers: Sequence[PackedLinear] | Sequence[PrepackedLinear]) -> None:
+def _check_layers(layers: Sequence[PackedLinear | PrepackedLinear]) -> None:
     if len(layers) not in (2, 3):
         raise ValueError(f"layers must hold (gate, up, down) or (up, down), got {len(layers)} layers")
     kinds = {type(layer) for layer in layers}
