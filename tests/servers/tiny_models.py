@@ -16,6 +16,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
 
 from littlebit2 import QuantConfig, quantize_
+from littlebit2.architecture.int8 import int8_
 from littlebit2.checkpoint import quantization_config
 from littlebit2.integrations.modules import layers_of, spec_of
 from littlebit2.integrations.transformers import attach
@@ -41,6 +42,9 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
+#: Sizes that SGLang serves on CPUs, where it pads others.
+_EVEN: dict[str, Any] = {"intermediate_size": 192}
+
 #: Family, settings of its configuration, and paths of its layers.
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama": ("Llama", {}, "one"),
@@ -52,16 +56,25 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "gemma2": ("Gemma2", {"query_pre_attn_scalar": 32, "tie_word_embeddings": True}, "one"),
     "phi3": ("Phi3", {}, "one"),
     "one-kv-head": ("Llama", {"num_key_value_heads": 1}, "one"),
+    "even": ("Llama", _EVEN, "one"),
+    "even-two-path": ("Llama", {**_EVEN, "attention_bias": True}, "two"),
+    "even-qwen2": ("Qwen2", _EVEN, "one"),
+    "even-one-kv-head": ("Llama", {**_EVEN, "num_key_value_heads": 1}, "one"),
+    "int8": ("Llama", {**_EVEN, "vocab_size": 300}, "one"),
+    "int8-tied": ("Llama", {**_EVEN, "tie_word_embeddings": True}, "one"),
+    "packed-head": ("Llama", {**_EVEN, "vocab_size": 300}, "one"),
 }
+#: Models whose head and embedding are in int8 rows, and those with a packed head.
+_INT8 = ("int8", "int8-tied")
+_PACKED_HEAD = ("packed-head",)
 
 
-def make_model(name: str, path: Path, packed_head: bool = False) -> None:
+def make_model(name: str, path: Path) -> None:
     """Write a packed checkpoint with a tokenizer whose words are ``t0``, ``t1``, ...
 
     Args:
         name: a key of :data:`MODELS`.
         path: the directory, which is made.
-        packed_head: whether the head is packed too.
     """
     family, settings, kind = MODELS[name]
     model = _dense(family, settings)
@@ -69,15 +82,16 @@ def make_model(name: str, path: Path, packed_head: bool = False) -> None:
     generator = torch.Generator().manual_seed(draw.randrange(2**31))
     for module, linear in list(model.named_modules()):
         # The first down projection of each model stays dense.
-        dense = module.endswith("layers.0.mlp.down_proj") or ("lm_head" in module and not packed_head)
+        dense = module.endswith("layers.0.mlp.down_proj") or ("lm_head" in module and name not in _PACKED_HEAD)
         if isinstance(linear, nn.Linear) and not dense:
             model.set_submodule(
                 module,
                 LittleBitLinear.from_packed(_packed(linear, kind, draw, generator), activation="exact"),
             )
-    kept = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-    specs = [spec_of(name, layer) for name, layer in layers_of(model).items()]
-    _save(model, path, {"quantization_config": quantization_config(specs, kept)})
+    int8 = sorted(int8_(model).stored) if name in _INT8 else []
+    kept = [module for module, linear in model.named_modules() if type(linear) is nn.Linear]
+    specs = [spec_of(module, layer) for module, layer in layers_of(model).items()]
+    _save(model, path, {"quantization_config": quantization_config(specs, kept, (), int8)})
 
 
 def make_experts(path: Path) -> None:
@@ -128,8 +142,12 @@ def _save(model: Any, path: Path, extra: dict[str, Any]) -> None:
     config.pop("_name_or_path", None)
     config.update(architectures=[type(model).__name__], dtype="float32", **extra)
     (path / "config.json").write_text(json.dumps(config, indent=1, default=str))
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    state = {name: one.contiguous() for name, one in model.state_dict().items() if name not in tied}
+    tied = model.config.tie_word_embeddings
+    state = {
+        name: one.contiguous()
+        for name, one in model.state_dict().items()
+        if not (tied and name.startswith("lm_head."))
+    }
     save_file(state, path / "model.safetensors", {"format": "pt"})
     _save_tokenizer(path)
 

@@ -1,4 +1,4 @@
-"""The linear method: packed layers from their tensors, one operator for each module of vLLM."""
+"""The methods of vLLM's modules: which part of a layer a rank has, and who sums."""
 
 from __future__ import annotations
 
@@ -8,121 +8,131 @@ from typing import Any
 import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed import tensor_model_parallel_all_reduce
-from vllm.model_executor.layers.linear import LinearMethodBase
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearMethodBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
-from littlebit2.checkpoint import CheckpointError
-from littlebit2_kernels import JoinedLinear, PackedLinear, StagedLinear, warmup
+from littlebit2.integrations.serving.linear import PackedLinearBase
+from littlebit2.integrations.serving.placement import Placement
+from littlebit2.integrations.serving.vocabulary import Int8RowsBase, PackedHeadBase
 
-from .layers import Part
-from .placeholders import Placeholders
-from .placement import Placement
+__all__ = ["Int8RowsMethod", "PackedHeadMethod", "PackedLinearMethod", "TiedHeadMethod"]
 
-__all__ = ["PackedLinearMethod"]
-
-#: Bytes of an entry of latents.
-_LATENT_BYTES = 4
+#: Modules whose division is known. Others divide in ways of their own.
+_DIVIDED = (ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear)
 
 
-class PackedLinearMethod(LinearMethodBase):
-    """How one linear module of vLLM is made, loaded and run; each module has an instance of its own.
+class PackedLinearMethod(PackedLinearBase, LinearMethodBase):
+    """See :class:`PackedLinearBase`."""
 
-    Args:
-        parts: the packed layers of the module.
-        backend: of every call, see :func:`littlebit2_kernels.littlebit_linear`.
-        activation: likewise.
-    """
+    def create_weights(self, layer: Any, *sizes: Any, **more: Any) -> None:
+        """Register placeholders for the tensors of the packed layers, which collect what is loaded."""
+        super().create_weights(layer, *sizes, **more)
+        self.adapters = _with_adapters()
 
-    def __init__(self, parts: Sequence[Part], backend: str, activation: str) -> None:
-        self.parts = list(parts)
-        self.settings: dict[str, Any] = {"backend": backend, "activation": activation}
-        self.placeholders: Placeholders | None = None
+    def placement(self, layer: Any, names: Sequence[str], sizes: Sequence[int]) -> Placement:
+        """See :class:`PackedLinearBase`."""
+        if isinstance(layer, ReplicatedLinear) or layer.tp_size == 1:
+            return Placement.whole(names, layer.input_size, sizes)
+        if type(layer) not in _DIVIDED:
+            raise ValueError(
+                f"{names[0]}: {type(layer).__name__} cannot be divided among {layer.tp_size} ranks: "
+                "serve the model without tensor parallelism"
+            )
+        rank, ranks = layer.tp_rank, layer.tp_size
+        if isinstance(layer, RowParallelLinear):
+            return Placement.by_inputs(names, layer.input_size, sizes, rank, ranks)
+        pieces = [(rank, ranks)] * len(sizes)
+        if isinstance(layer, QKVParallelLinear):
+            replicas = layer.num_kv_head_replicas
+            pieces[1:] = [(rank // replicas, ranks // replicas)] * (len(sizes) - 1)
+        return Placement(tuple(names), rank, ranks, layer.input_size, tuple(sizes), tuple(pieces))
 
-    def create_weights(
-        self,
-        layer: torch.nn.Module,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra: Any,
-    ) -> None:
-        """Register placeholders for the tensors of the packed layers, which collect what is loaded.
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """See :class:`PackedLinearBase`."""
+        device = self.placeholders.device if self.placeholders is not None else None
+        super().process_weights_after_loading(layer)
+        if self.adapters:
+            # vLLM takes the device of adapters from an attribute of this name.
+            layer.weight_packed = torch.empty(0, device=device)
+
+    def download_folder(self) -> str | None:
+        """See :class:`PackedLinearBase`."""
+        config = get_current_vllm_config_or_none()
+        return None if config is None else config.load_config.download_dir
+
+    def takes_over_sum(self, layer: Any) -> bool:
+        """Adapters are added before the sum of the module, so that one must stay where there are any."""
+        return bool(layer.reduce_results) and not self.adapters
+
+    def sum_over_ranks(self, latents: torch.Tensor) -> torch.Tensor:
+        """See :class:`PackedLinearBase`."""
+        return tensor_model_parallel_all_reduce(latents)
+
+
+class PackedHeadMethod(PackedHeadBase, QuantizeMethodBase):
+    """See :class:`PackedHeadBase`."""
+
+    def create_weights(self, layer: Any, *sizes: Any, **more: Any) -> None:
+        """See :class:`PackedHeadBase`.
 
         Raises:
             ValueError: the server is to add LoRA adapters.
         """
-        config = get_current_vllm_config_or_none()
-        if config is not None and config.lora_config is not None:
-            raise ValueError(
-                f"{self.parts[0].name}: LoRA adapters beside packed layers are not served: start without "
-                "--enable-lora, or merge the adapter before quantization"
-            )
-        self.placeholders = Placeholders(layer, self.parts)
-        self.params_dtype = params_dtype
+        _refuse_adapters(self.parts[0].name, "a packed head")
+        super().create_weights(layer, *sizes, **more)
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Build this rank's part of the layers, checked and complete, in place of the placeholders.
+
+class Int8RowsMethod(Int8RowsBase, QuantizeMethodBase):
+    """See :class:`Int8RowsBase`."""
+
+    def create_weights(self, layer: Any, *sizes: Any, **more: Any) -> None:
+        """See :class:`Int8RowsBase`.
 
         Raises:
-            CheckpointError: a tensor is missing, unexpected or malformed; the message names it.
-            ValueError: the layers are not those of the module, or cannot be divided among the ranks.
+            ValueError: the server is to add LoRA adapters.
         """
-        if self.placeholders is None:
-            raise RuntimeError(f"{self.parts[0].name}: packed layers cannot be loaded a second time")
-        device = self.placeholders.device
-        packed = self.placeholders.take()
-        self.placeholders = None
-        self._check_biases(layer, packed)
-        placement = Placement.of(layer, [part.name for part in self.parts])
-        placement.check(packed)
-        if placement.by_columns:
-            layer.packed = self._by_columns(layer, placement, packed[0], device)
-        else:
-            own = placement.rows(packed)
-            _keep_bias(layer, own)
-            # Where the caller adds the bias, it has it from the layer.
-            own = [PackedLinear(part.paths) for part in own] if layer.skip_bias_add else own
-            layer.packed = JoinedLinear([part.to(device) for part in own], **self.settings)
-        if device.type != "cpu":
-            warmup(layer.packed, self.params_dtype)
-
-    def _check_biases(self, layer: Any, packed: Sequence[PackedLinear]) -> None:
-        for part, one in zip(self.parts, packed, strict=True):
-            if layer.bias is not None and one.bias is None:
-                raise CheckpointError(f"{part.structure.stored}.bias is missing: the model has a bias there")
-
-    def _by_columns(
-        self, layer: Any, placement: Placement, packed: PackedLinear, device: torch.device
-    ) -> JoinedLinear | StagedLinear:
-        _keep_bias(layer, [packed])
-        part = placement.columns(packed)
-        if layer.skip_bias_add:
-            part = PackedLinear(part.paths)
-        part = part.to(device)
-        if part.ranks is not None and layer.reduce_results:
-            latents = sum(part.shape.own_rows) * _LATENT_BYTES
-            if latents < part.out_features * self.params_dtype.itemsize:
-                # The sum over ranks is taken between the stages, so the module must not sum again.
-                layer.reduce_results = False
-                return StagedLinear(part, **self.settings)
-        # The bias enters a sum over ranks once.
-        return JoinedLinear([part if placement.rank == 0 else PackedLinear(part.paths)], **self.settings)
-
-    def apply(
-        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Map ``x`` ``[..., K]`` to ``[..., N]``; ``bias`` is not read, because the packed layers hold it."""
-        packed: Any = layer.packed
-        if isinstance(packed, StagedLinear):
-            latents = tensor_model_parallel_all_reduce(packed.latents(x))
-            return packed.outputs(latents, x.dtype)
-        return packed(x)
+        _refuse_adapters(self.name, "int8 rows")
+        super().create_weights(layer, *sizes, **more)
 
 
-def _keep_bias(layer: Any, parts: Sequence[PackedLinear]) -> None:
-    """Give the module's own bias its values, for callers that add it themselves."""
-    if layer.bias is None:
-        return
-    with torch.no_grad():
-        layer.bias.copy_(torch.cat([part.bias for part in parts if part.bias is not None]))
+class TiedHeadMethod(QuantizeMethodBase):
+    """A head that is the embedding in int8 rows: the model ties it, and uses the embedding in its place."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def create_weights(self, layer: Any, *sizes: Any, **more: Any) -> None:
+        """Make nothing: the embedding has the rows."""
+
+    def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
+        """Return the embedding, which computes logits too."""
+        return embed_tokens
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Raise ``ValueError``: a model that ties its head does not have this one when it is loaded."""
+        raise ValueError(
+            f"{self.name}: config.json says that the head is tied to the embedding, vLLM's model does not tie it"
+        )
+
+    def apply(self, layer: torch.nn.Module, *inputs: Any, **more: Any) -> torch.Tensor:
+        """Raise ``RuntimeError``: see :meth:`process_weights_after_loading`."""
+        raise RuntimeError(f"{self.name}: the head is tied to the embedding, which computes the logits")
+
+
+def _with_adapters() -> bool:
+    config = get_current_vllm_config_or_none()
+    return config is not None and config.lora_config is not None
+
+
+def _refuse_adapters(name: str, what: str) -> None:
+    if _with_adapters():
+        raise ValueError(
+            f"{name}: LoRA adapters beside {what} are not served: start without --enable-lora"
+        )

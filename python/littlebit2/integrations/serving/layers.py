@@ -1,4 +1,4 @@
-"""Which layers a checkpoint has packed, by the names of vLLM's modules."""
+"""Which layers a checkpoint has packed, by the names of a server's modules."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Part:
     """One packed layer of a module that may hold several.
 
     Attributes:
-        name: as vLLM would call a module of its own, for messages.
+        name: as the server would call a module of its own, for messages.
         structure: what is expected of it.
     """
 
@@ -53,24 +53,24 @@ class LayerTable:
 
     Attributes:
         structures: by name.
+        rows: names of heads and embeddings in int8 rows, and their names in the checkpoint.
     """
 
-    def __init__(self, structures: Mapping[str, Structure]) -> None:
+    def __init__(self, structures: Mapping[str, Structure], rows: Mapping[str, str] | None = None) -> None:
         self.structures = dict(structures)
+        self.rows = dict(rows or {})
 
     @classmethod
     def from_config(cls, config: LittleBit2Config) -> LayerTable:
         """The table of a checkpoint, under its own names.
 
         Raises:
-            ValueError: the checkpoint has parts that no module of vLLM can hold yet.
+            ValueError: the checkpoint has salient columns, which no server is given yet.
         """
-        for what, names in (
-            ("heads and embeddings in int8 rows", config.int8),
-            ("salient columns", config.salient_columns),
-        ):
-            if names:
-                raise ValueError(f"{next(iter(names))}: {what} are not served yet: quantize without them")
+        if config.salient_columns:
+            raise ValueError(
+                f"{next(iter(config.salient_columns))}: salient columns are not served yet: quantize without them"
+            )
         two_stage = {
             name: Structure(name, tuple(ranks), tuple(config.shares.get(name, ())))
             for name, ranks in config.ranks.items()
@@ -78,11 +78,11 @@ class LayerTable:
         single = {
             name: Structure(name, None, tuple(config.shares.get(name, ()))) for name in config.single_stage
         }
-        return cls({**two_stage, **single})
+        return cls({**two_stage, **single}, {name: name for name in config.int8})
 
     def renamed(self, rename: Callable[[dict[str, Any]], dict[str, Any]]) -> LayerTable:
         """The same layers under other names; ``rename`` maps the keys of a dictionary."""
-        return LayerTable(rename(self.structures))
+        return LayerTable(rename(self.structures), rename(self.rows))
 
     def parts(self, prefix: str, mapping: Mapping[str, Sequence[str]]) -> list[Part] | None:
         """Return the packed layers that make up a module, in the order of its outputs.
@@ -115,7 +115,7 @@ class LayerTable:
         split = [name for name in others if name in self.structures]
         if split:
             raise ValueError(
-                f"{prefix}: vLLM's model expects one layer of this name, the checkpoint has it in parts: "
+                f"{prefix}: the server's model expects one layer of this name, the checkpoint has it in parts: "
                 f"{', '.join(split)}; quantize the model again, with the fused layer"
             )
         return None

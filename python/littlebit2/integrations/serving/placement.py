@@ -5,22 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from vllm.model_executor.layers.linear import (
-    ColumnParallelLinear,
-    MergedColumnParallelLinear,
-    QKVParallelLinear,
-    ReplicatedLinear,
-    RowParallelLinear,
-)
 
 from littlebit2_kernels import PackedLinear, select_rows, slice_columns, slice_rows
 
 __all__ = ["Placement"]
-
-#: Modules whose division is known. Others divide in ways of their own.
-_DIVIDED = (ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear)
 
 
 @dataclass(frozen=True)
@@ -47,29 +35,17 @@ class Placement:
     by_columns: bool = False
 
     @classmethod
-    def of(cls, layer: Any, names: Sequence[str]) -> Placement:
-        """Look at a linear module of vLLM.
+    def whole(cls, names: Sequence[str], in_features: int, sizes: Sequence[int]) -> Placement:
+        """A module that every rank has all of."""
+        return cls(tuple(names), 0, 1, in_features, tuple(sizes), ((0, 1),) * len(sizes))
 
-        Raises:
-            ValueError: how the module is divided among ranks is not known.
-        """
-        sizes = tuple(layer.output_partition_sizes)
-        if isinstance(layer, ReplicatedLinear) or layer.tp_size == 1:
-            return cls(tuple(names), 0, 1, layer.input_size, sizes, ((0, 1),) * len(sizes))
-        if type(layer) not in _DIVIDED:
-            raise ValueError(
-                f"{names[0]}: {type(layer).__name__} cannot be divided among {layer.tp_size} ranks: "
-                "serve the model without tensor parallelism"
-            )
-        rank, ranks = layer.tp_rank, layer.tp_size
-        if isinstance(layer, RowParallelLinear):
-            whole = ((0, 1),) * len(sizes)
-            return cls(tuple(names), rank, ranks, layer.input_size, sizes, whole, by_columns=True)
-        pieces = [(rank, ranks)] * len(sizes)
-        if isinstance(layer, QKVParallelLinear):
-            replicas = layer.num_kv_head_replicas
-            pieces[1:] = [(rank // replicas, ranks // replicas)] * (len(sizes) - 1)
-        return cls(tuple(names), rank, ranks, layer.input_size, sizes, tuple(pieces))
+    @classmethod
+    def by_inputs(
+        cls, names: Sequence[str], in_features: int, sizes: Sequence[int], rank: int, ranks: int
+    ) -> Placement:
+        """A module whose inputs are divided among ranks."""
+        pieces = ((0, 1),) * len(sizes)
+        return cls(tuple(names), rank, ranks, in_features, tuple(sizes), pieces, by_columns=True)
 
     @property
     def full_sizes(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""Checks a checkpoint directory before vLLM loads it: vLLM does not ask whether everything was there."""
+"""Checks a checkpoint directory before a server loads it: servers do not ask whether everything was there."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
+
 from littlebit2.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from littlebit2.integrations.names import FileNames
 from littlebit2.integrations.skeleton import UnknownModelError, skeleton
 
-__all__ = ["check_directory"]
+__all__ = ["Completeness", "check_directory"]
 
 #: Names listed in one message.
 _MOST_NAMES = 20
@@ -18,11 +20,55 @@ _MOST_NAMES = 20
 _checked: dict[Path, tuple[int, ...]] = {}
 
 
+class Completeness:
+    """Checks the files of a served model once: of a directory at once, of a name on the Hub once they are there."""
+
+    def __init__(self) -> None:
+        self._pending: tuple[str, str | None] | None = None
+
+    def expect(self, model: str, revision: str | None = None) -> None:
+        """Say which model is served.
+
+        Args:
+            model: a directory, or a name on the Hugging Face Hub, whose files the server has yet to download.
+            revision: of the model on the Hub.
+
+        Raises:
+            CheckpointError: as :func:`check_directory`, for a directory.
+        """
+        if Path(model).is_dir():
+            check_directory(Path(model))
+        else:
+            self._pending = model, revision
+
+    def check(self, cache: str | None = None) -> None:
+        """Check a model of the Hub, whose files were loaded by now; further calls do nothing.
+
+        Args:
+            cache: the folder that the server downloads to, by default that of the Hub's client.
+
+        Raises:
+            CheckpointError: as :func:`check_directory`, or the files are not where the server downloads to.
+        """
+        if self._pending is None:
+            return
+        model, revision = self._pending
+        self._pending = None
+        try:
+            found = snapshot_download(model, revision=revision, cache_dir=cache, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{model}: whether all tensors are there cannot be checked, because its files were not found in "
+                f"the Hub's cache ({error}): serve a local directory"
+            ) from error
+        check_directory(Path(found))
+
+
 def check_directory(path: Path) -> None:
     """Compare the headers of a checkpoint with config.json and with the model of transformers.
 
     Packed layers are checked by :func:`littlebit2.checkpoint.open_checkpoint`. Of dense tensors, those that
-    transformers' model of this type has must be there; a type that it does not have is left to vLLM.
+    transformers' model of this type has must be there; a type that it does not have is left to the server.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected or mis-shaped; the message names it.

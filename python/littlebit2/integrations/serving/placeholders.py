@@ -1,4 +1,4 @@
-"""Stand-ins for the tensors of packed layers, which keep what vLLM's loader brings."""
+"""Stand-ins for the tensors of packed layers, which keep what a server's loader brings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _TENSORS = {
 class Placeholders:
     """Collects the tensors of the layers that a module is made of.
 
-    vLLM's loader gives each tensor to the parameter of its name, together with which part of a fused module
+    A server's loader gives each tensor to the parameter of its name, together with which part of a fused module
     it belongs to. So the module gets one empty parameter for each name that any part has.
 
     Args:
