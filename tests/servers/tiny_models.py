@@ -17,15 +17,16 @@ from torch import nn
 
 from littlebit2 import QuantConfig, quantize_
 from littlebit2.architecture.int8 import int8_
-from littlebit2.checkpoint import quantization_config
+from littlebit2.checkpoint import open_checkpoint, quantization_config
 from littlebit2.integrations.modules import layers_of, spec_of
 from littlebit2.integrations.transformers import attach
 from littlebit2_kernels import LittleBitLinear, PackedLinear, PackedPath
 from littlebit2_kernels.testing import make_packed
 
-__all__ = ["MODELS", "VOCABULARY", "make_experts", "make_model"]
+__all__ = ["MODELS", "VOCABULARY", "make_adapter", "make_experts", "make_model"]
 
 VOCABULARY = 320
+ADAPTER_RANK = 8
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -101,6 +102,35 @@ def make_experts(path: Path) -> None:
     attach(model)
     model.save_pretrained(path)
     _save_tokenizer(path)
+
+
+def make_adapter(model: Path, path: Path) -> None:
+    """Write a random LoRA adapter, in peft's format, for all packed layers of a checkpoint.
+
+    Args:
+        model: directory of a checkpoint whose projections are not fused.
+        path: the directory, which is made.
+    """
+    path.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, torch.Tensor] = {}
+    with open_checkpoint(model) as checkpoint:
+        for name, spec in checkpoint.layers.items():
+            for part, sizes in (("A", (ADAPTER_RANK, spec.shape.in_features)), ("B", (spec.shape.out_features, ADAPTER_RANK))):
+                values = torch.randn(sizes, generator=generator) / sizes[1] ** 0.5
+                tensors[f"base_model.model.{name}.lora_{part}.weight"] = values
+    save_file(tensors, path / "adapter_model.safetensors", {"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(model),
+        "r": ADAPTER_RANK,
+        "lora_alpha": 2 * ADAPTER_RANK,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted({name.split(".")[-3] for name in tensors}),
+    }
+    (path / "adapter_config.json").write_text(json.dumps(config))
 
 
 def _dense(family: str, settings: dict[str, Any]) -> Any:

@@ -95,7 +95,7 @@ def _missing(checkpoint: Checkpoint) -> list[str]:
         model = skeleton(checkpoint.config)
     except UnknownModelError:
         return []
-    weights = [f"{name}.weight" for name in checkpoint.layers]
+    weights = [f"{name}.weight" for name in (*checkpoint.layers, *checkpoint.int8)]
     biases = [f"{name}.bias" for name, spec in checkpoint.layers.items() if spec.bias]
     keys = [*checkpoint.dense, *checkpoint.tied(), *weights, *biases]
     found = {destination.parameter for destination in FileNames(model).destinations(keys).values()}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from littlebit2.architecture.names import FUSED
+from littlebit2.architecture.names import CAUSAL_HEAD, FUSED
 from littlebit2.integrations.configuration import LittleBit2Config
 
 __all__ = ["LayerTable", "Part", "Structure"]
@@ -119,6 +119,22 @@ class LayerTable:
                 f"{', '.join(split)}; quantize the model again, with the fused layer"
             )
         return None
+
+    def rows_at(self, prefix: str, nameless: str | None) -> str | None:
+        """Return the name in the checkpoint of the int8 rows of a head or an embedding.
+
+        Args:
+            prefix: full name of the module.
+            nameless: what ``prefix`` is where the model does not name its embedding, which is then that of
+                the checkpoint that is no head; ``None`` for a head.
+
+        Returns:
+            ``None`` if the module is dense.
+        """
+        if prefix in self.rows or prefix != nameless:
+            return self.rows.get(prefix)
+        embeddings = [stored for stored in self.rows.values() if CAUSAL_HEAD not in stored]
+        return embeddings[0] if len(embeddings) == 1 else None
 
     def refuse_at(self, name: str, why: str) -> None:
         """Raise ``ValueError`` if ``name`` is packed."""

@@ -53,8 +53,11 @@ class PackedConfig(PackedConfigBase, QuantizationConfig):
         if isinstance(layer, LinearBase):
             parts = self.linear_parts(prefix)
             return UnquantizedLinearMethod() if parts is None else PackedLinearMethod(parts, *self.settings)
-        if isinstance(layer, VocabParallelEmbedding) and prefix in self.layers.rows:
-            return Int8RowsMethod(self.layers.rows[prefix])
+        if isinstance(layer, VocabParallelEmbedding):
+            # vLLM's models give the embedding no name.
+            rows = self.layers.rows_at(prefix, None if isinstance(layer, ParallelLMHead) else "")
+            if rows is not None:
+                return Int8RowsMethod(rows)
         if isinstance(layer, ParallelLMHead):
             parts = self.linear_parts(prefix)
             if parts is not None:
