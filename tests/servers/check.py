@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from serving_checks import check_server
+from sglang_checks import check_sglang
 from steps import Steps, run_json
-from tiny_models import MODELS, VOCABULARY, make_experts, make_model
+from tiny_models import MODELS, ADAPTER_RANK, make_adapter, make_experts, make_model
 
 import littlebit2_kernels
 
@@ -29,9 +30,15 @@ _SECONDS = 15 * 60
 _LENGTHS = (1, 2, 3, 5, 8, 16, 17, 33, 64, 100, 171, 250)
 _TOKENS = 16
 
-_EAGER = ("llama", "two-path", "qwen2", "gemma2", "phi3")
-_COMPILED = ("llama", "two-path")
-_RANKS = ("llama", "phi3", "one-kv-head")
+#: ``MODEL+ADAPTER`` is a model with a LoRA adapter beside its packed layers.
+_ADAPTER = "two-path+adapter"
+_EAGER = ("llama", "two-path", "qwen2", "gemma2", "phi3", "int8", "int8-tied", "packed-head", _ADAPTER)
+_COMPILED = ("llama", "two-path", "int8")
+_SGLANG = ("even-two-path", "int8-tied", "packed-head")
+_SGLANG_RANKS = ("even", "int8")
+_RANKS = ("llama", "phi3", "one-kv-head", "int8", "packed-head", _ADAPTER)
+#: Least of the vocabularies of :data:`MODELS`.
+_LEAST_VOCABULARY = 300
 
 Tensors = dict[str, torch.Tensor]
 _LAYER = "model.layers.1.mlp.up_proj"
@@ -46,6 +53,10 @@ _DAMAGES: dict[str, tuple[Callable[[Tensors], Any], str]] = {
     ),
     "a scale is not finite": (lambda t: t[f"{_LAYER}.u1"].fill_(float("nan")), _LAYER),
 }
+
+
+def _spoil_head(tensors: Tensors) -> None:
+    tensors["lm_head.weight_scale"][0] = float("inf")
 
 
 def main() -> int:
@@ -64,17 +75,29 @@ def check(steps: Steps, only: str) -> int:
     site = Path(littlebit2_kernels.__file__).parents[1]
     print(f"littlebit2_kernels of {site}", flush=True)
     draw = random.Random(0)
-    prompts = [[draw.randrange(3, VOCABULARY) for _ in range(length)] for length in _LENGTHS]
-    names = [name for name in MODELS if name in {*_EAGER, *_COMPILED, *_RANKS}]
+    prompts = [[draw.randrange(3, _LEAST_VOCABULARY) for _ in range(length)] for length in _LENGTHS]
+    wanted = dict.fromkeys([*_EAGER, *_COMPILED, *_RANKS, *_SGLANG, *_SGLANG_RANKS])
+    names = [*(name for name in MODELS if name in wanted), *(name for name in wanted if name not in MODELS)]
     expected: dict[str, list[list[int]]] = {}
     with steps.step("tokens of littlebit2.load and generate"):
         jobs = []
         for name in names:
-            path = steps.work / "models" / name
-            shutil.rmtree(path, ignore_errors=True)
-            make_model(name, path)
+            path, adapter = _paths(steps, name)
+            shutil.rmtree(adapter or path, ignore_errors=True)
+            if adapter is None:
+                make_model(name, path)
+            else:
+                make_adapter(path, adapter)
             out = steps.work / f"reference-{name}.json"
-            jobs.append({"model": str(path), "prompts": prompts, "tokens": _TOKENS, "out": str(out)})
+            jobs.append(
+                {
+                    "model": str(path),
+                    "prompts": prompts,
+                    "tokens": _TOKENS,
+                    "out": str(out),
+                    "adapter": adapter and str(adapter),
+                }
+            )
         run_json(steps, "reference.py", jobs, "reference")
         expected = {
             name: json.loads(Path(job["out"]).read_text())["tokens"]
@@ -82,6 +105,8 @@ def check(steps: Steps, only: str) -> int:
         }
         for name, tokens in expected.items():
             assert len({tuple(one) for one in tokens}) > len(tokens) // 2, f"{name} says always the same"
+        without = expected[_ADAPTER.partition("+")[0]]
+        assert expected[_ADAPTER] != without, "the adapter changes nothing"
     if not expected:
         return steps.close()
     groups: dict[str, Callable[[], None]] = {
@@ -99,12 +124,25 @@ def check(steps: Steps, only: str) -> int:
             expected,
         ),
         "refused": lambda: _refused(steps, prompts),
+        "sglang": lambda: check_sglang(
+            steps,
+            [*((name, 1) for name in _SGLANG), *((name, 2) for name in _SGLANG_RANKS)],
+            prompts,
+            expected,
+        ),
         "serve": lambda: check_server(steps, steps.work / "models" / "llama", prompts, expected["llama"]),
     }
     for name, group in groups.items():
         if only in name:
             group()
     return steps.close()
+
+
+def _paths(steps: Steps, name: str) -> tuple[Path, Path | None]:
+    """Directories of a model and of its adapter."""
+    model, _, adapter = name.partition("+")
+    models = steps.work / "models"
+    return models / model, models / f"{model}-{adapter}" if adapter else None
 
 
 def _offline(
@@ -116,16 +154,20 @@ def _offline(
     expected: dict[str, list[list[int]]],
 ) -> None:
     log = how.replace(" ", "-")
-    jobs = [
-        {
-            "model": str(steps.work / "models" / name),
+    jobs = []
+    for name in names:
+        path, adapter = _paths(steps, name)
+        job = {
+            "model": str(path),
             "prompts": prompts,
             "tokens": _TOKENS,
             "out": str(steps.work / f"{log}-{name}.json"),
             "settings": settings,
         }
-        for name in names
-    ]
+        if adapter is not None:
+            job["settings"] = {**settings, "enable_lora": True, "max_lora_rank": ADAPTER_RANK}
+            job["adapter"] = str(adapter)
+        jobs.append(job)
     ended: Exception | None = None
     try:
         run_json(steps, "offline.py", jobs, log)
@@ -148,26 +190,22 @@ def _refused(steps: Steps, prompts: list[list[int]]) -> None:
     """What cannot be served is refused, in words that name it."""
     models = steps.work / "models"
     cases: list[tuple[str, Path, dict[str, Any], str]] = []
-    for index, (damage, (change, named)) in enumerate(_DAMAGES.items()):
+    damages = [("llama", name, *one) for name, one in _DAMAGES.items()]
+    damages.append(("int8", "a scale of int8 rows is not finite", _spoil_head, "lm_head.weight_scale must be"))
+    for index, (model, damage, change, named) in enumerate(damages):
         path = models / f"damaged-{index}"
         shutil.rmtree(path, ignore_errors=True)
-        shutil.copytree(models / "llama", path)
+        shutil.copytree(models / model, path)
         tensors = {name: one.clone() for name, one in load_file(path / "model.safetensors").items()}
         change(tensors)
         save_file(tensors, path / "model.safetensors", {"format": "pt"})
         cases.append((damage, path, {}, named))
-    for path in (models / "packed-head", models / "experts"):
-        shutil.rmtree(path, ignore_errors=True)
-    make_model("llama", models / "packed-head", packed_head=True)
+    shutil.rmtree(models / "experts", ignore_errors=True)
     make_experts(models / "experts")
-    cases.append(
-        ("a packed head", models / "packed-head", {}, "lm_head: a packed ParallelLMHead is not served")
-    )
     cases.append(("packed experts", models / "experts", {}, "packed experts are not served yet"))
-    adapters = {"enable_lora": True}
-    cases.append(
-        ("adapters", models / "llama", adapters, "LoRA adapters beside packed layers are not served")
-    )
+    for model, what in (("int8", "int8 rows"), ("packed-head", "a packed head")):
+        refused = f"LoRA adapters beside {what} are not served"
+        cases.append((f"adapters beside {what}", models / model, {"enable_lora": True}, refused))
     # That it is refused shows that settings of config.json reach the kernels.
     setting = models / "setting"
     shutil.rmtree(setting, ignore_errors=True)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,14 @@ class Steps:
         return 1 if self.failed or not self.passed else 0
 
 
-def run_json(steps: Steps, script: str, jobs: Sequence[dict[str, Any]], log: str) -> None:
-    """Run ``script`` of this folder on jobs, each with a file ``out``.
+def run_json(
+    steps: Steps,
+    script: str,
+    jobs: Sequence[dict[str, Any]],
+    log: str,
+    more: Mapping[str, str] | None = None,
+) -> None:
+    """Run ``script`` of this folder on jobs, each with a file ``out``, and ``more`` environment variables.
 
     Raises:
         RuntimeError: it failed, or took until the deadline; with the end of its output.
@@ -91,7 +97,7 @@ def run_json(steps: Steps, script: str, jobs: Sequence[dict[str, Any]], log: str
             stdout=file,
             stderr=subprocess.STDOUT,
             # In one process, the next model needs no new one; the server's checks run it as it is.
-            env={**environment(steps.work), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+            env={**environment(steps.work), "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **(more or {})},
             cwd=steps.work,
             start_new_session=True,
         )
