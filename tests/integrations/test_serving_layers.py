@@ -1,4 +1,4 @@
-"""The parts of the vLLM plugin that need no vLLM: which modules are packed, and what a directory lacks."""
+"""Parts of the servers' plugins that need no server: which modules are packed, what a directory lacks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from littlebit2.checkpoint import CheckpointError
 from littlebit2.integrations.configuration import LittleBit2Config
+from littlebit2.integrations.serving.completeness import Completeness, check_directory
+from littlebit2.integrations.serving.layers import LayerTable
 from littlebit2.integrations.transformers import attach
-from littlebit2.integrations.vllm.completeness import check_directory
-from littlebit2.integrations.vllm.layers import LayerTable
 from tests.integrations.families import dense_model, quantized_copy
 
 QKV = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
@@ -75,10 +75,21 @@ def test_refuses() -> None:
         _table("lm_head").refuse_at("lm_head", "heads stay dense")
     with pytest.raises(ValueError, match=r"mlp\.experts\.1\.up_proj and 0 more: not yet"):
         _table("model.layers.0.mlp.experts.1.up_proj").refuse_experts("not yet")
-    with pytest.raises(ValueError, match="lm_head: heads and embeddings in int8 rows are not served yet"):
-        _table(f"{ATTENTION}.q_proj", int8=["lm_head"])
+    with pytest.raises(ValueError, match=r"o_proj: salient columns are not served yet"):
+        _table(f"{ATTENTION}.o_proj", salient_columns={f"{ATTENTION}.o_proj": 4})
     some.refuse_at("lm_head", "never said")
     some.refuse_experts("never said")
+
+
+def test_int8_rows_of_named_and_nameless_modules() -> None:
+    table = _table(f"{ATTENTION}.q_proj", int8=["lm_head", "model.embed_tokens"])
+    assert table.rows_at("lm_head", None) == "lm_head"
+    assert table.rows_at("model.embed_tokens", "") == table.rows_at("", "") == "model.embed_tokens"
+    # A head without a name is not known to be that one, and another embedding is dense.
+    assert table.rows_at("", None) is None
+    assert table.rows_at("model.embed_positions", "") is None
+    renamed = table.renamed(lambda names: {f"new.{name}": one for name, one in names.items()})
+    assert renamed.rows_at("new.lm_head", None) == "lm_head"
 
 
 @pytest.fixture(scope="module", params=["llama", "llama-tied", "phi3"])
@@ -104,6 +115,27 @@ def test_missing_tensors_are_named(model: Any, tmp_path: Path, missing: str) -> 
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=missing.replace(".", r"\.")):
         check_directory(path)
+
+
+def test_names_on_the_hub_are_checked_once_downloaded(model: Any, tmp_path: Path) -> None:
+    downloads = tmp_path / "models--someone--packed"
+    snapshot = downloads / "snapshots" / ("1" * 40)
+    copy.deepcopy(model).save_pretrained(snapshot)
+    (downloads / "refs").mkdir()
+    (downloads / "refs" / "main").write_text("1" * 40)
+    completeness = Completeness()
+    completeness.expect("someone/packed")  # nothing is there before the server downloads
+    completeness.check(str(tmp_path))
+    tensors = {name: one.clone() for name, one in load_file(snapshot / "model.safetensors").items()}
+    del tensors["model.norm.weight"]
+    save_file(tensors, snapshot / "model.safetensors", {"format": "pt"})
+    completeness.check(str(tmp_path))  # only once
+    completeness.expect("someone/packed")
+    with pytest.raises(CheckpointError, match=r"missing tensors: model\.norm\.weight"):
+        completeness.check(str(tmp_path))
+    completeness.expect("someone/else")
+    with pytest.raises(CheckpointError, match=r"someone/else: whether all .* cannot be checked"):
+        completeness.check(str(tmp_path))
 
 
 def test_other_layouts_are_refused(tmp_path: Path) -> None:

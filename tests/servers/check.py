@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from serving_checks import check_server
 from sglang_checks import check_sglang
 from steps import Steps, run_json
-from tiny_models import MODELS, ADAPTER_RANK, make_adapter, make_experts, make_model
+from tiny_models import ADAPTER_RANK, MODELS, make_adapter, make_experts, make_model
 
 import littlebit2_kernels
 
@@ -34,8 +34,8 @@ _TOKENS = 16
 _ADAPTER = "two-path+adapter"
 _EAGER = ("llama", "two-path", "qwen2", "gemma2", "phi3", "int8", "int8-tied", "packed-head", _ADAPTER)
 _COMPILED = ("llama", "two-path", "int8")
-_SGLANG = ("even-two-path", "int8-tied", "packed-head")
-_SGLANG_RANKS = ("even", "int8")
+_SGLANG = ("even-two-path", "int8-tied")
+_SGLANG_RANKS = ("even", "int8", "packed-head")
 _RANKS = ("llama", "phi3", "one-kv-head", "int8", "packed-head", _ADAPTER)
 #: Least of the vocabularies of :data:`MODELS`.
 _LEAST_VOCABULARY = 300
@@ -191,7 +191,9 @@ def _refused(steps: Steps, prompts: list[list[int]]) -> None:
     models = steps.work / "models"
     cases: list[tuple[str, Path, dict[str, Any], str]] = []
     damages = [("llama", name, *one) for name, one in _DAMAGES.items()]
-    damages.append(("int8", "a scale of int8 rows is not finite", _spoil_head, "lm_head.weight_scale must be"))
+    damages.append(
+        ("int8", "a scale of int8 rows is not finite", _spoil_head, "lm_head.weight_scale must be")
+    )
     for index, (model, damage, change, named) in enumerate(damages):
         path = models / f"damaged-{index}"
         shutil.rmtree(path, ignore_errors=True)

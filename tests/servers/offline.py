@@ -18,7 +18,9 @@ from vllm.lora.request import LoRARequest
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("jobs", type=Path, help="JSON: model, prompts, tokens, out, settings and adapter of each run")
+    parser.add_argument(
+        "jobs", type=Path, help="JSON: model, prompts, tokens, out, settings and adapter of each run"
+    )
     for job in json.loads(parser.parse_args().jobs.read_text()):
         began = time.monotonic()
         found = run(job)
@@ -46,9 +48,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     return {"alone": alone, "together": together}
 
 
-def generate(
-    llm: LLM, prompts: list[list[int]], tokens: int, adapter: LoRARequest | None
-) -> list[list[int]]:
+def generate(llm: LLM, prompts: list[list[int]], tokens: int, adapter: LoRARequest | None) -> list[list[int]]:
     how = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
     inputs: Any = [{"prompt_token_ids": ids} for ids in prompts]
     answers = llm.generate(inputs, how, use_tqdm=False, lora_request=adapter)

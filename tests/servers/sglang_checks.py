@@ -41,7 +41,12 @@ def check_sglang(
     adapters = {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["q_proj"]}
     for what, path, settings, named in (
         ("a scale is missing", damaged, {}, _LOST),
-        ("adapters", steps.work / "models" / "even", adapters, "adapters beside packed layers are not served"),
+        (
+            "adapters",
+            steps.work / "models" / "even",
+            adapters,
+            "adapters beside packed layers are not served",
+        ),
     ):
         with steps.step(f"SGLang refuses: {what}"):
             try:

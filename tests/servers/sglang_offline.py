@@ -15,7 +15,9 @@ import sglang
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("jobs", type=Path, help="JSON: model, prompts, tokens, ranks, out and settings of a run")
+    parser.add_argument(
+        "jobs", type=Path, help="JSON: model, prompts, tokens, ranks, out and settings of a run"
+    )
     for job in json.loads(parser.parse_args().jobs.read_text()):
         Path(job["out"]).write_text(json.dumps(run(job)))
 

@@ -83,7 +83,9 @@ def make_model(name: str, path: Path) -> None:
     generator = torch.Generator().manual_seed(draw.randrange(2**31))
     for module, linear in list(model.named_modules()):
         # The first down projection of each model stays dense.
-        dense = module.endswith("layers.0.mlp.down_proj") or ("lm_head" in module and name not in _PACKED_HEAD)
+        dense = module.endswith("layers.0.mlp.down_proj") or (
+            "lm_head" in module and name not in _PACKED_HEAD
+        )
         if isinstance(linear, nn.Linear) and not dense:
             model.set_submodule(
                 module,
@@ -116,7 +118,10 @@ def make_adapter(model: Path, path: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     with open_checkpoint(model) as checkpoint:
         for name, spec in checkpoint.layers.items():
-            for part, sizes in (("A", (ADAPTER_RANK, spec.shape.in_features)), ("B", (spec.shape.out_features, ADAPTER_RANK))):
+            for part, sizes in (
+                ("A", (ADAPTER_RANK, spec.shape.in_features)),
+                ("B", (spec.shape.out_features, ADAPTER_RANK)),
+            ):
                 values = torch.randn(sizes, generator=generator) / sizes[1] ** 0.5
                 tensors[f"base_model.model.{name}.lora_{part}.weight"] = values
     save_file(tensors, path / "adapter_model.safetensors", {"format": "pt"})

@@ -350,8 +350,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     directory = Path(path)
     if not directory.exists():
         raise FileNotFoundError(
-            f"path must name a checkpoint directory, got {directory}, which does not exist{hub_hint(path)}"
+            "path must be the directory of a checkpoint, with config.json and weights; "
+            f"there is no {directory}{hub_hint(path)}"
         )
     if not directory.is_dir():
-        raise NotADirectoryError(f"path must name a checkpoint directory, got the file {directory}")
+        raise NotADirectoryError(
+            f"path must be the directory of a checkpoint, got the file {directory}: "
+            "give the directory that holds it"
+        )
     return Checkpoint(directory, open_files(directory))

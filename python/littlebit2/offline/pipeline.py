@@ -198,7 +198,8 @@ def start_run(
             check_replaceable(target, overwrite=overwrite, replaces=find_side_files(source).copied)
         except FileExistsError as error:
             raise FileExistsError(
-                f"{error}; what is there is not the finished result of this command"
+                f"{error}; what is there is not the finished result of this command with these settings, "
+                "which would be kept: name another directory for the output, or overwrite it"
             ) from None
     work.open(resume=resume)
     return None

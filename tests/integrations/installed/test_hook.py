@@ -237,6 +237,27 @@ def test_which_tensors_may_be_packed(tmp_path: Path) -> None:
         assert hook._integer_tensors(tmp_path) == {"bits", "table"}
 
 
+def test_folders_and_files_that_cannot_be_looked_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.safetensors").symlink_to(tmp_path / "nothing")
+    assert hook._integer_tensors(tmp_path) == set()
+
+    def refuse(path: str) -> list[str]:
+        raise PermissionError(path)
+
+    monkeypatch.setattr(hook.os, "listdir", refuse)
+    assert hook._integer_tensors(tmp_path) == set()
+
+
+def test_headers_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = json.dumps({"model.words": {"dtype": "I32"}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    assert hook._integer_tensors(tmp_path) == {"words"}
+    monkeypatch.setattr(hook, "_header", lambda path: pytest.fail("read again"))
+    assert hook._integer_tensors(tmp_path) == {"words"}
+
+
 def line_of_the_pth_file() -> str:
     (line,) = (ROOT / "python/littlebit2_autoregister.pth").read_text("utf-8").splitlines()
     return line

@@ -93,6 +93,16 @@ LAYERS: dict[str, Callable[[torch.Generator], State]] = {
 }
 
 
+def test_an_unknown_layer_is_named_with_near_ones(client: Path, tmp_path: Path, rng: torch.Generator) -> None:
+    state = packed_to_state(make_packed(32, 32, [8], generator=rng))
+    names = [LAYER.replace("0", "11"), "model.layers.7.self_attn.q_proj"]
+    tensors = {f"{name}.{leaf}": one.clone() for name in names for leaf, one in state.items()}
+    save_file(tensors, tmp_path / "file")
+    done = run(client, tmp_path / "file", tmp_path / "x", tmp_path / "y")
+    assert done.returncode != 0
+    assert f"holds no layer {LAYER}; it has 2 layers, such as {', '.join(names)}" in done.stderr
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_results_are_those_of_python(client: Path, tmp_path: Path, rng: torch.Generator, layer: str) -> None:
     state = LAYERS[layer](rng)
@@ -218,7 +228,7 @@ def entry(**changes: object) -> str:
         (file_of(f'{{"a": {entry()}, "b": {entry(data_offsets=[4, 12])}}}', bytes(12)), "tensors overlap"),
         (file_of('{"__metadata__": {"a": 1}}'), "expected '\"'"),
         (file_of('{"__metadata__": {}, "__metadata__": {}}'), "has __metadata__ twice"),
-        (file_of("{}"), f"{LAYER}.V_shape is missing"),
+        (file_of("{}"), "holds no packed layer"),
     ],
 )  # fmt: skip
 def test_damaged_files_are_refused(client: Path, tmp_path: Path, content: bytes, message: str) -> None:

@@ -35,7 +35,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     ) -> importlib.machinery.ModuleSpec | None:
         if name == "sglang" and not self.stands_in:
             # transformers must see that torchvision is not there.
-            import transformers  # noqa: PLC0415
+            import transformers
 
             _ = transformers.AutoProcessor
             self.stands_in = True

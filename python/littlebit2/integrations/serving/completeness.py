@@ -21,7 +21,7 @@ _checked: dict[Path, tuple[int, ...]] = {}
 
 
 class Completeness:
-    """Checks the files of a served model once: of a directory at once, of a name on the Hub once they are there."""
+    """Checks the files of a served model once: a directory at once, a name on the Hub after the download."""
 
     def __init__(self) -> None:
         self._pending: tuple[str, str | None] | None = None
@@ -58,8 +58,8 @@ class Completeness:
             found = snapshot_download(model, revision=revision, cache_dir=cache, local_files_only=True)
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"{model}: whether all tensors are there cannot be checked, because its files were not found in "
-                f"the Hub's cache ({error}): serve a local directory"
+                f"{model}: whether all tensors are there cannot be checked, because its files were not "
+                f"found in the Hub's cache ({error}): serve a local directory"
             ) from error
         check_directory(Path(found))
 

@@ -69,7 +69,8 @@ class LayerTable:
         """
         if config.salient_columns:
             raise ValueError(
-                f"{next(iter(config.salient_columns))}: salient columns are not served yet: quantize without them"
+                f"{next(iter(config.salient_columns))}: salient columns are not served yet: "
+                "quantize without them"
             )
         two_stage = {
             name: Structure(name, tuple(ranks), tuple(config.shares.get(name, ())))
@@ -115,8 +116,8 @@ class LayerTable:
         split = [name for name in others if name in self.structures]
         if split:
             raise ValueError(
-                f"{prefix}: the server's model expects one layer of this name, the checkpoint has it in parts: "
-                f"{', '.join(split)}; quantize the model again, with the fused layer"
+                f"{prefix}: the server's model expects one layer of this name, the checkpoint has it in "
+                f"parts: {', '.join(split)}; quantize the model again, with the fused layer"
             )
         return None
 

@@ -33,8 +33,8 @@ _TENSORS = {
 class Placeholders:
     """Collects the tensors of the layers that a module is made of.
 
-    A server's loader gives each tensor to the parameter of its name, together with which part of a fused module
-    it belongs to. So the module gets one empty parameter for each name that any part has.
+    A server's loader gives each tensor to the parameter of its name, together with which part of a fused
+    module it belongs to. So the module gets one empty parameter for each name that any part has.
 
     Args:
         layer: the module, before it makes its bias.

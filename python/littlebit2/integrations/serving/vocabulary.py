@@ -124,7 +124,7 @@ class PackedHeadBase(PackedLinearBase):
                 warmup(layer.packed, self.params_dtype)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Map ``x`` ``[..., K]`` to the logits of this rank's tokens, zero for those that pad the vocabulary."""
+        """Map ``x`` ``[..., K]`` to the logits of this rank's tokens, zero for those that only pad."""
         width = sum(self.sizes)
         if layer.packed is None:
             return x.new_zeros((*x.shape[:-1], width))

@@ -20,7 +20,7 @@ class PackedConfig(PackedConfigBase, QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """Make the configuration from the ``quantization_config`` of config.json, and check a local checkpoint.
+        """Make the configuration from the ``quantization_config`` of config.json, and check the files.
 
         Raises:
             ValueError: the format is newer than this package, or an entry is unknown or malformed.

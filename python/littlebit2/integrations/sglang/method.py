@@ -95,6 +95,6 @@ class Int8RowsMethod(Int8RowsBase, QuantizeMethodBase):
 def _refuse_adapters(name: str) -> None:
     if get_server_args().enable_lora:
         raise ValueError(
-            f"{name}: SGLang's LoRA adapters beside packed layers are not served: start without --enable-lora, "
-            "or merge the adapter before quantization"
+            f"{name}: SGLang's LoRA adapters beside packed layers are not served: start without "
+            "--enable-lora, or merge the adapter before quantization"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ class PackedConfig(PackedConfigBase, QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Check the headers of a local checkpoint before anything is built; those of the Hub when it is there.
+        """Check the headers of a local checkpoint before anything is built, those of the Hub later.
 
         Raises:
             CheckpointError: a tensor is missing, unexpected or mis-shaped; the message names it.

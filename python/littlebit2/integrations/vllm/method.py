@@ -117,9 +117,7 @@ class TiedHeadMethod(QuantizeMethodBase):
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Raise ``ValueError``: a model that ties its head does not have this one when it is loaded."""
-        raise ValueError(
-            f"{self.name}: config.json says that the head is tied to the embedding, vLLM's model does not tie it"
-        )
+        raise ValueError(f"{self.name}: config.json ties the head to the embedding, vLLM's model does not")
 
     def apply(self, layer: torch.nn.Module, *inputs: Any, **more: Any) -> torch.Tensor:
         """Raise ``RuntimeError``: see :meth:`process_weights_after_loading`."""
@@ -133,6 +131,4 @@ def _with_adapters() -> bool:
 
 def _refuse_adapters(name: str, what: str) -> None:
     if _with_adapters():
-        raise ValueError(
-            f"{name}: LoRA adapters beside {what} are not served: start without --enable-lora"
-        )
+        raise ValueError(f"{name}: LoRA adapters beside {what} are not served: start without --enable-lora")
