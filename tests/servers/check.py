@@ -34,8 +34,8 @@ _TOKENS = 16
 _ADAPTER = "two-path+adapter"
 _EAGER = ("llama", "two-path", "qwen2", "gemma2", "phi3", "int8", "int8-tied", "packed-head", _ADAPTER)
 _COMPILED = ("llama", "two-path", "int8")
-_SGLANG = ("even-two-path", "int8-tied")
-_SGLANG_RANKS = ("even", "int8", "packed-head")
+_SGLANG = ("int8-tied", "packed-head")
+_SGLANG_RANKS = ("int8",)
 _RANKS = ("llama", "phi3", "one-kv-head", "int8", "packed-head", _ADAPTER)
 #: Least of the vocabularies of :data:`MODELS`.
 _LEAST_VOCABULARY = 300

@@ -34,7 +34,7 @@ def check_sglang(
                     assert got == wanted, f"{key}, prompt {index}: expected {wanted}, got {got}"
     damaged = steps.work / "models" / "damaged-sglang"
     shutil.rmtree(damaged, ignore_errors=True)
-    shutil.copytree(steps.work / "models" / "even", damaged)
+    shutil.copytree(steps.work / "models" / "packed-head", damaged)
     tensors = {name: one.clone() for name, one in load_file(damaged / "model.safetensors").items()}
     del tensors[_LOST]
     save_file(tensors, damaged / "model.safetensors", {"format": "pt"})

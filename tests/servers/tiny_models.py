@@ -57,13 +57,9 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "gemma2": ("Gemma2", {"query_pre_attn_scalar": 32, "tie_word_embeddings": True}, "one"),
     "phi3": ("Phi3", {}, "one"),
     "one-kv-head": ("Llama", {"num_key_value_heads": 1}, "one"),
-    "even": ("Llama", _EVEN, "one"),
-    "even-two-path": ("Llama", {**_EVEN, "attention_bias": True}, "two"),
-    "even-qwen2": ("Qwen2", _EVEN, "one"),
-    "even-one-kv-head": ("Llama", {**_EVEN, "num_key_value_heads": 1}, "one"),
     "int8": ("Llama", {**_EVEN, "vocab_size": 300}, "one"),
     "int8-tied": ("Llama", {**_EVEN, "tie_word_embeddings": True}, "one"),
-    "packed-head": ("Llama", {**_EVEN, "vocab_size": 300}, "one"),
+    "packed-head": ("Llama", {**_EVEN, "vocab_size": 300, "attention_bias": True}, "two"),
 }
 #: Models whose head and embedding are in int8 rows, and those with a packed head.
 _INT8 = ("int8", "int8-tied")

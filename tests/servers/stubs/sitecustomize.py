@@ -1,7 +1,7 @@
 """Lets the CPU parts of SGLang be imported where packages that they do not use are not to be had for CPUs.
 
-SGLang imports these at its top, for images, for GGUF files and for GPUs. Python runs this file in each process whose
-path has this folder: ``sglang_checks.py`` puts it there, for SGLang's own processes too.
+SGLang imports these at its top, for images, for GGUF files and for GPUs. Python runs this file in each
+process whose path has this folder: ``sglang_checks.py`` puts it there, for SGLang's own processes too.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import importlib.machinery
 import sys
 import types
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import MagicMock
 
 _ABSENT = ("gguf", "sgl_kernel", "torchvision")
 
 
 class _Absent(types.ModuleType):
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
