@@ -43,7 +43,7 @@ def check_sglang(
         ("a scale is missing", damaged, {}, _LOST),
         (
             "adapters",
-            steps.work / "models" / "even",
+            steps.work / "models" / "packed-head",
             adapters,
             "adapters beside packed layers are not served",
         ),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from transformers.utils import cached_file
 
 from littlebit2.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from littlebit2.integrations.names import FileNames
@@ -55,13 +55,15 @@ class Completeness:
         model, revision = self._pending
         self._pending = None
         try:
-            found = snapshot_download(model, revision=revision, cache_dir=cache, local_files_only=True)
-        except (OSError, ValueError) as error:
+            found = cached_file(
+                model, "config.json", revision=revision, cache_dir=cache, local_files_only=True
+            )
+        except OSError as error:
             raise CheckpointError(
                 f"{model}: whether all tensors are there cannot be checked, because its files were not "
                 f"found in the Hub's cache ({error}): serve a local directory"
             ) from error
-        check_directory(Path(found))
+        check_directory(Path(found).parent)
 
 
 def check_directory(path: Path) -> None:
