@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from littlebit2.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from littlebit2.integrations.names import FileNames
@@ -63,6 +63,8 @@ class Completeness:
                 f"{model}: whether all tensors are there cannot be checked, because its files were not "
                 f"found in the Hub's cache ({error}): serve a local directory"
             ) from error
+        if found is None:  # not with the settings above
+            raise RuntimeError(f"{model}: transformers returned no path of config.json")
         check_directory(Path(found).parent)
 
 
