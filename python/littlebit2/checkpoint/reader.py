@@ -351,7 +351,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not directory.exists():
         raise FileNotFoundError(
             "path must be the directory of a checkpoint, with config.json and weights; "
-            f"there is no {directory}{hub_hint(path)}"
+            f"{directory} does not exist{hub_hint(path)}"
         )
     if not directory.is_dir():
         raise NotADirectoryError(
