@@ -48,7 +48,7 @@ def main() -> None:
     run([*pip, "install", "--no-deps", str(wheel)])
     stub(options.python, version)
     own = [pinned(pins, name) for name in SGLANG]
-    run([*pip, "install", "--no-deps", "--upgrade", "--target", str(options.folder / "sglang"), *own])
+    run([*pip, "install", "--no-deps", "--upgrade", "--target", str(options.python.absolute().parents[1] / "sglang"), *own])
 
 
 def pinned(file: Path, name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from steps import HERE, Steps, run_json
 __all__ = ["check_sglang"]
 
 #: Where ``.ci/serving.py`` puts SGLang.
-_PACKAGES = HERE.parents[1] / "build" / "serving" / "sglang"
+_PACKAGES = Path(sys.prefix) / "sglang"
 _LOST = "model.layers.1.mlp.up_proj.u1"
 
 
