@@ -48,7 +48,8 @@ def main() -> None:
     run([*pip, "install", "--no-deps", str(wheel)])
     stub(options.python, version)
     own = [pinned(pins, name) for name in SGLANG]
-    run([*pip, "install", "--no-deps", "--upgrade", "--target", str(options.python.absolute().parents[1] / "sglang"), *own])
+    target = options.python.absolute().parents[1] / "sglang"
+    run([*pip, "install", "--no-deps", "--upgrade", "--target", str(target), *own])
 
 
 def pinned(file: Path, name: str) -> str:
