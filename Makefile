@@ -8,6 +8,7 @@
 #   TEST_PROCESSES=1    how many processes share its files (default: one for each core)
 #   MATRIX=...          rows of `make test-matrix` (default: all)
 #   SERVING=path        environment of `make test-serving` (default .venv-serving)
+#   SERVING_ONLY=group  run only the groups of `make test-serving` whose names hold this, such as eager or sglang
 #
 # pip's own variables (PIP_INDEX_URL, PIP_FIND_LINKS, ...) select where packages come from, for instance a
 # CPU-only or a CUDA build of torch.
@@ -133,7 +134,7 @@ test-serving: $(SERVING)/.installed ## serve tiny packed models with vLLM and co
 	@rm -rf build/serving/dist
 	@$(call quietly,build/serving/wheel.log,$(PIP) wheel --no-deps --no-build-isolation -w build/serving/dist .)
 	@$(SERVING)/bin/python -m pip --disable-pip-version-check install -qq --no-deps --force-reinstall build/serving/dist/*.whl
-	@env -u PYTHONPATH $(SERVING)/bin/python tests/servers/check.py --work build/serving/run
+	@env -u PYTHONPATH $(SERVING)/bin/python tests/servers/check.py --work build/serving/run --only '$(SERVING_ONLY)'
 
 # The CUDA kernels run on the host, as the compiler optimizes them.
 ctest: $(STAMPS)/base ## run the C and C++ tests of the torch-free core
