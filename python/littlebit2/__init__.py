@@ -10,7 +10,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from littlebit2_kernels.version import __version__
 
-    from .architecture.projections import fuse_projections
+    from .architecture.projections import fuse_projections, unfuse_projections
     from .blockwise import BlockwiseReport, BlockwiseSettings, quantize_blockwise
     from .in_place import QuantizationReport, quantize_, quantize_linear
     from .integrations.generation import generate
@@ -51,6 +51,7 @@ __all__ = [
     "rank_for_bpw",
     "register",
     "synthesize",
+    "unfuse_projections",
 ]
 
 #: The module that defines each public name.
@@ -77,6 +78,7 @@ _HOMES = {
     "rank_for_bpw": ".quantize",
     "register": ".integrations.transformers",
     "synthesize": ".integrations.synthesis",
+    "unfuse_projections": ".architecture.projections",
 }
 
 
