@@ -14,7 +14,7 @@ from torch import nn
 
 from littlebit2_kernels import LittleBitLinear
 from littlebit2_kernels.interim import RMSNorm
-from littlebit2_kernels.together import is_called_plainly, linears_together, mlp_together
+from littlebit2_kernels.together import is_called_plainly, linears_together, mlp_together, needs_own_call
 
 from .parts import Mlp, Norm, activation_of, mlp_of, norm_of
 from .rewrite import (
@@ -44,7 +44,8 @@ class _Fused:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Copies and pickles are of the class that a file can name.
-        make, arguments, *rest = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, arguments, *rest = reduced
         own = tuple(self._littlebit2_own if one is type(self) else one for one in arguments)
         return make, own, *rest
 
@@ -158,17 +159,19 @@ def unfuse_modules(model: nn.Module) -> None:
 
 
 def _fused_class(module: nn.Module) -> type[Any] | None:
+    own: Any = type(module)
     children = module._modules.values()
     packed = sum(type(child) is LittleBitLinear for child in children)
     if packed:
         mlp = mlp_of(module)
         if mlp is not None:
-            return _mlp_class(type(module), mlp)
-        return _attention_class(type(module), _linears(module)) or _layer_of(module)
+            return _mlp_class(own, mlp)
+        return _attention_class(own, _linears(module)) or _layer_of(module)
     return _layer_of(module) if any(isinstance(child, _Fused) for child in children) else None
 
 
 def _layer_of(module: nn.Module) -> type[Any] | None:
+    own: Any = type(module)
     children = list(module.named_children())
     norms = ((name, norm_of(child)) for name, child in children)
     takers = ((name, _taker_of(type(child))) for name, child in children)
@@ -180,7 +183,7 @@ def _layer_of(module: nn.Module) -> type[Any] | None:
         tuple(activation for activation in activations if activation is not None),
         tuple(name for name, child in children if type(child) is nn.Dropout),
     )
-    return _layer_class(type(module), roles)
+    return _layer_class(own, roles)
 
 
 def _linears(module: nn.Module) -> tuple[str, ...]:
@@ -254,7 +257,7 @@ def _rms_norm(norm: _GivenNorm, x: torch.Tensor) -> RMSNorm | None:
     """The norm as the kernels take it, or ``None`` if its result has another dtype than ``x``."""
     module, how = norm
     weight = module._parameters["weight"]
-    if weight is None or not (how.keeps_dtype or weight.dtype == x.dtype):
+    if weight is None or needs_own_call(x) or not (how.keeps_dtype or weight.dtype == x.dtype):
         return None
     return RMSNorm(weight, getattr(module, how.eps), how.offset)
 

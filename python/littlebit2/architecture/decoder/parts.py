@@ -105,7 +105,8 @@ def norm_of(module: nn.Module) -> Norm | None:
     weight = module._parameters["weight"]
     if len(eps) != 1 or weight is None or weight.dim() != 1:
         return None
-    return _norm_of_class(type(module), eps[0])
+    kind: Any = type(module)
+    return _norm_of_class(kind, eps[0])
 
 
 @functools.lru_cache(maxsize=256)
@@ -156,11 +157,12 @@ def mlp_of(module: nn.Module) -> Mlp | None:
     """Return how ``module`` is an MLP of packed layers, or ``None`` if it is none."""
     layers = tuple(name for name, child in module.named_children() if type(child) is LittleBitLinear)
     reads = self_reads(type(module)) if len(layers) in (2, 3) else None
-    others = (reads or set()) - set(layers)
+    others = (reads or frozenset()) - set(layers)
     if len(others) != 1:
         return None
     activation = activation_of(module, next(iter(others)))
-    order = None if activation is None else _order_of(type(module), layers, activation)
+    kind: Any = type(module)
+    order = None if activation is None else _order_of(kind, layers, activation)
     return None if activation is None or order is None else Mlp(order, activation)
 
 
@@ -203,7 +205,7 @@ class _Stand(nn.Module):
 
 def _empty(kind: type[Any]) -> Any:
     """A module of the class with nothing in it."""
-    twin = kind.__new__(kind)
+    twin: nn.Module = object.__new__(kind)
     nn.Module.__init__(twin)
     assert set(vars(twin)) == MODULE_STATE
     return twin.eval()

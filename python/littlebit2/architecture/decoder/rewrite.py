@@ -294,7 +294,7 @@ class _Finder:
 
     def chain(self, index: int, number: int) -> _Found | None:
         """Two linear layers with an activation between them, all in one variable."""
-        linears = dict.fromkeys(self._children.linears)
+        linears: dict[str, Any] = dict.fromkeys(self._children.linears)
         steps = [
             self._simple(index + i, names) for i, names in enumerate((linears, self._activations, linears))
         ]
@@ -506,6 +506,6 @@ def _branch(name: str, original: list[ast.stmt], changed: list[ast.stmt]) -> ast
 
 def _become(node: ast.AST, other: ast.AST) -> None:
     """Turn a node into another one, where it stands."""
-    node.__class__ = other.__class__  # type: ignore[assignment]
+    node.__class__ = other.__class__
     node.__dict__.clear()
     node.__dict__.update(other.__dict__)
