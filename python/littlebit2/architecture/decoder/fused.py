@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from littlebit2_kernels import LittleBitLinear
-from littlebit2_kernels.interim import RMSNorm
-from littlebit2_kernels.together import is_called_plainly, linears_together, mlp_together, needs_own_call
+from littlebit2_kernels.together.checks import is_called_plainly, needs_own_call
+from littlebit2_kernels.together.interim import RMSNorm
+from littlebit2_kernels.together.modules import linears_together, mlp_together
 
 from .parts import Mlp, Norm, activation_of, mlp_of, norm_of
 from .rewrite import (
@@ -43,11 +44,12 @@ class _Fused:
     _littlebit2_own: ClassVar[type[Any]]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # Copies and pickles are of the class that a file can name.
+        # Copies and pickles are of the class that a file can name. What makes the object is another function,
+        # for pickle wants the usual one to make an object of the same class.
         reduced: Any = super().__reduce_ex__(protocol)
-        make, arguments, *rest = reduced
+        _, arguments, *rest = reduced
         own = tuple(self._littlebit2_own if one is type(self) else one for one in arguments)
-        return make, own, *rest
+        return object.__new__, own, *rest
 
 
 class _FusedMlp(_Fused):
@@ -72,17 +74,17 @@ class _FusedAttention(_Fused):
 
     def _littlebit2_project(self: Any, x: torch.Tensor, norm: _GivenNorm | None) -> list[torch.Tensor]:
         """Apply the projections to ``x``, or to what the norm makes of it."""
-        names = self._littlebit2_attention.projections
         children = self._modules
-        if norm is not None or len(names) > 1:
-            inside = None if norm is None else _rms_norm(norm, x)
-            if norm is None or inside is not None:
-                together = linears_together([children.get(name) for name in names], x, norm=inside)
-                if together is not None:
-                    return together
-            if norm is not None:
-                x = norm[0](x)
-        return [children[name](x) for name in names]
+        layers = [children[name] for name in self._littlebit2_attention.projections]
+        inside = None if norm is None else _rms_norm(norm, x)
+        if inside is not None:
+            together = linears_together(layers, x, norm=inside)
+            if together is not None:
+                return together
+        if norm is not None:
+            x = norm[0](x)
+        together = linears_together(layers, x) if len(layers) > 1 else None
+        return [layer(x) for layer in layers] if together is None else together
 
     def _littlebit2_output(self: Any, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         """Apply the layer that makes the output, and add the residual."""

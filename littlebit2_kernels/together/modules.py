@@ -11,47 +11,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 
-from .format import PackedLinear
+from ..format import PackedLinear
+from ..linear import LittleBitLinear
+from ..ops.operands import ACTIVATION_DTYPES
+from ..prepacked import PrepackedLinear
+from .checks import is_called_plainly, needs_own_call
 from .interim import RMSNorm, grouped_linear, mlp
-from .linear import LittleBitLinear
-from .ops.operands import ACTIVATION_DTYPES
-from .prepacked import PrepackedLinear
 
-__all__ = ["is_called_plainly", "linears_together", "mlp_together", "needs_own_call"]
+__all__ = ["linears_together", "mlp_together"]
 
 Layers = list[PackedLinear] | list[PrepackedLinear]
-
-
-def is_called_plainly(module: nn.Module) -> bool:
-    """Whether a call of ``module`` is one of its class's ``forward`` and nothing else: no hook, no patch."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or module._compiled_call_impl is not None
-        or "forward" in module.__dict__
-    )
-
-
-def needs_own_call(x: Any) -> bool:
-    """Whether a call with ``x`` has to be the module's own: gradients, autocast, other kinds of tensors."""
-    if not isinstance(x, torch.Tensor):
-        return True
-    if torch.is_grad_enabled() and x.requires_grad:
-        return True
-    if x.device.type == "meta" or torch.is_autocast_enabled(x.device.type):
-        return True
-    if torch.compiler.is_compiling():
-        return False
-    # Subclasses, and tensors of transforms, mean something else by the same object.
-    return (
-        type(x) not in (torch.Tensor, nn.Parameter)
-        or forward_ad._current_level >= 0
-        or torch._C._functorch.maybe_current_level() is not None
-    )
 
 
 def linears_together(

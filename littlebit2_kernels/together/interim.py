@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .fusion import grouped_linear as _grouped
+from ..fusion import grouped_linear as _grouped
 
 FUNCTIONS = ("silu", "gelu", "gelu_tanh", "relu")
 

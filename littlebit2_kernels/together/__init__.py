@@ -1,0 +1,1 @@
+"""Modules that one call computes together."""

@@ -1,0 +1,32 @@
+"""Counts the calls that fused modules make."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from littlebit2_kernels.together import modules
+
+
+class Calls:
+    """Numbers of calls of ``grouped_linear`` and ``mlp`` by modules, norms and residuals among them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.clear()
+        for name in ("grouped_linear", "mlp"):
+            monkeypatch.setattr(modules, name, self._recording(getattr(modules, name), name))
+
+    def clear(self) -> None:
+        """Begin again."""
+        self.grouped = self.mlps = self.norms = self.residuals = 0
+
+    def _recording(self, function: Any, name: str) -> Any:
+        def call(*arguments: Any, norm: Any = None, residual: Any = None) -> Any:
+            self.grouped += name == "grouped_linear"
+            self.mlps += name == "mlp"
+            self.norms += norm is not None
+            self.residuals += residual is not None
+            return function(*arguments, norm=norm, residual=residual)
+
+        return call
