@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .architecture.projections import fuse_projections, unfuse_projections
     from .blockwise import BlockwiseReport, BlockwiseSettings, quantize_blockwise
     from .in_place import QuantizationReport, quantize_, quantize_linear
-    from .integrations.generation import generate
+    from .integrations.generation import generate, generate_batch
     from .integrations.loading import load
     from .integrations.synthesis import synthesize
     from .integrations.transformers import register
@@ -42,6 +42,7 @@ __all__ = [
     "finetune",
     "fuse_projections",
     "generate",
+    "generate_batch",
     "load",
     "quantize_",
     "quantize_blockwise",
@@ -69,6 +70,7 @@ _HOMES = {
     "finetune": ".train.recipe",
     "fuse_projections": ".architecture.projections",
     "generate": ".integrations.generation",
+    "generate_batch": ".integrations.generation",
     "load": ".integrations.loading",
     "quantize_": ".in_place",
     "quantize_blockwise": ".blockwise",
