@@ -7,21 +7,30 @@ called by itself: hooks on it must run, it may have been replaced, or the call n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ..format import PackedLinear
+from ..dispatch import choose_for, choose_for_group
+from ..format import LayerShape
+from ..functional import Layer, run_fused, run_group, run_mlp
+from ..fused_mlp import FUNCTIONS
 from ..linear import LittleBitLinear
+from ..norm import RMSNorm
 from ..ops.operands import ACTIVATION_DTYPES
-from ..prepacked import PrepackedLinear
 from .checks import is_called_plainly, needs_own_call
-from .interim import RMSNorm, grouped_linear, mlp
 
 __all__ = ["linears_together", "mlp_together"]
 
-Layers = list[PackedLinear] | list[PrepackedLinear]
+
+class _Layers(NamedTuple):
+    """Modules as :func:`.functional.run_group` takes them; all prepacked or none."""
+
+    tensors: list[Layer]
+    bias: list[torch.Tensor | None]
+    shapes: list[LayerShape]
+    prepacked: bool
 
 
 def linears_together(
@@ -42,13 +51,19 @@ def linears_together(
     Returns:
         ``[..., N_i]`` of each module in the dtype of ``x``, or ``None`` if they have to be called one by one.
     """
-    layers = _layers_of(modules, x, norm)
+    layers = _layers_of(modules, x, norm, inputs=len(modules))
     if layers is None:
         return None
     first: Any = modules[0]
     if residual is not None and not _may_add(residual, x, first):
         return None
-    return grouped_linear(x, layers, first.backend, first.activation, norm=norm, residual=residual)
+    choice = choose_for_group(x, layers.shapes, first.backend, first.activation, layers.prepacked)
+    if choice is None or choice.backend not in ("cpu", "cuda"):
+        return None
+    rest = (layers.bias, layers.shapes, choice)
+    if norm is None and residual is None:
+        return run_group(x, layers.tensors, *rest)
+    return run_fused(x, layers.tensors, *rest, norm, residual)
 
 
 def mlp_together(
@@ -75,59 +90,51 @@ def mlp_together(
     if layers is None:
         return None
     down: Any = modules[-1]
-    sizes = [layer.out_features for layer in layers[:-1]]
-    halves = len(layers) == 2 and sizes == [2 * down.in_features]
+    sizes = [shape.out_features for shape in layers.shapes[:-1]]
+    halves = len(sizes) == 1 and sizes == [2 * down.in_features]
     if not halves and any(size != down.in_features for size in sizes):
         return None
     if residual is not None and not _may_add(residual, x, down):
         return None
-    return mlp(x, layers, function, down.backend, down.activation, norm=norm, residual=residual)
+    choice = choose_for(x, layers.shapes[0], down.backend, down.activation, layers.prepacked)
+    rest = (layers.bias, layers.shapes, FUNCTIONS[function], choice, norm, residual)
+    return run_mlp(x, layers.tensors, *rest)
 
 
-def _layers_of(
-    modules: Sequence[nn.Module | None], x: Any, norm: RMSNorm | None, inputs: int | None = None
-) -> Layers | None:
+def _layers_of(modules: Sequence[Any], x: Any, norm: RMSNorm | None, inputs: int) -> _Layers | None:
     """The layers of modules that may run in one call on ``x``, of which the first ``inputs`` take it."""
     if needs_own_call(x) or torch.jit.is_tracing() or nn.modules.module._has_any_global_hook():
         return None
-    if x.dim() == 0 or x.dtype not in ACTIVATION_DTYPES:
+    if x.dim() == 0 or x.dtype not in ACTIVATION_DTYPES or x.layout != torch.strided:
         return None
     size = x.shape[-1]
-    if norm is not None and (norm.weight.shape != (size,) or norm.weight.device != x.device):
-        return None
     grad = torch.is_grad_enabled()
-    if grad and norm is not None and norm.weight.requires_grad:
-        return None
+    if norm is not None:
+        weight = norm.weight
+        if weight.shape != (size,) or weight.device != x.device or (grad and weight.requires_grad):
+            return None
     first = modules[0]
-    layers: list[Any] = []
+    found = _Layers([], [], [], x.is_cpu)
     for index, module in enumerate(modules):
         if type(module) is not LittleBitLinear or not is_called_plainly(module):
             return None
-        if module.backend != first.backend or module.activation != first.activation:  # type: ignore[union-attr]
+        if module.backend != first.backend or module.activation != first.activation:
             return None
-        if (inputs is None or index < inputs) and module.in_features != size:
+        if index < inputs and module.in_features != size:
             return None  # an error, which the module raises
-        layer = _layer_of(module, x.device, grad)
-        if layer is None or (layers and type(layer) is not type(layers[0])):
+        # Another thread may change the layout meanwhile: one look at which buffers there are.
+        buffers: dict[str, Any] = module._buffers
+        bias = buffers["bias"] if "bias" in buffers else module._parameters["bias"]
+        layer = buffers.get("prepacked")
+        # On the CPU, each prepacks itself in its first call.
+        if (layer is not None) != found.prepacked or (grad and bias is not None and bias.requires_grad):
             return None
-        layers.append(layer)
-    return layers
-
-
-def _layer_of(
-    module: LittleBitLinear, device: torch.device, grad: bool
-) -> PackedLinear | PrepackedLinear | None:
-    # Another thread may change the layout meanwhile: one look at which buffers there are.
-    buffers: dict[str, Any] = module._buffers
-    bias = buffers["bias"] if "bias" in buffers else module._parameters["bias"]
-    if grad and bias is not None and bias.requires_grad:
-        return None
-    layer = buffers.get("prepacked")
-    if layer is not None:
-        return PrepackedLinear(layer, bias, module.shape) if layer.device == device else None
-    if device.type == "cpu" or buffers["u1"].device != device:
-        return None  # on the CPU, each prepacks itself in its first call
-    return module.packed
+        if (buffers["u1"] if layer is None else layer).device != x.device:
+            return None
+        found.tensors.append(module._operands(buffers) if layer is None else layer)
+        found.bias.append(bias)
+        found.shapes.append(module.shape)
+    return found
 
 
 def _may_add(residual: Any, x: torch.Tensor, last: Any) -> bool:

@@ -22,7 +22,7 @@ class Fusion:
         modules: what each recognized module computes in one call, by its name, such as
             ``"q_proj + k_proj + v_proj"``, ``"gate_proj + up_proj > silu > down_proj"`` and
             ``"input_layernorm > self_attn > residual"``.
-        groups: layers of other modules that share their input by their names.
+        groups: layers that share their input by their names, for calls that a recognized module does not do.
     """
 
     modules: dict[str, tuple[str, ...]]
@@ -35,7 +35,7 @@ def fuse_projections(model: nn.Module, *, on_cpu: bool = False) -> Fusion:
     ``littlebit2.load`` and ``from_pretrained`` do it by themselves; this is for models whose layers were
     quantized in memory. Recognized are, from the source of the model's classes and from what their modules
     compute: MLPs, projections that share their input, RMS norms before them, and residuals added to their
-    outputs. Layers of other classes that share their input by their names (:data:`.PROJECTIONS`) are grouped
+    outputs. Layers that share their input by their names (:data:`.PROJECTIONS`) are grouped
     (:func:`littlebit2_kernels.fuse_linears`), for CUDA.
 
     Recognized modules get a subclass of their class. They keep parameters, buffers, children, hooks, names
@@ -53,8 +53,8 @@ def fuse_projections(model: nn.Module, *, on_cpu: bool = False) -> Fusion:
     """
     modules = fuse_modules(model)
     groups = []
-    for name, parent in model.named_modules():
-        for names in PROJECTIONS if name not in modules else ():
+    for parent in model.modules():
+        for names in PROJECTIONS:
             found = [
                 child for name in names if isinstance(child := getattr(parent, name, None), LittleBitLinear)
             ]

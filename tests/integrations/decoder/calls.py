@@ -14,7 +14,7 @@ class Calls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.clear()
-        for name in ("grouped_linear", "mlp"):
+        for name in ("run_group", "run_fused", "run_mlp"):
             monkeypatch.setattr(modules, name, self._recording(getattr(modules, name), name))
 
     def clear(self) -> None:
@@ -22,11 +22,14 @@ class Calls:
         self.grouped = self.mlps = self.norms = self.residuals = 0
 
     def _recording(self, function: Any, name: str) -> Any:
-        def call(*arguments: Any, norm: Any = None, residual: Any = None) -> Any:
-            self.grouped += name == "grouped_linear"
-            self.mlps += name == "mlp"
+        def call(*arguments: Any) -> Any:
+            result = function(*arguments)
+            assert result is not None
+            norm, residual = (None, None) if name == "run_group" else arguments[-2:]
+            self.grouped += name != "run_mlp"
+            self.mlps += name == "run_mlp"
             self.norms += norm is not None
             self.residuals += residual is not None
-            return function(*arguments, norm=norm, residual=residual)
+            return result
 
         return call

@@ -35,6 +35,8 @@ EXPECTED = {
     "opt": ("self_attn > residual", "fc1 > relu > fc2 > residual", "q_proj + k_proj + v_proj"),
     "bert": ("query + key + value",),
 }
+#: Groups of a layer by names: sizes of attention and MLP.
+GROUPS = {"bert": [3], "opt": [3], "phi3": []}
 #: Grouped calls and MLP calls of one layer; that of the output layer of an attention adds the residual.
 CALLS = {
     **dict.fromkeys(("llama", "llama-tied", "qwen2", "qwen3", "phi3", "opt"), (2, 1)),
@@ -108,13 +110,13 @@ def test_greedy_tokens(packed: tuple[str, Any], calls: Calls) -> None:
 
 
 def test_the_whole_of_fuse_projections(packed: tuple[str, Any]) -> None:
-    """Modules that are recognized need no groups; both are undone."""
+    """Modules and groups; both are undone."""
     _, model = packed
     unfuse_modules(model)
     kinds = [type(module) for module in model.modules()]
     fusion = littlebit2.fuse_projections(model)
     assert fusion.modules
-    assert fusion.groups == ()
+    assert [len(group.members) for group in fusion.groups] == GROUPS.get(packed[0], [3, 2]) * 2
     assert [type(module) for module in model.modules()] != kinds
     littlebit2.unfuse_projections(model)
     assert [type(module) for module in model.modules()] == kinds

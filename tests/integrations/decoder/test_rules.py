@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import pickle
 import threading
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -90,8 +92,12 @@ def test_state_and_files(pair: tuple[Any, Any], tmp_path: Path) -> None:
     for name, model in (("own", own), ("fused", fused)):
         attach(model)
         model.save_pretrained(tmp_path / name)
-    for file in ("config.json", "model.safetensors"):
-        assert (tmp_path / "own" / file).read_bytes() == (tmp_path / "fused" / file).read_bytes()
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("own", "fused")]
+    assert list(files[0]) == list(files[1])
+    assert all(torch.equal(tensor, files[1][name]) for name, tensor in files[0].items())
+    config = (tmp_path / "own" / "config.json").read_text()
+    assert config == (tmp_path / "fused" / "config.json").read_text()
+    assert "fuse" not in json.loads(config)["quantization_config"]
 
 
 @pytest.mark.parametrize("way", ["load", "from_pretrained"])
@@ -191,7 +197,7 @@ def _other_epsilon(layer: Any) -> None:
 
 
 def _other_mode(layer: Any) -> None:
-    layer.mlp.down_proj.activation = "int16"
+    layer.mlp.down_proj.activation = "exact"
 
 
 def _other_backend(layer: Any) -> None:

@@ -12,9 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from littlebit2_kernels import LittleBitLinear
+from littlebit2_kernels import LittleBitLinear, RMSNorm
 from littlebit2_kernels.together.checks import is_called_plainly, needs_own_call
-from littlebit2_kernels.together.interim import RMSNorm
 from littlebit2_kernels.together.modules import linears_together, mlp_together
 
 from .parts import Mlp, Norm, activation_of, mlp_of, norm_of
