@@ -13,13 +13,15 @@ __all__ = ["is_called_plainly", "needs_own_call"]
 
 def is_called_plainly(module: nn.Module) -> bool:
     """Whether a call of ``module`` is one of its class's ``forward`` and nothing else: no hook, no patch."""
+    # A step asks this a dozen times a layer, and attributes of modules are twice as slow.
+    state = module.__dict__
     return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or module._compiled_call_impl is not None
-        or "forward" in module.__dict__
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+        or state.get("_compiled_call_impl") is not None
     )
 
 

@@ -103,7 +103,7 @@ def mlp_together(
 
 def _layers_of(modules: Sequence[Any], x: Any, norm: RMSNorm | None, inputs: int) -> _Layers | None:
     """The layers of modules that may run in one call on ``x``, of which the first ``inputs`` take it."""
-    if needs_own_call(x) or torch.jit.is_tracing() or nn.modules.module._has_any_global_hook():
+    if needs_own_call(x) or nn.modules.module._has_any_global_hook() or torch._C._get_tracing_state():
         return None
     if x.dim() == 0 or x.dtype not in ACTIVATION_DTYPES or x.layout != torch.strided:
         return None

@@ -199,7 +199,7 @@ def _taker_of(kind: type[Any]) -> Taker | None:
         return Taker(kind, tree.args.args[1].arg, norm=True, residual=True)
     if issubclass(kind, _FusedAttention):
         how = kind._littlebit2_attention
-        return Taker(kind, how.parameter, norm=True, residual=how.output is not None)
+        return Taker(kind, how.parameter, norm=bool(how.projections), residual=how.output is not None)
     return None
 
 
@@ -246,7 +246,7 @@ def _described(kind: type[Any]) -> tuple[str, ...]:
         return (" > ".join((" + ".join(how.layers[:-1]), how.activation.function, how.layers[-1])),)
     if issubclass(kind, _FusedAttention):
         together = kind._littlebit2_attention
-        return (" + ".join(together.projections),)
+        return (" + ".join(together.projections),) if together.projections else ()
     return tuple(str(site) for site in kind._littlebit2_sites)
 
 

@@ -122,7 +122,7 @@ class Attention:
     """What a rewritten attention does together.
 
     Attributes:
-        projections: packed layers that take the input, in the order of their results.
+        projections: packed layers that take the input, in the order of their results; none if others do too.
         output: the packed layer that makes the output, if a residual can be added there.
         parameter: name of the input.
     """
@@ -167,7 +167,8 @@ def rewrite_attention(
 
     Returns:
         The new tree, which takes the keywords ``littlebit2_norm`` and ``littlebit2_residual``, and what it
-        does; ``None`` if the input is used for more than its shape and packed projections.
+        does. There are no projections if the input is used for more than its shape and packed layers;
+        ``None`` if there is nothing to the output either.
     """
     if len(tree.args.args) < 2 or tree.args.vararg is not None or _names_clash(tree):
         return None
@@ -192,15 +193,18 @@ def rewrite_attention(
         and node.attr in ("shape", "size", "dtype", "device")
         for node in ast.walk(tree)
     )
-    if not calls or len(calls) + shapes != len(uses):
-        return None
+    if len(calls) + shapes != len(uses):
+        calls = []
     names = tuple(dict.fromkeys(str(_child_called(call, this)) for _, call in calls))
     output = _output_of(tree.body, this, [name for name in linears if name not in names])
     for _, call in calls:
         place = names.index(str(_child_called(call, this)))
         _become(call, _parsed(f"{_PROJECTED}[{place}]", call))
-    project = f"{_PROJECTED} = {this}._littlebit2_project({given}, {NORM})"
-    tree.body.insert(calls[0][0], _statement(project, calls[0][1]))
+    if calls:
+        project = f"{_PROJECTED} = {this}._littlebit2_project({given}, {NORM})"
+        tree.body.insert(calls[0][0], _statement(project, calls[0][1]))
+    elif output is None:
+        return None
     if output is not None:
         call = output[1]
         _become(call, _parsed(f"{this}._littlebit2_output({ast.unparse(call.args[0])}, {RESIDUAL})", call))
