@@ -18,11 +18,11 @@ from .functional import (
     run_fused,
     run_group,
 )
+from .fused.checks import needs_own_call
 from .fused.norm import RMSNorm
 from .linear import LittleBitLinear
 from .ops.operands import ACTIVATION_DTYPES
 from .prepacked import PrepackedLinear
-from .together.checks import needs_own_call
 
 __all__ = ["LinearGroup", "fuse_linears", "grouped_linear", "unfuse_linears"]
 

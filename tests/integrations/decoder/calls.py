@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from littlebit2_kernels.together import modules
+from littlebit2_kernels.fused import modules
 
 
 class Calls:

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from littlebit2_kernels import LittleBitLinear, RMSNorm
-from littlebit2_kernels.together.checks import is_called_plainly, needs_own_call
-from littlebit2_kernels.together.modules import linears_together, mlp_together
+from littlebit2_kernels.fused.checks import is_called_plainly, needs_own_call
+from littlebit2_kernels.fused.modules import linears_together, mlp_together
 
 from .parts import Mlp, Norm, activation_of, mlp_of, norm_of
 from .rewrite import (

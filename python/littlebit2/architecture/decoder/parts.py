@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from littlebit2_kernels import LittleBitLinear
-from littlebit2_kernels.together.checks import is_called_plainly
+from littlebit2_kernels.fused.checks import is_called_plainly
 
 from ..places import MODULE_STATE
 from .source import self_reads

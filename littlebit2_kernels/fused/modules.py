@@ -15,11 +15,11 @@ from torch import nn
 from ..dispatch import choose_for, choose_for_group
 from ..format import LayerShape
 from ..functional import Layer, run_fused, run_group, run_mlp
-from ..fused_mlp import FUNCTIONS
 from ..linear import LittleBitLinear
-from ..norm import RMSNorm
 from ..ops.operands import ACTIVATION_DTYPES
 from .checks import is_called_plainly, needs_own_call
+from .mlp import FUNCTIONS
+from .norm import RMSNorm
 
 __all__ = ["linears_together", "mlp_together"]
 
@@ -103,7 +103,7 @@ def mlp_together(
 
 def _layers_of(modules: Sequence[Any], x: Any, norm: RMSNorm | None, inputs: int) -> _Layers | None:
     """The layers of modules that may run in one call on ``x``, of which the first ``inputs`` take it."""
-    if needs_own_call(x) or nn.modules.module._has_any_global_hook() or torch._C._get_tracing_state():
+    if needs_own_call(x) or nn.modules.module._has_any_global_hook() or torch.jit.is_tracing():
         return None
     if x.dim() == 0 or x.dtype not in ACTIVATION_DTYPES or x.layout != torch.strided:
         return None

@@ -1,1 +1,0 @@
-"""Modules that one call computes together."""
