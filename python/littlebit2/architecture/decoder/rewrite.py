@@ -422,11 +422,11 @@ class _Finder:
 
 def _output_of(body: Sequence[ast.stmt], this: str, linears: Sequence[str]) -> tuple[str, ast.Call] | None:
     """The packed layer whose result is returned, alone or as the first of several, and its call."""
-    if len(body) < 2 or not isinstance(body[-1], ast.Return):
+    if not body or not isinstance(body[-1], ast.Return):
         return None
     value = body[-1].value
     first = value.elts[0] if isinstance(value, ast.Tuple) and value.elts else value
-    last = body[-2]
+    last = body[-2] if len(body) > 1 else None
     call: ast.expr | None = first
     if isinstance(first, ast.Name):
         if (
