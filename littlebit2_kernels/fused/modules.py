@@ -139,8 +139,11 @@ def _layers_of(modules: Sequence[Any], x: Any, norm: RMSNorm | None, inputs: int
 
 def _may_add(residual: Any, x: torch.Tensor, last: Any) -> bool:
     """Whether ``residual`` is of the shape and dtype of the output, so that the sum is too."""
+    # Of the rest, what holds for x holds for it.
+    plain = torch.compiler.is_compiling() or type(residual) in (torch.Tensor, nn.Parameter)
     return (
-        not needs_own_call(residual)
+        plain
+        and not (residual.requires_grad and torch.is_grad_enabled())
         and residual.dtype == x.dtype
         and residual.device == x.device
         and residual.shape == (*x.shape[:-1], last.out_features)

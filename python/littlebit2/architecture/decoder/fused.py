@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from littlebit2_kernels import LittleBitLinear, RMSNorm
-from littlebit2_kernels.fused.checks import is_called_plainly, needs_own_call
+from littlebit2_kernels.fused.checks import is_called_plainly
 from littlebit2_kernels.fused.modules import linears_together, mlp_together
 
 from .parts import Mlp, Norm, activation_of, mlp_of, norm_of
@@ -254,11 +254,11 @@ def _is_plain(module: nn.Module) -> bool:
     return is_called_plainly(module) and not nn.modules.module._has_any_global_hook()
 
 
-def _rms_norm(norm: _GivenNorm, x: torch.Tensor) -> RMSNorm | None:
+def _rms_norm(norm: _GivenNorm, x: Any) -> RMSNorm | None:
     """The norm as the kernels take it, or ``None`` if its result has another dtype than ``x``."""
     module, how = norm
     weight = module._parameters["weight"]
-    if weight is None or needs_own_call(x) or not (how.keeps_dtype or weight.dtype == x.dtype):
+    if weight is None or not isinstance(x, torch.Tensor) or not (how.keeps_dtype or weight.dtype == x.dtype):
         return None
     return RMSNorm(weight, getattr(module, how.eps), how.offset)
 
