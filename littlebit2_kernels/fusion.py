@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from .dispatch import choose_for_group
 from .format import PackedLinear
@@ -19,6 +18,7 @@ from .functional import (
     run_fused,
     run_group,
 )
+from .fused.checks import needs_own_call
 from .fused.norm import RMSNorm
 from .linear import LittleBitLinear
 from .ops.operands import ACTIVATION_DTYPES
@@ -123,7 +123,7 @@ class LinearGroup:
 
     def take(self, member: LittleBitLinear, x: torch.Tensor) -> torch.Tensor | None:
         """Return ``member(x)`` as one of the group, or ``None`` if the member must compute it itself."""
-        if _needs_its_own(x):
+        if needs_own_call(x):
             return None
         index = self._index(member)
         if index is None:
@@ -238,23 +238,6 @@ def unfuse_linears(modules: Sequence[LittleBitLinear]) -> None:
         group = module._group
         for member in () if group is None else group.members:
             member._group = None
-
-
-def _needs_its_own(x: Any) -> bool:
-    if not isinstance(x, torch.Tensor):
-        return True
-    if torch.is_grad_enabled() and x.requires_grad:
-        return True
-    if x.device.type == "meta" or torch.is_autocast_enabled(x.device.type):
-        return True
-    if torch.compiler.is_compiling():
-        return False
-    # Subclasses, and tensors of transforms, mean something else by the same object.
-    return (
-        type(x) not in (torch.Tensor, torch.nn.Parameter)
-        or forward_ad._current_level >= 0
-        or torch._C._functorch.maybe_current_level() is not None
-    )
 
 
 def _state(x: torch.Tensor) -> tuple[int, bool, bool]:

@@ -10,10 +10,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from littlebit2_kernels.version import __version__
 
-    from .architecture.projections import fuse_projections
+    from .architecture.projections import fuse_projections, unfuse_projections
     from .blockwise import BlockwiseReport, BlockwiseSettings, quantize_blockwise
     from .in_place import QuantizationReport, quantize_, quantize_linear
-    from .integrations.generation import generate
+    from .integrations.generation import generate, generate_batch
     from .integrations.loading import load
     from .integrations.synthesis import synthesize
     from .integrations.transformers import register
@@ -42,6 +42,7 @@ __all__ = [
     "finetune",
     "fuse_projections",
     "generate",
+    "generate_batch",
     "load",
     "quantize_",
     "quantize_blockwise",
@@ -51,6 +52,7 @@ __all__ = [
     "rank_for_bpw",
     "register",
     "synthesize",
+    "unfuse_projections",
 ]
 
 #: The module that defines each public name.
@@ -68,6 +70,7 @@ _HOMES = {
     "finetune": ".train.recipe",
     "fuse_projections": ".architecture.projections",
     "generate": ".integrations.generation",
+    "generate_batch": ".integrations.generation",
     "load": ".integrations.loading",
     "quantize_": ".in_place",
     "quantize_blockwise": ".blockwise",
@@ -77,6 +80,7 @@ _HOMES = {
     "rank_for_bpw": ".quantize",
     "register": ".integrations.transformers",
     "synthesize": ".integrations.synthesis",
+    "unfuse_projections": ".architecture.projections",
 }
 
 

@@ -4,7 +4,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ["EXTRAS", "hub_hint", "missing_package", "require"]
+__all__ = ["EXTRAS", "SettingError", "hub_hint", "missing_package", "require"]
 
 #: Packages that are not always installed, and the extra of this package that installs them.
 EXTRAS = {
@@ -16,6 +16,10 @@ EXTRAS = {
     "transformers": "models",
     "triton": "triton",
 }
+
+
+class SettingError(ValueError):
+    """An argument is wrong whatever else is given: on a command line, wrong usage."""
 
 
 #: ``organization/model``, as hubs name models.

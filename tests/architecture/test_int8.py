@@ -18,7 +18,15 @@ from littlebit2.architecture.int8 import TiedInt8Linear, find_rows, int8_
 from littlebit2.checkpoint import CheckpointError, open_checkpoint
 from littlebit2.integrations.transformers import attach
 from littlebit2_kernels import Int8Embedding, Int8Linear
-from tests.integrations.families import GENERATIVE, dense_model, greedy, outputs, quantized_copy, token_ids
+from tests.integrations.families import (
+    GENERATIVE,
+    assert_same,
+    dense_model,
+    greedy,
+    outputs,
+    quantized_copy,
+    token_ids,
+)
 
 IDS = token_ids(9, 2)
 
@@ -73,11 +81,11 @@ def test_saved_and_loaded(family, tmp_path):
         assert set(checkpoint.config["quantization_config"]["int8"]) == set(rows.stored)
         assert not any("weight_int8" in name or "weight_scale" in name for name in checkpoint.dense)
     loaded = littlebit2.load(tmp_path / "saved")
-    assert torch.equal(outputs(loaded, IDS), wanted)
+    assert_same(outputs(loaded, IDS), wanted)
     assert greedy(loaded, IDS[:1]) == greedy(model, IDS[:1])
     loaded.save_pretrained(tmp_path / "again")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
-    assert torch.equal(outputs(again, IDS), wanted)
+    assert_same(outputs(again, IDS), wanted)
 
 
 def test_scales_are_exact_in_bfloat16(tmp_path):
@@ -108,7 +116,7 @@ def test_a_bias_of_the_head_stays(tmp_path):
     assert (wanted - before).norm() > 0  # other weights are packed
     attach(model)
     model.save_pretrained(tmp_path)
-    assert torch.equal(outputs(littlebit2.load(tmp_path), IDS), outputs(model, IDS))
+    assert_same(outputs(littlebit2.load(tmp_path), IDS), outputs(model, IDS))
 
 
 def test_head_alone_and_embedding_alone():

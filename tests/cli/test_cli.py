@@ -179,12 +179,51 @@ def test_errors_are_one_line(arguments: list[str], message: str, capsys: pytest.
             "--budget='spectral' needs --bpw",
         ),
         (["quantize", "nowhere", "out", "--ranks", "8", "16", "--paths", "1"], "--paths must be left out or"),
-        (["generate", "nowhere", "text", "--max-new-tokens", "0"], "--max-new-tokens must be"),
     ],
 )
 def test_errors_name_options(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 1
     assert f"error: {said}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
+        (["--temperature", "0"], "--temperature must be positive, got 0.0"),
+        (["--top-k", "-1"], "--top-k must be at least 0, got -1"),
+        (["--top-p", "1.5"], "--top-p must be above 0 and at most 1, got 1.5"),
+        (["--repetition-penalty", "-2"], "--repetition-penalty must be positive, got -2.0"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (
+            ["--step", "graph", "--cache", "dynamic"],
+            "--cache must be static for --step='graph'",
+        ),
+    ],
+)
+def test_wrong_values_are_one_line(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "nowhere", "text", *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"littlebit2 generate: error: {said}")
+    assert error.count("\n") == 1
+
+
+def test_chat_needs_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "nowhere", "--token-ids", "1", "--chat"]) == 2
+    assert "--chat and --system need text, got --token-ids" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_unknown_option_shows_the_usage_of_its_command(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needed = {"calibrate": ["--data", "t", "--out", "o"], "convert": ["o", "--to", "littlebit2"]}
+    needed |= {"finetune": ["o", "--data", "t"], "evaluate": ["--data", "t"], "quantize": ["o"]}
+    needed |= {"generate": ["text"], "synthesize": ["o", "--bpw", "1"]}
+    assert main([command, "model", *needed.get(command, []), "--nothing", "1"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"usage: littlebit2 {command} ")
+    assert error.endswith(f"littlebit2 {command}: error: unrecognized arguments: --nothing 1\n")
 
 
 def test_a_plan_takes_the_command_line_of_quantize(

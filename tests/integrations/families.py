@@ -110,6 +110,12 @@ def greedy(model: Any, ids: torch.Tensor, **settings: Any) -> list[int]:
     return new[0, ids.shape[1] :].tolist()
 
 
+def assert_same(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Fail unless outputs in float32 are the same within rounding: models are fused when they are loaded."""
+    assert got.shape == wanted.shape
+    assert relative_error(got, wanted) < 2e-5
+
+
 def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
     """Largest difference by the largest entry."""
     return float((got - wanted).abs().max() / wanted.abs().max())

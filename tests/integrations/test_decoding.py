@@ -40,7 +40,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return replay
 
     monkeypatch.setattr(decoding, "capture", capture)
-    monkeypatch.setattr(decoding, "_check_device", lambda model: None)
+    monkeypatch.setattr(decoding, "no_graph_reason", lambda model: None)
     return replays
 
 
@@ -153,7 +153,7 @@ def test_errors(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         StaticDecoder(model, 0)
     with pytest.raises(ValueError, match="rows must be at least 1, got 0"):
         StaticDecoder(model, 8, rows=0)
-    with pytest.raises(ValueError, match="step='graph' needs a model on a CUDA device, got one on cpu"):
+    with pytest.raises(ValueError, match="it needs a model on a CUDA device, got one on cpu"):
         StaticDecoder(model, 20, step="graph")
     decoder = StaticDecoder(model, 13)
     with pytest.raises(ValueError, match=r"step\(\) must follow prefill"):
@@ -167,7 +167,7 @@ def test_errors(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder.step(torch.tensor([5]))
     with pytest.raises(ValueError, match="max_length=13 tokens are in the cache"):
         decoder.step(torch.tensor([5]))
-    monkeypatch.setattr(decoding, "_check_device", lambda model: None)
+    monkeypatch.setattr(decoding, "no_graph_reason", lambda model: None)
     sliding = dense_model("gemma3")
     with pytest.raises(ValueError, match="counts its tokens on the device, and layer 0 of Gemma3ForCausalLM"):
         StaticDecoder(sliding, 20, step="graph")

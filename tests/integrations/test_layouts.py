@@ -17,7 +17,7 @@ from littlebit2.integrations.modules import layers_of
 from littlebit2.integrations.transformers import LittleBit2Config
 from littlebit2_kernels import LittleBitLinear
 from tests.integrations import upstream
-from tests.integrations.families import dense_model, outputs, token_ids
+from tests.integrations.families import assert_same, dense_model, outputs, token_ids
 
 LAYER = "model.layers.1.mlp.up_proj"
 
@@ -191,11 +191,11 @@ def test_variant_of_the_weights(packed: Any, tmp_path: Path, size: str) -> None:
     auto = transformers.AutoModelForCausalLM
     for model in (littlebit2.load(tmp_path), auto.from_pretrained(tmp_path, variant="fp16")):
         assert len(layers_of(model)) == 14
-        assert torch.equal(outputs(model, token_ids()), expected)
+        assert_same(outputs(model, token_ids()), expected)
     with pytest.raises(OSError, match=r"model\.safetensors"):
         auto.from_pretrained(tmp_path)
     packed.save_pretrained(tmp_path)
-    assert torch.equal(outputs(auto.from_pretrained(tmp_path), token_ids()), expected)
+    assert_same(outputs(auto.from_pretrained(tmp_path), token_ids()), expected)
     with pytest.raises(
         CheckpointError, match=r"asked for are in model\.fp16.*read from model\.safetensors: keep one"
     ):
@@ -220,7 +220,7 @@ def test_weights_of_torch_save(packed: Any, path: Path, count: int) -> None:
     for load in (littlebit2.load, transformers.AutoModelForCausalLM.from_pretrained):
         model = load(path)
         assert len(layers_of(model)) == 14
-        assert torch.equal(outputs(model, token_ids()), expected)
+        assert_same(outputs(model, token_ids()), expected)
 
 
 _PARTS = ("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head")
@@ -231,7 +231,7 @@ def test_device_maps(packed: Any, path: Path, where: Any) -> None:
     littlebit2.register()
     model = transformers.AutoModelForCausalLM.from_pretrained(path, device_map=where)
     assert len(layers_of(model)) == 14
-    assert torch.equal(outputs(model, token_ids()), outputs(packed, token_ids()))
+    assert_same(outputs(model, token_ids()), outputs(packed, token_ids()))
 
 
 @pytest.mark.parametrize(

@@ -245,6 +245,7 @@ PYTHON_RULES = {
                 for name in ("blockwise", "calibrate", "checkpoint", "generate", "offline", "plan")
             ),
             "littlebit2.quantize",
+            "littlebit2.generate_batch",
             "littlebit2.synthesize",
             "littlebit2.train",
             f"{_KERNELS}.version",

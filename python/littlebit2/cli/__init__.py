@@ -11,8 +11,18 @@ import sys
 import threading
 from collections.abc import Sequence
 
+from littlebit2._messages import SettingError
+
 from . import calibrate, convert, evaluate, finetune, generate, inspect, plan, quantize, synthesize
-from .common import FAILED, INTERRUPTED, name_options, note, one_line, option_names
+from .common import (
+    FAILED,
+    INTERRUPTED,
+    WRONG_USAGE,
+    name_options,
+    note,
+    one_line,
+    option_names,
+)
 
 __all__ = ["main"]
 
@@ -43,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     for module in _COMMANDS:
         module.add_parser(commands)
     for command in commands.choices.values():
-        command.set_defaults(option_names=option_names(command))
+        command.set_defaults(option_names=option_names(command), parser=command)
         command.formatter_class = argparse.RawDescriptionHelpFormatter
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -60,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     try:
-        args = parser.parse_args(argv)
+        args, rest = parser.parse_known_args(argv)
+        if rest:
+            _take_rest(args, rest, parser)
         if args.version:
             from littlebit2_kernels.version import __version__  # noqa: PLC0415  # imports torch
 
@@ -68,9 +80,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if args.command is None:
             parser.error("COMMAND is required")
+        return _run(args)
     except SystemExit as stop:  # argparse exits after --help and wrong usage
         return stop.code if isinstance(stop.code, int) else FAILED
-    return _run(args)
+
+
+def _take_rest(args: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> None:
+    """Give a command what its parser left: values for an argument of any number, after options; or refuse it.
+
+    Left to argparse, the program's own usage would be shown, and not the command's.
+    """
+    command: argparse.ArgumentParser = getattr(args, "parser", parser)
+    many = getattr(args, "takes_more", None)
+    if many is None or any(value.startswith("-") and value != "-" for value in rest):
+        command.error(f"unrecognized arguments: {' '.join(rest)}")
+    setattr(args, many, [*getattr(args, many), *rest])
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -86,6 +110,9 @@ def _run(args: argparse.Namespace) -> int:
         # Whoever read our output has gone; keep the interpreter from failing again when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except SettingError as error:
+        note(f"littlebit2 {args.command}: error: {name_options(one_line(error), args.option_names)}")
+        return WRONG_USAGE
     except Exception as error:
         if args.debug:
             raise

@@ -20,6 +20,7 @@ __all__ = [
     "FAILED",
     "INTERRUPTED",
     "METHODS",
+    "WRONG_USAGE",
     "Commands",
     "add_command",
     "add_load_options",
@@ -46,6 +47,7 @@ __all__ = [
 _HELP_WIDTH = 100
 
 FAILED = 1
+WRONG_USAGE = 2
 INTERRUPTED = 130
 
 #: As in littlebit2.quantize, which would import torch.

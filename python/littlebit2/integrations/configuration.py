@@ -39,7 +39,7 @@ class LittleBit2Config(QuantizationConfigMixin):
         backend: backend for every layer, see :func:`littlebit2_kernels.littlebit_linear`; not stored.
         activation: likewise.
         prepack: whether layers on the CPU are brought to the kernels' layout while loading; not stored.
-        fuse: whether projections that share their input are computed together on CUDA
+        fuse: whether norms, projections, MLPs and residuals are computed in fewer calls
             (:func:`littlebit2.fuse_projections`); not stored.
         source: directory of the checkpoint, where its files are not those that transformers finds; not
             stored.

@@ -9,26 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
-from transformers.generation.streamers import BaseStreamer, TextStreamer
+from transformers import PreTrainedModel
 
-from littlebit2._messages import hub_hint
+from littlebit2._messages import SettingError, hub_hint
 from littlebit2.quantize.device import check_device
 
-from .decoding import STEPS, StaticDecoder
+from .decoding import CACHES, LOOPS, GrowingDecoder, StaticDecoder, Way, choose_way
+from .decoding.clock import Clock
+from .decoding.prompts import Prompt, as_messages, check_prompt, encode, pad_left, tokenizer_of
+from .decoding.sampling import Picker, Sampling
 from .loading import load
 
-__all__ = ["Generation", "generate", "resident_memory"]
-
-#: Any of these makes a directory one with a tokenizer.
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
-
-_CACHES = ("dynamic", "static")
+__all__ = ["Generation", "generate", "generate_batch", "resident_memory"]
 
 
 @dataclass(frozen=True)
@@ -40,10 +32,11 @@ class Generation:
         token_ids: the new tokens.
         prompt_tokens: length of the prompt.
         load_seconds: to load the model; 0 for a model that was given.
-        prefill_seconds: from the call to the first new token.
-        decode_seconds: from the first to the last new token.
+        prefill_seconds: from the call to the first new token; of a batch, that of all.
+        decode_seconds: from the first to the last new token; of a batch, that of all.
         resident_bytes: resident memory of this process afterwards, ``None`` where it cannot be told.
         peak_resident_bytes: the most it ever was.
+        way: how the tokens were decoded, and why.
     """
 
     text: str | None
@@ -54,6 +47,7 @@ class Generation:
     decode_seconds: float
     resident_bytes: int | None
     peak_resident_bytes: int | None
+    way: Way
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -65,47 +59,110 @@ class Generation:
 
 def generate(
     model: PreTrainedModel | str | Path,
-    prompt: str | Sequence[int] | torch.Tensor,
+    prompt: Prompt,
     *,
-    max_new_tokens: int = 128,
-    tokenizer: Any = None,
     stream: Callable[[str], object] | None = None,
-    do_sample: bool = False,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
-    cache: str = "dynamic",
-    step: str | None = None,
-    ignore_eos: bool = False,
-    **load_options: Any,
+    **settings: Any,
 ) -> Generation:
     """Continue one prompt, greedily unless ``do_sample``.
 
     Args:
         model: a loaded model, or a directory for :func:`.loading.load`.
-        prompt: text, which needs a tokenizer, or token ids ``[T]``.
-        max_new_tokens: at least 1; generation stops earlier where the model has no more positions.
-        tokenizer: by default that of the model's directory, if it has one.
+        prompt: text, or messages ``[{"role": "user", "content": ...}, ...]`` for the tokenizer's chat
+            template, both of which need a tokenizer; or token ids ``[T]``.
         stream: called with each piece of new text as it becomes final (of token ids in decimal, with a
             space after each, if there is no tokenizer).
-        do_sample: draw tokens instead of taking the likeliest.
-        temperature: sampling temperature.
-        top_p: probability mass for nucleus sampling.
-        seed: seed for sampling; sets and restores the global random state.
-        cache: ``"dynamic"``, or ``"static"`` for a key/value cache of fixed size.
-        step: how a step runs, one of :data:`.decoding.STEPS`, with the static cache and without the model
-            library's own loop: on a GPU, ``"graph"`` replays one CUDA graph per token. By default the
-            library's loop.
-        ignore_eos: continue to ``max_new_tokens`` past an end-of-text token, for speed tests.
-        **load_options: of :func:`.loading.load`, with a directory.
+        **settings: of :func:`generate_batch`.
 
     Raises:
-        TypeError: ``load_options`` are given with a loaded model.
-        ValueError: an argument is out of range, ``prompt`` is text and there is no tokenizer, or it fills the
-            model's positions.
+        TypeError, ValueError, CheckpointError, FileNotFoundError: as :func:`generate_batch`.
+    """
+    return _generate(model, [prompt], stream=stream, **settings)[0]
+
+
+def generate_batch(
+    model: PreTrainedModel | str | Path,
+    prompts: Sequence[Prompt],
+    *,
+    batch_size: int | None = None,
+    **settings: Any,
+) -> list[Generation]:
+    """Continue several prompts together, padded on the left to one length.
+
+    Args:
+        model: as for :func:`generate`.
+        prompts: each as for :func:`generate`.
+        batch_size: prompts at a time, by default all.
+        **settings: any of these.
+
+            * ``max_new_tokens``: at least 1, by default 128; generation stops earlier where the model has no
+              more positions.
+            * ``tokenizer``: by default that of the model's directory, if it has one.
+            * ``chat``, ``system``: take text for what the user says, after what the system says.
+            * ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``repetition_penalty``: as of
+              transformers; what is not given is as in the model's ``generation_config``, but that tokens are
+              drawn only with ``do_sample``.
+            * ``seed``: for sampling; sets and restores the global random state.
+            * ``cache``, ``step``: how to decode, names of :data:`.ways.CACHES` and :data:`.ways.LOOPS`. By
+              default the fastest that is sure to be right, see :func:`.ways.choose_way`.
+            * ``ignore_eos``: continue to ``max_new_tokens`` past an end-of-text token, for speed tests.
+            * all others: of :func:`.loading.load`, with a directory.
+
+    Returns:
+        One :class:`Generation` for each prompt. Each ends with its own end-of-text token.
+
+    Raises:
+        TypeError: options for loading are given with a loaded model.
+        ValueError: an argument is out of range or cannot run, there are no prompts, a prompt is text or
+            messages and there is no tokenizer or no chat template, or it fills the model's positions.
         CheckpointError, FileNotFoundError: as :func:`.loading.load`.
     """
-    _check_settings(max_new_tokens, cache, step, temperature, top_p)
+    if isinstance(prompts, (str, torch.Tensor)) or not len(prompts):
+        raise ValueError(f"prompts must be a sequence of one prompt or more, got {prompts!r}")
+    if batch_size is not None and batch_size < 1:
+        raise SettingError(f"batch_size must be at least 1, got {batch_size}")
+    return _generate(model, list(prompts), stream=None, batch_size=batch_size, **settings)
+
+
+def _check_settings(
+    max_new_tokens: int, sampling: Sampling, cache: str | None = None, step: str | None = None
+) -> None:
+    """Raise :class:`SettingError` for a setting that no model takes."""
+    if max_new_tokens < 1:
+        raise SettingError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    for name, value, known in (("cache", cache, CACHES), ("step", step, LOOPS)):
+        if value is not None and value not in known:
+            raise SettingError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    if step in ("compile", "graph") and cache == "dynamic":
+        raise SettingError(f"cache must be static for step={step!r}, got 'dynamic'")
+    sampling.check()
+
+
+def _generate(
+    model: PreTrainedModel | str | Path,
+    prompts: list[Prompt],
+    *,
+    stream: Callable[[str], object] | None,
+    batch_size: int | None = None,
+    max_new_tokens: int = 128,
+    tokenizer: Any = None,
+    chat: bool = False,
+    system: str | None = None,
+    do_sample: bool = False,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float | None = None,
+    seed: int | None = None,
+    cache: str | None = None,
+    step: str | None = None,
+    ignore_eos: bool = False,
+    **load_options: Any,
+) -> list[Generation]:
+    sampling = Sampling(do_sample, temperature, top_k, top_p, repetition_penalty)
+    _check_settings(max_new_tokens, sampling, cache, step)
+    if chat or system is not None:
+        prompts = [as_messages(prompt, system) for prompt in prompts]
     started = time.perf_counter()
     given = isinstance(model, PreTrainedModel)
     if isinstance(model, PreTrainedModel):
@@ -118,50 +175,131 @@ def generate(
             raise FileNotFoundError(
                 f"model must be a checkpoint directory, got {model}, which is none{hub_hint(model)}"
             )
-        # Before the model, which takes longer to fail.
         check_device(load_options.get("device", "cpu"))
-        tokenizer = tokenizer if tokenizer is not None else _tokenizer(directory)
-        _check_prompt(prompt, tokenizer, directory)
+    tokenizer = tokenizer if tokenizer is not None else tokenizer_of(directory)
+    for prompt in prompts:  # before the model is loaded, which takes longer to fail
+        check_prompt(prompt, tokenizer, directory)
+    if not isinstance(model, PreTrainedModel):
         model = load(directory, **load_options)
-    tokenizer = tokenizer if tokenizer is not None else _tokenizer(directory)
-    _check_prompt(prompt, tokenizer, directory)
-    loaded = time.perf_counter()
-    prompt_ids = _encode(prompt, tokenizer, model).to(model.device)
-    max_new_tokens = _within_positions(model, prompt_ids.shape[1], max_new_tokens)
-    clock = _Clock(stream, tokenizer)
-    begun = time.perf_counter()
-    with torch.random.fork_rng(enabled=seed is not None), torch.inference_mode():
-        if seed is not None:
-            torch.manual_seed(seed)
-        if step is not None:
-            warpers = _warpers(temperature, top_p) if do_sample else None
-            new = _by_steps(model, prompt_ids, max_new_tokens, step, warpers, ignore_eos, clock)
+    load_seconds = 0.0 if given else time.perf_counter() - started
+    rows = [encode(prompt, tokenizer, model) for prompt in prompts]
+    size = batch_size or len(rows)
+    results = []
+    for start in range(0, len(rows), size):
+        batch = rows[start : start + size]
+        run = _Run(model, batch, sampling, max_new_tokens, ignore_eos, cache, step)
+        clock = Clock(stream, tokenizer)
+        begun = time.perf_counter()
+        with torch.random.fork_rng(enabled=seed is not None), torch.inference_mode():
+            if seed is not None:
+                torch.manual_seed(seed)
+            new = run.by_library(clock) if run.way.step == "library" else run.by_steps(clock)
+        now, peak = resident_memory()
+        results += [
+            Generation(
+                text=None if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=True),
+                token_ids=tuple(tokens),
+                prompt_tokens=len(row),
+                load_seconds=load_seconds,
+                prefill_seconds=clock.first - begun,
+                decode_seconds=clock.last - clock.first,
+                resident_bytes=now,
+                peak_resident_bytes=peak,
+                way=run.way,
+            )
+            for row, tokens in zip(batch, new, strict=True)
+        ]
+    return results
+
+
+class _Run:
+    """Prompts that are decoded together."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rows: list[torch.Tensor],
+        sampling: Sampling,
+        max_new_tokens: int,
+        ignore_eos: bool,
+        cache: str | None,
+        step: str | None,
+    ) -> None:
+        self.model = model
+        self.sampling = sampling
+        config: Any = model.generation_config
+        self.ignore_eos = ignore_eos
+        ends = config.eos_token_id
+        self.ends: list[int] = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        # One prompt is never padded; a value keeps the library from warning that it chose one.
+        self.padding = config.pad_token_id if config.pad_token_id is not None else (self.ends or [0])[0]
+        ids, mask = pad_left(rows, self.padding)
+        self.ids, self.mask = ids.to(model.device), mask.to(model.device)
+        self.padded = not bool(mask.all())
+        self.count = _within_positions(model, ids.shape[1], max_new_tokens)
+        penalty = sampling.resolved(config)["repetition_penalty"]
+        self.way = choose_way(
+            model,
+            new_tokens=self.count,
+            padded=self.padded,
+            penalized=penalty != 1,
+            cache=cache,
+            step=step,
+        )
+
+    def by_library(self, clock: Clock) -> list[list[int]]:
+        """Decode with the model's own ``generate``."""
+        settings: dict[str, Any] = {**self.sampling.given(), "max_new_tokens": self.count}
+        if self.ignore_eos:
+            settings["min_new_tokens"] = self.count
+        if self.way.cache == "static":
+            settings["cache_implementation"] = "static"
+        if self.model.generation_config.pad_token_id is None:
+            settings["pad_token_id"] = self.padding
+        run: Any = self.model.generate  # typed as if it might be a tensor
+        output = run(self.ids, attention_mask=self.mask, streamer=clock, **settings)
+        return [self._until_end(row) for row in output[:, self.ids.shape[1] :].tolist()]
+
+    def by_steps(self, clock: Clock) -> list[list[int]]:
+        """Decode step by step."""
+        picker = Picker(self.sampling, self.model.generation_config, self.ends if self.ignore_eos else [])
+        clock.put(self.ids)
+        decoder: Any
+        if self.way.cache == "static":
+            length = self.ids.shape[1] + self.count - 1
+            decoder = StaticDecoder(self.model, length, rows=len(self.ids), step=self.way.step)
+            logits = decoder.prefill(self.ids)
         else:
-            settings: dict[str, Any] = {"do_sample": do_sample, "max_new_tokens": max_new_tokens}
-            if do_sample:
-                drawn = {"temperature": temperature, "top_p": top_p}
-                settings |= {key: value for key, value in drawn.items() if value is not None}
-            if ignore_eos:
-                settings["min_new_tokens"] = max_new_tokens
-            if cache == "static":
-                settings["cache_implementation"] = "static"
-            if model.generation_config.pad_token_id is None:
-                # One prompt is never padded; a value keeps the library from warning that it chose one.
-                settings["pad_token_id"] = 0
-            run: Any = model.generate  # typed as if it might be a tensor
-            output = run(prompt_ids, attention_mask=torch.ones_like(prompt_ids), streamer=clock, **settings)
-            new = output[0, prompt_ids.shape[1] :].tolist()
-    now, peak = resident_memory()
-    return Generation(
-        text=None if tokenizer is None else tokenizer.decode(new, skip_special_tokens=True),
-        token_ids=tuple(new),
-        prompt_tokens=prompt_ids.shape[1],
-        load_seconds=0.0 if given else loaded - started,
-        prefill_seconds=clock.first - begun,
-        decode_seconds=clock.last - clock.first,
-        resident_bytes=now,
-        peak_resident_bytes=peak,
-    )
+            decoder = GrowingDecoder(self.model)
+            logits = decoder.prefill(self.ids, self.mask if self.padded else None)
+        ids, new, open_rows = self.ids, [], [True] * len(self.ids)
+        while True:
+            tokens = picker(ids, logits)
+            values = [
+                token if still else self.padding
+                for token, still in zip(tokens.tolist(), open_rows, strict=True)
+            ]
+            new.append(values)
+            clock.put(tokens)
+            if not self.ignore_eos:
+                open_rows = [
+                    still and token not in self.ends for token, still in zip(values, open_rows, strict=True)
+                ]
+            if len(new) == self.count or not any(open_rows):
+                clock.end()
+                return [self._until_end(list(row)) for row in zip(*new, strict=True)]
+            if len(values) > 1:
+                tokens = torch.tensor(values, device=tokens.device)
+            if picker.reads_tokens:
+                ids = torch.cat([ids, tokens[:, None]], -1)
+            logits = decoder.step(tokens)
+
+    def _until_end(self, row: list[int]) -> list[int]:
+        """A row of new tokens without what comes after its end-of-text token."""
+        if self.ignore_eos:
+            return row
+        ends = (index + 1 for index, token in enumerate(row) if token in self.ends)
+        return row[: next(ends, len(row))]
 
 
 def _within_positions(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> int:
@@ -178,48 +316,6 @@ def _within_positions(model: PreTrainedModel, prompt_tokens: int, max_new_tokens
     return min(max_new_tokens, most - prompt_tokens)
 
 
-def _by_steps(
-    model: PreTrainedModel,
-    prompt_ids: torch.Tensor,
-    max_new_tokens: int,
-    step: str,
-    warpers: LogitsProcessorList | None,
-    ignore_eos: bool,
-    clock: _Clock,
-) -> list[int]:
-    """Decode with a :class:`StaticDecoder`, likeliest tokens unless there are ``warpers`` to draw by."""
-    decoder = StaticDecoder(model, prompt_ids.shape[1] + max_new_tokens - 1, step=step)
-    given = model.generation_config.eos_token_id
-    ends = [] if given is None else [given] if isinstance(given, int) else list(given)
-    clock.put(prompt_ids)
-    logits = decoder.prefill(prompt_ids)
-    new: list[int] = []
-    while True:
-        scores = logits.float()
-        if ignore_eos:
-            scores[:, ends] = -torch.inf
-        if warpers is None:
-            token = scores.argmax(-1)
-        else:
-            warp: Any = warpers  # typed as if there were other tensors
-            token = torch.multinomial(warp(prompt_ids, scores).softmax(-1), 1)[:, 0]
-        new.append(int(token))
-        clock.put(token)
-        if len(new) == max_new_tokens or (new[-1] in ends and not ignore_eos):
-            clock.end()
-            return new
-        logits = decoder.step(token)
-
-
-def _warpers(temperature: float | None, top_p: float | None) -> LogitsProcessorList:
-    warpers = LogitsProcessorList()
-    if temperature is not None:
-        warpers.append(TemperatureLogitsWarper(float(temperature)))
-    if top_p is not None:
-        warpers.append(TopPLogitsWarper(top_p))
-    return warpers
-
-
 def resident_memory() -> tuple[int | None, int | None]:
     """Return this process's resident memory and its peak, in bytes; ``None`` where Linux's /proc is not."""
     try:
@@ -228,85 +324,3 @@ def resident_memory() -> tuple[int | None, int | None]:
         return None, None
     sizes = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith(("VmRSS:", "VmHWM:"))}
     return int(sizes["VmRSS"]) * 1024, int(sizes["VmHWM"]) * 1024
-
-
-class _Clock(BaseStreamer):
-    """Takes the time of every token and passes text on."""
-
-    def __init__(self, stream: Callable[[str], object] | None, tokenizer: Any) -> None:
-        self.first = self.last = 0.0
-        self._prompt_seen = False
-        self._stream = stream
-        self._text = _TextStream(tokenizer, stream) if stream is not None and tokenizer is not None else None
-
-    def put(self, value: torch.Tensor) -> None:
-        if not self._prompt_seen:  # generate() begins with the prompt
-            self._prompt_seen = True
-            return
-        self.last = time.perf_counter()
-        self.first = self.first or self.last
-        if self._text is not None:
-            self._text.put(value)
-        elif self._stream is not None:
-            self._stream("".join(f"{token} " for token in value.flatten().tolist()))
-
-    def end(self) -> None:
-        if self._text is not None:
-            self._text.end()
-
-
-class _TextStream(TextStreamer):
-    """The library's rules of when text is final, without its printing."""
-
-    def __init__(self, tokenizer: Any, stream: Callable[[str], object]) -> None:
-        super().__init__(tokenizer, skip_special_tokens=True)
-        self._sink = stream
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self._sink(text)
-
-
-def _tokenizer(directory: Path) -> Any:
-    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
-        return None
-    return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-
-
-def _check_settings(
-    max_new_tokens: int, cache: str, step: str | None, temperature: float | None, top_p: float | None
-) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if cache not in _CACHES:
-        raise ValueError(f"cache must be one of {', '.join(_CACHES)}, got {cache!r}")
-    if step is not None and step not in STEPS:
-        raise ValueError(f"step must be one of {', '.join(STEPS)}, got {step!r}")
-    if temperature is not None and temperature <= 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
-
-
-def _check_prompt(prompt: Any, tokenizer: Any, directory: Path) -> None:
-    if isinstance(prompt, str) and tokenizer is None:
-        raise ValueError(f"prompt must be token ids, for {directory} has no tokenizer; got text")
-    if not isinstance(prompt, str) and not len(prompt):
-        raise ValueError("prompt must hold at least one token id, got none")
-
-
-def _encode(
-    prompt: str | Sequence[int] | torch.Tensor, tokenizer: Any, model: PreTrainedModel
-) -> torch.Tensor:
-    """Return the prompt as int64 ``[1, T]``."""
-    if not model.can_generate():
-        raise ValueError(f"model must be one that generates, got {type(model).__name__}")
-    ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
-    row = torch.as_tensor(ids, dtype=torch.int64).reshape(1, -1)
-    if row.numel() == 0:
-        raise ValueError(f"prompt must hold at least one token, got {prompt!r}, which holds none")
-    embedding: Any = model.get_input_embeddings()
-    size = embedding.weight.shape[0]
-    if not bool(((row >= 0) & (row < size)).all()):
-        raise ValueError(f"prompt must hold token ids from 0 to {size - 1}, got {row.flatten().tolist()}")
-    return row

@@ -58,7 +58,7 @@ def load(
             Scales are float32 whatever it is.
         activation: how activations enter the sums, see :func:`littlebit2_kernels.littlebit_linear`.
         backend: backend for every packed layer, see there too.
-        fuse: whether projections that share their input are computed together on CUDA, see
+        fuse: whether norms, projections, MLPs and residuals are computed in fewer calls, see
             :func:`littlebit2.fuse_projections`.
 
     Returns:

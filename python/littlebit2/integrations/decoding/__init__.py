@@ -1,5 +1,7 @@
-"""Decoding step by step: a cache of fixed size, and steps that can be captured."""
+"""Decoding step by step: how to, the caches, steps that can be captured, and the choice of tokens."""
 
+from .growing import GrowingDecoder
 from .static import STEPS, StaticDecoder
+from .ways import CACHES, LOOPS, Way, choose_way
 
-__all__ = ["STEPS", "StaticDecoder"]
+__all__ = ["CACHES", "LOOPS", "STEPS", "GrowingDecoder", "StaticDecoder", "Way", "choose_way"]

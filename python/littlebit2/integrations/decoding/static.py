@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, StaticCache
 
 from .graphs import capture
 
-__all__ = ["STEPS", "StaticDecoder"]
+__all__ = ["STEPS", "StaticDecoder", "no_graph_reason", "uncountable"]
 
 #: How a step runs: by Python; through ``torch.compile(mode="reduce-overhead")``; as one CUDA graph.
 STEPS = ("eager", "compile", "graph")
@@ -56,8 +56,9 @@ class StaticDecoder:
         self.length = 0
         self._cache = StaticCache(config=model.config, max_cache_len=max_length)
         if step == "graph":
-            _check_device(model)
-            _check_counts(model, self._cache)
+            reason = no_graph_reason(model) or uncountable(model, self._cache)
+            if reason is not None:
+                raise ValueError(f"step='graph' cannot run: {reason}")
         self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._tokens = torch.zeros(rows, 1, dtype=torch.long, device=model.device)
         self._logits: torch.Tensor | None = None
@@ -130,7 +131,7 @@ class StaticDecoder:
     def _captured(self) -> Callable[[], None]:
         """A step from ``_tokens`` to ``_logits`` and the cache, to be replayed."""
         self._logits = self._forward(self._tokens)  # its shape, and whatever is made at first use
-        layers: Any = self._cache.layers  # all of one kind: _check_counts
+        layers: Any = self._cache.layers  # all of one kind: uncountable
         counts = [layer.cumulative_length for layer in layers]
         before = [count - 1 for count in counts]
 
@@ -146,16 +147,20 @@ class StaticDecoder:
         return capture(run, restore)
 
 
-def _check_device(model: PreTrainedModel) -> None:
-    if model.device.type != "cuda":
-        raise ValueError(f"step='graph' needs a model on a CUDA device, got one on {model.device}")
+def no_graph_reason(model: PreTrainedModel) -> str | None:
+    """Why steps cannot be captured where the model is, or ``None``."""
+    if model.device.type == "cuda":
+        return None
+    return f"it needs a model on a CUDA device, got one on {model.device}"
 
 
-def _check_counts(model: PreTrainedModel, cache: StaticCache) -> None:
+def uncountable(model: PreTrainedModel, cache: StaticCache) -> str | None:
+    """Why steps with a cache cannot be captured, ``None`` if they can: its account may be kept in Python."""
     for index, layer in enumerate(cache.layers):
         counts = [value for name, value in vars(layer).items() if name.startswith("cumulative_length")]
         if not counts or not all(isinstance(value, torch.Tensor) for value in counts):
-            raise ValueError(
-                f"step='graph' needs a cache that counts its tokens on the device, and layer {index} of "
+            return (
+                f"it needs a cache that counts its tokens on the device, and layer {index} of "
                 f"{type(model).__name__} has a {type(layer).__name__}, which does not: use step='compile'"
             )
+    return None

@@ -1,0 +1,64 @@
+"""Operators of a decoding step in one layer, before and after fusing; docs/architecture.md has the table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
+
+from littlebit2.architecture.decoder import fuse_modules
+from tests.integrations.families import dense_model, quantized_copy, token_ids
+
+#: Operators of a layer that compute something (no views), those of packed layers among them: before, after.
+COUNTS = {
+    "llama": ((36, 7), (16, 3)),
+    "qwen3": ((48, 7), (28, 3)),
+    "gemma2": ((65, 7), (45, 3)),
+    "phi3": ((35, 4), (18, 3)),
+    "opt": ((15, 6), (9, 3)),
+}
+_VIEWS = ("view", "transpose", "expand", "unsqueeze", "slice", "alias", "t", "split", "select", "as_strided")
+
+
+class _Count(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.all = self.packed = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = operator.overloadpacket.__name__
+        self.all += name not in _VIEWS
+        self.packed += operator.namespace == "littlebit2"
+        return operator(*args, **(kwargs or {}))
+
+
+def _of_a_layer(model: Any) -> tuple[int, int]:
+    """Operators of a step of the model less those of the model without its last layer."""
+    counts = []
+    decoder = model.get_decoder()
+    layers = decoder.layers
+    try:
+        for number in (2, 1):
+            decoder.layers = layers[:number]
+            model.config.num_hidden_layers = number
+            cache = DynamicCache(config=model.config)
+            with torch.no_grad():
+                model(token_ids(), past_key_values=cache)
+                with _Count() as count:
+                    model(token_ids(1), past_key_values=cache)
+            counts.append((count.all, count.packed))
+    finally:
+        decoder.layers = layers
+        model.config.num_hidden_layers = 2
+    return counts[0][0] - counts[1][0], counts[0][1] - counts[1][1]
+
+
+@pytest.mark.parametrize("family", COUNTS)
+def test_operators_of_a_layer(family: str) -> None:
+    model = quantized_copy(dense_model(family))
+    before = _of_a_layer(model)
+    fuse_modules(model)
+    assert (before, _of_a_layer(model)) == COUNTS[family]
