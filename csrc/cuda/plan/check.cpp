@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cinttypes>
+#include <cmath>
 
 #include "core/shape.h"
 #include "core/status.h"
@@ -20,7 +21,9 @@ constexpr int64_t kMostParts = 65535;  // blocks of a grid in y
 constexpr int64_t kMaxSize = INT32_MAX / 4 - 1023;
 constexpr int64_t kMostSharedBytes = 1 << 24;  // per block; much more than any GPU has
 
-lb2_status check_address(const char* name, int64_t index, const void* p, uintptr_t bytes) {
+}  // namespace
+
+lb2_status check_address(const char* name, int64_t index, const void* p, uintptr_t bytes) noexcept {
   if (reinterpret_cast<uintptr_t>(p) % bytes == 0) return LB2_OK;
   if (index < 0)
     return fail(LB2_ERROR_INVALID_ARGUMENT, "%s must be aligned to %d bytes, got %p", name,
@@ -29,7 +32,20 @@ lb2_status check_address(const char* name, int64_t index, const void* p, uintptr
               name, static_cast<int>(bytes), p);
 }
 
-}  // namespace
+lb2_status check_norm(const lb2_norm& norm) noexcept {
+  if (norm.weight == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "norm->weight must not be NULL");
+  if (norm.dtype != LB2_FLOAT32 && norm.dtype != LB2_FLOAT16 && norm.dtype != LB2_BFLOAT16)
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "norm->dtype must be LB2_FLOAT32 (0), LB2_FLOAT16 (1) or LB2_BFLOAT16 (2), got %" PRId32,
+                norm.dtype);
+  if (!(norm.eps >= 0.0f && std::isfinite(norm.eps)))
+    return fail(LB2_ERROR_INVALID_ARGUMENT, "norm->eps must be finite and >= 0, got %g",
+                static_cast<double>(norm.eps));
+  if (!std::isfinite(norm.offset))
+    return fail(LB2_ERROR_INVALID_ARGUMENT, "norm->offset must be finite, got %g",
+                static_cast<double>(norm.offset));
+  return check_address("norm->weight", -1, norm.weight, static_cast<uintptr_t>(element_bytes(norm.dtype)));
+}
 
 bool asks_for_gemm(const lb2_cuda_tuning& tuning) noexcept {
   const auto any = [](const int32_t (&of_stages)[2]) { return of_stages[0] != 0 || of_stages[1] != 0; };
