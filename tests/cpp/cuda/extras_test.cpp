@@ -349,12 +349,159 @@ bool run_mlp(int index) {
   return true;
 }
 
+// One MLP with everything around it, contiguous, in float32.
+struct Mlp {
+  static constexpr int64_t kTokens = 16, kK = 700, kWidth = 600, kN = 40;
+  std::vector<TestLayer> layers;
+  Surroundings around{kK};
+  Elements x{kTokens, kK, 0, LB2_FLOAT32}, residual{kTokens, kN, 0, LB2_FLOAT32};
+  lb2_cuda_device device = {sizeof(lb2_cuda_device), 90, 132, 227 * 1024};
+  std::vector<lb2_linear_args> args;
+  std::vector<lb2_layer_shape> shapes;
+  lb2_cuda_extras extras = {};
+  lb2_cuda_mlp_plan plan = {};
+  std::vector<char> workspace;
+  std::vector<float> y;
+
+  Mlp() {
+    layers.emplace_back(kK, kWidth, false, 2);
+    layers.emplace_back(kK, kWidth, false, 1);
+    layers.emplace_back(kWidth, kN, false, 1);
+    extras.struct_size = sizeof extras;
+    extras.norm = &around.norm;
+    extras.residual_stride = kN;
+  }
+
+  // Plans for the tokens [first, first + m).
+  void set(lb2_activation mode, int64_t first, int64_t m) {
+    args.clear();
+    for (const TestLayer& layer : layers) args.push_back(layer.args(m, LB2_FLOAT32));
+    args[0].input = x.buffer.data + first * kK * 4;
+    args[0].input_stride = kK;
+    extras.residual = residual.buffer.data + first * kN * 4;
+    shapes = shapes_of(args);
+    plan.struct_size = sizeof plan;
+    if (!passed(lb2_mlp_plan_cuda(shapes.data(), 3, m, LB2_FLOAT32, mode, &device, 1, &plan))) std::abort();
+    workspace.assign(static_cast<size_t>(plan.workspace_bytes), -1);
+    y.assign(static_cast<size_t>(m * kN), 0.0f);
+    args[0].workspace = workspace.data();
+    args[0].workspace_bytes = plan.workspace_bytes;
+    args[2].output = y.data();
+    args[2].output_stride = kN;
+    prepare(device, Order::kForward, {}, args, around, 100);
+    runtime().layer.clear();
+  }
+
+  lb2_status run(lb2_function function = LB2_FUNCTION_SILU) {
+    return lb2_mlp_forward_cuda(args.data(), 3, function, &extras, &plan, nullptr);
+  }
+};
+
+// A token has the same bits alone and in any batch of up to 16; and where the residual is the output.
+bool run_batches(lb2_activation mode) {
+  Mlp mlp;
+  mlp.set(mode, 0, Mlp::kTokens);
+  if (!passed(mlp.run())) return false;
+  const std::vector<float> all = mlp.y;
+  for (const int64_t count : {1, 2, 4, 7}) {
+    const int64_t first = Mlp::kTokens - count;
+    mlp.set(mode, first, count);
+    if (!passed(mlp.run())) return false;
+    if (!same_bits(mlp.y.data(), all.data() + first * Mlp::kN, count * Mlp::kN))
+      return failed("a token's result depends on the others", mode);
+  }
+  mlp.set(mode, 0, Mlp::kTokens);
+  std::memcpy(mlp.y.data(), mlp.residual.buffer.data, mlp.y.size() * 4);
+  mlp.extras.residual = mlp.y.data();
+  if (!passed(mlp.run())) return false;
+  return same_bits(mlp.y.data(), all.data(), Mlp::kTokens * Mlp::kN) ||
+         failed("a residual in place of the output gives another result", mode);
+}
+
+bool refuses(lb2_status status, const char* part) {
+  if (status == LB2_ERROR_INVALID_ARGUMENT && std::strstr(lb2_last_error(), part) != nullptr) return true;
+  std::fprintf(stderr, "not refused with '%s': status %d, %s\n", part, static_cast<int>(status),
+               lb2_last_error());
+  return false;
+}
+
+bool run_errors() {
+  Mlp mlp;
+  mlp.set(LB2_ACTIVATION_EXACT, 0, 2);
+  bool good = passed(mlp.run());
+  good = refuses(mlp.run(4), "function must be LB2_FUNCTION_SILU (0)") && good;
+  lb2_norm& norm = mlp.around.norm;
+  const lb2_norm kept = norm;
+  norm.eps = -1.0f;
+  good = refuses(mlp.run(), "norm->eps must be finite and >= 0, got -1") && good;
+  norm = kept;
+  norm.offset = INFINITY;
+  good = refuses(mlp.run(), "norm->offset must be finite, got inf") && good;
+  norm = kept;
+  norm.dtype = LB2_INT8;
+  good = refuses(mlp.run(), "norm->dtype must be LB2_FLOAT32 (0)") && good;
+  norm = kept;
+  norm.weight = nullptr;
+  good = refuses(mlp.run(), "norm->weight must not be NULL") && good;
+  norm = kept;
+  mlp.extras.norm = nullptr;
+  good = refuses(mlp.run(), "plan must be what was made for the sizes and paths of this call") && good;
+  mlp.extras.norm = &norm;
+  mlp.extras.struct_size = 8;
+  good = refuses(mlp.run(), "extras->struct_size must equal sizeof(lb2_cuda_extras)") && good;
+  mlp.extras.struct_size = sizeof mlp.extras;
+  const void* residual = mlp.extras.residual;
+  mlp.extras.residual = static_cast<const char*>(residual) + 2;
+  good = refuses(mlp.run(), "residual must be aligned to 4 bytes") && good;
+  mlp.extras.residual = residual;
+  mlp.extras.residual_stride = -1;
+  good = refuses(mlp.run(), "residual_stride must be >= 0, got -1") && good;
+  mlp.extras.residual_stride = Mlp::kN;
+  mlp.args[0].workspace_bytes -= 1;
+  good = refuses(mlp.run(), "layers[0].workspace must hold") && good;
+  mlp.args[0].workspace_bytes += 1;
+  mlp.args[1].m = 1;
+  good =
+      refuses(mlp.run(), "layers[1].m and dtype must equal those of layers[0], 2 and 0, got 1 and 0") && good;
+  mlp.args[1].m = 2;
+  mlp.plan.workspace_bytes += 1;
+  good = refuses(mlp.run(), "plan->workspace_bytes must be") && good;
+  mlp.plan.workspace_bytes -= 1;
+  mlp.plan.struct_size = 1;
+  good = refuses(mlp.run(), "plan->struct_size must equal sizeof(lb2_cuda_mlp_plan)") && good;
+  mlp.plan.struct_size = sizeof mlp.plan;
+  const auto plan = [&](const std::vector<lb2_layer_shape>& shapes, int64_t count) {
+    return lb2_mlp_plan_cuda(shapes.data(), count, 2, LB2_FLOAT32, LB2_ACTIVATION_AUTO, &mlp.device, 1,
+                             &mlp.plan);
+  };
+  std::vector<lb2_layer_shape> shapes = mlp.shapes;
+  shapes[1].n = 8;
+  good = refuses(plan(shapes, 3), "n of gate and of up must be k of down, 600, got 600 and 8") && good;
+  good = refuses(plan({shapes[1], shapes[2]}, 2), "n of up must be k of down, 600, or twice that, got 8") &&
+         good;
+  good = refuses(plan(shapes, 4), "num_layers of an MLP must be 2 or 3, got 4") && good;
+  lb2_cuda_extras two = mlp.extras;
+  two.norm = nullptr;
+  good = refuses(lb2_projections_forward_cuda(mlp.args.data(), 2, &two, &mlp.plan.first, nullptr),
+                 "layers[1].input_stride must equal that of layers[0]") &&
+         good;
+  mlp.args[1].input = mlp.args[0].input;
+  mlp.args[1].input_stride = mlp.args[0].input_stride;
+  good = refuses(lb2_projections_forward_cuda(mlp.args.data(), 2, &two, &mlp.plan.first, nullptr),
+                 "residual must be NULL where there is more than one layer, got one with 2 layers") &&
+         good;
+  return good;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const int count = argc > 1 ? std::atoi(argv[1]) : problem_count(45);
   for (int i = 0; i < count; ++i)
     if (!run_projections(i) || !run_mlp(i)) return EXIT_FAILURE;
+  for (lb2_activation mode = LB2_ACTIVATION_EXACT; mode <= LB2_ACTIVATION_FLOAT16; ++mode)
+    if (!run_batches(mode)) return EXIT_FAILURE;
+  if (!run_errors()) return EXIT_FAILURE;
   std::printf("%d problems passed\n", count);
   return EXIT_SUCCESS;
 }
