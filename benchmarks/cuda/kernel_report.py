@@ -94,6 +94,8 @@ def parse_ptxas(log: str) -> Iterator[Kernel]:
             kind = "convert" if "convert" in name else "decode"
             kind += "_extended" if "_extendedI" in name else ""
             yield Kernel(kind, mode, int(tile[1]), int(match[2]), local, int(match[6]))
+        elif (rows := re.search(r"9int8_rowsILi(\d+)E", name)) is not None:
+            yield Kernel("int8_rows", "", int(rows[1]), int(match[2]), local, int(match[6]))
         elif (single := re.search(r"\d(unpack|normalize|pointwise)E", name)) is not None:
             yield Kernel(single[1], "", 0, int(match[2]), local, int(match[6]))
         else:
@@ -123,7 +125,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: Namespace) -> int:
     """Print the table."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(PROCESSORS)) as pool:
-        files = [*(f"instances/decode_{mode}" for mode in POLICIES), "unpack/unpack", "pointwise/pointwise"]
+        files = [
+            *(f"instances/decode_{mode}" for mode in POLICIES),
+            "unpack/unpack",
+            "pointwise/pointwise",
+            "int8/int8",
+        ]
         files += [f"instances/{kind}_{mode}" for kind in ("gemm", "fused") for mode in GEMM_POLICIES]
         jobs = [(file, capability, Path(folder)) for file in files for capability in options.archs]
         logs = pool.map(lambda job: _compile(*job), jobs)
@@ -156,6 +163,7 @@ def run(options: Namespace) -> int:
     )
     singles = (f"{kind}: {cell(kind, '', 0, 0)} registers" for kind in ("unpack", "normalize", "pointwise"))
     print("\n" + "; ".join(singles))
+    print("int8_rows: " + ", ".join(cell("int8_rows", "", 0, tile) for tile in TOKEN_TILES) + " registers")
     spilled = [kernel for kernel in kernels if kernel.local_bytes]
     print(f"\n{len(kernels)} kernels, {len(spilled)} with local memory")
     for kernel in spilled:

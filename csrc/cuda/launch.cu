@@ -244,7 +244,7 @@ lb2_status queue_layers(const Layers& layers, const Plan& plan, char* workspace,
 }  // namespace
 
 lb2_status queue_call(const Layers& layers, const Plan& plan, char* workspace, cudaStream_t stream) noexcept {
-  int32_t ordinal;
+  int32_t ordinal = 0;
   lb2_cuda_device device;
   LB2_RETURN_IF_ERROR(current_device(&ordinal, &device));
   LB2_RETURN_IF_ERROR(check_same_device(device, plan.device));

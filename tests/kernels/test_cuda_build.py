@@ -107,6 +107,7 @@ def test_every_instance_compiles_for_every_architecture_without_spills(build: Bu
         (kind, 0, tile, mode, arch)
         for (kind, tile), mode, arch in itertools.product(kinds, POLICIES, build.architectures)
     ]
+    wanted += [("int8_rows", 0, tile, "", arch) for tile in TOKEN_TILES for arch in build.architectures]
     for kind in ("unpack", "normalize", "pointwise"):
         wanted += [(kind, 0, 0, "", arch) for arch in build.architectures]
     for mode, arch in itertools.product(GEMM_POLICIES, build.architectures):
@@ -124,6 +125,7 @@ def test_library_exports_the_c_abi_and_nothing_else_of_ours(build: Build) -> Non
     assert defined == {
         "LITTLEBIT2_CUDA_1",
         *("lb2_cuda_get_device@@LITTLEBIT2_CUDA_1", "lb2_grouped_forward_cuda@@LITTLEBIT2_CUDA_1"),
+        *("lb2_int8_forward_cuda@@LITTLEBIT2_CUDA_1",),
         *("lb2_linear_forward_cuda@@LITTLEBIT2_CUDA_1", "lb2_linear_unpack_cuda@@LITTLEBIT2_CUDA_1"),
         *("lb2_mlp_forward_cuda@@LITTLEBIT2_CUDA_1", "lb2_projections_forward_cuda@@LITTLEBIT2_CUDA_1"),
     }

@@ -1,49 +1,17 @@
 // The entry point of an MLP: two calls, of which the second reads what the first has left in the workspace.
 #include <cinttypes>
 
-#include "core/check.h"
+#include "core/shape.h"
 #include "core/status.h"
 #include "cuda/launch.h"
 #include "cuda/mlp/plan.h"
-#include "cuda/plan/check.h"
 #include "cuda/pointwise/launch.h"
-
-namespace lb2::cuda {
-namespace {
-
-constexpr int64_t kMostLayers = 3;
-
-lb2_status check_function(lb2_function function) {
-  if (function >= LB2_FUNCTION_SILU && function <= LB2_FUNCTION_RELU) return LB2_OK;
-  return fail(LB2_ERROR_INVALID_ARGUMENT,
-              "function must be LB2_FUNCTION_SILU (0), _GELU (1), _GELU_TANH (2) or _RELU (3), got %" PRId32,
-              function);
-}
-
-lb2_status check_layers(const lb2_linear_args* args, int64_t count, lb2_layer_shape* shapes) {
-  if (count != 2 && count != kMostLayers)
-    return fail(LB2_ERROR_INVALID_ARGUMENT, "num_layers of an MLP must be 2 or 3, got %" PRId64, count);
-  if (args == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "layers must not be NULL");
-  for (int64_t i = 0; i < count; ++i) {
-    LB2_RETURN_IF_ERROR(name_layer("layers", count, i, check_layer(args + i, shapes + i)));
-    if (args[i].m != args[0].m || args[i].dtype != args[0].dtype)
-      return fail(LB2_ERROR_INVALID_ARGUMENT,
-                  "layers[%" PRId64 "].m and dtype must equal those of layers[0], %" PRId64 " and %" PRId32
-                  ", got %" PRId64 " and %" PRId32,
-                  i, args[0].m, args[0].dtype, args[i].m, args[i].dtype);
-  }
-  return LB2_OK;
-}
-
-}  // namespace
-}  // namespace lb2::cuda
 
 lb2_status lb2_mlp_forward_cuda(const lb2_linear_args* args, int64_t num_layers, lb2_function function,
                                 const lb2_cuda_extras* extras, const lb2_cuda_mlp_plan* made, void* stream) {
   using namespace lb2::cuda;
-  LB2_RETURN_IF_ERROR(check_function(function));
-  lb2_layer_shape shapes[kMostLayers];
-  LB2_RETURN_IF_ERROR(check_layers(args, num_layers, shapes));
+  lb2_layer_shape shapes[kMostMlpLayers];
+  LB2_RETURN_IF_ERROR(check_mlp_layers(args, num_layers, function, shapes));
   if (made == nullptr) return lb2::fail(LB2_ERROR_INVALID_ARGUMENT, "plan must not be NULL");
   if (made->struct_size != sizeof(lb2_cuda_mlp_plan))
     return lb2::fail(LB2_ERROR_INVALID_ARGUMENT,
@@ -53,7 +21,7 @@ lb2_status lb2_mlp_forward_cuda(const lb2_linear_args* args, int64_t num_layers,
   LB2_RETURN_IF_ERROR(find_mlp_shape(shapes, num_layers, &mlp));
 
   const int64_t m = args[0].m;
-  lb2_linear_args first_args[kMostLayers - 1];
+  lb2_linear_args first_args[kMostMlpLayers - 1];
   for (int64_t i = 0; i < mlp.num_first; ++i) {
     first_args[i] = args[i];
     first_args[i].input = args[0].input;

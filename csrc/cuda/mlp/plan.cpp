@@ -8,6 +8,33 @@
 #include "core/status.h"
 
 namespace lb2::cuda {
+namespace {
+
+lb2_status check_function(lb2_function function) {
+  if (function >= LB2_FUNCTION_SILU && function <= LB2_FUNCTION_RELU) return LB2_OK;
+  return fail(LB2_ERROR_INVALID_ARGUMENT,
+              "function must be LB2_FUNCTION_SILU (0), _GELU (1), _GELU_TANH (2) or _RELU (3), got %" PRId32,
+              function);
+}
+
+}  // namespace
+
+lb2_status check_mlp_layers(const lb2_linear_args* args, int64_t count, lb2_function function,
+                            lb2_layer_shape* shapes) noexcept {
+  LB2_RETURN_IF_ERROR(check_function(function));
+  if (count != 2 && count != kMostMlpLayers)
+    return fail(LB2_ERROR_INVALID_ARGUMENT, "num_layers of an MLP must be 2 or 3, got %" PRId64, count);
+  if (args == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "layers must not be NULL");
+  for (int64_t i = 0; i < count; ++i) {
+    LB2_RETURN_IF_ERROR(name_layer("layers", count, i, check_layer(args + i, shapes + i)));
+    if (args[i].m != args[0].m || args[i].dtype != args[0].dtype)
+      return fail(LB2_ERROR_INVALID_ARGUMENT,
+                  "layers[%" PRId64 "].m and dtype must equal those of layers[0], %" PRId64 " and %" PRId32
+                  ", got %" PRId64 " and %" PRId32,
+                  i, args[0].m, args[0].dtype, args[i].m, args[i].dtype);
+  }
+  return LB2_OK;
+}
 
 lb2_status find_mlp_shape(const lb2_layer_shape* shapes, int64_t num_layers, MlpShape* mlp) noexcept {
   if (num_layers != 2 && num_layers != 3)

@@ -12,6 +12,12 @@ struct MlpShape {
   bool halves;        // whether these are the halves of one layer
 };
 
+constexpr int64_t kMostMlpLayers = 3;
+
+// Checks the description of the layers of a call and its function, and fills shapes.
+LB2_API lb2_status check_mlp_layers(const lb2_linear_args* args, int64_t num_layers, lb2_function function,
+                                    lb2_layer_shape* shapes) noexcept;
+
 // Which of the layers of an MLP are what, by their sizes.
 LB2_API lb2_status find_mlp_shape(const lb2_layer_shape* shapes, int64_t num_layers, MlpShape* mlp) noexcept;
 

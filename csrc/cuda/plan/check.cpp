@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cinttypes>
-#include <cmath>
 
 #include "core/shape.h"
 #include "core/status.h"
@@ -30,21 +29,6 @@ lb2_status check_address(const char* name, int64_t index, const void* p, uintptr
                 static_cast<int>(bytes), p);
   return fail(LB2_ERROR_INVALID_ARGUMENT, "paths[%" PRId64 "].%s must be aligned to %d bytes, got %p", index,
               name, static_cast<int>(bytes), p);
-}
-
-lb2_status check_norm(const lb2_norm& norm) noexcept {
-  if (norm.weight == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "norm->weight must not be NULL");
-  if (norm.dtype != LB2_FLOAT32 && norm.dtype != LB2_FLOAT16 && norm.dtype != LB2_BFLOAT16)
-    return fail(LB2_ERROR_INVALID_ARGUMENT,
-                "norm->dtype must be LB2_FLOAT32 (0), LB2_FLOAT16 (1) or LB2_BFLOAT16 (2), got %" PRId32,
-                norm.dtype);
-  if (!(norm.eps >= 0.0f && std::isfinite(norm.eps)))
-    return fail(LB2_ERROR_INVALID_ARGUMENT, "norm->eps must be finite and >= 0, got %g",
-                static_cast<double>(norm.eps));
-  if (!std::isfinite(norm.offset))
-    return fail(LB2_ERROR_INVALID_ARGUMENT, "norm->offset must be finite, got %g",
-                static_cast<double>(norm.offset));
-  return check_address("norm->weight", -1, norm.weight, static_cast<uintptr_t>(element_bytes(norm.dtype)));
 }
 
 bool asks_for_gemm(const lb2_cuda_tuning& tuning) noexcept {

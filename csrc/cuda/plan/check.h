@@ -23,8 +23,6 @@ lb2_status check_sizes(const lb2_layer_shape& shape) noexcept;
 // `index` is that of a path, or negative for an argument that is of no path.
 lb2_status check_address(const char* name, int64_t index, const void* p, uintptr_t bytes) noexcept;
 
-LB2_API lb2_status check_norm(const lb2_norm& norm) noexcept;
-
 // Alignment of everything that kernels access in elements; a misaligned access would fault on the GPU.
 LB2_API lb2_status check_addresses(const lb2_linear_args& args) noexcept;
 

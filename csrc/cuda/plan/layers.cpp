@@ -62,7 +62,10 @@ lb2_status add_extras(const lb2_cuda_extras& extras, Layers* layers) noexcept {
     return fail(LB2_ERROR_INVALID_ARGUMENT,
                 "extras->struct_size must equal sizeof(lb2_cuda_extras) = %zu, got %" PRIu64,
                 sizeof(lb2_cuda_extras), extras.struct_size);
-  if (extras.norm != nullptr) LB2_RETURN_IF_ERROR(check_norm(*extras.norm));
+  LB2_RETURN_IF_ERROR(check_norm(extras.norm));
+  if (extras.norm != nullptr)
+    LB2_RETURN_IF_ERROR(check_address("norm->weight", -1, extras.norm->weight,
+                                      static_cast<uintptr_t>(element_bytes(extras.norm->dtype))));
   layers->extras.norm = extras.norm;
   layers->shape.normed = extras.norm != nullptr;
   if (extras.residual == nullptr) return LB2_OK;

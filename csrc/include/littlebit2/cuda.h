@@ -184,6 +184,12 @@ LB2_API lb2_status lb2_mlp_forward_cuda(const lb2_linear_args* layers, int64_t n
                                         lb2_function function, const lb2_cuda_extras* extras,
                                         const lb2_cuda_mlp_plan* plan, void* stream);
 
+/* Dense int8 rows (lb2_int8_args in littlebit2.h) on the current device, for few tokens: each 16 tokens read
+ * all weights. Fastest where rows of weights start at multiples of 16 bytes. Of args, isa, workspace and
+ * parallel_for are not used. weight, input and output must be aligned to their elements, scale and bias to 4
+ * bytes. Sums are in fp32; results have the same bits from run to run and whatever the other tokens are. */
+LB2_API lb2_status lb2_int8_forward_cuda(const lb2_int8_args* args, void* stream);
+
 /* Dequantize the layer to dense matrices, queued on `stream`, for the caller's own matrix products where
  * there are many tokens (plan.unpack_cycles). Two stages: y = (x first^T) last^T + bias, with first = sign(V)
  * in_scale of all paths, [R, K], and last = out_scale sign(U) latent_scale of all paths, [N, R]. A single
