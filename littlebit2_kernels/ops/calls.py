@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .._native import no_cuda_reason
 from ..fused.norm import RMSNorm
 from . import dense, int8
 from .autograd import call_operator, requires_grad
@@ -38,6 +39,8 @@ _EXACT = 1
 
 #: Most tokens of a call that the native int8 kernel is faster for than widening and torch.matmul.
 _INT8_TOKENS = {torch.float32: 64, torch.float16: 16, torch.bfloat16: 16}
+#: The same on CUDA: the tokens that one pass over the weights serves. Not measured.
+_INT8_CUDA_TOKENS = 16
 
 
 def linear(
@@ -336,7 +339,8 @@ def int8_linear(
     """Apply dense int8 rows: ``y = scale * (x @ weight.T) + bias``.
 
     On the CPU few tokens, and calls that need a gradient, go to the native kernel, which reads the int8
-    weights and sums in float32. More of them, and other devices, go to torch.matmul on widened rows.
+    weights and sums in float32; on a GPU with the CUDA kernels, few tokens without a gradient do. All others
+    go to torch.matmul on widened rows.
 
     Args:
         x: ``[..., K]`` float32, float16 or bfloat16.
@@ -349,9 +353,17 @@ def int8_linear(
     """
     # Autograd would keep the widened rows.
     differentiates = torch.is_grad_enabled() and requires_grad((x, bias))
-    if x.device.type in ("cpu", "meta") and (
-        torch.compiler.is_compiling() or differentiates or x.numel() <= _INT8_TOKENS[x.dtype] * x.shape[-1]
-    ):
+    if x.device.type in ("cpu", "meta"):
+        native = (
+            torch.compiler.is_compiling()
+            or differentiates
+            or x.numel() <= _INT8_TOKENS[x.dtype] * x.shape[-1]
+        )
+    else:
+        # The kernel reads all weights once for every 16 tokens.
+        few = x.is_cuda and not differentiates and x.numel() <= _INT8_CUDA_TOKENS * x.shape[-1]
+        native = few and no_cuda_reason() is None
+    if native:
         return call_operator("int8_linear", x, (weight, scale, bias), (), ())
     return int8.dequantized_linear(x, weight, scale, bias)
 

@@ -1,6 +1,6 @@
-"""``littlebit2::fused_linear``, ``mlp`` (packed, on CUDA), ``fused_linear_prepacked`` and ``mlp_prepacked`` (CPU).
+"""Fakes of the operators with norm and residual: packed (``fused_linear``, ``mlp``, on CUDA) and prepacked.
 
-Fakes only: these operators are not differentiable.
+``fused_linear_prepacked`` and ``mlp_prepacked`` are the CPU's. None is differentiable.
 
 Where a gradient is needed, :func:`littlebit2_kernels.grouped_linear` and :func:`littlebit2_kernels.mlp` are
 composed of operators that have one.
