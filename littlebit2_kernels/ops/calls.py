@@ -237,7 +237,7 @@ def mlp(
         layers: the operands of gate, up and down, or of up and down; all single-stage or all two-stage. At
             most 16 paths in those before down, and in down.
         bias: float32 ``[N]`` or ``None`` of each layer.
-        function: a value of :data:`littlebit2_kernels.fused_mlp.FUNCTIONS`.
+        function: a value of :data:`littlebit2_kernels.fused.mlp.FUNCTIONS`.
         norm: as for :func:`fused_linear`.
         residual: as for :func:`fused_linear`.
         activation: as for :func:`fused_linear`.

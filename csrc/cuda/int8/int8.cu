@@ -11,6 +11,7 @@ template <int kTokens>
 lb2_status queue(const lb2_int8_args& args, cudaStream_t stream) {
   const int64_t steps = divide_up(args.k, kInt8Step);
   constexpr int64_t kStepBytes = kTokens * kInt8Step * 4;
+  static_assert(kStepBytes <= kInt8ChunkBytes);
   const int64_t room = kInt8ChunkBytes / kStepBytes;
   Int8Params params = {};
   params.weight = args.weight;
@@ -23,11 +24,12 @@ lb2_status queue(const lb2_int8_args& args, cudaStream_t stream) {
   params.n = static_cast<int32_t>(args.n);
   params.dtype = args.dtype;
   params.chunk_steps = static_cast<int32_t>(steps < room ? steps : room);
-  // More than the 48 KiB that a kernel may use without being asked for.
-  LB2_RETURN_IF_CUDA_ERROR(
-      "preparing a kernel",
-      cudaFuncSetAttribute(reinterpret_cast<const void*>(int8_rows<kTokens>),
-                           cudaFuncAttributeMaxDynamicSharedMemorySize, kInt8ChunkBytes));
+  constexpr int64_t kFreeBytes = 48 * 1024;  // that a kernel may use without being allowed to
+  if (params.chunk_steps * kStepBytes > kFreeBytes)
+    LB2_RETURN_IF_CUDA_ERROR(
+        "preparing a kernel",
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(int8_rows<kTokens>),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, kInt8ChunkBytes));
   constexpr int64_t kMostTiles = 65535;  // blocks of a grid in y
   const int64_t round = kMostTiles * kTokens, bytes = args.dtype == LB2_FLOAT32 ? 4 : 2;
   for (int64_t first = 0; first < args.m; first += round) {

@@ -173,12 +173,6 @@ FIELD(lb2_int8_args, workspace_bytes, 112);
 FIELD(lb2_int8_args, parallel_for, 120);
 FIELD(lb2_int8_args, parallel_context, 128);
 
-SIZE(lb2_norm, 24);
-FIELD(lb2_norm, weight, 0);
-FIELD(lb2_norm, dtype, 8);
-FIELD(lb2_norm, eps, 12);
-FIELD(lb2_norm, offset, 16);
-
 SIZE(lb2_cuda_extras, 32);
 FIELD(lb2_cuda_extras, struct_size, 0);
 FIELD(lb2_cuda_extras, norm, 8);
@@ -268,10 +262,6 @@ CONSTANT(LB2_ACTIVATION_INT16, 2);
 CONSTANT(LB2_ACTIVATION_INT8, 3);
 CONSTANT(LB2_ACTIVATION_SIGN, 4);
 CONSTANT(LB2_ACTIVATION_FLOAT16, 5);
-CONSTANT(LB2_FUNCTION_SILU, 0);
-CONSTANT(LB2_FUNCTION_GELU, 1);
-CONSTANT(LB2_FUNCTION_GELU_TANH, 2);
-CONSTANT(LB2_FUNCTION_RELU, 3);
 CONSTANT(LB2_CUDA_CONVERT, 1);
 CONSTANT(LB2_CUDA_DECODE, 2);
 CONSTANT(LB2_CUDA_GEMM, 3);
