@@ -21,7 +21,7 @@ __all__ = ["register"]
 
 def register() -> None:
     """Register fakes, and the refusal of gradients, of the operators, which must be loaded."""
-    fakes = {
+    fakes: dict[str, Callable[..., Any]] = {
         "fused_linear": _packed_linear_fake,
         "mlp": _packed_mlp_fake,
         "fused_linear_prepacked": _linear_fake,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -23,12 +25,14 @@ def on_meta(*layers: PackedLinear) -> list[PackedLinear]:
     return [layer.to("meta") for layer in layers]
 
 
-def fused(x: torch.Tensor, layers: list[PackedLinear], norm: RMSNorm | None, residual: torch.Tensor | None):
+def fused(
+    x: torch.Tensor, layers: list[PackedLinear], norm: RMSNorm | None, residual: torch.Tensor | None
+) -> Any:
     tensors, bias = [layer.operands for layer in layers], [layer.bias for layer in layers]
     return run_fused(x, tensors, bias, [layer.shape for layer in layers], CUDA, norm, residual)
 
 
-def whole_mlp(x: torch.Tensor, layers: list[PackedLinear], choice: Choice = CUDA):
+def whole_mlp(x: torch.Tensor, layers: list[PackedLinear], choice: Choice = CUDA) -> Any:
     tensors, bias = [layer.operands for layer in layers], [layer.bias for layer in layers]
     return run_mlp(x, tensors, bias, [layer.shape for layer in layers], 0, choice, None, None)
 
