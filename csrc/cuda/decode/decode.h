@@ -260,9 +260,11 @@ decode(const LB2_GRID_CONSTANT DecodeParams params) {
   decode_block<Mma, kTokens, false>(params);
 }
 
+// One block on an SM in float16 modes too, which would spill registers on some GPUs.
 // With Extras, apart so that calls without them do not pay for these in registers and code.
 template <typename Mma, int kTokens>
-LB2_KERNEL(kThreads, Mma::template kSlots<kTokens>* Mma::kSlotCost < 16 ? 2 : 1)
+LB2_KERNEL(kThreads,
+           is_one_bit(Mma::kActivation) && Mma::template kSlots<kTokens> * Mma::kSlotCost < 16 ? 2 : 1)
 decode_extended(const LB2_GRID_CONSTANT DecodeParams params) {
   decode_block<Mma, kTokens, true>(params);
 }

@@ -60,7 +60,7 @@ LB2_DEVICE void stage_activations(const Int8Params& params, int begin, int end, 
 // A block has kInt8Rows rows and kTokens tokens. A lane adds its columns in order, then the lanes of a warp
 // add theirs: a result depends on its row and token alone.
 template <int kTokens>
-LB2_KERNEL(kThreads)
+LB2_KERNEL(kThreads, kTokens < 16 ? 2 : 1)
 int8_rows(const LB2_GRID_CONSTANT Int8Params params) {
   wait_for_previous_kernel();
   let_next_kernel_start();
