@@ -70,6 +70,9 @@ COMMANDS = {
         "quality", "quality.family_sweep", "try every model family of transformers at a tiny size"
     ),
     "predict": Command("estimates", "estimates.predict", "predict GPU times from counts, without a GPU"),
+    "launches": Command(
+        "estimates", "estimates.layer_launches", "count the launches of a decoder layer on CUDA, by part"
+    ),
     "kernel-report": Command("cuda", "cuda.kernel_report", "list registers and spills of each CUDA kernel"),
     "gpu-suite": Command("cuda", "cuda.gpu_suite", "build, test and measure everything on a GPU machine"),
     "table": Command("results", "table", "print a sweep or goals JSON as a markdown table"),

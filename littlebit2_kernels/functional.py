@@ -8,7 +8,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .dispatch import ACTIVATIONS, PREPACKED, Choice, check_activation_mode, choose_for
-from .format import LayerShape, PackedLinear
+from .format import MAX_PATHS, LayerShape, PackedLinear
 from .fused.norm import RMSNorm
 from .ops import calls
 from .ops.autograd import requires_grad
@@ -165,10 +165,12 @@ def run_fused(
     Returns:
         ``[..., N_i]`` of each layer, or ``None`` where no operator takes such a call.
     """
+    code = ACTIVATIONS[choice.activation]
+    if _one_cuda_call(choice, layers, shapes, sum(shape.num_paths for shape in shapes)):
+        return calls.fused_linear(x, layers, bias, norm, residual, code)  # type: ignore[arg-type]
     if choice.backend != "cpu" or not isinstance(layers[0], torch.Tensor):
         return None
     sizes = [shape.out_features for shape in shapes]
-    code = ACTIVATIONS[choice.activation]
     return calls.fused_linear_prepacked(x, layers, bias, sizes, norm, residual, code)  # type: ignore[arg-type]
 
 
@@ -183,10 +185,25 @@ def run_mlp(
     residual: torch.Tensor | None,
 ) -> torch.Tensor | None:
     """Apply an MLP, without gradients; ``None`` where no operator takes such a call."""
+    code = ACTIVATIONS[choice.activation]
+    # Gate and up share launches; down has its own.
+    if _one_cuda_call(choice, layers, shapes, sum(shape.num_paths for shape in shapes[:-1])):
+        return calls.mlp(x, layers, bias, function, norm, residual, code)  # type: ignore[arg-type]
     if choice.backend != "cpu" or not isinstance(layers[0], torch.Tensor):
         return None
-    size, code = shapes[-1].out_features, ACTIVATIONS[choice.activation]
+    size = shapes[-1].out_features
     return calls.mlp_prepacked(x, layers, bias, size, function, norm, residual, code)  # type: ignore[arg-type]
+
+
+def _one_cuda_call(choice: Choice, layers: Sequence[Layer], shapes: Sequence[LayerShape], paths: int) -> bool:
+    """Whether one call of the CUDA kernels takes such layers; ``paths``: of those that share launches."""
+    one_kind = len({shape.single_stage for shape in shapes}) == 1
+    return (
+        choice.backend == "cuda"
+        and not isinstance(layers[0], torch.Tensor)
+        and one_kind
+        and paths <= MAX_PATHS
+    )
 
 
 def differentiates(

@@ -39,7 +39,8 @@ def grouped_linear(
     """Apply several packed layers to one ``x``, as the projections of an attention are.
 
     ``layer(norm(x)) + residual``. Prepacked layers on the CPU run in one parallel region, norm and residual
-    sum included, which are then computed in float32 and not rounded in between. Other calls with a norm or a
+    sum included, which are then computed in float32 and not rounded in between; so are those of packed layers
+    in launches that they share on CUDA (the residual up to 16 tokens). Other calls with a norm or a
     residual, and those that need a gradient or run under autocast, are composed of this one and torch's
     operations: the same within the rounding of values in between to the dtype of ``x``.
 

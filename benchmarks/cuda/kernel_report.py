@@ -51,7 +51,8 @@ class Kernel:
     """What ptxas reports of one kernel: bytes of stack frame and spills together, registers per thread.
 
     ``row_tile`` is 0 except for a GEMM. ``token_tile`` is 0 for a GEMM's conversion and for ``fused``, the
-    kernel of both stages. ``unpack`` has no mode.
+    kernel of both stages. ``unpack``, ``normalize`` and ``pointwise`` have no mode.
+    ``decode_extended`` and ``convert_extended`` are those with what surrounds a layer (docs/cuda.md).
     """
 
     kind: str
@@ -90,10 +91,13 @@ def parse_ptxas(log: str) -> Iterator[Kernel]:
         elif mode is not None and prefill_kind is not None:
             yield Kernel(prefill_kind, mode, 0, int(match[2]), local, int(match[6]))
         elif mode is not None and tile is not None:
-            kind = "convert" if "7convert" in name else "decode"
+            kind = "convert" if "convert" in name else "decode"
+            kind += "_extended" if "_extendedI" in name else ""
             yield Kernel(kind, mode, int(tile[1]), int(match[2]), local, int(match[6]))
-        elif "6unpackE" in name:
-            yield Kernel("unpack", "", 0, int(match[2]), local, int(match[6]))
+        elif (rows := re.search(r"9int8_rowsILi(\d+)E", name)) is not None:
+            yield Kernel("int8_rows", "", int(rows[1]), int(match[2]), local, int(match[6]))
+        elif (single := re.search(r"\d(unpack|normalize|pointwise)E", name)) is not None:
+            yield Kernel(single[1], "", 0, int(match[2]), local, int(match[6]))
         else:
             raise ValueError(f"kernel names must hold an activation mode and a tile, got {name}")
 
@@ -121,7 +125,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: Namespace) -> int:
     """Print the table."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(PROCESSORS)) as pool:
-        files = [*(f"instances/decode_{mode}" for mode in POLICIES), "unpack/unpack"]
+        files = [
+            *(f"instances/decode_{mode}" for mode in POLICIES),
+            "unpack/unpack",
+            "pointwise/pointwise",
+            "int8/int8",
+        ]
         files += [f"instances/{kind}_{mode}" for kind in ("gemm", "fused") for mode in GEMM_POLICIES]
         jobs = [(file, capability, Path(folder)) for file in files for capability in options.archs]
         logs = pool.map(lambda job: _compile(*job), jobs)
@@ -133,7 +142,8 @@ def run(options: Namespace) -> int:
         return "/".join(str(found[name].registers) if name in found else "" for name in names).strip("/")
 
     rows = []
-    for kind, tiles in (("decode", TOKEN_TILES), ("convert", TOKEN_TILES[3:])):
+    kinds = (("decode", TOKEN_TILES), ("convert", TOKEN_TILES[3:]))
+    for kind, tiles in (*kinds, *((f"{kind}_extended", tiles) for kind, tiles in kinds)):
         for mode in POLICIES:
             cells = [cell(kind, mode, 0, tile) for tile in tiles]
             rows.append([kind, mode, *[""] * (len(TOKEN_TILES) - len(tiles)), *cells])
@@ -151,7 +161,9 @@ def run(options: Namespace) -> int:
     print(
         markdown(["GEMM", "convert", *(f"{rows} x {tokens}" for rows, tokens in GEMM_TILES), "fused"], rows)
     )
-    print(f"\nunpack: {cell('unpack', '', 0, 0)} registers")
+    singles = (f"{kind}: {cell(kind, '', 0, 0)} registers" for kind in ("unpack", "normalize", "pointwise"))
+    print("\n" + "; ".join(singles))
+    print("int8_rows: " + ", ".join(cell("int8_rows", "", 0, tile) for tile in TOKEN_TILES) + " registers")
     spilled = [kernel for kernel in kernels if kernel.local_bytes]
     print(f"\n{len(kernels)} kernels, {len(spilled)} with local memory")
     for kernel in spilled:

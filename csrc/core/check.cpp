@@ -157,7 +157,9 @@ lb2_status check_fused(const Args* args, const char* type, int64_t fewest, int64
   return LB2_OK;
 }
 
-lb2_status check_norm(const lb2_norm* norm) {
+}  // namespace
+
+lb2_status check_norm(const lb2_norm* norm) noexcept {
   if (norm == nullptr) return LB2_OK;
   if (norm->weight == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "norm->weight must not be NULL");
   if (norm->dtype != LB2_FLOAT32 && norm->dtype != LB2_FLOAT16 && norm->dtype != LB2_BFLOAT16)
@@ -172,8 +174,6 @@ lb2_status check_norm(const lb2_norm* norm) {
                 static_cast<double>(norm->offset));
   return LB2_OK;
 }
-
-}  // namespace
 
 lb2_status check_tokens(int64_t m) noexcept {
   return m < 0 || m > kMaxDim ? invalid_size("m", m, 0) : LB2_OK;

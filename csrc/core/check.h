@@ -11,6 +11,9 @@ enum class Direction { kForward, kBackward };
 lb2_status check_tokens(int64_t m) noexcept;
 lb2_status check_dtype(lb2_dtype dtype) noexcept;
 
+// A normalization; NULL is none.
+lb2_status check_norm(const lb2_norm* norm) noexcept;
+
 // Columns of a matrix, in_features of a layer.
 lb2_status check_columns(int64_t k) noexcept;
 

@@ -89,6 +89,11 @@ LB2_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_r
 // a * b, never part of a fused operation.
 LB2_DEVICE float multiply_rounded(float a, float b) { return __fmul_rn(a, b); }
 
+LB2_DEVICE float reciprocal_root(float value) { return __frsqrt_rn(value); }
+LB2_DEVICE float exponential(float value) { return expf(value); }
+LB2_DEVICE float error_function(float value) { return erff(value); }
+LB2_DEVICE float hyperbolic_tangent(float value) { return tanhf(value); }
+
 LB2_DEVICE float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 LB2_DEVICE float bfloat_to_float(uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
 LB2_DEVICE uint16_t float_to_half(float value) { return __half_as_ushort(__float2half_rn(value)); }

@@ -6,11 +6,13 @@
 #include "cuda/failure.h"
 #include "cuda/fused/kernels.h"
 #include "cuda/gemm/kernels.h"
+#include "cuda/launch.h"
 #include "cuda/plan/check.h"
 #include "cuda/plan/fused.h"
 #include "cuda/plan/gemm.h"
 #include "cuda/plan/layers.h"
 #include "cuda/plan/plan.h"
+#include "cuda/pointwise/launch.h"
 
 namespace lb2::cuda {
 
@@ -107,14 +109,22 @@ lb2_status kernel_state(const void* function, const lb2_cuda_device& device, Ker
   return LB2_OK;
 }
 
+// Whether a launch has any of the extras: if not, the kernel without them is faster.
+bool is_extended(const lb2_cuda_launch& launch, const Extras& extras) {
+  if (launch.kind == LB2_CUDA_CONVERT) return extras.factor != nullptr;
+  return (extras.factor != nullptr && !converts_ahead(launch.token_tile)) || extras.normed ||
+         extras.function_rows > 0 || extras.residual != nullptr;
+}
+
 lb2_status find_kernel(const lb2_cuda_launch& launch, int32_t ordinal, const lb2_cuda_device& device,
-                       lb2_activation activation, Kernel* kernel, KernelState* state) {
-  thread_local KernelState known[kMaxDevices][2][LB2_ACTIVATION_FLOAT16 + 1][kMaxTokenTile + 1] = {};
+                       lb2_activation activation, bool extended, Kernel* kernel, KernelState* state) {
+  thread_local KernelState known[kMaxDevices][4][LB2_ACTIVATION_FLOAT16 + 1][kMaxTokenTile + 1] = {};
   const bool converts = launch.kind == LB2_CUDA_CONVERT;
   const Kernels kernels = find_kernels(activation, launch.token_tile);
-  *kernel = converts ? kernels.convert : kernels.decode;
-  KernelState* kept =
-      ordinal < kMaxDevices ? &known[ordinal][converts][activation][launch.token_tile] : nullptr;
+  *kernel = extended ? (converts ? kernels.convert_extended : kernels.decode_extended)
+                     : (converts ? kernels.convert : kernels.decode);
+  const int kind = 2 * extended + converts;
+  KernelState* kept = ordinal < kMaxDevices ? &known[ordinal][kind][activation][launch.token_tile] : nullptr;
   return kernel_state(reinterpret_cast<const void*>(*kernel), device, kept, state);
 }
 
@@ -197,7 +207,70 @@ lb2_status queue(const lb2_cuda_launch& launch, void (*kernel)(const Params), bo
   return LB2_OK;
 }
 
+// The launches of the layers, without extras in all but the decode kernels.
+lb2_status queue_layers(const Layers& layers, const Plan& plan, char* workspace, int32_t ordinal,
+                        const lb2_cuda_device& device, cudaStream_t stream) {
+  const int64_t m = layers.shape.m;
+  for (int64_t first = 0; first < m; first += plan.token_block) {
+    const int64_t left = m - first, tokens = left < plan.token_block ? left : plan.token_block;
+    for (int i = 0; i < plan.num_launches; ++i) {
+      lb2_cuda_launch launch = launch_for(plan, i, tokens);
+      KernelState state;
+      if (is_fused(plan)) {
+        FusedKernel both;
+        LB2_RETURN_IF_ERROR(find_fused_kernel(ordinal, device, plan.activation, &both, &state));
+        LB2_RETURN_IF_ERROR(fit_cluster(ordinal, both, state, plan.activation, &launch));
+        LB2_RETURN_IF_ERROR(queue(launch, both, launch.chained && state.waits,
+                                  fused_params(layers, plan, launch.grid_y, first, tokens), stream));
+        continue;
+      }
+      if (is_gemm(plan)) {
+        GemmKernel multiply;
+        LB2_RETURN_IF_ERROR(find_gemm_kernel(launch, ordinal, device, plan.activation, &multiply, &state));
+        LB2_RETURN_IF_ERROR(queue(launch, multiply, launch.chained && state.waits,
+                                  gemm_params(layers, plan, i, first, tokens, workspace), stream));
+        continue;
+      }
+      const DecodeParams params = decode_params(layers, plan, i, first, tokens, workspace);
+      Kernel kernel;
+      LB2_RETURN_IF_ERROR(find_kernel(launch, ordinal, device, plan.activation,
+                                      is_extended(launch, params.extras), &kernel, &state));
+      LB2_RETURN_IF_ERROR(queue(launch, kernel, launch.chained && state.waits, params, stream));
+    }
+  }
+  return LB2_OK;
+}
+
 }  // namespace
+
+lb2_status queue_call(const Layers& layers, const Plan& plan, char* workspace, cudaStream_t stream) noexcept {
+  int32_t ordinal = 0;
+  lb2_cuda_device device;
+  LB2_RETURN_IF_ERROR(current_device(&ordinal, &device));
+  LB2_RETURN_IF_ERROR(check_same_device(device, plan.device));
+  const CallExtras& extras = layers.extras;
+  const CallShape& call = layers.shape;
+  if (call.m == 0) return LB2_OK;
+  if (is_decode(plan)) return queue_layers(layers, plan, workspace, ordinal, device, stream);
+  // The factor and the function are those of an MLP, which sees to them between its calls.
+  Layers normed = layers;
+  if (extras.norm != nullptr) {
+    float* output = reinterpret_cast<float*>(workspace + plan.normed_offset);
+    LB2_RETURN_IF_ERROR(queue_normalize(*extras.norm, layers.input, layers.input_stride, call.dtype, call.m,
+                                        call.k, output, stream));
+    normed.input = output;
+    normed.input_stride = call.k;
+    normed.input_dtype = LB2_FLOAT32;
+  }
+  LB2_RETURN_IF_ERROR(queue_layers(normed, plan, workspace, ordinal, device, stream));
+  if (extras.residual == nullptr) return LB2_OK;
+  const lb2_linear_args& args = layers.front();
+  Pointwise sum = {args.output, args.output_stride};
+  sum.addend = extras.residual;
+  sum.addend_stride = extras.residual_stride;
+  return queue_pointwise(sum, call.m, args.n, args.dtype, stream);
+}
+
 }  // namespace lb2::cuda
 
 lb2_status lb2_cuda_get_device(int32_t ordinal, lb2_cuda_device* device) {
@@ -212,50 +285,23 @@ lb2_status lb2_cuda_get_device(int32_t ordinal, lb2_cuda_device* device) {
   return lb2::cuda::check_device(&found);
 }
 
-lb2_status lb2_grouped_forward_cuda(const lb2_linear_args* args, int64_t num_layers,
-                                    const lb2_cuda_plan* made, void* stream) {
+lb2_status lb2_projections_forward_cuda(const lb2_linear_args* args, int64_t num_layers,
+                                        const lb2_cuda_extras* extras, const lb2_cuda_plan* made,
+                                        void* stream) {
   using namespace lb2::cuda;
   Layers layers;
   LB2_RETURN_IF_ERROR(gather_layers(args, num_layers, &layers));
+  if (extras != nullptr) LB2_RETURN_IF_ERROR(add_extras(*extras, &layers));
   Plan plan;
   LB2_RETURN_IF_ERROR(resume_plan(layers.shape, made, &plan));
-  int32_t ordinal;
-  lb2_cuda_device device;
-  LB2_RETURN_IF_ERROR(current_device(&ordinal, &device));
-  LB2_RETURN_IF_ERROR(check_same_device(device, plan.device));
   LB2_RETURN_IF_ERROR(check_data(layers, plan.workspace_bytes));
-  char* workspace = align_workspace(layers.front().workspace);
-  const int64_t m = layers.shape.m;
-  for (int64_t first = 0; first < m; first += plan.token_block) {
-    const int64_t left = m - first, tokens = left < plan.token_block ? left : plan.token_block;
-    for (int i = 0; i < plan.num_launches; ++i) {
-      lb2_cuda_launch launch = launch_for(plan, i, tokens);
-      KernelState state;
-      if (is_fused(plan)) {
-        FusedKernel both;
-        LB2_RETURN_IF_ERROR(find_fused_kernel(ordinal, device, plan.activation, &both, &state));
-        LB2_RETURN_IF_ERROR(fit_cluster(ordinal, both, state, plan.activation, &launch));
-        LB2_RETURN_IF_ERROR(queue(launch, both, launch.chained && state.waits,
-                                  fused_params(layers, plan, launch.grid_y, first, tokens),
-                                  static_cast<cudaStream_t>(stream)));
-        continue;
-      }
-      if (is_gemm(plan)) {
-        GemmKernel multiply;
-        LB2_RETURN_IF_ERROR(find_gemm_kernel(launch, ordinal, device, plan.activation, &multiply, &state));
-        LB2_RETURN_IF_ERROR(queue(launch, multiply, launch.chained && state.waits,
-                                  gemm_params(layers, plan, i, first, tokens, workspace),
-                                  static_cast<cudaStream_t>(stream)));
-        continue;
-      }
-      Kernel kernel;
-      LB2_RETURN_IF_ERROR(find_kernel(launch, ordinal, device, plan.activation, &kernel, &state));
-      LB2_RETURN_IF_ERROR(queue(launch, kernel, launch.chained && state.waits,
-                                decode_params(layers, plan, i, first, tokens, workspace),
-                                static_cast<cudaStream_t>(stream)));
-    }
-  }
-  return LB2_OK;
+  return queue_call(layers, plan, align_workspace(layers.front().workspace),
+                    static_cast<cudaStream_t>(stream));
+}
+
+lb2_status lb2_grouped_forward_cuda(const lb2_linear_args* args, int64_t num_layers,
+                                    const lb2_cuda_plan* plan, void* stream) {
+  return lb2_projections_forward_cuda(args, num_layers, nullptr, plan, stream);
 }
 
 lb2_status lb2_linear_forward_cuda(const lb2_linear_args* args, const lb2_cuda_plan* plan, void* stream) {

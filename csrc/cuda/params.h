@@ -56,12 +56,33 @@ struct LaunchParams {
   lb2_dtype input_dtype, output_dtype;
 };
 
+// What a call computes around the products of its layers, in its first launches (factor, norm) and its last
+// one (function, residual). Only the extended instances read it.
+struct Extras {
+  // Activations are multiplied by factor + factor_offset: [m, cols], or with a stride of 0 [cols]. NULL:
+  // none.
+  const void* factor;
+  int64_t factor_stride;
+  lb2_dtype factor_dtype;
+  float factor_offset;
+  // RMS normalization: all sums of a token are multiplied by 1 / sqrt(mean of its squared inputs + eps).
+  int32_t normed;
+  float eps;
+  float* norms;  // [m]: that number, where a CONVERT launch writes it, else unused
+  // The first function_rows rows of the first group are passed through the function.
+  int32_t function_rows;
+  lb2_function function;
+  const void* residual;  // [m, rows] of the output's type, added to the only group; or NULL
+  int64_t residual_stride;
+};
+
 // Parameters of the decode kernels and of the kernels that convert for them.
 struct DecodeParams : LaunchParams {
   int32_t row_warps;
   int32_t block_rows_log2;  // log2(kTileRows * row_warps)
   int32_t chunk_slices;
   int32_t signs_early;  // 1: the previous kernel did not write signs and scales
+  Extras extras;
 };
 
 }  // namespace lb2::cuda

@@ -81,9 +81,10 @@ LB2_DEVICE void load_runs_aligned(const SliceSource& source, const int (&cols)[2
       out[i] = half_value(i % 2 == 0 ? two & 0xFFFFu : two >> 16, source.dtype);
     }
   }
-  if (!kScaled) return;
+  if constexpr (kScaled) {
 #pragma unroll
-  for (int i = 0; i < kLaneCols; ++i) out[i] *= bits_float(scale[i / 4].w[i % 4]);
+    for (int i = 0; i < kLaneCols; ++i) out[i] *= bits_float(scale[i / 4].w[i % 4]);
+  }
 }
 
 // Any runs: one element at a time, zero past the end.

@@ -1,5 +1,5 @@
 // Registration of the operators through the LibTorch stable ABI: one binary serves torch 2.11 and newer.
-// Fakes and autograd are registered from Python (littlebit2_kernels/ops), CUDA in cuda_linear.cpp.
+// Fakes and autograd are registered from Python (littlebit2_kernels/ops), CUDA in cuda/.
 #include <torch/csrc/stable/library.h>
 
 #include "torch/dense/int8.h"
@@ -44,6 +44,17 @@ STABLE_TORCH_LIBRARY(littlebit2, m) {
   m.def(
       "joined_linear(Tensor x, Tensor[] v, Tensor[]? u, Tensor[] in_scale, Tensor[]? latent_scale, Tensor[] "
       "out_scale, Tensor?[] bias, int[] paths, int activation=0) -> Tensor");
+  // grouped_linear of x / sqrt(mean(x^2) + eps) * (norm + offset), norm [K], plus the residual [..., N] of
+  // one layer; and an MLP, of gate, up and down or of up and down, with an lb2_function: 0 silu, 1 gelu, 2
+  // gelu_tanh, 3 relu. On CUDA only. Not differentiable.
+  m.def(
+      "fused_linear(Tensor x, Tensor[] v, Tensor[]? u, Tensor[] in_scale, Tensor[]? latent_scale, Tensor[] "
+      "out_scale, Tensor?[] bias, int[] paths, Tensor? norm, float eps, float offset, "
+      "Tensor? residual, int activation=0) -> Tensor[]");
+  m.def(
+      "mlp(Tensor x, Tensor[] v, Tensor[]? u, Tensor[] in_scale, Tensor[]? latent_scale, Tensor[] out_scale, "
+      "Tensor?[] bias, int[] paths, int function, Tensor? norm, float eps, float offset, "
+      "Tensor? residual, int activation=0) -> Tensor");
   // The CPU's own layout, one uint8 tensor per layer. activation: 0 auto, 1 exact, 2 int16, 3 int8, 4 sign.
   m.def(
       "prepack(Tensor[] v, Tensor[]? u, Tensor[] in_scale, Tensor[]? latent_scale, Tensor[] out_scale) -> "

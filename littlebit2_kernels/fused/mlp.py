@@ -42,8 +42,10 @@ def mlp(
     For ``(up, down)`` it is ``down(function(up(h))) + residual`` where N of ``up`` is K of ``down``. Where it
     is twice that, the halves of ``up(h)`` are gate and up.
 
-    Prepacked layers on the CPU take one call of a native kernel, and values in between are float32. Calls
-    that need a gradient or run under autocast, packed layers, and those of other backends are composed of
+    Prepacked layers on the CPU take one call of a native kernel, and values in between are float32. Packed
+    layers on CUDA take one call too, all of one stage or all of two, with at most 16 paths in those before
+    down; the outputs of these are rounded to the dtype of ``x``. Calls that need a gradient or run under
+    autocast, packed layers on the CPU, and those of other backends are composed of
     :func:`littlebit2_kernels.littlebit_linear` and torch's operations: the same within the rounding of
     values in between to the dtype of ``x``.
 

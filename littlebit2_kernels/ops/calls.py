@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .._native import no_cuda_reason
 from ..fused.norm import RMSNorm
 from . import dense, int8
 from .autograd import call_operator, requires_grad
@@ -18,6 +19,7 @@ from .operands import Operands
 
 __all__ = [
     "dense_linear",
+    "fused_linear",
     "fused_linear_prepacked",
     "grouped_linear",
     "grouped_linear_prepacked",
@@ -26,6 +28,7 @@ __all__ = [
     "joined_linear_prepacked",
     "linear",
     "linear_prepacked",
+    "mlp",
     "mlp_prepacked",
     "triton_linear",
     "unpack",
@@ -36,6 +39,8 @@ _EXACT = 1
 
 #: Most tokens of a call that the native int8 kernel is faster for than widening and torch.matmul.
 _INT8_TOKENS = {torch.float32: 64, torch.float16: 16, torch.bfloat16: 16}
+#: The same on CUDA: the tokens that one pass over the weights serves. Not measured.
+_INT8_CUDA_TOKENS = 16
 
 
 def linear(
@@ -187,6 +192,67 @@ def grouped_linear_prepacked(
     )
 
 
+def fused_linear(
+    x: torch.Tensor,
+    layers: Sequence[Operands],
+    bias: Sequence[torch.Tensor | None],
+    norm: RMSNorm | None,
+    residual: torch.Tensor | None,
+    activation: int = 0,
+) -> list[torch.Tensor]:
+    """Call ``torch.ops.littlebit2.fused_linear``: a norm, packed layers, a residual sum, on CUDA.
+
+    Args:
+        x: ``[..., K]``.
+        layers: the operands of each layer, all single-stage or all two-stage, at most 16 paths together.
+        bias: float32 ``[N]`` or ``None`` of each layer.
+        norm: of ``x``, or ``None``. Its result is not rounded.
+        residual: ``[..., N]`` in the dtype of ``x``, added to the output of one layer: before it is rounded
+            up to 16 tokens, after it for more; or ``None``.
+        activation: a value of :data:`littlebit2_kernels.dispatch.ACTIVATIONS`.
+
+    Returns:
+        ``[..., N_i]`` of each layer, in the dtype of ``x``. Not differentiable.
+    """
+    lists, paths = _listed(layers)
+    weight, eps, offset = _norm_arguments(norm)
+    return _call_fused(
+        "fused_linear", x, (*lists, list(bias), paths, weight, eps, offset, residual, activation)
+    )
+
+
+def mlp(
+    x: torch.Tensor,
+    layers: Sequence[Operands],
+    bias: Sequence[torch.Tensor | None],
+    function: int,
+    norm: RMSNorm | None,
+    residual: torch.Tensor | None,
+    activation: int = 0,
+) -> torch.Tensor:
+    """Call ``torch.ops.littlebit2.mlp``: an MLP of packed layers, on CUDA.
+
+    Args:
+        x: ``[..., K]``.
+        layers: the operands of gate, up and down, or of up and down; all single-stage or all two-stage. At
+            most 16 paths in those before down, and in down.
+        bias: float32 ``[N]`` or ``None`` of each layer.
+        function: a value of :data:`littlebit2_kernels.fused.mlp.FUNCTIONS`.
+        norm: as for :func:`fused_linear`.
+        residual: as for :func:`fused_linear`.
+        activation: as for :func:`fused_linear`.
+
+    Returns:
+        ``[..., N]`` in the dtype of ``x``. The outputs of the first layers are rounded to it, ``function``
+        included. Not differentiable.
+    """
+    lists, paths = _listed(layers)
+    weight, eps, offset = _norm_arguments(norm)
+    return _call_fused(
+        "mlp", x, (*lists, list(bias), paths, function, weight, eps, offset, residual, activation)
+    )
+
+
 def fused_linear_prepacked(
     x: torch.Tensor,
     layers: Sequence[torch.Tensor],
@@ -260,7 +326,9 @@ def _call_fused(name: str, x: torch.Tensor, arguments: tuple[Any, ...]) -> Any:
     if torch.compiler.is_compiling():
         load_for(x)
         return getattr(torch.ops.littlebit2, name)(x, *arguments)
-    operator = eager_operators.get(name) or load_operator(name, x)
+    operator = None if x.is_cuda else eager_operators.get(name)
+    if operator is None:
+        operator = load_operator(name, x)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(x, *arguments)
 
@@ -271,7 +339,8 @@ def int8_linear(
     """Apply dense int8 rows: ``y = scale * (x @ weight.T) + bias``.
 
     On the CPU few tokens, and calls that need a gradient, go to the native kernel, which reads the int8
-    weights and sums in float32. More of them, and other devices, go to torch.matmul on widened rows.
+    weights and sums in float32; on a GPU with the CUDA kernels, few tokens without a gradient do. All others
+    go to torch.matmul on widened rows.
 
     Args:
         x: ``[..., K]`` float32, float16 or bfloat16.
@@ -284,9 +353,17 @@ def int8_linear(
     """
     # Autograd would keep the widened rows.
     differentiates = torch.is_grad_enabled() and requires_grad((x, bias))
-    if x.device.type in ("cpu", "meta") and (
-        torch.compiler.is_compiling() or differentiates or x.numel() <= _INT8_TOKENS[x.dtype] * x.shape[-1]
-    ):
+    if x.device.type in ("cpu", "meta"):
+        native = (
+            torch.compiler.is_compiling()
+            or differentiates
+            or x.numel() <= _INT8_TOKENS[x.dtype] * x.shape[-1]
+        )
+    else:
+        # The kernel reads all weights once for every 16 tokens.
+        few = x.is_cuda and not differentiates and x.numel() <= _INT8_CUDA_TOKENS * x.shape[-1]
+        native = few and no_cuda_reason() is None
+    if native:
         return call_operator("int8_linear", x, (weight, scale, bias), (), ())
     return int8.dequantized_linear(x, weight, scale, bias)
 

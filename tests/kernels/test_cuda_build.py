@@ -102,11 +102,14 @@ def test_every_instance_compiles_for_every_architecture_without_spills(build: Bu
     kinds = [("decode", tile) for tile in TOKEN_TILES] + [
         ("convert", tile) for tile in TOKEN_TILES if tile > 4
     ]
+    kinds += [(f"{kind}_extended", tile) for kind, tile in kinds]
     wanted = [
         (kind, 0, tile, mode, arch)
         for (kind, tile), mode, arch in itertools.product(kinds, POLICIES, build.architectures)
     ]
-    wanted += [("unpack", 0, 0, "", arch) for arch in build.architectures]
+    wanted += [("int8_rows", 0, tile, "", arch) for tile in TOKEN_TILES for arch in build.architectures]
+    for kind in ("unpack", "normalize", "pointwise"):
+        wanted += [(kind, 0, 0, "", arch) for arch in build.architectures]
     for mode, arch in itertools.product(GEMM_POLICIES, build.architectures):
         wanted += [(kind, 0, 0, mode, arch) for kind in ("gemm_convert", "fused")]
         wanted += [("gemm", *tile, mode, arch) for tile in gemm_tiles(mode)]
@@ -122,7 +125,9 @@ def test_library_exports_the_c_abi_and_nothing_else_of_ours(build: Build) -> Non
     assert defined == {
         "LITTLEBIT2_CUDA_1",
         *("lb2_cuda_get_device@@LITTLEBIT2_CUDA_1", "lb2_grouped_forward_cuda@@LITTLEBIT2_CUDA_1"),
+        *("lb2_int8_forward_cuda@@LITTLEBIT2_CUDA_1",),
         *("lb2_linear_forward_cuda@@LITTLEBIT2_CUDA_1", "lb2_linear_unpack_cuda@@LITTLEBIT2_CUDA_1"),
+        *("lb2_mlp_forward_cuda@@LITTLEBIT2_CUDA_1", "lb2_projections_forward_cuda@@LITTLEBIT2_CUDA_1"),
     }
 
 
@@ -188,8 +193,8 @@ def _disassembled(disassembler: str, library: Path, arch: int) -> str:
 @_each_of((80, 86, 89, 90))
 def test_machine_code_holds_the_intended_instructions(build: Build, arch: int) -> None:
     # Converting activations needs no tensor cores.
-    functions = _machine_code(build, arch, "6decode")
-    assert len(functions) == len(POLICIES) * len(TOKEN_TILES)
+    functions = _machine_code(build, arch, "decode")
+    assert len(functions) == 2 * len(POLICIES) * len(TOKEN_TILES)
     for function in functions:
         name = function.split()[0]
         expected = "BMMA.168256.AND.POPC" if "BitPlanes" in name else "HMMA.16816.F32"

@@ -245,7 +245,7 @@ INCLUDE_OFFENDERS = {
     "cuda-uses-cpu": ("csrc/cuda/plan/plan.cpp", '"cpu/plan.h"'),
     "cuda-uses-more-of-core": ("csrc/cuda/plan/plan.cpp", '"core/signs.h"'),
     "cuda-uses-the-host-shim": ("csrc/cuda/decode/decode.h", '"cuda_host/device.h"'),
-    "torch-uses-cuda": ("csrc/torch/cuda_linear.cpp", "<cuda_runtime.h>"),
+    "torch-uses-cuda": ("csrc/torch/cuda/linear.cpp", "<cuda_runtime.h>"),
     "torch-uses-unstable-headers": ("csrc/torch/ops.cpp", "<torch/extension.h>"),
     "torch-uses-kernels": ("csrc/torch/ops.cpp", '"core/status.h"'),
     "torch-uses-kernels-relatively": ("csrc/torch/ops.cpp", '"../core/status.h"'),

@@ -4,6 +4,7 @@
 
 #include "cuda/decode/bit_planes.h"
 #include "cuda/decode/sign_halves.h"
+#include "cuda/extras.h"
 
 namespace lb2::cuda {
 
@@ -26,7 +27,7 @@ struct SliceLayout {
 
 // One warp: one slice of token `first_token + token` into that token's columns of `slice_data`. Columns of
 // tokens past the last one keep whatever is in them: columns of an MMA do not mix.
-template <typename Mma, int kTokens>
+template <typename Mma, int kTokens, bool kExtended>
 LB2_DEVICE void convert_slice(const DecodeParams& params, const Term& term, int slice, int first_token,
                               int token, unsigned char* slice_data) {
   using Layout = SliceLayout<Mma, kTokens>;
@@ -35,6 +36,9 @@ LB2_DEVICE void convert_slice(const DecodeParams& params, const Term& term, int 
   const int cols[2] = {first + Mma::first_run(lane), first + Mma::second_run(lane)};
   float values[kLaneCols];
   load_runs(slice_source(params, term, first_token + token), cols, values);
+  if constexpr (kExtended)
+    if (params.extras.factor != nullptr)
+      multiply_runs(params.extras, first_token + token, term.cols, cols, values);
   float* scales = Layout::scales(slice_data);
   Mma::stage(values, lane, left < kSliceCols ? left : kSliceCols, token, slice_data, scales + token,
              reinterpret_cast<int32_t*>(scales + Layout::kScales) + token);
@@ -47,10 +51,10 @@ LB2_DEVICE unsigned char* converted_slice(const Term& term, int token_tile, int 
          (static_cast<int64_t>(token_tile) * term.slices + slice) * SliceLayout<Mma, kTokens>::kBytes;
 }
 
-// All slices of all terms; blocks are [warps of slices and tokens, 1, tiles of tokens].
-template <typename Mma, int kTokens>
-LB2_KERNEL(kThreads)
-convert(const LB2_GRID_CONSTANT DecodeParams params) {
+// All slices of all terms, and in an extended kernel the norms of the tokens; blocks are [warps of slices and
+// tokens, 1, tiles of tokens].
+template <typename Mma, int kTokens, bool kExtended>
+LB2_DEVICE void convert_block(const DecodeParams& params) {
   wait_for_previous_kernel();
   let_next_kernel_start();
   const int item = block_x() * kWarps + thread_id() / kWarpLanes;
@@ -60,12 +64,33 @@ convert(const LB2_GRID_CONSTANT DecodeParams params) {
   for (int i = 0; i < params.num_terms; ++i) {
     const Term& term = params.terms[i];
     if (slice < term.slices) {
-      convert_slice<Mma, kTokens>(params, term, slice, first_token, token,
-                                  converted_slice<Mma, kTokens>(term, block_z(), slice));
+      convert_slice<Mma, kTokens, kExtended>(params, term, slice, first_token, token,
+                                             converted_slice<Mma, kTokens>(term, block_z(), slice));
       return;
     }
     slice -= term.slices;
   }
+  if constexpr (kExtended) {
+    if (slice > 0 || !params.extras.normed) return;
+    const Term& term = params.terms[0];
+    const int lane = thread_id() % kWarpLanes;
+    const float norm = norm_of_row(
+        plain_row(term.input, (first_token + token) * term.input_stride, term.cols, params.input_dtype),
+        params.extras.eps, lane);
+    if (lane == 0) params.extras.norms[first_token + token] = norm;
+  }
+}
+
+template <typename Mma, int kTokens>
+LB2_KERNEL(kThreads)
+convert(const LB2_GRID_CONSTANT DecodeParams params) {
+  convert_block<Mma, kTokens, false>(params);
+}
+
+template <typename Mma, int kTokens>
+LB2_KERNEL(kThreads, 2)
+convert_extended(const LB2_GRID_CONSTANT DecodeParams params) {
+  convert_block<Mma, kTokens, true>(params);
 }
 
 }  // namespace lb2::cuda

@@ -95,7 +95,7 @@ LB2_DEVICE void prefetch_items(const Items& items, int item, int step, int first
 }
 
 // Brings the activations of items [begin, end) into shared memory. Others see them after a barrier.
-template <typename Mma, int kTokens>
+template <typename Mma, int kTokens, bool kExtended>
 LB2_DEVICE void stage_items(const Items& items, int begin, int end, int first_token, int tokens,
                             unsigned char* shared) {
   constexpr int kBytes = SliceLayout<Mma, kTokens>::kBytes;
@@ -113,34 +113,58 @@ LB2_DEVICE void stage_items(const Items& items, int begin, int end, int first_to
       const int item = begin + i / kTokens, token = i % kTokens;
       if (token >= tokens) continue;
       const Items::Place place = items[item];
-      convert_slice<Mma, kTokens>(*items.params, items.params->terms[place.term], place.slice, first_token,
-                                  token, shared + (item - begin) * kBytes);
+      convert_slice<Mma, kTokens, kExtended>(*items.params, items.params->terms[place.term], place.slice,
+                                             first_token, token, shared + (item - begin) * kBytes);
     }
   }
 }
 
 // The scales that the first chunk will be multiplied by, into the L2 cache.
-template <typename Mma>
+template <typename Mma, bool kExtended>
 LB2_DEVICE void prefetch_scales(const Items& items) {
   const int warp = thread_id() / kWarpLanes, lane = thread_id() % kWarpLanes;
   if (warp >= items.count) return;
   const Items::Place place = items[warp];
   const Term& term = items.params->terms[place.term];
   const int col = place.slice * kSliceCols + Mma::first_run(lane);
-  if (col < term.cols) prefetch(term.scale + col);
+  if (col >= term.cols) return;
+  prefetch(term.scale + col);
+  if constexpr (kExtended) {
+    const Extras& extras = items.params->extras;
+    const int element_bytes = extras.factor_dtype == LB2_FLOAT32 ? 4 : 2;
+    // A factor of each token comes from the kernel before this one.
+    if (extras.factor != nullptr && extras.factor_stride == 0)
+      prefetch(static_cast<const char*>(extras.factor) + static_cast<int64_t>(col) * element_bytes);
+  }
 }
 
-LB2_DEVICE void store_element(void* output, int64_t index, lb2_dtype dtype, float value) {
-  if (dtype == LB2_FLOAT32)
-    static_cast<float*>(output)[index] = value;
-  else
-    static_cast<uint16_t*>(output)[index] =
-        dtype == LB2_FLOAT16 ? float_to_half(value) : float_to_bfloat(value);
+// The sums of squares of the block's tokens into shared memory after the sums of the warps,
+// squares[token][warp].
+LB2_DEVICE void sum_squares(const DecodeParams& params, int first_token, int tokens, float* squares) {
+  const int warp = thread_id() / kWarpLanes, lane = thread_id() % kWarpLanes;
+  const Term& term = params.terms[0];  // all of the launch have the same input
+#pragma unroll 1
+  for (int token = 0; token < tokens; ++token) {
+    const int64_t first = (first_token + token) * term.input_stride;
+    const float sum =
+        part_of_squares(plain_row(term.input, first, term.cols, params.input_dtype), warp, lane);
+    if (lane == 0) squares[token * kWarps + warp] = sum;
+  }
+}
+
+// What the sums of a token of the block are multiplied by.
+template <bool kConvertedAhead>
+LB2_DEVICE float token_norm(const DecodeParams& params, const float* squares, int first_token, int token) {
+  if constexpr (kConvertedAhead) return params.extras.norms[first_token + token];
+  float sum = 0.0f;
+#pragma unroll 1
+  for (int warp = 0; warp < kWarps; ++warp) sum += squares[token * kWarps + warp];
+  return norm_of(sum, params.terms[0].cols, params.extras.eps);
 }
 
 // Adds up the sums of the warps that share rows, partial[split_warp][token][row of the block], and stores
 // them.
-template <int kTokens>
+template <typename Mma, int kTokens, bool kExtended>
 LB2_DEVICE void store_rows(const DecodeParams& params, const Group& group, const float* partial,
                            int first_token, int tokens, int tile_row) {
   const int block_rows = 1 << params.block_rows_log2, split_warps = kWarps / params.row_warps;
@@ -151,12 +175,24 @@ LB2_DEVICE void store_rows(const DecodeParams& params, const Group& group, const
     float sum = group.bias != nullptr ? group.bias[row] : 0.0f;
     float parts = 0.0f;
     for (int split = 0; split < split_warps; ++split) parts += partial[split * kTokens * block_rows + item];
-    sum += parts;
+    if constexpr (kExtended) {
+      const Extras& extras = params.extras;
+      if (extras.normed)
+        parts *= token_norm<SliceLayout<Mma, kTokens>::kConvertedAhead>(
+            params, partial + kWarps * kTileRows * kTokens, first_token, token);
+      sum += parts;
+      if (row < extras.function_rows && &group == params.groups) sum = apply_function(extras.function, sum);
+      if (extras.residual != nullptr)
+        sum += load_element(extras.residual, (first_token + token) * extras.residual_stride + row,
+                            params.output_dtype);
+    } else {
+      sum += parts;
+    }
     store_element(group.output, (first_row + token) * group.output_stride + row, params.output_dtype, sum);
   }
 }
 
-template <typename Mma, int kTokens>
+template <typename Mma, int kTokens, bool kExtended>
 LB2_DEVICE void decode_block(const DecodeParams& params) {
   using Layout = SliceLayout<Mma, kTokens>;
   constexpr int kSlots = Mma::template kSlots<kTokens>;
@@ -177,7 +213,7 @@ LB2_DEVICE void decode_block(const DecodeParams& params) {
   ItemSigns current = load_item(items, item, first_row, lane);
   ItemSigns next = load_item(items, item + split_warps, first_row, lane);
   prefetch_items(items, item, split_warps, first_row, lane);
-  if constexpr (!Layout::kConvertedAhead) prefetch_scales<Mma>(items);
+  if constexpr (!Layout::kConvertedAhead) prefetch_scales<Mma, kExtended>(items);
   if (group.bias != nullptr && tile_row + thread_id() < group.rows &&
       thread_id() < 1 << params.block_rows_log2)
     prefetch(group.bias + tile_row + thread_id());
@@ -189,7 +225,12 @@ LB2_DEVICE void decode_block(const DecodeParams& params) {
     const int chunk_end =
         chunk + params.chunk_slices < items.count ? chunk + params.chunk_slices : items.count;
     if (chunk > 0) sync_block();  // the chunk before this one has been used up
-    stage_items<Mma, kTokens>(items, chunk, chunk_end, first_token, tokens, shared);
+    stage_items<Mma, kTokens, kExtended>(items, chunk, chunk_end, first_token, tokens, shared);
+    if constexpr (kExtended && !Layout::kConvertedAhead)
+      if (chunk == 0 && params.extras.normed)
+        sum_squares(params, first_token, tokens,
+                    reinterpret_cast<float*>(shared + params.chunk_slices * Layout::kBytes) +
+                        kWarps * kTileRows * kTokens);
     sync_block();
     for (; item < chunk_end; item += split_warps) {
       const unsigned char* slice_data = shared + (item - chunk) * Layout::kBytes;
@@ -209,14 +250,23 @@ LB2_DEVICE void decode_block(const DecodeParams& params) {
     partial[(split_warp * kTokens + token) * block_rows + row_warp * kTileRows + lane / 4 + 8 * half] = sum;
   });
   sync_block();
-  store_rows<kTokens>(params, group, partial, first_token, tokens, tile_row);
+  store_rows<Mma, kTokens, kExtended>(params, group, partial, first_token, tokens, tile_row);
 }
 
 // Two blocks on an SM, but where the sums of many tokens need the registers.
 template <typename Mma, int kTokens>
 LB2_KERNEL(kThreads, Mma::template kSlots<kTokens>* Mma::kSlotCost < 16 ? 2 : 1)
 decode(const LB2_GRID_CONSTANT DecodeParams params) {
-  decode_block<Mma, kTokens>(params);
+  decode_block<Mma, kTokens, false>(params);
+}
+
+// One block on an SM in float16 modes too, which would spill registers on some GPUs.
+// With Extras, apart so that calls without them do not pay for these in registers and code.
+template <typename Mma, int kTokens>
+LB2_KERNEL(kThreads,
+           is_one_bit(Mma::kActivation) && Mma::template kSlots<kTokens> * Mma::kSlotCost < 16 ? 2 : 1)
+decode_extended(const LB2_GRID_CONSTANT DecodeParams params) {
+  decode_block<Mma, kTokens, true>(params);
 }
 
 }  // namespace lb2::cuda

@@ -10,6 +10,8 @@ using Kernel = void (*)(const DecodeParams);
 struct Kernels {
   Kernel decode;
   Kernel convert;  // NULL for tiles that blocks convert themselves
+  // The same with Extras.
+  Kernel decode_extended, convert_extended;
 };
 
 // Each defined in its own file, so that they compile side by side. NULLs for a tile that is none of

@@ -39,4 +39,7 @@ constexpr int slice_bytes(lb2_activation activation, int tokens) {
 // Shared memory for the partial sums of the warps of a block.
 constexpr int sums_bytes(int tokens) { return kWarps * kTileRows * tokens * 4; }
 
+// Shared memory of a block that normalizes its tokens itself: sums of squares of each warp.
+constexpr int squares_bytes(int tokens) { return kWarps * tokens * 4; }
+
 }  // namespace lb2::cuda

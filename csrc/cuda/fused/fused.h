@@ -91,7 +91,7 @@ struct FusedBlock {
     const int slice = first_slice + at.slice;
     const int cols[2] = {slice * kSliceCols + converted_run(lane),
                          slice * kSliceCols + converted_run(lane) + 16};
-    const int64_t row_bytes = params.input_stride * (params.dtype == LB2_FLOAT32 ? 4 : 2);
+    const int64_t row_bytes = params.input_stride * (params.input_dtype == LB2_FLOAT32 ? 4 : 2);
     const bool inside = lane / 8 < slice_indices(params.cols, slice);
     float scale[kLaneCols];
     load_runs<false>({reinterpret_cast<const char*>(first.scale), nullptr, 0, 1, params.cols, LB2_FLOAT32},
@@ -102,7 +102,7 @@ struct FusedBlock {
       if (token >= tokens) break;
       const char* row = static_cast<const char*>(params.input) + (first_token + token) * row_bytes;
       float values[kLaneCols];
-      load_runs<false>({row, nullptr, 0, 1, params.cols, params.dtype}, cols, values);
+      load_runs<false>({row, nullptr, 0, 1, params.cols, params.input_dtype}, cols, values);
 #pragma unroll
       for (int i = 0; i < kLaneCols; ++i) values[i] *= scale[i];
       store_converted<Operand>(values, lane, warp, inside, buffer(at) + group * kBlockBytes, kBlockBytes);
@@ -112,7 +112,7 @@ struct FusedBlock {
   // A slice of the activations: into the L2 cache.
   LB2_DEVICE void prefetch_slice(int slice) const {
     constexpr int kLine = 128, kThreadsPerToken = kThreads / kFusedTokens;
-    const int element_bytes = params.dtype == LB2_FLOAT32 ? 4 : 2;
+    const int element_bytes = params.input_dtype == LB2_FLOAT32 ? 4 : 2;
     const int token = thread_id() / kThreadsPerToken;
     if (slice >= slices || token >= tokens) return;
     const char* row =
@@ -398,12 +398,12 @@ struct FusedBlock {
     sync_warp();
     constexpr int kQuads = kFusedUnitRows / 4;
     const int64_t stride = layer.output_stride;
-    const bool wide = is_wide(layer, params.dtype);
+    const bool wide = is_wide(layer, params.output_dtype);
     const int row = first_row + lane % kQuads * 4;
 #pragma unroll 1
     for (int token = lane / kQuads; token < tokens; token += kWarpLanes / kQuads)
       if (row < layer.rows)
-        store_sums(layer, params.dtype, (first_token + token) * stride + row, row,
+        store_sums(layer, params.output_dtype, (first_token + token) * stride + row, row,
                    load_words4(outputs + token * kFusedStorePitch + lane % kQuads * 4), wide);
   }
 };

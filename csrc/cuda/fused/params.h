@@ -50,7 +50,7 @@ struct FusedParams {
   int32_t blocks_log2;  // blocks per cluster; they share the slices, the latents of the tokens and the units
   int32_t part_pitch;   // floats between the latents of two tokens
   int32_t part_offset, store_offset;  // into shared memory: see below
-  lb2_dtype dtype;
+  lb2_dtype input_dtype, output_dtype;
 };
 
 // Converted activations of a slice for all tokens; there are two of these, one being written.

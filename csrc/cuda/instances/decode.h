@@ -9,9 +9,10 @@ namespace lb2::cuda {
 template <typename Mma, int kTokens>
 Kernels kernels_of() noexcept {
   if constexpr (converts_ahead(kTokens))
-    return {decode<Mma, kTokens>, convert<Mma, kTokens>};
+    return {decode<Mma, kTokens>, convert<Mma, kTokens>, decode_extended<Mma, kTokens>,
+            convert_extended<Mma, kTokens>};
   else
-    return {decode<Mma, kTokens>, nullptr};
+    return {decode<Mma, kTokens>, nullptr, decode_extended<Mma, kTokens>, nullptr};
 }
 
 template <typename Mma>

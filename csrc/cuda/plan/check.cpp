@@ -20,7 +20,9 @@ constexpr int64_t kMostParts = 65535;  // blocks of a grid in y
 constexpr int64_t kMaxSize = INT32_MAX / 4 - 1023;
 constexpr int64_t kMostSharedBytes = 1 << 24;  // per block; much more than any GPU has
 
-lb2_status check_address(const char* name, int64_t index, const void* p, uintptr_t bytes) {
+}  // namespace
+
+lb2_status check_address(const char* name, int64_t index, const void* p, uintptr_t bytes) noexcept {
   if (reinterpret_cast<uintptr_t>(p) % bytes == 0) return LB2_OK;
   if (index < 0)
     return fail(LB2_ERROR_INVALID_ARGUMENT, "%s must be aligned to %d bytes, got %p", name,
@@ -28,8 +30,6 @@ lb2_status check_address(const char* name, int64_t index, const void* p, uintptr
   return fail(LB2_ERROR_INVALID_ARGUMENT, "paths[%" PRId64 "].%s must be aligned to %d bytes, got %p", index,
               name, static_cast<int>(bytes), p);
 }
-
-}  // namespace
 
 bool asks_for_gemm(const lb2_cuda_tuning& tuning) noexcept {
   const auto any = [](const int32_t (&of_stages)[2]) { return of_stages[0] != 0 || of_stages[1] != 0; };

@@ -20,6 +20,9 @@ lb2_status check_plan_struct(const lb2_cuda_plan* plan) noexcept;
 // Sizes that the kernels' 32-bit arithmetic has room for; check_shape must have passed.
 lb2_status check_sizes(const lb2_layer_shape& shape) noexcept;
 
+// `index` is that of a path, or negative for an argument that is of no path.
+lb2_status check_address(const char* name, int64_t index, const void* p, uintptr_t bytes) noexcept;
+
 // Alignment of everything that kernels access in elements; a misaligned access would fault on the GPU.
 LB2_API lb2_status check_addresses(const lb2_linear_args& args) noexcept;
 

@@ -184,8 +184,9 @@ FusedParams fused_params(const Layers& layers, const Plan& plan, int blocks, int
     }
     group.last_term = params.num_terms;
   }
-  params.input = static_cast<const char*>(args.input) + first * args.input_stride * element_bytes;
-  params.input_stride = args.input_stride;
+  params.input = static_cast<const char*>(layers.input) +
+                 first * layers.input_stride * lb2::element_bytes(layers.input_dtype);
+  params.input_stride = layers.input_stride;
   params.cols = static_cast<int32_t>(args.k);
   params.slices = static_cast<int32_t>(divide_up(args.k, kSliceCols));
   params.m = static_cast<int32_t>(tokens);
@@ -195,7 +196,8 @@ FusedParams fused_params(const Layers& layers, const Plan& plan, int blocks, int
                                           static_cast<int>(layout.part_bytes(params.slices, blocks)));
   params.part_offset = shared.part_offset;
   params.store_offset = shared.store_offset;
-  params.dtype = args.dtype;
+  params.input_dtype = layers.input_dtype;
+  params.output_dtype = args.dtype;
   return params;
 }
 

@@ -74,10 +74,12 @@ int token_tile(int64_t tokens) {
 
 // Sets the fields that depend on the number of tokens: tile, grid_z, chunk and shared memory.
 void fit_tokens(lb2_activation activation, int64_t tokens, int64_t slices, int64_t shared_bytes,
-                int32_t max_chunk, lb2_cuda_launch* launch) {
+                int32_t max_chunk, bool normed, lb2_cuda_launch* launch) {
   launch->token_tile = token_tile(tokens);
   launch->grid_z = static_cast<int32_t>(std::max<int64_t>(1, divide_up(tokens, launch->token_tile)));
-  const int64_t slice = slice_bytes(activation, launch->token_tile), sums = sums_bytes(launch->token_tile);
+  const int64_t slice = slice_bytes(activation, launch->token_tile);
+  const bool squares = normed && !converts_ahead(launch->token_tile);
+  const int64_t sums = sums_bytes(launch->token_tile) + (squares ? squares_bytes(launch->token_tile) : 0);
   const int64_t room = std::min(kChunkBytes, shared_bytes - sums) / slice;
   const int64_t wanted = max_chunk != 0 ? std::min<int64_t>(max_chunk, room) : room;
   const int64_t chunk = std::max<int64_t>(1, std::min(wanted, divide_up(slices, launch->grid_y)));
@@ -86,7 +88,7 @@ void fit_tokens(lb2_activation activation, int64_t tokens, int64_t slices, int64
 }
 
 // Adds the launches of a stage and their part of the workspace.
-void add_stage(const Work& work, const lb2_cuda_tuning& tuning, Plan* plan) {
+void add_stage(const Work& work, const lb2_cuda_tuning& tuning, bool normed, Plan* plan) {
   const int32_t chained = is_chained(*plan, tuning);
   lb2_cuda_launch decode = {};
   decode.kind = LB2_CUDA_DECODE;
@@ -96,12 +98,14 @@ void add_stage(const Work& work, const lb2_cuda_tuning& tuning, Plan* plan) {
   choose_shape(work, plan->device.multiprocessors, tuning.row_warps[work.stage],
                work.last ? 0 : tuning.splits, &decode);
   fit_tokens(plan->activation, plan->token_block, work.block_slices(), plan->device.shared_bytes,
-             tuning.max_chunk, &decode);
+             tuning.max_chunk, normed, &decode);
   if (converts_ahead(decode.token_tile)) {
     lb2_cuda_launch convert = {};
     convert.kind = LB2_CUDA_CONVERT;
     convert.stage = work.stage;
-    convert.grid_x = static_cast<int32_t>(divide_up(work.all_slices() * decode.token_tile, kWarps));
+    // Warps after the last slice have the norms.
+    convert.grid_x =
+        static_cast<int32_t>(divide_up((work.all_slices() + normed) * decode.token_tile, kWarps));
     convert.grid_y = 1;
     convert.grid_z = decode.grid_z;
     convert.threads = kThreads;
@@ -112,6 +116,10 @@ void add_stage(const Work& work, const lb2_cuda_tuning& tuning, Plan* plan) {
     for (int i = 0; i < work.num_terms; ++i) {
       plan->converted_offset[work.stage][i] = plan->workspace_bytes;
       plan->workspace_bytes += align_bytes(decode.grid_z * work.slices(i) * slice);
+    }
+    if (normed) {
+      plan->normed_offset = plan->workspace_bytes;
+      plan->workspace_bytes += align_bytes(plan->token_block * 4);
     }
   }
   plan->launches[plan->num_launches++] = decode;
@@ -171,12 +179,36 @@ lb2_status make_plan(const CallShape& call, lb2_activation activation, const lb2
       estimate_call(stages, call.m, call.dtype, plan);
     }
     if (tuning.fused > 0 || (fits && fused.estimated_cycles < plan->estimated_cycles)) *plan = fused;
+    if (call.normed && call.m > 0) {
+      int64_t bytes;
+      if (__builtin_mul_overflow(call.m, 4 * call.k, &bytes) || bytes > INT64_MAX / 2)
+        return fail(LB2_ERROR_UNSUPPORTED, "m * k must be at most %" PRId64 ", got m=%" PRId64 ", k=%" PRId64,
+                    INT64_MAX / 8, call.m, call.k);
+      // A plan without launches of ours needs no other workspace, and no room to align it.
+      if (plan->workspace_bytes == 0) plan->workspace_bytes = kWorkspaceAlignment;
+      plan->normed_offset = plan->workspace_bytes - kWorkspaceAlignment;
+      plan->workspace_bytes += align_bytes(bytes);
+    }
     return LB2_OK;
   }
   plan->token_block = std::min(call.m, kTokenBlock);
-  for (int i = 0; i < stages.count; ++i) add_stage(stages.work[i], tuning, plan);
+  for (int i = 0; i < stages.count; ++i) add_stage(stages.work[i], tuning, call.normed && i == 0, plan);
   if (plan->workspace_bytes > 0) plan->workspace_bytes += kWorkspaceAlignment;
   return LB2_OK;
+}
+
+lb2_status plan_call(const lb2_layer_shape* shapes, int64_t num_layers, int64_t m, lb2_dtype dtype,
+                     lb2_activation activation, const lb2_cuda_device* device, const lb2_cuda_tuning* tuning,
+                     bool normed, Plan* plan) noexcept {
+  CallShape call;
+  LB2_RETURN_IF_ERROR(gather_shapes(shapes, num_layers, m, dtype, &call));
+  LB2_RETURN_IF_ERROR(check_device(device));
+  if (tuning != nullptr && tuning->struct_size != sizeof(lb2_cuda_tuning))
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "tuning->struct_size must equal sizeof(lb2_cuda_tuning) = %zu, got %" PRIu64,
+                sizeof(lb2_cuda_tuning), tuning->struct_size);
+  call.normed = normed;
+  return make_plan(call, activation, *device, tuning, plan);
 }
 
 lb2_status resume_plan(const CallShape& call, const lb2_cuda_plan* made, Plan* plan) noexcept {
@@ -220,7 +252,7 @@ void fill_params(const Layers& layers, const Plan& plan, int index, int64_t firs
   const int64_t element_bytes = lb2::element_bytes(args.dtype);
   // Rows per block; 0 in launches that convert.
   const int64_t tile_rows = launch.row_tile > 0 ? launch.row_tile : kTileRows * launch.row_warps;
-  params->input_dtype = reads_input ? args.dtype : LB2_FLOAT32;
+  params->input_dtype = reads_input ? layers.input_dtype : LB2_FLOAT32;
   params->output_dtype = last ? args.dtype : LB2_FLOAT32;
   params->num_parts = reads_input ? 1 : static_cast<int32_t>(plan.sum_parts);
   params->m = static_cast<int32_t>(tokens);
@@ -245,8 +277,9 @@ void fill_params(const Layers& layers, const Plan& plan, int index, int64_t firs
     term.converted =
         reinterpret_cast<unsigned char*>(workspace) + plan.converted_offset[launch.stage][params->num_terms];
     if (reads_input) {
-      term.input = static_cast<const char*>(args.input) + first * args.input_stride * element_bytes;
-      term.input_stride = args.input_stride;
+      term.input = static_cast<const char*>(layers.input) +
+                   first * layers.input_stride * lb2::element_bytes(layers.input_dtype);
+      term.input_stride = layers.input_stride;
       term.scale = path.in_scale;
       term.words = reinterpret_cast<const uint32_t*>(path.v);
       term.word_stride = path.v_stride;
@@ -286,6 +319,40 @@ void fill_params(const Layers& layers, const Plan& plan, int index, int64_t firs
 
 }  // namespace
 
+bool is_decode(const lb2_cuda_plan& plan) noexcept { return !is_gemm(plan) && !is_fused(plan); }
+
+namespace {
+
+void add_first_extras(const Layers& layers, const Plan& plan, int64_t first, char* workspace,
+                      Extras* extras) {
+  const CallExtras& call = layers.extras;
+  if (call.norm != nullptr) {
+    extras->factor = call.norm->weight;
+    extras->factor_dtype = call.norm->dtype;
+    extras->factor_offset = call.norm->offset;
+    extras->normed = 1;
+    extras->eps = call.norm->eps;
+    extras->norms = reinterpret_cast<float*>(workspace + plan.normed_offset);
+  } else if (call.factor != nullptr) {
+    const int64_t bytes = first * call.factor_stride * lb2::element_bytes(layers.shape.dtype);
+    extras->factor = static_cast<const char*>(call.factor) + bytes;
+    extras->factor_stride = call.factor_stride;
+    extras->factor_dtype = layers.shape.dtype;
+  }
+}
+
+void add_last_extras(const Layers& layers, int64_t first, Extras* extras) {
+  const CallExtras& call = layers.extras;
+  extras->function = call.function;
+  extras->function_rows = call.function_rows;
+  if (call.residual == nullptr) return;
+  const int64_t bytes = first * call.residual_stride * lb2::element_bytes(layers.shape.dtype);
+  extras->residual = static_cast<const char*>(call.residual) + bytes;
+  extras->residual_stride = call.residual_stride;
+}
+
+}  // namespace
+
 DecodeParams decode_params(const Layers& layers, const Plan& plan, int index, int64_t first, int64_t tokens,
                            char* workspace) noexcept {
   const lb2_cuda_launch& launch = plan.launches[index];
@@ -294,7 +361,10 @@ DecodeParams decode_params(const Layers& layers, const Plan& plan, int index, in
   params.row_warps = launch.row_warps;
   while (kTileRows * launch.row_warps > 1 << params.block_rows_log2) ++params.block_rows_log2;
   params.chunk_slices = launch.chunk_slices;
-  params.signs_early = index > 0;
+  params.signs_early = index > 0 || layers.extras.after_own;
+  const bool last = launch.stage == 1 || layers.shape.single_stage;
+  if (launch.stage == 0) add_first_extras(layers, plan, first, workspace, &params.extras);
+  if (last) add_last_extras(layers, first, &params.extras);
   return params;
 }
 
@@ -313,21 +383,22 @@ char* align_workspace(void* workspace) noexcept {
 
 }  // namespace lb2::cuda
 
+lb2_status lb2_projections_plan_cuda(const lb2_layer_shape* shapes, int64_t num_layers, int64_t m,
+                                     lb2_dtype dtype, lb2_activation activation,
+                                     const lb2_cuda_device* device, const lb2_cuda_tuning* tuning,
+                                     int32_t normed, lb2_cuda_plan* out) {
+  lb2::cuda::Plan plan;
+  LB2_RETURN_IF_ERROR(lb2::cuda::check_plan_struct(out));
+  LB2_RETURN_IF_ERROR(
+      lb2::cuda::plan_call(shapes, num_layers, m, dtype, activation, device, tuning, normed != 0, &plan));
+  *out = plan;
+  return LB2_OK;
+}
+
 lb2_status lb2_grouped_plan_cuda(const lb2_layer_shape* shapes, int64_t num_layers, int64_t m,
                                  lb2_dtype dtype, lb2_activation activation, const lb2_cuda_device* device,
                                  const lb2_cuda_tuning* tuning, lb2_cuda_plan* out) {
-  lb2::cuda::CallShape call;
-  LB2_RETURN_IF_ERROR(lb2::cuda::gather_shapes(shapes, num_layers, m, dtype, &call));
-  LB2_RETURN_IF_ERROR(lb2::cuda::check_device(device));
-  LB2_RETURN_IF_ERROR(lb2::cuda::check_plan_struct(out));
-  if (tuning != nullptr && tuning->struct_size != sizeof(lb2_cuda_tuning))
-    return lb2::fail(LB2_ERROR_INVALID_ARGUMENT,
-                     "tuning->struct_size must equal sizeof(lb2_cuda_tuning) = %zu, got %" PRIu64,
-                     sizeof(lb2_cuda_tuning), tuning->struct_size);
-  lb2::cuda::Plan plan;
-  LB2_RETURN_IF_ERROR(lb2::cuda::make_plan(call, activation, *device, tuning, &plan));
-  *out = plan;
-  return LB2_OK;
+  return lb2_projections_plan_cuda(shapes, num_layers, m, dtype, activation, device, tuning, 0, out);
 }
 
 lb2_status lb2_linear_plan_cuda(const lb2_layer_shape* shape, int64_t m, lb2_dtype dtype,

@@ -16,6 +16,9 @@ struct Plan : lb2_cuda_plan {  // launches for token_block tokens
   // converted slices of each term of a stage.
   int64_t sums_offset[LB2_MAX_PATHS];
   int64_t converted_offset[2][LB2_MAX_PATHS];
+  // Of a normalized call: the norms of the tokens of a round, in the decode kernels; else all normalized
+  // tokens, [m, k] fp32.
+  int64_t normed_offset;
 };
 
 // Whether the launches of a plan whose device is set may start early.
@@ -32,8 +35,16 @@ inline int32_t cap_cycles(int64_t cycles) {
 lb2_status make_plan(const CallShape& call, lb2_activation activation, const lb2_cuda_device& device,
                      const lb2_cuda_tuning* tuning, Plan* plan) noexcept;
 
+// The same for a call whose arguments may be wrong. `normed`: see lb2_projections_plan_cuda.
+LB2_API lb2_status plan_call(const lb2_layer_shape* shapes, int64_t num_layers, int64_t m, lb2_dtype dtype,
+                             lb2_activation activation, const lb2_cuda_device* device,
+                             const lb2_cuda_tuning* tuning, bool normed, Plan* plan) noexcept;
+
 // The whole plan of a call from an untrusted plan that lb2_grouped_plan_cuda should have made for it.
 LB2_API lb2_status resume_plan(const CallShape& call, const lb2_cuda_plan* made, Plan* plan) noexcept;
+
+// Whether the launches are those of the decode kernels.
+LB2_API bool is_decode(const lb2_cuda_plan& plan) noexcept;
 
 // Geometry and parameters of a launch for the tokens [first, first + tokens) of the call. `workspace` must be
 // aligned.

@@ -12,6 +12,7 @@ struct CallShape {
   lb2_dtype dtype;
   int32_t num_layers, num_paths;
   bool single_stage;
+  bool normed;                            // the input is normalized in the call
   int32_t first_path[LB2_MAX_PATHS + 1];  // of each layer, and the end
   int64_t n[LB2_MAX_PATHS];               // of each layer
   int64_t ranks[LB2_MAX_PATHS];           // of each path

@@ -112,6 +112,42 @@ LB2_API lb2_status lb2_grouped_plan_cuda(const lb2_layer_shape* shapes, int64_t 
                                          const lb2_cuda_device* device, const lb2_cuda_tuning* tuning,
                                          lb2_cuda_plan* plan);
 
+/* ---- What surrounds the layers of a decoder block, in their launches ----
+ *
+ * Up to 16 tokens (and for any number in INT16 and SIGN) the normalization of the input, the activation
+ * function of an MLP and the residual sum are parts of the launches of the layers. For more tokens they are
+ * launches of their own. */
+
+/* Zero-initialize, then set struct_size = sizeof(lb2_cuda_extras). */
+typedef struct lb2_cuda_extras {
+  uint64_t struct_size;
+  const lb2_norm* norm; /* of the input, read on the host, its weight on the GPU; or NULL. It is not rounded
+                           to the dtype of the call, and needs a plan with `normed` */
+  const void* residual; /* [M, N] of the call's dtype, added to the output of a call on one layer or an MLP
+                           before it is rounded (after it, for more tokens); or NULL. It may be the output */
+  int64_t residual_stride; /* elements between rows, >= 0; ignored when m <= 1 */
+} lb2_cuda_extras;
+
+/* lb2_grouped_plan_cuda for calls with a norm (normed = 1), or without (0). */
+LB2_API lb2_status lb2_projections_plan_cuda(const lb2_layer_shape* shapes, int64_t num_layers, int64_t m,
+                                             lb2_dtype dtype, lb2_activation activation,
+                                             const lb2_cuda_device* device, const lb2_cuda_tuning* tuning,
+                                             int32_t normed, lb2_cuda_plan* plan);
+
+/* What a call of an MLP will do. Set struct_size = sizeof(lb2_cuda_mlp_plan) first. */
+typedef struct lb2_cuda_mlp_plan {
+  uint64_t struct_size;
+  int64_t workspace_bytes; /* of the whole call */
+  lb2_cuda_plan first;     /* of gate and up, or up */
+  lb2_cuda_plan last;      /* of down */
+} lb2_cuda_mlp_plan;
+
+/* Fill *plan for an MLP: shapes are those of (gate, up, down), or of (up, down) where N of up is K of down,
+ * or twice that: then gate and up are the first and second half of its rows. */
+LB2_API lb2_status lb2_mlp_plan_cuda(const lb2_layer_shape* shapes, int64_t num_layers, int64_t m,
+                                     lb2_dtype dtype, lb2_activation activation,
+                                     const lb2_cuda_device* device, int32_t normed, lb2_cuda_mlp_plan* plan);
+
 /* ---- liblittlebit2_cuda ---- */
 
 /* Describe a GPU by its ordinal. Fails with LB2_ERROR_UNSUPPORTED, and the reason, if it cannot run the
@@ -132,6 +168,27 @@ LB2_API lb2_status lb2_linear_forward_cuda(const lb2_linear_args* args, const lb
  * layers[0]. */
 LB2_API lb2_status lb2_grouped_forward_cuda(const lb2_linear_args* layers, int64_t num_layers,
                                             const lb2_cuda_plan* plan, void* stream);
+
+/* y_i = layer_i(norm(x)) + residual: lb2_grouped_forward_cuda with extras, which may be NULL. */
+LB2_API lb2_status lb2_projections_forward_cuda(const lb2_linear_args* layers, int64_t num_layers,
+                                                const lb2_cuda_extras* extras, const lb2_cuda_plan* plan,
+                                                void* stream);
+
+/* y = down(f(gate(h)) * up(h)) + residual, or down(f(up(h))) + residual, with h = norm(x)
+ * (lb2_mlp_plan_cuda): in the launches of the layers alone up to 16 tokens, four or with conversions eight.
+ * The input is that of layers[0], y the output of the last layer, the workspace that of layers[0]; m and
+ * dtype are the same for all, other inputs and outputs are not read. f(gate(h)) and up(h) are rounded to the
+ * call's dtype on their way through the workspace, as a module's outputs are, their product is not (for more
+ * tokens, it is). extras may be NULL. */
+LB2_API lb2_status lb2_mlp_forward_cuda(const lb2_linear_args* layers, int64_t num_layers,
+                                        lb2_function function, const lb2_cuda_extras* extras,
+                                        const lb2_cuda_mlp_plan* plan, void* stream);
+
+/* Dense int8 rows (lb2_int8_args in littlebit2.h) on the current device, for few tokens: each 16 tokens read
+ * all weights. Fastest where rows of weights start at multiples of 16 bytes. Of args, isa, workspace and
+ * parallel_for are not used. weight, input and output must be aligned to their elements, scale and bias to 4
+ * bytes. Sums are in fp32; results have the same bits from run to run and whatever the other tokens are. */
+LB2_API lb2_status lb2_int8_forward_cuda(const lb2_int8_args* args, void* stream);
 
 /* Dequantize the layer to dense matrices, queued on `stream`, for the caller's own matrix products where
  * there are many tokens (plan.unpack_cycles). Two stages: y = (x first^T) last^T + bias, with first = sign(V)

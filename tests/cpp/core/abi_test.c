@@ -173,6 +173,18 @@ FIELD(lb2_int8_args, workspace_bytes, 112);
 FIELD(lb2_int8_args, parallel_for, 120);
 FIELD(lb2_int8_args, parallel_context, 128);
 
+SIZE(lb2_cuda_extras, 32);
+FIELD(lb2_cuda_extras, struct_size, 0);
+FIELD(lb2_cuda_extras, norm, 8);
+FIELD(lb2_cuda_extras, residual, 16);
+FIELD(lb2_cuda_extras, residual_stride, 24);
+
+SIZE(lb2_cuda_mlp_plan, 640);
+FIELD(lb2_cuda_mlp_plan, struct_size, 0);
+FIELD(lb2_cuda_mlp_plan, workspace_bytes, 8);
+FIELD(lb2_cuda_mlp_plan, first, 16);
+FIELD(lb2_cuda_mlp_plan, last, 328);
+
 SIZE(lb2_cuda_device, 24);
 FIELD(lb2_cuda_device, struct_size, 0);
 FIELD(lb2_cuda_device, capability, 8);

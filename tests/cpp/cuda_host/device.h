@@ -95,6 +95,13 @@ inline float multiply_rounded(float a, float b) { return a * b; }
 inline float fast_divide(float a, float b) { return a / b; }
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 
+inline float reciprocal_root(float value) {
+  return static_cast<float>(1.0 / std::sqrt(static_cast<double>(value)));
+}
+inline float exponential(float value) { return std::exp(value); }
+inline float error_function(float value) { return std::erf(value); }
+inline float hyperbolic_tangent(float value) { return std::tanh(value); }
+
 inline float half_to_float(uint16_t bits) {
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
   float magnitude;
