@@ -10,6 +10,7 @@ from ._native import (
     get_library_dir,
     get_pkgconfig_dir,
 )
+from .decoding.attention import attention
 from .dispatch import BackendUnavailableError
 from .format import FORMAT_VERSION, PackedLinear, PackedPath
 from .functional import littlebit_linear
@@ -45,6 +46,7 @@ __all__ = [
     "PrepackedLinear",
     "StagedLinear",
     "__version__",
+    "attention",
     "explain",
     "fuse_linears",
     "get_cmake_dir",

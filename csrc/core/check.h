@@ -36,4 +36,8 @@ lb2_status check_prepacked_buffers(const lb2_prepacked_args& args, int64_t k, in
 lb2_status check_int8(const lb2_int8_args* args) noexcept;
 lb2_status check_int8_buffers(const lb2_int8_args& args, int64_t workspace_bytes) noexcept;
 
+// Everything in args of an attention call but its buffers; then these (attention.cpp).
+lb2_status check_attention(const lb2_attention_args* args) noexcept;
+lb2_status check_attention_buffers(const lb2_attention_args& args, int64_t workspace_bytes) noexcept;
+
 }  // namespace lb2

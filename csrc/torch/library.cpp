@@ -2,6 +2,7 @@
 // Fakes and autograd are registered from Python (littlebit2_kernels/ops), CUDA in cuda_linear.cpp.
 #include <torch/csrc/stable/library.h>
 
+#include "torch/attention.h"
 #include "torch/dense/int8.h"
 #include "torch/dense/unpack.h"
 #include "torch/grouped.h"
@@ -59,6 +60,12 @@ STABLE_TORCH_LIBRARY(littlebit2, m) {
   m.def("linear_prepacked_backward_x(Tensor grad, Tensor layer, int in_features) -> Tensor");
   // Dense int8 rows with a scale each: weight int8 [N, K], scale and bias float32 [N].
   m.def("int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None) -> Tensor");
+  // Few queries [B, H, M, D] on keys [B, G, T, D] and values [B, G, T, E]; see lb2_attention_args. The mask is
+  // bool, of which false hides, or what is added, and broadcasts to [B, H, M, T]. Causal calls end with the
+  // last key. softcap and window are 0 for none. Returns [B, M, H, E].
+  m.def(
+      "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, float softcap=0.0, bool "
+      "causal=False, int window=0) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(littlebit2, CPU, m) {
@@ -72,6 +79,7 @@ STABLE_TORCH_LIBRARY_IMPL(littlebit2, CPU, m) {
   m.impl("prepack", TORCH_BOX(&lb2::torch_ops::prepack_cpu));
   m.impl("unprepack", TORCH_BOX(&lb2::torch_ops::unprepack_cpu));
   m.impl("linear_prepacked", TORCH_BOX(&lb2::torch_ops::linear_prepacked_cpu));
+  m.impl("attention", TORCH_BOX(&lb2::torch_ops::attention_cpu));
   m.impl("int8_linear", TORCH_BOX(&lb2::torch_ops::int8_linear_cpu));
   m.impl("linear_prepacked_backward_x", TORCH_BOX(&lb2::torch_ops::linear_prepacked_backward_x_cpu));
 }

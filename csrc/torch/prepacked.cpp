@@ -1,35 +1,12 @@
 #include "torch/prepacked.h"
 
 #include <algorithm>
-#include <memory>
 
 #include "torch/linear.h"
+#include "torch/workspace.h"
 
 namespace lb2::torch_ops {
 namespace {
-
-// Scratch memory that a thread keeps between calls, because making a tensor costs as much as a small layer.
-// Large workspaces are not kept.
-class Workspace {
- public:
-  explicit Workspace(int64_t bytes) {
-    constexpr int64_t kLargestKept = 8 << 20;
-    if (bytes > kLargestKept) {
-      own_.reset(new char[static_cast<size_t>(bytes)]);
-    } else if (bytes > kept_bytes_) {
-      kept_.reset(new char[static_cast<size_t>(bytes)]);
-      kept_bytes_ = bytes;
-    }
-  }
-  void* data() const { return own_ ? own_.get() : kept_.get(); }
-
- private:
-  std::unique_ptr<char[]> own_;
-  static thread_local std::unique_ptr<char[]> kept_;
-  static thread_local int64_t kept_bytes_;
-};
-thread_local std::unique_ptr<char[]> Workspace::kept_;
-thread_local int64_t Workspace::kept_bytes_ = 0;
 
 void check_layer_tensor(const Tensor& layer) {
   LB2_CHECK(layer.is_cpu(), "layer must be on the CPU");

@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
+from . import attention as attention_operator
 from . import dense, int8
 from .autograd import call_operator, requires_grad
-from .library import load_for
+from .library import eager_operators, load_for, load_operator
 from .operands import Operands
 
 __all__ = [
+    "attention",
     "dense_linear",
     "grouped_linear",
     "grouped_linear_prepacked",
@@ -33,6 +36,39 @@ _EXACT = 1
 
 #: Most tokens of a call that the native int8 kernel is faster for than widening and torch.matmul.
 _INT8_TOKENS = {torch.float32: 64, torch.float16: 16, torch.bfloat16: 16}
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float = 0.0,
+    causal: bool = False,
+    window: int = 0,
+) -> torch.Tensor:
+    """Call ``torch.ops.littlebit2.attention``: few queries on the CPU.
+
+    Args: as :func:`littlebit2_kernels.attention`, which checks the last three; 0 stands for none.
+
+    Returns:
+        ``[B, M, H, E]`` in the dtype of ``query``.
+    """
+    if torch.compiler.is_compiling():
+        load_for(query)
+        return torch.ops.littlebit2.attention(query, key, value, mask, scale, softcap, causal, window)
+    if forward_ad._current_level >= 0:
+        # Torch has no forward derivative of registered operators.
+        return attention_operator.attention_by_torch(
+            query, key, value, mask, scale, softcap, causal, window
+        )
+    operator = eager_operators.get("attention") or load_operator("attention", query)
+    if torch.is_grad_enabled() and requires_grad((query, key, value, mask)):
+        return operator(query, key, value, mask, scale, softcap, causal, window)
+    # Stepping over autograd saves a call of its Python kernel.
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(query, key, value, mask, scale, softcap, causal, window)
 
 
 def linear(

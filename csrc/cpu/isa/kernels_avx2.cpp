@@ -2,7 +2,9 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <initializer_list>
 
+#include "cpu/attention/kernels.h"
 #include "cpu/kernels.h"
 #include "cpu/prepacked/lookup.h"
 
@@ -17,12 +19,17 @@ constexpr int kDotRows = 2;
 constexpr int kDotTokens = 3;
 constexpr int kSumTokens = 3;
 constexpr int kInt8Tokens = 1;
+constexpr int kScoreRows = 2;
+constexpr int kScoreKeys1 = 4;
+constexpr int kScoreKeys = 2;
+constexpr int kValueVecs = 2;
 
 // clang-format off: the order matters
 #include "cpu/isa/elementwise_body.h"
 #include "cpu/isa/exponential_body.h"
 #include "cpu/portable/kernel_body.h"
 #include "cpu/int8/int8_body.h"
+#include "cpu/attention/attention_body.h"
 #include "cpu/prepacked/lookup_body.h"
 #include "cpu/prepacked/lookup_avx2_body.h"
 // clang-format on
@@ -31,5 +38,6 @@ constexpr int kInt8Tokens = 1;
 
 const Kernels kAvx2Kernels = {load_scaled, sign_dots, sign_sums, store, load_padded, int8_dots};
 const LookupKernels kAvx2Lookup = kLookup;
+const AttentionKernels kAvx2Attention = kAttention;
 
 }  // namespace lb2::cpu

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <initializer_list>
 
 #include "cpu/kernels.h"
 #include "cpu/prepacked/lookup.h"
