@@ -22,9 +22,9 @@ def attention(
 ) -> torch.Tensor:
     """Attend to keys and values with few queries, as a step of decoding does.
 
-    Sums and the softmax are in float32. The H / G heads that share a key are computed together, and so are up
-    to 8 queries, so that keys and values are read once. They may be views of a larger buffer. More queries work;
-    matrix products are faster for them. A query that sees no key gets zeros, as from
+    Sums and the softmax are in float32. The H / G heads that share a key are computed together, and so are
+    up to 8 queries, so that keys and values are read once. They may be views of a larger buffer. More
+    queries work; matrix products are faster for them. A query that sees no key gets zeros, as from
     ``torch.nn.functional.scaled_dot_product_attention``.
 
     Args:
@@ -39,8 +39,8 @@ def attention(
         window: how many keys a causal query sees at most, its own included.
 
     Returns:
-        ``[B, H, M, E]`` in the dtype of ``query``; its transpose ``[B, M, H, E]`` is contiguous. Differentiable
-        in all tensors, by torch's operations.
+        ``[B, H, M, E]`` in the dtype of ``query``; its transpose ``[B, M, H, E]`` is contiguous.
+        Differentiable in all tensors, by torch's operations.
 
     Raises:
         ValueError: ``softcap`` or ``window`` is not positive, or there is a ``window`` without ``causal``.
@@ -52,4 +52,6 @@ def attention(
         raise ValueError(f"window must be at least 1, in a causal call, got {window} and causal={causal}")
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    return calls.attention(query, key, value, mask, scale, softcap or 0.0, causal, window or 0).transpose(1, 2)
+    return calls.attention(query, key, value, mask, scale, softcap or 0.0, causal, window or 0).transpose(
+        1, 2
+    )

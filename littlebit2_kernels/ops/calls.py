@@ -60,9 +60,7 @@ def attention(
         return torch.ops.littlebit2.attention(query, key, value, mask, scale, softcap, causal, window)
     if forward_ad._current_level >= 0:
         # Torch has no forward derivative of registered operators.
-        return attention_operator.attention_by_torch(
-            query, key, value, mask, scale, softcap, causal, window
-        )
+        return attention_operator.attention_by_torch(query, key, value, mask, scale, softcap, causal, window)
     operator = eager_operators.get("attention") or load_operator("attention", query)
     if torch.is_grad_enabled() and requires_grad((query, key, value, mask)):
         return operator(query, key, value, mask, scale, softcap, causal, window)

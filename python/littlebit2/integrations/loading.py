@@ -61,7 +61,7 @@ def load(
         backend: backend for every packed layer, see there too.
         fuse: whether projections that share their input are computed together on CUDA, see
             :func:`littlebit2.fuse_projections`.
-        attn_implementation: one of transformers' attention implementations, such as ``"sdpa"`` or ``"eager"``.
+        attn_implementation: an attention implementation of transformers, such as ``"sdpa"`` or ``"eager"``.
             By default that of this package, ``"littlebit2"``, for packed models on the CPU whose attention it
             can compute (docs/checkpoints.md), else transformers' own choice.
 

@@ -1,8 +1,8 @@
-"""Attention of transformers' models: the native kernel for few queries on the CPU, else the library's ``sdpa``.
+"""Attention of transformers' models: the native kernel for few queries on the CPU, else ``sdpa``.
 
-:func:`register` makes the name ``littlebit2`` known to the library as an attention implementation, next to
-``sdpa`` and ``eager``, and :func:`choose` sets it for a loaded model. The library does not store the name of an
-implementation with a model, so that what is saved loads without this package's kernels.
+:func:`register` makes the name ``littlebit2`` known to the library as an attention implementation, beside
+``sdpa`` and ``eager``, and :func:`choose` sets it for a loaded model. The library does not store the name of
+an implementation with a model, so that what is saved loads without this package's kernels.
 """
 
 from __future__ import annotations
@@ -111,8 +111,12 @@ def attention_forward(
             'model.set_attn_implementation("sdpa") before'
         )
     plain = dropout == 0.0 and _plain(query, key, value, attention_mask, kwargs)
-    few = query.device.type == "cpu" and query.shape[2] <= MOST_QUERIES
-    if plain and few and not _differentiates(query, key, value, attention_mask):
+    if (
+        plain
+        and query.device.type == "cpu"
+        and _few(query.shape[2])
+        and not _differentiates(query, key, value, attention_mask)
+    ):
         key, value, causal = _causality(module, query, key, value, attention_mask, is_causal)
         out = attention(query, key, value, mask=attention_mask, scale=scaling, softcap=softcap, causal=causal)
         return out.transpose(1, 2), None
@@ -122,12 +126,21 @@ def attention_forward(
         )
     if not plain:
         raise ValueError(
-            f'attention implementation "{NAME}" takes a soft cap without dropout, biases and weights that are '
-            'asked for: call model.set_attn_implementation("eager")'
+            f'attention implementation "{NAME}" takes a soft cap without dropout and biases, and returns '
+            'no weights: call model.set_attn_implementation("eager")'
         )
     key, value, causal = _causality(module, query, key, value, attention_mask, is_causal)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attention_by_torch(query, key, value, attention_mask, scale, softcap, causal, 0), None
+
+
+def _few(queries: Any) -> bool:
+    """Whether there are few queries; an exported or compiled program for any number of them has many."""
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true  # noqa: PLC0415  # slow
+
+        return statically_known_true(queries <= MOST_QUERIES)
+    return bool(queries <= MOST_QUERIES)
 
 
 def _plain(

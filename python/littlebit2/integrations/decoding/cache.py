@@ -1,8 +1,8 @@
 """A cache of keys and values that grows without copying all of them at each step.
 
-The library's ``DynamicCache`` concatenates: a step copies the whole cache. The layers here write into a buffer
-with room to spare, and their ``keys`` and ``values`` are views of it. Everything else is the library's: what its
-methods, or anyone else, put in the place of these views is taken over by the next step.
+The library's ``DynamicCache`` concatenates: a step copies the whole cache. The layers here write into a
+buffer with room to spare, and their ``keys`` and ``values`` are views of it. Everything else is the
+library's: what its methods, or anyone else, put in the place of these views is taken over by the next step.
 """
 
 from __future__ import annotations
