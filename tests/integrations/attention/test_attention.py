@@ -1,4 +1,4 @@
-"""The attention implementation ``littlebit2`` in models of transformers: where it is chosen, and its results."""
+"""The attention implementation ``littlebit2`` in models: where it is chosen, and what it computes."""
 
 from __future__ import annotations
 
