@@ -1,7 +1,7 @@
 """Time attention of one query on the CPU: the native kernel, torch's, and its steps by torch's operations.
 
 Keys and values are outside the caches, as they are in a step of a whole model. GB/s counts each of their
-bytes once, whatever a candidate reads; ``read`` is the rate at which torch sums up as many bytes. torch's kernel
+bytes once, whatever a candidate reads; ``read`` is the rate at which torch sums as many bytes. torch's kernel
 gets the heads that share keys as queries, without repeating keys, as transformers gives them to it.
 """
 
