@@ -13,7 +13,7 @@ inline Vec load_part(const char* row, int64_t size) {
 // Asks for the cache lines of a row. The kernels wait for memory if only the hardware looks ahead: they read
 // the rows of several keys side by side, and values in columns.
 inline void prefetch_row(const char* row, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
 }
 
 // Scores of kRows rows and kKeys keys from `first` on; keys past the last one repeat it.
