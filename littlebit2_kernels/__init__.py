@@ -11,6 +11,7 @@ from ._native import (
     get_pkgconfig_dir,
 )
 from .decoding.attention import attention
+from .decoding.rotary import rotary
 from .dispatch import BackendUnavailableError
 from .format import FORMAT_VERSION, PackedLinear, PackedPath
 from .functional import littlebit_linear
@@ -60,6 +61,7 @@ __all__ = [
     "packed_from_state",
     "packed_to_state",
     "prepack",
+    "rotary",
     "select_rows",
     "slice_columns",
     "slice_rows",

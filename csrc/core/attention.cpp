@@ -1,4 +1,4 @@
-// The argument checks of attention.
+// The argument checks of attention and of rotary embeddings.
 #include <cinttypes>
 #include <cmath>
 
@@ -12,22 +12,15 @@ constexpr int64_t kMaxDim = INT32_MAX;
 
 struct Size {
   const char* name;
-  int64_t got, low;
+  int64_t got, low, high;
 };
 
-lb2_status check_sizes(const lb2_attention_args& args) {
-  const Size sizes[] = {
-      {"batch", args.batch, 0},           {"heads", args.heads, 1},  {"kv_heads", args.kv_heads, 1},
-      {"queries", args.queries, 0},       {"keys", args.keys, 1},    {"head_size", args.head_size, 1},
-      {"value_size", args.value_size, 1}, {"window", args.window, 0}};
+template <int kCount>
+lb2_status check_sizes(const Size (&sizes)[kCount]) {
   for (const Size& size : sizes)
-    if (size.got < size.low || size.got > kMaxDim)
+    if (size.got < size.low || size.got > size.high)
       return fail(LB2_ERROR_INVALID_ARGUMENT, "%s must be between %" PRId64 " and %" PRId64 ", got %" PRId64,
-                  size.name, size.low, kMaxDim, size.got);
-  if (args.heads % args.kv_heads != 0)
-    return fail(LB2_ERROR_INVALID_ARGUMENT,
-                "heads must be a multiple of kv_heads = %" PRId64 ", got %" PRId64, args.kv_heads,
-                args.heads);
+                  size.name, size.low, size.high, size.got);
   return LB2_OK;
 }
 
@@ -61,7 +54,19 @@ lb2_status check_attention(const lb2_attention_args* args) noexcept {
                 "args->struct_size must equal sizeof(lb2_attention_args) = %zu, got %" PRIu64
                 " (header and library of different versions?)",
                 sizeof(lb2_attention_args), args->struct_size);
-  return check_sizes(*args);
+  LB2_RETURN_IF_ERROR(check_sizes({{"batch", args->batch, 0, kMaxDim},
+                                   {"heads", args->heads, 1, kMaxDim},
+                                   {"kv_heads", args->kv_heads, 1, kMaxDim},
+                                   {"queries", args->queries, 0, kMaxDim},
+                                   {"keys", args->keys, 1, kMaxDim},
+                                   {"head_size", args->head_size, 1, kMaxDim},
+                                   {"value_size", args->value_size, 1, kMaxDim},
+                                   {"window", args->window, 0, kMaxDim}}));
+  if (args->heads % args->kv_heads != 0)
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "heads must be a multiple of kv_heads = %" PRId64 ", got %" PRId64, args->kv_heads,
+                args->heads);
+  return LB2_OK;
 }
 
 lb2_status check_attention_buffers(const lb2_attention_args& args, int64_t workspace_bytes) noexcept {
@@ -102,6 +107,45 @@ lb2_status check_attention_buffers(const lb2_attention_args& args, int64_t works
     return fail(LB2_ERROR_INVALID_ARGUMENT, "workspace_bytes must be >= %" PRId64 ", got %" PRId64,
                 workspace_bytes, args.workspace_bytes);
   return LB2_OK;
+}
+
+lb2_status check_rotary(const lb2_rotary_args* args) noexcept {
+  if (args == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "args must not be NULL");
+  if (args->struct_size != sizeof(lb2_rotary_args))
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "args->struct_size must equal sizeof(lb2_rotary_args) = %zu, got %" PRIu64
+                " (header and library of different versions?)",
+                sizeof(lb2_rotary_args), args->struct_size);
+  LB2_RETURN_IF_ERROR(check_sizes({{"batch", args->batch, 0, kMaxDim},
+                                   {"tokens", args->tokens, 0, kMaxDim},
+                                   {"heads", args->heads, 1, kMaxDim},
+                                   {"kv_heads", args->kv_heads, 1, kMaxDim},
+                                   {"head_size", args->head_size, 1, kMaxRotaryHead},
+                                   {"rotary_size", args->rotary_size, 2, args->head_size},
+                                   {"interleaved", args->interleaved, 0, 1}}));
+  if (args->rotary_size % 2 != 0)
+    return fail(LB2_ERROR_INVALID_ARGUMENT, "rotary_size must be even, got %" PRId64, args->rotary_size);
+  LB2_RETURN_IF_ERROR(check_dtype(args->dtype));
+  if (check_dtype(args->angle_dtype) != LB2_OK)
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "angle_dtype must be LB2_FLOAT32 (0), LB2_FLOAT16 (1) or LB2_BFLOAT16 (2), got %" PRId32,
+                args->angle_dtype);
+  if (args->batch == 0 || args->tokens == 0) return LB2_OK;
+  LB2_RETURN_IF_ERROR(check_null("query", args->query));
+  LB2_RETURN_IF_ERROR(check_null("key", args->key));
+  LB2_RETURN_IF_ERROR(check_null("cos", args->cos));
+  LB2_RETURN_IF_ERROR(check_null("sin", args->sin));
+  LB2_RETURN_IF_ERROR(check_null("query_out", args->query_out));
+  LB2_RETURN_IF_ERROR(check_null("key_out", args->key_out));
+  const int64_t angles[3] = {args->batch, args->tokens, 1};
+  const int64_t cos[3] = {args->cos_strides[0], args->cos_strides[1], 0};
+  const int64_t sin[3] = {args->sin_strides[0], args->sin_strides[1], 0};
+  LB2_RETURN_IF_ERROR(
+      check_strides("query", {args->batch, args->heads, args->tokens}, args->query_strides, args->head_size));
+  LB2_RETURN_IF_ERROR(
+      check_strides("key", {args->batch, args->kv_heads, args->tokens}, args->key_strides, args->head_size));
+  LB2_RETURN_IF_ERROR(check_strides("cos", angles, cos, args->rotary_size));
+  return check_strides("sin", angles, sin, args->rotary_size);
 }
 
 }  // namespace lb2

@@ -1,40 +1,10 @@
 #include "torch/attention.h"
 
+#include "torch/heads.h"
 #include "torch/workspace.h"
 
 namespace lb2::torch_ops {
 namespace {
-
-// A tensor of four dimensions whose last one is contiguous: `tensor`, or a dense copy.
-Tensor with_rows(const char* name, const Tensor& tensor, const Tensor& query) {
-  LB2_CHECK(tensor.is_cpu(), name, " must be on the CPU");
-  LB2_CHECK(tensor.dim() == 4, name, " must have four dimensions, got shape ", shape_of(tensor));
-  LB2_CHECK(tensor.scalar_type() == query.scalar_type(), name, " must be ",
-            torch::headeronly::toString(query.scalar_type()), " like query, got ",
-            torch::headeronly::toString(tensor.scalar_type()));
-  if (tensor.size(3) <= 1 || tensor.stride(3) == 1) return tensor;
-  return torch::stable::contiguous(tensor);
-}
-
-void set_strides(const Tensor& tensor, int64_t (&strides)[3]) {
-  for (int64_t d = 0; d < 3; ++d) strides[d] = tensor.size(d) == 1 ? 0 : tensor.stride(d);
-}
-
-lb2_dtype dtype_of(const char* name, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return LB2_FLOAT32;
-    case ScalarType::Half:
-      return LB2_FLOAT16;
-    case ScalarType::BFloat16:
-      return LB2_BFLOAT16;
-    case ScalarType::Bool:
-      return LB2_INT8;
-    default:
-      raise(name, " must be float32, float16 or bfloat16, or bool if it is a mask, got ",
-            torch::headeronly::toString(tensor.scalar_type()));
-  }
-}
 
 // The mask with contiguous rows of all keys; sizes of 1 are broadcast by strides of 0.
 Tensor set_mask(lb2_attention_args& args, const Tensor& given) {
@@ -44,8 +14,8 @@ Tensor set_mask(lb2_attention_args& args, const Tensor& given) {
   for (int64_t d = 0; fits && d < 3; ++d) fits = given.size(d) == 1 || given.size(d) == sizes[d];
   LB2_CHECK(fits, "mask must have shape [", sizes[0], ", ", sizes[1], ", ", sizes[2], ", ", sizes[3],
             "] or 1 in one of the first three dimensions, got ", shape_of(given));
-  args.mask_dtype = dtype_of("mask", given);
-  const Tensor mask = args.keys == 1 || given.stride(3) == 1 ? given : torch::stable::contiguous(given);
+  args.mask_dtype = element_type("mask", given);
+  const Tensor mask = with_contiguous_rows(given);
   set_strides(mask, args.mask_strides);
   args.mask = mask.const_data_ptr();
   return mask;
@@ -58,7 +28,7 @@ Tensor attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value
                      int64_t window) {
   lb2_attention_args args = {};
   args.struct_size = sizeof args;
-  args.dtype = dtype_of("query", query);
+  args.dtype = element_type("query", query);
   LB2_CHECK(args.dtype != LB2_INT8, "query must be float32, float16 or bfloat16, got Bool");
   const Tensor q = with_rows("query", query, query), k = with_rows("key", key, query),
                v = with_rows("value", value, query);

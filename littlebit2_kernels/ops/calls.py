@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from . import attention as attention_operator
 from . import dense, int8
+from . import rotary as rotary_operator
 from .autograd import call_operator, requires_grad
 from .library import eager_operators, load_for, load_operator
 from .operands import Operands
@@ -27,6 +28,7 @@ __all__ = [
     "joined_linear_prepacked",
     "linear",
     "linear_prepacked",
+    "rotary",
     "triton_linear",
     "unpack",
 ]
@@ -67,6 +69,29 @@ def attention(
     # Stepping over autograd saves a call of its Python kernel.
     with torch._C._AutoDispatchBelowAutograd():
         return operator(query, key, value, mask, scale, softcap, causal, window)
+
+
+def rotary(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Call ``torch.ops.littlebit2.rotary``: the rotation of queries and keys on the CPU.
+
+    Args: as :func:`littlebit2_kernels.rotary`.
+
+    Returns:
+        ``[B, M, H, D]`` and ``[B, M, G, D]``.
+    """
+    if torch.compiler.is_compiling():
+        load_for(query)
+        return torch.ops.littlebit2.rotary(query, key, cos, sin, interleaved)
+    if forward_ad._current_level >= 0:
+        # Torch has no forward derivative of registered operators.
+        return rotary_operator.rotary_by_torch(query, key, cos, sin, interleaved)
+    operator = eager_operators.get("rotary") or load_operator("rotary", query)
+    if torch.is_grad_enabled() and requires_grad((query, key, cos, sin)):
+        return operator(query, key, cos, sin, interleaved)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(query, key, cos, sin, interleaved)
 
 
 def linear(

@@ -292,6 +292,40 @@ LB2_API lb2_status lb2_attention_workspace_cpu(const lb2_attention_args* args, i
 
 LB2_API lb2_status lb2_attention_forward_cpu(const lb2_attention_args* args);
 
+/* ---- Rotary position embedding of queries and keys ----
+ *
+ * Of each row the first rotary_size elements turn by pairs, (i, i + rotary_size / 2), or (2 i, 2 i + 1) if
+ * interleaved: out[a] = x[a] cos[a] - x[b] sin[a], out[b] = x[b] cos[b] + x[a] sin[b]. The others are copied.
+ * Products and sums are in fp32, with the same bits whatever the ISA. Elements of a row are contiguous; the
+ * other strides are in elements. Zero-initialize, then set struct_size = sizeof(lb2_rotary_args). */
+typedef struct lb2_rotary_args {
+  uint64_t struct_size;
+  int64_t batch;       /* B, >= 0 */
+  int64_t tokens;      /* M, >= 0 */
+  int64_t heads;       /* H, >= 1 */
+  int64_t kv_heads;    /* G, >= 1 */
+  int64_t head_size;   /* D, 1 .. 1024 */
+  int64_t rotary_size; /* R, even, 2 .. D */
+  const void* query;   /* [B, H, M, D] */
+  int64_t query_strides[3];
+  const void* key; /* [B, G, M, D] */
+  int64_t key_strides[3];
+  const void* cos; /* [B, M, R] */
+  const void* sin;
+  int64_t cos_strides[2]; /* of B and M; may be 0 */
+  int64_t sin_strides[2];
+  void* query_out;       /* [B, M, H, D], contiguous; may not overlap an input */
+  void* key_out;         /* [B, M, G, D] */
+  lb2_dtype dtype;       /* of queries and keys */
+  lb2_dtype angle_dtype; /* of cos and sin */
+  int32_t interleaved;   /* 0 or 1 */
+  lb2_isa isa;
+  lb2_parallel_for parallel_for; /* NULL runs on the calling thread */
+  void* parallel_context;
+} lb2_rotary_args;
+
+LB2_API lb2_status lb2_rotary_forward_cpu(const lb2_rotary_args* args);
+
 /* Pack `negative` [rows, cols] (one byte each, non-zero means -1) into words [rows, ceil(cols/32)]. Pad bits
  * are 0. Strides are in elements between rows. */
 LB2_API lb2_status lb2_pack_signs(const uint8_t* negative, int64_t negative_stride, int64_t rows,
