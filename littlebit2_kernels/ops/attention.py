@@ -94,7 +94,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     wanted = [index for index in range(4) if ctx.needs_input_grad[index]]
-    inputs = [
+    inputs: list[Any] = [
         None if tensor is None else tensor.detach().requires_grad_(index in wanted)
         for index, tensor in enumerate(ctx.saved_tensors)
     ]

@@ -60,9 +60,10 @@ def _fake(
             raise RuntimeError(
                 f"littlebit2: {name} must have three dimensions, got shape {list(tensor.shape)}"
             )
-    return tuple(
+    queries, keys = (
         query.new_empty((one.shape[0], one.shape[2], one.shape[1], one.shape[3])) for one in (query, key)
     )
+    return queries, keys
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -73,13 +74,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
     wanted = [index for index in range(4) if ctx.needs_input_grad[index]]
-    inputs = [
+    query, key, cos, sin = (
         tensor.detach().requires_grad_(index in wanted) for index, tensor in enumerate(ctx.saved_tensors)
-    ]
+    )
+    inputs = (query, key, cos, sin)
     with torch.enable_grad():
         pairs = [
             (one, grad)
-            for one, grad in zip(rotary_by_torch(*inputs, ctx.interleaved), grads, strict=True)
+            for one, grad in zip(rotary_by_torch(query, key, cos, sin, ctx.interleaved), grads, strict=True)
             if one.requires_grad
         ]
     found = torch.autograd.grad(

@@ -18,6 +18,8 @@ __all__ = ["GrowingLayer", "GrowingSlidingWindowLayer", "grow", "grow_caches_of"
 
 #: Room of a new buffer is a multiple of this many tokens.
 _BLOCK = 64
+#: Marks caches that :func:`grow_caches_of` has seen.
+_GROWS = "_littlebit2_grows"
 
 
 class _Buffer:
@@ -46,16 +48,16 @@ class _Buffer:
         old, more = kept[0].shape[2] if kept[0].dim() == 4 else 0, new[0].shape[2]
         if not self._has_room(kept, old + more):
             room = (old + more + max(old + more, 2 * _BLOCK) // 2 + _BLOCK - 1) // _BLOCK * _BLOCK
-            self._buffers = tuple(one.new_empty((*one.shape[:2], room, one.shape[3])) for one in new)
-            self._start = 0
+            keys, values = (one.new_empty((*one.shape[:2], room, one.shape[3])) for one in new)
+            self._buffers, self._start = (keys, values), 0
             for buffer, rows in zip(self._buffers, kept, strict=True):
                 if old:
                     buffer[:, :, :old] = rows
         assert self._buffers is not None
         end = self._start + old
         for buffer, rows in zip(self._buffers, new, strict=True):
-            buffer[:, :, end : end + more] = rows
-        keys, values = (buffer[:, :, self._start : end + more] for buffer in self._buffers)
+            buffer.narrow(2, end, more).copy_(rows)
+        keys, values = (buffer.narrow(2, self._start, old + more) for buffer in self._buffers)
         return keys, values
 
     def _has_room(self, kept: tuple[torch.Tensor, torch.Tensor], length: int) -> bool:
@@ -67,7 +69,7 @@ class _Buffer:
         return torch.is_inference_mode_enabled() or not self._buffers[0].is_inference()
 
 
-def _can_append(layer: DynamicLayer, keys: torch.Tensor, values: torch.Tensor) -> bool:
+def _can_append(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> bool:
     """Whether to write into a buffer; else the library's concatenation does what is right, or its error."""
     if keys.device.type != "cpu" or torch.compiler.is_compiling():
         return False
@@ -81,12 +83,36 @@ def _can_append(layer: DynamicLayer, keys: torch.Tensor, values: torch.Tensor) -
     return keys.shape[2] == values.shape[2]
 
 
-class GrowingLayer(DynamicLayer):
-    """The library's ``DynamicLayer`` with a buffer that has room to spare."""
+class _Growing:
+    """What both kinds of layers do with their buffer; comes before the class of the library."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    keys: Any
+    values: Any
+    is_initialized: bool
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._buffer = _Buffer()
+
+    def _keep(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.keys, self.values = keys, values
+        self._buffer.keep(keys, values)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove tokens from the end."""
+        owned = self.is_initialized and self._buffer.owns(self.keys, self.values)
+        super().crop(tokens_to_remove)  # type: ignore[misc]
+        if owned:
+            self._buffer.keep(self.keys, self.values)
+
+    def reset(self) -> None:
+        """Drop everything."""
+        super().reset()  # type: ignore[misc]
+        self._buffer = _Buffer()
+
+
+class GrowingLayer(_Growing, DynamicLayer):
+    """The library's ``DynamicLayer`` with a buffer that has room to spare."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -96,29 +122,12 @@ class GrowingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         if not _can_append(self, key_states, value_states):
             return super().update(key_states, value_states, *args, **kwargs)
-        self.keys, self.values = self._buffer.append((self.keys, self.values), (key_states, value_states))
-        self._buffer.keep(self.keys, self.values)
+        self._keep(*self._buffer.append((self.keys, self.values), (key_states, value_states)))
         return self.keys, self.values
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove tokens from the end."""
-        owned = self.is_initialized and self._buffer.owns(self.keys, self.values)
-        super().crop(tokens_to_remove)
-        if owned:
-            self._buffer.keep(self.keys, self.values)
 
-    def reset(self) -> None:
-        """Drop everything."""
-        super().reset()
-        self._buffer = _Buffer()
-
-
-class GrowingSlidingWindowLayer(DynamicSlidingWindowLayer):
+class GrowingSlidingWindowLayer(_Growing, DynamicSlidingWindowLayer):
     """The library's ``DynamicSlidingWindowLayer`` with a buffer that has room to spare."""
-
-    def __init__(self, sliding_window: int, **kwargs: Any) -> None:
-        super().__init__(sliding_window, **kwargs)
-        self._buffer = _Buffer()
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -136,22 +145,6 @@ class GrowingSlidingWindowLayer(DynamicSlidingWindowLayer):
             return keys[:, :, -visible:], values[:, :, -visible:]
         self._keep(keys[:, :, -self.sliding_window + 1 :], values[:, :, -self.sliding_window + 1 :])
         return keys, values
-
-    def _keep(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.keys, self.values = keys, values
-        self._buffer.keep(keys, values)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove tokens from the end."""
-        owned = self.is_initialized and self._buffer.owns(self.keys, self.values)
-        super().crop(tokens_to_remove)
-        if owned:
-            self._buffer.keep(self.keys, self.values)
-
-    def reset(self) -> None:
-        """Drop everything."""
-        super().reset()
-        self._buffer = _Buffer()
 
 
 def grow(cache: DynamicCache) -> None:
@@ -181,6 +174,6 @@ def _grow_given(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     cache = kwargs.get("past_key_values")
     if type(cache) is EncoderDecoderCache:
         cache = cache.self_attention_cache
-    if type(cache) is DynamicCache and not getattr(cache, "grows", False):
+    if type(cache) is DynamicCache and not hasattr(cache, _GROWS):
         grow(cache)
-        cache.grows = True
+        setattr(cache, _GROWS, True)
