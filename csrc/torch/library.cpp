@@ -2,13 +2,13 @@
 // Fakes and autograd are registered from Python (littlebit2_kernels/ops), CUDA in cuda_linear.cpp.
 #include <torch/csrc/stable/library.h>
 
-#include "torch/attention.h"
 #include "torch/dense/int8.h"
 #include "torch/dense/unpack.h"
 #include "torch/grouped.h"
+#include "torch/heads/attention.h"
+#include "torch/heads/rotary.h"
 #include "torch/linear.h"
 #include "torch/prepacked.h"
-#include "torch/rotary.h"
 
 // Per path p: v[p] int32 [R, ceil(K/32)], u[p] int32 [N, ceil(R/32)], in_scale[p] [K], latent_scale[p] [R],
 // out_scale[p] [N] (float32). A single-stage layer passes no u and latent_scale, and v[p] [N, ceil(K/32)].

@@ -1,3 +1,4 @@
+// Scratch memory of calls on prepacked layers.
 #pragma once
 
 #include <cstdint>
@@ -22,8 +23,10 @@ class Workspace {
 
  private:
   std::unique_ptr<char[]> own_;
-  inline static thread_local std::unique_ptr<char[]> kept_;
-  inline static thread_local int64_t kept_bytes_ = 0;
+  static thread_local std::unique_ptr<char[]> kept_;
+  static thread_local int64_t kept_bytes_;
 };
+inline thread_local std::unique_ptr<char[]> Workspace::kept_;
+inline thread_local int64_t Workspace::kept_bytes_ = 0;
 
 }  // namespace lb2::torch_ops

@@ -1,4 +1,4 @@
-#include "torch/heads.h"
+#include "torch/heads/tensors.h"
 
 namespace lb2::torch_ops {
 

@@ -1,6 +1,6 @@
-#include "torch/rotary.h"
+#include "torch/heads/rotary.h"
 
-#include "torch/heads.h"
+#include "torch/heads/tensors.h"
 
 namespace lb2::torch_ops {
 namespace {

@@ -1,6 +1,6 @@
-#include "torch/attention.h"
+#include "torch/heads/attention.h"
 
-#include "torch/heads.h"
+#include "torch/heads/tensors.h"
 #include "torch/workspace.h"
 
 namespace lb2::torch_ops {
