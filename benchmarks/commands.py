@@ -43,6 +43,7 @@ COMMANDS = {
     "overhead": Command("layers", "layers.overhead", "time tiny calls, imports and model loading"),
     "tune-triton": Command("layers", "layers.tune_triton", "tune the Triton kernels on a GPU"),
     "whole-model": Command("models", "models.whole_model", "time decode of a random Llama, packed and dense"),
+    "attention": Command("models", "models.attention", "time attention of one query on the CPU, by context"),
     "experts": Command(
         "models", "models.experts", "time one layer of experts, packed and dense, by routed experts"
     ),

@@ -10,6 +10,8 @@ from ._native import (
     get_library_dir,
     get_pkgconfig_dir,
 )
+from .decoding.attention import attention
+from .decoding.rotary import rotary
 from .dispatch import BackendUnavailableError
 from .format import FORMAT_VERSION, PackedLinear, PackedPath
 from .functional import littlebit_linear
@@ -48,6 +50,7 @@ __all__ = [
     "RMSNorm",
     "StagedLinear",
     "__version__",
+    "attention",
     "explain",
     "fuse_linears",
     "get_cmake_dir",
@@ -62,6 +65,7 @@ __all__ = [
     "packed_from_state",
     "packed_to_state",
     "prepack",
+    "rotary",
     "select_rows",
     "slice_columns",
     "slice_rows",

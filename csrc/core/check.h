@@ -5,6 +5,9 @@
 
 namespace lb2 {
 
+// Most elements of a row that is rotated: rows are widened on the stack.
+constexpr int64_t kMaxRotaryHead = 1024;
+
 enum class Direction { kForward, kBackward };
 
 // Tokens and element type of a call.
@@ -46,5 +49,12 @@ lb2_status check_mlp_buffers(const lb2_mlp_args& args, int64_t k, int64_t n,
 // Everything in args of an int8 layer but its buffers; then these.
 lb2_status check_int8(const lb2_int8_args* args) noexcept;
 lb2_status check_int8_buffers(const lb2_int8_args& args, int64_t workspace_bytes) noexcept;
+
+// Everything in args of an attention call but its buffers; then these (attention.cpp).
+lb2_status check_attention(const lb2_attention_args* args) noexcept;
+lb2_status check_attention_buffers(const lb2_attention_args& args, int64_t workspace_bytes) noexcept;
+
+// Everything in args of a rotary embedding (attention.cpp).
+lb2_status check_rotary(const lb2_rotary_args* args) noexcept;
 
 }  // namespace lb2

@@ -14,13 +14,14 @@ namespace {
 constexpr const char* kIsaNames[] = {"auto", "scalar", "avx2", "avx512", "avx512vnni"};
 constexpr lb2_isa kIsaCount = sizeof kIsaNames / sizeof kIsaNames[0];
 
-constexpr IsaKernels kScalar = {LB2_ISA_SCALAR, &kScalarKernels, &kScalarLookup};
+constexpr IsaKernels kScalar = {LB2_ISA_SCALAR, &kScalarKernels, &kScalarLookup, &kScalarAttention};
 #if defined(LB2_HAVE_AVX2)
-constexpr IsaKernels kAvx2 = {LB2_ISA_AVX2, &kAvx2Kernels, &kAvx2Lookup};
+constexpr IsaKernels kAvx2 = {LB2_ISA_AVX2, &kAvx2Kernels, &kAvx2Lookup, &kAvx2Attention};
 #endif
 #if defined(LB2_HAVE_AVX512)
-constexpr IsaKernels kAvx512 = {LB2_ISA_AVX512, &kAvx512Kernels, &kAvx512Lookup};
-constexpr IsaKernels kAvx512Vnni = {LB2_ISA_AVX512_VNNI, &kAvx512Kernels, &kAvx512VnniLookup};
+constexpr IsaKernels kAvx512 = {LB2_ISA_AVX512, &kAvx512Kernels, &kAvx512Lookup, &kAvx512Attention};
+constexpr IsaKernels kAvx512Vnni = {LB2_ISA_AVX512_VNNI, &kAvx512Kernels, &kAvx512VnniLookup,
+                                    &kAvx512Attention};
 #endif
 
 // nullptr when the instruction set was not built in or cannot run here.

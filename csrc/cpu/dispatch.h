@@ -1,6 +1,7 @@
 // Chooses the instruction set: the one requested, else the one of LB2_CPU_ISA, else the best that can run.
 #pragma once
 
+#include "cpu/attention/kernels.h"
 #include "cpu/kernels.h"
 #include "cpu/prepacked/lookup.h"
 
@@ -11,6 +12,7 @@ struct IsaKernels {
   lb2_isa isa;
   const Kernels* portable;      // on the portable layout
   const LookupKernels* lookup;  // on the prepacked layout
+  const AttentionKernels* attention;
 };
 
 // Sets *kernels to those for `requested` (LB2_ISA_AUTO resolves as lb2_cpu_isa documents).

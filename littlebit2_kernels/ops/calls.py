@@ -9,15 +9,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from .._native import no_cuda_reason
 from ..fused.norm import RMSNorm
+from . import attention as attention_operator
 from . import dense, int8
+from . import rotary as rotary_operator
 from .autograd import call_operator, requires_grad
 from .library import eager_operators, load_for, load_operator
 from .operands import Operands
 
 __all__ = [
+    "attention",
     "dense_linear",
     "fused_linear",
     "fused_linear_prepacked",
@@ -30,6 +34,7 @@ __all__ = [
     "linear_prepacked",
     "mlp",
     "mlp_prepacked",
+    "rotary",
     "triton_linear",
     "unpack",
 ]
@@ -41,6 +46,60 @@ _EXACT = 1
 _INT8_TOKENS = {torch.float32: 64, torch.float16: 16, torch.bfloat16: 16}
 #: The same on CUDA: the tokens that one pass over the weights serves. Not measured.
 _INT8_CUDA_TOKENS = 16
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float = 0.0,
+    causal: bool = False,
+    window: int = 0,
+) -> torch.Tensor:
+    """Call ``torch.ops.littlebit2.attention``: few queries on the CPU.
+
+    Args: as :func:`littlebit2_kernels.attention`, which checks the last three; 0 stands for none.
+
+    Returns:
+        ``[B, M, H, E]`` in the dtype of ``query``.
+    """
+    if torch.compiler.is_compiling():
+        load_for(query)
+        return torch.ops.littlebit2.attention(query, key, value, mask, scale, softcap, causal, window)
+    if forward_ad._current_level >= 0:
+        # Torch has no forward derivative of registered operators.
+        return attention_operator.attention_by_torch(query, key, value, mask, scale, softcap, causal, window)
+    operator = eager_operators.get("attention") or load_operator("attention", query)
+    if torch.is_grad_enabled() and requires_grad((query, key, value, mask)):
+        return operator(query, key, value, mask, scale, softcap, causal, window)
+    # Stepping over autograd saves a call of its Python kernel.
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(query, key, value, mask, scale, softcap, causal, window)
+
+
+def rotary(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Call ``torch.ops.littlebit2.rotary``: the rotation of queries and keys on the CPU.
+
+    Args: as :func:`littlebit2_kernels.rotary`.
+
+    Returns:
+        ``[B, M, H, D]`` and ``[B, M, G, D]``.
+    """
+    if torch.compiler.is_compiling():
+        load_for(query)
+        return torch.ops.littlebit2.rotary(query, key, cos, sin, interleaved)
+    if forward_ad._current_level >= 0:
+        # Torch has no forward derivative of registered operators.
+        return rotary_operator.rotary_by_torch(query, key, cos, sin, interleaved)
+    operator = eager_operators.get("rotary") or load_operator("rotary", query)
+    if torch.is_grad_enabled() and requires_grad((query, key, cos, sin)):
+        return operator(query, key, cos, sin, interleaved)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(query, key, cos, sin, interleaved)
 
 
 def linear(

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <initializer_list>
 
+#include "cpu/attention/kernels.h"
 #include "cpu/kernels.h"
 #include "cpu/prepacked/lookup.h"
 
@@ -18,6 +19,10 @@ constexpr int kDotRows = 2;
 constexpr int kDotTokens = 3;
 constexpr int kSumTokens = 3;
 constexpr int kInt8Tokens = 1;
+constexpr int kScoreRows = 2;
+constexpr int kScoreKeys1 = 4;
+constexpr int kScoreKeys = 2;
+constexpr int kValueVecs = 2;
 
 // clang-format off: the order matters
 #include "cpu/isa/elementwise_body.h"
@@ -25,6 +30,7 @@ constexpr int kInt8Tokens = 1;
 #include "cpu/isa/fused_body.h"
 #include "cpu/portable/kernel_body.h"
 #include "cpu/int8/int8_body.h"
+#include "cpu/attention/attention_body.h"
 #include "cpu/prepacked/lookup_body.h"
 #include "cpu/prepacked/lookup_avx2_body.h"
 // clang-format on
@@ -33,5 +39,6 @@ constexpr int kInt8Tokens = 1;
 
 const Kernels kAvx2Kernels = {load_scaled, sign_dots, sign_sums, store, load_padded, int8_dots};
 const LookupKernels kAvx2Lookup = kLookup;
+const AttentionKernels kAvx2Attention = kAttention;
 
 }  // namespace lb2::cpu

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <initializer_list>
 
+#include "cpu/attention/kernels.h"
 #include "cpu/kernels.h"
 #include "cpu/prepacked/lookup.h"
 
@@ -19,6 +20,10 @@ constexpr int kDotRows = 4;
 constexpr int kDotTokens = 6;
 constexpr int kSumTokens = 8;
 constexpr int kInt8Tokens = 6;
+constexpr int kScoreRows = 4;
+constexpr int kScoreKeys1 = 8;
+constexpr int kScoreKeys = 4;
+constexpr int kValueVecs = 4;
 
 // clang-format off: the order matters
 #include "cpu/isa/elementwise_body.h"
@@ -26,6 +31,7 @@ constexpr int kInt8Tokens = 6;
 #include "cpu/isa/fused_body.h"
 #include "cpu/portable/kernel_body.h"
 #include "cpu/int8/int8_body.h"
+#include "cpu/attention/attention_body.h"
 #include "cpu/prepacked/lookup_body.h"
 #include "cpu/prepacked/lookup_avx512_body.h"
 // clang-format on
@@ -34,5 +40,6 @@ constexpr int kInt8Tokens = 6;
 
 const Kernels kAvx512Kernels = {load_scaled, sign_dots, sign_sums, store, load_padded, int8_dots};
 const LookupKernels kAvx512Lookup = kLookup;
+const AttentionKernels kAvx512Attention = kAttention;
 
 }  // namespace lb2::cpu

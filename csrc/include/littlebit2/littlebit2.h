@@ -357,6 +357,89 @@ LB2_API lb2_status lb2_int8_workspace_cpu(int64_t m, int64_t k, int64_t* bytes);
 
 LB2_API lb2_status lb2_int8_forward_cpu(const lb2_int8_args* args);
 
+/* ---- Attention of few queries ----
+ *
+ *   output[b,h,m] = sum over t of softmax_t(score[b,h,m,t]) * value[b,g,t],  g = h / (heads / kv_heads)
+ *   score = cap(scale * <query[b,h,m], key[b,g,t]>) + mask[b,h,m,t],  cap(s) = softcap * tanh(s / softcap)
+ *
+ * Query m sees the keys t with m + offset - window < t <= m + offset if the call is causal. Keys and values
+ * are read once for all heads that share them and for up to 8 queries; many queries are faster as matrix
+ * products. A row that sees no key gets zeros. Sums are in fp32: results have the same bits whatever the ISA,
+ * the thread count and the rest of the batch. Elements of a row are contiguous; the other strides are in
+ * elements, and any of them may be 0. Zero-initialize, then set struct_size = sizeof(lb2_attention_args). */
+typedef struct lb2_attention_args {
+  uint64_t struct_size;
+  int64_t batch;      /* B, >= 0 */
+  int64_t heads;      /* H, a multiple of kv_heads */
+  int64_t kv_heads;   /* >= 1 */
+  int64_t queries;    /* M, >= 0 */
+  int64_t keys;       /* T, >= 1 */
+  int64_t head_size;  /* of queries and keys, >= 1 */
+  int64_t value_size; /* of values and the output, >= 1 */
+  const void* query;  /* [B, H, M, head_size] */
+  int64_t query_strides[3];
+  const void* key; /* [B, kv_heads, T, head_size] */
+  int64_t key_strides[3];
+  const void* value; /* [B, kv_heads, T, value_size] */
+  int64_t value_strides[3];
+  void* output; /* [B, H, M, value_size]; may not overlap an input */
+  int64_t output_strides[3];
+  const void* mask; /* [B, H, M, T] or NULL */
+  int64_t mask_strides[3];
+  lb2_dtype dtype;      /* of queries, keys, values and output */
+  lb2_dtype mask_dtype; /* LB2_INT8: bytes, of which 0 hides a key; else what is added to the score */
+  float scale;
+  float softcap;  /* > 0, or 0 for none */
+  int64_t offset; /* of a causal call; T - M where the last query is at the last key */
+  int64_t window; /* of a causal call, > 0, or 0 for none */
+  int32_t causal; /* 0 or 1 */
+  lb2_isa isa;
+  int32_t num_threads; /* threads that parallel_for can run at the same time; < 1 means 1 */
+  void* workspace;     /* at least what lb2_attention_workspace_cpu says */
+  int64_t workspace_bytes;
+  lb2_parallel_for parallel_for; /* NULL runs on the calling thread */
+  void* parallel_context;
+} lb2_attention_args;
+
+/* Bytes of workspace for args, of which only the sizes are read. */
+LB2_API lb2_status lb2_attention_workspace_cpu(const lb2_attention_args* args, int64_t* bytes);
+
+LB2_API lb2_status lb2_attention_forward_cpu(const lb2_attention_args* args);
+
+/* ---- Rotary position embedding of queries and keys ----
+ *
+ * Of each row the first rotary_size elements turn by pairs, (i, i + rotary_size / 2), or (2 i, 2 i + 1) if
+ * interleaved: out[a] = x[a] cos[a] - x[b] sin[a], out[b] = x[b] cos[b] + x[a] sin[b]. The others are copied.
+ * Products and sums are in fp32, with the same bits whatever the ISA. Elements of a row are contiguous; the
+ * other strides are in elements. Zero-initialize, then set struct_size = sizeof(lb2_rotary_args). */
+typedef struct lb2_rotary_args {
+  uint64_t struct_size;
+  int64_t batch;       /* B, >= 0 */
+  int64_t tokens;      /* M, >= 0 */
+  int64_t heads;       /* H, >= 1 */
+  int64_t kv_heads;    /* G, >= 1 */
+  int64_t head_size;   /* D, 1 .. 1024 */
+  int64_t rotary_size; /* R, even, 2 .. D */
+  const void* query;   /* [B, H, M, D] */
+  int64_t query_strides[3];
+  const void* key; /* [B, G, M, D] */
+  int64_t key_strides[3];
+  const void* cos; /* [B, M, R] */
+  const void* sin;
+  int64_t cos_strides[2]; /* of B and M; may be 0 */
+  int64_t sin_strides[2];
+  void* query_out;       /* [B, M, H, D], contiguous; may not overlap an input */
+  void* key_out;         /* [B, M, G, D] */
+  lb2_dtype dtype;       /* of queries and keys */
+  lb2_dtype angle_dtype; /* of cos and sin */
+  int32_t interleaved;   /* 0 or 1 */
+  lb2_isa isa;
+  lb2_parallel_for parallel_for; /* NULL runs on the calling thread */
+  void* parallel_context;
+} lb2_rotary_args;
+
+LB2_API lb2_status lb2_rotary_forward_cpu(const lb2_rotary_args* args);
+
 /* Pack `negative` [rows, cols] (one byte each, non-zero means -1) into words [rows, ceil(cols/32)]. Pad bits
  * are 0. Strides are in elements between rows. */
 LB2_API lb2_status lb2_pack_signs(const uint8_t* negative, int64_t negative_stride, int64_t rows,

@@ -43,6 +43,7 @@ def load(
     activation: str = "auto",
     backend: str = "auto",
     fuse: bool = True,
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """Load a checkpoint directory and make sure that nothing of it is missing.
 
@@ -60,6 +61,9 @@ def load(
         backend: backend for every packed layer, see there too.
         fuse: whether norms, projections, MLPs and residuals are computed in fewer calls, see
             :func:`littlebit2.fuse_projections`.
+        attn_implementation: an attention implementation of transformers, such as ``"sdpa"`` or ``"eager"``.
+            By default that of this package, ``"littlebit2"``, for packed models on the CPU whose attention it
+            can compute (docs/checkpoints.md), else transformers' own choice.
 
     Returns:
         The model of the class that config.json names, in evaluation mode.
@@ -107,6 +111,7 @@ def load(
                 kind = kind._model_mapping[type(config)]  # automatic classes need a directory
             model, info = _with_info(kind, checkpoint.path)(
                 **_where(checkpoint),
+                **({} if attn_implementation is None else {"attn_implementation": attn_implementation}),
                 config=config,
                 dtype="auto" if dtype is None else dtype,
                 local_files_only=True,

@@ -29,6 +29,8 @@ from littlebit2_kernels import LittleBitLinear, packed_from_state
 from littlebit2_kernels.format import LayerShape
 
 from .configuration import METHOD, STRUCTURE, LittleBit2Config
+from .decoding.attention import choose as choose_attention
+from .decoding.cache import grow_caches_of
 from .heads import keep_rows_flat
 from .int8 import check_scales, int8_names_of, place_rows
 from .modules import (
@@ -69,6 +71,12 @@ class LittleBit2Quantizer(HfQuantizer):
         self._hidden: list[str] = []
         self._asked: set[str] = set()
         self._protected: list[tuple[nn.Module, list[str]]] = []
+        self._choose_attention = False
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Note whether the caller left the choice of the attention implementation open."""
+        self._choose_attention = config._attn_implementation is None
+        return config
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raise ``ValueError`` for a device map that leaves modules without values in memory."""
@@ -169,6 +177,10 @@ class LittleBit2Quantizer(HfQuantizer):
         keep_rows_flat(model)
         if self.quantization_config.fuse:
             fuse_projections(model)
+        if model.device.type == "cpu":
+            grow_caches_of(model)
+            if self._choose_attention:
+                choose_attention(model)
         return model
 
     def _read_layers(self, model: PreTrainedModel, checkpoint: Checkpoint, places: list[Placement]) -> None:

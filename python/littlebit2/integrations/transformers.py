@@ -30,6 +30,7 @@ from transformers.quantizers import auto
 from littlebit2.checkpoint import CheckpointError, looks_packed, open_checkpoint
 
 from .configuration import METHOD, LittleBit2Config
+from .decoding import attention
 from .quantizer import LittleBit2Quantizer, attach
 
 __all__ = ["LittleBit2Config", "LittleBit2Quantizer", "attach", "register", "unregister"]
@@ -54,6 +55,7 @@ def register() -> None:
         current = vars(home)[name].__func__
         if not hasattr(current, _ORIGINAL):
             setattr(home, name, classmethod(wrap(current)))
+    attention.register()
 
 
 def unregister() -> None:
@@ -66,6 +68,7 @@ def unregister() -> None:
         current = vars(home)[name].__func__
         if hasattr(current, _ORIGINAL):
             setattr(home, name, classmethod(getattr(current, _ORIGINAL)))
+    attention.unregister()
 
 
 #: What :func:`register` has replaced by each of our classes.

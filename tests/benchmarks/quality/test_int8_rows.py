@@ -14,9 +14,7 @@ from benchmarks.quality import smollm
 from tests.train.builders import write_teacher, write_text
 
 
-def test_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     dense = write_teacher(tmp_path / "dense")
     model = AutoModelForCausalLM.from_pretrained(dense)
     model.config.tie_word_embeddings = True

@@ -1,0 +1,151 @@
+// The argument checks of attention and of rotary embeddings.
+#include <cinttypes>
+#include <cmath>
+
+#include "core/check.h"
+#include "core/status.h"
+
+namespace lb2 {
+namespace {
+
+constexpr int64_t kMaxDim = INT32_MAX;
+
+struct Size {
+  const char* name;
+  int64_t got, low, high;
+};
+
+template <int kCount>
+lb2_status check_sizes(const Size (&sizes)[kCount]) {
+  for (const Size& size : sizes)
+    if (size.got < size.low || size.got > size.high)
+      return fail(LB2_ERROR_INVALID_ARGUMENT, "%s must be between %" PRId64 " and %" PRId64 ", got %" PRId64,
+                  size.name, size.low, size.high, size.got);
+  return LB2_OK;
+}
+
+// Whether the last element of a tensor of these sizes can be addressed.
+lb2_status check_strides(const char* name, const int64_t (&sizes)[3], const int64_t (&strides)[3],
+                         int64_t row) {
+  int64_t extent = row;
+  for (int i = 0; i < 3; ++i) {
+    int64_t reach;
+    if (strides[i] < 0)
+      return fail(LB2_ERROR_INVALID_ARGUMENT, "%s_strides[%d] must be >= 0, got %" PRId64, name, i,
+                  strides[i]);
+    if (__builtin_mul_overflow(sizes[i] - 1, strides[i], &reach) ||
+        __builtin_add_overflow(extent, reach, &extent) || extent > INT64_MAX / 4)
+      return fail(LB2_ERROR_INVALID_ARGUMENT, "%s_strides[%d] = %" PRId64 " overflows the address range",
+                  name, i, strides[i]);
+  }
+  return LB2_OK;
+}
+
+lb2_status check_null(const char* name, const void* pointer) {
+  return pointer == nullptr ? fail(LB2_ERROR_INVALID_ARGUMENT, "%s must not be NULL", name) : LB2_OK;
+}
+
+}  // namespace
+
+lb2_status check_attention(const lb2_attention_args* args) noexcept {
+  if (args == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "args must not be NULL");
+  if (args->struct_size != sizeof(lb2_attention_args))
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "args->struct_size must equal sizeof(lb2_attention_args) = %zu, got %" PRIu64
+                " (header and library of different versions?)",
+                sizeof(lb2_attention_args), args->struct_size);
+  LB2_RETURN_IF_ERROR(check_sizes({{"batch", args->batch, 0, kMaxDim},
+                                   {"heads", args->heads, 1, kMaxDim},
+                                   {"kv_heads", args->kv_heads, 1, kMaxDim},
+                                   {"queries", args->queries, 0, kMaxDim},
+                                   {"keys", args->keys, 1, kMaxDim},
+                                   {"head_size", args->head_size, 1, kMaxDim},
+                                   {"value_size", args->value_size, 1, kMaxDim},
+                                   {"window", args->window, 0, kMaxDim}}));
+  if (args->heads % args->kv_heads != 0)
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "heads must be a multiple of kv_heads = %" PRId64 ", got %" PRId64, args->kv_heads,
+                args->heads);
+  return LB2_OK;
+}
+
+lb2_status check_attention_buffers(const lb2_attention_args& args, int64_t workspace_bytes) noexcept {
+  LB2_RETURN_IF_ERROR(check_dtype(args.dtype));
+  if (args.causal != 0 && args.causal != 1)
+    return fail(LB2_ERROR_INVALID_ARGUMENT, "causal must be 0 or 1, got %" PRId32, args.causal);
+  if (args.causal == 0 && args.window != 0)
+    return fail(LB2_ERROR_INVALID_ARGUMENT, "window must be 0 in a call that is not causal, got %" PRId64,
+                args.window);
+  if (args.causal == 1 && (args.offset < -kMaxDim || args.offset > kMaxDim))
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "offset must be between %" PRId64 " and %" PRId64 ", got %" PRId64, -kMaxDim, kMaxDim,
+                args.offset);
+  if (!std::isfinite(args.scale))
+    return fail(LB2_ERROR_INVALID_ARGUMENT, "scale must be finite, got %g", static_cast<double>(args.scale));
+  if (!(std::isfinite(args.softcap) && args.softcap >= 0.0f))
+    return fail(LB2_ERROR_INVALID_ARGUMENT, "softcap must be finite and >= 0, got %g",
+                static_cast<double>(args.softcap));
+  if (args.mask != nullptr && args.mask_dtype != LB2_INT8 && check_dtype(args.mask_dtype) != LB2_OK)
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "mask_dtype must be LB2_FLOAT32 (0), LB2_FLOAT16 (1), LB2_BFLOAT16 (2) or LB2_INT8 (3), got "
+                "%" PRId32,
+                args.mask_dtype);
+  if (args.batch == 0 || args.queries == 0) return LB2_OK;
+  LB2_RETURN_IF_ERROR(check_null("query", args.query));
+  LB2_RETURN_IF_ERROR(check_null("key", args.key));
+  LB2_RETURN_IF_ERROR(check_null("value", args.value));
+  LB2_RETURN_IF_ERROR(check_null("output", args.output));
+  LB2_RETURN_IF_ERROR(check_null("workspace", args.workspace));
+  const int64_t rows[3] = {args.batch, args.heads, args.queries};
+  const int64_t kept[3] = {args.batch, args.kv_heads, args.keys};
+  LB2_RETURN_IF_ERROR(check_strides("query", rows, args.query_strides, args.head_size));
+  LB2_RETURN_IF_ERROR(check_strides("key", kept, args.key_strides, args.head_size));
+  LB2_RETURN_IF_ERROR(check_strides("value", kept, args.value_strides, args.value_size));
+  LB2_RETURN_IF_ERROR(check_strides("output", rows, args.output_strides, args.value_size));
+  if (args.mask != nullptr) LB2_RETURN_IF_ERROR(check_strides("mask", rows, args.mask_strides, args.keys));
+  if (args.workspace_bytes < workspace_bytes)
+    return fail(LB2_ERROR_INVALID_ARGUMENT, "workspace_bytes must be >= %" PRId64 ", got %" PRId64,
+                workspace_bytes, args.workspace_bytes);
+  return LB2_OK;
+}
+
+lb2_status check_rotary(const lb2_rotary_args* args) noexcept {
+  if (args == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "args must not be NULL");
+  if (args->struct_size != sizeof(lb2_rotary_args))
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "args->struct_size must equal sizeof(lb2_rotary_args) = %zu, got %" PRIu64
+                " (header and library of different versions?)",
+                sizeof(lb2_rotary_args), args->struct_size);
+  LB2_RETURN_IF_ERROR(check_sizes({{"batch", args->batch, 0, kMaxDim},
+                                   {"tokens", args->tokens, 0, kMaxDim},
+                                   {"heads", args->heads, 1, kMaxDim},
+                                   {"kv_heads", args->kv_heads, 1, kMaxDim},
+                                   {"head_size", args->head_size, 1, kMaxRotaryHead},
+                                   {"rotary_size", args->rotary_size, 2, args->head_size},
+                                   {"interleaved", args->interleaved, 0, 1}}));
+  if (args->rotary_size % 2 != 0)
+    return fail(LB2_ERROR_INVALID_ARGUMENT, "rotary_size must be even, got %" PRId64, args->rotary_size);
+  LB2_RETURN_IF_ERROR(check_dtype(args->dtype));
+  if (check_dtype(args->angle_dtype) != LB2_OK)
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "angle_dtype must be LB2_FLOAT32 (0), LB2_FLOAT16 (1) or LB2_BFLOAT16 (2), got %" PRId32,
+                args->angle_dtype);
+  if (args->batch == 0 || args->tokens == 0) return LB2_OK;
+  LB2_RETURN_IF_ERROR(check_null("query", args->query));
+  LB2_RETURN_IF_ERROR(check_null("key", args->key));
+  LB2_RETURN_IF_ERROR(check_null("cos", args->cos));
+  LB2_RETURN_IF_ERROR(check_null("sin", args->sin));
+  LB2_RETURN_IF_ERROR(check_null("query_out", args->query_out));
+  LB2_RETURN_IF_ERROR(check_null("key_out", args->key_out));
+  const int64_t angles[3] = {args->batch, args->tokens, 1};
+  const int64_t cos[3] = {args->cos_strides[0], args->cos_strides[1], 0};
+  const int64_t sin[3] = {args->sin_strides[0], args->sin_strides[1], 0};
+  LB2_RETURN_IF_ERROR(
+      check_strides("query", {args->batch, args->heads, args->tokens}, args->query_strides, args->head_size));
+  LB2_RETURN_IF_ERROR(
+      check_strides("key", {args->batch, args->kv_heads, args->tokens}, args->key_strides, args->head_size));
+  LB2_RETURN_IF_ERROR(check_strides("cos", angles, cos, args->rotary_size));
+  return check_strides("sin", angles, sin, args->rotary_size);
+}
+
+}  // namespace lb2

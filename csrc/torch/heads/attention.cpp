@@ -1,0 +1,74 @@
+#include "torch/heads/attention.h"
+
+#include "torch/heads/tensors.h"
+#include "torch/workspace.h"
+
+namespace lb2::torch_ops {
+namespace {
+
+// The mask with contiguous rows of all keys; sizes of 1 are broadcast by strides of 0.
+Tensor set_mask(lb2_attention_args& args, const Tensor& given) {
+  LB2_CHECK(given.is_cpu(), "mask must be on the CPU like query");
+  const int64_t sizes[4] = {args.batch, args.heads, args.queries, args.keys};
+  bool fits = given.dim() == 4 && given.size(3) == sizes[3];
+  for (int64_t d = 0; fits && d < 3; ++d) fits = given.size(d) == 1 || given.size(d) == sizes[d];
+  LB2_CHECK(fits, "mask must have shape [", sizes[0], ", ", sizes[1], ", ", sizes[2], ", ", sizes[3],
+            "] or 1 in one of the first three dimensions, got ", shape_of(given));
+  args.mask_dtype = element_type("mask", given);
+  const Tensor mask = with_contiguous_rows(given);
+  set_strides(mask, args.mask_strides);
+  args.mask = mask.const_data_ptr();
+  return mask;
+}
+
+}  // namespace
+
+Tensor attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value,
+                     const std::optional<Tensor>& mask, double scale, double softcap, bool causal,
+                     int64_t window) {
+  lb2_attention_args args = {};
+  args.struct_size = sizeof args;
+  args.dtype = element_type("query", query);
+  LB2_CHECK(args.dtype != LB2_INT8, "query must be float32, float16 or bfloat16, got Bool");
+  const Tensor q = with_rows("query", query, query), k = with_rows("key", key, query),
+               v = with_rows("value", value, query);
+  LB2_CHECK(k.size(0) == q.size(0) && k.size(3) == q.size(3), "key must have shape [", q.size(0),
+            ", kv_heads, keys, ", q.size(3), "], got ", shape_of(k));
+  LB2_CHECK(v.size(0) == k.size(0) && v.size(1) == k.size(1) && v.size(2) == k.size(2),
+            "value must have shape [", k.size(0), ", ", k.size(1), ", ", k.size(2), ", value_size], got ",
+            shape_of(v));
+  args.batch = q.size(0);
+  args.heads = q.size(1);
+  args.queries = q.size(2);
+  args.head_size = q.size(3);
+  args.kv_heads = k.size(1);
+  args.keys = k.size(2);
+  args.value_size = v.size(3);
+  args.query = q.const_data_ptr();
+  args.key = k.const_data_ptr();
+  args.value = v.const_data_ptr();
+  set_strides(q, args.query_strides);
+  set_strides(k, args.key_strides);
+  set_strides(v, args.value_strides);
+  const Tensor kept = mask ? set_mask(args, *mask) : query;  // keeps a copy of the mask alive
+  args.scale = static_cast<float>(scale);
+  args.softcap = static_cast<float>(softcap);
+  args.causal = causal ? 1 : 0;
+  args.offset = causal ? args.keys - args.queries : 0;
+  args.window = window;
+  const std::array<int64_t, 4> shape = {args.batch, args.queries, args.heads, args.value_size};
+  Tensor output = torch::stable::new_empty(query, shape);
+  args.output = output.mutable_data_ptr();
+  args.output_strides[0] = args.queries * args.heads * args.value_size;
+  args.output_strides[1] = args.value_size;
+  args.output_strides[2] = args.heads * args.value_size;
+  args.num_threads = static_cast<int32_t>(torch::stable::get_num_threads());
+  args.parallel_for = torch_parallel;
+  throw_on_error(lb2_attention_workspace_cpu(&args, &args.workspace_bytes));
+  const Workspace workspace(args.workspace_bytes);
+  args.workspace = workspace.data();
+  throw_on_error(lb2_attention_forward_cpu(&args));
+  return output;
+}
+
+}  // namespace lb2::torch_ops

@@ -1,0 +1,1 @@
+"""What a step of decoding computes between its linear layers."""
