@@ -7,7 +7,8 @@ steps run by Python, through ``torch.compile`` or as one CUDA graph.
 The profile wraps the forward methods of modules' classes with two clock readings each. A module's share is
 its own time, without the wrapped modules inside it, and the rest of a step is a part of its own, so that
 the parts sum to the step. With a few hundred wrapped calls a step this costs some tenths of a percent;
-``torch.profiler`` records thousands of operators and inflates exactly the short ones.
+``torch.profiler`` records thousands of operators and inflates exactly the short ones. Calls that compute
+norms, activations and residual sums together with linear layers count as linear layers.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from torch import nn
 
 from benchmarks.timing import Call, Setup, Turn
+from littlebit2.architecture.decoder import fused
 from littlebit2_kernels import LittleBitLinear
 
 __all__ = [
@@ -323,6 +325,7 @@ def _wrapped(model: nn.Module, spans: _Spans) -> Iterator[None]:
     owners: list[tuple[Any, str, Mapping[int, str] | str]] = [
         (kind, "forward", by_id) for kind in dict.fromkeys(kind for kind, _ in parts.values())
     ]
+    owners += [(fused, name, LINEAR) for name in ("linears_together", "mlp_together")]
     before: list[tuple[Any, str, Any]] = []
     try:
         for owner, name, which in owners:
