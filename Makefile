@@ -125,6 +125,7 @@ test-families: $(STAMPS)/dev build/.built ## quantize, load and run a tiny model
 # vLLM has an environment of its own, because it pins other versions of the same packages.
 $(SERVING)/.installed: $(STAMPS)/base .ci/serving.py .ci/serving-constraints.txt constraints.txt
 	@echo "installing vLLM into $(SERVING)"
+	@$(PIP) install -qq -c constraints.txt packaging
 	@$(PYTHON) -m venv $(SERVING)
 	@$(PY) .ci/serving.py $(SERVING)/bin/python build/serving
 	@touch $@
