@@ -23,6 +23,14 @@ def test_every_token_counts_alike(rng: torch.Generator) -> None:
     assert float(relative_error(output, target)) == pytest.approx(0.01, rel=1e-4)
 
 
+def test_weighted_error_is_a_quadratic_form(rng: torch.Generator) -> None:
+    target, error = torch.randn(2, 3, 8, generator=rng), torch.randn(2, 3, 8, generator=rng)
+    root = torch.randn(8, 8, generator=rng)
+    expected = ((error @ root.T).square().sum(-1) / target.square().sum(-1)).mean()
+    found = relative_error(target + error, target, root.T @ root)
+    assert float(found) == pytest.approx(float(expected), rel=1e-4)
+
+
 def test_schedule_rises_and_falls() -> None:
     factors = [schedule(step, 20, 0.25) for step in range(20)]
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])

@@ -126,6 +126,7 @@ class BlockRunner:
         *,
         next_dense: States,
         next_quantized: States,
+        weighting: torch.Tensor | None = None,
     ) -> BlockResult:
         """Quantize and tune one block.
 
@@ -136,6 +137,7 @@ class BlockRunner:
             quantized: hidden states that it gets from the quantized blocks before it.
             next_dense: takes its outputs in the dense model, the targets of the tuning.
             next_quantized: takes its outputs in the quantized model.
+            weighting: of the loss, see :func:`.relative_error`.
         """
         seconds: dict[str, float] = {}
         clock = _Clock(seconds)
@@ -148,7 +150,7 @@ class BlockRunner:
         clock.lap("quantization")
         weights = {job.index: _linear(block, self.inside(index, job)).weight.detach() for job in jobs}
         make_trainable(block, packed)
-        tuned, changed = self._tune(block, index, quantized, next_dense)
+        tuned, changed = self._tune(block, index, quantized, next_dense, weighting)
         clock.lap("tuning")
         self.forward(block, index, quantized, next_quantized)
         clock.lap("outputs")
@@ -192,7 +194,12 @@ class BlockRunner:
         return packed, reports
 
     def _tune(
-        self, block: nn.Module, index: int, inputs: States, targets: States
+        self,
+        block: nn.Module,
+        index: int,
+        inputs: States,
+        targets: States,
+        weighting: torch.Tensor | None,
     ) -> tuple[Tuned, dict[str, torch.Tensor]]:
         settings = self.settings
         latents, scales = trained_parameters(block)
@@ -203,7 +210,7 @@ class BlockRunner:
 
         def error(rows: Sequence[int]) -> torch.Tensor:
             target = targets.read(rows).to(self.pieces.device)
-            return relative_error(self._apply(block, index, inputs, rows), target)
+            return relative_error(self._apply(block, index, inputs, rows), target, weighting)
 
         def measure() -> float:
             total = 0.0

@@ -75,6 +75,9 @@ def fitting(runner: BlockRunner, jobs: Sequence[Job], blocks: int, seconds: floa
         2 * settings.held_out + settings.importance_samples + (settings.evaluations + 1) * settings.held_out
     )
     fixed = loading + quantizing + passes * one_batch / size
+    if settings.sensitivity:
+        # Every block forward, forward again and backward to its inputs.
+        fixed += 2 * loading + 4 * settings.sensitivity_samples * one_batch / size
     each = 2 * PER_STEP * one_batch / size + one_step
     number = int((_PLANNED * seconds / blocks - fixed) / each)
     number = min(max(number, LEAST), MOST)

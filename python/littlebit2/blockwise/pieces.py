@@ -168,11 +168,11 @@ class ModelInPieces:
             logits: torch.Tensor = self.model(input_ids=ids.to(self.device), use_cache=False).logits
             return logits
 
-    def finish(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the logits of the hidden state ``[B, T, D]`` after the last block, without gradients."""
+    def finish(self, ids: torch.Tensor, hidden: torch.Tensor, *, gradients: bool = False) -> torch.Tensor:
+        """Return the logits of the hidden state ``[B, T, D]`` after the last block."""
         last = len(self) - 1
         with self.visited(lambda at, state, _: hidden if at == last else state):
-            return self.run(ids)
+            return self.run(ids, gradients=gradients)
 
     @contextmanager
     def visited(self, visit: Callable[[int, torch.Tensor, BlockCall], torch.Tensor]) -> Iterator[None]:

@@ -23,7 +23,7 @@ class BlockwiseReport:
         run: the layers, as every quantized checkpoint has them.
         settings: :class:`.BlockwiseSettings` as JSON values.
         blocks: for each block ``index``, ``layers``, errors on held-out text ``before`` and ``after`` tuning
-            (:func:`.relative_error`), ``steps`` that were taken.
+            (:func:`.relative_error`, weighted as in the tuning), ``steps`` that were taken.
         distillation: KL on held-out text ``before`` and ``after`` it, and ``steps``; ``None`` without.
         perplexity: on held-out text, by stage: ``dense``, ``tuned``, ``distilled``.
         vocabulary: number of tokens among which the model chooses.

@@ -40,6 +40,7 @@ from .find import find_blocks
 from .minutes import MOST, PER_STEP, fitting
 from .pieces import ModelInPieces
 from .report import BLOCKWISE_NAME, BlockwiseReport
+from .sensitivity import measure_sensitivity, mixed
 from .settings import BlockwiseSettings
 from .states import States
 from .text import load_tokenizer, sequences
@@ -94,7 +95,8 @@ def quantize_blockwise(
     For each block in turn: the importance of every layer's inputs is measured on the hidden states that the
     quantized blocks before it give; layers are quantized so weighted; then latents, scales, norms and
     biases are tuned until the block's output is that of the dense block in the dense model (NanoQuant, arXiv
-    2602.06694, works so too). Layers outside the blocks are quantized as :func:`.quantize_checkpoint` does.
+    2602.06694, works so too). Its errors are weighted by what the model's output feels of them. Layers
+    outside the blocks are quantized as :func:`.quantize_checkpoint` does.
 
     One block and its optimizer are in memory, besides what lies outside the blocks. Hidden states of all
     sequences are in files of the work folder ``<out>.partial``. Killed at any moment, the same call
@@ -278,6 +280,8 @@ class _Run:
         first = self._finished_blocks()
         dense, quantized = self._states(first)
         self._check_space(dense)
+        if self.settings.sensitivity and first < len(self.pieces):
+            self.work.write_sensitivity(partial(measure_sensitivity, self.runner))
         with self._bar("blockwise", len(self.pieces), " blocks", first) as bar:
             for index in range(first, len(self.pieces)):
                 dense, quantized = self._block(index, dense, quantized)
@@ -341,13 +345,17 @@ class _Run:
     def _check_space(self, states: States) -> None:
         one = 4 * states.shape[0] * states.shape[1] * states.shape[2]
         layers = sum(job.stored_bytes for job in self.plan.jobs)
-        check_space(self.work.path, 4 * one + 2 * layers + self.plan.dense_bytes)
+        matrices = 4 * len(self.pieces) * states.shape[2] ** 2 if self.settings.sensitivity else 0
+        check_space(self.work.path, 4 * one + 2 * layers + self.plan.dense_bytes + matrices)
 
     def _block(self, index: int, dense: States, quantized: States) -> tuple[States, States]:
         new = {
             kind: States(self.work.states(kind, index + 1), dense.shape, create=True)
             for kind in ("dense", "quantized")
         }
+        weighting = None
+        if self.settings.sensitivity:
+            weighting = mixed(self.work.sensitivity(index), self.settings.sensitivity).to(self.pieces.device)
         result = self.runner.run(
             index,
             self.plan.of_block(index),
@@ -355,6 +363,7 @@ class _Run:
             quantized,
             next_dense=new["dense"],
             next_quantized=new["quantized"],
+            weighting=weighting,
         )
         self.entries.append(self.work.write_block(index, result))
         self.seconds.update(result.seconds)

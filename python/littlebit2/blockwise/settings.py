@@ -24,6 +24,9 @@ class BlockwiseSettings:
         evaluations: comparisons on the held-out sequences during the tuning of a block.
         patience: comparisons without a gain after which tuning stops.
         importance_samples: sequences for the importance of inputs.
+        sensitivity: share of a block's loss that is weighted by what the model's output feels of an error
+            (:mod:`.sensitivity`), in [0, 1]; the rest is the plain squared error.
+        sensitivity_samples: sequences for it.
         distill_steps: of distilling the whole model at the end; 0: none.
         distill_lr: peak learning rate of latents in it.
         distill_scale_lr: likewise of scales, norms and biases, relative as above.
@@ -46,6 +49,8 @@ class BlockwiseSettings:
     evaluations: int = 4
     patience: int = 3
     importance_samples: int = 32
+    sensitivity: float = 0.5
+    sensitivity_samples: int = 4
     distill_steps: int = 0
     distill_lr: float = 1e-4
     distill_scale_lr: float = 1e-3
@@ -56,7 +61,7 @@ class BlockwiseSettings:
     def __post_init__(self) -> None:
         least = {
             **dict.fromkeys(("samples", "held_out", "batch_size", "evaluations", "patience"), 1),
-            **dict.fromkeys(("importance_samples", "distill_batch_size"), 1),
+            **dict.fromkeys(("importance_samples", "sensitivity_samples", "distill_batch_size"), 1),
             **dict.fromkeys(("steps", "distill_steps", "seed"), 0),
             "length": 2,
         }
@@ -69,6 +74,8 @@ class BlockwiseSettings:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"minutes must be positive, got {self.minutes!r}")
+        if not 0 <= self.sensitivity <= 1:
+            raise ValueError(f"sensitivity must be in [0, 1], got {self.sensitivity!r}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup must be in [0, 1), got {self.warmup!r}")
 

@@ -32,7 +32,9 @@ class Tuned:
     steps: int
 
 
-def relative_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def relative_error(
+    output: torch.Tensor, target: torch.Tensor, weighting: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return the squared error of each token relative to its own squared norm, averaged.
 
     With a plain sum of squares, a few tokens of massive activation would own the loss.
@@ -40,8 +42,11 @@ def relative_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     Args:
         output: hidden states ``[B, T, D]``.
         target: likewise, of the dense model.
+        weighting: ``[D, D]``, positive semidefinite, by which squares are taken; the identity by default.
     """
-    error = (output - target).square().sum(-1)
+    difference = output - target
+    weighted = difference if weighting is None else difference @ weighting
+    error = (weighted * difference).sum(-1)
     return (error / target.square().sum(-1).clamp_min(_TINY)).mean()
 
 

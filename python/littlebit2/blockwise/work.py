@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,33 @@ class BlockwiseWork(WorkDirectory):
     def states(self, kind: str, index: int) -> Path:
         """Where the hidden states before a block lie; before the first one both kinds are the same."""
         return self.path / (f"{kind}-{index:04d}.states" if index else "embedded.states")
+
+    def write_sensitivity(self, measure: Callable[[Callable[[int, torch.Tensor], None]], None]) -> None:
+        """Keep what ``measure`` hands over for every block, unless it is there: the folder appears whole."""
+        if self._sensitivity.is_dir():
+            return
+        folder = self.path / "sensitivity.new"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+
+        def keep(index: int, matrix: torch.Tensor) -> None:
+            write_file(folder / f"{index:04d}.safetensors", save({_ENTRY: matrix.cpu().contiguous()}))
+
+        with keep_layers():
+            measure(keep)
+            sync_tree(folder)
+            folder.replace(self._sensitivity)
+            sync(self.path)
+
+    def sensitivity(self, index: int) -> torch.Tensor:
+        """Return the sensitivity ``[D, D]`` of the model's output to that of a block."""
+        with safe_open(self._sensitivity / f"{index:04d}.safetensors", "pt") as file:
+            matrix: torch.Tensor = file.get_tensor(_ENTRY)
+            return matrix
+
+    @property
+    def _sensitivity(self) -> Path:
+        return self.path / "sensitivity"
 
     def block_path(self, index: int) -> Path:
         """Where the file of a finished block lies."""

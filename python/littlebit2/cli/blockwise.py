@@ -40,6 +40,13 @@ _SETTINGS = (
     ("--batch-size", "batch_size", int, "N", "sequences of a step"),
     ("--lr", "lr", float, "RATE", "peak learning rate of latents"),
     ("--scale-lr", "scale_lr", float, "RATE", "likewise of scales, norms and biases, relative to their size"),
+    (
+        "--sensitivity",
+        "sensitivity",
+        float,
+        "SHARE",
+        "share of a block's loss weighted by what the model's output feels, 0 to 1",
+    ),
     ("--distill-steps", "distill_steps", int, "N", "steps of distilling the whole model at the end"),
     ("--distill-lr", "distill_lr", float, "RATE", "peak learning rate of latents in it"),
     ("--distill-scale-lr", "distill_scale_lr", float, "RATE", "likewise of scales, norms and biases"),
