@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples", type=positive(int), default=256, help="sequences of 256 tokens (default %(default)s)"
     )
     parser.add_argument(
-        "--steps", type=positive(int), default=100, help="of tuning, for each block (default %(default)s)"
+        "--steps", type=positive(int), default=200, help="of tuning, for each block (default %(default)s)"
     )
     parser.add_argument(
         "--distill-steps", type=positive(int), default=100, help="of the distillation (default %(default)s)"

@@ -9,23 +9,22 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from littlebit2.blockwise.sensitivity import mixed, second_moment
+from littlebit2.blockwise.sensitivity import mean_squares, mixed
 from littlebit2.blockwise.text import load_tokenizer, sequences
 from tests.blockwise.builders import QUICK, run, write_data, write_model
 
 
-def test_few_tokens_do_not_own_the_second_moment(rng: torch.Generator) -> None:
+def test_few_tokens_do_not_own_the_mean(rng: torch.Generator) -> None:
     gradients = torch.randn(50, 6, generator=rng)
-    found = second_moment(gradients)
-    assert float(found.diagonal().mean()) == pytest.approx(1)
-    torch.testing.assert_close(found, found.T)
+    found = mean_squares(gradients)
+    assert float(found.mean()) == pytest.approx(1)
     gradients[3] *= 1e6
-    clipped = second_moment(gradients)
+    clipped = mean_squares(gradients)
     assert float((clipped - found).norm() / found.norm()) < 0.5
 
 
-def test_without_gradients_all_directions_are_alike() -> None:
-    assert torch.equal(second_moment(torch.zeros(5, 3)), torch.eye(3))
+def test_without_gradients_all_channels_are_alike() -> None:
+    assert torch.equal(mean_squares(torch.zeros(5, 3)), torch.ones(3))
 
 
 def test_gradients_must_be_finite(rng: torch.Generator) -> None:
@@ -34,14 +33,14 @@ def test_gradients_must_be_finite(rng: torch.Generator) -> None:
     with pytest.raises(
         ValueError, match=r"finite gradients, got NaN or infinity at the output of h\.3: use sensitivity 0"
     ):
-        second_moment(gradients, "h.3")
+        mean_squares(gradients, "h.3")
 
 
 def test_mixture_with_the_squared_error(rng: torch.Generator) -> None:
-    moment = second_moment(torch.randn(9, 4, generator=rng))
-    assert torch.equal(mixed(moment, 0.0), torch.eye(4))
-    assert torch.equal(mixed(moment, 1.0), moment)
-    assert torch.allclose(mixed(moment, 0.25), 0.25 * moment + 0.75 * torch.eye(4))
+    squares = mean_squares(torch.randn(9, 4, generator=rng))
+    assert torch.equal(mixed(squares, 0.0), torch.ones(4))
+    assert torch.equal(mixed(squares, 1.0), squares)
+    assert torch.allclose(mixed(squares, 0.25), 0.25 * squares + 0.75)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3"])
@@ -65,6 +64,8 @@ def test_block_by_block_as_through_the_whole_model(family: str, tmp_path: Path) 
         nll = -logits.log_softmax(-1).gather(1, chosen).sum()
         for index, gradient in enumerate(torch.autograd.grad(nll, states)):
             weighted[index].append((gradient * states[index].norm(dim=-1, keepdim=True))[0].detach())
+    found = load_file(tmp_path / "out.partial" / "channels.sensitivity")
+    assert len(found) == len(weighted)
     for index, parts in enumerate(weighted):
-        (found,) = load_file(tmp_path / "out.partial" / "sensitivity" / f"{index:04d}.safetensors").values()
-        torch.testing.assert_close(found, second_moment(torch.cat(parts)), rtol=1e-2, atol=1e-2)
+        expected = mean_squares(torch.cat(parts))
+        torch.testing.assert_close(found[str(index)], expected, rtol=1e-2, atol=1e-2)

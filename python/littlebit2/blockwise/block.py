@@ -126,7 +126,7 @@ class BlockRunner:
         *,
         next_dense: States,
         next_quantized: States,
-        weighting: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
     ) -> BlockResult:
         """Quantize and tune one block.
 
@@ -137,7 +137,7 @@ class BlockRunner:
             quantized: hidden states that it gets from the quantized blocks before it.
             next_dense: takes its outputs in the dense model, the targets of the tuning.
             next_quantized: takes its outputs in the quantized model.
-            weighting: of the loss, see :func:`.relative_error`.
+            weights: of the channels of its output in the loss, see :func:`.relative_error`.
         """
         seconds: dict[str, float] = {}
         clock = _Clock(seconds)
@@ -148,9 +148,9 @@ class BlockRunner:
         clock.lap("importance")
         packed, reports = self.quantize(block, index, jobs, importance)
         clock.lap("quantization")
-        weights = {job.index: _linear(block, self.inside(index, job)).weight.detach() for job in jobs}
+        matrices = {job.index: _linear(block, self.inside(index, job)).weight.detach() for job in jobs}
         make_trainable(block, packed)
-        tuned, changed = self._tune(block, index, quantized, next_dense, weighting)
+        tuned, changed = self._tune(block, index, quantized, next_dense, weights)
         clock.lap("tuning")
         self.forward(block, index, quantized, next_quantized)
         clock.lap("outputs")
@@ -159,7 +159,7 @@ class BlockRunner:
         for job, entry in zip(jobs, reports, strict=True):
             inside = self.inside(index, job)
             layer = trained[inside].packed()
-            errors = weight_errors(layer, weights[job.index], importance.get(inside))
+            errors = weight_errors(layer, matrices[job.index], importance.get(inside))
             layers.append((job, layer, {**entry, **errors}))
         return BlockResult(layers, changed, tuned, seconds)
 
@@ -199,7 +199,7 @@ class BlockRunner:
         index: int,
         inputs: States,
         targets: States,
-        weighting: torch.Tensor | None,
+        weights: torch.Tensor | None,
     ) -> tuple[Tuned, dict[str, torch.Tensor]]:
         settings = self.settings
         latents, scales = trained_parameters(block)
@@ -210,7 +210,7 @@ class BlockRunner:
 
         def error(rows: Sequence[int]) -> torch.Tensor:
             target = targets.read(rows).to(self.pieces.device)
-            return relative_error(self._apply(block, index, inputs, rows), target, weighting)
+            return relative_error(self._apply(block, index, inputs, rows), target, weights)
 
         def measure() -> float:
             total = 0.0

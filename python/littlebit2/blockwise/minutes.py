@@ -18,16 +18,16 @@ from .tune import relative_error
 __all__ = ["MOST", "PER_STEP", "fitting"]
 
 #: Steps at least and at most.
-LEAST, MOST = 16, 512
+LEAST, MOST = 32, 1024
 #: Sequences for each step: with fewer, blocks fit the text and not the language, the first ones most.
-PER_STEP = 2
+PER_STEP = 1
 #: Share of the time that is planned for; the rest is for what is not measured.
 _PLANNED = 0.9
 _TRIALS = 2
 
 
 def fitting(runner: BlockRunner, jobs: Sequence[Job], blocks: int, seconds: float) -> BlockwiseSettings:
-    """Return the settings with as many steps of tuning, and twice as many sequences, as fit the time.
+    """Return the settings with as many steps of tuning, and as many sequences, as fit the time.
 
     Args:
         runner: with at least one batch of sequences.

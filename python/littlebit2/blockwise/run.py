@@ -271,6 +271,7 @@ class _Run:
         self.progress = progress
         self.overwrite = overwrite
         self.keep_work = keep_work
+        self.sensitivity: list[torch.Tensor] | None = None
         self.entries: list[dict[str, Any]] = []
         self.seconds: Counter[str] = Counter()
         self.changed: dict[str, torch.Tensor] = {}
@@ -281,7 +282,10 @@ class _Run:
         dense, quantized = self._states(first)
         self._check_space(dense)
         if self.settings.sensitivity and first < len(self.pieces):
-            self.work.write_sensitivity(partial(measure_sensitivity, self.runner))
+            self.sensitivity = self.work.sensitivity()
+            if self.sensitivity is None:
+                self.sensitivity = measure_sensitivity(self.runner)
+                self.work.write_sensitivity(self.sensitivity)
         with self._bar("blockwise", len(self.pieces), " blocks", first) as bar:
             for index in range(first, len(self.pieces)):
                 dense, quantized = self._block(index, dense, quantized)
@@ -345,17 +349,16 @@ class _Run:
     def _check_space(self, states: States) -> None:
         one = 4 * states.shape[0] * states.shape[1] * states.shape[2]
         layers = sum(job.stored_bytes for job in self.plan.jobs)
-        matrices = 4 * len(self.pieces) * states.shape[2] ** 2 if self.settings.sensitivity else 0
-        check_space(self.work.path, 4 * one + 2 * layers + self.plan.dense_bytes + matrices)
+        check_space(self.work.path, 4 * one + 2 * layers + self.plan.dense_bytes)
 
     def _block(self, index: int, dense: States, quantized: States) -> tuple[States, States]:
         new = {
             kind: States(self.work.states(kind, index + 1), dense.shape, create=True)
             for kind in ("dense", "quantized")
         }
-        weighting = None
-        if self.settings.sensitivity:
-            weighting = mixed(self.work.sensitivity(index), self.settings.sensitivity).to(self.pieces.device)
+        weights = None
+        if self.sensitivity is not None:
+            weights = mixed(self.sensitivity[index], self.settings.sensitivity).to(self.pieces.device)
         result = self.runner.run(
             index,
             self.plan.of_block(index),
@@ -363,7 +366,7 @@ class _Run:
             quantized,
             next_dense=new["dense"],
             next_quantized=new["quantized"],
-            weighting=weighting,
+            weights=weights,
         )
         self.entries.append(self.work.write_block(index, result))
         self.seconds.update(result.seconds)

@@ -1,34 +1,33 @@
-"""Which errors of a block's output the model's own output feels.
+"""Which channels of a block's output the model's own output feels.
 
-An error ``e`` of the hidden state changes the model's output, to second order, by ``e^T F e``, where ``F`` is
-the second moment of the gradient of the log-likelihood of tokens that the model itself chooses (Fisher's
-information). The squared error alone knows nothing of this: a block can lower it and yet lead the model
-further away from the dense one. So the loss of the tuning mixes both.
+To second order, an error ``e`` of the hidden state changes the output by ``e^T F e``, where ``F`` is the
+second moment of the gradient of the log-likelihood of tokens that the model itself chooses (Fisher's
+information). Its diagonal is taken. The squared error alone knows nothing of this: a block can lower it and
+yet lead the model further away from the dense one. So the loss of the tuning mixes both.
 
 One block is in memory at a time. The hidden states before all blocks are held for a few sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from .block import BlockRunner, batches
 
-__all__ = ["measure_sensitivity", "mixed", "second_moment"]
+__all__ = ["mean_squares", "measure_sensitivity", "mixed"]
 
 #: Times the median norm: what a token's gradient counts at most, so that a few tokens do not own the mean.
 _MOST = 3.0
 
 
-def measure_sensitivity(runner: BlockRunner, save: Callable[[int, torch.Tensor], None]) -> None:
-    """Measure the sensitivity of the dense model's output to the output of every block.
+def measure_sensitivity(runner: BlockRunner) -> list[torch.Tensor]:
+    """Return the sensitivity ``[D]`` of the dense model's output to the output of every block.
 
     Args:
         runner: of the run; the first ``sensitivity_samples`` sequences are used.
-        save: takes the number of a block and its matrix ``[D, D]``, float32, see :func:`second_moment`.
 
     Raises:
         ValueError: a gradient is not finite.
@@ -44,6 +43,7 @@ def measure_sensitivity(runner: BlockRunner, save: Callable[[int, torch.Tensor],
             )
     generator = torch.Generator().manual_seed(settings.seed)
     gradients = [_of_head(runner, rows, h, generator) for rows, h in zip(parts, hidden.pop(), strict=True)]
+    found = []
     for index in reversed(range(len(pieces))):
         block = pieces.load_block(index)
         inputs = hidden.pop()
@@ -55,8 +55,9 @@ def measure_sensitivity(runner: BlockRunner, save: Callable[[int, torch.Tensor],
             weighted.append((gradient * output.detach().norm(dim=-1, keepdim=True)).flatten(0, -2))
             if index:
                 before.append(torch.autograd.grad(output, start, gradient)[0])
-        save(index, second_moment(torch.cat(weighted), pieces.name(index)))
+        found.append(mean_squares(torch.cat(weighted), pieces.name(index)))
         gradients = before
+    return found[::-1]
 
 
 def _of_head(
@@ -74,8 +75,8 @@ def _of_head(
     return torch.cat(found)
 
 
-def second_moment(gradients: torch.Tensor, name: str = "the model") -> torch.Tensor:
-    """Return the second moment ``[D, D]`` of gradients, its mean diagonal 1.
+def mean_squares(gradients: torch.Tensor, name: str = "the model") -> torch.Tensor:
+    """Return the mean square ``[D]`` of every channel's gradients, 1 on average.
 
     Args:
         gradients: ``[tokens, D]``, each times the norm of the hidden state, as errors are relative to it.
@@ -92,19 +93,17 @@ def second_moment(gradients: torch.Tensor, name: str = "the model") -> torch.Ten
         )
     most = _MOST * float(norms.median())
     kept = gradients * (most / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp(max=1)
-    moment = kept.T @ kept
-    mean = float(moment.diagonal().mean())
-    # Without a gradient every direction is as good as another.
-    return moment / mean if mean > 0 else torch.eye(len(moment), device=moment.device)
+    squares = kept.square().mean(0)
+    mean = float(squares.mean())
+    # Without a gradient every channel is as good as another.
+    return squares / mean if mean > 0 else torch.ones_like(squares)
 
 
-def mixed(moment: torch.Tensor, share: float) -> torch.Tensor:
-    """Return the weighting of the loss: ``share`` of it is the sensitivity's, the rest the squared error's.
+def mixed(squares: torch.Tensor, share: float) -> torch.Tensor:
+    """Return the weights of channels in the loss: ``share`` of it is the sensitivity's, the rest is even.
 
     Args:
-        moment: ``[D, D]`` of :func:`second_moment`.
+        squares: ``[D]`` of :func:`mean_squares`.
         share: in [0, 1].
     """
-    result = moment * share
-    result.diagonal().add_(1 - share)
-    return result
+    return squares * share + (1 - share)

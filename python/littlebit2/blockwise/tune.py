@@ -33,7 +33,7 @@ class Tuned:
 
 
 def relative_error(
-    output: torch.Tensor, target: torch.Tensor, weighting: torch.Tensor | None = None
+    output: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Return the squared error of each token relative to its own squared norm, averaged.
 
@@ -42,11 +42,10 @@ def relative_error(
     Args:
         output: hidden states ``[B, T, D]``.
         target: likewise, of the dense model.
-        weighting: ``[D, D]``, positive semidefinite, by which squares are taken; the identity by default.
+        weights: ``[D]``, of the channels' squared errors; by default 1.
     """
-    difference = output - target
-    weighted = difference if weighting is None else difference @ weighting
-    error = (weighted * difference).sum(-1)
+    squares = (output - target).square()
+    error = (squares if weights is None else squares * weights).sum(-1)
     return (error / target.square().sum(-1).clamp_min(_TINY)).mean()
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from littlebit2.disk import sync, sync_tree, write_file, write_json
 from littlebit2.offline.jobs import Job
@@ -50,32 +50,22 @@ class BlockwiseWork(WorkDirectory):
         """Where the hidden states before a block lie; before the first one both kinds are the same."""
         return self.path / (f"{kind}-{index:04d}.states" if index else "embedded.states")
 
-    def write_sensitivity(self, measure: Callable[[Callable[[int, torch.Tensor], None]], None]) -> None:
-        """Keep what ``measure`` hands over for every block, unless it is there: the folder appears whole."""
-        if self._sensitivity.is_dir():
-            return
-        folder = self.path / "sensitivity.new"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-
-        def keep(index: int, matrix: torch.Tensor) -> None:
-            write_file(folder / f"{index:04d}.safetensors", save({_ENTRY: matrix.cpu().contiguous()}))
-
+    def write_sensitivity(self, squares: Sequence[torch.Tensor]) -> None:
+        """Keep what the model's output feels of the channels ``[D]`` of every block's output."""
+        tensors = {str(index): one.cpu().contiguous() for index, one in enumerate(squares)}
         with keep_layers():
-            measure(keep)
-            sync_tree(folder)
-            folder.replace(self._sensitivity)
-            sync(self.path)
+            write_file(self._sensitivity, save(tensors))
 
-    def sensitivity(self, index: int) -> torch.Tensor:
-        """Return the sensitivity ``[D, D]`` of the model's output to that of a block."""
-        with safe_open(self._sensitivity / f"{index:04d}.safetensors", "pt") as file:
-            matrix: torch.Tensor = file.get_tensor(_ENTRY)
-            return matrix
+    def sensitivity(self) -> list[torch.Tensor] | None:
+        """Return what :meth:`write_sensitivity` kept, ``None`` if it was not called yet."""
+        if not self._sensitivity.is_file():
+            return None
+        found = load_file(self._sensitivity)
+        return [found[str(index)] for index in range(len(found))]
 
     @property
     def _sensitivity(self) -> Path:
-        return self.path / "sensitivity"
+        return self.path / "channels.sensitivity"
 
     def block_path(self, index: int) -> Path:
         """Where the file of a finished block lies."""
