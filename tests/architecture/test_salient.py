@@ -104,7 +104,7 @@ def test_such_a_layer_is_fused_with_no_other(layer: SalientLinear, rng: torch.Ge
     for name in ("k_proj", "v_proj"):
         packed = make_packed(K, N, (16,), generator=rng)
         setattr(model, name, LittleBitLinear.from_packed(packed))
-    (group,) = littlebit2.fuse_projections(model, on_cpu=True)
+    (group,) = littlebit2.fuse_projections(model, on_cpu=True).groups
     assert group.members == (model.k_proj, model.v_proj)
 
 
