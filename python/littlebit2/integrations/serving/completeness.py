@@ -53,7 +53,6 @@ class Completeness:
         if self._pending is None:
             return
         model, revision = self._pending
-        self._pending = None
         try:
             found = cached_file(
                 model, "config.json", revision=revision, cache_dir=cache, local_files_only=True
@@ -66,6 +65,7 @@ class Completeness:
         if found is None:  # not with the settings above
             raise RuntimeError(f"{model}: transformers returned no path of config.json")
         check_directory(Path(found).parent)
+        self._pending = None
 
 
 def check_directory(path: Path) -> None:

@@ -28,10 +28,10 @@ class PackedConfig(PackedConfigBase, QuantizationConfig):
         """
         made = super().from_config({name: value for name, value in config.items() if name not in _ADDED})
         made.packed_modules_mapping = dict(config.get("packed_modules_mapping") or {})
-        # The only thing that says where the checkpoint is.
+        # The only thing that says where the checkpoint is, and which commit of the Hub's it is.
         model = getattr(config.get("hf_config"), "_name_or_path", None)
         if model:
-            made.completeness.expect(model)
+            made.completeness.expect(model, getattr(config["hf_config"], "_commit_hash", None))
         return made
 
     def get_scaled_act_names(self) -> list[str]:
