@@ -23,7 +23,8 @@ from tests.integrations.families import (
     token_ids,
 )
 
-_GATED = ("q_proj + k_proj + v_proj", "gate_proj + up_proj > {} > down_proj")
+_ROTARY = "apply_rotary_pos_emb"
+_GATED = ("q_proj + k_proj + v_proj", _ROTARY, "gate_proj + up_proj > {} > down_proj")
 _RESIDUALS = ("input_layernorm > self_attn > residual", "post_attention_layernorm > mlp > residual")
 _NORMS = ("input_layernorm > self_attn", "pre_feedforward_layernorm > mlp")
 
@@ -31,7 +32,7 @@ _NORMS = ("input_layernorm > self_attn", "pre_feedforward_layernorm > mlp")
 EXPECTED = {
     **dict.fromkeys(("llama", "llama-tied", "qwen2", "qwen3"), (*_RESIDUALS, *_GATED)),
     **dict.fromkeys(("gemma2", "gemma3"), (*_NORMS, *_GATED)),
-    "phi3": (*_RESIDUALS, "qkv_proj", "gate_up_proj > silu > down_proj"),
+    "phi3": (*_RESIDUALS, "qkv_proj", _ROTARY, "gate_up_proj > silu > down_proj"),
     "opt": ("self_attn > residual", "fc1 > relu > fc2 > residual", "q_proj + k_proj + v_proj"),
     "bert": ("query + key + value",),
 }

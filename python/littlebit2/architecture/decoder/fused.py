@@ -28,6 +28,7 @@ from .rewrite import (
     rewrite_attention,
     rewrite_layer,
 )
+from .rotary import rotated, rotation_of
 from .source import forward_of, function_tree
 
 __all__ = ["fuse_modules", "unfuse_modules"]
@@ -84,6 +85,19 @@ class _FusedAttention(_Fused):
             x = norm[0](x)
         together = linears_together(layers, x) if len(layers) > 1 else None
         return [layer(x) for layer in layers] if together is None else together
+
+    def _littlebit2_rotate(
+        self: Any,
+        index: int,
+        function: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Rotate queries and keys, or ``None`` if ``function`` has to, or is not what it was."""
+        how = self._littlebit2_attention.rotations[index]
+        return rotated(how, query, key, cos, sin) if function is how.function else None
 
     def _littlebit2_output(self: Any, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         """Apply the layer that makes the output, and add the residual."""
@@ -214,7 +228,7 @@ def _attention_class(own: type[Any], linears: tuple[str, ...]) -> type[Any] | No
     tree = None if forward is None else function_tree(forward)
     if forward is None or tree is None:
         return None
-    found = rewrite_attention(tree, linears)
+    found = rewrite_attention(tree, linears, lambda name: rotation_of(forward.__globals__.get(name)))
     if found is None:
         return None
     return _subclass(
@@ -246,7 +260,8 @@ def _described(kind: type[Any]) -> tuple[str, ...]:
         return (" > ".join((" + ".join(how.layers[:-1]), how.activation.function, how.layers[-1])),)
     if issubclass(kind, _FusedAttention):
         together = kind._littlebit2_attention
-        return (" + ".join(together.projections),) if together.projections else ()
+        functions = (rotation.function.__name__ for rotation in together.rotations)
+        return tuple(part for part in (" + ".join(together.projections), *functions) if part)
     return tuple(str(site) for site in kind._littlebit2_sites)
 
 

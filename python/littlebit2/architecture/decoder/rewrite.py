@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ast
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
 from .parts import Activation, Norm
+from .rotary import Rotation
 
 __all__ = [
     "Attention",
@@ -29,6 +30,7 @@ __all__ = [
 #: Keywords of rewritten functions: a norm of the input, and what is added to the output.
 NORM, RESIDUAL = "littlebit2_norm", "littlebit2_residual"
 _MORE, _SUM, _PROJECTED = "_littlebit2_more", "_littlebit2_sum", "_littlebit2_projected"
+_ROTATED = "_littlebit2_rotated"
 _DROPOUT = ("nn.functional.dropout", "F.dropout", "torch.nn.functional.dropout")
 
 
@@ -125,11 +127,13 @@ class Attention:
         projections: packed layers that take the input, in the order of their results; none if others do too.
         output: the packed layer that makes the output, if a residual can be added there.
         parameter: name of the input.
+        rotations: functions that rotate queries and keys, in the order of the calls.
     """
 
     projections: tuple[str, ...]
     output: str | None
     parameter: str
+    rotations: tuple[Rotation, ...] = ()
 
 
 def compiled(tree: ast.FunctionDef, function: FunctionType) -> FunctionType:
@@ -161,9 +165,16 @@ def compiled(tree: ast.FunctionDef, function: FunctionType) -> FunctionType:
 
 
 def rewrite_attention(
-    tree: ast.FunctionDef, linears: Sequence[str]
+    tree: ast.FunctionDef, linears: Sequence[str], rotation_of: Callable[[str], Rotation | None]
 ) -> tuple[ast.FunctionDef, Attention] | None:
     """Let an attention project its input in one call, after a norm, and add a residual to its output.
+
+    Queries and keys are rotated in one call too.
+
+    Args:
+        tree: the function.
+        linears: names of the packed layers.
+        rotation_of: what a global of the function is as a rotation, or ``None``.
 
     Returns:
         The new tree, which takes the keywords ``littlebit2_norm`` and ``littlebit2_residual``, and what it
@@ -208,9 +219,44 @@ def rewrite_attention(
     if output is not None:
         call = output[1]
         _become(call, _parsed(f"{this}._littlebit2_output({ast.unparse(call.args[0])}, {RESIDUAL})", call))
+    rotator = _Rotator(tree, rotation_of)
+    rotator.generic_visit(tree)
     tree.args.kwonlyargs += [ast.arg(NORM), ast.arg(RESIDUAL)]
     tree.args.kw_defaults += [ast.Constant(None), ast.Constant(None)]
-    return tree, Attention(names, None if output is None else output[0], given)
+    return tree, Attention(names, None if output is None else output[0], given, tuple(rotator.found))
+
+
+class _Rotator(ast.NodeTransformer):
+    """Puts a branch in the place of each ``q, k = rotation(q, k, cos, sin)``; all are variables."""
+
+    def __init__(self, tree: ast.FunctionDef, rotation_of: Callable[[str], Rotation | None]) -> None:
+        self._this = tree.args.args[0].arg
+        self._rotation_of = rotation_of
+        self._local = {node.arg for node in ast.walk(tree.args) if isinstance(node, ast.arg)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+                self._local.add(node.id)
+        self.found: list[Rotation] = []
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        return node  # another function, with variables of its own
+
+    def visit_Assign(self, node: ast.Assign) -> ast.AST | list[ast.stmt]:
+        call = node.value
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.keywords:
+            return node
+        name = call.func.id
+        if len(call.args) != 4 or not all(isinstance(one, ast.Name) for one in call.args):
+            return node
+        rotation = None if name in self._local else self._rotation_of(name)
+        if rotation is None:
+            return node
+        given = ", ".join(ast.unparse(one) for one in (call.func, *call.args))
+        change = f"{_ROTATED} = {self._this}._littlebit2_rotate({len(self.found)}, {given})"
+        self.found.append(rotation)
+        changed = copy.deepcopy(node)
+        changed.value = _parsed(_ROTATED, call)
+        return [_statement(change, node), _branch(_ROTATED, [node], [changed])]
 
 
 def rewrite_layer(

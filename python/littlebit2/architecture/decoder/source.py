@@ -9,7 +9,7 @@ import textwrap
 from types import FunctionType
 from typing import Any
 
-__all__ = ["forward_of", "function_tree", "self_reads"]
+__all__ = ["forward_of", "function_tree", "is_straight_line", "self_reads"]
 
 #: Code that may do something else in the next call, or whose order does not follow from where it stands.
 _TURNS = (
@@ -43,16 +43,47 @@ def function_tree(function: FunctionType) -> ast.FunctionDef | None:
 
     ``None`` for a function without source, with decorators, or with variables of an outer function.
     """
-    if function.__closure__ is not None:
+    node = _own_tree(function)
+    return None if node is None or node.decorator_list else node
+
+
+def is_straight_line(function: FunctionType) -> bool:
+    """Whether a function of a module, and those of Python that it calls by name, do the same at every call.
+
+    Decorators do not matter: what they made of the function is looked at.
+    """
+    return _is_straight_line(function, frozenset())
+
+
+def _is_straight_line(function: FunctionType, within: frozenset[FunctionType]) -> bool:
+    tree = _own_tree(function)
+    nodes = [] if tree is None else [node for statement in tree.body for node in ast.walk(statement)]
+    if not nodes or any(isinstance(node, _TURNS) for node in nodes):
+        return False
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    within |= {function}
+    called = [function.__globals__.get(name) for name in names]
+    return all(
+        _is_straight_line(other, within)
+        for other in called
+        if isinstance(other, FunctionType) and other not in within
+    )
+
+
+def _own_tree(function: FunctionType) -> ast.FunctionDef | None:
+    """The tree of the function that runs, decorators or not."""
+    if function.__closure__ is not None or hasattr(function, "__wrapped__"):
         return None
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
         return None
     node = tree.body[0] if tree.body else None
-    if not isinstance(node, ast.FunctionDef) or node.decorator_list or node.name != function.__name__:
+    if not isinstance(node, ast.FunctionDef) or node.name != function.__code__.co_name:
         return None
-    ast.increment_lineno(node, function.__code__.co_firstlineno - node.lineno)
+    # Python counts the first decorator as the function's first line.
+    first = min((node.lineno, *(decorator.lineno for decorator in node.decorator_list)))
+    ast.increment_lineno(node, function.__code__.co_firstlineno - first)
     return node
 
 
