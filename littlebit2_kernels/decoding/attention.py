@@ -43,7 +43,7 @@ def attention(
         Differentiable in all tensors, by torch's operations.
 
     Raises:
-        ValueError: ``softcap`` or ``window`` is not positive, or there is a ``window`` without ``causal``.
+        ValueError: ``softcap`` or ``window`` is not positive, there is a ``window`` without ``causal``, or D is 0.
         RuntimeError: a tensor does not fit.
     """
     if softcap is not None and not softcap > 0:
@@ -51,6 +51,8 @@ def attention(
     if window is not None and (window < 1 or not causal):
         raise ValueError(f"window must be at least 1, in a causal call, got {window} and causal={causal}")
     if scale is None:
+        if query.dim() == 0 or query.shape[-1] == 0:
+            raise ValueError(f"query must have elements in its last dimension, got {list(query.shape)}")
         scale = query.shape[-1] ** -0.5
     return calls.attention(query, key, value, mask, scale, softcap or 0.0, causal, window or 0).transpose(
         1, 2

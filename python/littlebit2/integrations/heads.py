@@ -29,7 +29,9 @@ def keep_rows_flat(model: Any) -> None:
         head.register_forward_pre_hook(_flattened)
 
 
-def _flattened(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def _flattened(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+    if not args:  # the input was passed by name
+        return None
     x, *more = args
     # A view where the rows are evenly spaced, else a copy of them; `contiguous` leaves strides of size-1
     # dimensions alone.

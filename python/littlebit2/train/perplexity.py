@@ -115,14 +115,15 @@ def _predicted_tokens(blocks: TokenBlocks) -> int:
 
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    """Put a model in evaluation mode without gradients, and back in the mode it had."""
-    training = model.training
+    """Put a model in evaluation mode without gradients, and each of its modules back in the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.inference_mode():
             yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def _counted(blocks: TokenBlocks, size: int) -> Iterator[tuple[torch.Tensor, int]]:

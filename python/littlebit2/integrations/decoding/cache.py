@@ -29,6 +29,8 @@ class _Buffer:
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
         self._views: tuple[torch.Tensor, torch.Tensor] | None = None
         self._start = 0
+        #: Rows that were ever written. They are not written again: someone may still look at them.
+        self._written = 0
 
     def owns(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
         """Whether these are the views that were kept last."""
@@ -46,10 +48,11 @@ class _Buffer:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return views of the rows ``kept`` and ``new`` one after the other."""
         old, more = kept[0].shape[2] if kept[0].dim() == 4 else 0, new[0].shape[2]
-        if not self._has_room(kept, old + more):
+        if not self._has_room(kept, old, more):
             room = (old + more + max(old + more, 2 * _BLOCK) // 2 + _BLOCK - 1) // _BLOCK * _BLOCK
             keys, values = (one.new_empty((*one.shape[:2], room, one.shape[3])) for one in new)
             self._buffers, self._start = (keys, values), 0
+            self._written = old
             for buffer, rows in zip(self._buffers, kept, strict=True):
                 if old:
                     buffer[:, :, :old] = rows
@@ -57,13 +60,14 @@ class _Buffer:
         end = self._start + old
         for buffer, rows in zip(self._buffers, new, strict=True):
             buffer.narrow(2, end, more).copy_(rows)
+        self._written = end + more
         keys, values = (buffer.narrow(2, self._start, old + more) for buffer in self._buffers)
         return keys, values
 
-    def _has_room(self, kept: tuple[torch.Tensor, torch.Tensor], length: int) -> bool:
-        if self._buffers is None or not self.owns(*kept):
+    def _has_room(self, kept: tuple[torch.Tensor, torch.Tensor], old: int, more: int) -> bool:
+        if self._buffers is None or not self.owns(*kept) or self._start + old != self._written:
             return False
-        if self._start + length > self._buffers[0].shape[2]:
+        if self._written + more > self._buffers[0].shape[2]:
             return False
         # Such a tensor cannot be written to outside the mode that it was made in.
         return torch.is_inference_mode_enabled() or not self._buffers[0].is_inference()
@@ -71,7 +75,8 @@ class _Buffer:
 
 def _can_append(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> bool:
     """Whether to write into a buffer; else the library's concatenation does what is right, or its error."""
-    if keys.device.type != "cpu" or torch.compiler.is_compiling():
+    # What attention saves for a backward pass must not change.
+    if keys.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
     for new, kept in ((keys, layer.keys), (values, layer.values)):
         if new.dim() != 4 or new.requires_grad or not isinstance(kept, torch.Tensor) or kept.requires_grad:
@@ -93,6 +98,12 @@ class _Growing:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._buffer = _Buffer()
+
+    def __copy__(self) -> Any:
+        copied = object.__new__(type(self))
+        vars(copied).update(vars(self))
+        copied._buffer = _Buffer()
+        return copied
 
     def _keep(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         self.keys, self.values = keys, values
