@@ -166,7 +166,7 @@ def run_fused(
         ``[..., N_i]`` of each layer, or ``None`` where no operator takes such a call.
     """
     code = ACTIVATIONS[choice.activation]
-    if _one_cuda_call(choice, layers, shapes, sum(shape.num_paths for shape in shapes)):
+    if choice.backend == "cuda" and _one_cuda_call(layers, shapes, shapes):
         return calls.fused_linear(x, layers, bias, norm, residual, code)  # type: ignore[arg-type]
     if choice.backend != "cpu" or not isinstance(layers[0], torch.Tensor):
         return None
@@ -187,7 +187,7 @@ def run_mlp(
     """Apply an MLP, without gradients; ``None`` where no operator takes such a call."""
     code = ACTIVATIONS[choice.activation]
     # Gate and up share launches; down has its own.
-    if _one_cuda_call(choice, layers, shapes, sum(shape.num_paths for shape in shapes[:-1])):
+    if choice.backend == "cuda" and _one_cuda_call(layers, shapes, shapes[:-1]):
         return calls.mlp(x, layers, bias, function, norm, residual, code)  # type: ignore[arg-type]
     if choice.backend != "cpu" or not isinstance(layers[0], torch.Tensor):
         return None
@@ -195,15 +195,13 @@ def run_mlp(
     return calls.mlp_prepacked(x, layers, bias, size, function, norm, residual, code)  # type: ignore[arg-type]
 
 
-def _one_cuda_call(choice: Choice, layers: Sequence[Layer], shapes: Sequence[LayerShape], paths: int) -> bool:
-    """Whether one call of the CUDA kernels takes such layers; ``paths``: of those that share launches."""
+def _one_cuda_call(
+    layers: Sequence[Layer], shapes: Sequence[LayerShape], together: Sequence[LayerShape]
+) -> bool:
+    """Whether one call of the CUDA kernels takes such layers; ``together``: those that share launches."""
     one_kind = len({shape.single_stage for shape in shapes}) == 1
-    return (
-        choice.backend == "cuda"
-        and not isinstance(layers[0], torch.Tensor)
-        and one_kind
-        and paths <= MAX_PATHS
-    )
+    paths = sum(shape.num_paths for shape in together)
+    return not isinstance(layers[0], torch.Tensor) and one_kind and paths <= MAX_PATHS
 
 
 def differentiates(

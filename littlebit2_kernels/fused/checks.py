@@ -31,7 +31,8 @@ def needs_own_call(x: Any) -> bool:
         return True
     if torch.is_grad_enabled() and x.requires_grad:
         return True
-    if x.device.type == "meta" or torch.is_autocast_enabled(x.device.type):
+    device = x.device.type
+    if device == "meta" or torch.is_autocast_enabled(device):
         return True
     if torch.compiler.is_compiling():
         return False

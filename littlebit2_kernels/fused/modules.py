@@ -107,14 +107,15 @@ def _layers_of(modules: Sequence[Any], x: Any, norm: RMSNorm | None, inputs: int
         return None
     if x.dim() == 0 or x.dtype not in ACTIVATION_DTYPES or x.layout != torch.strided:
         return None
-    size = x.shape[-1]
+    size, device = x.shape[-1], x.device
     grad = torch.is_grad_enabled()
     if norm is not None:
         weight = norm.weight
-        if weight.shape != (size,) or weight.device != x.device or (grad and weight.requires_grad):
+        if weight.shape != (size,) or weight.device != device or (grad and weight.requires_grad):
             return None
     first = modules[0]
     found = _Layers([], [], [], x.is_cpu)
+    tensors, biases, shapes, prepacked = found
     for index, module in enumerate(modules):
         if type(module) is not LittleBitLinear or not is_called_plainly(module):
             return None
@@ -127,13 +128,13 @@ def _layers_of(modules: Sequence[Any], x: Any, norm: RMSNorm | None, inputs: int
         bias = buffers["bias"] if "bias" in buffers else module._parameters["bias"]
         layer = buffers.get("prepacked")
         # On the CPU, each prepacks itself in its first call.
-        if (layer is not None) != found.prepacked or (grad and bias is not None and bias.requires_grad):
+        if (layer is not None) != prepacked or (grad and bias is not None and bias.requires_grad):
             return None
-        if (buffers["u1"] if layer is None else layer).device != x.device:
+        if (buffers["u1"] if layer is None else layer).device != device:
             return None
-        found.tensors.append(module._operands(buffers) if layer is None else layer)
-        found.bias.append(bias)
-        found.shapes.append(module.shape)
+        tensors.append(module._operands(buffers) if layer is None else layer)
+        biases.append(bias)
+        shapes.append(module.shape)
     return found
 
 

@@ -39,9 +39,10 @@ class RMSNorm:
             raise TypeError(f"weight must be float32, float16 or bfloat16, got {weight.dtype}")
         if weight.dim() != 1 or weight.layout != torch.strided:
             raise ValueError(f"weight must be a dense tensor of shape [K], got shape {list(weight.shape)}")
-        if not (math.isfinite(self.eps) and self.eps >= 0):
+        # Comparisons: where torch.compile takes eps for a variable, math.isfinite breaks the graph.
+        if not 0 <= self.eps < math.inf:
             raise ValueError(f"eps must be finite and at least 0, got {self.eps}")
-        if not math.isfinite(self.offset):
+        if not -math.inf < self.offset < math.inf:
             raise ValueError(f"offset must be finite, got {self.offset}")
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:

@@ -149,8 +149,9 @@ def fuse_modules(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
     Returns:
         For each module that changed, by name, what it does in one call: ``"q_proj + k_proj + v_proj"`` for
-        projections, ``"gate_proj > silu > up_proj > down_proj"``-like for an MLP, ``"norm > mlp > residual"``
-        for what a layer passes on to a child.
+        projections, the name of the function for a rotation of queries and keys,
+        ``"gate_proj > silu > up_proj > down_proj"``-like for an MLP, ``"norm > mlp > residual"`` for what a
+        layer passes on to a child.
     """
     found: dict[str, tuple[str, ...]] = {}
     modules = list(model.named_modules())

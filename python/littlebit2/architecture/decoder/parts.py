@@ -72,7 +72,11 @@ class Activation:
 
     def is_still(self, parent: nn.Module) -> bool:
         """Whether the activation of ``parent`` is what it was, and has no hook."""
-        found: Any = getattr(parent, self.name, None)
+        # Every step asks, and modules look for attributes that are children last.
+        state = parent.__dict__
+        found: Any = (
+            state.get(self.name) or state["_modules"].get(self.name) or getattr(parent, self.name, None)
+        )
         if type(found) is not self.kind:
             return False
         if not isinstance(found, nn.Module):

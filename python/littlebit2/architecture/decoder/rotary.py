@@ -126,7 +126,8 @@ def _rotates(
     got = _results(function, *given)
     if got is None or not all(map(torch.equal, given, (query, key, *angles))):
         return False
-    wanted = (_turned(one, *angles, interleaved=interleaved) for one in (query, key))
+    cos, sin = angles
+    wanted = (_turned(one, cos, sin, interleaved) for one in (query, key))
     return all(
         one.shape == other.shape and torch.allclose(one, other, rtol=1e-5, atol=1e-5)
         for one, other in zip(got, wanted, strict=True)
