@@ -43,7 +43,8 @@ def attention(
         Differentiable in all tensors, by torch's operations.
 
     Raises:
-        ValueError: ``softcap`` or ``window`` is not positive, there is a ``window`` without ``causal``, or D is 0.
+        ValueError: ``softcap`` or ``window`` is not positive, there is a ``window`` without ``causal``, or D
+            is 0.
         RuntimeError: a tensor does not fit.
     """
     if softcap is not None and not softcap > 0:

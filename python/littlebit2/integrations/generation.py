@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,8 @@ def generate_batch(
     """
     if isinstance(prompts, (str, torch.Tensor)) or not len(prompts):
         raise ValueError(f"prompts must be a sequence of one prompt or more, got {prompts!r}")
+    if any(isinstance(prompt, (Mapping, int)) for prompt in prompts):
+        raise ValueError("prompts must hold prompts, got what looks like one prompt: put it into a list")
     if batch_size is not None and batch_size < 1:
         raise SettingError(f"batch_size must be at least 1, got {batch_size}")
     return _generate(model, list(prompts), stream=None, batch_size=batch_size, **settings)
@@ -185,30 +187,32 @@ def _generate(
     rows = [encode(prompt, tokenizer, model) for prompt in prompts]
     size = batch_size or len(rows)
     results = []
-    for start in range(0, len(rows), size):
-        batch = rows[start : start + size]
-        run = _Run(model, batch, sampling, max_new_tokens, ignore_eos, cache, step)
-        clock = Clock(stream, tokenizer)
-        begun = time.perf_counter()
-        with torch.random.fork_rng(enabled=seed is not None), torch.inference_mode():
-            if seed is not None:
-                torch.manual_seed(seed)
-            new = run.by_library(clock) if run.way.step == "library" else run.by_steps(clock)
-        now, peak = resident_memory()
-        results += [
-            Generation(
-                text=None if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=True),
-                token_ids=tuple(tokens),
-                prompt_tokens=len(row),
-                load_seconds=load_seconds,
-                prefill_seconds=clock.first - begun,
-                decode_seconds=clock.last - clock.first,
-                resident_bytes=now,
-                peak_resident_bytes=peak,
-                way=run.way,
-            )
-            for row, tokens in zip(batch, new, strict=True)
-        ]
+    # Once for all batches, which draw one after another.
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        for start in range(0, len(rows), size):
+            batch = rows[start : start + size]
+            run = _Run(model, batch, sampling, max_new_tokens, ignore_eos, cache, step, tokenizer)
+            clock = Clock(stream, tokenizer)
+            begun = time.perf_counter()
+            with torch.inference_mode():
+                new = run.by_library(clock) if run.way.step == "library" else run.by_steps(clock)
+            now, peak = resident_memory()
+            results += [
+                Generation(
+                    text=None if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=True),
+                    token_ids=tuple(tokens),
+                    prompt_tokens=len(row),
+                    load_seconds=load_seconds,
+                    prefill_seconds=clock.first - begun,
+                    decode_seconds=clock.last - clock.first,
+                    resident_bytes=now,
+                    peak_resident_bytes=peak,
+                    way=run.way,
+                )
+                for row, tokens in zip(batch, new, strict=True)
+            ]
     return results
 
 
@@ -224,15 +228,19 @@ class _Run:
         ignore_eos: bool,
         cache: str | None,
         step: str | None,
+        tokenizer: Any,
     ) -> None:
         self.model = model
+        self.tokenizer = tokenizer
         self.sampling = sampling
         config: Any = model.generation_config
         self.ignore_eos = ignore_eos
         ends = config.eos_token_id
         self.ends: list[int] = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
         # One prompt is never padded; a value keeps the library from warning that it chose one.
-        self.padding = config.pad_token_id if config.pad_token_id is not None else (self.ends or [0])[0]
+        known = range(model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr]
+        named = [config.pad_token_id, *self.ends]
+        self.padding = next((token for token in named if token is not None and token in known), 0)
         ids, mask = pad_left(rows, self.padding)
         self.ids, self.mask = ids.to(model.device), mask.to(model.device)
         self.padded = not bool(mask.all())
@@ -249,16 +257,31 @@ class _Run:
 
     def by_library(self, clock: Clock) -> list[list[int]]:
         """Decode with the model's own ``generate``."""
-        settings: dict[str, Any] = {**self.sampling.given(), "max_new_tokens": self.count}
+        config = self.model.generation_config
+        # One row of tokens for each prompt, whatever the model's configuration asks for.
+        settings: dict[str, Any] = {
+            **self.sampling.given(),
+            "max_new_tokens": self.count,
+            "num_return_sequences": 1,
+            "return_dict_in_generate": False,
+            "tokenizer": self.tokenizer,
+        }
         if self.ignore_eos:
             settings["min_new_tokens"] = self.count
         if self.way.cache == "static":
             settings["cache_implementation"] = "static"
-        if self.model.generation_config.pad_token_id is None:
+        if config.pad_token_id != self.padding:
             settings["pad_token_id"] = self.padding
         run: Any = self.model.generate  # typed as if it might be a tensor
-        output = run(self.ids, attention_mask=self.mask, streamer=clock, **settings)
-        return [self._until_end(row) for row in output[:, self.ids.shape[1] :].tolist()]
+        beams = (config.num_beams or 1) > 1
+        output = run(self.ids, attention_mask=self.mask, streamer=None if beams else clock, **settings)
+        # A decoder beside an encoder begins with a token of its own.
+        first = 1 if self.model.config.is_encoder_decoder else self.ids.shape[1]
+        if beams:  # all tokens come at the end
+            clock.put(self.ids)
+            clock.put(output[0, first:])
+            clock.end()
+        return [self._until_end(row) for row in output[:, first:].tolist()]
 
     def by_steps(self, clock: Clock) -> list[list[int]]:
         """Decode step by step."""
@@ -304,6 +327,8 @@ class _Run:
 
 def _within_positions(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> int:
     """The number of new tokens that the model has positions for: what comes after is noise, or fails."""
+    if model.config.is_encoder_decoder:
+        return max_new_tokens  # the prompt takes positions of the encoder
     text = model.config.get_text_config(decoder=True)
     most = getattr(text, "max_position_embeddings", None)
     if not isinstance(most, int) or most < 1:

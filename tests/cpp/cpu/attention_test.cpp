@@ -236,6 +236,10 @@ int main(int argc, char** argv) {
   for (int i = 0; i < problem_count(300); ++i) failed += !run_problem(i);
   using Args = lb2_attention_args;
   failed += !refuses("struct_size must equal", [](Args* args) { args->struct_size = 8; });
+  failed += !refuses("must be below about 2^57", [](Args* args) {
+    args->batch = args->heads = INT32_MAX;
+    args->kv_heads = 1;
+  });
   failed += !refuses("keys must be between 1", [](Args* args) { args->keys = 0; });
   failed += !refuses("multiple of kv_heads = 3", [](Args* args) { args->kv_heads = 3; });
   failed += !refuses("dtype must be", [](Args* args) { args->dtype = LB2_INT8; });

@@ -18,6 +18,12 @@ from littlebit2.integrations.decoding.cache import (
 from tests.integrations.families import dense_model
 
 
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
 def rows(
     rng: torch.Generator, tokens: int, batch: int = 2, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
@@ -93,14 +99,15 @@ def test_cropping_a_window_that_records(rng):
         same(theirs, ours)
 
 
-def test_a_crop_keeps_the_buffer(rng):
+def test_rows_after_a_crop_go_to_another_buffer_once(rng):
     _, layer = layers_of("full")
     layer.update(rows(rng, 6), rows(rng, 6))
-    buffer = layer._buffer._buffers[0]
     layer.crop(-3)
     layer.update(rows(rng, 1), rows(rng, 1))
+    buffer = layer._buffer._buffers[0]
+    layer.update(rows(rng, 1), rows(rng, 1))
     assert layer._buffer._buffers[0] is buffer
-    assert layer.keys.shape[2] == 4
+    assert layer.keys.shape[2] == 5
 
 
 def test_what_others_put_in_is_taken_over(rng):
@@ -135,8 +142,9 @@ def test_gradients_and_other_dtypes_are_concatenated(rng):
     _, layer = layers_of("full")
     layer.update(rows(rng, 3), rows(rng, 3))
     new = rows(rng, 1).requires_grad_()
-    keys, _ = layer.update(new, new)
-    (gradient,) = torch.autograd.grad(keys.sum(), new)
+    with torch.enable_grad():
+        keys, _ = layer.update(new, new)
+        (gradient,) = torch.autograd.grad(keys.sum(), new)
     assert torch.equal(gradient, torch.ones_like(new))
     theirs, ours = layers_of("full")
     for one in (theirs, ours):
@@ -175,3 +183,38 @@ def test_a_cache_that_holds_something_goes_on(rng):
     assert type(cache.layers[0]) is GrowingLayer
     cache.update(new, new, 1)
     assert type(cache.layers[1]) is GrowingLayer
+
+
+@pytest.mark.parametrize("kind", ["full", "sliding"])
+def test_rows_that_were_seen_are_not_written_again(kind, rng):
+    _, layer = layers_of(kind)
+    layer.record_past = True
+    for tokens in (5, 1, 1):
+        layer.update(rows(rng, tokens), rows(rng, tokens))
+    seen, copied = layer.keys, layer.keys.clone()
+    layer.crop(-3)
+    layer.update(rows(rng, 2), rows(rng, 2))
+    assert torch.equal(seen, copied)
+
+
+@pytest.mark.parametrize("kind", ["full", "sliding"])
+def test_shallow_copies_go_on_apart(kind, rng):
+    theirs, ours = layers_of(kind)
+    update(rng, theirs, ours, 5)
+    copies = copy.copy(theirs), copy.copy(ours)
+    for pair in (copies, (theirs, ours), copies, (theirs, ours)):
+        update(rng, *pair, 1)
+    same(theirs, ours)
+    same(*copies)
+
+
+def test_backward_passes_over_several_steps(rng):
+    _, layer = layers_of("full")
+    query = rows(rng, 1).requires_grad_()
+    with torch.enable_grad():
+        total = 0
+        for tokens in (4, 1, 1):
+            keys, values = layer.update(rows(rng, tokens), rows(rng, tokens))
+            total = total + torch.nn.functional.scaled_dot_product_attention(query, keys, values).sum()
+        (gradient,) = torch.autograd.grad(total, query)
+    assert gradient.isfinite().all()

@@ -15,6 +15,7 @@ from torch import nn
 from littlebit2_kernels import LittleBitLinear, RMSNorm
 from littlebit2_kernels.fused.checks import is_called_plainly
 from littlebit2_kernels.fused.modules import linears_together, mlp_together
+from littlebit2_kernels.ops.operands import ACTIVATION_DTYPES
 
 from .parts import Mlp, Norm, activation_of, mlp_of, norm_of
 from .rewrite import (
@@ -54,13 +55,23 @@ class _Fused:
 
 class _FusedMlp(_Fused):
     _littlebit2_mlp: ClassVar[Mlp]
+    #: What the class's own ``forward`` calls its input.
+    _littlebit2_parameter: ClassVar[str]
 
     def forward(
         self: Any,
-        x: torch.Tensor,
+        *inputs: Any,
         littlebit2_norm: _GivenNorm | None = None,
         littlebit2_residual: torch.Tensor | None = None,
+        **named: Any,
     ) -> torch.Tensor:
+        if len(inputs) == 1 and not named:
+            x = inputs[0]
+        elif not inputs and len(named) == 1 and self._littlebit2_parameter in named:
+            x = named[self._littlebit2_parameter]
+        else:  # an error, which the class raises
+            result: torch.Tensor = self._littlebit2_own.forward(self, *inputs, **named)
+            return result
         how: Mlp = self._littlebit2_mlp
         y = _mlp(self, how, x, littlebit2_norm, littlebit2_residual)
         if y is not None:
@@ -208,19 +219,25 @@ def _linears(module: nn.Module) -> tuple[str, ...]:
 
 def _taker_of(kind: type[Any]) -> Taker | None:
     if issubclass(kind, _FusedMlp):
-        forward = forward_of(kind._littlebit2_own)
-        tree = None if forward is None else function_tree(forward)
-        assert tree is not None  # it was read to find the MLP
-        return Taker(kind, tree.args.args[1].arg, norm=True, residual=True)
+        return Taker(kind, kind._littlebit2_parameter, norm=True, residual=True)
     if issubclass(kind, _FusedAttention):
         how = kind._littlebit2_attention
         return Taker(kind, how.parameter, norm=bool(how.projections), residual=how.output is not None)
     return None
 
 
+def _input_of(own: type[Any]) -> str:
+    """What the ``forward`` of an MLP's class calls its input."""
+    forward = forward_of(own)
+    tree = None if forward is None else function_tree(forward)
+    assert tree is not None  # it was read to find the MLP
+    name: str = tree.args.args[1].arg
+    return name
+
+
 @functools.lru_cache(maxsize=256)
 def _mlp_class(own: type[Any], mlp: Mlp) -> type[Any]:
-    return _subclass(own, _FusedMlp, _littlebit2_mlp=mlp)
+    return _subclass(own, _FusedMlp, _littlebit2_mlp=mlp, _littlebit2_parameter=_input_of(own))
 
 
 @functools.lru_cache(maxsize=256)
@@ -275,6 +292,8 @@ def _rms_norm(norm: _GivenNorm, x: Any) -> RMSNorm | None:
     module, how = norm
     weight = module._parameters["weight"]
     if weight is None or not isinstance(x, torch.Tensor) or not (how.keeps_dtype or weight.dtype == x.dtype):
+        return None
+    if x.dtype not in ACTIVATION_DTYPES or weight.dtype not in ACTIVATION_DTYPES:
         return None
     return RMSNorm(weight, getattr(module, how.eps), how.offset)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,10 @@ class Norm:
     eps: str
     offset: float
     keeps_dtype: bool
+
+
+#: Sizes at which what is computed is looked at too: code that clips differs there.
+_FAR = (1e2, 1e4, 6e4)
 
 
 @dataclass(frozen=True)
@@ -125,9 +129,14 @@ def _norm_of_class(kind: type[Any], eps: str) -> Norm | None:
     twin.weight = nn.Parameter(weight, requires_grad=False)
     # Large beside the mean of squares, so that where it is added shows.
     setattr(twin, eps, 0.5)
-    y = _result(twin, x)
-    normalized = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 0.5)
-    fits = (offset for offset in (0.0, 1.0) if _close(y, normalized * (weight + offset), 1e-5))
+    xs = [x, *(x * size for size in _FAR)]
+    results = [_result(twin, one) for one in xs]
+    normalized = [one * torch.rsqrt(one.pow(2).mean(-1, keepdim=True) + 0.5) for one in xs]
+    fits = (
+        offset
+        for offset in (0.0, 1.0)
+        if all(_close(y, n * (weight + offset), 1e-5) for y, n in zip(results, normalized, strict=True))
+    )
     offset = next(fits, None)
     if offset is None:
         return None
@@ -148,9 +157,13 @@ def activation_of(parent: nn.Module, name: str) -> Activation | None:
     elif found not in _FUNCTIONS.values():
         return None
     x = torch.linspace(-8, 8, 65, dtype=torch.float64, device="cpu")
-    y = _result(found, x)
+    # Some clip: transformers' "gelu_10" at 10.
+    far = torch.tensor(
+        [0.0, *(sign * size for size in _FAR for sign in (-1, 1))], dtype=x.dtype, device="cpu"
+    )
+    near_y, far_y = _result(found, x), _result(found, far)
     for function, formula in _FUNCTIONS.items():
-        if _close(y, formula(x), 1e-7):
+        if _close(near_y, formula(x), 1e-7) and _close(far_y, formula(far), 1e-7):
             return Activation(name, type(found), function)
     return None
 
@@ -177,6 +190,7 @@ def _order_of(kind: type[Any], layers: tuple[str, ...], activation: Activation) 
     x = torch.randn(
         2, 3, 4, dtype=torch.float64, generator=torch.Generator("cpu").manual_seed(1), device="cpu"
     )
+    xs = [x, *(x * size for size in _FAR)]
     for order in itertools.permutations(layers):
         for wide in (6, 12) if len(layers) == 2 else (6,):
             stands = [_Stand(4, wide, seed) for seed in range(len(layers) - 1)] + [_Stand(6, 4, 9)]
@@ -184,14 +198,18 @@ def _order_of(kind: type[Any], layers: tuple[str, ...], activation: Activation) 
             for name, stand in zip(order, stands, strict=True):
                 setattr(twin, name, stand)
             twin.__dict__[activation.name] = act
-            y = _result(twin, x)
-            first = [stand(x) for stand in stands[:-1]]
-            if wide == 12:
-                first = list(first[0].chunk(2, dim=-1))
-            hidden = act(first[0]) if len(first) == 1 else act(first[0]) * first[1]
-            if _close(y, stands[-1](hidden), 1e-9):
+            if all(_close(_result(twin, one), _mlp_by_stands(stands, act, one), 1e-9) for one in xs):
                 return order
     return None
+
+
+def _mlp_by_stands(stands: Sequence[_Stand], act: Any, x: torch.Tensor) -> torch.Tensor:
+    first = [stand(x) for stand in stands[:-1]]
+    if first[0].shape[-1] == 2 * stands[-1].matrix.shape[-1]:
+        first = list(first[0].chunk(2, dim=-1))
+    hidden = act(first[0]) if len(first) == 1 else act(first[0]) * first[1]
+    result: torch.Tensor = stands[-1](hidden)
+    return result
 
 
 class _Stand(nn.Module):

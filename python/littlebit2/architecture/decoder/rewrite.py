@@ -201,7 +201,7 @@ def rewrite_attention(
     shapes = sum(
         isinstance(node, ast.Attribute)
         and _is_name(node.value, given)
-        and node.attr in ("shape", "size", "dtype", "device")
+        and node.attr in ("shape", "size", "device")
         for node in ast.walk(tree)
     )
     if len(calls) + shapes != len(uses):
@@ -314,6 +314,8 @@ class _Finder:
             return None
         name, taker, call, target = found
         rest = self._sum(start + 1, target) if taker.residual else None
+        if rest is not None and _stores(self._body[start], rest[0]):
+            rest = None  # the child returns another residual
         if norm is None and rest is None:
             return None
         first = copy.deepcopy(self._body[start])
@@ -470,6 +472,8 @@ def _output_of(body: Sequence[ast.stmt], this: str, linears: Sequence[str]) -> t
     """The packed layer whose result is returned, alone or as the first of several, and its call."""
     if not body or not isinstance(body[-1], ast.Return):
         return None
+    if sum(isinstance(node, ast.Return) for statement in body for node in ast.walk(statement)) > 1:
+        return None  # a result that the residual would not be added to
     value = body[-1].value
     first = value.elts[0] if isinstance(value, ast.Tuple) and value.elts else value
     last = body[-2] if len(body) > 1 else None
@@ -493,6 +497,14 @@ def _output_of(body: Sequence[ast.stmt], this: str, linears: Sequence[str]) -> t
         for node in ast.walk(statement)
     )
     return (str(name), call) if name in linears and others == 1 else None
+
+
+def _stores(statement: ast.stmt, name: str) -> bool:
+    """Whether a statement assigns to ``name``."""
+    return any(
+        isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Store)
+        for node in ast.walk(statement)
+    )
 
 
 def _child_called(node: ast.AST, this: str) -> str | None:

@@ -92,13 +92,18 @@ def self_reads(kind: type[Any]) -> frozenset[str] | None:
 
     Returns:
         ``None`` unless they are straight-line code that uses ``self`` for its attributes alone, which it does
-        not change, and whose one other parameter without a default is the input.
+        not change, and whose one other parameter is the input.
     """
     forward = forward_of(kind)
     if forward is None:
         return None
     tree = function_tree(forward)
-    if tree is None or len(tree.args.args) - len(tree.args.defaults) != 2 or tree.args.posonlyargs:
+    if tree is None:
+        return None
+    names = tree.args
+    if len(names.args) != 2 or names.defaults or names.posonlyargs or names.kwonlyargs:
+        return None
+    if names.vararg is not None or names.kwarg is not None:
         return None
     return _reads(kind, forward, frozenset())
 

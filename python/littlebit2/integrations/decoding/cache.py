@@ -14,7 +14,12 @@ from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from .attention import register
+
 __all__ = ["GrowingLayer", "GrowingSlidingWindowLayer", "grow", "grow_caches_of"]
+
+# A model that was pickled has a hook of this module, and the name of the attention in its configuration.
+register()
 
 #: Room of a new buffer is a multiple of this many tokens.
 _BLOCK = 64

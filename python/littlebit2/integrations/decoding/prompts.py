@@ -29,7 +29,7 @@ def as_messages(prompt: Prompt, system: str | None) -> Sequence[Mapping[str, Any
     """Return a conversation: text is what the user says.
 
     Raises:
-        ValueError: the prompt is token ids.
+        ValueError: the prompt is token ids, or has a message of the system already.
     """
     if isinstance(prompt, str):
         messages: list[Mapping[str, Any]] = [{"role": "user", "content": prompt}]
@@ -37,7 +37,11 @@ def as_messages(prompt: Prompt, system: str | None) -> Sequence[Mapping[str, Any
         messages = list(prompt)  # type: ignore[arg-type]
     else:
         raise ValueError("prompt must be text or messages for chat, got token ids")
-    return messages if system is None else [{"role": "system", "content": system}, *messages]
+    if system is None:
+        return messages
+    if any(isinstance(message, Mapping) and message.get("role") == "system" for message in messages):
+        raise ValueError("system must not be given with messages that have one of the system")
+    return [{"role": "system", "content": system}, *messages]
 
 
 def check_prompt(prompt: Prompt, tokenizer: Any, directory: Path) -> None:
@@ -79,7 +83,12 @@ def encode(prompt: Prompt, tokenizer: Any, model: PreTrainedModel) -> torch.Tens
         ids = _rendered(prompt, tokenizer)
     else:
         ids = prompt
-    row = torch.as_tensor(ids, dtype=torch.int64).flatten()
+    given = torch.as_tensor(ids)
+    if given.numel() and (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool):
+        raise ValueError(f"prompt must hold integers as token ids, got {given.dtype}")
+    if given.dim() > 2 or (given.dim() == 2 and given.shape[0] != 1):
+        raise ValueError(f"prompt must be one row of token ids, got shape {list(given.shape)}")
+    row = given.to(torch.int64).flatten()
     if row.numel() == 0:
         raise ValueError(f"prompt must hold at least one token, got {prompt!r}, which holds none")
     embedding: Any = model.get_input_embeddings()

@@ -126,6 +126,8 @@ def _not_ours(model: PreTrainedModel) -> str | None:
     for name in ("generate", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation"):
         if getattr(kind, name, None) is not getattr(mixin, name, None):
             return f"{kind.__name__} has a {name} of its own"
+    if any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules()):
+        return f"{kind.__name__} makes positions of its own where it gets none"
     if getattr(kind, "_is_stateful", False):
         return f"{kind.__name__} keeps a state of its own"
     layers = DynamicCache(config=model.config).layers
