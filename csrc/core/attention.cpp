@@ -66,6 +66,15 @@ lb2_status check_attention(const lb2_attention_args* args) noexcept {
     return fail(LB2_ERROR_INVALID_ARGUMENT,
                 "heads must be a multiple of kv_heads = %" PRId64 ", got %" PRId64, args->kv_heads,
                 args->heads);
+  // In doubles, which do not overflow: products of these sizes are counted in 64 bits.
+  const double heads = static_cast<double>(args->batch) * static_cast<double>(args->heads);
+  const double elements = static_cast<double>(args->head_size) + static_cast<double>(args->value_size);
+  const double most = heads * (static_cast<double>(args->keys) + 128.0) * (elements + 64.0) * 8.0;
+  if (most > 0x1p60)
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "batch * heads * keys * (head_size + value_size) must be below about 2^57, got %" PRId64
+                " * %" PRId64 " * %" PRId64 " * (%" PRId64 " + %" PRId64 ")",
+                args->batch, args->heads, args->keys, args->head_size, args->value_size);
   return LB2_OK;
 }
 
@@ -90,15 +99,6 @@ lb2_status check_attention_buffers(const lb2_attention_args& args, int64_t works
                 "mask_dtype must be LB2_FLOAT32 (0), LB2_FLOAT16 (1), LB2_BFLOAT16 (2) or LB2_INT8 (3), got "
                 "%" PRId32,
                 args.mask_dtype);
-  // In doubles, which do not overflow: products of these sizes are counted in 64 bits.
-  const double heads = static_cast<double>(args.batch) * static_cast<double>(args.heads);
-  const double elements = static_cast<double>(args.head_size) + static_cast<double>(args.value_size);
-  const double most = heads * (static_cast<double>(args.keys) + 128.0) * (elements + 64.0) * 8.0;
-  if (most > 0x1p60)
-    return fail(LB2_ERROR_INVALID_ARGUMENT,
-                "batch * heads * keys * (head_size + value_size) must be below about 2^57, got %" PRId64
-                " * %" PRId64 " * %" PRId64 " * (%" PRId64 " + %" PRId64 ")",
-                args.batch, args.heads, args.keys, args.head_size, args.value_size);
   if (args.batch == 0 || args.queries == 0) return LB2_OK;
   LB2_RETURN_IF_ERROR(check_null("query", args.query));
   LB2_RETURN_IF_ERROR(check_null("key", args.key));

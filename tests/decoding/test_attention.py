@@ -228,3 +228,10 @@ def test_refused_settings(settings, message):
     x = torch.zeros(1, 2, 1, 8)
     with pytest.raises(ValueError, match=message):
         attention(x, x, x, **settings)
+
+
+def test_heads_without_elements_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"query must have elements in its last dimension, got \[1, 1, 1, 0\]"
+    ):
+        attention(torch.zeros(1, 1, 1, 0), torch.zeros(1, 1, 2, 0), torch.zeros(1, 1, 2, 4))

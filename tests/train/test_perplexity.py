@@ -93,6 +93,9 @@ def test_modes_stay_and_errors(tokens: TokenFile, rng: torch.Generator) -> None:
     blocks = TokenBlocks(tokens, 16)
     agreement(model, teacher, blocks)
     assert (model.training, teacher.training) == (True, False)
+    model.part = nn.Dropout().eval()  # a part that its owner keeps out of training
+    perplexity(model, blocks)
+    assert (model.training, model.part.training) == (True, False)
     with pytest.raises(ValueError, match="batch_size must be positive, got 0"):
         agreement(model, teacher, blocks, batch_size=0)
     with pytest.raises(ValueError, match="teacher must give logits of shape"):

@@ -240,6 +240,12 @@ int main(int argc, char** argv) {
     args->batch = args->heads = INT32_MAX;
     args->kv_heads = 1;
   });
+  lb2_attention_args large = {};
+  large.struct_size = sizeof large;
+  large.batch = large.heads = INT32_MAX;
+  large.kv_heads = large.keys = large.head_size = large.value_size = large.queries = 1;
+  int64_t bytes = 0;
+  failed += lb2_attention_workspace_cpu(&large, &bytes) != LB2_ERROR_INVALID_ARGUMENT;
   failed += !refuses("keys must be between 1", [](Args* args) { args->keys = 0; });
   failed += !refuses("multiple of kv_heads = 3", [](Args* args) { args->kv_heads = 3; });
   failed += !refuses("dtype must be", [](Args* args) { args->dtype = LB2_INT8; });

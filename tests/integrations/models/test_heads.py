@@ -42,6 +42,7 @@ def test_logits_and_state_stay(path: Path, rng: torch.Generator) -> None:
     with torch.no_grad():
         expected = model(ids).logits
         last = model(ids, logits_to_keep=2).logits
+        assert model.lm_head(input=torch.zeros(1, 2, model.config.hidden_size)).shape[1] == 2
         none = model.lm_head(torch.empty(2, 0, model.config.hidden_size))
     torch.testing.assert_close(last, expected[:, -2:])
     assert none.shape == (2, 0, model.config.vocab_size)
