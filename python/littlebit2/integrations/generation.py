@@ -238,7 +238,8 @@ class _Run:
         ends = config.eos_token_id
         self.ends: list[int] = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
         # One prompt is never padded; a value keeps the library from warning that it chose one.
-        known = range(model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr]
+        embedding: Any = model.get_input_embeddings()
+        known = range(embedding.weight.shape[0])
         named = [config.pad_token_id, *self.ends]
         self.padding = next((token for token in named if token is not None and token in known), 0)
         ids, mask = pad_left(rows, self.padding)
