@@ -105,7 +105,7 @@ class _OtherAct(nn.Module):
         (torch.tanh, None),
         (None, None),
     ],
-    ids=str,
+    ids=lambda value: str(getattr(value, "__name__", value)),  # no addresses: processes must agree
 )
 def test_activations(activation: Any, function: str | None) -> None:
     parent = nn.Module()
