@@ -85,7 +85,10 @@ def test_without_text_the_summary_says_what_is_needed(
         (["--method", "blockwise"], "--method blockwise needs text: --data PATH"),
         (["--data", "DATA", "--workers", "2"], "--workers: not with --method blockwise"),
         (["--data", "DATA", "--method", "admm"], "--data: only with --method blockwise"),
-        (["--data", "DATA", "--minutes", "1", "--steps", "2"], "--minutes chooses --samples and --steps"),
+        (
+            ["--data", "DATA", "--minutes", "1", "--steps", "2"],
+            "--minutes chooses --samples, --steps and --distill-steps",
+        ),
         (["--steps", "3"], "--steps: only with --method blockwise and --data"),
     ],
 )

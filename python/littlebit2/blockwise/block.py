@@ -20,7 +20,9 @@ from littlebit2.train.model import make_trainable, parameter_kind, trainable_lay
 from littlebit2_kernels.format import PackedLinear
 from littlebit2_kernels.reference import dense_weight
 
+from .latents import magnitudes
 from .pieces import BlockCall, ModelInPieces
+from .precision import products
 from .settings import BlockwiseSettings
 from .states import States
 from .tune import Tuned, relative_error, tune
@@ -46,12 +48,14 @@ class BlockResult:
     Attributes:
         layers: packed layers and their report entries, by job.
         changed: new values of tensors of the checkpoint that stay dense, by name.
+        magnitudes: of the latents, see :func:`.magnitudes`.
         tuned: errors and steps.
         seconds: by part of the work.
     """
 
     layers: list[tuple[Job, PackedLinear, dict[str, Any]]]
     changed: dict[str, torch.Tensor]
+    magnitudes: dict[str, torch.Tensor]
     tuned: Tuned
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -154,6 +158,7 @@ class BlockRunner:
         clock.lap("tuning")
         self.forward(block, index, quantized, next_quantized)
         clock.lap("outputs")
+        kept = magnitudes(block) if self.settings.distills else {}
         layers = []
         trained = trainable_layers(block)
         for job, entry in zip(jobs, reports, strict=True):
@@ -161,7 +166,7 @@ class BlockRunner:
             layer = trained[inside].packed()
             errors = weight_errors(layer, matrices[job.index], importance.get(inside))
             layers.append((job, layer, {**entry, **errors}))
-        return BlockResult(layers, changed, tuned, seconds)
+        return BlockResult(layers, changed, kept, tuned, seconds)
 
     def inside(self, index: int, job: Job) -> str:
         """Name of a layer in its block."""
@@ -212,6 +217,10 @@ class BlockRunner:
             target = targets.read(rows).to(self.pieces.device)
             return relative_error(self._apply(block, index, inputs, rows), target, weights)
 
+        def loss(step: int) -> torch.Tensor:
+            with products(settings.precision, self.pieces.device):
+                return error(order[step])
+
         def measure() -> float:
             total = 0.0
             with torch.no_grad():
@@ -220,7 +229,7 @@ class BlockRunner:
             return total / len(self.held_out)
 
         tuned = tune(
-            lambda step: error(order[step]),
+            loss,
             measure,
             [(latents, settings.lr), *relative_rates([*scales, *stored], settings.scale_lr)],
             stored,

@@ -1,8 +1,4 @@
-"""Distillation of the whole model at the end: all blocks tuned together to the dense model's output.
-
-The hidden states of the dense model after its last block are on disk by then: the teacher is no more than the
-model's head on them.
-"""
+"""Distillation of the whole model at the end: all blocks tuned together to the dense model's output."""
 
 from __future__ import annotations
 
@@ -18,12 +14,16 @@ from littlebit2.train.losses import distillation_kl, token_nll
 from littlebit2.train.model import make_trainable, trainable_layers
 from littlebit2_kernels.format import PackedLinear
 
-from .block import BlockRunner, batches, draw, relative_rates, trained_parameters, weight_errors
+from .block import BlockRunner, draw, relative_rates, trained_parameters, weight_errors
+from .latents import set_magnitudes
 from .pieces import BlockCall
-from .states import States
-from .tune import Tuned, tune
+from .precision import products
+from .tune import Saved, Tuned, tune
 
-__all__ = ["Distilled", "distill"]
+__all__ = ["Distillation", "Distilled"]
+
+#: Measurements in a distillation, evenly spread; its state is saved at each.
+EVALUATIONS = 10
 
 
 @dataclass(frozen=True)
@@ -43,124 +43,142 @@ class Distilled:
     nll: float
 
 
-class _Student:
-    """All blocks in training at once; the model's own forward runs them."""
+class Distillation:
+    """Minimizes KL(dense || quantized) of the logits over all packed layers, norms and biases.
+
+    The whole quantized model, its optimizer and the dense blocks are in memory.
+
+    Args:
+        runner: of the run.
+        jobs: the packed layers of every block.
+        layer: returns a packed layer to start from.
+        magnitudes: of the latents that the tuning of each block left, see :func:`.magnitudes`.
+        changed: tensors of the checkpoint that tuning has changed, by name.
+        ids: tokens ``[S, T]`` of the sequences for it, which are seen once before any is seen again.
+        held_out: tokens ``[H, T]`` of the sequences on which states are compared.
+    """
 
     def __init__(
         self,
         runner: BlockRunner,
         jobs: Sequence[Sequence[Job]],
         layer: Callable[[Job], PackedLinear],
+        magnitudes: Callable[[int], Mapping[str, torch.Tensor]],
         changed: Mapping[str, torch.Tensor],
+        ids: torch.Tensor,
+        held_out: torch.Tensor,
     ) -> None:
         self.runner = runner
+        self.settings = runner.settings
+        self.pieces = runner.pieces
         self.jobs = jobs
-        self.blocks: list[nn.Module] = []
+        self.ids = ids
+        self.held_out = held_out
         self.latents: list[nn.Parameter] = []
         self.scales: list[nn.Parameter] = []
         self.stored: dict[nn.Parameter, torch.dtype] = {}
         self.files: dict[nn.Parameter, str] = {}
-        for index, members in enumerate(jobs):
-            block = runner.pieces.load_block(index)
-            if members:
-                device = runner.pieces.device
-                make_trainable(block, {runner.inside(index, job): layer(job).to(device) for job in members})
-            latents, scales = trained_parameters(block)
-            stored, files = runner.norms(block, index)
-            with torch.no_grad():
-                for parameter, name in files.items():
-                    if name in changed:
-                        parameter.copy_(changed[name])
-            for parameter in (*latents, *scales, *stored):
-                parameter.requires_grad_(True)
-            self.blocks.append(block)
-            self.latents += latents
-            self.scales += scales
-            self.stored.update(stored)
-            self.files.update(files)
+        self._dense = [self.pieces.load_block(index) for index in range(len(self.pieces))]
+        self._blocks = [
+            self._block(index, layer, magnitudes(index), changed) for index in range(len(self.pieces))
+        ]
 
-    def logits(self, rows: Sequence[int]) -> torch.Tensor:
-        """Return the logits ``[B, T, vocabulary]`` of some sequences."""
+    def _block(
+        self,
+        index: int,
+        layer: Callable[[Job], PackedLinear],
+        magnitudes: Mapping[str, torch.Tensor],
+        changed: Mapping[str, torch.Tensor],
+    ) -> nn.Module:
+        runner, members = self.runner, self.jobs[index]
+        block = self.pieces.load_block(index)
+        if members:
+            device = self.pieces.device
+            make_trainable(block, {runner.inside(index, job): layer(job).to(device) for job in members})
+            set_magnitudes(block, magnitudes)
+        latents, scales = trained_parameters(block)
+        stored, files = runner.norms(block, index)
+        with torch.no_grad():
+            for parameter, name in files.items():
+                if name in changed:
+                    parameter.copy_(changed[name])
+        for parameter in (*latents, *scales, *stored):
+            parameter.requires_grad_(True)
+        self.latents += latents
+        self.scales += scales
+        self.stored.update(stored)
+        self.files.update(files)
+        return block
 
+    def _logits(self, blocks: Sequence[nn.Module], ids: torch.Tensor) -> torch.Tensor:
         def visit(index: int, hidden: torch.Tensor, call: BlockCall) -> torch.Tensor:
-            return call(self.blocks[index], hidden)
+            return call(blocks[index], hidden)
 
-        pieces = self.runner.pieces
-        with pieces.visited(visit):
-            return pieces.run(self.runner.ids[list(rows)], gradients=torch.is_grad_enabled())
+        with self.pieces.visited(visit):
+            return self.pieces.run(ids, gradients=torch.is_grad_enabled())
 
-    def layers(self) -> list[tuple[Job, PackedLinear, dict[str, Any]]]:
-        """Return the packed layers."""
+    def loss(self, rows: Sequence[int]) -> torch.Tensor:
+        """Return the KL of some sequences, with a gradient."""
+        ids = self.ids[list(rows)]
+        with products(self.settings.precision, self.pieces.device):
+            with torch.no_grad():
+                target = self._logits(self._dense, ids)
+            return distillation_kl(self._logits(self._blocks, ids), target)
+
+    def measure(self) -> float:
+        """Return the KL of the held-out sequences."""
+        total = 0.0
+        with torch.no_grad():
+            for ids in self.held_out.split(self.settings.distill_batch_size):
+                logits = self._logits(self._blocks, ids)
+                total += float(distillation_kl(logits, self._logits(self._dense, ids))) * len(ids)
+        return total / len(self.held_out)
+
+    def run(self, steps: int, saved: Saved, tell: Callable[[int], object]) -> Distilled:
+        """Take the steps.
+
+        Args:
+            steps: of the optimizer.
+            saved: where the state is kept, for a run that is killed.
+            tell: called with the number of steps that are done.
+        """
+        settings = self.settings
+        rows = list(range(len(self.ids)))
+        order = draw(rows, settings.distill_batch_size, steps, settings.seed + len(self.pieces))
+
+        def loss(step: int) -> torch.Tensor:
+            value = self.loss(order[step])
+            tell(step)
+            return value
+
+        tuned = tune(
+            loss,
+            self.measure,
+            [
+                (self.latents, settings.distill_lr),
+                *relative_rates([*self.scales, *self.stored], settings.distill_scale_lr),
+            ],
+            self.stored,
+            steps=steps,
+            warmup=settings.warmup,
+            evaluations=EVALUATIONS,
+            patience=settings.patience,
+            saved=saved,
+        )
+        nll = 0.0
+        with torch.no_grad():
+            for ids in self.held_out.split(settings.distill_batch_size):
+                nll += float(token_nll(self._logits(self._blocks, ids), ids.to(self.pieces.device)))
+        values = {name: p.detach().to(self.stored[p]).cpu().contiguous() for p, name in self.files.items()}
+        return Distilled(self._packed(), values, tuned, nll)
+
+    def _packed(self) -> list[tuple[Job, PackedLinear, dict[str, Any]]]:
         found = []
         for index, members in enumerate(self.jobs):
-            dense = self.runner.pieces.load_block(index)
-            trained = trainable_layers(self.blocks[index])
+            trained = trainable_layers(self._blocks[index])
             for job in members:
                 inside = self.runner.inside(index, job)
                 packed = trained[inside].packed()
-                weight: Any = dense.get_submodule(inside).weight
+                weight: Any = self._dense[index].get_submodule(inside).weight
                 found.append((job, packed, weight_errors(packed, weight, None)))
         return found
-
-
-def distill(
-    runner: BlockRunner,
-    jobs: Sequence[Sequence[Job]],
-    layer: Callable[[Job], PackedLinear],
-    changed: Mapping[str, torch.Tensor],
-    teacher: States,
-    tell: Callable[[int], object],
-) -> Distilled:
-    """Minimize KL(dense || quantized) of the logits over all packed layers, norms and biases.
-
-    The whole quantized model and its optimizer are in memory.
-
-    Args:
-        runner: of the run.
-        jobs: the packed layers of every block.
-        layer: returns a packed layer to start from.
-        changed: tensors of the checkpoint that tuning has changed, by name.
-        teacher: hidden states after the last block of the dense model.
-        tell: called with the number of each step that is done.
-    """
-    settings = runner.settings
-    student = _Student(runner, jobs, layer, changed)
-    pieces = runner.pieces
-    size = settings.distill_batch_size
-    order = draw(runner.samples, size, settings.distill_steps, settings.seed + len(pieces))
-
-    def target(rows: Sequence[int]) -> torch.Tensor:
-        return pieces.finish(runner.ids[list(rows)], teacher.read(rows).to(pieces.device))
-
-    def loss(step: int) -> torch.Tensor:
-        rows = order[step]
-        value = distillation_kl(student.logits(rows), target(rows))
-        tell(step)
-        return value
-
-    def measure() -> float:
-        total = 0.0
-        with torch.no_grad():
-            for rows in batches(runner.held_out, size):
-                total += float(distillation_kl(student.logits(rows), target(rows))) * len(rows)
-        return total / len(runner.held_out)
-
-    tuned = tune(
-        loss,
-        measure,
-        [
-            (student.latents, settings.distill_lr),
-            *relative_rates([*student.scales, *student.stored], settings.distill_scale_lr),
-        ],
-        student.stored,
-        steps=settings.distill_steps,
-        warmup=settings.warmup,
-        evaluations=settings.evaluations,
-        patience=settings.patience,
-    )
-    nll = 0.0
-    with torch.no_grad():
-        for rows in batches(runner.held_out, size):
-            nll += float(token_nll(student.logits(rows), runner.ids[rows].to(pieces.device)))
-    values = {name: p.detach().to(student.stored[p]).cpu().contiguous() for p, name in student.files.items()}
-    return Distilled(student.layers(), values, tuned, nll)

@@ -1,4 +1,4 @@
-"""How many sequences and steps fit a given time, from times measured on the first block."""
+"""How many sequences and steps fit a given time, from times measured on the first block and the model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from littlebit2.offline.jobs import Job
 from littlebit2.train.model import make_trainable
 
 from .block import BlockRunner, trained_parameters
+from .distill import EVALUATIONS, Distillation
+from .precision import products
 from .settings import BlockwiseSettings
 from .tune import relative_error
 
-__all__ = ["MOST", "PER_STEP", "fitting"]
+__all__ = ["MOST", "PER_STEP", "fitting", "fitting_steps", "seconds_of_blocks"]
 
 #: Steps at least and at most.
 LEAST, MOST = 32, 1024
@@ -24,6 +26,38 @@ PER_STEP = 1
 #: Share of the time that is planned for; the rest is for what is not measured.
 _PLANNED = 0.9
 _TRIALS = 2
+#: Of the time for everything, what the distillation gets: a step of it brings more than a step of a block.
+_DISTILLED = 0.6
+#: Passes over its text that a distillation takes at most.
+_PASSES = 4
+
+
+def seconds_of_blocks(settings: BlockwiseSettings) -> float:
+    """Return the part of the time for everything that the blocks get."""
+    assert settings.minutes is not None
+    rest = _DISTILLED * settings.minutes if settings.distill_minutes is None else settings.distill_minutes
+    return 60 * (settings.minutes - rest)
+
+
+def fitting_steps(distillation: Distillation, seconds: float) -> int:
+    """Return the steps of a distillation that fit the time, from 1 to a few passes over its text.
+
+    Args:
+        distillation: which has not begun; its parameters do not change.
+        seconds: for all of it.
+    """
+    size = min(distillation.settings.distill_batch_size, len(distillation.ids))
+    parameters = [*distillation.latents, *distillation.scales, *distillation.stored]
+
+    def step() -> None:
+        torch.autograd.backward(distillation.loss(range(size)))
+        for parameter in parameters:
+            parameter.grad = None
+
+    measuring = _timed(distillation.measure, 1)
+    one_step = _timed(step, _TRIALS)
+    number = int((_PLANNED * seconds - (EVALUATIONS + 1) * measuring) / one_step)
+    return min(max(number, 1), _PASSES * len(distillation.ids) // size)
 
 
 def fitting(runner: BlockRunner, jobs: Sequence[Job], blocks: int, seconds: float) -> BlockwiseSettings:
@@ -33,7 +67,7 @@ def fitting(runner: BlockRunner, jobs: Sequence[Job], blocks: int, seconds: floa
         runner: with at least one batch of sequences.
         jobs: layers of the first block.
         blocks: number of blocks.
-        seconds: for all of them; distillation is not in it.
+        seconds: for all of them.
     """
     settings = runner.settings
     rows = runner.samples[: settings.batch_size]
@@ -61,11 +95,13 @@ def fitting(runner: BlockRunner, jobs: Sequence[Job], blocks: int, seconds: floa
     latents, scales = trained_parameters(block)
     for parameter in (*latents, *scales):
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW([*latents, *scales], lr=0.0)
+    optimizer = torch.optim.AdamW([*latents, *scales], lr=0.0, fused=True)
 
     def step() -> None:
         optimizer.zero_grad()
-        torch.autograd.backward(relative_error(call(block, hidden), target))
+        with products(settings.precision, device):
+            error = relative_error(call(block, hidden), target)
+        torch.autograd.backward(error)
         optimizer.step()
 
     one_step = _timed(step, _TRIALS)

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,10 +35,11 @@ from littlebit2.train.recipe.work import describe_files
 
 from .block import BlockRunner, batches
 from .check import check_blocks
-from .distill import distill
+from .distill import Distillation
 from .find import find_blocks
-from .minutes import MOST, PER_STEP, fitting
+from .minutes import MOST, PER_STEP, fitting, fitting_steps, seconds_of_blocks
 from .pieces import ModelInPieces
+from .precision import resolve_precision
 from .report import BLOCKWISE_NAME, BlockwiseReport
 from .sensitivity import measure_sensitivity, mixed
 from .settings import BlockwiseSettings
@@ -134,8 +135,9 @@ def quantize_blockwise(
         raise ValueError("method blockwise needs one process, got torchrun with several")
     if needs_spectra(config):
         raise ValueError("method blockwise needs bpw or ranks and budget 'uniform': spectra are not measured")
-    chosen = settings or BlockwiseSettings()
     place = check_device(device)
+    chosen = settings or BlockwiseSettings()
+    chosen = replace(chosen, precision=resolve_precision(chosen.precision, place))
     source, target = Path(model_dir), Path(os.path.abspath(out))
     check_apart(target, work_path(target), model_dir=source)
     patterns = check_patterns("include", include), check_patterns("exclude", exclude)
@@ -170,12 +172,14 @@ def quantize_blockwise(
                 seed=chosen.seed,
                 text_field=text_field,
             )
+            if chosen.distills:
+                text(samples=chosen.samples, least=chosen.distill_samples)  # tokens for both
             make = partial(BlockRunner, pieces, fixed=fixed, dtypes=plan.dtypes)
             if chosen.minutes is not None:
                 numbers = work.chosen()
                 if numbers is None:
                     trial = make(chosen, text(samples=chosen.batch_size))
-                    fit = fitting(trial, plan.of_block(0), len(pieces), 60 * chosen.minutes)
+                    fit = fitting(trial, plan.of_block(0), len(pieces), seconds_of_blocks(chosen))
                     numbers = {"samples": fit.samples, "steps": fit.steps}
                     work.keep_chosen(numbers)
                 if progress:
@@ -186,7 +190,7 @@ def quantize_blockwise(
                     )
                 chosen = replace(chosen, **numbers)
             runner = make(chosen, text(samples=chosen.samples))
-            return _Run(checkpoint, work, plan, chosen, runner, progress, overwrite, keep_work).finish(
+            return _Run(checkpoint, work, plan, chosen, runner, text, progress, overwrite, keep_work).finish(
                 source, target
             )
         finally:
@@ -258,6 +262,7 @@ class _Run:
         plan: _Plan,
         settings: BlockwiseSettings,
         runner: BlockRunner,
+        text: Callable[..., torch.Tensor],
         progress: bool,
         overwrite: bool,
         keep_work: bool,
@@ -267,6 +272,7 @@ class _Run:
         self.plan = plan
         self.settings = settings
         self.runner = runner
+        self.text = text
         self.pieces = runner.pieces
         self.progress = progress
         self.overwrite = overwrite
@@ -294,7 +300,7 @@ class _Run:
             if self.work.finished(job) is None:
                 quantize_batch(self.checkpoint, self.work, {}, self.pieces.device, [job])
         perplexity = {"dense": self._perplexity(dense), "tuned": self._perplexity(quantized)}
-        distillation = self._distilled(dense) if self.settings.distill_steps else None
+        distillation = self._distilled() if self.settings.distills else None
         if distillation is not None:
             perplexity["distilled"] = distillation.pop("perplexity")
         content = {
@@ -349,7 +355,9 @@ class _Run:
     def _check_space(self, states: States) -> None:
         one = 4 * states.shape[0] * states.shape[1] * states.shape[2]
         layers = sum(job.stored_bytes for job in self.plan.jobs)
-        check_space(self.work.path, 4 * one + 2 * layers + self.plan.dense_bytes)
+        # A latent's magnitude has 16 bits for one of the layer's.
+        latents = 16 * layers if self.settings.distills else 0
+        check_space(self.work.path, 4 * one + 2 * layers + latents + self.plan.dense_bytes)
 
     def _block(self, index: int, dense: States, quantized: States) -> tuple[States, States]:
         new = {
@@ -398,19 +406,25 @@ class _Run:
         count = len(self.runner.held_out) * (self.plan.length - 1)
         return Perplexity(nll / count, count).value
 
-    def _distilled(self, teacher: States) -> dict[str, Any]:
+    def _distilled(self) -> dict[str, Any]:
         """Distill the whole model unless that is done; return its entry of the report."""
         found = self.work.distilled()
         if found is None:
-            with self._bar("distill", self.settings.distill_steps, " steps") as bar:
-                made = distill(
-                    self.runner,
-                    [self.plan.of_block(index) for index in range(len(self.pieces))],
-                    self.work.load_layer,
-                    self.changed,
-                    teacher,
-                    lambda step: bar.update(),
-                )
+            ids = self.text(samples=self.settings.distill_samples)
+            held_out = self.settings.held_out
+            distillation = Distillation(
+                self.runner,
+                [self.plan.of_block(index) for index in range(len(self.pieces))],
+                self.work.load_layer,
+                self.work.magnitudes,
+                self.changed,
+                ids[:-held_out],
+                ids[-held_out:],
+            )
+            steps = self._distill_steps(distillation)
+            state = self.work.distillation
+            with self._bar("distill", steps, " steps", state.done()) as bar:
+                made = distillation.run(steps, state, lambda step: bar.update())
             entry = {
                 "before": made.tuned.before,
                 "after": made.tuned.after,
@@ -421,6 +435,24 @@ class _Run:
             found = entry, made.changed
         self.changed.update(found[1])
         return dict(found[0])
+
+    def _distill_steps(self, distillation: Distillation) -> int:
+        """Return the steps that were asked for, or that fit what is left of the time."""
+        settings = self.settings
+        if settings.minutes is None and settings.distill_minutes is None:
+            return settings.distill_steps
+        numbers = self.work.chosen() or {}
+        if "distill_steps" not in numbers:
+            if settings.distill_minutes is not None:
+                seconds = 60 * settings.distill_minutes
+            else:
+                assert settings.minutes is not None  # as above
+                seconds = 60 * settings.minutes - sum(self.seconds.values())
+            numbers["distill_steps"] = fitting_steps(distillation, seconds)
+            self.work.keep_chosen(numbers)
+        if self.progress:
+            tqdm.write(f"distillation: {numbers['distill_steps']} steps", file=sys.stderr)
+        return numbers["distill_steps"]
 
     def _bar(self, label: str, total: int, unit: str, done: int = 0) -> Any:
         return tqdm(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .precision import Precision, check_precision
+
 __all__ = ["BlockwiseSettings"]
 
 
@@ -27,11 +29,16 @@ class BlockwiseSettings:
         sensitivity: share of a block's loss that is weighted by what the model's output feels of an error
             (:mod:`.sensitivity`), in [0, 1]; the rest is the plain squared error.
         sensitivity_samples: sequences for it.
+        precision: dtype of matrix products in tuning and distillation (:mod:`.precision`). Hidden states
+            between blocks, and all measurements, are float32.
         distill_steps: of distilling the whole model at the end; 0: none.
+        distill_minutes: instead of ``distill_steps``: time for it, see :func:`.fitting_steps`; 0: none.
+        distill_samples: sequences for it, drawn anew.
         distill_lr: peak learning rate of latents in it.
         distill_scale_lr: likewise of scales, norms and biases, relative as above.
         distill_batch_size: sequences of one step of it.
-        minutes: instead of ``samples`` and ``steps``: time for all blocks, see :func:`.fitting`.
+        minutes: instead of ``samples``, ``steps`` and ``distill_steps``: time for everything, see
+            :mod:`.minutes`. The distillation gets ``distill_minutes`` of it, or a fixed share.
         seed: of the choice and order of sequences.
 
     Raises:
@@ -51,7 +58,10 @@ class BlockwiseSettings:
     importance_samples: int = 32
     sensitivity: float = 0.7
     sensitivity_samples: int = 4
+    precision: Precision = "auto"
     distill_steps: int = 0
+    distill_minutes: float | None = None
+    distill_samples: int = 4096
     distill_lr: float = 1e-4
     distill_scale_lr: float = 1e-3
     distill_batch_size: int = 4
@@ -61,7 +71,8 @@ class BlockwiseSettings:
     def __post_init__(self) -> None:
         least = {
             **dict.fromkeys(("samples", "held_out", "batch_size", "evaluations", "patience"), 1),
-            **dict.fromkeys(("importance_samples", "sensitivity_samples", "distill_batch_size"), 1),
+            **dict.fromkeys(("importance_samples", "sensitivity_samples"), 1),
+            **dict.fromkeys(("distill_samples", "distill_batch_size"), 1),
             **dict.fromkeys(("steps", "distill_steps", "seed"), 0),
             "length": 2,
         }
@@ -74,10 +85,31 @@ class BlockwiseSettings:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"minutes must be positive, got {self.minutes!r}")
+        if self.distill_minutes is not None:
+            if not self.distill_minutes >= 0:
+                raise ValueError(f"distill_minutes must not be negative, got {self.distill_minutes!r}")
+            if self.distill_steps:
+                raise ValueError(
+                    "distill_minutes chooses distill_steps, got both "
+                    f"({self.distill_minutes!r} and {self.distill_steps!r})"
+                )
+            if self.minutes is not None and not self.distill_minutes < self.minutes:
+                raise ValueError(
+                    f"distill_minutes must be less than minutes={self.minutes!r}, "
+                    f"got {self.distill_minutes!r}"
+                )
         if not 0 <= self.sensitivity <= 1:
             raise ValueError(f"sensitivity must be in [0, 1], got {self.sensitivity!r}")
+        check_precision(self.precision)
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup must be in [0, 1), got {self.warmup!r}")
+
+    @property
+    def distills(self) -> bool:
+        """Whether the whole model is distilled at the end."""
+        if self.distill_minutes is not None:
+            return self.distill_minutes > 0
+        return self.distill_steps > 0 or self.minutes is not None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values by name."""

@@ -38,6 +38,7 @@ def sequences(
     length: int,
     samples: int,
     most: int | None = None,
+    least: int = 0,
     held_out: int,
     seed: int,
     text_field: str = "text",
@@ -54,6 +55,7 @@ def sequences(
         length: T.
         samples: sequences for tuning.
         most: sequences for tuning that another choice may ask for; by default ``samples``.
+        least: sequences that the tokens must suffice for, whatever is drawn from them.
         held_out: further sequences.
         seed: of the choice.
         text_field: name of the text in JSON lines and tables.
@@ -63,7 +65,7 @@ def sequences(
     """
     tokens = TokenFile.open(path)
     if tokens is None:
-        limit = _SPREAD * ((most or samples) + held_out) * length
+        limit = (max(_SPREAD * (most or samples), least) + _SPREAD * held_out) * length
         tokens = write_tokens(path, read_texts(files, text_field), tokenizer, max_tokens=limit)
     total = tokens.tokens // length
     if total <= held_out:

@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-__all__ = ["Tuned", "relative_error", "rounded", "schedule", "tune"]
+__all__ = ["Saved", "Tuned", "relative_error", "rounded", "schedule", "tune"]
 
 #: Least squared norm of a token by which its error is divided.
 _TINY = 1e-12
@@ -30,6 +31,16 @@ class Tuned:
     before: float
     after: float
     steps: int
+
+
+class Saved(Protocol):
+    """Where the state of a long tuning is kept."""
+
+    def load(self) -> dict[str, Any] | None:
+        """Return what was saved last, ``None`` if nothing was."""
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Keep a state instead of the last one."""
 
 
 def relative_error(
@@ -82,6 +93,7 @@ def tune(
     warmup: float,
     evaluations: int,
     patience: int,
+    saved: Saved | None = None,
 ) -> Tuned:
     """Minimize a loss by AdamW, and end in the best of the states that were measured, the first included.
 
@@ -94,17 +106,38 @@ def tune(
         warmup: as for :func:`schedule`.
         evaluations: measurements, evenly spread over the steps.
         patience: measurements without a gain after which to stop.
+        saved: where the state is kept at every measurement, and from where it goes on.
     """
     parameters = [parameter for members, _ in groups for parameter in members]
-    with rounded(stored):
-        before = best = measure()
-        state = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.AdamW(
-        [{"params": list(members), "lr": lr, "peak": lr} for members, lr in groups], weight_decay=0.0
+        [{"params": list(members), "lr": lr, "peak": lr} for members, lr in groups],
+        weight_decay=0.0,
+        fused=True,
     )
-    done = waited = 0
+    state = [torch.empty_like(parameter) for parameter in parameters]
+
+    def keep() -> None:
+        for kept, parameter in zip(state, parameters, strict=True):
+            kept.copy_(parameter.detach())
+
+    found = None if saved is None else saved.load()
+    if found is None:
+        done = waited = 0
+        with rounded(stored):
+            before = best = measure()
+            keep()
+    else:
+        done, waited, before, best = (found[name] for name in ("done", "waited", "before", "best"))
+        optimizer.load_state_dict(found["optimizer"])
+        with torch.no_grad():
+            for into, values in ((parameters, found["parameters"]), (state, found["state"])):
+                for tensor, value in zip(into, values, strict=True):
+                    tensor.copy_(value)
+        del found
     marks = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
-    for step in range(steps):
+    for step in range(done, steps):
+        if waited >= patience:
+            break
         factor = schedule(step, steps, warmup)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
@@ -120,12 +153,21 @@ def tune(
             error = measure()
             if error < best:
                 best, waited = error, 0
-                for kept, parameter in zip(state, parameters, strict=True):
-                    kept.copy_(parameter.detach())
+                keep()
             else:
                 waited += 1
-        if waited >= patience:
-            break
+        if saved is not None:
+            saved.save(
+                {
+                    "done": done,
+                    "waited": waited,
+                    "before": before,
+                    "best": best,
+                    "parameters": [parameter.detach() for parameter in parameters],
+                    "state": state,
+                    "optimizer": optimizer.state_dict(),
+                }
+            )
     with torch.no_grad():
         for kept, parameter in zip(state, parameters, strict=True):
             parameter.copy_(kept)

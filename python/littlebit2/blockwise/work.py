@@ -18,6 +18,7 @@ from littlebit2.offline.work import WorkDirectory, keep_layers
 
 from .block import BlockResult
 from .distill import Distilled
+from .saved import SavedState
 
 __all__ = ["BlockwiseWork"]
 
@@ -85,8 +86,16 @@ class BlockwiseWork(WorkDirectory):
         }
         metadata = {_ENTRY: json.dumps({"entry": line, "seconds": result.seconds})}
         with keep_layers():
+            write_file(self._magnitudes(index), save(result.magnitudes))
             write_file(self.block_path(index), save(result.changed, metadata))
         return line
+
+    def magnitudes(self, index: int) -> dict[str, torch.Tensor]:
+        """Return the absolute values of a finished block's latents, see :func:`.magnitudes`."""
+        return load_file(self._magnitudes(index))
+
+    def _magnitudes(self, index: int) -> Path:
+        return self.path / f"latents-{index:04d}.safetensors"
 
     def layer_path(self, job: Job) -> Path:
         """Where the file of a finished layer lies: that of the distillation once it is finished."""
@@ -96,6 +105,11 @@ class BlockwiseWork(WorkDirectory):
     @property
     def _distilled(self) -> Path:
         return self.path / "distilled"
+
+    @property
+    def distillation(self) -> SavedState:
+        """Where the state of an unfinished distillation is kept."""
+        return SavedState(self.path / "distillation.state")
 
     def write_distilled(self, result: Distilled, entry: dict[str, Any]) -> None:
         """Keep what the distillation made: the folder appears whole.
@@ -120,6 +134,7 @@ class BlockwiseWork(WorkDirectory):
             sync_tree(folder)
             folder.replace(self._distilled)
             sync(self.path)
+        self.distillation.remove()
 
     def distilled(self) -> tuple[dict[str, Any], Mapping[str, torch.Tensor]] | None:
         """Return entry and changed tensors of a finished distillation, ``None`` if there is none."""

@@ -31,7 +31,7 @@ _SETTINGS = (
         "minutes",
         float,
         "T",
-        "time for all blocks; chooses --samples and --steps for this machine",
+        "time for everything; chooses --samples, --steps and --distill-steps for this machine",
     ),
     ("--samples", "samples", int, "N", "sequences for statistics and tuning"),
     ("--length", "length", int, "T", "tokens of a sequence"),
@@ -48,6 +48,8 @@ _SETTINGS = (
         "share of a block's loss weighted by what the model's output feels, 0 to 1",
     ),
     ("--distill-steps", "distill_steps", int, "N", "steps of distilling the whole model at the end"),
+    ("--distill-minutes", "distill_minutes", float, "T", "instead: time for it; 0: none"),
+    ("--distill-samples", "distill_samples", int, "N", "sequences for it"),
     ("--distill-lr", "distill_lr", float, "RATE", "peak learning rate of latents in it"),
     ("--distill-scale-lr", "distill_scale_lr", float, "RATE", "likewise of scales, norms and biases"),
 )
@@ -94,8 +96,10 @@ def is_blockwise(args: argparse.Namespace) -> bool:
     if others:
         how = f"not with --method {BLOCKWISE}" if asked else f"only with --method {BLOCKWISE} and --data"
         raise ValueError(f"{', '.join(others)}: {how}")
-    if args.minutes is not None and (args.samples is not None or args.steps is not None):
-        raise ValueError("--minutes chooses --samples and --steps: give one or the other")
+    if args.minutes is not None and any(
+        getattr(args, name) is not None for name in ("samples", "steps", "distill_steps")
+    ):
+        raise ValueError("--minutes chooses --samples, --steps and --distill-steps: give one or the other")
     return asked
 
 
