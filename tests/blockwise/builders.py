@@ -95,10 +95,18 @@ def write_data(path: Path) -> Path:
     return write_text(path, 2000)
 
 
-def run(model: Path, out: Path, data: Path, *, changes: dict[str, Any] | None = None, **options: Any) -> Any:
+def run(
+    model: Path,
+    out: Path,
+    data: Path,
+    *,
+    changes: dict[str, Any] | None = None,
+    config: QuantConfig = CONFIG,
+    **options: Any,
+) -> Any:
     """Quantize quickly; ``changes`` are of the settings."""
     settings = BlockwiseSettings(**{**QUICK, **(changes or {})})
     report: BlockwiseReport = quantize_blockwise(
-        model, out, CONFIG, [data], settings, **{"threads": 1, "progress": False, **options}
+        model, out, config, [data], settings, **{"threads": 1, "progress": False, **options}
     )
     return report

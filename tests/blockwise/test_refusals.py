@@ -182,6 +182,10 @@ def test_tokenizer_is_needed(tmp_path: Path) -> None:
         ({"steps": -1}, "steps must be an integer of at least 0, got -1"),
         ({"lr": 0.0}, "lr must be positive"),
         ({"warmup": 1.0}, r"warmup must be in \[0, 1\)"),
+        ({"kl_length": 1}, "kl_length must be an integer of at least 2, got 1"),
+        ({"kl_samples": 0}, "kl_samples must be an integer of at least 1, got 0"),
+        ({"kl_sizes": ()}, r"kl_sizes must hold positive numbers, got \(\)"),
+        ({"kl_sizes": (0.5, -1)}, "kl_sizes must hold positive numbers"),
     ],
 )
 def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:

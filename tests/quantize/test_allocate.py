@@ -190,7 +190,10 @@ def test_a_model_and_a_weight_at_an_energy(rng: torch.Generator) -> None:
         ({"energy": 0.9, "ranks": (8,)}, "energy must be None where ranks are given, got 0.9"),
         ({"energy": 0.9, "budget": "spectral"}, "budget='spectral' needs bpw"),
         ({"ranks": (8,), "budget": "spectral"}, "budget='spectral' needs bpw"),
-        ({"budget": "even"}, "budget must be one of uniform, spectral, got 'even'"),
+        ({"ranks": (8,), "budget": "kl"}, "budget='kl' needs bpw"),
+        ({"energy": 0.9, "budget": "kl"}, "budget='kl' needs bpw"),
+        ({"budget": "kl", "kv_factor": 2.0}, "kv_factor must be 1 with budget='kl'.*, got 2.0"),
+        ({"budget": "even"}, "budget must be one of uniform, spectral, kl, got 'even'"),
     ],
 )
 def test_sizes_exclude_each_other(arguments: dict[str, object], message: str) -> None:

@@ -29,6 +29,7 @@ class BlockwiseReport:
         vocabulary: number of tokens among which the model chooses.
         tokens: tokens that were predicted.
         seconds: by part of the work, as measured; empty for a run that had been finished before.
+        allocation: how ranks came about (:class:`.RanksByKl`); ``None`` where they are uniform.
     """
 
     run: RunReport
@@ -39,6 +40,7 @@ class BlockwiseReport:
     vocabulary: int
     tokens: int
     seconds: dict[str, float] = field(default_factory=dict)
+    allocation: dict[str, Any] | None = None
 
     @property
     def final(self) -> float:
@@ -73,6 +75,7 @@ class BlockwiseReport:
         return {
             "settings": self.settings,
             "blocks": list(self.blocks),
+            "allocation": self.allocation,
             "distillation": self.distillation,
             "perplexity": self.perplexity,
             "vocabulary": self.vocabulary,
@@ -93,4 +96,5 @@ class BlockwiseReport:
             content["vocabulary"],
             content["tokens"],
             seconds or {},
+            content["allocation"],
         )

@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from .find import find_blocks
 from .minutes import MOST, PER_STEP, fitting, fitting_steps, seconds_of_blocks
 from .pieces import ModelInPieces
 from .precision import resolve_precision
+from .ranking import ranks_by_kl
 from .report import BLOCKWISE_NAME, BlockwiseReport
 from .sensitivity import measure_sensitivity, mixed
 from .settings import BlockwiseSettings
@@ -61,11 +62,26 @@ class _Plan:
     dense_bytes: int
     dtypes: Mapping[str, torch.dtype]
     settings: dict[str, Any]
+    #: How ranks came about, if they are not uniform, and the seconds that it took.
+    allocation: dict[str, Any] | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     def of_block(self, index: int) -> list[Job]:
         """The layers of a block."""
         prefix = f"{self.blocks}.{index}."
         return [job for job in self.jobs if job.source.module.startswith(prefix)]
+
+    def with_ranks(self, work: BlockwiseWork, runner: BlockRunner, progress: bool) -> _Plan:
+        """Settle the ranks by the KL of the model's output."""
+        blocks = [self.of_block(index) for index in range(len(runner.pieces))]
+        found = ranks_by_kl(work, runner, blocks, progress=progress)
+        return replace(
+            self, jobs=found.applied(self.jobs), allocation=found.entry, seconds={"ranks": found.seconds}
+        )
+
+    def left(self, seconds: float) -> float:
+        """What is left of some time."""
+        return seconds - sum(self.seconds.values())
 
     def outside(self) -> list[Job]:
         """The layers outside the blocks."""
@@ -106,7 +122,8 @@ def quantize_blockwise(
     Args:
         model_dir: directory of a dense checkpoint: safetensors, ``config.json`` and a tokenizer.
         out: directory to make.
-        config: size, method and seed of the layers' quantization; ranks must not depend on spectra.
+        config: size, method and seed of the layers' quantization; ranks must not depend on spectra. With
+            ``budget="kl"`` they depend on what the model's output loses when a layer alone is quantized.
         data: files or directories of text, see :func:`.find_files`.
         settings: text, steps and rates.
         include: shell-style pattern or patterns on module names.
@@ -134,7 +151,9 @@ def quantize_blockwise(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("method blockwise needs one process, got torchrun with several")
     if needs_spectra(config):
-        raise ValueError("method blockwise needs bpw or ranks and budget 'uniform': spectra are not measured")
+        raise ValueError(
+            "method blockwise needs bpw or ranks and budget 'uniform' or 'kl': spectra are not measured"
+        )
     place = check_device(device)
     chosen = settings or BlockwiseSettings()
     chosen = replace(chosen, precision=resolve_precision(chosen.precision, place))
@@ -167,7 +186,7 @@ def quantize_blockwise(
                 files,
                 tokenizer,
                 length=plan.length,
-                most=None if chosen.minutes is None else PER_STEP * MOST,
+                most=chosen.samples if chosen.minutes is None else PER_STEP * MOST,
                 held_out=chosen.held_out,
                 seed=chosen.seed,
                 text_field=text_field,
@@ -175,11 +194,14 @@ def quantize_blockwise(
             if chosen.distills:
                 text(samples=chosen.samples, least=chosen.distill_samples)  # tokens for both
             make = partial(BlockRunner, pieces, fixed=fixed, dtypes=plan.dtypes)
+            if config.budget == "kl":
+                ids = text(samples=chosen.kl_samples)
+                plan = plan.with_ranks(work, make(chosen, ids[:, : chosen.kl_length]), progress)
             if chosen.minutes is not None:
                 numbers = work.chosen()
                 if numbers is None:
                     trial = make(chosen, text(samples=chosen.batch_size))
-                    fit = fitting(trial, plan.of_block(0), len(pieces), seconds_of_blocks(chosen))
+                    fit = fitting(trial, plan.of_block(0), len(pieces), plan.left(seconds_of_blocks(chosen)))
                     numbers = {"samples": fit.samples, "steps": fit.steps}
                     work.keep_chosen(numbers)
                 if progress:
@@ -188,7 +210,7 @@ def quantize_blockwise(
                         "steps for each block",
                         file=sys.stderr,
                     )
-                chosen = replace(chosen, **numbers)
+                chosen = replace(chosen, samples=numbers["samples"], steps=numbers["steps"])
             runner = make(chosen, text(samples=chosen.samples))
             return _Run(checkpoint, work, plan, chosen, runner, text, progress, overwrite, keep_work).finish(
                 source, target
@@ -243,7 +265,7 @@ def _settle(
     }
     return _Plan(
         choice=choice,
-        jobs=make_jobs(choice.layers, config),
+        jobs=make_jobs(choice.layers, replace(config, budget="uniform")),
         blocks=find_blocks(model, choice.layers),
         length=length,
         dense_bytes=dense_bytes_of(checkpoint.dense, choice),
@@ -280,6 +302,7 @@ class _Run:
         self.sensitivity: list[torch.Tensor] | None = None
         self.entries: list[dict[str, Any]] = []
         self.seconds: Counter[str] = Counter()
+        self.seconds.update(plan.seconds)
         self.changed: dict[str, torch.Tensor] = {}
 
     def finish(self, source: Path, target: Path) -> BlockwiseReport:
@@ -310,6 +333,7 @@ class _Run:
                 "steps": self.settings.steps,
             },
             "blocks": self.entries,
+            "allocation": self.plan.allocation,
             "distillation": distillation,
             "perplexity": perplexity,
             "vocabulary": int(self.pieces.model.get_output_embeddings().weight.shape[0]),

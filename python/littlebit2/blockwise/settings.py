@@ -29,6 +29,9 @@ class BlockwiseSettings:
         sensitivity: share of a block's loss that is weighted by what the model's output feels of an error
             (:mod:`.sensitivity`), in [0, 1]; the rest is the plain squared error.
         sensitivity_samples: sequences for it.
+        kl_samples: sequences on which ranks are tried, with budget ``"kl"`` (:mod:`.ranking`).
+        kl_length: tokens of each of them, from its start; at most T.
+        kl_sizes: ranks that are tried, relative to the uniform ones; they are rounded to multiples of 8.
         precision: dtype of matrix products in tuning and distillation (:mod:`.precision`). Hidden states
             between blocks, and all measurements, are float32.
         distill_steps: of distilling the whole model at the end; 0: none.
@@ -58,6 +61,9 @@ class BlockwiseSettings:
     importance_samples: int = 32
     sensitivity: float = 0.7
     sensitivity_samples: int = 4
+    kl_samples: int = 3
+    kl_length: int = 128
+    kl_sizes: tuple[float, ...] = (0.6, 1.6)
     precision: Precision = "auto"
     distill_steps: int = 0
     distill_minutes: float | None = None
@@ -72,9 +78,9 @@ class BlockwiseSettings:
         least = {
             **dict.fromkeys(("samples", "held_out", "batch_size", "evaluations", "patience"), 1),
             **dict.fromkeys(("importance_samples", "sensitivity_samples"), 1),
-            **dict.fromkeys(("distill_samples", "distill_batch_size"), 1),
+            **dict.fromkeys(("distill_samples", "distill_batch_size", "kl_samples"), 1),
             **dict.fromkeys(("steps", "distill_steps", "seed"), 0),
-            "length": 2,
+            **dict.fromkeys(("length", "kl_length"), 2),
         }
         for name, smallest in least.items():
             value = getattr(self, name)
@@ -98,6 +104,8 @@ class BlockwiseSettings:
                     f"distill_minutes must be less than minutes={self.minutes!r}, "
                     f"got {self.distill_minutes!r}"
                 )
+        if not self.kl_sizes or not all(size > 0 for size in self.kl_sizes):
+            raise ValueError(f"kl_sizes must hold positive numbers, got {self.kl_sizes!r}")
         if not 0 <= self.sensitivity <= 1:
             raise ValueError(f"sensitivity must be in [0, 1], got {self.sensitivity!r}")
         check_precision(self.precision)
@@ -113,4 +121,4 @@ class BlockwiseSettings:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values by name."""
-        return asdict(self)
+        return {**asdict(self), "kl_sizes": list(self.kl_sizes)}

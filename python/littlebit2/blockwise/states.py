@@ -51,3 +51,7 @@ class States:
         sync(self._at)
         self._at.replace(self.path)
         sync(self.path.parent)
+
+    def discard(self) -> None:
+        """Remove the file."""
+        self._at.unlink(missing_ok=True)

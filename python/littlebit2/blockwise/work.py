@@ -47,6 +47,27 @@ class BlockwiseWork(WorkDirectory):
         """Keep what was chosen: a run that goes on must not choose anew."""
         write_json(self.path / "chosen.json", numbers)
 
+    def ranks(self) -> dict[str, Any] | None:
+        """Return what :meth:`keep_ranks` kept, ``None`` if it was not called yet."""
+        found: dict[str, Any] | None = (
+            json.loads(self._ranks.read_text("utf-8")) if self._ranks.is_file() else None
+        )
+        return found
+
+    def keep_ranks(self, found: dict[str, Any]) -> None:
+        """Keep ranks and how they came about."""
+        with keep_layers():
+            write_json(self._ranks, found)
+
+    @property
+    def _ranks(self) -> Path:
+        return self.path / "ranks.json"
+
+    @property
+    def trials(self) -> Path:
+        """Where the hidden states lie while ranks are tried."""
+        return self.path / "trials.states"
+
     def states(self, kind: str, index: int) -> Path:
         """Where the hidden states before a block lie; before the first one both kinds are the same."""
         return self.path / (f"{kind}-{index:04d}.states" if index else "embedded.states")

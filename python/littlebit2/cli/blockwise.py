@@ -47,6 +47,7 @@ _SETTINGS = (
         "SHARE",
         "share of a block's loss weighted by what the model's output feels, 0 to 1",
     ),
+    ("--kl-samples", "kl_samples", int, "N", "sequences on which ranks are tried, with --budget kl"),
     ("--distill-steps", "distill_steps", int, "N", "steps of distilling the whole model at the end"),
     ("--distill-minutes", "distill_minutes", float, "T", "instead: time for it; 0: none"),
     ("--distill-samples", "distill_samples", int, "N", "sequences for it"),
@@ -84,13 +85,14 @@ def is_blockwise(args: argparse.Namespace) -> bool:
     mine = {
         "--data": args.data is not None,
         "--keep-work": args.keep_work,
+        "--budget kl": args.budget == "kl",
         **{option: getattr(args, name) is not None for option, name, *_ in _SETTINGS},
     }
     layerwise = {
         "--importance": args.importance is not None,
         "--workers": args.workers is not None,
         "--energy": args.energy is not None,
-        "--budget": args.budget != "uniform",
+        "--budget spectral": args.budget == "spectral",
     }
     others = [option for option, given in (layerwise if asked else mine).items() if given]
     if others:
@@ -105,7 +107,8 @@ def is_blockwise(args: argparse.Namespace) -> bool:
 
 def blockwise_config(args: argparse.Namespace) -> QuantConfig:
     """Make the configuration of the layers."""
-    return quant_config(args, **method_options(args, _STEPS), method="admm", seed=args.seed)
+    steps = method_options(args, _STEPS)
+    return quant_config(args, **steps, method="admm", budget=args.budget, seed=args.seed)
 
 
 def run_blockwise(args: argparse.Namespace) -> BlockwiseReport:
@@ -137,6 +140,13 @@ def run_blockwise(args: argparse.Namespace) -> BlockwiseReport:
 
 def blockwise_outlook(report: BlockwiseReport, args: argparse.Namespace) -> None:
     """Print the perplexities, whether the result is of use, and what to do next."""
+    if report.allocation is not None:
+        kl = report.allocation["kl"]
+        sizes = [group["rank"] / group["uniform_rank"] for group in report.allocation["groups"]]
+        emit(
+            f"ranks by the KL of the output, {min(sizes):.2f} to {max(sizes):.2f} times the uniform; before "
+            f"tuning, its sum over layers should be {kl['allocated']:.4g} instead of {kl['uniform']:.4g}"
+        )
     stages = ", ".join(f"{stage} {value:.4g}" for stage, value in report.perplexity.items())
     emit(f"perplexity on {report.tokens} held-out tokens: {stages}")
     if report.dense_is_at_chance:

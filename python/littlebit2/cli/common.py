@@ -271,8 +271,14 @@ def method_options(args: argparse.Namespace, steps: Mapping[str, int] | None = N
     }
 
 
-def add_spectral_options(parser: argparse.ArgumentParser, size: Any) -> None:
-    """Add the options for ranks that depend on weights; ``size`` is from :func:`add_size_options`."""
+def add_spectral_options(parser: argparse.ArgumentParser, size: Any, *, text: bool = False) -> None:
+    """Add the options for ranks that depend on weights.
+
+    Args:
+        parser: of the command.
+        size: from :func:`add_size_options`.
+        text: whether ranks can also depend on the model's output on text.
+    """
     size.add_argument(
         "--energy",
         type=float,
@@ -281,9 +287,10 @@ def add_spectral_options(parser: argparse.ArgumentParser, size: Any) -> None:
     )
     parser.add_argument(
         "--budget",
-        choices=("uniform", "spectral"),
+        choices=("uniform", "spectral", *(["kl"] if text else [])),
         default="uniform",
-        help="distribute the bits of --bpw evenly (default) or by the layers' spectra",
+        help="distribute the bits of --bpw evenly (default) or by the layers' spectra"
+        + ("; kl: by what the model's output loses, with --data" if text else ""),
     )
     parser.add_argument(
         "--importance",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .blockwise import blockwise_config, is_blockwise
@@ -67,6 +68,11 @@ def _run(args: argparse.Namespace) -> int:
 
     if is_blockwise(args):
         config = blockwise_config(args)
+        if config.budget == "kl":
+            note(
+                "--budget kl: quantize measures the ranks; these are uniform, and all bits together the same"
+            )
+            config = replace(config, budget="uniform")
     else:
         config = quant_config(
             args, energy=args.energy, budget=args.budget, seed=args.seed, **method_options(args)

@@ -46,6 +46,7 @@ continues where it was (what is finished is kept in OUT.partial) and writes the 
 
 _EXAMPLES = """\
   littlebit2 quantize MODEL_DIR OUT --bpw 0.55 --data texts/
+  littlebit2 quantize MODEL_DIR OUT --bpw 0.55 --data texts/ --budget kl    ranks by the model's output
   littlebit2 quantize MODEL_DIR OUT --bpw 0.55
   littlebit2 quantize MODEL_DIR OUT --bpw 0.55 --head int8 --embedding int8    the rest in int8
   littlebit2 quantize MODEL_DIR OUT --bpw 0.55 --budget spectral --importance calibration.safetensors
@@ -80,7 +81,7 @@ def add_quantize_options(parser: argparse.ArgumentParser) -> None:
     size = add_size_options(
         parser, {BLOCKWISE: "admm on few iterations, each block tuned on text (the default with --data)"}
     )
-    add_spectral_options(parser, size)
+    add_spectral_options(parser, size, text=True)
     add_method_options(parser)
     add_blockwise_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed for rotations and random signs (default 0)")

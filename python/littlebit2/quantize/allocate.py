@@ -28,7 +28,9 @@ __all__ = [
     "allocate_ranks",
     "layer_spectrum",
     "predicted_error",
+    "rank_options",
     "ranks_for_energy",
+    "spend",
 ]
 
 #: Share of the sign bits that would do at best what refined binary paths do with all of them: fitted to
@@ -145,36 +147,67 @@ def allocate_ranks(
         raise ValueError("layers must hold at least one spectrum, got none")
     if not 0 < bounds[0] <= 1 <= bounds[1]:
         raise ValueError(f"bounds must be positive and ascending around 1, got {bounds}")
-    least = [_floor(bounds[0] * layer.uniform_rank) for layer in layers]
-    budget = sum(_bits(layer, paths, layer.uniform_rank) for layer in layers)
-    budget -= sum(_bits(layer, paths, rank) for layer, rank in zip(layers, least, strict=True))
-    curves = []
-    for layer, rank in zip(layers, least, strict=True):
-        most = min(
-            _floor(bounds[1] * layer.uniform_rank), largest_rank(layer.in_features, layer.out_features)
-        )
-        options = range(rank, max(most, rank) + 1, RANK_MULTIPLE)
-        curves.append(predicted_error(layer.energies, [paths * option for option in options]))
-    taken = [0] * len(layers)
+    options = [
+        rank_options(layer.in_features, layer.out_features, layer.uniform_rank, bounds) for layer in layers
+    ]
+    curves = [
+        predicted_error(layer.energies, [paths * rank for rank in ranks])
+        for layer, ranks in zip(layers, options, strict=True)
+    ]
+    budget = sum(
+        _bits(layer, paths, layer.uniform_rank) - _bits(layer, paths, ranks[0])
+        for layer, ranks in zip(layers, options, strict=True)
+    )
+    losses = [[error * layer.stake for error in curve] for layer, curve in zip(layers, curves, strict=True)]
+    taken = spend(losses, [_step_bits(layer, paths) for layer in layers], budget)
+    return [
+        RankAllocation(layer.name, (ranks[count],) * paths, curve[count], layer.uniform_rank)
+        for layer, ranks, curve, count in zip(layers, options, curves, taken, strict=True)
+    ]
+
+
+def rank_options(
+    in_features: int, out_features: int, uniform_rank: int, bounds: tuple[float, float]
+) -> range:
+    """Return the ranks that each path of a layer may get.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        uniform_rank: under the uniform budget.
+        bounds: least and greatest rank relative to it, rounded down to multiples of 8; the greatest is at
+            most the :func:`.largest_rank`.
+    """
+    least = _floor(bounds[0] * uniform_rank)
+    most = min(_floor(bounds[1] * uniform_rank), largest_rank(in_features, out_features))
+    return range(least, max(most, least) + 1, RANK_MULTIPLE)
+
+
+def spend(losses: Sequence[Sequence[float]], costs: Sequence[int], budget: int) -> list[int]:
+    """Return how many steps to buy of each item: always the one that saves most per bit and can be paid.
+
+    Args:
+        losses: of each item after 0, 1, ... steps; convex and falling, so that this is the best but for the
+            last step.
+        costs: bits of one step of each item.
+        budget: bits for all steps together.
+    """
+    taken = [0] * len(losses)
 
     def offer(i: int) -> tuple[float, int]:
-        saved = (curves[i][taken[i]] - curves[i][taken[i] + 1]) * layers[i].stake
-        return -saved / _step_bits(layers[i], paths), i
+        return (losses[i][taken[i] + 1] - losses[i][taken[i]]) / costs[i], i
 
-    offers = [offer(i) for i in range(len(layers)) if len(curves[i]) > 1]
+    offers = [offer(i) for i, curve in enumerate(losses) if len(curve) > 1]
     heapq.heapify(offers)
     while offers:
         _, i = heapq.heappop(offers)
-        if _step_bits(layers[i], paths) > budget:
+        if costs[i] > budget:
             continue
-        budget -= _step_bits(layers[i], paths)
+        budget -= costs[i]
         taken[i] += 1
-        if taken[i] + 1 < len(curves[i]):
+        if taken[i] + 1 < len(losses[i]):
             heapq.heappush(offers, offer(i))
-    return [
-        RankAllocation(layer.name, (rank + RANK_MULTIPLE * count,) * paths, curve[count], layer.uniform_rank)
-        for layer, rank, curve, count in zip(layers, least, curves, taken, strict=True)
-    ]
+    return taken
 
 
 def ranks_for_energy(layer: LayerSpectrum, energy: float, *, paths: int = 1) -> RankAllocation:

@@ -15,8 +15,9 @@ from .methods import Method, Steps, resolve_steps, uses_one_path
 
 __all__ = ["Budget", "QuantConfig", "as_config"]
 
-#: How a model's bits are shared out: the same number per weight everywhere, or by the spectra of the layers.
-Budget = Literal["uniform", "spectral"]
+#: How a model's bits are shared out: the same number per weight everywhere, by the spectra of the layers, or
+#: by what the model's output loses.
+Budget = Literal["uniform", "spectral", "kl"]
 
 _DEFAULT_BPW = 1.0
 _PAPERS_PATHS = 2
@@ -39,8 +40,9 @@ class QuantConfig:
         paths: number of paths of equal rank. Where not given, 1, and 2 for the papers' own methods: a primary
             path and one that quantizes its residual.
         budget: ``"spectral"`` shares the bits of ``bpw`` out over the layers of a model by their spectra
-            (:func:`.allocate_ranks`); ``"uniform"`` gives every layer the same. One layer alone has nothing
-            to share: there it changes nothing.
+            (:func:`.allocate_ranks`), ``"kl"`` by the KL of the model's output, which needs text
+            (:func:`.quantize_blockwise`); ``"uniform"`` gives every layer the same. One layer alone has
+            nothing to share: there it changes nothing.
         method: ``"dual-svid"`` (LittleBit, arXiv 2506.13771); ``"joint-itq"``, which rotates the latent space
             before binarizing (LittleBit-2, arXiv 2603.00042); ``"refine"``, which improves that by
             :func:`.refine`; ``"admm"``, a binary factorization (:func:`.admm`), refined; ``"auto"``, that in
@@ -49,14 +51,16 @@ class QuantConfig:
         itq_iterations: most Joint-ITQ iterations; 0 leaves the random rotation it starts from.
         refine_rounds: most rounds of refinement, for each path.
         admm_iterations: for each path.
-        kv_factor: factor on the rank that ``bpw`` gives to key and value projections.
+        kv_factor: factor on the rank that ``bpw`` gives to key and value projections; not with
+            ``budget="kl"``.
         seed: seed of the random rotation and of random signs.
         compute_dtype: ``torch.float32`` or ``torch.float64``; the stored scales are float32 either way.
 
     Raises:
         TypeError: ``ranks`` is not a sequence of integers.
         ValueError: any other argument out of its range, more than one of ``bpw``, ``energy`` and ``ranks``,
-            ``ranks`` with a different ``paths``, or ``budget="spectral"`` without bits to share.
+            ``ranks`` with a different ``paths``, or another ``budget`` than ``"uniform"`` without bits to
+            share.
     """
 
     bpw: float | None = None
@@ -79,6 +83,11 @@ class QuantConfig:
         self._resolve_size()
         _check_choice("compute_dtype", self.compute_dtype, (torch.float32, torch.float64))
         check_positive("kv_factor", self.kv_factor)
+        if self.budget == "kl" and self.kv_factor != 1:
+            raise ValueError(
+                "kv_factor must be 1 with budget='kl', which measures what key and value projections need, "
+                f"got {self.kv_factor}"
+            )
         check_positive("budget_seconds", self.budget_seconds)
         _check_integer("itq_iterations", self.itq_iterations, 0)
         _check_integer("refine_rounds", self.refine_rounds, 1)
@@ -99,8 +108,8 @@ class QuantConfig:
             object.__setattr__(self, "bpw", _DEFAULT_BPW)
         if self.bpw is not None:
             check_positive("bpw", self.bpw)
-        elif self.budget == "spectral":
-            raise ValueError("budget='spectral' needs bpw: there are no bits to share out with energy")
+        elif self.budget != "uniform":
+            raise ValueError(f"budget={self.budget!r} needs bpw: there are no bits to share out with energy")
         if self.paths is None:
             object.__setattr__(self, "paths", 1 if uses_one_path(self.method) else _PAPERS_PATHS)
         _check_integer("paths", self.paths, 1, MAX_PATHS)
@@ -116,8 +125,8 @@ class QuantConfig:
         for name in ("bpw", "energy"):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} must be None where ranks are given, got {getattr(self, name)}")
-        if self.budget == "spectral":
-            raise ValueError("budget='spectral' needs bpw: there are no bits to share out with ranks")
+        if self.budget != "uniform":
+            raise ValueError(f"budget={self.budget!r} needs bpw: there are no bits to share out with ranks")
         if self.paths not in (None, len(self.ranks)):
             raise ValueError(
                 f"paths must be None or the number of ranks, {len(self.ranks)}, got {self.paths}"

@@ -52,12 +52,19 @@ def too_small(name: str, in_features: int, out_features: int, config: QuantConfi
 def check_budget(config: QuantConfig, layers: Iterable[tuple[str, int, int]]) -> None:
     """Raise ``ValueError`` if the bits per weight or ranks are more than any layer of a model can use.
 
+    Or if ranks depend on the model's output, which is measured only where there is text.
+
     A layer that cannot use them all where others can is no error: reports and plans say ``at_largest_rank``.
 
     Args:
         config: of the model.
         layers: name, K and N of every layer that is to be quantized.
     """
+    if config.budget == "kl":
+        raise ValueError(
+            "budget='kl' needs text, on which the model's output is measured: use quantize_blockwise "
+            "(littlebit2 quantize --data TEXT)"
+        )
     shapes = list(layers)
     config.check_usable((k, n, is_key_or_value(name)) for name, k, n in shapes)
     most = max((largest_rank(k, n) for _, k, n in shapes), default=None)
