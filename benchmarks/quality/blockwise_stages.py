@@ -1,148 +1,171 @@
-"""The stages of `blockwise`: commands, their time and memory, and the perplexity of what they write."""
+"""The stages of `blockwise`: what runs in which order, and the table of what came out."""
 
 from __future__ import annotations
 
-import os
-import resource
+import json
 import shutil
-import subprocess
-import sys
-import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
 from benchmarks.markdown import markdown
 from benchmarks.options import note
+from benchmarks.quality.blockwise_commands import (
+    calibrate_command,
+    finetune_command,
+    quantize_command,
+    run_command,
+    seconds_per_step,
+)
+from benchmarks.quality.judging import Judgement, judge
 from benchmarks.quality.smollm import dense_checkpoint, write_texts
 from benchmarks.records import environment, write_result
 
-__all__ = ["Stage", "command", "measure"]
-
-_LENGTH = 256
+__all__ = ["Stage", "measure"]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One measured command.
+    """One measured checkpoint.
 
     Attributes:
         stage: of :data:`.STAGES`, or ``"dense"``.
         bpw: bits per weight asked for; 16 for the dense model.
         seed: of quantization and tuning.
-        perplexity: on the evaluation text.
-        minutes: of the command, by the clock.
-        peak: resident memory of the command, bytes.
+        judgement: on the evaluation text.
+        minutes: of all commands that led to it, by the clock.
+        peak: largest resident memory of these commands, bytes.
+        commands: arguments of ``littlebit2``.
     """
 
     stage: str
     bpw: float
     seed: int
-    perplexity: float
-    minutes: float
-    peak: int
-
-
-def command(
-    stage: str, dense: Path, data: Path, out: Path, bpw: float, seed: int, options: Namespace
-) -> list[str]:
-    """Return the arguments of ``littlebit2`` for a stage."""
-    if stage == "finetune":
-        return [
-            *("finetune", str(dense), str(out), "--data", str(data), "--bpw", str(bpw), "--overwrite"),
-            *("--quant-seed", str(seed), "--steps", str(options.finetune_steps), "--batch-size", "4"),
-            *(
-                "--block",
-                str(_LENGTH),
-                "--lr",
-                "3e-4",
-                "--admm-iterations",
-                "300",
-                "--no-tensorboard",
-                "--quiet",
-            ),
-        ]
-    quantize = [
-        *("quantize", str(dense), str(out), "--bpw", str(bpw), "--seed", str(seed), "--overwrite"),
-        *("--restart", "--no-trial", "--quiet"),
-    ]
-    if stage == "layers":
-        return [*quantize, "--method", "admm", "--workers", str(options.threads)]
-    steps = 0 if stage == "untuned" else options.steps
-    distill = options.distill_steps if stage == "distilled" else 0
-    return [
-        *quantize,
-        *("--data", str(data), "--length", str(_LENGTH), "--samples", str(options.samples)),
-        *("--steps", str(steps), "--distill-steps", str(distill), "--threads", str(options.threads)),
-    ]
+    judgement: Judgement
+    minutes: float = 0.0
+    peak: int = 0
+    commands: list[list[str]] = field(default_factory=list)
 
 
 def measure(options: Namespace) -> None:
-    """Run all stages: the table goes to stdout, JSON to ``options.out``."""
+    """Run what is not measured yet: the table goes to stdout, JSON to ``options.out``."""
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     dense = dense_checkpoint(options.out)
     hashes = write_texts(options.out / "text")
     note(f"text: {', '.join(f'{name} sha256 {digest}' for name, digest in hashes.items())}")
-    evaluation = options.out / "text" / "evaluate"
-    found = [Stage("dense", 16.0, 0, _perplexity(dense, evaluation, options), 0.0, 0)]
+    stages = _Stages(options, dense)
     for bpw in options.bpw:
         for seed in options.seeds:
             for stage in options.stages:
-                out = options.out / f"{stage}-{bpw:g}-{seed}"
-                shutil.rmtree(out.with_name(f"{out.name}.finetune"), ignore_errors=True)
-                arguments = command(stage, dense, options.out / "text" / "tune", out, bpw, seed, options)
-                note(f"littlebit2 {' '.join(arguments)}")
-                minutes, peak = _run(arguments, options.threads)
-                value = _perplexity(out, evaluation, options)
-                found.append(Stage(stage, bpw, seed, value, minutes, peak))
-                note(f"{stage}: perplexity {value:.4g}, {minutes:.1f} minutes")
+                stages.get(stage, bpw, seed)
     about = environment(torch.device("cpu"), [options.threads])
-    print(_table(found))
-    path = write_result(options.out / "blockwise.json", options, about, texts=hashes, stages=found)
+    print(_table(stages.found))
+    for one in stages.found:
+        for prompt, answer in one.judgement.answers.items():
+            print(f"\n{one.stage}, {one.bpw:g} bpw, seed {one.seed}\n> {prompt}\n{answer}")
+    path = write_result(options.out / "blockwise.json", options, about, texts=hashes, stages=stages.found)
     note(f"wrote {path}")
 
 
+class _Stages:
+    """Measures stages, each once; what was measured is in a file of ``out``."""
+
+    def __init__(self, options: Namespace, dense: Path) -> None:
+        self.options = options
+        self.dense = dense
+        self.tune = options.out / "text" / "tune"
+        self.evaluate = options.out / "text" / "evaluate"
+        self._path = options.out / "stages.json"
+        self.found: list[Stage] = []
+        if self._path.is_file():
+            self.found = [
+                Stage(**{**one, "judgement": Judgement(**one["judgement"])})
+                for one in json.loads(self._path.read_text("utf-8"))
+            ]
+        self._keep_dense()
+
+    def _keep_dense(self) -> None:
+        if not self.found:
+            self._keep(Stage("dense", 16.0, 0, self._judge(self.dense)))
+
+    def _judge(self, checkpoint: Path) -> Judgement:
+        return judge(checkpoint, self.dense, self.evaluate, self.options.tokens)
+
+    def _keep(self, stage: Stage) -> Stage:
+        self.found.append(stage)
+        self._path.write_text(json.dumps([asdict(one) for one in self.found], indent=1), "utf-8")
+        one = stage.judgement
+        note(f"{stage.stage}: perplexity {one.perplexity:.4g}, KL {one.kl:.3g}, {stage.minutes:.1f} minutes")
+        return stage
+
+    def get(self, stage: str, bpw: float, seed: int) -> Stage:
+        """Return a stage, measured now if it was not yet."""
+        for one in self.found:
+            if (one.stage, one.bpw, one.seed) == (stage, bpw, seed):
+                return one
+        return self._keep(
+            self._finetune(bpw, seed) if stage == "finetune" else self._quantize(stage, bpw, seed)
+        )
+
+    def _quantize(self, stage: str, bpw: float, seed: int) -> Stage:
+        # The distillation goes on from the blocks that the tuning left.
+        before = self.get("tuned", bpw, seed) if stage == "distilled" else None
+        kind = "blocks" if stage in ("tuned", "distilled") else stage
+        out = self.options.out / f"{kind}-{bpw:g}-{seed}"
+        commands = []
+        importance = self.options.out / "importance.safetensors"
+        if stage == "importance":
+            commands.append(calibrate_command(self.dense, self.tune, importance, self.options))
+        commands.append(
+            quantize_command(stage, self.dense, self.tune, out, bpw, seed, importance, self.options)
+        )
+        runs = [run_command(arguments, self.options.threads) for arguments in commands]
+        if stage == "distilled":
+            shutil.rmtree(out.with_name(f"{out.name}.partial"), ignore_errors=True)
+        return Stage(
+            stage,
+            bpw,
+            seed,
+            self._judge(out),
+            sum(seconds for seconds, _ in runs) / 60 + (before.minutes if before else 0.0),
+            max([peak for _, peak in runs] + ([before.peak] if before else [])),
+            commands,
+        )
+
+    def _finetune(self, bpw: float, seed: int) -> Stage:
+        """Training alone, for as long as blocks and distillation took."""
+        minutes = self.get("distilled", bpw, seed).minutes
+        out = self.options.out / f"finetune-{bpw:g}-{seed}"
+
+        def command(steps: int) -> list[str]:
+            shutil.rmtree(out.with_name(f"{out.name}.finetune"), ignore_errors=True)
+            return finetune_command(self.dense, self.tune, out, bpw, seed, steps)
+
+        each, fixed = seconds_per_step(command, self.options.threads)
+        arguments = command(max(int((60 * minutes - fixed) / each), 1))
+        seconds, peak = run_command(arguments, self.options.threads)
+        return Stage("finetune", bpw, seed, self._judge(out), seconds / 60, peak, [arguments])
+
+
 def _table(stages: Sequence[Stage]) -> str:
-    dense = stages[0].perplexity
+    dense = stages[0].judgement.perplexity
     lines = [
         [
             f"{one.bpw:g}",
             str(one.seed),
             one.stage,
-            f"{one.perplexity:.4g}",
-            f"{one.perplexity / dense:.3g}",
+            f"{one.judgement.perplexity:.4g}",
+            f"{one.judgement.perplexity / dense:.3g}",
+            f"{one.judgement.kl:.3g}",
+            f"{one.judgement.top1:.1%}",
             f"{one.minutes:.1f}",
             f"{one.peak / 1e9:.2f}",
         ]
         for one in stages
     ]
-    return markdown(("bpw", "seed", "stage", "perplexity", "times dense", "minutes", "peak GB"), lines)
-
-
-def _run(arguments: Sequence[str], threads: int) -> tuple[float, int]:
-    """Run ``littlebit2``; return minutes and peak resident bytes."""
-    began = time.perf_counter()
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    process = subprocess.Popen([sys.executable, "-m", "littlebit2", *arguments], env=environment)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, ["littlebit2", *arguments])
-    return (time.perf_counter() - began) / 60, _bytes(usage)
-
-
-def _bytes(usage: resource.struct_rusage) -> int:
-    """Peak resident memory; Linux counts in KiB."""
-    return usage.ru_maxrss * 1024
-
-
-def _perplexity(checkpoint: Path, data: Path, options: Namespace) -> float:
-    from littlebit2.train.recipe import evaluate_model
-
-    found = evaluate_model(checkpoint, data, block=_LENGTH, max_tokens=options.tokens).perplexity
-    assert found is not None  # there is text
-    return found.value
+    head = ("bpw", "seed", "stage", "perplexity", "times dense", "KL", "top-1", "minutes", "peak GB")
+    return markdown(head, lines)

@@ -158,7 +158,6 @@ class BlockRunner:
         clock.lap("tuning")
         self.forward(block, index, quantized, next_quantized)
         clock.lap("outputs")
-        kept = magnitudes(block) if self.settings.distills else {}
         layers = []
         trained = trainable_layers(block)
         for job, entry in zip(jobs, reports, strict=True):
@@ -166,7 +165,7 @@ class BlockRunner:
             layer = trained[inside].packed()
             errors = weight_errors(layer, matrices[job.index], importance.get(inside))
             layers.append((job, layer, {**entry, **errors}))
-        return BlockResult(layers, changed, kept, tuned, seconds)
+        return BlockResult(layers, changed, magnitudes(block), tuned, seconds)
 
     def inside(self, index: int, job: Job) -> str:
         """Name of a layer in its block."""

@@ -45,7 +45,7 @@ from .sensitivity import measure_sensitivity, mixed
 from .settings import BlockwiseSettings
 from .states import States
 from .text import load_tokenizer, sequences
-from .work import BlockwiseWork
+from .work import DISTILL_STEPS, BlockwiseWork
 
 __all__ = ["quantize_blockwise"]
 
@@ -168,12 +168,11 @@ def quantize_blockwise(
                 tokenizer,
                 length=plan.length,
                 most=None if chosen.minutes is None else PER_STEP * MOST,
+                least=chosen.distill_samples,
                 held_out=chosen.held_out,
                 seed=chosen.seed,
                 text_field=text_field,
             )
-            if chosen.distills:
-                text(samples=chosen.samples, least=chosen.distill_samples)  # tokens for both
             make = partial(BlockRunner, pieces, fixed=fixed, dtypes=plan.dtypes)
             if chosen.minutes is not None:
                 numbers = work.chosen()
@@ -188,7 +187,7 @@ def quantize_blockwise(
                         "steps for each block",
                         file=sys.stderr,
                     )
-                chosen = replace(chosen, **numbers)
+                chosen = replace(chosen, samples=numbers["samples"], steps=numbers["steps"])
             runner = make(chosen, text(samples=chosen.samples))
             return _Run(checkpoint, work, plan, chosen, runner, text, progress, overwrite, keep_work).finish(
                 source, target
@@ -356,8 +355,7 @@ class _Run:
         one = 4 * states.shape[0] * states.shape[1] * states.shape[2]
         layers = sum(job.stored_bytes for job in self.plan.jobs)
         # A latent's magnitude has 16 bits for one of the layer's.
-        latents = 16 * layers if self.settings.distills else 0
-        check_space(self.work.path, 4 * one + 2 * layers + latents + self.plan.dense_bytes)
+        check_space(self.work.path, 4 * one + 18 * layers + self.plan.dense_bytes)
 
     def _block(self, index: int, dense: States, quantized: States) -> tuple[States, States]:
         new = {
@@ -442,17 +440,17 @@ class _Run:
         if settings.minutes is None and settings.distill_minutes is None:
             return settings.distill_steps
         numbers = self.work.chosen() or {}
-        if "distill_steps" not in numbers:
+        if DISTILL_STEPS not in numbers:
             if settings.distill_minutes is not None:
                 seconds = 60 * settings.distill_minutes
             else:
                 assert settings.minutes is not None  # as above
                 seconds = 60 * settings.minutes - sum(self.seconds.values())
-            numbers["distill_steps"] = fitting_steps(distillation, seconds)
+            numbers[DISTILL_STEPS] = fitting_steps(distillation, seconds)
             self.work.keep_chosen(numbers)
         if self.progress:
             tqdm.write(f"distillation: {numbers['distill_steps']} steps", file=sys.stderr)
-        return numbers["distill_steps"]
+        return numbers[DISTILL_STEPS]
 
     def _bar(self, label: str, total: int, unit: str, done: int = 0) -> Any:
         return tqdm(

@@ -20,8 +20,11 @@ from .block import BlockResult
 from .distill import Distilled
 from .saved import SavedState
 
-__all__ = ["BlockwiseWork"]
+__all__ = ["DISTILL_STEPS", "BlockwiseWork"]
 
+#: What a run has chosen to fit a time.
+DISTILL_STEPS = "distill_steps"
+_DISTILL = "distill_"
 _ENTRY = "littlebit2"
 
 
@@ -30,7 +33,34 @@ class BlockwiseWork(WorkDirectory):
 
     A block is finished once its own file is there, which is written last: after its layers and the hidden
     states that it hands on. Those that it got are removed then.
+
+    Finished blocks do not depend on how the whole model is distilled afterwards: a run that differs in that
+    alone goes on from them.
     """
+
+    @property
+    def of_layers(self) -> dict[str, Any]:
+        """The settings that finished layers depend on."""
+        settings = self.wanted["blockwise"]
+        if settings["minutes"] is not None:
+            return self.wanted  # the blocks get what the distillation leaves
+        kept = {name: value for name, value in settings.items() if not name.startswith(_DISTILL)}
+        return {**self.wanted, "blockwise": kept}
+
+    def open(self, *, resume: bool) -> None:
+        """Make the directory or continue in it, as :meth:`.WorkDirectory.open`."""
+        super().open(resume=resume)
+        settings = self.wanted["blockwise"]
+        wanted = {name: value for name, value in settings.items() if name.startswith(_DISTILL)}
+        path = self.path / "distillation.json"
+        if path.is_file() and json.loads(path.read_text("utf-8")) == wanted:
+            return
+        shutil.rmtree(self._distilled, ignore_errors=True)
+        self.distillation.remove()
+        numbers = self.chosen()
+        if numbers is not None and numbers.pop(DISTILL_STEPS, None) is not None:
+            self.keep_chosen(numbers)
+        write_json(path, wanted)
 
     @property
     def tokens(self) -> Path:
