@@ -8,10 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from littlebit2.blockwise import distill
+from littlebit2 import load
+from littlebit2.blockwise import block, distill
 from littlebit2.blockwise.saved import SavedState
 from littlebit2.blockwise.tune import tune
+from littlebit2.integrations.modules import layers_of
+from littlebit2.train.magnitudes import kept_magnitudes, magnitudes, set_magnitudes
+from littlebit2.train.model import packed_layers
+from littlebit2.train.recipe.settings import Recipe
+from littlebit2.train.recipe.student import build_student
 from tests.blockwise.builders import run, write_data, write_model
 from tests.offline.builders import contents
 
@@ -88,17 +95,15 @@ def test_it_starts_from_the_tuned_latents(
     model, data = inputs
     tuned: dict[str, torch.Tensor] = {}
     started: dict[str, torch.Tensor] = {}
-    from littlebit2.blockwise import block, latents
 
-    def kept(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-        found = latents.magnitudes(module)
-        tuned.update({f"{len(tuned)}.{name}": value for name, value in found.items()})
+    def kept(module: torch.nn.Module, prefix: str) -> dict[str, torch.Tensor]:
+        found = magnitudes(module, prefix)
+        tuned.update(found)
         return found
 
-    def given(module: torch.nn.Module, values: dict[str, torch.Tensor]) -> None:
-        latents.set_magnitudes(module, values)
-        found = latents.magnitudes(module)
-        started.update({f"{len(started)}.{name}": value for name, value in found.items()})
+    def given(module: torch.nn.Module, values: dict[str, torch.Tensor], prefix: str) -> None:
+        set_magnitudes(module, values, prefix)
+        started.update(magnitudes(module, prefix))
 
     monkeypatch.setattr(block, "magnitudes", kept)
     monkeypatch.setattr(distill, "set_magnitudes", given)
@@ -147,3 +152,38 @@ def test_tuning_goes_on_to_the_same_bits(tmp_path: Path) -> None:
         tuned(saved, 17)
     assert saved.done() == 15
     assert tuned(saved, 24) == tuned(None, 24)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_training_goes_on_from_kept_latents(steps: int, inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    model, data = inputs
+    out = tmp_path / "out"
+    changes = {**DISTILL, "distill_steps": steps}
+    plain = run(model, out, data, changes=changes, keep_work=True)
+    without = magnitudes(build_student(model, out, Recipe(dense="norms")))
+    # The same run with them, which finds everything else finished.
+    options = {"keep_latents": True, "keep_work": True, "overwrite": True}
+    assert run(model, out, data, changes=changes, **options).perplexity == plain.perplexity
+    kept = {name: value for values in kept_magnitudes(out) for name, value in values.items()}
+    student = build_student(model, out, Recipe(dense="norms"))
+    found = magnitudes(student)
+    assert found.keys() == kept.keys()
+    assert all(torch.equal(found[name], kept[name]) for name in found)
+    assert any(not torch.equal(found[name], without[name]) for name in found)
+    # Signs are those of the checkpoint.
+    packed = layers_of(load(out, backend="reference"))
+    for name, layer in packed_layers(student):
+        for one, other in zip(layer.paths, packed[name].packed.paths, strict=True):
+            assert torch.equal(one.u, other.u)
+            assert torch.equal(one.v, other.v)
+
+
+def test_latents_of_another_shape_are_refused(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    model, data = inputs
+    run(model, tmp_path / "out", data, keep_latents=True)
+    file = tmp_path / "out" / "latents" / "latents-0000.safetensors"
+    values = load_file(file)
+    name = next(iter(values))
+    save_file({**values, name: torch.zeros(1, 1, dtype=torch.float16)}, file)
+    with pytest.raises(ValueError, match=rf"latent {name} must have shape .* got \[1, 1\]"):
+        build_student(model, tmp_path / "out", Recipe(dense="norms"))

@@ -30,6 +30,7 @@ from littlebit2.quantize.device import check_device
 from littlebit2.quantize.ranks import needs_spectra
 from littlebit2.train.data import find_files
 from littlebit2.train.losses import token_nll
+from littlebit2.train.magnitudes import LATENTS
 from littlebit2.train.perplexity import Perplexity
 from littlebit2.train.recipe.work import describe_files
 
@@ -45,7 +46,7 @@ from .sensitivity import measure_sensitivity, mixed
 from .settings import BlockwiseSettings
 from .states import States
 from .text import load_tokenizer, sequences
-from .work import DISTILL_STEPS, BlockwiseWork
+from .work import DISTILL_STEPS, KEEP_LATENTS, BlockwiseWork
 
 __all__ = ["quantize_blockwise"]
 
@@ -90,6 +91,7 @@ def quantize_blockwise(
     resume: bool = True,
     overwrite: bool = False,
     keep_work: bool = False,
+    keep_latents: bool = False,
 ) -> BlockwiseReport:
     """Quantize a dense causal language model block by block and write a littlebit2 checkpoint.
 
@@ -120,6 +122,8 @@ def quantize_blockwise(
         resume: continue an interrupted run; otherwise it is discarded.
         overwrite: whether ``out`` may exist; it is replaced at the end.
         keep_work: whether the work folder stays.
+        keep_latents: whether ``out`` holds how far its signs are from flipping, 16 bits for each, from which
+            ``littlebit2 finetune --start`` goes on.
 
     Raises:
         FileExistsError, FileNotFoundError, OSError, RunError, TypeError: as :func:`.quantize_checkpoint`.
@@ -155,6 +159,7 @@ def quantize_blockwise(
         )
         vocabulary = pieces.model.get_input_embeddings().weight.shape[0]
         fixed = check_blocks(pieces, vocabulary)
+        plan.settings[KEEP_LATENTS] = keep_latents
         work = BlockwiseWork(target, plan.settings)
         try:
             before = start_run(work, source, target, resume, overwrite)
@@ -189,9 +194,8 @@ def quantize_blockwise(
                     )
                 chosen = replace(chosen, samples=numbers["samples"], steps=numbers["steps"])
             runner = make(chosen, text(samples=chosen.samples))
-            return _Run(checkpoint, work, plan, chosen, runner, text, progress, overwrite, keep_work).finish(
-                source, target
-            )
+            options = (progress, overwrite, keep_work, keep_latents)
+            return _Run(checkpoint, work, plan, chosen, runner, text, *options).finish(source, target)
         finally:
             work.close()
 
@@ -265,6 +269,7 @@ class _Run:
         progress: bool,
         overwrite: bool,
         keep_work: bool,
+        keep_latents: bool,
     ) -> None:
         self.checkpoint = checkpoint
         self.work = work
@@ -276,6 +281,7 @@ class _Run:
         self.progress = progress
         self.overwrite = overwrite
         self.keep_work = keep_work
+        self.keep_latents = keep_latents
         self.sensitivity: list[torch.Tensor] | None = None
         self.entries: list[dict[str, Any]] = []
         self.seconds: Counter[str] = Counter()
@@ -324,9 +330,15 @@ class _Run:
             overwrite=self.overwrite,
             changed=self.changed,
             files={BLOCKWISE_NAME: content},
+            copies=self._latents() if self.keep_latents else {},
             keep_work=self.keep_work,
         )
         return BlockwiseReport.of(run, content, dict(self.seconds))
+
+    def _latents(self) -> dict[str, Path]:
+        """Files that training goes on from, by their path in the result."""
+        paths = map(self.work.latents_path, range(len(self.pieces)))
+        return {f"{LATENTS}/{path.name}": path for path in paths}
 
     def _finished_blocks(self) -> int:
         for index in range(len(self.pieces)):
@@ -414,7 +426,7 @@ class _Run:
                 self.runner,
                 [self.plan.of_block(index) for index in range(len(self.pieces))],
                 self.work.load_layer,
-                self.work.magnitudes,
+                self.work.latents,
                 self.changed,
                 ids[:-held_out],
                 ids[-held_out:],

@@ -16,6 +16,7 @@ from littlebit2.disk import RunError
 from littlebit2.integrations.loading import load
 from littlebit2.integrations.modules import layers_of
 from littlebit2.integrations.names import published_state
+from littlebit2.train.magnitudes import kept_magnitudes, set_magnitudes
 from littlebit2.train.model import make_trainable, packed_layers, select_dense, trainable_layers
 
 from .settings import Recipe
@@ -80,6 +81,8 @@ def build_student(teacher: Path, start: Path, recipe: Recipe) -> Any:
             surrogate=recipe.surrogate,
             magnitude=recipe.magnitude,
         )
+        for values in kept_magnitudes(start):
+            set_magnitudes(model, values)
     # A packed checkpoint may have trained its dense tensors too.
     stored = dict(started.named_parameters())
     with torch.no_grad():
