@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     """Fetch, quantize and measure."""
-    from benchmarks.quality.blockwise_stages import measure
+    from benchmarks.quality.stages.measure import measure
 
     measure(options)
     return 0

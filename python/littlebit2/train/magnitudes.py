@@ -1,17 +1,15 @@
-"""How far trained latents are from flipping, which a packed layer does not say, in files beside it."""
+"""How far trained latents are from flipping, which a packed layer does not say."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from .model import trainable_layers
 
-__all__ = ["LATENTS", "kept_magnitudes", "magnitudes", "set_magnitudes"]
+__all__ = ["LATENTS", "magnitudes", "set_magnitudes"]
 
 #: Folder of a packed checkpoint that holds its magnitudes, where they are kept: safetensors of any names.
 LATENTS = "latents"
@@ -31,7 +29,7 @@ def magnitudes(model: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
     }
 
 
-def set_magnitudes(model: nn.Module, values: Mapping[str, torch.Tensor], prefix: str = "") -> int:
+def set_magnitudes(model: nn.Module, values: Mapping[str, torch.Tensor], prefix: str = "") -> None:
     """Give latents the absolute values of :func:`magnitudes`; signs stay as they are.
 
     Args:
@@ -39,32 +37,23 @@ def set_magnitudes(model: nn.Module, values: Mapping[str, torch.Tensor], prefix:
         values: by name; latents that are not among them stay as they are.
         prefix: as for :func:`magnitudes`.
 
-    Returns:
-        How many latents have been given values.
-
     Raises:
-        ValueError: a shape differs; the message names the latent.
+        ValueError: a name is no latent's, or a shape differs; the message names it.
     """
-    done = 0
+    latents = {
+        f"{prefix}{name}.{inner}": latent
+        for name, layer in trainable_layers(model).items()
+        for inner, latent in layer.latents().items()
+    }
     with torch.no_grad():
-        for name, layer in trainable_layers(model).items():
-            for inner, latent in layer.latents().items():
-                key = f"{prefix}{name}.{inner}"
-                if key not in values:
-                    continue
-                value = values[key]
-                if value.shape != latent.shape:
-                    raise ValueError(
-                        f"latent {key} must have shape {list(latent.shape)}, got {list(value.shape)}"
-                    )
-                # A zero would make a negative sign positive.
-                size = value.to(latent.device, latent.dtype).clamp_min(torch.finfo(torch.float32).tiny)
-                latent.copy_(torch.where(latent < 0, -size, size))
-                done += latent.numel()
-    return done
-
-
-def kept_magnitudes(checkpoint: Path) -> Iterable[dict[str, torch.Tensor]]:
-    """Yield what a packed checkpoint keeps of :func:`magnitudes`, one file at a time."""
-    for path in sorted((checkpoint / LATENTS).glob("*.safetensors")):
-        yield load_file(path)
+        for name, value in values.items():
+            latent = latents.get(name)
+            if latent is None:
+                raise ValueError(f"latent {name}: the model has none of this name")
+            if value.shape != latent.shape:
+                raise ValueError(
+                    f"latent {name} must have shape {list(latent.shape)}, got {list(value.shape)}"
+                )
+            # A zero would make a negative sign positive.
+            size = value.to(latent.device, latent.dtype).clamp_min(torch.finfo(torch.float32).tiny)
+            latent.copy_(torch.where(latent < 0, -size, size))

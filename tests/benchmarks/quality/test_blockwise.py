@@ -7,16 +7,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.quality import blockwise_commands, blockwise_stages, smollm
+from benchmarks.quality import smollm
 from benchmarks.quality.blockwise import STAGES, add_arguments
-from benchmarks.quality.blockwise_commands import (
+from benchmarks.quality.stages import commands as commands_module
+from benchmarks.quality.stages import measure as measuring
+from benchmarks.quality.stages.commands import (
     calibrate_command,
     finetune_command,
     quantize_command,
     seconds_per_step,
 )
-from benchmarks.quality.judging import Judgement
+from benchmarks.quality.stages.judging import Judgement
 from littlebit2.cli import build_parser
 
 
@@ -52,7 +55,7 @@ def test_time_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(arguments: Sequence[str], threads: int) -> tuple[float, int]:
         return 30 + 2.5 * int(arguments[0]), 1
 
-    monkeypatch.setattr(blockwise_commands, "run_command", run)
+    monkeypatch.setattr(commands_module, "run_command", run)
     assert seconds_per_step(lambda steps: [str(steps)], 1) == (2.5, 30)
 
 
@@ -65,24 +68,25 @@ def test_stages_are_measured_once_and_build_on_one_another(
         commands.append(list(arguments))
         return 60.0 * len(commands), len(commands)
 
-    monkeypatch.setattr(blockwise_stages, "run_command", run)
-    monkeypatch.setattr(blockwise_stages, "seconds_per_step", lambda command, threads: (6.0, 0.0))
-    monkeypatch.setattr(blockwise_stages, "dense_checkpoint", lambda folder: folder / "dense")
-    monkeypatch.setattr(blockwise_stages, "write_texts", lambda folder: {"tune": "1", "evaluate": "2"})
+    monkeypatch.setattr(measuring, "run_command", run)
+    monkeypatch.setattr(measuring, "seconds_per_step", lambda command, threads: (6.0, 0.0))
+    monkeypatch.setattr(measuring, "dense_checkpoint", lambda folder: folder / "dense")
+    monkeypatch.setattr(measuring, "write_texts", lambda folder: {"tune": "1", "evaluate": "2"})
     monkeypatch.setattr(
-        blockwise_stages,
+        measuring,
         "judge",
         lambda *arguments: Judgement(10.0 + len(commands), 0.5, 0.9, {"Why?": "So."}),
     )
     options = options_of("--bpw", "1", "--seeds", "0", "--out", str(tmp_path), "--stages", "finetune")
+    options.threads = torch.get_num_threads()
     options.command, options.arguments = "blockwise", []
-    blockwise_stages.measure(options)
+    measuring.measure(options)
     assert [command[0] for command in commands] == ["quantize", "quantize", "finetune"]
     tuned, distilled, finetune = commands
     assert "--distill-minutes" not in tuned
     assert tuned[2] == distilled[2]  # the same output, whose work folder is kept
     assert finetune[finetune.index("--steps") + 1] == str(3 * 60 // 6)  # one and two minutes
-    blockwise_stages.measure(options)
+    measuring.measure(options)
     assert len(commands) == 3
     printed = capsys.readouterr().out
     assert "| 1   | 0    | distilled |" in printed

@@ -13,15 +13,15 @@ import torch
 
 from benchmarks.markdown import markdown
 from benchmarks.options import note
-from benchmarks.quality.blockwise_commands import (
+from benchmarks.quality.smollm import dense_checkpoint, write_texts
+from benchmarks.quality.stages.commands import (
     calibrate_command,
     finetune_command,
     quantize_command,
     run_command,
     seconds_per_step,
 )
-from benchmarks.quality.judging import Judgement, judge
-from benchmarks.quality.smollm import dense_checkpoint, write_texts
+from benchmarks.quality.stages.judging import Judgement, judge
 from benchmarks.records import environment, write_result
 
 __all__ = ["Stage", "measure"]
