@@ -8,6 +8,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from benchmarks.options import note
@@ -66,8 +67,13 @@ def finetune_command(dense: Path, data: Path, out: Path, bpw: float, seed: int, 
     ]
 
 
-def run_command(arguments: Sequence[str], threads: int) -> tuple[float, int]:
+def run_command(arguments: Sequence[str], threads: int, output: Path | None = None) -> tuple[float, int]:
     """Run ``littlebit2``; return seconds by the clock and peak resident bytes.
+
+    Args:
+        arguments: of the command.
+        threads: of OpenMP.
+        output: takes what the command prints.
 
     Raises:
         subprocess.CalledProcessError: it failed.
@@ -75,11 +81,13 @@ def run_command(arguments: Sequence[str], threads: int) -> tuple[float, int]:
     note(f"littlebit2 {' '.join(arguments)}")
     began = time.perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    process = subprocess.Popen([sys.executable, "-m", "littlebit2", *arguments], env=environment)
-    _, status, usage = os.wait4(process.pid, 0)
+    command = [sys.executable, "-m", "littlebit2", *arguments]
+    with nullcontext() if output is None else output.open("wb") as stdout:
+        process = subprocess.Popen(command, env=environment, stdout=stdout)
+        _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, ["littlebit2", *arguments])
+        raise subprocess.CalledProcessError(process.returncode, command)
     return time.perf_counter() - began, usage.ru_maxrss * 1024  # Linux counts in KiB
 
 
