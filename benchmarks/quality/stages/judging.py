@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["PROMPTS", "Judgement", "answers", "judge"]
+__all__ = ["PROMPTS", "Judgment", "answers", "judge"]
 
 #: Asked of every checkpoint, by its chat template.
 PROMPTS = (
@@ -21,7 +21,7 @@ _ANSWER = 48
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Judgment:
     """What was measured of a checkpoint.
 
     Attributes:
@@ -37,7 +37,7 @@ class Judgement:
     answers: dict[str, str] = field(default_factory=dict)
 
 
-def judge(checkpoint: Path, dense: Path, data: Path, tokens: int) -> Judgement:
+def judge(checkpoint: Path, dense: Path, data: Path, tokens: int) -> Judgment:
     """Measure a checkpoint on held-out text, in float32.
 
     Args:
@@ -53,7 +53,7 @@ def judge(checkpoint: Path, dense: Path, data: Path, tokens: int) -> Judgement:
     )
     assert found.perplexity is not None  # there is text
     assert found.agreement is not None  # and a teacher
-    return Judgement(
+    return Judgment(
         found.perplexity.value, found.agreement.kl, found.agreement.top1, answers(checkpoint, PROMPTS)
     )
 

@@ -21,7 +21,7 @@ from benchmarks.quality.stages.commands import (
     run_command,
     seconds_per_step,
 )
-from benchmarks.quality.stages.judging import Judgement, judge
+from benchmarks.quality.stages.judging import Judgment, judge
 from benchmarks.records import environment, write_result
 
 __all__ = ["Stage", "measure"]
@@ -35,7 +35,7 @@ class Stage:
         stage: of :data:`.STAGES`, or ``"dense"``.
         bpw: bits per weight asked for; 16 for the dense model.
         seed: of quantization and tuning.
-        judgement: on the evaluation text.
+        judgment: on the evaluation text.
         minutes: of all commands that led to it, by the clock.
         peak: largest resident memory of these commands, bytes.
         commands: arguments of ``littlebit2``.
@@ -44,7 +44,7 @@ class Stage:
     stage: str
     bpw: float
     seed: int
-    judgement: Judgement
+    judgment: Judgment
     minutes: float = 0.0
     peak: int = 0
     commands: list[list[str]] = field(default_factory=list)
@@ -65,7 +65,7 @@ def measure(options: Namespace) -> None:
     about = environment(torch.device("cpu"), [options.threads])
     print(_table(stages.found))
     for one in stages.found:
-        for prompt, answer in one.judgement.answers.items():
+        for prompt, answer in one.judgment.answers.items():
             print(f"\n{one.stage}, {one.bpw:g} bpw, seed {one.seed}\n> {prompt}\n{answer}")
     path = write_result(options.out / "blockwise.json", options, about, texts=hashes, stages=stages.found)
     note(f"wrote {path}")
@@ -83,7 +83,7 @@ class _Stages:
         self.found: list[Stage] = []
         if self._path.is_file():
             self.found = [
-                Stage(**{**one, "judgement": Judgement(**one["judgement"])})
+                Stage(**{**one, "judgment": Judgment(**one["judgment"])})
                 for one in json.loads(self._path.read_text("utf-8"))
             ]
         self._keep_dense()
@@ -92,13 +92,13 @@ class _Stages:
         if not self.found:
             self._keep(Stage("dense", 16.0, 0, self._judge(self.dense)))
 
-    def _judge(self, checkpoint: Path) -> Judgement:
+    def _judge(self, checkpoint: Path) -> Judgment:
         return judge(checkpoint, self.dense, self.evaluate, self.options.tokens)
 
     def _keep(self, stage: Stage) -> Stage:
         self.found.append(stage)
         self._path.write_text(json.dumps([asdict(one) for one in self.found], indent=1), "utf-8")
-        one = stage.judgement
+        one = stage.judgment
         note(f"{stage.stage}: perplexity {one.perplexity:.4g}, KL {one.kl:.3g}, {stage.minutes:.1f} minutes")
         return stage
 
@@ -152,16 +152,16 @@ class _Stages:
 
 
 def _table(stages: Sequence[Stage]) -> str:
-    dense = stages[0].judgement.perplexity
+    dense = stages[0].judgment.perplexity
     lines = [
         [
             f"{one.bpw:g}",
             str(one.seed),
             one.stage,
-            f"{one.judgement.perplexity:.4g}",
-            f"{one.judgement.perplexity / dense:.3g}",
-            f"{one.judgement.kl:.3g}",
-            f"{one.judgement.top1:.1%}",
+            f"{one.judgment.perplexity:.4g}",
+            f"{one.judgment.perplexity / dense:.3g}",
+            f"{one.judgment.kl:.3g}",
+            f"{one.judgment.top1:.1%}",
             f"{one.minutes:.1f}",
             f"{one.peak / 1e9:.2f}",
         ]

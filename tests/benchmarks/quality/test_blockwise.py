@@ -19,7 +19,7 @@ from benchmarks.quality.stages.commands import (
     quantize_command,
     seconds_per_step,
 )
-from benchmarks.quality.stages.judging import Judgement
+from benchmarks.quality.stages.judging import Judgment
 from littlebit2.cli import build_parser
 
 
@@ -75,7 +75,7 @@ def test_stages_are_measured_once_and_build_on_one_another(
     monkeypatch.setattr(
         measuring,
         "judge",
-        lambda *arguments: Judgement(10.0 + len(commands), 0.5, 0.9, {"Why?": "So."}),
+        lambda *arguments: Judgment(10.0 + len(commands), 0.5, 0.9, {"Why?": "So."}),
     )
     options = options_of("--bpw", "1", "--seeds", "0", "--out", str(tmp_path), "--stages", "finetune")
     options.threads = torch.get_num_threads()
