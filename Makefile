@@ -7,6 +7,7 @@
 #   PYTEST_ARGS=...     extra arguments of pytest in `make test` and `make test-slow`
 #   TEST_PROCESSES=1    how many processes share its files (default: one for each core)
 #   MATRIX=...          rows of `make test-matrix` (default: all)
+#   TASKS=path          environment of `make test-tasks` (default .venv-tasks)
 #   SERVING=path        environment of `make test-serving` (default .venv-serving)
 #   SERVING_ONLY=group  run only the groups of `make test-serving` whose names hold this, such as eager or sglang
 #
@@ -23,6 +24,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 SERVING ?= .venv-serving
+TASKS ?= .venv-tasks
 PYTEST_ARGS ?=
 # nproc answers OMP_NUM_THREADS where that is set.
 CORES := $(shell env -u OMP_NUM_THREADS nproc)
@@ -58,7 +60,7 @@ sanitized = $(call ctest,sanitize-$(1),-DCMAKE_BUILD_TYPE=RelWithDebInfo -DLB2_T
 # One thread for each process, because the processes fill the cores already.
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help venv build test test-slow test-matrix test-families test-serving pytest pytest-slow ctest sanitize sanitize-sample demo lint format \
+.PHONY: help venv build test test-slow test-matrix test-families test-serving test-tasks pytest pytest-slow ctest sanitize sanitize-sample demo lint format \
   clean distclean
 
 help: ## list the targets
@@ -136,6 +138,17 @@ test-serving: $(SERVING)/.installed ## serve tiny packed models with vLLM and co
 	@$(call quietly,build/serving/wheel.log,$(PIP) wheel --no-deps --no-build-isolation -w build/serving/dist .)
 	@$(SERVING)/bin/python -m pip --disable-pip-version-check install -qq --no-deps --force-reinstall build/serving/dist/*.whl
 	@env -u PYTHONPATH $(SERVING)/bin/python tests/servers/check.py --work build/serving/run --only '$(SERVING_ONLY)'
+
+# lm-evaluation-harness and what it brings along go on top of .venv, which stays as it is.
+$(TASKS)/.installed: $(STAMPS)/dev .ci/tasks-constraints.txt
+	@echo "installing lm-evaluation-harness into $(TASKS)"
+	@$(PYTHON) -m venv $(TASKS)
+	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$$($(TASKS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	@$(TASKS)/bin/python -m pip --disable-pip-version-check install -qq -c constraints.txt -c .ci/tasks-constraints.txt lm_eval
+	@touch $@
+
+test-tasks: $(TASKS)/.installed build/.built ## run lm-evaluation-harness on a tiny packed model
+	@HF_HUB_OFFLINE=1 $(TASKS)/bin/python -m pytest -o addopts= tests/tasks/check_tasks.py
 
 # The CUDA kernels run on the host, as the compiler optimizes them.
 ctest: $(STAMPS)/base ## run the C and C++ tests of the torch-free core

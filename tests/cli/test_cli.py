@@ -252,7 +252,7 @@ def test_plan_and_finetune_take_the_options_of_quantize() -> None:
     of_text = {"--data", "--text-field", "--samples", "--length", "--held-out", "--steps", "--batch-size"}
     of_text |= {"--lr", "--scale-lr", "--keep-work", "--distill-steps", "--distill-lr"}
     of_text |= {"--distill-scale-lr", "--minutes", "--sensitivity", "--kl-samples"}
-    of_text |= {"--distill-samples", "--distill-minutes"}
+    of_text |= {"--distill-samples", "--distill-minutes", "--plot", "--keep-latents"}
     # What was trained is rounded afterwards, by convert.
     not_of_finetune = {"--no-trial", "--workers", "--threads", "--embedding"}
     assert options["quantize"] - not_of_finetune - of_text <= options["finetune"]

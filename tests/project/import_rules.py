@@ -231,6 +231,12 @@ PYTHON_RULES = {
         never=NATIVE,
         public_only=True,
     ),
+    "littlebit2.blockwise.plot": ModuleRule(
+        may=("littlebit2._messages", "littlebit2.blockwise"),
+        lazily=("matplotlib",),
+        never=NATIVE,
+        public_only=True,
+    ),
     # `--help` and usage errors do not wait for torch.
     "littlebit2.cli": ModuleRule(
         may=(

@@ -124,6 +124,13 @@ def test_tasks_go_to_the_harness(
         def __init__(self, **options: Any) -> None:
             seen.update(options)
 
+    class TaskManager:
+        def __init__(self, include_path: str | None) -> None:
+            seen["include_path"] = include_path
+
+        def match_tasks(self, names: list[str]) -> list[str]:
+            return names
+
     def simple_evaluate(**options: Any) -> dict[str, Any]:
         seen.update(options)
         return {"results": {"arc_easy": {"acc,none": 0.25, "alias": "arc_easy"}}}
@@ -132,12 +139,15 @@ def test_tasks_go_to_the_harness(
     harness.models = types.ModuleType("lm_eval.models")
     harness.models.huggingface = types.ModuleType("lm_eval.models.huggingface")
     harness.models.huggingface.HFLM = HFLM
+    harness.tasks = types.ModuleType("lm_eval.tasks")
+    harness.tasks.TaskManager = TaskManager
     harness.simple_evaluate = simple_evaluate
-    for module in (harness, harness.models, harness.models.huggingface):
+    for module in (harness, harness.models, harness.models.huggingface, harness.tasks):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     assert main(["evaluate", str(teacher), "--tasks", "arc_easy", "--limit", "5"]) == 0
     assert capsys.readouterr().out.split() == ["task", "metric", "value", "arc_easy", "acc,none", "0.2500"]
     assert (seen["tasks"], seen["limit"], seen["batch_size"]) == (["arc_easy"], 5, 8)
+    assert seen["include_path"] is None
     assert type(seen["pretrained"]).__name__ == "LlamaForCausalLM"
 
 
@@ -146,6 +156,14 @@ def test_tasks_go_to_the_harness(
     [
         (["evaluate", "{teacher}"], "--data or --tasks must be given"),
         (["evaluate", "{teacher}", "--tasks", "x"], "tasks need lm-evaluation-harness: pip install lm_eval"),
+        (
+            ["evaluate", "{teacher}", "--data", "{data}", "--include-path", "x"],
+            "--include-path needs --tasks",
+        ),
+        (
+            ["evaluate", "{teacher}", "--tasks", "x", "--include-path", "absent"],
+            "must be a directory, got absent",
+        ),
         (["evaluate", "absent", "--data", "{data}"], "MODEL must be a checkpoint directory"),
         (["evaluate", "{teacher}", "--data", "{data}", "--block", "65"], "block must be at most 64"),
         (["evaluate", "absent", "--data", "{data}", "--block", "1"], "block must be at least 2, got 1"),

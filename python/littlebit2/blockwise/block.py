@@ -16,11 +16,11 @@ from littlebit2.offline.jobs import Job
 from littlebit2.offline.report import layer_entry
 from littlebit2.quantize import Importance, collect_importance
 from littlebit2.quantize.quantizer import DenseLayer, quantize_together
+from littlebit2.train.magnitudes import magnitudes
 from littlebit2.train.model import make_trainable, parameter_kind, trainable_layers
 from littlebit2_kernels.format import PackedLinear
 from littlebit2_kernels.reference import dense_weight
 
-from .latents import magnitudes
 from .pieces import BlockCall, ModelInPieces
 from .precision import products
 from .settings import BlockwiseSettings
@@ -48,14 +48,14 @@ class BlockResult:
     Attributes:
         layers: packed layers and their report entries, by job.
         changed: new values of tensors of the checkpoint that stay dense, by name.
-        magnitudes: of the latents, see :func:`.magnitudes`.
+        latents: how far they are from flipping, see :func:`.magnitudes`.
         tuned: errors and steps.
         seconds: by part of the work.
     """
 
     layers: list[tuple[Job, PackedLinear, dict[str, Any]]]
     changed: dict[str, torch.Tensor]
-    magnitudes: dict[str, torch.Tensor]
+    latents: dict[str, torch.Tensor]
     tuned: Tuned
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -158,7 +158,6 @@ class BlockRunner:
         clock.lap("tuning")
         self.forward(block, index, quantized, next_quantized)
         clock.lap("outputs")
-        kept = magnitudes(block) if self.settings.distills else {}
         layers = []
         trained = trainable_layers(block)
         for job, entry in zip(jobs, reports, strict=True):
@@ -166,7 +165,7 @@ class BlockRunner:
             layer = trained[inside].packed()
             errors = weight_errors(layer, matrices[job.index], importance.get(inside))
             layers.append((job, layer, {**entry, **errors}))
-        return BlockResult(layers, changed, kept, tuned, seconds)
+        return BlockResult(layers, changed, magnitudes(block, f"{self.pieces.name(index)}."), tuned, seconds)
 
     def inside(self, index: int, job: Job) -> str:
         """Name of a layer in its block."""

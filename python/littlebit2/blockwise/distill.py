@@ -11,11 +11,11 @@ from torch import nn
 
 from littlebit2.offline.jobs import Job
 from littlebit2.train.losses import distillation_kl, token_nll
+from littlebit2.train.magnitudes import magnitudes, set_magnitudes
 from littlebit2.train.model import make_trainable, trainable_layers
 from littlebit2_kernels.format import PackedLinear
 
 from .block import BlockRunner, draw, relative_rates, trained_parameters, weight_errors
-from .latents import set_magnitudes
 from .pieces import BlockCall
 from .precision import products
 from .tune import Saved, Tuned, tune
@@ -33,12 +33,14 @@ class Distilled:
     Attributes:
         layers: by job, packed layers and what changes in their report entries.
         changed: new values of tensors of the checkpoint that stay dense, by name.
+        latents: of every block, see :func:`.magnitudes`.
         tuned: KL on the held-out sequences before and after, and steps.
         nll: summed negative log-likelihood of the held-out tokens.
     """
 
     layers: list[tuple[Job, PackedLinear, dict[str, Any]]]
     changed: dict[str, torch.Tensor]
+    latents: list[dict[str, torch.Tensor]]
     tuned: Tuned
     nll: float
 
@@ -52,7 +54,7 @@ class Distillation:
         runner: of the run.
         jobs: the packed layers of every block.
         layer: returns a packed layer to start from.
-        magnitudes: of the latents that the tuning of each block left, see :func:`.magnitudes`.
+        latents: returns what the tuning of a block left of them, see :func:`.magnitudes`.
         changed: tensors of the checkpoint that tuning has changed, by name.
         ids: tokens ``[S, T]`` of the sequences for it, which are seen once before any is seen again.
         held_out: tokens ``[H, T]`` of the sequences on which states are compared.
@@ -63,7 +65,7 @@ class Distillation:
         runner: BlockRunner,
         jobs: Sequence[Sequence[Job]],
         layer: Callable[[Job], PackedLinear],
-        magnitudes: Callable[[int], Mapping[str, torch.Tensor]],
+        latents: Callable[[int], Mapping[str, torch.Tensor]],
         changed: Mapping[str, torch.Tensor],
         ids: torch.Tensor,
         held_out: torch.Tensor,
@@ -80,14 +82,14 @@ class Distillation:
         self.files: dict[nn.Parameter, str] = {}
         self._dense = [self.pieces.load_block(index) for index in range(len(self.pieces))]
         self._blocks = [
-            self._block(index, layer, magnitudes(index), changed) for index in range(len(self.pieces))
+            self._block(index, layer, latents(index), changed) for index in range(len(self.pieces))
         ]
 
     def _block(
         self,
         index: int,
         layer: Callable[[Job], PackedLinear],
-        magnitudes: Mapping[str, torch.Tensor],
+        values: Mapping[str, torch.Tensor],
         changed: Mapping[str, torch.Tensor],
     ) -> nn.Module:
         runner, members = self.runner, self.jobs[index]
@@ -95,7 +97,7 @@ class Distillation:
         if members:
             device = self.pieces.device
             make_trainable(block, {runner.inside(index, job): layer(job).to(device) for job in members})
-            set_magnitudes(block, magnitudes)
+            set_magnitudes(block, values, f"{self.pieces.name(index)}.")
         latents, scales = trained_parameters(block)
         stored, files = runner.norms(block, index)
         with torch.no_grad():
@@ -170,7 +172,10 @@ class Distillation:
             for ids in self.held_out.split(settings.distill_batch_size):
                 nll += float(token_nll(self._logits(self._blocks, ids), ids.to(self.pieces.device)))
         values = {name: p.detach().to(self.stored[p]).cpu().contiguous() for p, name in self.files.items()}
-        return Distilled(self._packed(), values, tuned, nll)
+        latents = [
+            magnitudes(block, f"{self.pieces.name(index)}.") for index, block in enumerate(self._blocks)
+        ]
+        return Distilled(self._packed(), values, latents, tuned, nll)
 
     def _packed(self) -> list[tuple[Job, PackedLinear, dict[str, Any]]]:
         found = []

@@ -30,6 +30,7 @@ from littlebit2.quantize.device import check_device
 from littlebit2.quantize.ranks import needs_spectra
 from littlebit2.train.data import find_files
 from littlebit2.train.losses import token_nll
+from littlebit2.train.magnitudes import LATENTS
 from littlebit2.train.perplexity import Perplexity
 from littlebit2.train.recipe.work import describe_files
 
@@ -46,7 +47,7 @@ from .sensitivity import measure_sensitivity, mixed
 from .settings import BlockwiseSettings
 from .states import States
 from .text import load_tokenizer, sequences
-from .work import BlockwiseWork
+from .work import DISTILL_STEPS, KEEP_LATENTS, BlockwiseWork
 
 __all__ = ["quantize_blockwise"]
 
@@ -106,6 +107,7 @@ def quantize_blockwise(
     resume: bool = True,
     overwrite: bool = False,
     keep_work: bool = False,
+    keep_latents: bool = False,
 ) -> BlockwiseReport:
     """Quantize a dense causal language model block by block and write a littlebit2 checkpoint.
 
@@ -137,6 +139,8 @@ def quantize_blockwise(
         resume: continue an interrupted run; otherwise it is discarded.
         overwrite: whether ``out`` may exist; it is replaced at the end.
         keep_work: whether the work folder stays.
+        keep_latents: whether ``out`` holds how far its signs are from flipping, 16 bits for each, from which
+            ``littlebit2 finetune --start`` goes on.
 
     Raises:
         FileExistsError, FileNotFoundError, OSError, RunError, TypeError: as :func:`.quantize_checkpoint`.
@@ -174,6 +178,7 @@ def quantize_blockwise(
         )
         vocabulary = pieces.model.get_input_embeddings().weight.shape[0]
         fixed = check_blocks(pieces, vocabulary)
+        plan.settings[KEEP_LATENTS] = keep_latents
         work = BlockwiseWork(target, plan.settings)
         try:
             before = start_run(work, source, target, resume, overwrite)
@@ -187,12 +192,11 @@ def quantize_blockwise(
                 tokenizer,
                 length=plan.length,
                 most=chosen.samples if chosen.minutes is None else PER_STEP * MOST,
+                least=chosen.distill_samples,
                 held_out=chosen.held_out,
                 seed=chosen.seed,
                 text_field=text_field,
             )
-            if chosen.distills:
-                text(samples=chosen.samples, least=chosen.distill_samples)  # tokens for both
             make = partial(BlockRunner, pieces, fixed=fixed, dtypes=plan.dtypes)
             if config.budget == "kl":
                 ids = text(samples=chosen.kl_samples)
@@ -212,9 +216,8 @@ def quantize_blockwise(
                     )
                 chosen = replace(chosen, samples=numbers["samples"], steps=numbers["steps"])
             runner = make(chosen, text(samples=chosen.samples))
-            return _Run(checkpoint, work, plan, chosen, runner, text, progress, overwrite, keep_work).finish(
-                source, target
-            )
+            options = (progress, overwrite, keep_work, keep_latents)
+            return _Run(checkpoint, work, plan, chosen, runner, text, *options).finish(source, target)
         finally:
             work.close()
 
@@ -288,6 +291,7 @@ class _Run:
         progress: bool,
         overwrite: bool,
         keep_work: bool,
+        keep_latents: bool,
     ) -> None:
         self.checkpoint = checkpoint
         self.work = work
@@ -299,6 +303,7 @@ class _Run:
         self.progress = progress
         self.overwrite = overwrite
         self.keep_work = keep_work
+        self.keep_latents = keep_latents
         self.sensitivity: list[torch.Tensor] | None = None
         self.entries: list[dict[str, Any]] = []
         self.seconds: Counter[str] = Counter()
@@ -349,9 +354,15 @@ class _Run:
             overwrite=self.overwrite,
             changed=self.changed,
             files={BLOCKWISE_NAME: content},
+            copies=self._latents() if self.keep_latents else {},
             keep_work=self.keep_work,
         )
         return BlockwiseReport.of(run, content, dict(self.seconds))
+
+    def _latents(self) -> dict[str, Path]:
+        """Files that training goes on from, by their path in the result."""
+        paths = map(self.work.latents_path, range(len(self.pieces)))
+        return {f"{LATENTS}/{path.name}": path for path in paths}
 
     def _finished_blocks(self) -> int:
         for index in range(len(self.pieces)):
@@ -380,8 +391,7 @@ class _Run:
         one = 4 * states.shape[0] * states.shape[1] * states.shape[2]
         layers = sum(job.stored_bytes for job in self.plan.jobs)
         # A latent's magnitude has 16 bits for one of the layer's.
-        latents = 16 * layers if self.settings.distills else 0
-        check_space(self.work.path, 4 * one + 2 * layers + latents + self.plan.dense_bytes)
+        check_space(self.work.path, 4 * one + 18 * layers + self.plan.dense_bytes)
 
     def _block(self, index: int, dense: States, quantized: States) -> tuple[States, States]:
         new = {
@@ -440,7 +450,7 @@ class _Run:
                 self.runner,
                 [self.plan.of_block(index) for index in range(len(self.pieces))],
                 self.work.load_layer,
-                self.work.magnitudes,
+                self.work.latents,
                 self.changed,
                 ids[:-held_out],
                 ids[-held_out:],
@@ -466,17 +476,17 @@ class _Run:
         if settings.minutes is None and settings.distill_minutes is None:
             return settings.distill_steps
         numbers = self.work.chosen() or {}
-        if "distill_steps" not in numbers:
+        if DISTILL_STEPS not in numbers:
             if settings.distill_minutes is not None:
                 seconds = 60 * settings.distill_minutes
             else:
                 assert settings.minutes is not None  # as above
                 seconds = 60 * settings.minutes - sum(self.seconds.values())
-            numbers["distill_steps"] = fitting_steps(distillation, seconds)
+            numbers[DISTILL_STEPS] = fitting_steps(distillation, seconds)
             self.work.keep_chosen(numbers)
         if self.progress:
             tqdm.write(f"distillation: {numbers['distill_steps']} steps", file=sys.stderr)
-        return numbers["distill_steps"]
+        return numbers[DISTILL_STEPS]
 
     def _bar(self, label: str, total: int, unit: str, done: int = 0) -> Any:
         return tqdm(

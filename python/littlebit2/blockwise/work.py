@@ -20,8 +20,13 @@ from .block import BlockResult
 from .distill import Distilled
 from .saved import SavedState
 
-__all__ = ["BlockwiseWork"]
+__all__ = ["DISTILL_STEPS", "KEEP_LATENTS", "BlockwiseWork"]
 
+#: What a run has chosen to fit a time.
+DISTILL_STEPS = "distill_steps"
+_DISTILL = "distill_"
+#: Of the run: whether the result holds the latents' magnitudes.
+KEEP_LATENTS = "keep_latents"
 _ENTRY = "littlebit2"
 
 
@@ -30,7 +35,38 @@ class BlockwiseWork(WorkDirectory):
 
     A block is finished once its own file is there, which is written last: after its layers and the hidden
     states that it hands on. Those that it got are removed then.
+
+    Finished blocks do not depend on how the whole model is distilled afterwards: a run that differs in that
+    alone goes on from them.
     """
+
+    @property
+    def of_layers(self) -> dict[str, Any]:
+        """The settings that finished layers depend on."""
+        settings = self.wanted["blockwise"]
+        # With minutes for everything, the blocks get what the distillation leaves.
+        kept = {
+            name: value
+            for name, value in settings.items()
+            if settings["minutes"] is not None or not name.startswith(_DISTILL)
+        }
+        others = {name: value for name, value in self.wanted.items() if name != KEEP_LATENTS}
+        return {**others, "blockwise": kept}
+
+    def open(self, *, resume: bool) -> None:
+        """Make the directory or continue in it, as :meth:`.WorkDirectory.open`."""
+        super().open(resume=resume)
+        settings = self.wanted["blockwise"]
+        wanted = {name: value for name, value in settings.items() if name.startswith(_DISTILL)}
+        path = self.path / "distillation.json"
+        if path.is_file() and json.loads(path.read_text("utf-8")) == wanted:
+            return
+        shutil.rmtree(self._distilled, ignore_errors=True)
+        self.distillation.remove()
+        numbers = self.chosen()
+        if numbers is not None and numbers.pop(DISTILL_STEPS, None) is not None:
+            self.keep_chosen(numbers)
+        write_json(path, wanted)
 
     @property
     def tokens(self) -> Path:
@@ -107,16 +143,17 @@ class BlockwiseWork(WorkDirectory):
         }
         metadata = {_ENTRY: json.dumps({"entry": line, "seconds": result.seconds})}
         with keep_layers():
-            write_file(self._magnitudes(index), save(result.magnitudes))
+            write_file(self.path / _latents(index), save(result.latents))
             write_file(self.block_path(index), save(result.changed, metadata))
         return line
 
-    def magnitudes(self, index: int) -> dict[str, torch.Tensor]:
-        """Return the absolute values of a finished block's latents, see :func:`.magnitudes`."""
-        return load_file(self._magnitudes(index))
+    def latents(self, index: int) -> dict[str, torch.Tensor]:
+        """Return how far the latents of a tuned block are from flipping, see :func:`.magnitudes`."""
+        return load_file(self.path / _latents(index))
 
-    def _magnitudes(self, index: int) -> Path:
-        return self.path / f"latents-{index:04d}.safetensors"
+    def latents_path(self, index: int) -> Path:
+        """Where they lie in a file: those of the distillation once it is finished."""
+        return (self._distilled if self._distilled.is_dir() else self.path) / _latents(index)
 
     def layer_path(self, job: Job) -> Path:
         """Where the file of a finished layer lies: that of the distillation once it is finished."""
@@ -151,6 +188,8 @@ class BlockwiseWork(WorkDirectory):
                 self.write_layer_to(
                     folder / super().layer_path(job).name, job, packed, {**found[0], **errors}, found[1]
                 )
+            for index, values in enumerate(result.latents):
+                write_file(folder / _latents(index), save(values))
             write_file(folder / "changed.safetensors", save(result.changed, {_ENTRY: json.dumps(entry)}))
             sync_tree(folder)
             folder.replace(self._distilled)
@@ -184,3 +223,7 @@ class BlockwiseWork(WorkDirectory):
         """Remove the hidden states before a block."""
         for kind in ("dense", "quantized"):
             self.states(kind, index).unlink(missing_ok=True)
+
+
+def _latents(index: int) -> str:
+    return f"latents-{index:04d}.safetensors"

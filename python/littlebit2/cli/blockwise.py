@@ -70,6 +70,14 @@ def add_blockwise_options(parser: argparse.ArgumentParser) -> None:
     )
     for option, name, kind, metavar, text in _SETTINGS:
         group.add_argument(option, dest=name, type=kind, metavar=metavar, help=text)
+    group.add_argument(
+        "--plot", metavar="FILE", help="draw errors by block and perplexities: .png, .svg or .pdf"
+    )
+    group.add_argument(
+        "--keep-latents",
+        action="store_true",
+        help="keep in OUT how far signs are from flipping, for finetune --start (16 bits for each)",
+    )
     group.add_argument("--keep-work", action="store_true", help="keep the work folder OUT.partial")
 
 
@@ -86,6 +94,8 @@ def is_blockwise(args: argparse.Namespace) -> bool:
         "--data": args.data is not None,
         "--keep-work": args.keep_work,
         "--budget kl": args.budget == "kl",
+        "--keep-latents": args.keep_latents,
+        "--plot": args.plot is not None,
         **{option: getattr(args, name) is not None for option, name, *_ in _SETTINGS},
     }
     layerwise = {
@@ -114,12 +124,15 @@ def blockwise_config(args: argparse.Namespace) -> QuantConfig:
 def run_blockwise(args: argparse.Namespace) -> BlockwiseReport:
     """Do the work that the options describe."""
     from littlebit2.blockwise import BlockwiseSettings, quantize_blockwise  # noqa: PLC0415  # imports torch
+    from littlebit2.blockwise.plot import check_plot, plot_report  # noqa: PLC0415
 
+    if args.plot is not None:
+        check_plot(args.plot)
     given: dict[str, Any] = {name: getattr(args, name) for _, name, *_ in _SETTINGS}
     settings = BlockwiseSettings(
         seed=args.seed, **{name: value for name, value in given.items() if value is not None}
     )
-    return quantize_blockwise(
+    report = quantize_blockwise(
         args.model_dir,
         args.out,
         blockwise_config(args),
@@ -135,7 +148,11 @@ def run_blockwise(args: argparse.Namespace) -> BlockwiseReport:
         resume=not args.restart,
         overwrite=args.overwrite,
         keep_work=args.keep_work,
+        keep_latents=args.keep_latents,
     )
+    if args.plot is not None:
+        plot_report(report, args.plot)
+    return report
 
 
 def blockwise_outlook(report: BlockwiseReport, args: argparse.Namespace) -> None:

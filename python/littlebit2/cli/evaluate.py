@@ -60,6 +60,9 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--tasks", nargs="+", default=[], metavar="TASK", help="tasks of lm-evaluation-harness"
     )
+    parser.add_argument(
+        "--include-path", metavar="FOLDER", help="further tasks, described in YAML as the harness wants them"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="examples per task")
     add_load_options(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -78,6 +81,7 @@ def _run(args: argparse.Namespace) -> int:
         max_tokens=args.max_tokens,
         batch_size=args.batch_size,
         tasks=args.tasks,
+        include_path=args.include_path,
         limit=args.limit,
         **load_options(args),
     )

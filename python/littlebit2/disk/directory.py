@@ -26,7 +26,7 @@ _OF_CHECKPOINTS = re.compile(
     r"|(generation_|preprocessor_|processor_|image_processor_|video_preprocessor_|littlebit_|nanoquant_)?config\.json"
     r"|tokenizer(_config)?\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json"
     r"|vocab\.(json|txt)|merges\.txt|chat_template\.(jinja|json)"
-    r"|(quantization_report|blockwise_report|finetune)\.json"
+    r"|(quantization_report|blockwise_report|finetune)\.json|latents/latents-\d+\.safetensors"
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from littlebit2.checkpoint import CheckpointWriter, open_dense
-from littlebit2.disk import RunError, move_into_place, write_json
+from littlebit2.disk import RunError, move_into_place, sync, write_json
 
 from .choice import Choice
 from .jobs import Job
@@ -33,6 +34,7 @@ def assemble(
     overwrite: bool,
     changed: Mapping[str, torch.Tensor] | None = None,
     files: Mapping[str, Any] | None = None,
+    copies: Mapping[str, Path] | None = None,
     keep_work: bool = False,
 ) -> RunReport:
     """Write the checkpoint from the finished layers, move it to ``out`` and remove the work directory.
@@ -50,6 +52,7 @@ def assemble(
         overwrite: whether ``out`` may be a checkpoint.
         changed: new values of tensors of the source that stay dense, by name.
         files: JSON values to write beside the weights, by file name.
+        copies: files to copy beside the weights, by their path in ``out``.
         keep_work: whether the work directory stays.
 
     Raises:
@@ -60,6 +63,11 @@ def assemble(
         report = _write(source, work, jobs, choice, settings, changed or {})
         for name, value in (files or {}).items():
             write_json(work.assembled / name, value)
+        for name, path in (copies or {}).items():
+            copy = work.assembled / name
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
+            sync(copy)
         move_into_place(work.assembled, out, overwrite=overwrite)
     if not keep_work:
         work.remove()

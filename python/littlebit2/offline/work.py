@@ -41,7 +41,12 @@ class WorkDirectory(RunDirectory):
         super().__init__(work_path(out))
         self.assembled = self.path / "assembled"
         self.wanted = dict(settings)
-        self._digest = hashlib.sha256(json.dumps(self.wanted, sort_keys=True).encode()).hexdigest()
+        self._digest = hashlib.sha256(json.dumps(self.of_layers, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def of_layers(self) -> dict[str, Any]:
+        """The settings that finished layers depend on: a run with others does not go on from them."""
+        return self.wanted
 
     def open(self, *, resume: bool) -> None:
         """Make the directory or continue in it; the caller then holds its lock.
@@ -56,8 +61,8 @@ class WorkDirectory(RunDirectory):
             # Without settings it was left by a run that was killed before it wrote them, or by remove().
             self.clear()
             with keep_layers():
-                self.write_settings(self.wanted)
-        differing = self.differing(self.wanted, _difference)
+                self.write_settings(self.of_layers)
+        differing = self.differing(self.of_layers, _difference)
         if differing:
             raise self.refuse(differing)
         shutil.rmtree(self.assembled, ignore_errors=True)
@@ -71,7 +76,7 @@ class WorkDirectory(RunDirectory):
             return
         try:
             self.take()
-            if self.settings() is None or not self.differing(self.wanted):
+            if self.settings() is None or not self.differing(self.of_layers):
                 self.remove()
         except (OSError, RunError):
             pass  # in use, damaged or not ours: what is asked for is there without it

@@ -53,6 +53,7 @@ def evaluate_model(
     max_tokens: int | None = None,
     batch_size: int = 8,
     tasks: Sequence[str] = (),
+    include_path: str | Path | None = None,
     limit: int | None = None,
     **load_options: Any,
 ) -> Evaluation:
@@ -69,6 +70,7 @@ def evaluate_model(
         max_tokens: read at most so many tokens.
         batch_size: sequences at a time.
         tasks: names of tasks of lm-evaluation-harness, which must be installed and may download data.
+        include_path: a folder of further tasks, as the harness describes them (YAML).
         limit: examples of each task.
         **load_options: of :func:`littlebit2.load`: device, dtype, activation, backend.
 
@@ -92,6 +94,10 @@ def evaluate_model(
     ):
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
+    if include_path is not None and not tasks:
+        raise ValueError("include_path needs tasks: the folder only says where they are described")
+    if include_path is not None and not Path(include_path).is_dir():
+        raise FileNotFoundError(f"include_path must be a directory, got {include_path}")
     harness = _harness() if tasks else None
     files = find_files(data) if data is not None else []
     tokenizer = load_tokenizer(Path(model_dir))
@@ -115,13 +121,11 @@ def evaluate_model(
             else:
                 found, compared = agreement(model, other, blocks, batch_size=batch_size)
             characters = tokens.characters
-    results: dict[str, dict[str, Any]] = {}
-    if harness is not None:
-        wrapped = harness.models.huggingface.HFLM(
-            pretrained=model, tokenizer=tokenizer, batch_size=batch_size
-        )
-        out = harness.simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit)
-        results = {task: dict(values) for task, values in out["results"].items()}
+    results = (
+        {}
+        if harness is None
+        else _run_tasks(harness, model, tokenizer, tasks, include_path, limit, batch_size)
+    )
     return Evaluation(found, length, stride or length, compared, characters, results)
 
 
@@ -165,10 +169,29 @@ def _block(model: Any, block: int | None) -> int:
     return block
 
 
+def _run_tasks(
+    harness: Any,
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    include_path: str | Path | None,
+    limit: int | None,
+    batch_size: int,
+) -> dict[str, dict[str, Any]]:
+    manager = harness.tasks.TaskManager(include_path=None if include_path is None else str(include_path))
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        raise ValueError(f"tasks must be known to lm-evaluation-harness, got {', '.join(unknown)}")
+    wrapped = harness.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    out = harness.simple_evaluate(model=wrapped, tasks=list(tasks), task_manager=manager, limit=limit)
+    return {task: dict(values) for task, values in out["results"].items()}
+
+
 def _harness() -> Any:
     try:
         import lm_eval  # noqa: PLC0415  # optional
         import lm_eval.models.huggingface  # noqa: PLC0415
+        import lm_eval.tasks  # noqa: PLC0415
     except ImportError as error:
         raise ImportError("tasks need lm-evaluation-harness: pip install lm_eval") from error
     return lm_eval

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from littlebit2._messages import hub_hint
@@ -16,6 +17,7 @@ from littlebit2.disk import RunError
 from littlebit2.integrations.loading import load
 from littlebit2.integrations.modules import layers_of
 from littlebit2.integrations.names import published_state
+from littlebit2.train.magnitudes import LATENTS, set_magnitudes
 from littlebit2.train.model import make_trainable, packed_layers, select_dense, trainable_layers
 
 from .settings import Recipe
@@ -80,6 +82,8 @@ def build_student(teacher: Path, start: Path, recipe: Recipe) -> Any:
             surrogate=recipe.surrogate,
             magnitude=recipe.magnitude,
         )
+        for path in sorted((start / LATENTS).glob("*.safetensors")):
+            set_magnitudes(model, load_file(path))
     # A packed checkpoint may have trained its dense tensors too.
     stored = dict(started.named_parameters())
     with torch.no_grad():

@@ -1,0 +1,1 @@
+"""The stages of `blockwise`: their commands, what they are worth, and their table."""

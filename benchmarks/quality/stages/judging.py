@@ -1,0 +1,80 @@
+"""What a checkpoint is worth on held-out text, and how it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["PROMPTS", "Judgment", "answers", "judge"]
+
+#: Asked of every checkpoint, by its chat template.
+PROMPTS = (
+    "What is the capital of France?",
+    "Write two sentences about the sea.",
+    "Explain in one sentence what a Python function is.",
+)
+_LENGTH = 256
+_ANSWER = 48
+
+
+@dataclass(frozen=True)
+class Judgment:
+    """What was measured of a checkpoint.
+
+    Attributes:
+        perplexity: on the text.
+        kl: KL(dense || checkpoint), nats a token.
+        top1: share of tokens for which both have the same likeliest one.
+        answers: greedy continuations by prompt.
+    """
+
+    perplexity: float
+    kl: float
+    top1: float
+    answers: dict[str, str] = field(default_factory=dict)
+
+
+def judge(checkpoint: Path, dense: Path, data: Path, tokens: int) -> Judgment:
+    """Measure a checkpoint on held-out text, in float32.
+
+    Args:
+        checkpoint: its directory.
+        dense: directory of the dense model that it is compared with.
+        data: directory of text.
+        tokens: to read.
+    """
+    from littlebit2.train.recipe import evaluate_model
+
+    found = evaluate_model(
+        checkpoint, data, teacher=dense, block=_LENGTH, max_tokens=tokens, dtype=torch.float32
+    )
+    assert found.perplexity is not None  # there is text
+    assert found.agreement is not None  # and a teacher
+    return Judgment(
+        found.perplexity.value, found.agreement.kl, found.agreement.top1, answers(checkpoint, PROMPTS)
+    )
+
+
+def answers(checkpoint: Path, prompts: tuple[str, ...]) -> dict[str, str]:
+    """Return the greedy answer to each prompt, by the tokenizer's chat template."""
+    from transformers import AutoTokenizer
+
+    from littlebit2 import load
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
+    model: Any = load(checkpoint, dtype=torch.float32)
+    found = {}
+    for prompt in prompts:
+        chat = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        with torch.inference_mode():
+            out = model.generate(**ids, max_new_tokens=_ANSWER, do_sample=False)
+        found[prompt] = tokenizer.decode(
+            out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True
+        ).strip()
+    return found
