@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from littlebit2 import load
-from littlebit2.blockwise import block, distill
-from littlebit2.blockwise.saved import SavedState
-from littlebit2.blockwise.tune import tune
+from littlebit2.blockwise.tuning import block, distill
+from littlebit2.blockwise.tuning.saved import SavedState
+from littlebit2.blockwise.tuning.tune import tune
 from littlebit2.integrations.modules import layers_of
 from littlebit2.train.magnitudes import LATENTS, magnitudes, set_magnitudes
 from littlebit2.train.model import packed_layers
@@ -38,7 +38,7 @@ def test_another_distillation_goes_on_from_the_finished_blocks(
     out = tmp_path / "out"
     plain = run(model, out, data, changes={**DISTILL, "distill_steps": 0}, keep_work=True)
     expected = run(model, tmp_path / "whole", data, changes=DISTILL)
-    monkeypatch.setattr("littlebit2.blockwise.block.BlockRunner.run", None)  # no block is done again
+    monkeypatch.setattr("littlebit2.blockwise.tuning.block.BlockRunner.run", None)  # no block is done again
     options = {"keep_work": True, "overwrite": True}
     found = run(model, out, data, changes=DISTILL, **options)
     assert contents(out) == contents(tmp_path / "whole")

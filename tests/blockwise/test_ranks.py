@@ -16,10 +16,10 @@ from littlebit2 import load, quantize_
 from littlebit2.architecture.parts import Whole
 from littlebit2.architecture.tensors import LayerSource
 from littlebit2.blockwise import BlockwiseSettings
-from littlebit2.blockwise.block import BlockRunner
 from littlebit2.blockwise.ranking import kl
 from littlebit2.blockwise.ranking.allocation import BOUNDS, Curve, LayerGroup, allocate, fit, grouped
 from littlebit2.blockwise.text import load_tokenizer, sequences
+from littlebit2.blockwise.tuning.block import BlockRunner
 from littlebit2.cli import main
 from littlebit2.disk import RunError
 from littlebit2.offline.jobs import Job
@@ -217,7 +217,7 @@ def test_a_run_that_goes_on_measures_nothing_again(
         raise RunError("stopped")
 
     with monkeypatch.context() as patched:
-        patched.setattr("littlebit2.blockwise.block.BlockRunner.run", fail)
+        patched.setattr("littlebit2.blockwise.tuning.block.BlockRunner.run", fail)
         with pytest.raises(RunError, match="stopped"):
             run(path, out, data, config=KL, changes={"steps": 2})
     kept = json.loads((tmp_path / "out.partial" / "ranks.json").read_text())

@@ -82,11 +82,11 @@ def test_minutes_choose_sequences_and_steps(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = write_model(tmp_path / "dense")
-    monkeypatch.setattr("littlebit2.blockwise.minutes.LEAST", 3)
+    monkeypatch.setattr("littlebit2.blockwise.tuning.minutes.LEAST", 3)
     short = run(model, tmp_path / "short", data, changes={"minutes": 1e-9, "distill_minutes": 0.0})
     assert (short.settings["samples"], short.settings["steps"]) == (3, 3)
     # With time in plenty, the most steps are taken.
-    monkeypatch.setattr("littlebit2.blockwise.minutes.MOST", 20)
+    monkeypatch.setattr("littlebit2.blockwise.tuning.minutes.MOST", 20)
     monkeypatch.setattr("littlebit2.blockwise.run.MOST", 20)
     long = run(
         model, tmp_path / "long", data, changes={"minutes": 1e6, "distill_minutes": 0.0}, keep_work=True

@@ -9,8 +9,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from littlebit2.blockwise.sensitivity import mean_squares, mixed
 from littlebit2.blockwise.text import load_tokenizer, sequences
+from littlebit2.blockwise.tuning.sensitivity import mean_squares, mixed
 from tests.blockwise.builders import QUICK, run, write_data, write_model
 
 

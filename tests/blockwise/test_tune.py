@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from littlebit2.blockwise.states import States
-from littlebit2.blockwise.tune import relative_error, rounded, schedule, tune
+from littlebit2.blockwise.tuning.tune import relative_error, rounded, schedule, tune
 
 STEPS = {"warmup": 0.1, "evaluations": 4, "patience": 2}
 

@@ -34,19 +34,19 @@ from littlebit2.train.magnitudes import LATENTS
 from littlebit2.train.perplexity import Perplexity
 from littlebit2.train.recipe.work import describe_files
 
-from .block import BlockRunner, batches
 from .check import check_blocks
-from .distill import Distillation
 from .find import find_blocks
-from .minutes import MOST, PER_STEP, fitting, fitting_steps, seconds_of_blocks
 from .pieces import ModelInPieces
-from .precision import resolve_precision
 from .ranking import ranks_by_kl
 from .report import BLOCKWISE_NAME, BlockwiseReport
-from .sensitivity import measure_sensitivity, mixed
 from .settings import BlockwiseSettings
 from .states import States
 from .text import load_tokenizer, sequences
+from .tuning.block import BlockRunner, batches
+from .tuning.distill import Distillation
+from .tuning.minutes import MOST, PER_STEP, fitting, fitting_steps, seconds_of_blocks
+from .tuning.precision import resolve_precision
+from .tuning.sensitivity import measure_sensitivity, mixed
 from .work import DISTILL_STEPS, KEEP_LATENTS, BlockwiseWork
 
 __all__ = ["quantize_blockwise"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .precision import Precision, check_precision
+from .tuning.precision import Precision, check_precision
 
 __all__ = ["BlockwiseSettings"]
 
@@ -27,12 +27,12 @@ class BlockwiseSettings:
         patience: comparisons without a gain after which tuning stops.
         importance_samples: sequences for the importance of inputs.
         sensitivity: share of a block's loss that is weighted by what the model's output feels of an error
-            (:mod:`.sensitivity`), in [0, 1]; the rest is the plain squared error.
+            (:mod:`.tuning.sensitivity`), in [0, 1]; the rest is the plain squared error.
         sensitivity_samples: sequences for it.
         kl_samples: sequences on which ranks are tried, with budget ``"kl"`` (:mod:`.ranking`).
         kl_length: tokens of each of them, from its start; at most T.
         kl_sizes: ranks that are tried, relative to the uniform ones; they are rounded to multiples of 8.
-        precision: dtype of matrix products in tuning and distillation (:mod:`.precision`). Hidden states
+        precision: dtype of matrix products in tuning and distillation (:mod:`.tuning.precision`). Hidden states
             between blocks, and all measurements, are float32.
         distill_steps: of distilling the whole model at the end; 0: none.
         distill_minutes: instead of ``distill_steps``: time for it, see :func:`.fitting_steps`; 0: none.
@@ -41,7 +41,7 @@ class BlockwiseSettings:
         distill_scale_lr: likewise of scales, norms and biases, relative as above.
         distill_batch_size: sequences of one step of it.
         minutes: instead of ``samples``, ``steps`` and ``distill_steps``: time for everything, see
-            :mod:`.minutes`. The distillation gets ``distill_minutes`` of it, or a fixed share.
+            :mod:`.tuning.minutes`. The distillation gets ``distill_minutes`` of it, or a fixed share.
         seed: of the choice and order of sequences.
 
     Raises:

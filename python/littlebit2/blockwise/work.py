@@ -16,9 +16,9 @@ from littlebit2.disk import sync, sync_tree, write_file, write_json
 from littlebit2.offline.jobs import Job
 from littlebit2.offline.work import WorkDirectory, keep_layers
 
-from .block import BlockResult
-from .distill import Distilled
-from .saved import SavedState
+from .tuning.block import BlockResult
+from .tuning.distill import Distilled
+from .tuning.saved import SavedState
 
 __all__ = ["DISTILL_STEPS", "KEEP_LATENTS", "BlockwiseWork"]
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from littlebit2.blockwise.block import BlockRunner, batches
 from littlebit2.blockwise.states import States
+from littlebit2.blockwise.tuning.block import BlockRunner, batches
 from littlebit2.quantize import Importance, collect_importance
 from littlebit2.train.losses import distillation_kl
 from littlebit2_kernels.reference import dense_weight

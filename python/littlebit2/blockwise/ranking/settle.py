@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from littlebit2.blockwise.block import BlockRunner
+from littlebit2.blockwise.tuning.block import BlockRunner
 from littlebit2.blockwise.work import BlockwiseWork
 from littlebit2.offline.jobs import Job
 

@@ -15,8 +15,8 @@ from littlebit2.train.magnitudes import magnitudes, set_magnitudes
 from littlebit2.train.model import make_trainable, trainable_layers
 from littlebit2_kernels.format import PackedLinear
 
+from ..pieces import BlockCall
 from .block import BlockRunner, draw, relative_rates, trained_parameters, weight_errors
-from .pieces import BlockCall
 from .precision import products
 from .tune import Saved, Tuned, tune
 

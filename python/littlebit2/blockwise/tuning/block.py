@@ -21,10 +21,10 @@ from littlebit2.train.model import make_trainable, parameter_kind, trainable_lay
 from littlebit2_kernels.format import PackedLinear
 from littlebit2_kernels.reference import dense_weight
 
-from .pieces import BlockCall, ModelInPieces
+from ..pieces import BlockCall, ModelInPieces
+from ..settings import BlockwiseSettings
+from ..states import States
 from .precision import products
-from .settings import BlockwiseSettings
-from .states import States
 from .tune import Tuned, relative_error, tune
 
 __all__ = [

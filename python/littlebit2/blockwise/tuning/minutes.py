@@ -11,10 +11,10 @@ import torch
 from littlebit2.offline.jobs import Job
 from littlebit2.train.model import make_trainable
 
+from ..settings import BlockwiseSettings
 from .block import BlockRunner, trained_parameters
 from .distill import EVALUATIONS, Distillation
 from .precision import products
-from .settings import BlockwiseSettings
 from .tune import relative_error
 
 __all__ = ["MOST", "PER_STEP", "fitting", "fitting_steps", "seconds_of_blocks"]
