@@ -19,8 +19,9 @@ from benchmarks.options import positive
 __all__ = ["STAGES", "add_arguments", "run"]
 
 #: What is measured: layers alone, without and with the importance of their inputs; blocks without tuning,
-#: with it, and a distillation of the whole model on top; training alone, for as long as all of that took.
-STAGES = ("layers", "importance", "untuned", "tuned", "distilled", "finetune")
+#: with it, with ranks by the KL of the model's output besides, and a distillation of the whole model on top of
+#: the tuning; training alone, for as long as all of that took.
+STAGES = ("layers", "importance", "untuned", "tuned", "ranks", "distilled", "finetune")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -47,13 +47,15 @@ def quantize_command(
     if stage in ("layers", "importance"):
         weighted = ["--importance", str(importance)] if stage == "importance" else []
         return [*quantize, "--method", "admm", "--workers", str(options.threads), *weighted]
+    budget = ["--budget", "kl"] if stage == "ranks" else []
     distill = ["--distill-minutes", str(options.distill_minutes)] if stage == "distilled" else []
     return [
         *quantize,
         *("--data", str(data), "--length", str(_LENGTH), "--samples", str(options.samples)),
         *("--steps", str(0 if stage == "untuned" else options.steps), "--threads", str(options.threads)),
+        *budget,
         *distill,
-        *(["--keep-work"] if stage != "untuned" else []),
+        *(["--keep-work"] if stage in ("tuned", "distilled") else []),
     ]
 
 

@@ -38,7 +38,8 @@ def test_commands_are_those_of_the_command_line(stage: str) -> None:
     assert (args.bpw, args.seed) == (0.55, 3)
     assert (args.data is None) == (stage in ("layers", "importance"))
     assert args.importance == ("importance" if stage == "importance" else None)
-    assert args.steps == {"untuned": 0, "tuned": 7, "distilled": 7}.get(stage)
+    assert args.steps == {"untuned": 0, "tuned": 7, "ranks": 7, "distilled": 7}.get(stage)
+    assert args.budget == ("kl" if stage == "ranks" else "uniform")
     assert args.distill_minutes == {"distilled": 9.0}.get(stage)
 
 
