@@ -19,8 +19,8 @@ from benchmarks.options import positive
 __all__ = ["STAGES", "add_arguments", "run"]
 
 #: What is measured: layers alone, without and with the importance of their inputs; blocks without tuning,
-#: with it, with ranks by the KL of the model's output besides, and a distillation of the whole model on top of
-#: the tuning; training alone, for as long as all of that took.
+#: with it, with ranks by the KL of the model's output besides, and a distillation of the whole model on top
+#: of the tuning; training alone, for as long as all of that took.
 STAGES = ("layers", "importance", "untuned", "tuned", "ranks", "distilled", "finetune")
 
 

@@ -32,8 +32,8 @@ class BlockwiseSettings:
         kl_samples: sequences on which ranks are tried, with budget ``"kl"`` (:mod:`.ranking`).
         kl_length: tokens of each of them, from its start; at most T.
         kl_sizes: ranks that are tried, relative to the uniform ones; they are rounded to multiples of 8.
-        precision: dtype of matrix products in tuning and distillation (:mod:`.tuning.precision`). Hidden states
-            between blocks, and all measurements, are float32.
+        precision: dtype of matrix products in tuning and distillation (:mod:`.tuning.precision`). Hidden
+            states between blocks, and all measurements, are float32.
         distill_steps: of distilling the whole model at the end; 0: none.
         distill_minutes: instead of ``distill_steps``: time for it, see :func:`.fitting_steps`; 0: none.
         distill_samples: sequences for it, drawn anew.
