@@ -68,8 +68,8 @@ class BlockwiseSettings:
     distill_steps: int = 0
     distill_minutes: float | None = None
     distill_samples: int = 4096
-    distill_lr: float = 1e-4
-    distill_scale_lr: float = 1e-3
+    distill_lr: float = 4e-5
+    distill_scale_lr: float = 5e-3
     distill_batch_size: int = 4
     minutes: float | None = None
     seed: int = 0
