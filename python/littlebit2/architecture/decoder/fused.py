@@ -31,6 +31,7 @@ from .rewrite import (
 )
 from .rotary import rotated, rotation_of
 from .source import forward_of, function_tree
+from .step import STEP
 
 __all__ = ["fuse_modules", "unfuse_modules"]
 
@@ -109,6 +110,30 @@ class _FusedAttention(_Fused):
         """Rotate queries and keys, or ``None`` if ``function`` has to, or is not what it was."""
         how = self._littlebit2_attention.rotations[index]
         return rotated(how, query, key, cos, sin) if function is how.function else None
+
+    def _littlebit2_attend(
+        self: Any,
+        function: Any,
+        interface: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        cache: Any,
+        place: Any,
+        mask: Any,
+        /,
+        **settings: Any,
+    ) -> Any:
+        """Rotate, write into the cache and attend in one call, if ``interface`` does such; else ``None``."""
+        step = getattr(interface, STEP, None)
+        if step is None or cache is None:
+            return None
+        for how in self._littlebit2_attention.rotations:
+            if how.function is function:
+                return step(how, query, key, value, cos, sin, cache, place, mask, **settings)
+        return None
 
     def _littlebit2_output(self: Any, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         """Apply the layer that makes the output, and add the residual."""
