@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 from typing import Any
 
@@ -323,3 +324,8 @@ def test_steps_compiled_whole(llama: Any) -> None:
             tokens.append(decoder.step(tokens[-1]).argmax(-1).clone())
         found.append(torch.stack(tokens))
     assert torch.equal(*found)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    # What Dynamo put into the decoder's module goes with it.
+    del decoder
+    torch._dynamo.reset()
+    gc.collect()

@@ -154,6 +154,8 @@ class _FusedLayer(_Fused):
         child = children.get(site.child)
         if type(child) is not site.kind or not _is_plain(child) or not self._littlebit2_drops_nothing(site):
             return None
+        if torch.jit.is_tracing():  # which names what modules do
+            return None
         if site.norm is None:
             return {}
         norm = children.get(site.norm_name)
@@ -316,11 +318,12 @@ def _rms_norm(norm: _GivenNorm, x: Any) -> RMSNorm | None:
     """The norm as the kernels take it, or ``None`` if its result has another dtype than ``x``."""
     module, how = norm
     weight = module._parameters["weight"]
-    if weight is None or not isinstance(x, torch.Tensor) or not (how.keeps_dtype or weight.dtype == x.dtype):
+    if weight is None or not isinstance(x, torch.Tensor):
         return None
-    if x.dtype not in ACTIVATION_DTYPES or weight.dtype not in ACTIVATION_DTYPES:
+    dtype = weight.dtype
+    if dtype not in ACTIVATION_DTYPES or (x.dtype is not dtype and not how.keeps_dtype):
         return None
-    return RMSNorm(weight, getattr(module, how.eps), how.offset)
+    return RMSNorm.known(weight, getattr(module, how.eps), how.offset)
 
 
 def _mlp(

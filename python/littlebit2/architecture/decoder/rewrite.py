@@ -343,6 +343,8 @@ class _Finder:
         if rest is not None:
             changed.keywords.append(ast.keyword(RESIDUAL, as_expression(rest[0], call)))
         changed.keywords.append(ast.keyword(None, as_expression(_MORE, call)))
+        # A plain child's call is one of its ``forward``.
+        changed.func = as_expression(f"{self._this}._modules[{name!r}].forward", call)
         end = start + 1 if rest is None else rest[2]
         original = list(self._body[index:end])
         statements = [

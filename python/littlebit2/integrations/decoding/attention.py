@@ -154,9 +154,13 @@ def _few(queries: Any) -> bool:
 
 def is_plain(settings: dict[str, Any]) -> bool:
     """Whether nothing else enters the result by the further arguments of the interface."""
-    if any(settings.get(name) is not None for name in ("position_bias", "s_aux", "head_mask")):
-        return False
-    return not settings.get("output_attentions", False)
+    asked = settings.get
+    return (
+        asked("position_bias") is None
+        and asked("s_aux") is None
+        and asked("head_mask") is None
+        and not asked("output_attentions", False)
+    )
 
 
 def allows_mask(mask: torch.Tensor | None, keys: int) -> bool:

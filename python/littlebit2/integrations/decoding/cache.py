@@ -54,14 +54,17 @@ class _Buffer:
         """Whether rows like ``new`` can follow the rows ``kept`` where these are."""
         if self._buffers is None or not self.owns(*kept):
             return False
-        for buffer, rows in zip(self._buffers, new, strict=True):
-            batch, heads, room, size = buffer.shape
-            if rows.dtype != buffer.dtype or rows.shape != (batch, heads, new[0].shape[2], size):
-                return False
-        if self._start + kept[0].shape[2] != self._written or self._written + new[0].shape[2] > room:
+        keys, values = self._buffers
+        batch, heads, room, size = keys.shape
+        tokens = new[0].shape[2]
+        if self._start + kept[0].shape[2] != self._written or self._written + tokens > room:
+            return False
+        if new[0].shape != (batch, heads, tokens, size) or new[0].dtype != keys.dtype:
+            return False
+        if new[1].shape != (batch, heads, tokens, values.shape[3]) or new[1].dtype != values.dtype:
             return False
         # Such a tensor cannot be written to outside the mode that it was made in.
-        return torch.is_inference_mode_enabled() or not self._buffers[0].is_inference()
+        return torch.is_inference_mode_enabled() or not keys.is_inference()
 
     def make_room(
         self, kept: tuple[torch.Tensor, torch.Tensor], new: tuple[torch.Tensor, torch.Tensor]
