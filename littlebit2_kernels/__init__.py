@@ -12,6 +12,7 @@ from ._native import (
 )
 from .decoding.attention import attention
 from .decoding.rotary import rotary
+from .decoding.step import attention_step
 from .dispatch import BackendUnavailableError
 from .format import FORMAT_VERSION, PackedLinear, PackedPath
 from .functional import littlebit_linear
@@ -51,6 +52,7 @@ __all__ = [
     "StagedLinear",
     "__version__",
     "attention",
+    "attention_step",
     "explain",
     "fuse_linears",
     "get_cmake_dir",

@@ -57,4 +57,12 @@ lb2_status check_attention_buffers(const lb2_attention_args& args, int64_t works
 // Everything in args of a rotary embedding (attention.cpp).
 lb2_status check_rotary(const lb2_rotary_args* args) noexcept;
 
+// The attention of a step.
+lb2_attention_args attention_of(const lb2_attention_step_args& args) noexcept;
+
+// Everything in args of a step but its buffers; then these (attention.cpp).
+lb2_status check_attention_step(const lb2_attention_step_args* args) noexcept;
+lb2_status check_attention_step_buffers(const lb2_attention_step_args& args,
+                                        int64_t workspace_bytes) noexcept;
+
 }  // namespace lb2

@@ -8,6 +8,7 @@
 #include "torch/grouped.h"
 #include "torch/heads/attention.h"
 #include "torch/heads/rotary.h"
+#include "torch/heads/step.h"
 #include "torch/linear.h"
 #include "torch/prepacked.h"
 
@@ -93,6 +94,15 @@ STABLE_TORCH_LIBRARY(littlebit2, m) {
   // Returns [B, M, H, D] and [B, M, G, D].
   m.def(
       "rotary(Tensor query, Tensor key, Tensor cos, Tensor sin, bool interleaved=False) -> (Tensor, Tensor)");
+  // Both of these in a step of decoding: turns query [B, H, M, D] and new_key [B, G, M, D], writes new_key
+  // and new_value [B, G, M, E] into key [B, G, T, D] and value [B, G, T, E] from row `position`, one int64,
+  // on (by default the last M rows), and attends; see lb2_attention_step_args. Returns [B, M, H, E]. Not
+  // differentiable.
+  m.def(
+      "attention_step(Tensor query, Tensor new_key, Tensor new_value, Tensor cos, Tensor sin, Tensor(a!) "
+      "key, "
+      "Tensor(b!) value, Tensor? position, Tensor? mask, float scale, float softcap=0.0, bool causal=False, "
+      "int window=0, bool interleaved=False) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(littlebit2, CPU, m) {
@@ -110,6 +120,7 @@ STABLE_TORCH_LIBRARY_IMPL(littlebit2, CPU, m) {
   m.impl("linear_prepacked", TORCH_BOX(&lb2::torch_ops::linear_prepacked_cpu));
   m.impl("attention", TORCH_BOX(&lb2::torch_ops::attention_cpu));
   m.impl("rotary", TORCH_BOX(&lb2::torch_ops::rotary_cpu));
+  m.impl("attention_step", TORCH_BOX(&lb2::torch_ops::attention_step_cpu));
   m.impl("int8_linear", TORCH_BOX(&lb2::torch_ops::int8_linear_cpu));
   m.impl("linear_prepacked_backward_x", TORCH_BOX(&lb2::torch_ops::linear_prepacked_backward_x_cpu));
 }

@@ -6,7 +6,7 @@ import torch
 
 from ..ops import calls
 
-__all__ = ["attention"]
+__all__ = ["attention", "attention_settings"]
 
 
 def attention(
@@ -47,6 +47,18 @@ def attention(
             is 0.
         RuntimeError: a tensor does not fit.
     """
+    scale, cap, most = attention_settings(query, scale, softcap, causal, window)
+    return calls.attention(query, key, value, mask, scale, cap, causal, most).transpose(1, 2)
+
+
+def attention_settings(
+    query: torch.Tensor, scale: float | None, softcap: float | None, causal: bool, window: int | None
+) -> tuple[float, float, int]:
+    """Return ``scale``, ``softcap`` and ``window`` as the operators take them: 0 stands for none.
+
+    Raises:
+        ValueError: as :func:`attention`.
+    """
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
     if window is not None and (window < 1 or not causal):
@@ -55,6 +67,4 @@ def attention(
         if query.dim() == 0 or query.shape[-1] == 0:
             raise ValueError(f"query must have elements in its last dimension, got {list(query.shape)}")
         scale = query.shape[-1] ** -0.5
-    return calls.attention(query, key, value, mask, scale, softcap or 0.0, causal, window or 0).transpose(
-        1, 2
-    )
+    return scale, softcap or 0.0, window or 0

@@ -27,18 +27,21 @@ def is_called_plainly(module: nn.Module) -> bool:
 
 def needs_own_call(x: Any) -> bool:
     """Whether a call with ``x`` has to be the module's own: gradients, autocast, other kinds of tensors."""
-    if not isinstance(x, torch.Tensor):
+    # A step asks this some hundred times: what costs least comes first.
+    compiling = torch.compiler.is_compiling()
+    kind = type(x)
+    # Subclasses, and tensors of transforms, mean something else by the same object.
+    if (
+        kind is not torch.Tensor
+        and kind is not nn.Parameter
+        and not (compiling and isinstance(x, torch.Tensor))
+    ):
         return True
     if torch.is_grad_enabled() and x.requires_grad:
         return True
-    device = x.device.type
+    device = "cpu" if x.is_cpu else x.device.type
     if device == "meta" or torch.is_autocast_enabled(device):
         return True
-    if torch.compiler.is_compiling():
+    if compiling:
         return False
-    # Subclasses, and tensors of transforms, mean something else by the same object.
-    return (
-        type(x) not in (torch.Tensor, nn.Parameter)
-        or forward_ad._current_level >= 0
-        or torch._C._functorch.maybe_current_level() is not None
-    )
+    return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None

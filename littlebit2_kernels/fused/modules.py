@@ -107,21 +107,27 @@ def _layers_of(modules: Sequence[Any], x: Any, norm: RMSNorm | None, inputs: int
         return None
     if x.dim() == 0 or x.dtype not in ACTIVATION_DTYPES or x.layout != torch.strided:
         return None
-    size, device = x.shape[-1], x.device
+    size, prepacked = x.shape[-1], x.is_cpu
+    # On the CPU, to compare devices takes longer than to ask each tensor.
+    device = None if prepacked else x.device
     grad = torch.is_grad_enabled()
     if norm is not None:
         weight = norm.weight
-        if weight.shape != (size,) or weight.device != device or (grad and weight.requires_grad):
+        if weight.shape != (size,) or (grad and weight.requires_grad):
             return None
-    first = modules[0]
-    found = _Layers([], [], [], x.is_cpu)
-    tensors, biases, shapes, prepacked = found
+        if not (weight.is_cpu if device is None else weight.device == device):
+            return None
+    backend = activation = None
+    tensors, biases, shapes = [], [], []
     for index, module in enumerate(modules):
         if type(module) is not LittleBitLinear or not is_called_plainly(module):
             return None
-        if module.backend != first.backend or module.activation != first.activation:
+        if index == 0:
+            backend, activation = module.backend, module.activation
+        elif module.backend != backend or module.activation != activation:
             return None
-        if index < inputs and module.in_features != size:
+        shape = module.shape
+        if index < inputs and shape.in_features != size:
             return None  # an error, which the module raises
         # Another thread may change the layout meanwhile: one look at which buffers there are.
         buffers: dict[str, Any] = module._buffers
@@ -130,12 +136,12 @@ def _layers_of(modules: Sequence[Any], x: Any, norm: RMSNorm | None, inputs: int
         # On the CPU, each prepacks itself in its first call.
         if (layer is not None) != prepacked or (grad and bias is not None and bias.requires_grad):
             return None
-        if (buffers["u1"] if layer is None else layer).device != device:
+        if not (layer.is_cpu if layer is not None else buffers["u1"].device == device):
             return None
         tensors.append(module._operands(buffers) if layer is None else layer)
         biases.append(bias)
-        shapes.append(module.shape)
-    return found
+        shapes.append(shape)
+    return _Layers(tensors, biases, shapes, prepacked)
 
 
 def _may_add(residual: Any, x: torch.Tensor, last: Any) -> bool:

@@ -22,6 +22,7 @@ from .operands import Operands
 
 __all__ = [
     "attention",
+    "attention_step",
     "dense_linear",
     "fused_linear",
     "fused_linear_prepacked",
@@ -100,6 +101,42 @@ def rotary(
         return operator(query, key, cos, sin, interleaved)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(query, key, cos, sin, interleaved)
+
+
+def attention_step(
+    query: torch.Tensor,
+    new_key: torch.Tensor,
+    new_value: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    position: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float = 0.0,
+    causal: bool = False,
+    window: int = 0,
+    interleaved: bool = False,
+) -> torch.Tensor:
+    """Call ``torch.ops.littlebit2.attention_step``: rotation, cache and attention of a step on the CPU.
+
+    Args: as :func:`littlebit2_kernels.attention_step`, which checks ``softcap`` and ``window``; 0 stands for
+        none.
+
+    Returns:
+        ``[B, M, H, E]`` in the dtype of ``query``.
+    """
+    tensors = (query, new_key, new_value, cos, sin, key, value)
+    more = (position, mask, scale, softcap, causal, window, interleaved)
+    if torch.compiler.is_compiling():
+        load_for(query)
+        return torch.ops.littlebit2.attention_step(*tensors, *more)
+    if torch.is_grad_enabled() and requires_grad((*tensors, mask)):
+        raise RuntimeError("littlebit2: attention_step has no gradient, got a tensor that requires one")
+    operator = eager_operators.get("attention_step") or load_operator("attention_step", query)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*tensors, *more)
 
 
 def linear(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .._native import load_cuda_ops, load_ops
-from . import attention, dense, fused, grouped, int8, joined, packed, prepacked, rotary
+from . import attention, dense, fused, grouped, int8, joined, packed, prepacked, rotary, step
 
 __all__ = ["eager_operators", "load", "load_for", "load_operator"]
 
@@ -36,7 +36,8 @@ def load(device_type: str = "cpu") -> None:
         with _lock:
             if not _registered:
                 load_ops()
-                for operators in (packed, prepacked, dense, grouped, joined, fused, int8, attention, rotary):
+                kinds = (packed, prepacked, dense, grouped, joined, fused, int8, attention, rotary, step)
+                for operators in kinds:
                     operators.register()
                 _registered = True
     if device_type == "cuda":

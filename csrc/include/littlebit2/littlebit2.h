@@ -440,6 +440,65 @@ typedef struct lb2_rotary_args {
 
 LB2_API lb2_status lb2_rotary_forward_cpu(const lb2_rotary_args* args);
 
+/* ---- A step of decoding: rotation, cache and attention ----
+ *
+ *   key[b,g,position+m] = turned(new_key[b,g,m]), value[b,g,position+m] = new_value[b,g,m]
+ *   output = attention of turned(query) to key and value
+ *
+ * in one parallel region, with the bits of lb2_rotary_forward_cpu, two copies and lb2_attention_forward_cpu.
+ * A causal call has the offset `position`. Rows of key and value are apart from each other and from the other
+ * tensors; rows before `position` are read, those after the new ones as the mask says. Zero-initialize, then
+ * set struct_size = sizeof(lb2_attention_step_args). */
+typedef struct lb2_attention_step_args {
+  uint64_t struct_size;
+  int64_t batch;       /* B, >= 0 */
+  int64_t heads;       /* H, a multiple of kv_heads */
+  int64_t kv_heads;    /* G, >= 1 */
+  int64_t queries;     /* M, >= 0 */
+  int64_t keys;        /* T, rows of the cache that take part, the new ones included, >= 1 */
+  int64_t head_size;   /* D, of queries and keys, 1 .. 1024 */
+  int64_t value_size;  /* E, of values and the output, >= 1 */
+  int64_t rotary_size; /* R, even, 2 .. D */
+  int64_t position;    /* of the first new row, 0 .. T - M */
+  const void* query;   /* [B, H, M, D] */
+  int64_t query_strides[3];
+  const void* new_key; /* [B, G, M, D] */
+  int64_t new_key_strides[3];
+  const void* new_value; /* [B, G, M, E] */
+  int64_t new_value_strides[3];
+  const void* cos; /* [B, M, R] */
+  const void* sin;
+  int64_t cos_strides[2]; /* of B and M; may be 0 */
+  int64_t sin_strides[2];
+  void* key; /* [B, G, T, D] */
+  int64_t key_strides[3];
+  void* value; /* [B, G, T, E] */
+  int64_t value_strides[3];
+  void* output; /* [B, H, M, E] */
+  int64_t output_strides[3];
+  const void* mask; /* [B, H, M, T] or NULL */
+  int64_t mask_strides[3];
+  lb2_dtype dtype;       /* of queries, keys, values and output */
+  lb2_dtype angle_dtype; /* of cos and sin */
+  lb2_dtype mask_dtype;  /* as in lb2_attention_args */
+  int32_t interleaved;   /* as in lb2_rotary_args */
+  float scale;
+  float softcap;  /* > 0, or 0 for none */
+  int64_t window; /* of a causal call, > 0, or 0 for none */
+  int32_t causal; /* 0 or 1 */
+  lb2_isa isa;
+  int32_t num_threads; /* threads that parallel_for can run at the same time; < 1 means 1 */
+  void* workspace;     /* at least what lb2_attention_step_workspace_cpu says */
+  int64_t workspace_bytes;
+  lb2_parallel_for parallel_for; /* NULL runs on the calling thread */
+  void* parallel_context;
+} lb2_attention_step_args;
+
+/* Bytes of workspace for args, of which only the sizes are read. */
+LB2_API lb2_status lb2_attention_step_workspace_cpu(const lb2_attention_step_args* args, int64_t* bytes);
+
+LB2_API lb2_status lb2_attention_step_forward_cpu(const lb2_attention_step_args* args);
+
 /* Pack `negative` [rows, cols] (one byte each, non-zero means -1) into words [rows, ceil(cols/32)]. Pad bits
  * are 0. Strides are in elements between rows. */
 LB2_API lb2_status lb2_pack_signs(const uint8_t* negative, int64_t negative_stride, int64_t rows,

@@ -1,28 +1,9 @@
 #include "torch/heads/attention.h"
 
-#include "torch/heads/tensors.h"
+#include "torch/heads/operands.h"
 #include "torch/workspace.h"
 
 namespace lb2::torch_ops {
-namespace {
-
-// The mask with contiguous rows of all keys; sizes of 1 are broadcast by strides of 0.
-Tensor set_mask(lb2_attention_args& args, const Tensor& given) {
-  LB2_CHECK(given.is_cpu(), "mask must be on the CPU like query");
-  const int64_t sizes[4] = {args.batch, args.heads, args.queries, args.keys};
-  bool fits = given.dim() == 4 && given.size(3) == sizes[3];
-  for (int64_t d = 0; fits && d < 3; ++d) fits = given.size(d) == 1 || given.size(d) == sizes[d];
-  LB2_CHECK(fits, "mask must have shape [", sizes[0], ", ", sizes[1], ", ", sizes[2], ", ", sizes[3],
-            "] or 1 in one of the first three dimensions, got ", shape_of(given));
-  args.mask_dtype = element_type("mask", given);
-  const Tensor mask = with_contiguous_rows(given);
-  set_strides(mask, args.mask_strides);
-  args.mask = mask.const_data_ptr();
-  return mask;
-}
-
-}  // namespace
-
 Tensor attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value,
                      const std::optional<Tensor>& mask, double scale, double softcap, bool causal,
                      int64_t window) {
@@ -56,12 +37,7 @@ Tensor attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value
   args.causal = causal ? 1 : 0;
   args.offset = causal ? args.keys - args.queries : 0;
   args.window = window;
-  const std::array<int64_t, 4> shape = {args.batch, args.queries, args.heads, args.value_size};
-  Tensor output = torch::stable::new_empty(query, shape);
-  args.output = output.mutable_data_ptr();
-  args.output_strides[0] = args.queries * args.heads * args.value_size;
-  args.output_strides[1] = args.value_size;
-  args.output_strides[2] = args.heads * args.value_size;
+  Tensor output = new_attention_output(query, args);
   args.num_threads = static_cast<int32_t>(torch::stable::get_num_threads());
   args.parallel_for = torch_parallel;
   throw_on_error(lb2_attention_workspace_cpu(&args, &args.workspace_bytes));

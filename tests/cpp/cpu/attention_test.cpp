@@ -6,42 +6,10 @@
 #include <vector>
 
 #include "littlebit2/littlebit2.h"
+#include "random_heads.h"
 #include "random_problem.h"
 
 namespace {
-
-// Rows [B, H, T] of `size` elements, random, with spare elements between them.
-struct Tensor {
-  lb2_dtype dtype;
-  int64_t strides[3];
-  Buffer buffer;
-
-  static int64_t spare() { return static_cast<int64_t>(engine() % 4); }
-  static int64_t count(int64_t b, int64_t h, int64_t t, int64_t size, int64_t (&strides)[3]) {
-    // Heads outside of rows, as in a cache, or inside, as a projection leaves them.
-    if (engine() % 2) {
-      strides[2] = size + spare();
-      strides[1] = strides[2] * t + spare();
-      strides[0] = strides[1] * h + spare();
-    } else {
-      strides[1] = size + spare();
-      strides[2] = strides[1] * h + spare();
-      strides[0] = strides[2] * t + spare();
-    }
-    return b * h * t == 0 ? 0 : (b - 1) * strides[0] + (h - 1) * strides[1] + (t - 1) * strides[2] + size;
-  }
-  Tensor(lb2_dtype type, int64_t b, int64_t h, int64_t t, int64_t size)
-      : dtype(type), buffer(count(b, h, t, size, strides) * element_bytes(type), engine() % 2) {}
-  char* at(int64_t b, int64_t h, int64_t t, int64_t i = 0) const {
-    return buffer.data + (b * strides[0] + h * strides[1] + t * strides[2] + i) * element_bytes(dtype);
-  }
-  void fill(int64_t b, int64_t h, int64_t t, int64_t size) const {
-    for (int64_t x = 0; x < b; ++x)
-      for (int64_t y = 0; y < h; ++y)
-        for (int64_t z = 0; z < t; ++z)
-          for (int64_t i = 0; i < size; ++i) random_element(dtype, at(x, y, z, i));
-  }
-};
 
 bool run_problem(int index) {
   const lb2_dtype dtype = static_cast<lb2_dtype>(pick({LB2_FLOAT32, LB2_FLOAT16, LB2_BFLOAT16}));
@@ -49,8 +17,8 @@ bool run_problem(int index) {
   const int64_t heads = kv_heads * group, queries = pick({0, 1, 1, 1, 2, 3, 8, 9});
   const int64_t keys = pick({1, 2, 15, 16, 17, 127, 128, 129, 300});
   const int64_t size = pick({1, 7, 16, 31, 64, 80, 128}), value_size = pick({1, 16, 24, 64, 130});
-  const Tensor query(dtype, batch, heads, queries, size), key(dtype, batch, kv_heads, keys, size);
-  const Tensor value(dtype, batch, kv_heads, keys, value_size);
+  const Heads query(dtype, batch, heads, queries, size), key(dtype, batch, kv_heads, keys, size);
+  const Heads value(dtype, batch, kv_heads, keys, value_size);
   query.fill(batch, heads, queries, size);
   key.fill(batch, kv_heads, keys, size);
   value.fill(batch, kv_heads, keys, value_size);
@@ -120,7 +88,7 @@ bool run_problem(int index) {
   for (const lb2_isa isa : {LB2_ISA_SCALAR, LB2_ISA_AVX2, LB2_ISA_AVX512, LB2_ISA_AVX512_VNNI}) {
     if (!lb2_cpu_isa_available(isa)) continue;
     args.isa = isa;
-    Tensor output(dtype, batch, heads, queries, value_size);
+    Heads output(dtype, batch, heads, queries, value_size);
     if (isa != LB2_ISA_SCALAR) std::memcpy(output.strides, args.output_strides, sizeof output.strides);
     std::memcpy(args.output_strides, output.strides, sizeof output.strides);
     const int64_t extent = batch * heads * queries == 0

@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from littlebit2.architecture.decoder import fuse_modules
+from littlebit2.integrations.decoding.attention import choose
+from littlebit2.integrations.decoding.cache import grow_caches_of
 from tests.integrations.families import dense_model, quantized_copy, token_ids
 
 #: Operators of a layer that compute something (no views), those of this package among them: before, after.
@@ -20,6 +22,8 @@ COUNTS = {
     "phi3": ((35, 4), (7, 4)),
     "opt": ((15, 6), (9, 3)),
 }
+#: The same of models as `load` leaves them, with this package's attention and caches: fused.
+LOADED = {"llama": (4, 4), "qwen3": (16, 4), "gemma2": (20, 4), "phi3": (4, 4), "opt": (9, 4)}
 _VIEWS = ("view", "transpose", "expand", "unsqueeze", "slice", "alias", "t", "split", "select", "as_strided")
 
 
@@ -62,3 +66,12 @@ def test_operators_of_a_layer(family: str) -> None:
     before = _of_a_layer(model)
     fuse_modules(model)
     assert (before, _of_a_layer(model)) == COUNTS[family]
+
+
+@pytest.mark.parametrize("family", LOADED)
+def test_operators_of_a_layer_of_a_loaded_model(family: str) -> None:
+    model = quantized_copy(dense_model(family))
+    assert choose(model)
+    grow_caches_of(model)
+    fuse_modules(model)
+    assert _of_a_layer(model) == LOADED[family]

@@ -31,6 +31,7 @@ from .rewrite import (
 )
 from .rotary import rotated, rotation_of
 from .source import forward_of, function_tree
+from .step import STEP
 
 __all__ = ["fuse_modules", "unfuse_modules"]
 
@@ -110,6 +111,30 @@ class _FusedAttention(_Fused):
         how = self._littlebit2_attention.rotations[index]
         return rotated(how, query, key, cos, sin) if function is how.function else None
 
+    def _littlebit2_attend(
+        self: Any,
+        function: Any,
+        interface: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        cache: Any,
+        place: Any,
+        mask: Any,
+        /,
+        **settings: Any,
+    ) -> Any:
+        """Rotate, write into the cache and attend in one call, if ``interface`` does such; else ``None``."""
+        step = getattr(interface, STEP, None)
+        if step is None or cache is None:
+            return None
+        for how in self._littlebit2_attention.rotations:
+            if how.function is function:
+                return step(how, query, key, value, cos, sin, cache, place, mask, **settings)
+        return None
+
     def _littlebit2_output(self: Any, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         """Apply the layer that makes the output, and add the residual."""
         output = self._modules[self._littlebit2_attention.output]
@@ -128,6 +153,8 @@ class _FusedLayer(_Fused):
         children = self._modules
         child = children.get(site.child)
         if type(child) is not site.kind or not _is_plain(child) or not self._littlebit2_drops_nothing(site):
+            return None
+        if torch.jit.is_tracing():  # which names what modules do
             return None
         if site.norm is None:
             return {}
@@ -291,11 +318,12 @@ def _rms_norm(norm: _GivenNorm, x: Any) -> RMSNorm | None:
     """The norm as the kernels take it, or ``None`` if its result has another dtype than ``x``."""
     module, how = norm
     weight = module._parameters["weight"]
-    if weight is None or not isinstance(x, torch.Tensor) or not (how.keeps_dtype or weight.dtype == x.dtype):
+    if weight is None or not isinstance(x, torch.Tensor):
         return None
-    if x.dtype not in ACTIVATION_DTYPES or weight.dtype not in ACTIVATION_DTYPES:
+    dtype = weight.dtype
+    if dtype not in ACTIVATION_DTYPES or (x.dtype is not dtype and not how.keeps_dtype):
         return None
-    return RMSNorm(weight, getattr(module, how.eps), how.offset)
+    return RMSNorm.known(weight, getattr(module, how.eps), how.offset)
 
 
 def _mlp(

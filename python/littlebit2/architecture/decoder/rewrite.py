@@ -15,6 +15,18 @@ from typing import Any
 
 from .parts import Activation, Norm
 from .rotary import Rotation
+from .step import with_step
+from .syntax import (
+    as_expression,
+    as_statement,
+    become,
+    branch,
+    child_called,
+    is_name,
+    loads,
+    stores,
+    unconditional,
+)
 
 __all__ = [
     "Attention",
@@ -187,39 +199,43 @@ def rewrite_attention(
     this, given = tree.args.args[0].arg, tree.args.args[1].arg
     calls: list[tuple[int, ast.Call]] = []
     for index, statement in enumerate(tree.body):
-        plain = _unconditional(statement)
+        plain = unconditional(statement)
         calls += [
             (index, node)
             for node in plain
             if isinstance(node, ast.Call)
-            and _child_called(node, this) in linears
+            and child_called(node, this) in linears
             and not node.keywords
             and len(node.args) == 1
-            and _is_name(node.args[0], given)
+            and is_name(node.args[0], given)
         ]
     uses = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == given]
     shapes = sum(
         isinstance(node, ast.Attribute)
-        and _is_name(node.value, given)
+        and is_name(node.value, given)
         and node.attr in ("shape", "size", "device")
         for node in ast.walk(tree)
     )
     if len(calls) + shapes != len(uses):
         calls = []
-    names = tuple(dict.fromkeys(str(_child_called(call, this)) for _, call in calls))
+    names = tuple(dict.fromkeys(str(child_called(call, this)) for _, call in calls))
     output = _output_of(tree.body, this, [name for name in linears if name not in names])
     for _, call in calls:
-        place = names.index(str(_child_called(call, this)))
-        _become(call, _parsed(f"{_PROJECTED}[{place}]", call))
+        place = names.index(str(child_called(call, this)))
+        become(call, as_expression(f"{_PROJECTED}[{place}]", call))
     if calls:
         project = f"{_PROJECTED} = {this}._littlebit2_project({given}, {NORM})"
-        tree.body.insert(calls[0][0], _statement(project, calls[0][1]))
+        tree.body.insert(calls[0][0], as_statement(project, calls[0][1]))
     elif output is None:
         return None
     if output is not None:
         call = output[1]
-        _become(call, _parsed(f"{this}._littlebit2_output({ast.unparse(call.args[0])}, {RESIDUAL})", call))
-    rotator = _Rotator(tree, rotation_of)
+        become(
+            call, as_expression(f"{this}._littlebit2_output({ast.unparse(call.args[0])}, {RESIDUAL})", call)
+        )
+    local = _variables(tree)
+    with_step(tree, this, lambda name: None if name in local else rotation_of(name))
+    rotator = _Rotator(tree, local, rotation_of)
     rotator.generic_visit(tree)
     tree.args.kwonlyargs += [ast.arg(NORM), ast.arg(RESIDUAL)]
     tree.args.kw_defaults += [ast.Constant(None), ast.Constant(None)]
@@ -229,13 +245,12 @@ def rewrite_attention(
 class _Rotator(ast.NodeTransformer):
     """Puts a branch in the place of each ``q, k = rotation(q, k, cos, sin)``; all are variables."""
 
-    def __init__(self, tree: ast.FunctionDef, rotation_of: Callable[[str], Rotation | None]) -> None:
+    def __init__(
+        self, tree: ast.FunctionDef, local: frozenset[str], rotation_of: Callable[[str], Rotation | None]
+    ) -> None:
         self._this = tree.args.args[0].arg
+        self._local = local
         self._rotation_of = rotation_of
-        self._local = {node.arg for node in ast.walk(tree.args) if isinstance(node, ast.arg)}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-                self._local.add(node.id)
         self.found: list[Rotation] = []
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
@@ -255,8 +270,8 @@ class _Rotator(ast.NodeTransformer):
         change = f"{_ROTATED} = {self._this}._littlebit2_rotate({len(self.found)}, {given})"
         self.found.append(rotation)
         changed = copy.deepcopy(node)
-        changed.value = _parsed(_ROTATED, call)
-        return [_statement(change, node), _branch(_ROTATED, [node], [changed])]
+        changed.value = as_expression(_ROTATED, call)
+        return [as_statement(change, node), branch(_ROTATED, [node], [changed])]
 
 
 def rewrite_layer(
@@ -314,7 +329,7 @@ class _Finder:
             return None
         name, taker, call, target = found
         rest = self._sum(start + 1, target) if taker.residual else None
-        if rest is not None and _stores(self._body[start], rest[0]):
+        if rest is not None and stores(self._body[start], rest[0]):
             rest = None  # the child returns another residual
         if norm is None and rest is None:
             return None
@@ -323,16 +338,18 @@ class _Finder:
         changed: ast.Call = inner.value
         if norm is not None:
             for node in ast.walk(changed):
-                if _is_name(node, norm[1]):
+                if is_name(node, norm[1]):
                     node.id = norm[2]  # type: ignore[attr-defined]
         if rest is not None:
-            changed.keywords.append(ast.keyword(RESIDUAL, _parsed(rest[0], call)))
-        changed.keywords.append(ast.keyword(None, _parsed(_MORE, call)))
+            changed.keywords.append(ast.keyword(RESIDUAL, as_expression(rest[0], call)))
+        changed.keywords.append(ast.keyword(None, as_expression(_MORE, call)))
+        # A plain child's call is one of its ``forward``.
+        changed.func = as_expression(f"{self._this}._modules[{name!r}].forward", call)
         end = start + 1 if rest is None else rest[2]
         original = list(self._body[index:end])
         statements = [
-            _statement(f"{_MORE} = {self._this}._littlebit2_more({number})", self._body[index]),
-            _branch(_MORE, original, [first, *([] if rest is None else [rest[1]])]),
+            as_statement(f"{_MORE} = {self._this}._littlebit2_more({number})", self._body[index]),
+            branch(_MORE, original, [first, *([] if rest is None else [rest[1]])]),
         ]
         site = Site(
             name,
@@ -359,10 +376,10 @@ class _Finder:
         rest = self._sum(index + 3, target)
         end = index + 3 if rest is None else rest[2]
         call = f"{_SUM} = {self._this}._littlebit2_chain({number}, {first[2]}, {rest[0] if rest else None})"
-        then = [_statement(f"{target} = {_SUM}", self._body[index]), *([] if rest is None else [rest[1]])]
+        then = [as_statement(f"{target} = {_SUM}", self._body[index]), *([] if rest is None else [rest[1]])]
         statements = [
-            _statement(call, self._body[index]),
-            _branch(_SUM, list(self._body[index:end]), then),
+            as_statement(call, self._body[index]),
+            branch(_SUM, list(self._body[index:end]), then),
         ]
         more = ((), ()) if rest is None else rest[3:]
         chain = Chain((first[0], second[0]), self._activations[act[0]], rest is not None, *more)
@@ -376,7 +393,7 @@ class _Finder:
         target, call = node.targets[0], node.value
         if not isinstance(target, ast.Name) or not isinstance(call, ast.Call) or call.keywords:
             return None
-        name = _child_called(call, self._this)
+        name = child_called(call, self._this)
         if name not in names or len(call.args) != 1 or not isinstance(call.args[0], ast.Name):
             return None
         return str(name), target.id, call.args[0].id
@@ -391,7 +408,7 @@ class _Finder:
             if not all(isinstance(one, ast.Name) for one in target.elts):
                 return None
             target = target.elts[0]
-        name = _child_called(call, self._this)
+        name = child_called(call, self._this)
         if not isinstance(target, ast.Name) or not isinstance(call, ast.Call) or name not in self._takers:
             return None
         return str(name), self._takers[str(name)], call, target.id
@@ -400,15 +417,15 @@ class _Finder:
         """Whether the call is of the normalized tensor, and nothing else ever uses that."""
         _, taker, call, target = found
         normalized = norm[1]
-        by_place = bool(call.args) and _is_name(call.args[0], normalized)
+        by_place = bool(call.args) and is_name(call.args[0], normalized)
         by_name = any(
-            word.arg == taker.parameter and _is_name(word.value, normalized) for word in call.keywords
+            word.arg == taker.parameter and is_name(word.value, normalized) for word in call.keywords
         )
-        if by_place == by_name or _loads(call, normalized) != 1:
+        if by_place == by_name or loads(call, normalized) != 1:
             return False
         if any(isinstance(argument, ast.Starred) for argument in call.args):
             return False
-        return target == normalized or sum(_loads(node, normalized) for node in self._body) == 1
+        return target == normalized or sum(loads(node, normalized) for node in self._body) == 1
 
     def _sum(self, index: int, name: str) -> tuple[str, ast.stmt, int, Any, Any] | None:
         """A statement that uses ``name`` for a sum with a residual alone, after dropouts that may be there.
@@ -424,27 +441,27 @@ class _Finder:
         if index >= len(self._body):
             return None
         statement = copy.deepcopy(self._body[index])
-        if not isinstance(statement, (ast.Assign, ast.Return)) or _loads(statement, name) != 1:
+        if not isinstance(statement, (ast.Assign, ast.Return)) or loads(statement, name) != 1:
             return None
-        for node in _unconditional(statement):
+        for node in unconditional(statement):
             if not isinstance(node, ast.BinOp) or not isinstance(node.op, ast.Add):
                 continue
             for residual, summand in ((node.left, node.right), (node.right, node.left)):
                 output, dropouts = self._dropped(summand)
-                if not _is_name(output, name) or not isinstance(residual, ast.Name) or residual.id == name:
+                if not is_name(output, name) or not isinstance(residual, ast.Name) or residual.id == name:
                     continue
                 gone = isinstance(statement, ast.Return) or any(
-                    _is_name(target, name) for target in statement.targets
+                    is_name(target, name) for target in statement.targets
                 )
-                if not gone and any(_loads(later, name) for later in self._body[index + 1 :]):
+                if not gone and any(loads(later, name) for later in self._body[index + 1 :]):
                     return None
-                _become(node, _parsed(name, node))
+                become(node, as_expression(name, node))
                 return residual.id, statement, index + 1, dropouts, tuple(rates)
         return None
 
     def _dropped(self, node: ast.expr) -> tuple[ast.expr, tuple[str, ...]]:
         """``x`` and the name of the dropout module for ``self.dropout(x)``; any other node itself."""
-        name = _child_called(node, self._this)
+        name = child_called(node, self._this)
         if name not in self._children.dropouts:
             return node, ()
         assert isinstance(node, ast.Call)
@@ -452,12 +469,12 @@ class _Finder:
 
     def _dropout(self, node: ast.stmt, name: str) -> str | None:
         """The attribute of the rate in ``name = dropout(name, p=self.rate, training=self.training)``."""
-        if not isinstance(node, ast.Assign) or len(node.targets) != 1 or not _is_name(node.targets[0], name):
+        if not isinstance(node, ast.Assign) or len(node.targets) != 1 or not is_name(node.targets[0], name):
             return None
         call = node.value
         if not isinstance(call, ast.Call) or ast.unparse(call.func) not in _DROPOUT:
             return None
-        if len(call.args) != 1 or not _is_name(call.args[0], name):
+        if len(call.args) != 1 or not is_name(call.args[0], name):
             return None
         words = {word.arg: ast.unparse(word.value) for word in call.keywords}
         rate = words.get("p", "")
@@ -482,15 +499,15 @@ def _output_of(body: Sequence[ast.stmt], this: str, linears: Sequence[str]) -> t
         if (
             not isinstance(last, ast.Assign)
             or len(last.targets) != 1
-            or not _is_name(last.targets[0], first.id)
+            or not is_name(last.targets[0], first.id)
         ):
             return None
-        if _loads(body[-1], first.id) != 1:
+        if loads(body[-1], first.id) != 1:
             return None
         call = last.value
     if not isinstance(call, ast.Call) or call.keywords or len(call.args) != 1:
         return None
-    name = _child_called(call, this)
+    name = child_called(call, this)
     others = sum(
         isinstance(node, ast.Attribute) and node.attr == name
         for statement in body
@@ -499,35 +516,15 @@ def _output_of(body: Sequence[ast.stmt], this: str, linears: Sequence[str]) -> t
     return (str(name), call) if name in linears and others == 1 else None
 
 
-def _stores(statement: ast.stmt, name: str) -> bool:
-    """Whether a statement assigns to ``name``."""
-    return any(
-        isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Store)
-        for node in ast.walk(statement)
-    )
-
-
-def _child_called(node: ast.AST, this: str) -> str | None:
-    """``name`` for ``self.name(...)``."""
-    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
-        return None
-    return node.func.attr if _is_name(node.func.value, this) else None
-
-
-def _unconditional(statement: ast.stmt) -> list[ast.AST]:
-    """The nodes of a simple statement that are evaluated once whenever it is run."""
-    if not isinstance(statement, (ast.Assign, ast.AnnAssign, ast.Expr, ast.Return)):
-        return []
-    found: list[ast.AST] = []
-    waiting: list[ast.AST] = [statement]
-    skipped = (ast.IfExp, ast.BoolOp, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-    while waiting:
-        node = waiting.pop(0)
-        if isinstance(node, skipped):
-            continue
-        found.append(node)
-        waiting += ast.iter_child_nodes(node)
-    return found
+def _variables(tree: ast.FunctionDef) -> frozenset[str]:
+    """The names of parameters and of what is assigned."""
+    parameters = {node.arg for node in ast.walk(tree.args) if isinstance(node, ast.arg)}
+    assigned = {
+        node.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)
+    }
+    return frozenset(parameters | assigned)
 
 
 def _names_clash(tree: ast.FunctionDef) -> bool:
@@ -536,38 +533,3 @@ def _names_clash(tree: ast.FunctionDef) -> bool:
     names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     mangled = any(name.startswith("__") and not name.endswith("__") for name in names)
     return mangled or bool(names & {"super", "locals", "vars", "eval", "exec", "__class__"})
-
-
-def _loads(node: ast.AST, name: str) -> int:
-    return sum(_is_name(one, name) and isinstance(one.ctx, ast.Load) for one in ast.walk(node))  # type: ignore[attr-defined]
-
-
-def _is_name(node: ast.AST, name: str) -> bool:
-    return isinstance(node, ast.Name) and node.id == name
-
-
-def _parsed(text: str, place: ast.AST) -> ast.expr:
-    node = ast.parse(text, mode="eval").body
-    for one in ast.walk(node):
-        ast.copy_location(one, place)
-    return node
-
-
-def _statement(text: str, place: ast.AST) -> ast.stmt:
-    node = ast.parse(text).body[0]
-    for one in ast.walk(node):
-        ast.copy_location(one, place)
-    return node
-
-
-def _branch(name: str, original: list[ast.stmt], changed: list[ast.stmt]) -> ast.If:
-    """``if name is None:`` the statements as they were, else the changed ones."""
-    node = ast.If(_parsed(f"{name} is None", original[0]), original, changed)
-    return ast.copy_location(node, original[0])
-
-
-def _become(node: ast.AST, other: ast.AST) -> None:
-    """Turn a node into another one, where it stands."""
-    node.__class__ = other.__class__
-    node.__dict__.clear()
-    node.__dict__.update(other.__dict__)

@@ -17,7 +17,7 @@ from littlebit2_kernels.ops.operands import ACTIVATION_DTYPES
 
 from .source import is_straight_line
 
-__all__ = ["Rotation", "rotated", "rotation_of"]
+__all__ = ["Rotation", "rotated", "rotation_of", "turns"]
 
 #: Most elements in a row that the kernel takes.
 _HEAD_SIZE = 1024
@@ -70,10 +70,12 @@ def _rotation_of(function: FunctionType) -> Rotation | None:
     return None
 
 
-def rotated(
+def turns(
     how: Rotation, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Rotate in one call.
+) -> bool:
+    """Whether the kernel rotates these as ``how.function`` does.
+
+    It does not for gradients, autocast, other devices, shapes, dtypes or kinds of tensors.
 
     Args:
         how: the rotation.
@@ -81,39 +83,45 @@ def rotated(
         key: ``[B, G, M, D]``.
         cos: ``[B, M, R]`` or ``[1, M, R]``.
         sin: likewise.
-
-    Returns:
-        What ``how.function`` returns for them, rounded once; ``None`` if it has to be called: for gradients,
-        autocast, other devices, shapes, dtypes or kinds of tensors.
     """
-    if needs_own_call(query) or not query.is_cpu or query.dim() != 4 or torch.jit.is_tracing():
-        return None
-    batch, _, tokens, size = query.shape
-    angles = cos.shape[-1] if isinstance(cos, torch.Tensor) and cos.dim() == 3 else 0
-    if angles % 2 or not 0 < angles <= size <= _HEAD_SIZE or not (how.partial or angles == size):
-        return None
+    if needs_own_call(query) or not query.is_cpu or torch.jit.is_tracing():
+        return False
     grad, compiling = torch.is_grad_enabled(), torch.compiler.is_compiling()
     for one in (key, cos, sin):
         # Of the rest, what holds for the queries holds for these.
-        if not (compiling or type(one) in (torch.Tensor, nn.Parameter)) or (grad and one.requires_grad):
-            return None
-        if not one.is_cpu or one.layout != torch.strided:
-            return None
+        if not (type(one) is torch.Tensor or compiling or type(one) is nn.Parameter):
+            return False
+        if not one.is_cpu or one.layout is not torch.strided or (grad and one.requires_grad):
+            return False
     dtype, turned = query.dtype, cos.dtype
-    if (
-        dtype not in ACTIVATION_DTYPES
-        or turned not in ACTIVATION_DTYPES
-        or key.dtype != dtype
-        or sin.dtype != turned
-    ):
-        return None
-    if not (how.keeps_dtype or turned == dtype):
-        return None
+    if key.dtype is not dtype or sin.dtype is not turned or dtype not in ACTIVATION_DTYPES:
+        return False
+    if turned is not dtype and not (how.keeps_dtype and turned in ACTIVATION_DTYPES):
+        return False
+    shape, places = query.shape, cos.shape
+    if len(shape) != 4 or len(places) != 3 or sin.shape != places:
+        return False
+    batch, _, tokens, size = shape
+    rows, places_of, angles = places
+    if angles % 2 or not 0 < angles <= size <= _HEAD_SIZE or not (how.partial or angles == size):
+        return False
+    if places_of != tokens or rows not in (1, batch):
+        return False
     heads = key.shape[1] if key.dim() == 4 else 0
-    places = cos.shape
-    if key.shape != (batch, heads, tokens, size) or sin.shape != places or places[1] != tokens:
-        return None
-    if places[0] != batch and places[0] != 1:
+    return key.shape == (batch, heads, tokens, size)
+
+
+def rotated(
+    how: Rotation, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Rotate in one call.
+
+    Args: as of :func:`turns`.
+
+    Returns:
+        What ``how.function`` returns for them, rounded once; ``None`` if it has to be called.
+    """
+    if not turns(how, query, key, cos, sin):
         return None
     return rotary(query, key, cos, sin, interleaved=how.interleaved)
 

@@ -22,7 +22,16 @@ from littlebit2_kernels import attention
 from littlebit2_kernels.ops.attention import attention_by_torch
 from littlebit2_kernels.ops.operands import ACTIVATION_DTYPES as _DTYPES
 
-__all__ = ["NAME", "choose", "register", "unregister"]
+__all__ = [
+    "MOST_QUERIES",
+    "NAME",
+    "allows_mask",
+    "attention_forward",
+    "choose",
+    "is_plain",
+    "register",
+    "unregister",
+]
 
 #: The name of the attention implementation.
 NAME = "littlebit2"
@@ -110,7 +119,7 @@ def attention_forward(
             f'attention implementation "{NAME}" must not be used with a paged cache: call '
             'model.set_attn_implementation("sdpa") before'
         )
-    plain = dropout == 0.0 and _plain(query, key, value, attention_mask, kwargs)
+    plain = dropout == 0.0 and is_plain(kwargs) and _fit(query, key, value, attention_mask)
     if (
         plain
         and query.device.type == "cpu"
@@ -143,23 +152,29 @@ def _few(queries: Any) -> bool:
     return bool(queries <= MOST_QUERIES)
 
 
-def _plain(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    kwargs: dict[str, Any],
-) -> bool:
-    """Whether nothing else enters the result, and the tensors are what the kernel takes."""
-    if any(kwargs.get(name) is not None for name in ("position_bias", "s_aux", "head_mask")):
-        return False
-    if kwargs.get("output_attentions", False) or not query.dtype == key.dtype == value.dtype:
-        return False
-    if query.dtype not in _DTYPES or query.shape[0] != key.shape[0] or key.shape[2] == 0:
-        return False
-    return mask is None or (
-        mask.dim() == 4 and mask.shape[-1] == key.shape[2] and mask.dtype in (torch.bool, *_DTYPES)
+def is_plain(settings: dict[str, Any]) -> bool:
+    """Whether nothing else enters the result by the further arguments of the interface."""
+    asked = settings.get
+    return (
+        asked("position_bias") is None
+        and asked("s_aux") is None
+        and asked("head_mask") is None
+        and not asked("output_attentions", False)
     )
+
+
+def allows_mask(mask: torch.Tensor | None, keys: int) -> bool:
+    """Whether the kernel takes a mask for this number of keys."""
+    if mask is None:
+        return True
+    return mask.dim() == 4 and mask.shape[-1] == keys and mask.dtype in (torch.bool, *_DTYPES)
+
+
+def _fit(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether the tensors are what the kernel takes."""
+    if not query.dtype == key.dtype == value.dtype or query.dtype not in _DTYPES:
+        return False
+    return query.shape[0] == key.shape[0] and key.shape[2] != 0 and allows_mask(mask, key.shape[2])
 
 
 def _differentiates(*tensors: torch.Tensor | None) -> bool:

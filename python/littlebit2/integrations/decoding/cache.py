@@ -42,40 +42,51 @@ class _Buffer:
         return self._views is not None and self._views[0] is keys and self._views[1] is values
 
     def keep(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Keep views of the buffer: rows of what :meth:`append` returned or of what was kept before."""
+        """Keep views of the buffer: rows of what :meth:`extend` returned or of what was kept before."""
         assert self._buffers is not None
         buffer = self._buffers[0]
         self._start = (keys.storage_offset() - buffer.storage_offset()) // buffer.stride(2)
         self._views = keys, values
 
-    def append(
+    def has_room(
         self, kept: tuple[torch.Tensor, torch.Tensor], new: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return views of the rows ``kept`` and ``new`` one after the other."""
-        old, more = kept[0].shape[2] if kept[0].dim() == 4 else 0, new[0].shape[2]
-        if not self._has_room(kept, old, more):
-            room = (old + more + max(old + more, 2 * _BLOCK) // 2 + _BLOCK - 1) // _BLOCK * _BLOCK
-            keys, values = (one.new_empty((*one.shape[:2], room, one.shape[3])) for one in new)
-            self._buffers, self._start = (keys, values), 0
-            self._written = old
-            for buffer, rows in zip(self._buffers, kept, strict=True):
-                if old:
-                    buffer[:, :, :old] = rows
-        assert self._buffers is not None
-        end = self._start + old
-        for buffer, rows in zip(self._buffers, new, strict=True):
-            buffer.narrow(2, end, more).copy_(rows)
-        self._written = end + more
-        keys, values = (buffer.narrow(2, self._start, old + more) for buffer in self._buffers)
-        return keys, values
-
-    def _has_room(self, kept: tuple[torch.Tensor, torch.Tensor], old: int, more: int) -> bool:
-        if self._buffers is None or not self.owns(*kept) or self._start + old != self._written:
+    ) -> bool:
+        """Whether rows like ``new`` can follow the rows ``kept`` where these are."""
+        if self._buffers is None or not self.owns(*kept):
             return False
-        if self._written + more > self._buffers[0].shape[2]:
+        keys, values = self._buffers
+        batch, heads, room, size = keys.shape
+        tokens = new[0].shape[2]
+        if self._start + kept[0].shape[2] != self._written or self._written + tokens > room:
+            return False
+        if new[0].shape != (batch, heads, tokens, size) or new[0].dtype != keys.dtype:
+            return False
+        if new[1].shape != (batch, heads, tokens, values.shape[3]) or new[1].dtype != values.dtype:
             return False
         # Such a tensor cannot be written to outside the mode that it was made in.
-        return torch.is_inference_mode_enabled() or not self._buffers[0].is_inference()
+        return torch.is_inference_mode_enabled() or not keys.is_inference()
+
+    def make_room(
+        self, kept: tuple[torch.Tensor, torch.Tensor], new: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
+        """Copy the rows ``kept`` to a buffer with room for rows like ``new`` and more."""
+        old, more = kept[0].shape[2] if kept[0].dim() == 4 else 0, new[0].shape[2]
+        room = (old + more + max(old + more, 2 * _BLOCK) // 2 + _BLOCK - 1) // _BLOCK * _BLOCK
+        keys, values = (one.new_empty((*one.shape[:2], room, one.shape[3])) for one in new)
+        self._buffers, self._start = (keys, values), 0
+        self._written = old
+        for buffer, rows in zip(self._buffers, kept, strict=True):
+            if old:
+                buffer[:, :, :old] = rows
+
+    def extend(self, more: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep, and return, views of the rows that are in use and of ``more`` to be written after them."""
+        assert self._buffers is not None
+        self._written += more
+        keys, values = self._buffers
+        rows = self._written - self._start
+        self._views = keys.narrow(2, self._start, rows), values.narrow(2, self._start, rows)
+        return self._views
 
 
 def _can_append(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> bool:
@@ -110,9 +121,35 @@ class _Growing:
         copied._buffer = _Buffer()
         return copied
 
-    def _keep(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.keys, self.values = keys, values
-        self._buffer.keep(keys, values)
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values ``[B, H, M, D]``; return those that the new tokens may see."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)  # type: ignore[attr-defined]
+        new = key_states, value_states
+        if not _can_append(self, *new):
+            return super().update(*new, *args, **kwargs)  # type: ignore[misc]
+        if not self.has_room(*new):
+            self._buffer.make_room((self.keys, self.values), new)
+        more = key_states.shape[2]
+        visible = self.extend(more)
+        for rows, one in zip(visible, new, strict=True):
+            rows.narrow(2, rows.shape[2] - more, more).copy_(one)
+        return visible
+
+    def has_room(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
+        """Whether such keys and values can follow what the cache holds where that is."""
+        return self._buffer.has_room((self.keys, self.values), (key_states, value_states))
+
+    def extend(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make tokens a part of the cache, for which there must be room.
+
+        Returns:
+            Keys and values that they may see; the last ``tokens`` rows are theirs, and to be written.
+        """
+        self.keys, self.values = self._buffer.extend(tokens)
+        return self.keys, self.values
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove tokens from the end."""
@@ -130,36 +167,20 @@ class _Growing:
 class GrowingLayer(_Growing, DynamicLayer):
     """The library's ``DynamicLayer`` with a buffer that has room to spare."""
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append keys and values ``[B, H, M, D]``; return all."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if not _can_append(self, key_states, value_states):
-            return super().update(key_states, value_states, *args, **kwargs)
-        self._keep(*self._buffer.append((self.keys, self.values), (key_states, value_states)))
-        return self.keys, self.values
-
 
 class GrowingSlidingWindowLayer(_Growing, DynamicSlidingWindowLayer):
     """The library's ``DynamicSlidingWindowLayer`` with a buffer that has room to spare."""
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append keys and values ``[B, H, M, D]``; return those that the new tokens may see."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if not _can_append(self, key_states, value_states):
-            return super().update(key_states, value_states, *args, **kwargs)
-        keys, values = self._buffer.append((self.keys, self.values), (key_states, value_states))
-        self.cumulative_length += key_states.shape[-2]
+    def extend(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :class:`GrowingLayer`; what no later token may see is dropped."""
+        keys, values = super().extend(tokens)
+        self.cumulative_length += tokens
+        seen = self.sliding_window - 1
         if self.record_past:  # until the next crop
-            self._keep(keys, values)
-            visible = self.sliding_window - 1 + key_states.shape[-2]
-            return keys[:, :, -visible:], values[:, :, -visible:]
-        self._keep(keys[:, :, -self.sliding_window + 1 :], values[:, :, -self.sliding_window + 1 :])
+            return keys[:, :, -(seen + tokens) :], values[:, :, -(seen + tokens) :]
+        if keys.shape[2] > seen:
+            self.keys, self.values = keys[:, :, -seen:], values[:, :, -seen:]
+            self._buffer.keep(self.keys, self.values)
         return keys, values
 
 
