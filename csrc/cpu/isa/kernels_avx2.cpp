@@ -32,6 +32,7 @@ constexpr int kValueVecs = 2;
 #include "cpu/int8/int8_body.h"
 #include "cpu/attention/attention_body.h"
 #include "cpu/prepacked/lookup_body.h"
+#include "cpu/prepacked/lookup_vec_body.h"
 #include "cpu/prepacked/lookup_avx2_body.h"
 // clang-format on
 
