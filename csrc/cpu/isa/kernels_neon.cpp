@@ -32,9 +32,9 @@ constexpr int kValueVecs = 2;
 #include "cpu/int8/int8_body.h"
 #include "cpu/attention/attention_body.h"
 #include "cpu/prepacked/word.h"
-#include "cpu/prepacked/lookup_body.h"
-#include "cpu/prepacked/lookup_vec_body.h"
-#include "cpu/prepacked/lookup_neon_body.h"
+#include "cpu/prepacked/lookup/body.h"
+#include "cpu/prepacked/lookup/vec_body.h"
+#include "cpu/prepacked/lookup/neon_body.h"
 // clang-format on
 
 }  // namespace

@@ -1,5 +1,5 @@
 // How tables of 16-bit entries are scaled, for kernels whose `Vec` is several registers. Include this after
-// lookup_body.h, where elementwise_body.h says; lookup_<isa>_body.h defines what is only declared here.
+// lookup/body.h, where elementwise_body.h says; lookup/<isa>_body.h defines what is only declared here.
 
 // Magnitudes of the 15 columns of a word, lane 15 zero.
 Vec word_columns(const float* z);
