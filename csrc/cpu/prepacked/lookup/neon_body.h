@@ -132,7 +132,11 @@ inline void finish_four(const RowSums& out, int64_t token, int64_t row, float32x
 inline void add_entries(uint8x16_t index, const char* table, float32x4_t* sums) {
   uint8x16_t bytes[4];
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) bytes[i] = vqtbl2q_u8(load_plane(table + i * kPlaneBytes), index);
+  for (int i = 0; i < 4; ++i) {
+    bytes[i] = vqtbl2q_u8(load_plane(table + i * kPlaneBytes), index);
+    // Between the instructions: Clang 19 crashes where it sees that shuffles of lookups are shuffles.
+    __asm__("" : "+w"(bytes[i]));
+  }
   const uint16x8_t low0 = vreinterpretq_u16_u8(vzip1q_u8(bytes[0], bytes[1]));
   const uint16x8_t low1 = vreinterpretq_u16_u8(vzip2q_u8(bytes[0], bytes[1]));
   const uint16x8_t high0 = vreinterpretq_u16_u8(vzip1q_u8(bytes[2], bytes[3]));
