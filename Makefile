@@ -37,7 +37,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 BUILD_INPUTS := $(shell find csrc cmake -type f) CMakeLists.txt setup.py littlebit2_kernels/version.py \
   $(wildcard python/*littlebit2_autoregister*)
-CXX_FILES := $(shell find csrc tests/cpp examples -type f \
+CXX_FILES := $(shell find csrc tests/cpp examples benchmarks -type f \
   \( -name '*.h' -o -name '*.c' -o -name '*.cc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 
 # The CUDA kernels are compiled by pytest (tests/kernels/test_cuda_build.py); ctest executes them on the host.
@@ -51,7 +51,7 @@ quietly = mkdir -p $(dir $(1)); { $(2); } >$(1) 2>&1 || { status=$$?; cat $(1); 
 define ctest
 @$(call quietly,build/$(1)/configure.log,cmake -S . -B build/$(1) $(CORE_ONLY) $(2))
 @$(call quietly,build/$(1)/build.log,cmake --build build/$(1))
-@ctest --test-dir build/$(1) --output-on-failure --no-tests=error --parallel $(CORES)
+@ctest --test-dir build/$(1) --output-on-failure --output-junit results.xml --no-tests=error --parallel $(CORES)
 endef
 
 # "+" joins what one build can have.
@@ -60,8 +60,8 @@ sanitized = $(call ctest,sanitize-$(1),-DCMAKE_BUILD_TYPE=RelWithDebInfo -DLB2_T
 # One thread for each process, because the processes fill the cores already.
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help venv build test test-slow test-matrix test-families test-serving test-tasks pytest pytest-slow ctest sanitize sanitize-sample demo lint format \
-  clean distclean
+.PHONY: help venv build test test-slow test-matrix test-families test-serving test-tasks test-arm arm-tools pytest pytest-slow ctest \
+  sanitize sanitize-sample demo lint format clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -108,6 +108,19 @@ build: build/.built ## compile the native libraries and install the package in p
 test: ctest sanitize-sample pytest ## run the tests: C and C++, the same under sanitizers, Python
 
 test-slow: sanitize sanitize-thread pytest-slow ## run what `make test` leaves out: exhaustive sweeps, ThreadSanitizer
+
+# What executes CUDA kernels on the host is left out: it takes too long in an emulator.
+CORE_TESTS := -DCMAKE_BUILD_TYPE=Release -DLB2_TEST_CUDA=OFF
+test-arm: $(STAMPS)/base arm-tools ## cross-compile the core for 64-bit ARM, test it under qemu, compare its bits with this machine's
+	@echo "== ctest, this machine"
+	$(call ctest,native,$(CORE_TESTS))
+	@echo "== ctest, 64-bit ARM under qemu"
+	$(call ctest,arm,--toolchain cmake/aarch64-linux.cmake $(CORE_TESTS))
+	@$(PY) .ci/digests.py build/native build/arm
+
+ARM_PACKAGES := g++-aarch64-linux-gnu qemu-user-static
+arm-tools:
+	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64-static >/dev/null || { echo "error: make test-arm needs a cross compiler and an emulator; on Debian and Ubuntu: apt-get install $(ARM_PACKAGES)" >&2; exit 1; }
 
 test-matrix: $(STAMPS)/dev build/.built ## run the Python tests in random orders, with other threads and instruction sets
 	@$(PY) .ci/matrix.py --processes $(TEST_PROCESSES) $(MATRIX)

@@ -77,6 +77,9 @@ COMMANDS = {
     "launches": Command(
         "estimates", "estimates.layer_launches", "count the launches of a decoder layer on CUDA, by part"
     ),
+    "arm-cycles": Command(
+        "estimates", "estimates.arm_cycles", "count the cycles of the NEON kernels' inner loops with llvm-mca"
+    ),
     "kernel-report": Command("cuda", "cuda.kernel_report", "list registers and spills of each CUDA kernel"),
     "gpu-suite": Command("cuda", "cuda.gpu_suite", "build, test and measure everything on a GPU machine"),
     "table": Command("results", "table", "print a sweep or goals JSON as a markdown table"),

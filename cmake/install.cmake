@@ -11,9 +11,11 @@ function(lb2_install_library target export)
   if(LB2_BUILD_PYTHON)
     install(TARGETS ${target} EXPORT ${export} LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR} NAMELINK_SKIP
       INCLUDES DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
-    set(script ${CMAKE_CURRENT_BINARY_DIR}/namelink/lib${target}.so)
-    file(WRITE ${script} "/* lib${target}.so.${LB2_ABI_VERSION} for linkers; load that one. */\nINPUT(lib${target}.so.${LB2_ABI_VERSION})\n")
-    install(FILES ${script} DESTINATION ${CMAKE_INSTALL_LIBDIR})
+    if(NOT APPLE)  # whose linker reads no such lines
+      set(script ${CMAKE_CURRENT_BINARY_DIR}/namelink/lib${target}.so)
+      file(WRITE ${script} "/* lib${target}.so.${LB2_ABI_VERSION} for linkers; load that one. */\nINPUT(lib${target}.so.${LB2_ABI_VERSION})\n")
+      install(FILES ${script} DESTINATION ${CMAKE_INSTALL_LIBDIR})
+    endif()
   else()
     install(TARGETS ${target} EXPORT ${export} LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR}
       INCLUDES DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})

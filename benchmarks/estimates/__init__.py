@@ -1,1 +1,1 @@
-"""Predicted costs of GPU calls: counted, not measured."""
+"""Predicted costs of GPU calls and of loops on other CPUs: counted, not measured."""

@@ -11,7 +11,7 @@
 namespace lb2::cpu {
 namespace {
 
-constexpr const char* kIsaNames[] = {"auto", "scalar", "avx2", "avx512", "avx512vnni"};
+constexpr const char* kIsaNames[] = {"auto", "scalar", "avx2", "avx512", "avx512vnni", "neon"};
 constexpr lb2_isa kIsaCount = sizeof kIsaNames / sizeof kIsaNames[0];
 
 constexpr IsaKernels kScalar = {LB2_ISA_SCALAR, &kScalarKernels, &kScalarLookup, &kScalarAttention};
@@ -22,6 +22,9 @@ constexpr IsaKernels kAvx2 = {LB2_ISA_AVX2, &kAvx2Kernels, &kAvx2Lookup, &kAvx2A
 constexpr IsaKernels kAvx512 = {LB2_ISA_AVX512, &kAvx512Kernels, &kAvx512Lookup, &kAvx512Attention};
 constexpr IsaKernels kAvx512Vnni = {LB2_ISA_AVX512_VNNI, &kAvx512Kernels, &kAvx512VnniLookup,
                                     &kAvx512Attention};
+#endif
+#if defined(LB2_HAVE_NEON)
+constexpr IsaKernels kNeon = {LB2_ISA_NEON, &kNeonKernels, &kNeonLookup, &kNeonAttention};
 #endif
 
 // nullptr when the instruction set was not built in or cannot run here.
@@ -40,6 +43,10 @@ const IsaKernels* available_kernels(lb2_isa isa) {
     case LB2_ISA_AVX512_VNNI:
       return features.avx512_vnni ? &kAvx512Vnni : nullptr;
 #endif
+#if defined(LB2_HAVE_NEON)
+    case LB2_ISA_NEON:
+      return features.neon ? &kNeon : nullptr;
+#endif
     default:
       (void)features;
       return nullptr;
@@ -48,10 +55,11 @@ const IsaKernels* available_kernels(lb2_isa isa) {
 
 lb2_status require(lb2_isa isa, const char* source, const IsaKernels** kernels) {
   if (isa <= LB2_ISA_AUTO || isa >= kIsaCount)
-    return fail(LB2_ERROR_INVALID_ARGUMENT,
-                "%s must be LB2_ISA_SCALAR (1), LB2_ISA_AVX2 (2), LB2_ISA_AVX512 (3) or LB2_ISA_AVX512_VNNI "
-                "(4), got %" PRId32,
-                source, isa);
+    return fail(
+        LB2_ERROR_INVALID_ARGUMENT,
+        "%s must be LB2_ISA_SCALAR (1), LB2_ISA_AVX2 (2), LB2_ISA_AVX512 (3), LB2_ISA_AVX512_VNNI (4) or "
+        "LB2_ISA_NEON (5), got %" PRId32,
+        source, isa);
   *kernels = available_kernels(isa);
   if (*kernels == nullptr)
     return fail(LB2_ERROR_UNSUPPORTED, "%s asks for the %s kernels, which this %s cannot run", source,
@@ -85,10 +93,10 @@ lb2_status kernels_from_environment(const IsaKernels** kernels) {
   static const EnvironmentChoice choice;
   static const IsaKernels* const best = best_kernels();
   if (choice.isa == kIsaCount)
-    return fail(
-        LB2_ERROR_INVALID_ARGUMENT,
-        "the environment variable LB2_CPU_ISA must be auto, scalar, avx2, avx512 or avx512vnni, got \"%s\"",
-        choice.value);
+    return fail(LB2_ERROR_INVALID_ARGUMENT,
+                "the environment variable LB2_CPU_ISA must be auto, scalar, avx2, avx512, avx512vnni or "
+                "neon, got \"%s\"",
+                choice.value);
   if (choice.isa != LB2_ISA_AUTO) return require(choice.isa, "the environment variable LB2_CPU_ISA", kernels);
   *kernels = best;
   return LB2_OK;

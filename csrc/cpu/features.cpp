@@ -39,6 +39,37 @@ Features detect_features() noexcept {
 
 }  // namespace lb2::cpu
 
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+
+namespace lb2::cpu {
+
+Features detect_features() noexcept {
+  Features features = {};
+  features.neon = (getauxval(AT_HWCAP) & HWCAP_ASIMD) != 0;
+  return features;
+}
+
+}  // namespace lb2::cpu
+
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+
+#include <cstddef>
+
+namespace lb2::cpu {
+
+Features detect_features() noexcept {
+  Features features = {};
+  int present = 0;
+  size_t size = sizeof present;
+  features.neon = sysctlbyname("hw.optional.neon", &present, &size, nullptr, 0) == 0 && present != 0;
+  return features;
+}
+
+}  // namespace lb2::cpu
+
 #else
 
 namespace lb2::cpu {

@@ -61,6 +61,6 @@ struct Kernels {
 };
 
 // Each defined by its isa/kernels_<isa>.cpp, where that is built.
-extern const Kernels kScalarKernels, kAvx2Kernels, kAvx512Kernels;
+extern const Kernels kScalarKernels, kAvx2Kernels, kAvx512Kernels, kNeonKernels;
 
 }  // namespace lb2::cpu

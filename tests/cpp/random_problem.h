@@ -16,6 +16,9 @@
 
 #include "littlebit2/littlebit2.h"
 
+// Of all machines, the one that all others are compared with first.
+constexpr lb2_isa kIsas[] = {LB2_ISA_SCALAR, LB2_ISA_AVX2, LB2_ISA_AVX512, LB2_ISA_AVX512_VNNI, LB2_ISA_NEON};
+
 inline std::mt19937_64 engine;
 
 // LB2_TEST_SAMPLE is set where a sample is enough: under sanitizers in `make test`. The sweeps run whole
@@ -27,6 +30,32 @@ inline bool sampled() {
 
 // How many of `all` problems a run has.
 inline int problem_count(int all) { return sampled() ? all / 3 : all; }
+
+// FNV-1a of the results of the first instruction set in all problems. Problems draw integers alone and make
+// exact floats of them, so that it is the same on every machine.
+inline uint64_t digest = 0xCBF29CE484222325u;
+
+inline void add_to_digest(const std::vector<char>& bytes) {
+  for (const char byte : bytes) digest = (digest ^ static_cast<uint8_t>(byte)) * 0x100000001B3u;
+}
+
+// Calls run(index) for every problem, the same ones in every run, or others with a seed as the program's
+// argument. Returns how many failed. A problem does not depend on what those before it drew: that depends on
+// the instruction sets of the machine.
+template <typename Run>
+int run_problems(int argc, char** argv, int count, const Run& run) {
+  const uint64_t seed = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 1;
+  int failed = 0;
+  for (int i = 0; i < count; ++i) {
+    engine.seed(seed + 0x9E3779B97F4A7C15u * static_cast<uint64_t>(i));
+    failed += !run(i);
+  }
+  std::printf("seed %llu, instruction sets", static_cast<unsigned long long>(seed));
+  for (const lb2_isa isa : kIsas)
+    if (lb2_cpu_isa_available(isa)) std::printf(" %s", lb2_isa_name(isa));
+  std::printf("\ndigest %016llx of %d problems\n", static_cast<unsigned long long>(digest), count);
+  return failed;
+}
 
 inline int64_t pick(std::initializer_list<int64_t> values) {
   return values.begin()[engine() % values.size()];
@@ -68,6 +97,14 @@ inline double decode(lb2_dtype dtype, const char* element) {
   return value;
 }
 
+// A sum of four uniform numbers, about normal, of deviation 1.15: exact, as that of the C++ library is not.
+inline float random_float() {
+  const uint64_t bits = engine();
+  int32_t sum = -2 * 0xFFFF;
+  for (int part = 0; part < 64; part += 16) sum += static_cast<int32_t>(bits >> part & 0xFFFFu);
+  return static_cast<float>(sum) * 0x1p-15f;
+}
+
 // A random element of moderate size, for every dtype of full precision.
 inline void random_element(lb2_dtype dtype, char* element) {
   if (dtype == LB2_FLOAT16) {
@@ -75,7 +112,7 @@ inline void random_element(lb2_dtype dtype, char* element) {
     std::memcpy(element, &bits, 2);
     return;
   }
-  const float value = std::normal_distribution<float>()(engine);
+  const float value = random_float();
   std::memcpy(element, reinterpret_cast<const char*>(&value) + 4 - element_bytes(dtype),
               static_cast<size_t>(element_bytes(dtype)));
 }
@@ -102,9 +139,8 @@ struct Path {
 };
 
 inline std::vector<float> random_floats(int64_t count) {
-  std::normal_distribution<float> normal;
   std::vector<float> values(static_cast<size_t>(count));
-  for (float& value : values) value = normal(engine);
+  for (float& value : values) value = random_float();
   return values;
 }
 

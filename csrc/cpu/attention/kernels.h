@@ -59,6 +59,6 @@ struct AttentionKernels {
 static inline int64_t padded_size(int64_t size) { return (size + kLanes - 1) / kLanes * kLanes; }
 
 // Each defined by its isa/kernels_<isa>.cpp, where that is built.
-extern const AttentionKernels kScalarAttention, kAvx2Attention, kAvx512Attention;
+extern const AttentionKernels kScalarAttention, kAvx2Attention, kAvx512Attention, kNeonAttention;
 
 }  // namespace lb2::cpu

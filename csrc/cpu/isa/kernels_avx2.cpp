@@ -31,8 +31,9 @@ constexpr int kValueVecs = 2;
 #include "cpu/portable/kernel_body.h"
 #include "cpu/int8/int8_body.h"
 #include "cpu/attention/attention_body.h"
-#include "cpu/prepacked/lookup_body.h"
-#include "cpu/prepacked/lookup_avx2_body.h"
+#include "cpu/prepacked/lookup/body.h"
+#include "cpu/prepacked/lookup/vec_body.h"
+#include "cpu/prepacked/lookup/avx2_body.h"
 // clang-format on
 
 }  // namespace

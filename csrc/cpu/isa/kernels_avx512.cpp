@@ -32,8 +32,8 @@ constexpr int kValueVecs = 4;
 #include "cpu/portable/kernel_body.h"
 #include "cpu/int8/int8_body.h"
 #include "cpu/attention/attention_body.h"
-#include "cpu/prepacked/lookup_body.h"
-#include "cpu/prepacked/lookup_avx512_body.h"
+#include "cpu/prepacked/lookup/body.h"
+#include "cpu/prepacked/lookup/avx512_body.h"
 // clang-format on
 
 }  // namespace

@@ -17,8 +17,8 @@ namespace {
 #include "cpu/isa/elementwise_body.h"
 #include "cpu/isa/exponential_body.h"
 #include "cpu/isa/fused_body.h"
-#include "cpu/prepacked/lookup_body.h"
-#include "cpu/prepacked/lookup_avx512_body.h"
+#include "cpu/prepacked/lookup/body.h"
+#include "cpu/prepacked/lookup/avx512_body.h"
 // clang-format on
 
 }  // namespace

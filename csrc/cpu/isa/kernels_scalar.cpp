@@ -28,8 +28,9 @@ constexpr int kValueVecs = 2;
 #include "cpu/portable/kernel_body.h"
 #include "cpu/int8/int8_body.h"
 #include "cpu/attention/attention_body.h"
-#include "cpu/prepacked/lookup_body.h"
-#include "cpu/prepacked/lookup_scalar_body.h"
+#include "cpu/prepacked/word.h"
+#include "cpu/prepacked/lookup/body.h"
+#include "cpu/prepacked/lookup/scalar_body.h"
 // clang-format on
 
 }  // namespace

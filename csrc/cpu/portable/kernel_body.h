@@ -1,8 +1,6 @@
 // The sign products of kernels.h on the portable layout, written once over `Vec`. Include this after
 // vec_<isa>.h and the tile shapes kDotRows1, kDotRows, kDotTokens, kSumTokens, where elementwise_body.h says.
 
-static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "halves and bytes of words are addressed in place");
-
 constexpr int kWordVecs = LB2_WORD_BITS / kLanes;
 static_assert(kWordVecs == 2, "a word is a low and a high half");
 

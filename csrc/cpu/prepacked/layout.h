@@ -58,7 +58,12 @@ struct Header {
   int32_t k, n, num_paths, single_stage;
   PathHeader paths[LB2_MAX_PATHS];  // num_paths of them are stored
 };
+// Of the order of a block (word.h), so that bytes of another machine are refused.
+#if defined(__aarch64__)
+constexpr char kMagic[8] = {'L', 'B', '2', 'A', 'R', 'M', '0', '1'};
+#else
 constexpr char kMagic[8] = {'L', 'B', '2', 'C', 'P', 'U', '0', '1'};
+#endif
 
 struct Stage {  // a first stage
   Matrix v;

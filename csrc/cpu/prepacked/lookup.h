@@ -2,8 +2,8 @@
 //
 // A word holds 15 signs of one row as three groups of 5 (bit 5 g + j: column 5 g + j of the word, 1 is -1).
 // Five columns have 32 signed sums, tabulated once per call and token and then looked up by every row: one
-// lookup and one add for 5 columns, and no reduction across lanes, as a lane is a row. 32 rows make a block:
-// row i is 16-bit lane 2 i, row 16 + i is lane 2 i + 1, so that 32-bit lanes hold rows i and 16 + i.
+// lookup and one add for 5 columns, and no reduction across lanes, as a lane is a row. 32 rows make a block,
+// whose order word.h defines.
 //
 // Arithmetic contract, which makes results the same bits on every instruction set and independent of tiling,
 // thread count and batch. Columns are split into chunks (layout.h), each summed by itself:
@@ -104,6 +104,6 @@ struct LookupKernels {
 };
 
 // Each defined by its isa/kernels_<isa>.cpp, where that is built.
-extern const LookupKernels kScalarLookup, kAvx2Lookup, kAvx512Lookup, kAvx512VnniLookup;
+extern const LookupKernels kScalarLookup, kAvx2Lookup, kAvx512Lookup, kAvx512VnniLookup, kNeonLookup;
 
 }  // namespace lb2::cpu

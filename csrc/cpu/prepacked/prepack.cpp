@@ -14,8 +14,7 @@ namespace {
 constexpr uint64_t kWordMask = (1u << kWordCols) - 1;
 constexpr int64_t kChunkBytes = (kChunkCols + 7) / 8;
 
-// Lane, in bytes from the start of a block's word.
-int64_t lane_offset(int64_t row) { return row < kBlockRows / 2 ? 4 * row : 4 * (row - kBlockRows / 2) + 2; }
+#include "cpu/prepacked/word.h"
 
 struct PortableRows {
   char* words;     // row 0
@@ -39,7 +38,7 @@ uint64_t load64(const uint8_t* p) {
   return value;
 }
 
-// Calls visit(row of the portable matrix, its first lane, bytes between words) for the rows of one tile.
+// Calls visit(row of the portable matrix, its first word, bytes between words) for the rows of one tile.
 template <typename Visit>
 void for_rows(const Matrix& m, char* layer, int64_t chunk, int64_t tile, int64_t first_row, int64_t rows,
               const Visit& visit) {
@@ -48,19 +47,19 @@ void for_rows(const Matrix& m, char* layer, int64_t chunk, int64_t tile, int64_t
   for (int64_t r = 0; r < blocks * kBlockRows; ++r) {
     const int64_t row = start + r - first_row;
     if (row < 0 || row >= rows) continue;
-    visit(row, data + r / kBlockRows * kBlockBytes + lane_offset(r % kBlockRows), blocks * kBlockBytes);
+    visit(row, data + r / kBlockRows * kBlockBytes + row_offset(r % kBlockRows), blocks * kBlockBytes);
   }
 }
 
 void pack_tile(const Matrix& m, char* layer, int64_t chunk, int64_t tile, int64_t first_row,
                const PortableRows& from) {
   const int64_t first = m.first_column(chunk), count = m.columns_of(chunk), words = m.words_of(chunk);
-  for_rows(m, layer, chunk, tile, first_row, from.rows, [&](int64_t row, char* lane, int64_t step) {
+  for_rows(m, layer, chunk, tile, first_row, from.rows, [&](int64_t row, char* at, int64_t step) {
     uint8_t bits[kBitsBytes];
     load_bits(from.words + row * from.stride, first, count, bits);
-    for (int64_t w = 0, bit = first % 8; w < words; ++w, bit += kWordCols, lane += step) {
+    for (int64_t w = 0, bit = first % 8; w < words; ++w, bit += kWordCols, at += step) {
       const uint16_t word = static_cast<uint16_t>(load64(bits + bit / 8) >> (bit % 8) & kWordMask);
-      std::memcpy(lane, &word, 2);
+      store_word(word, at);
     }
   });
 }
@@ -70,15 +69,13 @@ void unpack_tile(const Matrix& m, const char* layer, int64_t chunk, int64_t tile
                  const PortableRows& to) {
   const int64_t first = m.first_column(chunk), count = m.columns_of(chunk), words = m.words_of(chunk);
   for_rows(m, const_cast<char*>(layer), chunk, tile, first_row, to.rows,
-           [&](int64_t row, const char* lane, int64_t step) {
+           [&](int64_t row, const char* at, int64_t step) {
              uint8_t bits[kBitsBytes] = {};
              const int64_t shift = first % 8;
              uint64_t pending = 0;  // bits that are not in `bits` yet
              int64_t count_pending = shift, stored = 0;
-             for (int64_t w = 0; w < words; ++w, lane += step) {
-               uint16_t word;
-               std::memcpy(&word, lane, 2);
-               pending |= static_cast<uint64_t>(word) << count_pending;
+             for (int64_t w = 0; w < words; ++w, at += step) {
+               pending |= static_cast<uint64_t>(load_word(at)) << count_pending;
                count_pending += kWordCols;
                if (count_pending >= 32) {
                  std::memcpy(bits + stored, &pending, 4);

@@ -6,6 +6,10 @@
 #ifndef LITTLEBIT2_FORMAT_H_
 #define LITTLEBIT2_FORMAT_H_
 
+#if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "littlebit2 needs a little-endian target: words of signs are read as they lie in memory"
+#endif
+
 #include <stdint.h>
 
 /* Version of the layout; independent of the package version. */

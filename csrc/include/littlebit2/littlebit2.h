@@ -51,6 +51,7 @@ typedef int32_t lb2_isa;
 #define LB2_ISA_AVX2 2        /* AVX2 + FMA + F16C */
 #define LB2_ISA_AVX512 3      /* AVX-512 F, BW, DQ, VL */
 #define LB2_ISA_AVX512_VNNI 4 /* the same with VNNI and BITALG */
+#define LB2_ISA_NEON 5        /* NEON of 64-bit ARM, ARMv8.0 */
 
 /* One path of a layer. Two paths of equal rank whose `v`, `v_stride` and `in_scale` are equal share their
  * first stage: it is computed once. */
@@ -509,7 +510,8 @@ LB2_API lb2_status lb2_unpack_signs(const int32_t* words, int64_t words_stride, 
                                     lb2_dtype dtype, void* out, int64_t out_stride);
 
 /* The instruction set that LB2_ISA_AUTO means: the one set by lb2_cpu_set_isa, else the environment variable
- * LB2_CPU_ISA (scalar, avx2, avx512, avx512vnni; read once), else the best that this CPU and its OS support.
+ * LB2_CPU_ISA (scalar, avx2, avx512, avx512vnni, neon; read once), else the best that this CPU and its OS
+ * support.
  */
 LB2_API lb2_status lb2_cpu_isa(lb2_isa* isa);
 
@@ -519,7 +521,7 @@ LB2_API lb2_status lb2_cpu_set_isa(lb2_isa isa);
 /* 1 if the instruction set was built in and this CPU and OS can run it, else 0. */
 LB2_API int32_t lb2_cpu_isa_available(lb2_isa isa);
 
-/* "auto", "scalar", "avx2", "avx512", "avx512vnni", or "unknown". */
+/* "auto", "scalar", "avx2", "avx512", "avx512vnni", "neon", or "unknown". */
 LB2_API const char* lb2_isa_name(lb2_isa isa);
 
 /* Message of the last call on this thread that did not return LB2_OK; never NULL. */

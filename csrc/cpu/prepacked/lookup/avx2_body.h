@@ -41,7 +41,7 @@ float build_exact(float* z, int64_t words, char* tables) {
   return 1.0f;
 }
 
-inline void build_words(const float* y, int64_t words, char* tables) {
+void build_words(const float* y, int64_t words, char* tables) {
   const __m256i low_byte = _mm256_set1_epi16(0xFF);
   for (int64_t g = 0; g < words * kWordGroups; ++g, y += kGroupCols, tables += 32) {
     const GroupEntries sums(y);
@@ -56,59 +56,16 @@ inline void build_words(const float* y, int64_t words, char* tables) {
   }
 }
 
-inline Vec magnitude(const Vec& v) {
+Vec word_columns(const float* z) {
+  const Vec columns = Vec::load(z);
   const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(INT32_MAX));
-  return {_mm256_and_ps(v.low, mask), _mm256_and_ps(v.high, mask)};
-}
-// The 15 columns of a word, lane 15 zero.
-inline Vec word_columns(const float* z) {
-  Vec columns = Vec::load(z);
-  columns.high = _mm256_blend_ps(columns.high, _mm256_setzero_ps(), 0x80);
-  return magnitude(columns);
-}
-inline Vec most_of(const Vec& a, const Vec& b) {
-  return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)};
-}
-inline float tree_sum(const Vec& v) {
-  float lanes[kLanes];
-  v.store(lanes);
-  return tree_sum(lanes);
+  const __m256 high = _mm256_blend_ps(columns.high, _mm256_setzero_ps(), 0x80);
+  return {_mm256_and_ps(columns.low, mask), _mm256_and_ps(high, mask)};
 }
 
-float build_int16(float* z, int64_t words, char* tables) {
-  Vec most = Vec::zero(), total = Vec::zero();
-  for (int64_t w = 0; w < words; w += kWindowWords) {
-    const float* columns = z + w * kWordCols;
-    const Vec sum = Vec::add(word_columns(columns), word_columns(columns + kWordCols));
-    most = most_of(most, sum);
-    total = Vec::add(total, sum);
-  }
-  const ChunkScale scale = chunk_scale(kInt16Limit, tree_sum(most), tree_sum(total));
-  for (int64_t i = 0; i < words * kWordCols; i += kLanes)
-    Vec::mul(Vec::load(z + i), Vec::broadcast(scale.factor)).store(z + i);
-  build_words(z, words, tables);
-  return scale.unit;
-}
-
-float build_int8(float* z, int64_t words, char* tables) {
-  Vec most = Vec::zero(), total = Vec::zero();
-  for (int64_t w = 0; w < words; ++w) {
-    const Vec columns = word_columns(z + w * kWordCols);
-    most = most_of(most, columns);
-    total = Vec::add(total, columns);
-  }
-  float lanes[kLanes], bound = 0.0f;
-  most.store(lanes);
-  for (const float lane : lanes) bound = lane > bound ? lane : bound;
-  const ChunkScale scale = chunk_scale(kInt8Limit, bound, tree_sum(total));
-  for (int64_t i = 0; i < words * kWordCols; i += kLanes) {
-    const Vec y = Vec::mul(Vec::load(z + i), Vec::broadcast(scale.factor));
-    const Vec rounded = {_mm256_round_ps(y.low, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
-                         _mm256_round_ps(y.high, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-    rounded.store(z + i);
-  }
-  build_words(z, words, tables);
-  return scale.unit;
+Vec rounded(const Vec& v) {
+  return {_mm256_round_ps(v.low, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
+          _mm256_round_ps(v.high, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 
 float build_sign(float* z, int64_t words, char* tables) {

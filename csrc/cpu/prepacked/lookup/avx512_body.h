@@ -1,5 +1,5 @@
 // The lookup kernels for AVX-512, for files with and without VNNI and BITALG. Include this where
-// lookup_body.h says.
+// lookup/body.h says.
 
 // Keeps a value in a register: compilers otherwise load it again for every use, and run out of load ports.
 #define LB2_IN_REGISTER(value) __asm__("" : "+v"(value))

@@ -1,5 +1,5 @@
 // What the lookup kernels of all instruction sets share: scales, and register tiles run over a whole
-// SignTile. Include this before lookup_<isa>_body.h, where elementwise_body.h says.
+// SignTile. Include this before lookup/<isa>_body.h, where elementwise_body.h says.
 
 struct ChunkScale {
   float factor;  // of the operand, before it is rounded

@@ -68,12 +68,20 @@ float build_sign(float* z, int64_t words, char* tables) {
   return 1.0f;
 }
 
-// Rows of the lanes of a block.
+// The words of a block by lane, and the rows of these.
 struct BlockWords {
   uint16_t lanes[kBlockRows];
-  explicit BlockWords(const char* data) { std::memcpy(lanes, data, sizeof lanes); }
+  explicit BlockWords(const char* data) {
+    if (!kBytePlanes) {
+      std::memcpy(lanes, data, sizeof lanes);
+      return;
+    }
+    for (int64_t row = 0; row < kBlockRows; ++row) lanes[row] = load_word(data + row_offset(row));
+  }
 };
-inline int64_t row_of_lane(int64_t lane) { return lane / 2 + (lane % 2) * (kBlockRows / 2); }
+inline int64_t row_of_lane(int64_t lane) {
+  return kBytePlanes ? lane : lane / 2 + (lane % 2) * (kBlockRows / 2);
+}
 
 inline void finish_block(const RowSums& out, int64_t token, int64_t block, const float* lanes) {
   float* target = out.data + token * out.stride + block * kBlockRows;
