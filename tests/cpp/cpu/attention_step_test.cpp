@@ -206,7 +206,7 @@ bool run_problem(int index) {
   }
   wanted_key.assign(key.buffer.data, key.buffer.data + key_bytes);
   wanted_value.assign(value.buffer.data, value.buffer.data + value_bytes);
-  for (const lb2_isa isa : {LB2_ISA_SCALAR, LB2_ISA_AVX2, LB2_ISA_AVX512, LB2_ISA_AVX512_VNNI}) {
+  for (const lb2_isa isa : kIsas) {
     if (!lb2_cpu_isa_available(isa)) continue;
     args.isa = isa;
     std::memcpy(key.buffer.data, key_before.data(), key_before.size());
