@@ -29,13 +29,11 @@ def needs_own_call(x: Any) -> bool:
     """Whether a call with ``x`` has to be the module's own: gradients, autocast, other kinds of tensors."""
     # A step asks this some hundred times: what costs least comes first.
     compiling = torch.compiler.is_compiling()
-    kind = type(x)
     # Subclasses, and tensors of transforms, mean something else by the same object.
-    if (
-        kind is not torch.Tensor
-        and kind is not nn.Parameter
-        and not (compiling and isinstance(x, torch.Tensor))
-    ):
+    if compiling:
+        if not isinstance(x, torch.Tensor):
+            return True
+    elif type(x) is not torch.Tensor and type(x) is not nn.Parameter:
         return True
     if torch.is_grad_enabled() and x.requires_grad:
         return True

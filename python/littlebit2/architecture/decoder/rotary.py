@@ -89,7 +89,7 @@ def turns(
     grad, compiling = torch.is_grad_enabled(), torch.compiler.is_compiling()
     for one in (key, cos, sin):
         # Of the rest, what holds for the queries holds for these.
-        if not (type(one) is torch.Tensor or compiling or type(one) is nn.Parameter):
+        if not (compiling or type(one) is torch.Tensor or type(one) is nn.Parameter):
             return False
         if not one.is_cpu or one.layout is not torch.strided or (grad and one.requires_grad):
             return False
