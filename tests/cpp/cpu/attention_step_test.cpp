@@ -1,6 +1,7 @@
 // Random steps of decoding: the bits of a rotation, copies into the cache and attention, one after another,
 // which have tests of their own; on every instruction set, over a parallel_for that splits ranges unevenly.
 // Wrong arguments.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -209,8 +210,8 @@ bool run_problem(int index) {
   for (const lb2_isa isa : kIsas) {
     if (!lb2_cpu_isa_available(isa)) continue;
     args.isa = isa;
-    std::memcpy(key.buffer.data, key_before.data(), key_before.size());
-    std::memcpy(value.buffer.data, value_before.data(), value_before.size());
+    std::copy(key_before.begin(), key_before.end(), key.buffer.data);
+    std::copy(value_before.begin(), value_before.end(), value.buffer.data);
     const int64_t off = engine() % 2;
     const Buffer output(outputs, off);
     std::memset(output.data, 0x5A, static_cast<size_t>(outputs));
