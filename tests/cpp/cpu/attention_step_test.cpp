@@ -228,8 +228,8 @@ bool run_problem(int index) {
       return false;
     }
     if (std::memcmp(output.data, wanted.data(), static_cast<size_t>(outputs)) != 0 ||
-        std::memcmp(key.buffer.data, wanted_key.data(), wanted_key.size()) != 0 ||
-        std::memcmp(value.buffer.data, wanted_value.data(), wanted_value.size()) != 0) {
+        !std::equal(wanted_key.begin(), wanted_key.end(), key.buffer.data) ||
+        !std::equal(wanted_value.begin(), wanted_value.end(), value.buffer.data)) {
       std::fprintf(stderr, "problem %d: %s and the calls apart differ in their bits\n", index,
                    lb2_isa_name(isa));
       return false;
