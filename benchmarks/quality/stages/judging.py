@@ -10,12 +10,8 @@ import torch
 
 __all__ = ["PROMPTS", "Judgment", "answers", "judge"]
 
-#: Asked of every checkpoint, by its chat template.
-PROMPTS = (
-    "What is the capital of France?",
-    "Write two sentences about the sea.",
-    "Explain in one sentence what a Python function is.",
-)
+#: Continued by every checkpoint.
+PROMPTS = ("The capital of France is", "The sea is", "A function in Python is")
 _LENGTH = 256
 _ANSWER = 48
 
@@ -59,7 +55,7 @@ def judge(checkpoint: Path, dense: Path, data: Path, tokens: int) -> Judgment:
 
 
 def answers(checkpoint: Path, prompts: tuple[str, ...]) -> dict[str, str]:
-    """Return the greedy answer to each prompt, by the tokenizer's chat template."""
+    """Return the greedy continuation of each prompt."""
     from transformers import AutoTokenizer
 
     from littlebit2 import load
@@ -68,10 +64,7 @@ def answers(checkpoint: Path, prompts: tuple[str, ...]) -> dict[str, str]:
     model: Any = load(checkpoint, dtype=torch.float32)
     found = {}
     for prompt in prompts:
-        chat = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        ids = tokenizer(prompt, return_tensors="pt")
         with torch.inference_mode():
             out = model.generate(**ids, max_new_tokens=_ANSWER, do_sample=False)
         found[prompt] = tokenizer.decode(
