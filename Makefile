@@ -152,11 +152,12 @@ test-serving: $(SERVING)/.installed ## serve tiny packed models with vLLM and co
 	@$(SERVING)/bin/python -m pip --disable-pip-version-check install -qq --no-deps --force-reinstall build/serving/dist/*.whl
 	@env -u PYTHONPATH $(SERVING)/bin/python tests/servers/check.py --work build/serving/run --only '$(SERVING_ONLY)'
 
-# lm-evaluation-harness and what it brings along go on top of .venv, which stays as it is.
+# lm-evaluation-harness and what it brings along go on top of .venv, which stays as it is. addsitedir, unlike a bare path,
+# also reads the files there that put this package on the path.
 $(TASKS)/.installed: $(STAMPS)/dev .ci/tasks-constraints.txt
 	@echo "installing lm-evaluation-harness into $(TASKS)"
 	@$(PYTHON) -m venv $(TASKS)
-	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$$($(TASKS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	@$(PY) -c 'import sysconfig; print("import site; site.addsitedir({!r})".format(sysconfig.get_path("purelib")))' >"$$($(TASKS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
 	@$(TASKS)/bin/python -m pip --disable-pip-version-check install -qq -c constraints.txt -c .ci/tasks-constraints.txt lm_eval
 	@touch $@
 
