@@ -25,7 +25,9 @@ struct Heads {
     return b * h * t == 0 ? 0 : (b - 1) * strides[0] + (h - 1) * strides[1] + (t - 1) * strides[2] + size;
   }
   Heads(lb2_dtype type, int64_t b, int64_t h, int64_t t, int64_t size)
-      : dtype(type), buffer(count(b, h, t, size, strides) * element_bytes(type), engine() % 2) {}
+      : dtype(type),
+        // Braces: what is drawn first does not depend on the compiler.
+        buffer{count(b, h, t, size, strides) * element_bytes(type), static_cast<int64_t>(engine() % 2)} {}
   char* at(int64_t b, int64_t h, int64_t t, int64_t i = 0) const {
     return buffer.data + (b * strides[0] + h * strides[1] + t * strides[2] + i) * element_bytes(dtype);
   }
