@@ -1,4 +1,4 @@
-"""``littlebit2::attention``, few queries on the CPU: its fake, and gradients by torch's own operations."""
+"""``littlebit2::attention`` and ``attention_step``, few queries on the CPU: fakes, and gradients by torch."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 
-from .operands import ACTIVATION_DTYPES
+from .heads import check_angles, check_heads
 
 __all__ = ["attention_by_torch", "register"]
 
 
 def register() -> None:
-    """Register the fake and the gradients of the operator, which must be loaded."""
+    """Register the fakes of both operators, which must be loaded, and the gradients of ``attention``."""
     torch.library.register_fake("littlebit2::attention", _fake)
+    torch.library.register_fake("littlebit2::attention_step", _step_fake)
     torch.library.register_autograd("littlebit2::attention", _backward, setup_context=_setup)
 
 
@@ -66,20 +67,44 @@ def _fake(
     causal: bool = False,
     window: int = 0,
 ) -> torch.Tensor:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dim() != 4:
-            raise RuntimeError(
-                f"littlebit2: {name} must have four dimensions, got shape {list(tensor.shape)}"
-            )
-        if tensor.dtype != query.dtype or tensor.dtype not in ACTIVATION_DTYPES:
-            raise RuntimeError(
-                f"littlebit2: {name} must be float32, float16 or bfloat16, all alike, got {tensor.dtype}"
-            )
+    check_heads(query=query, key=key, value=value)
     torch._check(
         key.shape[3] == query.shape[3] and key.shape[2] == value.shape[2] and key.shape[1] == value.shape[1],
         lambda: (
             f"littlebit2: key must have as many elements as query and as many rows as value, got shapes "
             f"{list(query.shape)}, {list(key.shape)} and {list(value.shape)}"
+        ),
+    )
+    return query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3]))
+
+
+def _step_fake(
+    query: torch.Tensor,
+    new_key: torch.Tensor,
+    new_value: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    position: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float = 0.0,
+    causal: bool = False,
+    window: int = 0,
+    interleaved: bool = False,
+) -> torch.Tensor:
+    check_heads(query=query, new_key=new_key, new_value=new_value, key=key, value=value)
+    check_angles(cos, sin)
+    torch._check(
+        key.shape[1] == new_key.shape[1]
+        and key.shape[3] == new_key.shape[3] == query.shape[3]
+        and value.shape[1:3] == key.shape[1:3]
+        and value.shape[3] == new_value.shape[3],
+        lambda: (
+            f"littlebit2: key and value must have the heads and elements of new_key and new_value, got "
+            f"shapes {list(key.shape)} and {list(value.shape)} for {list(new_key.shape)} and "
+            f"{list(new_value.shape)}"
         ),
     )
     return query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3]))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .._native import load_cuda_ops, load_ops
-from . import attention, dense, fused, grouped, int8, joined, packed, prepacked, rotary, step
+from . import attention, dense, fused, grouped, int8, joined, packed, prepacked, rotary
 
 __all__ = ["eager_operators", "load", "load_for", "load_operator"]
 
@@ -36,8 +36,7 @@ def load(device_type: str = "cpu") -> None:
         with _lock:
             if not _registered:
                 load_ops()
-                kinds = (packed, prepacked, dense, grouped, joined, fused, int8, attention, rotary, step)
-                for operators in kinds:
+                for operators in (packed, prepacked, dense, grouped, joined, fused, int8, attention, rotary):
                     operators.register()
                 _registered = True
     if device_type == "cuda":

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .operands import ACTIVATION_DTYPES
+from .heads import check_angles, check_heads
 
 __all__ = ["register", "rotary_by_torch"]
 
@@ -46,20 +46,8 @@ def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: 
 def _fake(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    for name, tensor in (("query", query), ("key", key)):
-        if tensor.dim() != 4:
-            raise RuntimeError(
-                f"littlebit2: {name} must have four dimensions, got shape {list(tensor.shape)}"
-            )
-        if tensor.dtype != query.dtype or tensor.dtype not in ACTIVATION_DTYPES:
-            raise RuntimeError(
-                f"littlebit2: {name} must be float32, float16 or bfloat16, all alike, got {tensor.dtype}"
-            )
-    for name, tensor in (("cos", cos), ("sin", sin)):
-        if tensor.dim() != 3:
-            raise RuntimeError(
-                f"littlebit2: {name} must have three dimensions, got shape {list(tensor.shape)}"
-            )
+    check_heads(query=query, key=key)
+    check_angles(cos, sin)
     queries, keys = (
         query.new_empty((one.shape[0], one.shape[2], one.shape[1], one.shape[3])) for one in (query, key)
     )
