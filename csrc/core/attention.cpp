@@ -75,12 +75,7 @@ lb2_status check_angles(const Args& args, int64_t tokens) {
 }  // namespace
 
 lb2_status check_attention(const lb2_attention_args* args) noexcept {
-  if (args == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "args must not be NULL");
-  if (args->struct_size != sizeof(lb2_attention_args))
-    return fail(LB2_ERROR_INVALID_ARGUMENT,
-                "args->struct_size must equal sizeof(lb2_attention_args) = %zu, got %" PRIu64
-                " (header and library of different versions?)",
-                sizeof(lb2_attention_args), args->struct_size);
+  LB2_RETURN_IF_ERROR(check_args(args, "lb2_attention_args"));
   LB2_RETURN_IF_ERROR(check_sizes({{"batch", args->batch, 0, kMaxDim},
                                    {"heads", args->heads, 1, kMaxDim},
                                    {"kv_heads", args->kv_heads, 1, kMaxDim},
@@ -146,12 +141,7 @@ lb2_status check_attention_buffers(const lb2_attention_args& args, int64_t works
 }
 
 lb2_status check_rotary(const lb2_rotary_args* args) noexcept {
-  if (args == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "args must not be NULL");
-  if (args->struct_size != sizeof(lb2_rotary_args))
-    return fail(LB2_ERROR_INVALID_ARGUMENT,
-                "args->struct_size must equal sizeof(lb2_rotary_args) = %zu, got %" PRIu64
-                " (header and library of different versions?)",
-                sizeof(lb2_rotary_args), args->struct_size);
+  LB2_RETURN_IF_ERROR(check_args(args, "lb2_rotary_args"));
   LB2_RETURN_IF_ERROR(check_sizes({{"batch", args->batch, 0, kMaxDim},
                                    {"tokens", args->tokens, 0, kMaxDim},
                                    {"heads", args->heads, 1, kMaxDim},
@@ -209,12 +199,7 @@ lb2_attention_args attention_of(const lb2_attention_step_args& args) noexcept {
 }
 
 lb2_status check_attention_step(const lb2_attention_step_args* args) noexcept {
-  if (args == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "args must not be NULL");
-  if (args->struct_size != sizeof(lb2_attention_step_args))
-    return fail(LB2_ERROR_INVALID_ARGUMENT,
-                "args->struct_size must equal sizeof(lb2_attention_step_args) = %zu, got %" PRIu64
-                " (header and library of different versions?)",
-                sizeof(lb2_attention_step_args), args->struct_size);
+  LB2_RETURN_IF_ERROR(check_args(args, "lb2_attention_step_args"));
   const lb2_attention_args attention = attention_of(*args);
   LB2_RETURN_IF_ERROR(check_attention(&attention));
   LB2_RETURN_IF_ERROR(check_turn(*args));

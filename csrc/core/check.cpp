@@ -142,12 +142,7 @@ lb2_status check_mode(const Args& args) {
 // What all calls on several prepacked layers have in common.
 template <typename Args>
 lb2_status check_fused(const Args* args, const char* type, int64_t fewest, int64_t most) {
-  if (args == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "args must not be NULL");
-  if (args->struct_size != sizeof(Args))
-    return fail(LB2_ERROR_INVALID_ARGUMENT,
-                "args->struct_size must equal sizeof(%s) = %zu, got %" PRIu64
-                " (header and library of different versions?)",
-                type, sizeof(Args), args->struct_size);
+  LB2_RETURN_IF_ERROR(check_args(args, type));
   LB2_RETURN_IF_ERROR(check_mode(*args));
   if (args->num_layers < fewest || args->num_layers > most)
     return fail(LB2_ERROR_INVALID_ARGUMENT,
@@ -204,12 +199,7 @@ lb2_status check_shape(const lb2_layer_shape* shape) noexcept {
 }
 
 lb2_status check_layer(const lb2_linear_args* args, lb2_layer_shape* shape) noexcept {
-  if (args == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "args must not be NULL");
-  if (args->struct_size != sizeof(lb2_linear_args))
-    return fail(LB2_ERROR_INVALID_ARGUMENT,
-                "args->struct_size must equal sizeof(lb2_linear_args) = %zu, got %" PRIu64
-                " (header and library of different versions?)",
-                sizeof(lb2_linear_args), args->struct_size);
+  LB2_RETURN_IF_ERROR(check_args(args, "lb2_linear_args"));
   LB2_RETURN_IF_ERROR(check_dtype(args->dtype));
   LB2_RETURN_IF_ERROR(check_tokens(args->m));
   if (args->paths == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "paths must not be NULL");
@@ -233,12 +223,7 @@ lb2_status check_buffers(const lb2_linear_args& args, Direction direction, int64
 }
 
 lb2_status check_prepacked(const lb2_prepacked_args* args) noexcept {
-  if (args == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "args must not be NULL");
-  if (args->struct_size != sizeof(lb2_prepacked_args))
-    return fail(LB2_ERROR_INVALID_ARGUMENT,
-                "args->struct_size must equal sizeof(lb2_prepacked_args) = %zu, got %" PRIu64
-                " (header and library of different versions?)",
-                sizeof(lb2_prepacked_args), args->struct_size);
+  LB2_RETURN_IF_ERROR(check_args(args, "lb2_prepacked_args"));
   return check_mode(*args);
 }
 
@@ -298,12 +283,7 @@ lb2_status check_mlp_buffers(const lb2_mlp_args& args, int64_t k, int64_t n,
 }
 
 lb2_status check_int8(const lb2_int8_args* args) noexcept {
-  if (args == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "args must not be NULL");
-  if (args->struct_size != sizeof(lb2_int8_args))
-    return fail(LB2_ERROR_INVALID_ARGUMENT,
-                "args->struct_size must equal sizeof(lb2_int8_args) = %zu, got %" PRIu64
-                " (header and library of different versions?)",
-                sizeof(lb2_int8_args), args->struct_size);
+  LB2_RETURN_IF_ERROR(check_args(args, "lb2_int8_args"));
   LB2_RETURN_IF_ERROR(check_dtype(args->dtype));
   LB2_RETURN_IF_ERROR(check_tokens(args->m));
   LB2_RETURN_IF_ERROR(check_columns(args->k));

@@ -1,9 +1,23 @@
 // The argument checks of the C ABI.
 #pragma once
 
+#include <cinttypes>
+
+#include "core/status.h"
 #include "littlebit2/littlebit2.h"
 
 namespace lb2 {
+
+// The arguments of a call, by the size that the caller's header gave them. type: the name of Args.
+template <typename Args>
+lb2_status check_args(const Args* args, const char* type) noexcept {
+  if (args == nullptr) return fail(LB2_ERROR_INVALID_ARGUMENT, "args must not be NULL");
+  if (args->struct_size == sizeof(Args)) return LB2_OK;
+  return fail(LB2_ERROR_INVALID_ARGUMENT,
+              "args->struct_size must equal sizeof(%s) = %zu, got %" PRIu64
+              " (header and library of different versions?)",
+              type, sizeof(Args), args->struct_size);
+}
 
 // Most elements of a row that is rotated: rows are widened on the stack.
 constexpr int64_t kMaxRotaryHead = 1024;

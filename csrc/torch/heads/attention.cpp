@@ -1,7 +1,6 @@
 #include "torch/heads/attention.h"
 
 #include "torch/heads/operands.h"
-#include "torch/workspace.h"
 
 namespace lb2::torch_ops {
 Tensor attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -32,19 +31,9 @@ Tensor attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value
   set_strides(k, args.key_strides);
   set_strides(v, args.value_strides);
   const Tensor kept = mask ? set_mask(args, *mask) : query;  // keeps a copy of the mask alive
-  args.scale = static_cast<float>(scale);
-  args.softcap = static_cast<float>(softcap);
-  args.causal = causal ? 1 : 0;
   args.offset = causal ? args.keys - args.queries : 0;
-  args.window = window;
-  Tensor output = new_attention_output(query, args);
-  args.num_threads = static_cast<int32_t>(torch::stable::get_num_threads());
-  args.parallel_for = torch_parallel;
-  throw_on_error(lb2_attention_workspace_cpu(&args, &args.workspace_bytes));
-  const Workspace workspace(args.workspace_bytes);
-  args.workspace = workspace.data();
-  throw_on_error(lb2_attention_forward_cpu(&args));
-  return output;
+  return attend(args, query, scale, softcap, causal, window, lb2_attention_workspace_cpu,
+                lb2_attention_forward_cpu);
 }
 
 }  // namespace lb2::torch_ops

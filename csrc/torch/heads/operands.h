@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "torch/heads/tensors.h"
+#include "torch/workspace.h"
 
 namespace lb2::torch_ops {
 
@@ -48,6 +49,24 @@ std::pair<Tensor, Tensor> set_angles(Args& args, int64_t tokens, const Tensor& c
   set_strides(c, args.cos_strides);
   set_strides(s, args.sin_strides);
   return {c, s};
+}
+
+// Computes attention of what args hold, by functions of the C ABI; the output [B, M, H, E] is new.
+template <typename Args>
+Tensor attend(Args& args, const Tensor& query, double scale, double softcap, bool causal, int64_t window,
+              lb2_status (*workspace_bytes)(const Args*, int64_t*), lb2_status (*forward)(const Args*)) {
+  args.scale = static_cast<float>(scale);
+  args.softcap = static_cast<float>(softcap);
+  args.causal = causal ? 1 : 0;
+  args.window = window;
+  Tensor output = new_attention_output(query, args);
+  args.num_threads = static_cast<int32_t>(torch::stable::get_num_threads());
+  args.parallel_for = torch_parallel;
+  throw_on_error(workspace_bytes(&args, &args.workspace_bytes));
+  const Workspace workspace(args.workspace_bytes);
+  args.workspace = workspace.data();
+  throw_on_error(forward(&args));
+  return output;
 }
 
 }  // namespace lb2::torch_ops

@@ -1,7 +1,6 @@
 #include "torch/heads/step.h"
 
 #include "torch/heads/operands.h"
-#include "torch/workspace.h"
 
 namespace lb2::torch_ops {
 namespace {
@@ -69,18 +68,8 @@ Tensor attention_step_cpu(const Tensor& query, const Tensor& new_key, const Tens
   const auto angles = set_angles(args, m, cos, sin);
   const Tensor kept = mask ? set_mask(args, *mask) : query;
   args.interleaved = interleaved ? 1 : 0;
-  args.scale = static_cast<float>(scale);
-  args.softcap = static_cast<float>(softcap);
-  args.causal = causal ? 1 : 0;
-  args.window = window;
-  Tensor output = new_attention_output(query, args);
-  args.num_threads = static_cast<int32_t>(torch::stable::get_num_threads());
-  args.parallel_for = torch_parallel;
-  throw_on_error(lb2_attention_step_workspace_cpu(&args, &args.workspace_bytes));
-  const Workspace workspace(args.workspace_bytes);
-  args.workspace = workspace.data();
-  throw_on_error(lb2_attention_step_forward_cpu(&args));
-  return output;
+  return attend(args, query, scale, softcap, causal, window, lb2_attention_step_workspace_cpu,
+                lb2_attention_step_forward_cpu);
 }
 
 }  // namespace lb2::torch_ops

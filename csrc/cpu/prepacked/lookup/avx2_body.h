@@ -307,20 +307,8 @@ struct SignBlocks {
   }
 };
 
-const LookupKernels kLookup = {
-    {kExactTableBytes / 2, 2, build_exact, run_tile<ExactBlocks, 1, 1, 0>},
-    {kInt16TableBytes / 2, 2, build_int16, run_tile<Int16Blocks, 1, 1, 0>},
-    {kInt16TableBytes / 2, 2, build_int8, run_tile<Int16Blocks, 1, 1, 0>},
-    {kSignTableBytes, 2, build_sign, run_tile<SignBlocks, 1, 1, 0>},
-    load_scaled,
-    load_latents,
-    abs_sum,
-    scale_rows,
-    add_bias,
-    sum_squares,
-    scale_norm,
-    activate,
-    add_residual,
-    store,
-    128 * 1024,
-};
+const LookupKernels kLookup =
+    lookup_kernels({kExactTableBytes / 2, 2, build_exact, run_tile<ExactBlocks, 1, 1, 0>},
+                   {kInt16TableBytes / 2, 2, build_int16, run_tile<Int16Blocks, 1, 1, 0>},
+                   {kInt16TableBytes / 2, 2, build_int8, run_tile<Int16Blocks, 1, 1, 0>},
+                   {kSignTableBytes, 2, build_sign, run_tile<SignBlocks, 1, 1, 0>}, 128 * 1024);

@@ -315,20 +315,8 @@ struct SignBlocks {
 
 // 32 zmm registers: the sums of a tile (one vector each for int16's windows and sign, two else), its words,
 // and the tables of a group.
-const LookupKernels kLookup = {
-    {kExactTableBytes, 2, build_exact, run_tile<ExactBlocks, 4, 2, 0>},
-    {kInt16TableBytes, 4, build_int16, run_tile<Int16Blocks, 4, 2, 2>},
-    {kInt16TableBytes, 4, build_int8, run_tile<Int16Blocks, 4, 2, 2>},
-    {kSignTableBytes, 4, build_sign, run_tile<SignBlocks, 4, 4, 4>},
-    load_scaled,
-    load_latents,
-    abs_sum,
-    scale_rows,
-    add_bias,
-    sum_squares,
-    scale_norm,
-    activate,
-    add_residual,
-    store,
-    512 * 1024,
-};
+const LookupKernels kLookup =
+    lookup_kernels({kExactTableBytes, 2, build_exact, run_tile<ExactBlocks, 4, 2, 0>},
+                   {kInt16TableBytes, 4, build_int16, run_tile<Int16Blocks, 4, 2, 2>},
+                   {kInt16TableBytes, 4, build_int8, run_tile<Int16Blocks, 4, 2, 2>},
+                   {kSignTableBytes, 4, build_sign, run_tile<SignBlocks, 4, 4, 4>}, 512 * 1024);

@@ -43,3 +43,10 @@ void run_tile(const SignTile& tile, const Tables& tables, const RowSums& out) {
     for (; token + 2 <= tables.tokens; token += 2) run_tokens<Kernel, kTwo, 2>(tile, tables, token, out);
   for (; token < tables.tokens; ++token) run_tokens<Kernel, kOne, 1>(tile, tables, token, out);
 }
+
+// The kernels of an instruction set. Its own are the modes and macs_per_worker; the rest is defined before.
+constexpr LookupKernels lookup_kernels(LookupMode exact, LookupMode int16, LookupMode int8, LookupMode sign,
+                                       int64_t macs_per_worker) {
+  return {exact,    int16,       int8,       sign,     load_scaled,  load_latents, abs_sum,        scale_rows,
+          add_bias, sum_squares, scale_norm, activate, add_residual, store,        macs_per_worker};
+}

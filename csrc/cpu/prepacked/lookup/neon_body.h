@@ -280,20 +280,8 @@ struct SignBlocks {
 
 // One token at a time: a second one would share indices, a fifth of the work, and run out of registers. The
 // signs of a tile stay in the L1 cache for all four.
-const LookupKernels kLookup = {
-    {kExactTableBytes, 4, build_exact, run_tile<ExactBlocks, 1, 0, 0>},
-    {kNeonInt16TableBytes, 4, build_int16, run_tile<Int16Blocks, 1, 0, 0>},
-    {kNeonInt16TableBytes, 4, build_int8, run_tile<Int16Blocks, 1, 0, 0>},
-    {kSignTableBytes, 4, build_sign, run_tile<SignBlocks, 1, 0, 0>},
-    load_scaled,
-    load_latents,
-    abs_sum,
-    scale_rows,
-    add_bias,
-    sum_squares,
-    scale_norm,
-    activate,
-    add_residual,
-    store,
-    128 * 1024,
-};
+const LookupKernels kLookup =
+    lookup_kernels({kExactTableBytes, 4, build_exact, run_tile<ExactBlocks, 1, 0, 0>},
+                   {kNeonInt16TableBytes, 4, build_int16, run_tile<Int16Blocks, 1, 0, 0>},
+                   {kNeonInt16TableBytes, 4, build_int8, run_tile<Int16Blocks, 1, 0, 0>},
+                   {kSignTableBytes, 4, build_sign, run_tile<SignBlocks, 1, 0, 0>}, 128 * 1024);
