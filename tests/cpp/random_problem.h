@@ -57,6 +57,21 @@ int run_problems(int argc, char** argv, int count, const Run& run) {
   return failed;
 }
 
+// Whether a call succeeds with `args`, and refuses with an error that holds `part` what `change` makes of
+// them.
+template <typename Args>
+bool refuses(lb2_status (*call)(const Args*), Args args, const char* part, void (*change)(Args*)) {
+  if (call(&args) != LB2_OK) {
+    std::fprintf(stderr, "%s\n", lb2_last_error());
+    return false;
+  }
+  change(&args);
+  if (call(&args) == LB2_ERROR_INVALID_ARGUMENT && std::strstr(lb2_last_error(), part) != nullptr)
+    return true;
+  std::fprintf(stderr, "expected an error with '%s', got '%s'\n", part, lb2_last_error());
+  return false;
+}
+
 inline int64_t pick(std::initializer_list<int64_t> values) {
   return values.begin()[engine() % values.size()];
 }
