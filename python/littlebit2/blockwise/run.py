@@ -485,7 +485,7 @@ class _Run:
             numbers[DISTILL_STEPS] = fitting_steps(distillation, seconds)
             self.work.keep_chosen(numbers)
         if self.progress:
-            tqdm.write(f"distillation: {numbers['distill_steps']} steps", file=sys.stderr)
+            tqdm.write(f"distillation: {numbers[DISTILL_STEPS]} steps", file=sys.stderr)
         return numbers[DISTILL_STEPS]
 
     def _bar(self, label: str, total: int, unit: str, done: int = 0) -> Any:

@@ -58,15 +58,20 @@ class BlockwiseWork(WorkDirectory):
         super().open(resume=resume)
         settings = self.wanted["blockwise"]
         wanted = {name: value for name, value in settings.items() if name.startswith(_DISTILL)}
-        path = self.path / "distillation.json"
-        if path.is_file() and json.loads(path.read_text("utf-8")) == wanted:
+        if self._read("distillation.json") == wanted:
             return
         shutil.rmtree(self._distilled, ignore_errors=True)
         self.distillation.remove()
         numbers = self.chosen()
         if numbers is not None and numbers.pop(DISTILL_STEPS, None) is not None:
             self.keep_chosen(numbers)
-        write_json(path, wanted)
+        write_json(self.path / "distillation.json", wanted)
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        """Return what a JSON file of the folder holds, ``None`` if it is not there."""
+        path = self.path / name
+        found: dict[str, Any] | None = json.loads(path.read_text("utf-8")) if path.is_file() else None
+        return found
 
     @property
     def tokens(self) -> Path:
@@ -75,9 +80,7 @@ class BlockwiseWork(WorkDirectory):
 
     def chosen(self) -> dict[str, int] | None:
         """Return the numbers of sequences and steps that an earlier call chose, ``None`` if none did."""
-        path = self.path / "chosen.json"
-        found: dict[str, int] | None = json.loads(path.read_text("utf-8")) if path.is_file() else None
-        return found
+        return self._read("chosen.json")
 
     def keep_chosen(self, numbers: dict[str, int]) -> None:
         """Keep what was chosen: a run that goes on must not choose anew."""
@@ -85,19 +88,12 @@ class BlockwiseWork(WorkDirectory):
 
     def ranks(self) -> dict[str, Any] | None:
         """Return what :meth:`keep_ranks` kept, ``None`` if it was not called yet."""
-        found: dict[str, Any] | None = (
-            json.loads(self._ranks.read_text("utf-8")) if self._ranks.is_file() else None
-        )
-        return found
+        return self._read("ranks.json")
 
     def keep_ranks(self, found: dict[str, Any]) -> None:
         """Keep ranks and how they came about."""
         with keep_layers():
-            write_json(self._ranks, found)
-
-    @property
-    def _ranks(self) -> Path:
-        return self.path / "ranks.json"
+            write_json(self.path / "ranks.json", found)
 
     @property
     def trials(self) -> Path:

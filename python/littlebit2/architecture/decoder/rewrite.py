@@ -234,8 +234,12 @@ def rewrite_attention(
             call, as_expression(f"{this}._littlebit2_output({ast.unparse(call.args[0])}, {RESIDUAL})", call)
         )
     local = _variables(tree)
-    with_step(tree, this, lambda name: None if name in local else rotation_of(name))
-    rotator = _Rotator(tree, local, rotation_of)
+
+    def known(name: str) -> Rotation | None:
+        return None if name in local else rotation_of(name)
+
+    with_step(tree, this, known)
+    rotator = _Rotator(this, known)
     rotator.generic_visit(tree)
     tree.args.kwonlyargs += [ast.arg(NORM), ast.arg(RESIDUAL)]
     tree.args.kw_defaults += [ast.Constant(None), ast.Constant(None)]
@@ -245,11 +249,8 @@ def rewrite_attention(
 class _Rotator(ast.NodeTransformer):
     """Puts a branch in the place of each ``q, k = rotation(q, k, cos, sin)``; all are variables."""
 
-    def __init__(
-        self, tree: ast.FunctionDef, local: frozenset[str], rotation_of: Callable[[str], Rotation | None]
-    ) -> None:
-        self._this = tree.args.args[0].arg
-        self._local = local
+    def __init__(self, this: str, rotation_of: Callable[[str], Rotation | None]) -> None:
+        self._this = this
         self._rotation_of = rotation_of
         self.found: list[Rotation] = []
 
@@ -260,10 +261,9 @@ class _Rotator(ast.NodeTransformer):
         call = node.value
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.keywords:
             return node
-        name = call.func.id
         if len(call.args) != 4 or not all(isinstance(one, ast.Name) for one in call.args):
             return node
-        rotation = None if name in self._local else self._rotation_of(name)
+        rotation = self._rotation_of(call.func.id)
         if rotation is None:
             return node
         given = ", ".join(ast.unparse(one) for one in (call.func, *call.args))
