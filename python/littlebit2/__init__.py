@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .integrations.synthesis import synthesize
     from .integrations.transformers import register
     from .offline import quantize_checkpoint
+    from .own_text import write_text
     from .quantize import (
         Importance,
         QuantConfig,
@@ -53,6 +54,7 @@ __all__ = [
     "register",
     "synthesize",
     "unfuse_projections",
+    "write_text",
 ]
 
 #: The module that defines each public name.
@@ -81,6 +83,7 @@ _HOMES = {
     "register": ".integrations.transformers",
     "synthesize": ".integrations.synthesis",
     "unfuse_projections": ".architecture.projections",
+    "write_text": ".own_text",
 }
 
 

@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from .architecture.select import DEFAULT_EXCLUDE
 from .checkpoint import open_dense
-from .checkpoint.side_files import check_tokenizer
+from .dense_model import architecture_of, load_dense
 from .disk import check_new_file
 from .offline.choice import candidates
 from .quantize import Importance, collect_importance, save_importance
-from .quantize.device import check_device, check_dtype
+from .quantize.device import check_device
 from .train.data import find_files, read_texts
 
 __all__ = ["Calibration", "calibrate"]
@@ -99,7 +99,7 @@ def calibrate(
     place = check_device(device)
     texts = (text for text, _ in read_texts(find_files(data), text_field))
     names, architecture = _linear_names(Path(model_dir))
-    model, tokenizer = _load(Path(model_dir), architecture, place, dtype)
+    model, tokenizer = load_dense(Path(model_dir), architecture, place, dtype)
     if gradients and not architecture.endswith("ForCausalLM"):
         raise ValueError(f"gradients needs a causal language model, got {architecture}")
     size = _block_size(block, getattr(model.config, "max_position_embeddings", None))
@@ -154,32 +154,8 @@ def _linear_names(model_dir: Path) -> tuple[dict[str, str], str]:
     """Return the layers that would be quantized, by their name in the model, and the class of the model."""
     with open_dense(model_dir) as checkpoint:
         layers, _ = candidates(checkpoint, include=("*",), exclude=DEFAULT_EXCLUDE)
-        architectures = checkpoint.config.get("architectures")
-    if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
-        raise ValueError(f"{model_dir}: config.json must name the model's class under architectures")
-    return {layer.module or layer.name: layer.name for layer in layers}, architectures[0]
-
-
-def _load(model_dir: Path, architecture: str, device: torch.device, dtype: str | None) -> tuple[Any, Any]:
-    try:
-        import transformers  # noqa: PLC0415  # optional, and slow to import
-    except ImportError as error:
-        raise ImportError("calibrate needs transformers: pip install 'littlebit2-kernels[models]'") from error
-    built = getattr(transformers, architecture, None)
-    if built is None:
-        raise ValueError(f"{model_dir}: transformers {transformers.__version__} has no class {architecture}")
-    precision = "auto" if dtype is None else check_dtype(dtype)
-    check_tokenizer(model_dir)
-    bars = transformers.utils.logging
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-        model = built.from_pretrained(model_dir, local_files_only=True, dtype=precision)
-    finally:
-        if shown:
-            bars.enable_progress_bar()
-    return model.to(device).eval(), tokenizer
+        architecture = architecture_of(checkpoint)
+    return {layer.module or layer.name: layer.name for layer in layers}, architecture
 
 
 def _matched(found: Mapping[str, Importance], names: Mapping[str, str], prefix: str) -> dict[str, Importance]:

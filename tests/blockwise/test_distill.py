@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from littlebit2 import load
 from littlebit2.blockwise.tuning import block, distill
 from littlebit2.blockwise.tuning.saved import SavedState
-from littlebit2.blockwise.tuning.tune import tune
+from littlebit2.blockwise.tuning.tune import Group, tune
 from littlebit2.integrations.modules import layers_of
 from littlebit2.train.magnitudes import LATENTS, magnitudes, set_magnitudes
 from littlebit2.train.model import packed_layers
@@ -22,7 +22,13 @@ from littlebit2.train.recipe.student import build_student
 from tests.blockwise.builders import run, write_data, write_model
 from tests.offline.builders import contents
 
-DISTILL: dict[str, Any] = {"samples": 40, "distill_steps": 20, "distill_lr": 2e-4, "distill_scale_lr": 1e-2}
+DISTILL: dict[str, Any] = {
+    "samples": 40,
+    "distill_steps": 20,
+    "distill_lr": 2e-4,
+    "distill_scale_lr": 1e-2,
+    "patience": 10,
+}
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +143,7 @@ def test_tuning_goes_on_to_the_same_bits(tmp_path: Path) -> None:
         found = tune(
             loss,
             lambda: float((parameter.detach() - 1).square().sum()),
-            [([parameter], 0.1)],
+            [Group([parameter], 0.1)],
             {},
             steps=24,
             warmup=0.1,

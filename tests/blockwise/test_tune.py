@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from littlebit2.blockwise.states import States
-from littlebit2.blockwise.tuning.tune import relative_error, rounded, schedule, tune
+from littlebit2.blockwise.tuning.tune import Group, relative_error, rounded, schedule, tune
 
 STEPS = {"warmup": 0.1, "evaluations": 4, "patience": 2}
 
@@ -47,7 +47,7 @@ def test_best_measured_state_is_kept() -> None:
 
     # The loss pulls past the best place.
     tuned = tune(
-        lambda step: (parameter - 5).square().sum(), measure, [([parameter], 0.1)], {}, steps=40, **STEPS
+        lambda step: (parameter - 5).square().sum(), measure, [Group([parameter], 0.1)], {}, steps=40, **STEPS
     )  # type: ignore[arg-type]
     best = min(measured, key=lambda value: abs(value - 0.3))
     assert parameter.item() == best
@@ -62,7 +62,9 @@ def test_states_are_measured_as_they_are_stored() -> None:
     with rounded(dtypes):
         assert parameter.item() == 1.0
     assert parameter.item() == pytest.approx(1.001)
-    tuned = tune(lambda step: parameter.sum(), parameter.item, [([parameter], 0.1)], dtypes, steps=0, **STEPS)  # type: ignore[arg-type]
+    tuned = tune(
+        lambda step: parameter.sum(), parameter.item, [Group([parameter], 0.1)], dtypes, steps=0, **STEPS
+    )  # type: ignore[arg-type]
     assert tuned.before == tuned.after == parameter.item() == 1.0
 
 

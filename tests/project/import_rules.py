@@ -252,6 +252,7 @@ PYTHON_RULES = {
             ),
             "littlebit2.quantize",
             "littlebit2.generate_batch",
+            "littlebit2.own_text",
             "littlebit2.synthesize",
             "littlebit2.train",
             f"{_KERNELS}.version",

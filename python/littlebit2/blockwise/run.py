@@ -458,7 +458,12 @@ class _Run:
             steps = self._distill_steps(distillation)
             state = self.work.distillation
             with self._bar("distill", steps, " steps", state.done()) as bar:
-                made = distillation.run(steps, state, lambda step: bar.update())
+
+                def measured(done: int, kl: float) -> None:
+                    if self.progress:
+                        bar.write(f"distillation: KL {kl:.4f} after {done} steps", file=sys.stderr)
+
+                made = distillation.run(steps, state, lambda step: bar.update(), measured)
             entry = {
                 "before": made.tuned.before,
                 "after": made.tuned.after,

@@ -13,7 +13,18 @@ from collections.abc import Sequence
 
 from littlebit2._messages import SettingError
 
-from . import calibrate, convert, evaluate, finetune, generate, inspect, plan, quantize, synthesize
+from . import (
+    calibrate,
+    convert,
+    evaluate,
+    finetune,
+    generate,
+    inspect,
+    plan,
+    quantize,
+    synthesize,
+    write_text,
+)
 from .common import (
     FAILED,
     INTERRUPTED,
@@ -26,7 +37,18 @@ from .common import (
 
 __all__ = ["main"]
 
-_COMMANDS = (quantize, calibrate, finetune, evaluate, convert, inspect, plan, generate, synthesize)
+_COMMANDS = (
+    quantize,
+    calibrate,
+    write_text,
+    finetune,
+    evaluate,
+    convert,
+    inspect,
+    plan,
+    generate,
+    synthesize,
+)
 
 _EPILOG = """\
 examples:

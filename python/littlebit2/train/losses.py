@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,9 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["TopK", "distillation_kl", "hidden_mse", "token_nll", "top_k", "top_k_kl"]
 
-#: Rows of logits whose softmax is held in float32 at a time.
-_ROWS = 512
+#: Bytes of float32 logits that are worked on at a time: a few of them fit a core's cache, which is several
+#: times as fast as memory. A GPU gets more, for launches.
+_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
 def distillation_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -41,8 +42,7 @@ class _Kl(torch.autograd.Function):
         rows, targets = student.reshape(-1, student.shape[-1]), teacher.reshape(-1, teacher.shape[-1])
         gradient = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), device=rows.device)
-        for start in range(0, len(rows), _ROWS):
-            part = slice(start, start + _ROWS)
+        for part in _parts(rows):
             log_s = torch.log_softmax(rows[part].float(), -1)
             log_t = torch.log_softmax(targets[part].float(), -1)
             probability = log_t.exp()
@@ -58,6 +58,13 @@ class _Kl(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad.to(gradient.dtype), None
+
+
+def _parts(rows: torch.Tensor) -> Iterator[slice]:
+    """Yield the rows that are worked on together."""
+    size = max(_BYTES.get(rows.device.type, _BYTES["cuda"]) // (4 * rows.shape[-1]), 1)
+    for start in range(0, len(rows), size):
+        yield slice(start, start + size)
 
 
 class TopK:
@@ -138,7 +145,6 @@ def token_nll(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     rows = logits[:, :-1].reshape(-1, logits.shape[-1])
     targets = tokens[:, 1:].reshape(-1).to(rows.device)
     total = torch.zeros((), device=rows.device)
-    for start in range(0, len(rows), _ROWS):
-        part = slice(start, start + _ROWS)
+    for part in _parts(rows):
         total += torch.nn.functional.cross_entropy(rows[part].float(), targets[part], reduction="sum")
     return total

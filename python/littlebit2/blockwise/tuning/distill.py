@@ -18,7 +18,7 @@ from littlebit2_kernels.format import PackedLinear
 from ..pieces import BlockCall
 from .block import BlockRunner, draw, relative_rates, trained_parameters, weight_errors
 from .precision import products
-from .tune import Saved, Tuned, tune
+from .tune import Group, Saved, Tuned, tune
 
 __all__ = ["Distillation", "Distilled"]
 
@@ -48,7 +48,8 @@ class Distilled:
 class Distillation:
     """Minimizes KL(dense || quantized) of the logits over all packed layers, norms and biases.
 
-    The whole quantized model, its optimizer and the dense blocks are in memory.
+    The whole quantized model, its optimizer and the dense blocks are in memory; the weights of these in the
+    precision of the products.
 
     Args:
         runner: of the run.
@@ -81,6 +82,9 @@ class Distillation:
         self.stored: dict[nn.Parameter, torch.dtype] = {}
         self.files: dict[nn.Parameter, str] = {}
         self._dense = [self.pieces.load_block(index) for index in range(len(self.pieces))]
+        self._held_out_states = self._dense_states()
+        if self.settings.precision == "bfloat16":
+            self._round_dense()
         self._blocks = [
             self._block(index, layer, latents(index), changed) for index in range(len(self.pieces))
         ]
@@ -112,6 +116,31 @@ class Distillation:
         self.files.update(files)
         return block
 
+    def _dense_states(self) -> list[torch.Tensor]:
+        """Return the held-out hidden states after the last dense block, in batches."""
+        found = []
+
+        def visit(index: int, hidden: torch.Tensor, call: BlockCall) -> torch.Tensor:
+            hidden = call(self._dense[index], hidden)
+            if index == len(self._dense) - 1:
+                found.append(hidden)
+            return hidden
+
+        with self.pieces.visited(visit):
+            for ids in self._held_out():
+                self.pieces.run(ids)
+        return found
+
+    def _held_out(self) -> Sequence[torch.Tensor]:
+        return self.held_out.split(self.settings.distill_batch_size)
+
+    def _round_dense(self) -> None:
+        """Round the weights of the dense blocks to what their products take them as, once."""
+        for block in self._dense:
+            for module in block.modules():
+                if isinstance(module, nn.Linear):
+                    module.to(torch.bfloat16)
+
     def _logits(self, blocks: Sequence[nn.Module], ids: torch.Tensor) -> torch.Tensor:
         def visit(index: int, hidden: torch.Tensor, call: BlockCall) -> torch.Tensor:
             return call(blocks[index], hidden)
@@ -131,18 +160,25 @@ class Distillation:
         """Return the KL of the held-out sequences."""
         total = 0.0
         with torch.no_grad():
-            for ids in self.held_out.split(self.settings.distill_batch_size):
+            for ids, states in zip(self._held_out(), self._held_out_states, strict=True):
                 logits = self._logits(self._blocks, ids)
-                total += float(distillation_kl(logits, self._logits(self._dense, ids))) * len(ids)
+                total += float(distillation_kl(logits, self.pieces.finish(ids, states))) * len(ids)
         return total / len(self.held_out)
 
-    def run(self, steps: int, saved: Saved, tell: Callable[[int], object]) -> Distilled:
+    def run(
+        self,
+        steps: int,
+        saved: Saved,
+        tell: Callable[[int], object],
+        measured: Callable[[int, float], object],
+    ) -> Distilled:
         """Take the steps.
 
         Args:
             steps: of the optimizer.
             saved: where the state is kept, for a run that is killed.
             tell: called with the number of steps that are done.
+            measured: called with it and the held-out KL, whenever that is measured.
         """
         settings = self.settings
         rows = list(range(len(self.ids)))
@@ -157,7 +193,7 @@ class Distillation:
             loss,
             self.measure,
             [
-                (self.latents, settings.distill_lr),
+                Group(self.latents, settings.distill_lr, round(steps * settings.distill_signs_fixed)),
                 *relative_rates([*self.scales, *self.stored], settings.distill_scale_lr),
             ],
             self.stored,
@@ -166,10 +202,11 @@ class Distillation:
             evaluations=EVALUATIONS,
             patience=settings.patience,
             saved=saved,
+            tell=measured,
         )
         nll = 0.0
         with torch.no_grad():
-            for ids in self.held_out.split(settings.distill_batch_size):
+            for ids in self._held_out():
                 nll += float(token_nll(self._logits(self._blocks, ids), ids.to(self.pieces.device)))
         values = {name: p.detach().to(self.stored[p]).cpu().contiguous() for p, name in self.files.items()}
         latents = [
@@ -180,10 +217,10 @@ class Distillation:
     def _packed(self) -> list[tuple[Job, PackedLinear, dict[str, Any]]]:
         found = []
         for index, members in enumerate(self.jobs):
-            trained = trainable_layers(self._blocks[index])
+            trained, dense = trainable_layers(self._blocks[index]), self.pieces.load_block(index)
             for job in members:
                 inside = self.runner.inside(index, job)
                 packed = trained[inside].packed()
-                weight: Any = self._dense[index].get_submodule(inside).weight
+                weight: Any = dense.get_submodule(inside).weight
                 found.append((job, packed, weight_errors(packed, weight, None)))
         return found

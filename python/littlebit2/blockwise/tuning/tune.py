@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-__all__ = ["Saved", "Tuned", "relative_error", "rounded", "schedule", "tune"]
+__all__ = ["Group", "Saved", "Tuned", "relative_error", "rounded", "schedule", "tune"]
 
 #: Least squared norm of a token by which its error is divided.
 _TINY = 1e-12
@@ -31,6 +31,21 @@ class Tuned:
     before: float
     after: float
     steps: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters of one learning rate.
+
+    Attributes:
+        parameters: which share it.
+        lr: at its peak.
+        first: the step from which they are trained; their schedule begins there.
+    """
+
+    parameters: Sequence[nn.Parameter]
+    lr: float
+    first: int = 0
 
 
 class Saved(Protocol):
@@ -86,7 +101,7 @@ def rounded(dtypes: Mapping[nn.Parameter, torch.dtype]) -> Iterator[None]:
 def tune(
     loss: Callable[[int], torch.Tensor],
     measure: Callable[[], float],
-    groups: Sequence[tuple[Sequence[nn.Parameter], float]],
+    groups: Sequence[Group],
     stored: Mapping[nn.Parameter, torch.dtype],
     *,
     steps: int,
@@ -94,23 +109,25 @@ def tune(
     evaluations: int,
     patience: int,
     saved: Saved | None = None,
+    tell: Callable[[int, float], object] = lambda done, error: None,
 ) -> Tuned:
     """Minimize a loss by AdamW, and end in the best of the states that were measured, the first included.
 
     Args:
         loss: returns the loss of a step, whose number it gets.
         measure: returns the error on held-out sequences.
-        groups: parameters and their peak learning rate.
+        groups: what is trained, and how fast.
         stored: the dtypes in which parameters will be stored: states are measured and kept rounded.
         steps: most steps.
         warmup: as for :func:`schedule`.
         evaluations: measurements, evenly spread over the steps.
         patience: measurements without a gain after which to stop.
         saved: where the state is kept at every measurement, and from where it goes on.
+        tell: called with the number of steps that are done and the error, at every measurement.
     """
-    parameters = [parameter for members, _ in groups for parameter in members]
+    parameters = [parameter for group in groups for parameter in group.parameters]
     optimizer = torch.optim.AdamW(
-        [{"params": list(members), "lr": lr, "peak": lr} for members, lr in groups],
+        [{"params": list(group.parameters), "lr": group.lr} for group in groups],
         weight_decay=0.0,
         fused=True,
     )
@@ -138,9 +155,7 @@ def tune(
     for step in range(done, steps):
         if waited >= patience:
             break
-        factor = schedule(step, steps, warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
+        _set_rates(groups, optimizer, step, steps, warmup)
         value = loss(step)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(value)
@@ -156,6 +171,7 @@ def tune(
                 keep()
             else:
                 waited += 1
+        tell(done, error)
         if saved is not None:
             saved.save(
                 {
@@ -172,3 +188,15 @@ def tune(
         for kept, parameter in zip(state, parameters, strict=True):
             parameter.copy_(kept)
     return Tuned(before, best, done)
+
+
+def _set_rates(
+    groups: Sequence[Group], optimizer: torch.optim.Optimizer, step: int, steps: int, warmup: float
+) -> None:
+    for group, options in zip(groups, optimizer.param_groups, strict=True):
+        trained = step >= group.first
+        factor = schedule(step - group.first, steps - group.first, warmup) if trained else 0.0
+        options["lr"] = group.lr * factor
+        for parameter in group.parameters:
+            # Without a gradient the optimizer leaves it as it is, and backward saves its product.
+            parameter.requires_grad_(trained)

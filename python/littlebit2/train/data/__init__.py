@@ -2,6 +2,6 @@
 
 from .blocks import TokenBlocks
 from .sources import SUFFIXES, find_files, read_texts
-from .tokens import TokenFile, write_tokens
+from .tokens import TokenFile, surroundings, write_tokens
 
-__all__ = ["SUFFIXES", "TokenBlocks", "TokenFile", "find_files", "read_texts", "write_tokens"]
+__all__ = ["SUFFIXES", "TokenBlocks", "TokenFile", "find_files", "read_texts", "surroundings", "write_tokens"]

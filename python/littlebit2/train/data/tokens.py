@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from littlebit2.disk import new_file, write_json
 
-__all__ = ["TokenFile", "write_tokens"]
+__all__ = ["TokenFile", "surroundings", "write_tokens"]
 
 #: Texts that are tokenized at a time: a fast tokenizer spreads them over threads.
 _BATCH = 256
@@ -81,7 +81,7 @@ def write_tokens(
     """
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens must be positive, got {max_tokens}")
-    before, after = _surroundings(tokenizer)
+    before, after = surroundings(tokenizer)
     dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
     tokens = documents = characters = 0
     opened = False
@@ -124,8 +124,8 @@ def _batches(texts: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool
         yield batch
 
 
-def _surroundings(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What goes before and after a document."""
+def surroundings(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the token ids that go before and after a document."""
     plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     whole = list(tokenizer("a")["input_ids"])
     for start in range(len(whole) - len(plain) + 1):

@@ -1,0 +1,200 @@
+"""The file of text: drawn batch by batch, each kept as it is finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from littlebit2.blockwise.tuning.precision import resolve_precision
+from littlebit2.checkpoint import open_dense
+from littlebit2.dense_model import architecture_of, load_dense
+from littlebit2.disk import RunDirectory, check_new_file, new_file, write_file
+from littlebit2.offline.jobs import source_digest
+from littlebit2.quantize.device import check_device
+
+from .chats import ChatForm
+from .writer import Writer
+
+__all__ = ["WrittenText", "write_text"]
+
+#: Without another wish, half of the tokens are chats where the tokenizer has a template for them.
+_CHATS = 0.5
+_SUFFIX = ".jsonl"
+
+
+@dataclass(frozen=True)
+class WrittenText:
+    """What :func:`write_text` did.
+
+    Attributes:
+        texts: lines of the file.
+        chats: of them.
+        tokens: of all texts.
+        seconds: that it took, loading included.
+    """
+
+    texts: int
+    chats: int
+    tokens: int
+    seconds: float
+
+
+def write_text(
+    model_dir: str | Path,
+    out: str | Path,
+    *,
+    tokens: int = 1 << 18,
+    length: int = 256,
+    chats: float | None = None,
+    batch_size: int = 32,
+    temperature: float = 1.0,
+    top_k: int = 50,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: str | None = None,
+    progress: bool = True,
+    resume: bool = True,
+    overwrite: bool = False,
+) -> WrittenText:
+    """Let a dense language model write the text that its quantization is tuned on.
+
+    ``out`` is JSON lines with a ``text`` each: free texts, and chats in the form of the tokenizer's
+    template. Killed at any moment, the same call goes on after the last finished batch, and the bytes of
+    ``out`` are the same.
+
+    Args:
+        model_dir: directory of a dense checkpoint of a causal language model, with a tokenizer. Nothing is
+            downloaded, no code of the checkpoint is run.
+        out: file to write, named ``*.jsonl``; it appears whole.
+        tokens: to write at least.
+        length: tokens of a text at most.
+        chats: share of the tokens in chats, 0 to 1; by default a half where there is a chat template.
+        batch_size: texts at a time.
+        temperature: of the draws.
+        top_k: likeliest tokens that are drawn from; 0: all.
+        seed: of the draws.
+        device: to run on.
+        dtype: of the model, such as ``"float32"``; by default bfloat16 where the hardware multiplies it.
+        progress: whether to show a bar, where stderr is a terminal.
+        resume: continue an interrupted run; otherwise it is discarded.
+        overwrite: whether ``out`` may be a file, which is replaced at the end.
+
+    Raises:
+        FileExistsError: ``out`` exists, and ``overwrite`` is off or it is no file.
+        FileNotFoundError: there is no such model.
+        ImportError: transformers is not installed.
+        RunError: the work folder ``<out>.partial`` is in use, or belongs to a run with other arguments.
+        ValueError: the checkpoint is not dense or no causal language model, there is no tokenizer or no chat
+            template, or an argument is out of its range.
+    """
+    start = time.perf_counter()
+    least = {"tokens": (tokens, 1), "length": (length, 8), "batch_size": (batch_size, 1)}
+    least |= {"top_k": (top_k, 0), "seed": (seed, 0)}
+    for name, (value, smallest) in least.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+            raise ValueError(f"{name} must be an integer of at least {smallest}, got {value!r}")
+    if chats is not None and not 0 <= chats <= 1:
+        raise ValueError(f"chats must be in [0, 1], got {chats!r}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be positive and finite, got {temperature!r}")
+    target = Path(os.path.abspath(out))
+    if target.suffix != _SUFFIX:
+        raise ValueError(f"out must be named *{_SUFFIX}, got {target.name!r}")
+    check_new_file(target, overwrite=overwrite)
+    place = check_device(device)
+    with open_dense(model_dir) as checkpoint:
+        architecture = architecture_of(checkpoint)
+        source = source_digest(checkpoint)
+    if not architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        raise ValueError(f"model_dir must hold a causal language model, got {architecture}")
+    precision = dtype or resolve_precision("auto", place)
+    model, tokenizer = load_dense(Path(model_dir), architecture, place, precision)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    length = min(length, longest) if isinstance(longest, int) and longest > 1 else length
+    templated = bool(getattr(tokenizer, "chat_template", None))
+    share = chats if chats is not None else _CHATS * templated
+    form = ChatForm.of(tokenizer) if share else None
+    writer = Writer(model, tokenizer, form, length=length, temperature=temperature, top_k=top_k)
+    settings = {
+        "source": source,
+        "length": length,
+        "chats": share,
+        "batch_size": batch_size,
+        "temperature": temperature,
+        "top_k": top_k,
+        "seed": seed,
+        "dtype": str(model.dtype),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    work = RunDirectory(target.with_name(f"{target.name}.partial"))
+    with _held(work, settings, resume):
+        batches = list(_batches(work.path, writer, tokens, share, batch_size, seed, progress))
+        with new_file(target) as file:
+            for batch in batches:
+                for text in batch["texts"]:
+                    file.write((json.dumps({"text": text}, ensure_ascii=False) + "\n").encode())
+        work.remove()
+    return WrittenText(
+        texts=sum(len(batch["texts"]) for batch in batches),
+        chats=sum(len(batch["texts"]) for batch in batches if batch["chats"]),
+        tokens=sum(batch["tokens"] for batch in batches),
+        seconds=time.perf_counter() - start,
+    )
+
+
+@contextmanager
+def _held(work: RunDirectory, settings: dict[str, Any], resume: bool) -> Iterator[None]:
+    work.take()
+    try:
+        if not resume or work.settings() is None:
+            work.clear()
+            work.write_settings(settings)
+        differing = work.differing(settings)
+        if differing:
+            raise work.refuse(differing)
+        yield
+    finally:
+        work.close()
+
+
+def _batches(
+    folder: Path, writer: Writer, tokens: int, share: float, batch_size: int, seed: int, progress: bool
+) -> Iterator[dict[str, Any]]:
+    """Yield batches until there are enough tokens: those of the folder first, then new ones, kept there."""
+    written = {True: 0, False: 0}
+    index = 0
+    with tqdm(total=tokens, desc="write", unit=" tokens", disable=None if progress else True) as bar:
+        while sum(written.values()) < tokens:
+            chats = written[True] < share * sum(written.values()) or share == 1
+            path = folder / f"{index:06}.json"
+            if path.is_file():
+                batch = json.loads(path.read_text("utf-8"))
+            else:
+                with torch.random.fork_rng():
+                    torch.manual_seed(seed * 1_000_003 + index)
+                    texts = writer.chats(batch_size) if chats else writer.free(batch_size)
+                batch = {
+                    "chats": chats,
+                    "tokens": sum(count for _, count in texts),
+                    "texts": [text for text, _ in texts],
+                }
+                if not batch["tokens"]:
+                    raise ValueError(
+                        "the model must write something, got empty texts alone: give other text by --data"
+                    )
+                write_file(path, json.dumps(batch).encode())
+            written[chats] += batch["tokens"]
+            bar.update(batch["tokens"])
+            index += 1
+            yield batch
