@@ -131,19 +131,20 @@ def test_a_damaged_state_is_not_there(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_tuning_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    def tuned(saved: SavedState | None, most: int) -> tuple[float, Any]:
-        parameter = torch.nn.Parameter(torch.zeros(3))
+@pytest.mark.parametrize("first", [0, 10, 20])
+def test_tuning_goes_on_to_the_same_bits(first: int, tmp_path: Path) -> None:
+    def tuned(saved: SavedState | None, most: int) -> tuple[list[float], Any]:
+        parameter, late = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(1))
 
         def loss(step: int) -> torch.Tensor:
             if step >= most:
                 raise _Killed
-            return (parameter - torch.tensor([1.0, 2.0, step / 7])).square().sum()
+            return (parameter + late - torch.tensor([1.0, 2.0, step / 7])).square().sum()
 
         found = tune(
             loss,
             lambda: float((parameter.detach() - 1).square().sum()),
-            [Group([parameter], 0.1)],
+            [Group([parameter], 0.1), Group([late], 0.1, first)],
             {},
             steps=24,
             warmup=0.1,
@@ -151,7 +152,7 @@ def test_tuning_goes_on_to_the_same_bits(tmp_path: Path) -> None:
             patience=8,
             saved=saved,
         )
-        return parameter.tolist(), found
+        return [*parameter.tolist(), *late.tolist()], found
 
     saved = SavedState(tmp_path / "a.state")
     with pytest.raises(_Killed):

@@ -56,6 +56,28 @@ def test_best_measured_state_is_kept() -> None:
     assert tuned.steps < 40  # the patience ended it
 
 
+def test_a_group_is_trained_from_its_first_step_on() -> None:
+    early, late = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    seen: list[tuple[float, float]] = []
+
+    def loss(step: int) -> torch.Tensor:
+        seen.append((early.item(), late.item()))
+        assert late.requires_grad == (step >= 6)
+        return (early - 5).square().sum() + (late - 5).square().sum()
+
+    groups = [Group([early], 0.1), Group([late], 0.1, first=6)]
+    told: list[tuple[int, float]] = []
+    steps = {"steps": 16, "warmup": 0.2, "evaluations": 4, "patience": 4}
+    tune(loss, lambda: -early.item(), groups, {}, **steps, tell=lambda *now: told.append(now))  # type: ignore[arg-type]
+    assert all(value == 0 for _, value in seen[:7])
+    # Its rate rises from there: over a fifth of the ten steps that are left.
+    moved = [now - before for (_, before), (_, now) in pairwise(seen)]
+    assert moved[6] == pytest.approx(0.05, rel=1e-3)
+    assert moved[7] == pytest.approx(0.1, rel=1e-2)
+    assert [done for done, _ in told] == [4, 8, 12, 16]
+    assert [error for _, error in told[:3]] == [-seen[done][0] for done in (4, 8, 12)]
+
+
 def test_states_are_measured_as_they_are_stored() -> None:
     parameter = nn.Parameter(torch.full((1,), 1.001))
     dtypes = {parameter: torch.bfloat16}
