@@ -234,3 +234,5 @@ def _outlook(report: RunReport, args: argparse.Namespace) -> None:
         emit(f"  littlebit2 convert TRAINED SMALL --to littlebit2{rows}")
     size = "" if args.bpw is None else f" --bpw {args.bpw:g}"
     emit(f"  littlebit2 quantize {args.model_dir} OUT{size}{rows} --data TEXT")
+    emit("The model writes such a TEXT itself, where there is none:")
+    emit(f"  littlebit2 write-text {args.model_dir} TEXT.jsonl")
