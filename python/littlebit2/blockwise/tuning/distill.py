@@ -200,7 +200,8 @@ class Distillation:
             steps=steps,
             warmup=settings.warmup,
             evaluations=EVALUATIONS,
-            patience=settings.patience,
+            # Signs that begin to move cost something before they gain: its time is used up.
+            patience=EVALUATIONS,
             saved=saved,
             tell=measured,
         )
