@@ -18,7 +18,7 @@ from littlebit2_kernels.format import PackedLinear
 from ..pieces import BlockCall
 from .block import BlockRunner, draw, relative_rates, trained_parameters, weight_errors
 from .precision import products
-from .tune import Group, Saved, Tuned, tune
+from .tune import Saved, Tuned, tune
 
 __all__ = ["Distillation", "Distilled"]
 
@@ -193,7 +193,7 @@ class Distillation:
             loss,
             self.measure,
             [
-                Group(self.latents, settings.distill_lr, round(steps * settings.distill_signs_fixed)),
+                (self.latents, settings.distill_lr),
                 *relative_rates([*self.scales, *self.stored], settings.distill_scale_lr),
             ],
             self.stored,
