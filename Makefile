@@ -1,4 +1,4 @@
-# Everything from a fresh clone: `make test`, `make demo`. Needs Python 3.11+ (venv, headers), make and a
+# Everything from a fresh clone: `make test`, `make demo`. Needs Python 3.11+ (venv), make and a
 # C++ compiler; the rest, CMake and Ninja included, is installed into .venv at the versions of constraints.txt.
 #
 #   PYTHON=python3.12   interpreter that makes the environment
@@ -96,7 +96,6 @@ venv: $(STAMPS)/dev ## create the environment with all development packages
 
 # The stamp lies in build/ so that `make clean`, which removes the libraries, also forgets that they were built.
 build/.built: $(STAMPS)/base $(BUILD_INPUTS)
-	@$(PY) -c 'import os, sysconfig, sys; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { echo "error: Python.h not found for $$($(PY) -V); on Debian and Ubuntu install the package python3-dev" >&2; exit 1; }
 	@echo "building the native libraries"
 	@$(call quietly,build/pip-build.log,$(PIP) install --verbose --no-build-isolation -c constraints.txt -e .)
 	@touch $@

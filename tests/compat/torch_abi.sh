@@ -4,7 +4,7 @@
 #   tests/compat/torch_abi.sh 2.11.0 2.12.1 2.14.1
 #
 # Each version gets an environment of its own under build/compat (plain torch may pull gigabytes of CUDA packages),
-# made with the Python of .venv, so that the pybind11 module fits too.
+# made with the Python of .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 

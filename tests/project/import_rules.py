@@ -26,7 +26,6 @@ TEXT_SUFFIXES = CXX_SUFFIXES | {"", ".py", ".md", ".txt", ".toml", ".yaml", ".ym
 #: Ways to reach compiled code from Python.
 NATIVE = (
     "littlebit2_kernels._native",
-    "littlebit2_kernels._core",
     "torch.ops.littlebit2",
     "torch.ops.load_library",
     "torch.utils.cpp_extension",
@@ -291,7 +290,6 @@ CXX_RULES = {
     "cpu": re.compile(rf"{_STD}|{_CPU}|{_PUBLIC}|csrc/(core|cpu)/.*"),
     "cuda": re.compile(rf"{_STD}|{_CUDA}|{_PUBLIC}|{_CORE_FOR_CUDA}|csrc/cuda/.*"),
     "torch": re.compile(rf"{_STD}|dlfcn\.h|{_STABLE_TORCH}|{_PUBLIC}|csrc/torch/.*"),
-    "python": re.compile(rf"{_STD}|Python\.h|pybind11/.*|{_PUBLIC}|csrc/python/.*"),
 }
 
 #: Includes that single files may name besides: the shim through which tests execute kernels on the host.

@@ -28,7 +28,7 @@ _SOURCES = (
 #: Stands in for CMake: compiling the libraries again would take minutes, so it installs those that are built.
 _CMAKE = """#!/bin/sh
 if [ "$1" = --install ]; then
-    mkdir -p "$4" && cp -r "$BUILT/lib" "$BUILT/include" "$BUILT"/_core.* "$4"
+    mkdir -p "$4" && cp -r "$BUILT/lib" "$BUILT/include" "$4"
 fi
 """
 
