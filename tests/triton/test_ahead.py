@@ -87,6 +87,18 @@ def test_every_kernel_compiles_and_none_spills(compiled: tuple[str, list[dict[st
         assert kernel["spilled"] == 0, f"{kernel['label']} on {target} uses local memory"
 
 
+def test_threads_and_registers(compiled: tuple[str, list[dict[str, Any]]]) -> None:
+    """The GEMV is planned in threads, the others in warps, which have 64 lanes on AMD's data-center GPUs."""
+    target, kernels = compiled
+    amd = target.startswith("gfx")
+    for kernel in kernels:
+        assert 16 <= kernel["registers"] <= (512 if amd else 255), kernel["label"]
+        if kernel["label"].startswith("gemv"):
+            assert kernel["threads"] == 128, f"{kernel['label']} on {target}"
+        elif not kernel["label"].startswith("fused"):
+            assert kernel["threads"] == (256 if amd else 128), f"{kernel['label']} on {target}"
+
+
 def test_products_use_the_matrix_units(compiled: tuple[str, list[dict[str, Any]]]) -> None:
     target, kernels = compiled
     for kernel in kernels:
