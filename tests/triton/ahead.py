@@ -1,4 +1,4 @@
-"""Compiles what calls launch, for GPUs that are not there: ``python -m tests.triton.ahead sm_90 [--all] ...``.
+"""Compiles what calls launch, for GPUs that are not there: ``python -m tests.triton.ahead sm_90 [--all]``.
 
 The launchers run on meta tensors. In place of a launch, Triton compiles the kernel with the very arguments it
 was given, for a target that a stand-in driver names. Its own process, for Triton keeps one driver.
