@@ -25,8 +25,8 @@ def test_source_distribution_can_be_built_from(tmp_path: Path) -> None:
     assert sources <= inside
     needed = {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md"}
     packages = {
-        "littlebit2_kernels/linear.py",
-        "littlebit2_kernels/py.typed",
+        "python/littlebit2_kernels/linear.py",
+        "python/littlebit2_kernels/py.typed",
         "python/littlebit2/quantize/config.py",
         "python/_littlebit2_autoregister.py",
         "python/littlebit2_autoregister.pth",

@@ -23,7 +23,6 @@ _SOURCES = (
     "README.md",
     "LICENSE",
     "python",
-    "littlebit2_kernels",
 )
 #: Stands in for CMake: compiling the libraries again would take minutes, so it installs those that are built.
 _CMAKE = """#!/bin/sh
