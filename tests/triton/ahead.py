@@ -172,6 +172,8 @@ def summary(label: str, kernel: Any) -> dict[str, Any]:
         "spilled": spilled,
         "wide_loads": wide,
         "instructions": len(names),
+        # Of the expansion of signs to float16: the bit's mask and the bits of 1.0.
+        "expanding": len(re.findall(r"LOP3\.LUT[^\n]*(?:0x80008000|0x3c003c00)", code)),
         "registers": registers(kernel, code),
         "threads": kernel.metadata.num_warps * kernel.metadata.target.warp_size,
         "shared_bytes": kernel.metadata.shared,

@@ -135,7 +135,7 @@ def prepare(carry: Path, arch: str) -> int:
         if shutil.which(tool) is None:
             raise RuntimeError(f"prepare needs {tool} on PATH, which was not found")
     start = time.monotonic()
-    print(f"compiling the library for sm_{arch}: about five minutes on one core")
+    print(f"compiling the library for sm_{arch}: five to ten minutes on one core")
     carry.mkdir(parents=True, exist_ok=True)
     (carry / "manifest.json").unlink(missing_ok=True)
     _compile_library(ROOT / "build" / f"prepare-{arch}", carry / "package", arch)
