@@ -4,6 +4,7 @@
 #   PYTHON=python3.12   interpreter that makes the environment
 #   VENV=path           where the environment lives (default .venv)
 #   BPW=0.55            bits per weight of `make demo`
+#   WHEEL_TORCH=2.11.0  versions of torch that `make wheels` tries its wheel with (default: that of constraints.txt)
 #   PYTEST_ARGS=...     extra arguments of pytest in `make test` and `make test-slow`
 #   TEST_PROCESSES=1    how many processes share its files (default: one for each core)
 #   MATRIX=...          rows of `make test-matrix` (default: all)
@@ -60,7 +61,7 @@ sanitized = $(call ctest,sanitize-$(1),-DCMAKE_BUILD_TYPE=RelWithDebInfo -DLB2_T
 # One thread for each process, because the processes fill the cores already.
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help venv build test test-slow test-matrix test-families test-serving test-tasks test-arm arm-tools pytest pytest-slow ctest \
+.PHONY: help venv build wheels test test-slow test-matrix test-families test-serving test-tasks test-arm arm-tools pytest pytest-slow ctest \
   sanitize sanitize-sample demo lint format clean distclean
 
 help: ## list the targets
@@ -84,7 +85,7 @@ $(STAMPS)/base: $(STAMPS)/venv constraints.txt pyproject.toml .ci/requirements.p
 	@$(PIP) install -qq -c constraints.txt -r $(STAMPS)/base.txt
 	@touch $@
 
-$(STAMPS)/dev $(STAMPS)/demo: $(STAMPS)/%: $(STAMPS)/base
+$(STAMPS)/dev $(STAMPS)/demo $(STAMPS)/wheels: $(STAMPS)/%: $(STAMPS)/base
 	@echo "installing the packages for $* into $(VENV)"
 	@$(PY) .ci/requirements.py $* >$(STAMPS)/$*.txt
 	@$(PIP) install -qq -c constraints.txt -r $(STAMPS)/$*.txt
@@ -101,6 +102,19 @@ build/.built: $(STAMPS)/base $(BUILD_INPUTS)
 	@touch $@
 
 build: build/.built ## compile the native libraries and install the package in place
+
+# Compiled against glibc and libstdc++ of this machine, and audited for those of manylinux_2_28; torch is the user's.
+WHEEL_PLATFORM := manylinux_2_28_$(shell uname -m)
+wheels: export LB2_PORTABLE := ON
+wheels: export LB2_CUDA := off
+wheels: $(STAMPS)/wheels ## make a wheel for every CPython from 3.11 on (CPU), audit it, try it without a compiler
+	@rm -rf build/wheels dist/wheels && mkdir -p build/wheels dist/wheels
+	@echo "building the wheel"
+	@$(call quietly,build/wheels/build.log,$(PIP) wheel --verbose --no-deps --no-build-isolation -w build/wheels .)
+	@$(call quietly,build/wheels/repair.log,$(VENV)/bin/auditwheel repair --plat $(WHEEL_PLATFORM) --exclude libtorch_cpu.so \
+	  --exclude 'liblittlebit2*' -w dist/wheels build/wheels/littlebit2_kernels-*.whl)
+	@$(VENV)/bin/auditwheel show dist/wheels/*.whl
+	@$(PY) .ci/wheel.py dist/wheels/*.whl $(WHEEL_TORCH)
 
 # --- checks ------------------------------------------------------------------------------------------
 

@@ -253,7 +253,7 @@ PYTHON_RULES = {
             "littlebit2.generate_batch",
             "littlebit2.synthesize",
             "littlebit2.train",
-            f"{_KERNELS}.version",
+            f"{_KERNELS}.diagnostics",
         ),
         public_only=True,
     ),

@@ -22,6 +22,7 @@ _SOURCES = (
     "MANIFEST.in",
     "README.md",
     "LICENSE",
+    "build_tools",
     "python",
 )
 #: Stands in for CMake: compiling the libraries again would take minutes, so it installs those that are built.
