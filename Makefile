@@ -111,7 +111,7 @@ wheels: $(STAMPS)/wheels ## make a wheel for every CPython from 3.11 on (CPU), a
 	@rm -rf build/wheels dist/wheels && mkdir -p build/wheels dist/wheels
 	@echo "building the wheel"
 	@$(call quietly,build/wheels/build.log,$(PIP) wheel --verbose --no-deps --no-build-isolation -w build/wheels .)
-	@$(call quietly,build/wheels/repair.log,$(VENV)/bin/auditwheel repair --plat $(WHEEL_PLATFORM) --exclude libtorch_cpu.so \
+	@$(call quietly,build/wheels/repair.log,$(VENV)/bin/auditwheel repair --plat $(WHEEL_PLATFORM) --only-plat --exclude libtorch_cpu.so \
 	  --exclude 'liblittlebit2*' -w dist/wheels build/wheels/littlebit2_kernels-*.whl)
 	@$(VENV)/bin/auditwheel show dist/wheels/*.whl
 	@$(PY) .ci/wheel.py dist/wheels/*.whl $(WHEEL_TORCH)

@@ -26,9 +26,8 @@ __all__ = [
 ]
 
 _REBUILD = (
-    "Reinstall the package with a C++ compiler, cmake and ninja at hand: in a checkout, "
-    "`pip install --no-build-isolation .` (or `-e .`). "
-    "`python -m littlebit2_kernels.diagnostics` shows what was found."
+    "Reinstall the package: a wheel, or with a C++ compiler at hand, in a checkout, `pip install .` "
+    "(or `-e .`). `littlebit2 doctor` shows what was found."
 )
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -138,7 +137,7 @@ def no_cuda_reason() -> str | None:
     if not built:
         return (
             "this package was built without its CUDA kernels; reinstall it with nvcc (CUDA 12.4 or newer) at "
-            "hand: in a checkout, `LB2_CUDA=on pip install --no-build-isolation .` says what is missing"
+            "hand: in a checkout, `LB2_CUDA=on pip install .` says what is missing"
         )
     if not torch.cuda.is_available():
         return "torch finds no usable GPU or driver"
