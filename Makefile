@@ -1,9 +1,10 @@
-# Everything from a fresh clone: `make test`, `make demo`. Needs Python 3.11+ (venv, headers), make and a
+# Everything from a fresh clone: `make test`, `make demo`. Needs Python 3.11+ (venv), make and a
 # C++ compiler; the rest, CMake and Ninja included, is installed into .venv at the versions of constraints.txt.
 #
 #   PYTHON=python3.12   interpreter that makes the environment
 #   VENV=path           where the environment lives (default .venv)
 #   BPW=0.55            bits per weight of `make demo`
+#   WHEEL_TORCH=2.11.0  versions of torch that `make wheels` tries its wheel with (default: that of constraints.txt)
 #   PYTEST_ARGS=...     extra arguments of pytest in `make test` and `make test-slow`
 #   TEST_PROCESSES=1    how many processes share its files (default: one for each core)
 #   MATRIX=...          rows of `make test-matrix` (default: all)
@@ -35,7 +36,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-BUILD_INPUTS := $(shell find csrc cmake -type f) CMakeLists.txt setup.py littlebit2_kernels/version.py \
+BUILD_INPUTS := $(shell find csrc cmake -type f) CMakeLists.txt setup.py python/littlebit2_kernels/version.py \
   $(wildcard python/*littlebit2_autoregister*)
 CXX_FILES := $(shell find csrc tests/cpp examples benchmarks -type f \
   \( -name '*.h' -o -name '*.c' -o -name '*.cc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
@@ -60,7 +61,7 @@ sanitized = $(call ctest,sanitize-$(1),-DCMAKE_BUILD_TYPE=RelWithDebInfo -DLB2_T
 # One thread for each process, because the processes fill the cores already.
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help venv build test test-slow test-matrix test-families test-serving test-tasks test-arm arm-tools pytest pytest-slow ctest \
+.PHONY: help venv build wheels test test-slow test-matrix test-families test-serving test-tasks test-arm arm-tools pytest pytest-slow ctest \
   sanitize sanitize-sample demo lint format clean distclean
 
 help: ## list the targets
@@ -84,7 +85,7 @@ $(STAMPS)/base: $(STAMPS)/venv constraints.txt pyproject.toml .ci/requirements.p
 	@$(PIP) install -qq -c constraints.txt -r $(STAMPS)/base.txt
 	@touch $@
 
-$(STAMPS)/dev $(STAMPS)/demo: $(STAMPS)/%: $(STAMPS)/base
+$(STAMPS)/dev $(STAMPS)/demo $(STAMPS)/wheels: $(STAMPS)/%: $(STAMPS)/base
 	@echo "installing the packages for $* into $(VENV)"
 	@$(PY) .ci/requirements.py $* >$(STAMPS)/$*.txt
 	@$(PIP) install -qq -c constraints.txt -r $(STAMPS)/$*.txt
@@ -96,12 +97,24 @@ venv: $(STAMPS)/dev ## create the environment with all development packages
 
 # The stamp lies in build/ so that `make clean`, which removes the libraries, also forgets that they were built.
 build/.built: $(STAMPS)/base $(BUILD_INPUTS)
-	@$(PY) -c 'import os, sysconfig, sys; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { echo "error: Python.h not found for $$($(PY) -V); on Debian and Ubuntu install the package python3-dev" >&2; exit 1; }
 	@echo "building the native libraries"
 	@$(call quietly,build/pip-build.log,$(PIP) install --verbose --no-build-isolation -c constraints.txt -e .)
 	@touch $@
 
 build: build/.built ## compile the native libraries and install the package in place
+
+# Compiled against glibc and libstdc++ of this machine, and audited for those of manylinux_2_28; torch is the user's.
+WHEEL_PLATFORM := manylinux_2_28_$(shell uname -m)
+wheels: export LB2_PORTABLE := ON
+wheels: export LB2_CUDA := off
+wheels: $(STAMPS)/wheels ## make a wheel for every CPython from 3.11 on (CPU), audit it, try it without a compiler
+	@rm -rf build/wheels dist/wheels && mkdir -p build/wheels dist/wheels
+	@echo "building the wheel"
+	@$(call quietly,build/wheels/build.log,$(PIP) wheel --verbose --no-deps --no-build-isolation -w build/wheels .)
+	@$(call quietly,build/wheels/repair.log,$(VENV)/bin/auditwheel repair --plat $(WHEEL_PLATFORM) --only-plat --exclude libtorch_cpu.so \
+	  --exclude 'liblittlebit2*' -w dist/wheels build/wheels/littlebit2_kernels-*.whl)
+	@$(VENV)/bin/auditwheel show dist/wheels/*.whl
+	@$(PY) .ci/wheel.py dist/wheels/*.whl $(WHEEL_TORCH)
 
 # --- checks ------------------------------------------------------------------------------------------
 
@@ -200,10 +213,9 @@ demo: $(STAMPS)/demo build/.built ## quantize a small real model and time one la
 # --- cleaning ----------------------------------------------------------------------------------------
 
 clean: ## remove everything built, keep the environment
-	@rm -rf build dist *.egg-info python/*.egg-info littlebit2_kernels/lib littlebit2_kernels/include
+	@rm -rf build dist *.egg-info python/*.egg-info python/littlebit2_kernels/lib python/littlebit2_kernels/include
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	@find csrc littlebit2_kernels python benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
-	@rm -f littlebit2_kernels/*.so
+	@find csrc python benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## remove the environment too
 	@rm -rf $(VENV)

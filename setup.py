@@ -1,7 +1,8 @@
 """Drives CMake, which owns sources and flags; metadata lives in pyproject.toml.
 
-Environment variables of a build: ``LB2_CUDA`` (auto, on, off), ``LB2_CUDA_ARCHS`` (GPU architectures),
-``LB2_CMAKE_ARGS`` (extra arguments for CMake), ``MAX_JOBS`` (parallel compilations).
+Environment variables of a build: ``LB2_CUDA`` (off unless asked for: on, auto), ``LB2_CUDA_ARCHS`` (GPU
+architectures), ``LB2_CMAKE_ARGS`` (extra arguments for CMake), ``LB2_TORCH_DIR`` (torch whose headers are
+used), ``LB2_PORTABLE`` (ON for wheels), ``MAX_JOBS`` (parallel compilations).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from setuptools import Command, Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
@@ -22,11 +24,20 @@ ROOT = Path(__file__).resolve().parent
 AUTOREGISTER = ("_littlebit2_autoregister.py", "littlebit2_autoregister.pth")
 
 
+_CUDA_HINT = "CUDA kernels: not compiled (LB2_CUDA=on compiles them)"
+_CUDA_TIME = (
+    "CUDA kernels: compiling them takes about ten minutes of one core for each GPU architecture; "
+    "LB2_CUDA_ARCHS=90 names the only one that is needed, MAX_JOBS limits how many files at a time"
+)
+
+
 class CMakeBuild(build_ext):
     """Configure, build and install the native libraries into the package folder."""
 
     def build_extension(self, ext: Extension) -> None:
         build = Path(self.build_temp).resolve()
+        cuda, torch = os.environ.get("LB2_CUDA", "off"), os.environ.get("LB2_TORCH_DIR")
+        print(_CUDA_HINT if cuda.lower() == "off" else _CUDA_TIME, flush=True)
         configure = [
             "-S",
             str(ROOT),
@@ -34,8 +45,10 @@ class CMakeBuild(build_ext):
             str(build),
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DLB2_CUDA={os.environ.get('LB2_CUDA', 'auto')}",
-            # Always, else an earlier build's choice would stay in CMake's cache.
+            *([f"-DLB2_TORCH_DIR={torch}"] if torch else []),
+            f"-DLB2_CUDA={cuda}",
+            # These always, else an earlier build's choice would stay in CMake's cache.
+            f"-DLB2_PORTABLE={os.environ.get('LB2_PORTABLE', 'OFF')}",
             f"-DLB2_CUDA_ARCHS={os.environ.get('LB2_CUDA_ARCHS', '')}",
             *(["-G", "Ninja"] if shutil.which("ninja") else []),
             *shlex.split(os.environ.get("LB2_CMAKE_ARGS", "")),
@@ -44,6 +57,13 @@ class CMakeBuild(build_ext):
         _cmake(*configure)
         _cmake("--build", str(build), "--parallel", *([jobs] if jobs else []))
         self._install(Path(self.get_ext_fullpath(ext.name)).resolve().parent)
+
+    def get_outputs(self) -> list[str]:
+        """No extension module: the libraries are data of the package."""
+        return []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
 
     def copy_extensions_to_source(self) -> None:
         """In an editable install, put everything beside the sources: the module needs its libraries there."""
@@ -89,6 +109,13 @@ class BuildAutoregister(Command):
         return dict(zip(self.get_outputs(), self.get_source_files(), strict=False))
 
 
+class Wheel(bdist_wheel):
+    """One wheel for every CPython: nothing in it is compiled against Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 class Build(build):
     """The build of setuptools, and :class:`BuildAutoregister`."""
 
@@ -103,6 +130,11 @@ def _cmake(*arguments: str) -> None:
 
 
 setup(
-    ext_modules=[Extension("littlebit2_kernels._core", sources=[])],
-    cmdclass={"build": Build, "build_autoregister": BuildAutoregister, "build_ext": CMakeBuild},
+    ext_modules=[Extension("littlebit2_kernels.lib", sources=[])],
+    cmdclass={
+        "bdist_wheel": Wheel,
+        "build": Build,
+        "build_autoregister": BuildAutoregister,
+        "build_ext": CMakeBuild,
+    },
 )

@@ -1,7 +1,7 @@
 """Print what pyproject.toml requires, one requirement per line: ``requirements.py [EXTRA ...]``.
 
-``make`` installs dependencies before the package itself can be built (the build needs torch, CMake and
-pybind11 present), and the pip of a stock Python 3.11 has no way to ask for that. The build requirements
+``make`` installs dependencies before the package itself can be built (the build needs torch and CMake
+present), and the pip of a stock Python 3.11 has no way to ask for that. The build requirements
 and the runtime dependencies are always printed; extras that refer to other extras of the project are
 expanded.
 """

@@ -330,20 +330,6 @@ def test_graph_capture_and_replay(device: torch.device, rng: torch.Generator, to
         assert torch.equal(z, littlebit_linear(fresh + expected[:, :1], packed, activation=mode))
 
 
-def test_capture_without_a_call_before(device: torch.device, rng: torch.Generator) -> None:
-    """Nothing of a first call is forbidden in a capture, such as settings of kernels."""
-    x, packed = make_problem(16, 700, 300, [264], generator=rng)
-    static, packed = x.to(device), packed.to(device)
-    results = {}
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for mode in MODES:
-            results[mode] = littlebit_linear(static, packed, activation=mode)
-    graph.replay()
-    for mode, y in results.items():
-        assert torch.equal(y, littlebit_linear(static, packed, activation=mode))
-
-
 def test_side_streams(device: torch.device, rng: torch.Generator) -> None:
     x, packed = make_problem(4, 4096, 4096, [512], dtype=torch.float16, generator=rng)
     x, packed = x.to(device), problems.scaled_down(packed).to(device)

@@ -157,7 +157,7 @@ SETTINGS: dict[str, Setting] = {
 
 def _loaded_settings() -> Iterator[tuple[str, Setting]]:
     """Settings of modules that only some tests load."""
-    core = sys.modules.get("littlebit2_kernels._core")
+    core = sys.modules.get("littlebit2_kernels._native.abi")
     if core is not None:
         yield "instruction set of the CPU kernels", Setting(core.cpu_isa, core.set_cpu_isa)
     auto = sys.modules.get("transformers.quantizers.auto")

@@ -337,6 +337,12 @@ def test_plans_refuse() -> None:
     with pytest.raises(BackendUnavailableError, match=r"cannot run on GpuProperties\(capability=75.*got 7.5"):
         explain((2, 40), packed, backend="cuda", gpu=GpuProperties(75, 40, 65536))
     assert explain((2, 40), packed, gpu=GpuProperties(75, 40, 65536)).backend == "triton"
+    # AMD's capability of an MI200 is Hopper's number.
+    other = GpuProperties(90, 104, 65536, 64, "amd")
+    assert explain((2, 40), packed, gpu=other).backend == "triton"
+    assert explain((512, 40), packed, gpu=other).backend == "triton"
+    with pytest.raises(BackendUnavailableError, match=r"run on NVIDIA's GPUs, got one of 'amd'"):
+        explain((2, 40), packed, backend="cuda", gpu=other)
 
 
 def test_properties_pass_through() -> None:

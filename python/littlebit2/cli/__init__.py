@@ -6,16 +6,20 @@ Torch and transformers are imported by the subcommand that needs them, not for `
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
+import runpy
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 from littlebit2._messages import SettingError
 
 from . import (
     calibrate,
     convert,
+    doctor,
     evaluate,
     finetune,
     generate,
@@ -48,6 +52,7 @@ _COMMANDS = (
     plan,
     generate,
     synthesize,
+    doctor,
 )
 
 _EPILOG = """\
@@ -57,6 +62,7 @@ examples:
   littlebit2 finetune MODEL_DIR OUT --data corpus/ --bpw 0.55      the same, then trained on text
   littlebit2 inspect OUT                         layers, ranks, bits, sizes, problems
   littlebit2 generate OUT "Once upon a time"
+  littlebit2 doctor                              what runs on this machine
 
 exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 """
@@ -96,15 +102,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rest:
             _take_rest(args, rest, parser)
         if args.version:
-            from littlebit2_kernels.version import __version__  # noqa: PLC0415  # imports torch
-
-            sys.stdout.write(f"littlebit2 {__version__}\n")
+            sys.stdout.write(f"littlebit2 {_version()}\n")
             return 0
         if args.command is None:
             parser.error("COMMAND is required")
         return _run(args)
     except SystemExit as stop:  # argparse exits after --help and wrong usage
         return stop.code if isinstance(stop.code, int) else FAILED
+
+
+def _version() -> str:
+    """The version, read from its file: importing the package that it lies in would import torch."""
+    package = importlib.util.find_spec("littlebit2_kernels")
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError(
+            "the package littlebit2_kernels, which belongs to this one, is not installed"
+        )
+    version: str = runpy.run_path(str(Path(package.origin).with_name("version.py")))["__version__"]
+    return version
 
 
 def _take_rest(args: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> None:

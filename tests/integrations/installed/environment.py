@@ -22,13 +22,13 @@ _SOURCES = (
     "MANIFEST.in",
     "README.md",
     "LICENSE",
+    "build_tools",
     "python",
-    "littlebit2_kernels",
 )
 #: Stands in for CMake: compiling the libraries again would take minutes, so it installs those that are built.
 _CMAKE = """#!/bin/sh
 if [ "$1" = --install ]; then
-    mkdir -p "$4" && cp -r "$BUILT/lib" "$BUILT/include" "$BUILT"/_core.* "$4"
+    mkdir -p "$4" && cp -r "$BUILT/lib" "$BUILT/include" "$4"
 fi
 """
 
@@ -96,15 +96,19 @@ def copy_sources(folder: Path) -> Path:
     return folder
 
 
-def install(environment: Environment, sources: Path, *options: str) -> None:
-    """Install the package from its sources, with the libraries that are built."""
+def write_tools(sources: Path) -> dict[str, str]:
+    """Put the stand-in for CMake beside the sources; returns the variables of a build that finds it."""
     tools = sources / "tools"
     tools.mkdir(exist_ok=True)
     (tools / "cmake").write_text(_CMAKE)
     (tools / "cmake").chmod(0o755)
-    environment.pip(
-        "install",
-        *("--no-deps", "--no-index", "--no-build-isolation", *options, sources),
-        PATH=f"{tools}{os.pathsep}{os.environ['PATH']}",
-        BUILT=str(Path(littlebit2_kernels.get_include()).parent),
-    )
+    return {
+        "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+        "BUILT": str(Path(littlebit2_kernels.get_include()).parent),
+    }
+
+
+def install(environment: Environment, sources: Path, *options: str) -> None:
+    """Install the package from its sources, with the libraries that are built."""
+    how = ("--no-deps", "--no-index", "--no-build-isolation", *options)
+    environment.pip("install", *how, sources, **write_tools(sources))

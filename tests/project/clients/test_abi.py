@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import littlebit2_kernels
+from littlebit2_kernels._native.abi import STRUCTS
 
 ROOT = Path(__file__).resolve().parents[3]
 HEADERS = ("format.h", "littlebit2.h", "cuda.h")
@@ -110,3 +112,23 @@ def test_layout_is_as_pinned(tmp_path: Path) -> None:
     failed = subprocess.run(check, input=moved, text=True, check=False, capture_output=True)
     assert failed.returncode != 0
     assert "lb2_path.u" in failed.stderr
+
+
+def test_python_mirrors_the_structs() -> None:
+    """Every field of every struct that Python fills has the size and the place that the compiler gives it."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    assert compiler is not None, "a C compiler is needed to build this package"
+    checks = []
+    for name, struct in STRUCTS.items():
+        checks.append(f"sizeof({name}) == {ctypes.sizeof(struct)}")
+        for field, *_ in struct._fields_:
+            place = getattr(struct, field)
+            checks.append(f"offsetof({name}, {field}) == {place.offset}")
+            checks.append(f"sizeof((({name}*)0)->{field}) == {place.size}")
+    lines = [f'_Static_assert({check}, "{check}");' for check in checks]
+    source = "\n".join(["#include <stddef.h>", '#include "littlebit2/cuda.h"', *lines])
+    command = [compiler, "-std=c11", "-fsyntax-only", f"-I{ROOT / 'csrc/include'}", "-x", "c", "-"]
+    subprocess.run(command, input=source, text=True, check=True)
+    moved = source.replace("offsetof(lb2_cuda_plan, launches) == ", "offsetof(lb2_cuda_plan, launches) == 1")
+    failed = subprocess.run(command, input=moved, text=True, check=False, capture_output=True)
+    assert "lb2_cuda_plan, launches" in failed.stderr

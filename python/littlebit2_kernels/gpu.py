@@ -14,16 +14,23 @@ class GpuProperties:
     """The properties of a GPU that decide how a call is cut up.
 
     Attributes:
-        capability: ``10 * major + minor``, for example 90.
+        capability: ``10 * major + minor``, for example 90. AMD's numbers mean other things: an MI300 has 94.
         multiprocessors: streaming multiprocessors.
         shared_bytes: shared memory that one block can have (opt-in).
         warp_lanes: threads of a warp: 32, or the 64 of AMD's data-center GPUs.
+        maker: ``"nvidia"`` or ``"amd"``.
     """
 
     capability: int
     multiprocessors: int
     shared_bytes: int
     warp_lanes: int = 32
+    maker: str = "nvidia"
+
+    @property
+    def generation(self) -> int:
+        """Of NVIDIA's GPUs, the major compute capability; 0 for others."""
+        return self.capability // 10 if self.maker == "nvidia" else 0
 
     def for_cuda(self) -> tuple[int, int, int]:
         """The properties that the CUDA planner takes, in its order."""
@@ -60,4 +67,5 @@ def gpu_properties(gpu: GpuProperties | torch.device | str) -> GpuProperties:
     # ROCm knows no larger size to opt in to.
     shared_bytes = getattr(found, "shared_memory_per_block_optin", 0) or found.shared_memory_per_block
     capability = 10 * found.major + found.minor
-    return GpuProperties(capability, found.multi_processor_count, shared_bytes, found.warp_size)
+    maker = "nvidia" if torch.version.hip is None else "amd"
+    return GpuProperties(capability, found.multi_processor_count, shared_bytes, found.warp_size, maker)

@@ -239,7 +239,10 @@ def _choose_planned(call: Call) -> tuple[str, str]:
         raise ValueError("packed must be a PackedLinear where gpu is given: prepacked layers are the CPU's")
     if call.backend != "auto":
         return call.backend, planned
-    if call.gpu is not None and gpu_properties(call.gpu).capability < _LEAST_CAPABILITY:
+    gpu = gpu_properties(call.gpu) if call.gpu is not None else None
+    if gpu is not None and gpu.maker != "nvidia":
+        return "triton", f"{planned}; the CUDA kernels run on NVIDIA's GPUs"
+    if gpu is not None and gpu.capability < _LEAST_CAPABILITY:
         return "triton", f"{planned}; the CUDA kernels need compute capability 8.0"
     best = "cuda"
     if _by_estimate(call) and call.gpu is not None:

@@ -42,6 +42,8 @@ def plan_grouped_cuda(
     shapes: Sequence[LayerShape], tokens: int, dtype: torch.dtype, activation: int, gpu: GpuProperties
 ) -> dict[str, Any]:
     """Plan one call of several layers on one input; as :func:`plan_cuda`."""
+    if gpu.maker != "nvidia":
+        raise RuntimeError(f"the CUDA kernels run on NVIDIA's GPUs, got one of {gpu.maker!r}")
     layers = [(s.out_features, list(s.rows), s.single_stage, list(s.shares)) for s in shapes]
     name = str(dtype).removeprefix("torch.")
     return core().plan_grouped_cuda(tokens, shapes[0].in_features, layers, name, activation, *gpu.for_cuda())

@@ -316,8 +316,8 @@ def gemm_config(
     """Blocks of the GEMM: as many tokens as there are, up to what registers and shared memory hold.
 
     - A thread's sums take ``block_tokens`` registers twice, three times for two terms of each activation.
-      Hopper does well with 128. Ampere and Ada, which hold the activations of a step in registers too, spill
-      then.
+      Hopper and AMD's data-center GPUs, whose warps have 64 lanes and twice the registers, do well with 128.
+      Ampere and Ada, which hold the activations of a step in registers too, spill then.
     - Blackwell's float16 products have their sums in tensor memory, where unrolled steps would each get a
       place of their own, and run out of it; and Triton gives its int8 products to Ampere's instructions.
     """
@@ -328,9 +328,9 @@ def gemm_config(
             config = replace(config, splits=1)
         if fits_shared(kind, config, gpu):
             return config
-    generation = gpu.capability // 10
-    unroll = 1 if generation == 10 and _element_bytes(kind) == 2 else 8 * _element_bytes(kind)
-    most = (128 if generation == 9 or unroll == 1 else 64) // (2 if kind == "exact" else 1)
+    unroll = 1 if gpu.generation == 10 and _element_bytes(kind) == 2 else 8 * _element_bytes(kind)
+    wide = gpu.generation == 9 or gpu.warp_lanes == 64 or unroll == 1
+    most = (128 if wide else 64) // (2 if kind == "exact" else 1)
     config = GemmConfig(64, 16, 1, 4, 2, unroll)
     while config.block_tokens < min(tokens, most):
         wider = replace(config, block_tokens=2 * config.block_tokens)

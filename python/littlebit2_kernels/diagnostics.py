@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,12 +20,27 @@ from .functional import littlebit_linear
 from .gpu import gpu_properties
 from .ops.library import load
 from .planning.native import plan_cuda
+from .prepacked import prepack
 from .reference import linear_reference
 from .testing import TOLERANCE, make_problem, relative_error
 from .triton.backend import no_triton_reason
 from .version import __version__
 
-__all__ = ["collect", "main"]
+__all__ = ["SelfTest", "collect", "main", "self_tests"]
+
+
+class SelfTest(NamedTuple):
+    """One backend, tried on small layers against float64.
+
+    Attributes:
+        name: of the backend, with the instruction set or the GPU.
+        passed: ``None`` where it cannot run.
+        outcome: the error that was found, or why there is none.
+    """
+
+    name: str
+    passed: bool | None
+    outcome: str
 
 
 def collect() -> dict[str, Any]:
@@ -150,6 +165,64 @@ def _self_test() -> str:
     except (NativeLibraryError, RuntimeError) as error:
         return str(error)
     return "ok"
+
+
+def self_tests() -> list[SelfTest]:
+    """Try every backend that this machine has, the CPU kernels with each instruction set; nothing raises."""
+    found = []
+    for backend in BACKENDS[1:]:
+        device_type = "cuda" if backend in ("cuda", "triton") else "cpu"
+        reason = unavailable_reason(backend, device_type)
+        if reason is not None:
+            # What was built runs on any CPU.
+            found.append(SelfTest(backend, None if device_type == "cuda" else False, reason))
+        elif backend == "cpu":
+            found += _cpu_self_tests()
+        elif device_type == "cuda":
+            for index in range(torch.cuda.device_count()):
+                name = f"{backend} ({torch.cuda.get_device_name(index)})"
+                found.append(_tried(name, backend, torch.device("cuda", index)))
+        else:
+            found.append(_tried(backend, backend, torch.device("cpu")))
+    return found
+
+
+def _cpu_self_tests() -> list[SelfTest]:
+    current, found = core().cpu_isa(), []
+    for isa in core().cpu_isas():
+        core().set_cpu_isa(isa)
+        try:
+            used = ", used here" if isa == current else ""
+            found.append(_tried(f"cpu ({isa}{used})", "cpu", torch.device("cpu")))
+        finally:
+            core().set_cpu_isa(current)
+    return found
+
+
+def _allowed(backend: str, dtype: torch.dtype, tolerance: float) -> float:
+    if backend == "blas":
+        return 2.5 * tolerance  # factors and latents are rounded too
+    # Prepacked layers and the CUDA kernels take 16-bit activations in int16 tables or planes.
+    return tolerance if dtype == torch.float32 else tolerance + 5e-4
+
+
+def _tried(name: str, backend: str, device: torch.device) -> SelfTest:
+    worst, bound = 0.0, 0.0
+    try:
+        for dtype, tolerance in TOLERANCE.items():
+            x, packed = make_problem(
+                3, 100, 70, [24, 8], dtype=dtype, generator=torch.Generator().manual_seed(0)
+            )
+            layer = prepack(packed) if backend == "cpu" else packed.to(device)
+            y = littlebit_linear(x.to(device), layer, backend=backend, activation="auto")
+            error = relative_error(y.cpu(), linear_reference(x, packed))
+            allowed = _allowed(backend, dtype, tolerance)
+            if not error <= allowed:
+                return SelfTest(name, False, f"relative error {error:.1e} in {dtype}, allowed {allowed:.0e}")
+            worst, bound = max(worst, error), max(bound, allowed)
+    except Exception as error:  # whatever a driver or a compiler says
+        return SelfTest(name, False, f"{type(error).__name__}: {error}")
+    return SelfTest(name, True, f"largest relative error {worst:.1e}, allowed {bound:.0e}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from .version import __version__
+from ..version import __version__
 
 __all__ = [
     "NativeLibraryError",
@@ -26,12 +26,11 @@ __all__ = [
 ]
 
 _REBUILD = (
-    "Reinstall the package with a C++ compiler, cmake and ninja at hand: in a checkout, "
-    "`pip install --no-build-isolation .` (or `-e .`). "
-    "`python -m littlebit2_kernels.diagnostics` shows what was found."
+    "Reinstall the package: a wheel, or with a C++ compiler at hand, in a checkout, `pip install .` "
+    "(or `-e .`). `littlebit2 doctor` shows what was found."
 )
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 _lock = threading.Lock()
 _ops_loaded = False
@@ -43,20 +42,18 @@ class NativeLibraryError(ImportError):
 
 
 def core() -> ModuleType:
-    """Return the pybind11 module ``littlebit2_kernels._core``.
+    """Return :mod:`littlebit2_kernels._native.abi`, which loads the core library.
 
     Raises:
         NativeLibraryError: it was not built, does not load, or belongs to another version.
     """
     try:
-        module = importlib.import_module(f"{__package__}._core")
-    except ImportError as error:
-        raise NativeLibraryError(
-            f"the native module littlebit2_kernels._core cannot be loaded: {error}. {_REBUILD}"
-        ) from error
+        module = importlib.import_module(f"{__package__}.abi")
+    except (ImportError, OSError, AttributeError) as error:
+        raise NativeLibraryError(f"the core library cannot be loaded: {error}. {_REBUILD}") from error
     if module.version != __version__:
         raise NativeLibraryError(
-            f"the native module is of version {module.version}, the Python package of {__version__}: "
+            f"the core library is of version {module.version}, the Python package of {__version__}: "
             f"the build is stale. {_REBUILD}"
         )
     return module
@@ -140,7 +137,7 @@ def no_cuda_reason() -> str | None:
     if not built:
         return (
             "this package was built without its CUDA kernels; reinstall it with nvcc (CUDA 12.4 or newer) at "
-            "hand: in a checkout, `LB2_CUDA=on pip install --no-build-isolation .` says what is missing"
+            "hand: in a checkout, `LB2_CUDA=on pip install .` says what is missing"
         )
     if not torch.cuda.is_available():
         return "torch finds no usable GPU or driver"

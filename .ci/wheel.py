@@ -1,0 +1,126 @@
+"""Install a wheel where no compiler is on PATH, and use it: ``wheel.py WHEEL [TORCH ...]``.
+
+For each version of torch (by default that of constraints.txt): versions, the self-tests, the README's Python,
+and a tiny model quantized and asked for text, each from an empty folder and from the root of this checkout,
+which must not get in the way of what is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+#: Prints where both packages come from, and fails outside of site-packages.
+WHERE = """
+import littlebit2, littlebit2_kernels, sysconfig
+for module in (littlebit2, littlebit2_kernels):
+    assert module.__file__.startswith(sysconfig.get_path("purelib")), module.__file__
+assert littlebit2.__version__ == littlebit2_kernels.__version__
+"""
+MAKE_MODEL = """
+import sys, torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+torch.manual_seed(0)
+letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
+tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(sys.argv[1])
+config = LlamaConfig(vocab_size=len(letters), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                     num_attention_heads=4, num_key_value_heads=2, bos_token_id=None, eos_token_id=None)
+LlamaForCausalLM(config).save_pretrained(sys.argv[1])
+"""
+TOKENS = 8
+
+
+class Clean:
+    """An environment with the wheel, torch and what these need; PATH has its own programs only."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.checks = 0
+        venv.create(folder, with_pip=True, clear=True)
+
+    def pip(self, *arguments: str) -> None:
+        """Install, with the constraints of the development environment."""
+        command = [self.folder / "bin/python", "-m", "pip", "--disable-pip-version-check", "install", "-qq"]
+        subprocess.run([*command, "-c", ROOT / "constraints.txt", *arguments], check=True)
+
+    def run(self, program: str, *arguments: str | Path, cwd: Path) -> str:
+        """Run a program of the environment; returns its output, or ends with it."""
+        done = subprocess.run(
+            [self.folder / "bin" / program, *arguments],
+            cwd=cwd,
+            env={"PATH": str(self.folder / "bin"), "HOME": str(self.folder), "HF_HUB_OFFLINE": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            sys.exit(f"error: {program} {' '.join(map(str, arguments))} in {cwd}:\n{done.stdout}")
+        self.checks += 1
+        return done.stdout
+
+
+def readme_code() -> list[str]:
+    """The Python of the README that stands by itself."""
+    return re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL
+    )
+
+
+def check(clean: Clean, cwd: Path, work: Path) -> None:
+    """Everything from one folder; results go to ``work``."""
+    clean.run("python", "-c", WHERE, cwd=cwd)
+    version = clean.run("littlebit2", "--version", cwd=cwd)
+    doctor = clean.run("littlebit2", "doctor", cwd=cwd)
+    if not re.search(r"^ok +cpu", doctor, re.MULTILINE) or version.split()[1] not in doctor:
+        sys.exit(f"error: littlebit2 doctor in {cwd} says:\n{doctor}")
+    for code in readme_code():
+        clean.run("python", "-c", code, cwd=cwd)
+    model, packed = work / "model", work / f"packed-{cwd.name}"
+    if not model.exists():
+        clean.run("python", "-c", MAKE_MODEL, model, cwd=cwd)
+    clean.run("littlebit2", "quantize", model, packed, "--bpw", "1.0", cwd=cwd)
+    options = ("--max-new-tokens", str(TOKENS))
+    clean.run("littlebit2", "generate", packed, "Once upon a time", *options, cwd=cwd)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Check a wheel."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("wheel", type=Path)
+    parser.add_argument("torch", nargs="*", help="versions (default: that of constraints.txt)")
+    options = parser.parse_args(arguments)
+    pinned = re.findall(r"^torch==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    wheel = options.wheel.resolve()
+    if not re.search(r"-py3-none-manylinux\w*_2_28_x86_64\.whl$", wheel.name):
+        sys.exit(f"error: WHEEL must be one for every CPython and manylinux_2_28, got {wheel.name}")
+    checks = 0
+    for version in options.torch or pinned:
+        print(f"checking {wheel.name} with torch {version}", flush=True)
+        folder = ROOT / "build" / "wheels" / f"torch-{version}"
+        clean = Clean(folder / "environment")
+        (folder / "empty").mkdir(exist_ok=True)
+        clean.pip(f"torch=={version}")
+        clean.pip(f"{wheel}[models]")
+        for tool in ("cc", "c++", "gcc", "g++", "clang", "cmake", "ninja", "nvcc"):
+            if (folder / "environment" / "bin" / tool).exists():
+                sys.exit(f"error: the clean environment has {tool}")
+        for cwd in (folder / "empty", ROOT):
+            check(clean, cwd, folder)
+        checks += clean.checks
+    print(f"{checks} passed, 0 failed")
+
+
+if __name__ == "__main__":
+    os.environ.pop("PYTHONPATH", None)
+    main()
