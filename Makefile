@@ -36,7 +36,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-BUILD_INPUTS := $(shell find csrc cmake -type f) CMakeLists.txt setup.py python/littlebit2_kernels/version.py \
+BUILD_INPUTS := $(shell find csrc cmake -type f) CMakeLists.txt setup.py littlebit2_kernels/version.py \
   $(wildcard python/*littlebit2_autoregister*)
 CXX_FILES := $(shell find csrc tests/cpp examples benchmarks -type f \
   \( -name '*.h' -o -name '*.c' -o -name '*.cc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
@@ -213,9 +213,10 @@ demo: $(STAMPS)/demo build/.built ## quantize a small real model and time one la
 # --- cleaning ----------------------------------------------------------------------------------------
 
 clean: ## remove everything built, keep the environment
-	@rm -rf build dist *.egg-info python/*.egg-info python/littlebit2_kernels/lib python/littlebit2_kernels/include
+	@rm -rf build dist *.egg-info python/*.egg-info littlebit2_kernels/lib littlebit2_kernels/include
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	@find csrc python benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
+	@find csrc littlebit2_kernels python benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
+	@rm -f littlebit2_kernels/*.so
 
 distclean: clean ## remove the environment too
 	@rm -rf $(VENV)

@@ -68,8 +68,7 @@ def run(options: Namespace) -> int:
     trees = [ROOT]
     if options.against is not None:
         other = options.against.resolve()
-        # The package lay at the root once.
-        if not any((other / folder / "littlebit2_kernels").is_dir() for folder in ("python", ".")):
+        if not (other / "littlebit2_kernels").is_dir():
             raise ValueError(f"against must be the root of a checkout, got {options.against}")
         trees.append(other)
     about = host_environment()

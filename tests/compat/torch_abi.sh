@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 [ $# -gt 0 ] || { echo "usage: $0 TORCH_VERSION..." >&2; exit 2; }
-library=python/littlebit2_kernels/lib/liblittlebit2_torch.so
+library=littlebit2_kernels/lib/liblittlebit2_torch.so
 [ -f "$library" ] || { echo "$library does not exist; run 'make build' first" >&2; exit 1; }
 before=$(sha256sum "$library")
 
@@ -17,7 +17,7 @@ for version in "$@"; do
   environment=build/compat/torch-$version
   [ -x "$environment/bin/python" ] || .venv/bin/python -m venv "$environment"
   "$environment/bin/python" -m pip install -qq "torch==$version" numpy
-  PYTHONPATH=python "$environment/bin/python" tests/compat/smoke.py
+  PYTHONPATH=. "$environment/bin/python" tests/compat/smoke.py
 done
 
 [ "$before" = "$(sha256sum "$library")" ] || { echo "$library changed during the run" >&2; exit 1; }

@@ -18,7 +18,7 @@ from pathlib import Path
 
 MAX_LINES = 600
 
-PYTHON_ROOTS = {"littlebit2_kernels": "python/littlebit2_kernels", "littlebit2": "python/littlebit2"}
+PYTHON_ROOTS = {"littlebit2_kernels": "littlebit2_kernels", "littlebit2": "python/littlebit2"}
 CXX_SUFFIXES = {".h", ".hpp", ".c", ".cc", ".cpp", ".cu", ".cuh"}
 #: Suffixes of the project's own text; "" is Makefile, LICENSE, .ci/run and dot files. Not logs, not data.
 TEXT_SUFFIXES = CXX_SUFFIXES | {"", ".py", ".md", ".txt", ".toml", ".yaml", ".yml", ".json", ".cmake", ".csv"}
@@ -318,7 +318,7 @@ def source_files(root: Path) -> Iterator[Path]:
             for name in subdirectories
             if name not in skipped and not name.endswith(".egg-info") and (name[0] != "." or name == ".ci")
         )
-        if directory == str(root / "python" / _KERNELS):
+        if directory == str(root / _KERNELS):
             # A copy of csrc/include that the build places next to the library.
             subdirectories[:] = [name for name in subdirectories if name != "include"]
         for name in sorted(names):

@@ -32,7 +32,7 @@ def test_scan_sees_the_tree() -> None:
     assert {
         "pyproject.toml",
         ".ci/run",
-        "python/littlebit2_kernels/format.py",
+        "littlebit2_kernels/format.py",
         "csrc/include/littlebit2/format.h",
         "tests/project/test_import_rules.py",
     } <= seen
@@ -47,83 +47,67 @@ def plant(root: Path, path: str, text: str) -> Path:
 
 
 PYTHON_OFFENDERS = {
-    "version-imports-torch": (
-        "python/littlebit2_kernels/version.py",
-        "import torch",
-        "must not refer to torch",
-    ),
+    "version-imports-torch": ("littlebit2_kernels/version.py", "import torch", "must not refer to torch"),
     "format-imports-native": (
-        "python/littlebit2_kernels/format.py",
+        "littlebit2_kernels/format.py",
         "from . import _native",
         "must not refer to littlebit2_kernels._native",
     ),
     "format-imports-native-lazily": (
-        "python/littlebit2_kernels/format.py",
+        "littlebit2_kernels/format.py",
         "def f():\n    from ._native import load",
         "must not refer to littlebit2_kernels._native.load",
     ),
     "format-imports-by-name": (
-        "python/littlebit2_kernels/format.py",
+        "littlebit2_kernels/format.py",
         "import importlib\nimportlib.import_module('triton')",
         "must not refer to triton",
     ),
-    "format-uses-ctypes": (
-        "python/littlebit2_kernels/format.py",
-        "import ctypes",
-        "must not refer to ctypes",
-    ),
-    "reference-imports-triton": (
-        "python/littlebit2_kernels/reference.py",
-        "import triton",
-        "refer to triton",
-    ),
+    "format-uses-ctypes": ("littlebit2_kernels/format.py", "import ctypes", "must not refer to ctypes"),
+    "reference-imports-triton": ("littlebit2_kernels/reference.py", "import triton", "refer to triton"),
     "reference-calls-the-op": (
-        "python/littlebit2_kernels/reference.py",
+        "littlebit2_kernels/reference.py",
         "import torch as t\ny = t.ops.littlebit2.linear(1)",
         "must not refer to torch.ops.littlebit2.linear",
     ),
     "testing-imports-ops": (
-        "python/littlebit2_kernels/testing.py",
+        "littlebit2_kernels/testing.py",
         "from .ops import f",
         "littlebit2_kernels.ops.f",
     ),
-    "packing-imports-ops": (
-        "python/littlebit2_kernels/packing.py",
-        "from . import ops",
-        "littlebit2_kernels.ops",
-    ),
+    "packing-imports-ops": ("littlebit2_kernels/packing.py", "from . import ops", "littlebit2_kernels.ops"),
     "linear-imports-native": (
-        "python/littlebit2_kernels/linear.py",
+        "littlebit2_kernels/linear.py",
         "import littlebit2_kernels._native as n",
         "must not refer to littlebit2_kernels._native",
     ),
     "linear-imports-packing": (
-        "python/littlebit2_kernels/linear.py",
+        "littlebit2_kernels/linear.py",
         "from .packing import pack_signs",
         "must not refer to littlebit2_kernels.packing.pack_signs",
     ),
     "triton-imports-native": (
-        "python/littlebit2_kernels/triton/launch.py",
+        "littlebit2_kernels/triton/launch.py",
         "from .. import _native",
         "must not refer to littlebit2_kernels._native",
     ),
     "ops-imports-triton-eagerly": (
-        "python/littlebit2_kernels/ops/calls.py",
+        "littlebit2_kernels/ops/calls.py",
         "from ..triton import launch",
         "may import littlebit2_kernels.triton.launch only inside a function",
     ),
     "package-imports-triton-eagerly": (
-        "python/littlebit2_kernels/__init__.py",
+        "littlebit2_kernels/__init__.py",
         "try:\n    import triton\nexcept ImportError:\n    pass",
         "may import triton only inside a function",
     ),
     "kernels-import-the-user-package": (
-        "python/littlebit2_kernels/dispatch.py",
+        "littlebit2_kernels/dispatch.py",
         "def f():\n    import littlebit2.quantize",
         "must not refer to littlebit2.quantize",
     ),
     "kernels-import-third-party": (
-        "python/littlebit2_kernels/dispatch.py",
+        "littlebit2_kernels/dispatch.py",
         "import scipy",
         "must not refer to scipy",
     ),
@@ -219,20 +203,17 @@ def test_python_rule_can_fail(tmp_path: Path, path: str, source: str, message: s
 
 
 PYTHON_PERMITTED = {
-    "packing-uses-native": (
-        "python/littlebit2_kernels/packing.py",
-        "from . import _native, format\nimport numpy",
-    ),
+    "packing-uses-native": ("littlebit2_kernels/packing.py", "from . import _native, format\nimport numpy"),
     "quantize-packs": (
         "python/littlebit2/quantize/quantizer.py",
         "import torch\nfrom littlebit2_kernels.packing import pack_signs\nfrom .spectrum import f",
     ),
     "ops-imports-triton-lazily": (
-        "python/littlebit2_kernels/ops/calls.py",
+        "littlebit2_kernels/ops/calls.py",
         "def f():\n    from ..triton import launch",
     ),
     "type-checking-only": (
-        "python/littlebit2_kernels/ops/calls.py",
+        "littlebit2_kernels/ops/calls.py",
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import triton",
     ),
     "dunder-is-public": (
@@ -295,7 +276,7 @@ def test_include_rule_permits_neighbors(tmp_path: Path) -> None:
     assert not import_rules.include_findings(tmp_path)
 
 
-@pytest.mark.parametrize("module", ["core", "cpu", "include", "cuda", "torch"])
+@pytest.mark.parametrize("module", ["core", "cpu", "include", "cuda", "torch", "python"])
 @pytest.mark.parametrize("call", ["std::getenv", "secure_getenv"])
 def test_getenv_rule_can_fail(tmp_path: Path, module: str, call: str) -> None:
     plant(tmp_path, f"csrc/{module}/a.cpp", f'// getenv is named here\nauto* s = {call}("LB2_CPU_ISA");\n')
@@ -304,7 +285,7 @@ def test_getenv_rule_can_fail(tmp_path: Path, module: str, call: str) -> None:
     assert (finding.path, finding.line) == (f"csrc/{module}/a.cpp", 2)
 
 
-@pytest.mark.parametrize("path", ["csrc/cpu/a.cpp", "python/littlebit2_kernels/a.py", "tests/a.py"])
+@pytest.mark.parametrize("path", ["csrc/cpu/a.cpp", "littlebit2_kernels/a.py", "tests/a.py"])
 def test_length_rule_can_fail(tmp_path: Path, path: str) -> None:
     target = plant(tmp_path, path, "\n" * import_rules.MAX_LINES)
     assert not import_rules.length_findings(tmp_path)

@@ -46,8 +46,8 @@ def test_source_distribution_can_be_built_from(tmp_path: Path) -> None:
         "build_tools/backend.py",
     }
     packages = {
-        "python/littlebit2_kernels/linear.py",
-        "python/littlebit2_kernels/py.typed",
+        "littlebit2_kernels/linear.py",
+        "littlebit2_kernels/py.typed",
         "python/littlebit2/quantize/config.py",
         "python/_littlebit2_autoregister.py",
         "python/littlebit2_autoregister.pth",

@@ -33,7 +33,7 @@ def plant(root: Path, files: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "folder", ["csrc/cuda", "python/littlebit2_kernels", "python/littlebit2", "tests/cpp", "benchmarks"]
+    "folder", ["csrc/cuda", "littlebit2_kernels", "python/littlebit2", "tests/cpp", "benchmarks"]
 )
 def test_folder_rule_can_fail(tmp_path: Path, folder: str) -> None:
     names = [f"{folder}/{chr(97 + number)}" for number in range(tree_rules.MAX_FILES + 1)]
@@ -47,12 +47,12 @@ def test_folder_rule_can_fail(tmp_path: Path, folder: str) -> None:
 
 CIRCLES = {
     "two-modules": {
-        "python/littlebit2_kernels/a.py": "from . import b",
-        "python/littlebit2_kernels/b.py": "import littlebit2_kernels.a",
+        "littlebit2_kernels/a.py": "from . import b",
+        "littlebit2_kernels/b.py": "import littlebit2_kernels.a",
     },
     "inside-functions": {
-        "python/littlebit2_kernels/a.py": "def f():\n    from .b import g",
-        "python/littlebit2_kernels/b.py": "class B:\n  def g(self):\n    from littlebit2_kernels import a",
+        "littlebit2_kernels/a.py": "def f():\n    from .b import g",
+        "littlebit2_kernels/b.py": "class B:\n    def g(self):\n        from littlebit2_kernels import a",
     },
     "three-modules": {
         "python/littlebit2/x/a.py": "from ..b import f",
@@ -64,11 +64,11 @@ CIRCLES = {
         "benchmarks/b.py": "from benchmarks.a import f",
     },
     "through-the-package": {
-        "python/littlebit2_kernels/__init__.py": "from .a import f",
-        "python/littlebit2_kernels/a.py": "from littlebit2_kernels import g",
+        "littlebit2_kernels/__init__.py": "from .a import f",
+        "littlebit2_kernels/a.py": "from littlebit2_kernels import g",
     },
     "across-packages": {
-        "python/littlebit2_kernels/a.py": "def f():\n    import littlebit2.b",
+        "littlebit2_kernels/a.py": "def f():\n    import littlebit2.b",
         "python/littlebit2/b.py": "from littlebit2_kernels.a import f",
     },
     "other-branch-of-type-checking": {
@@ -91,9 +91,9 @@ ACYCLIC = {
         "benchmarks/b.py": "from benchmarks.a import f",
     },
     "neighbors-in-a-package": {
-        "python/littlebit2_kernels/__init__.py": "from .a import f\nfrom .b import g",
-        "python/littlebit2_kernels/a.py": "from . import b\nimport littlebit2_kernels.b",
-        "python/littlebit2_kernels/b.py": "import torch",
+        "littlebit2_kernels/__init__.py": "from .a import f\nfrom .b import g",
+        "littlebit2_kernels/a.py": "from . import b\nimport littlebit2_kernels.b",
+        "littlebit2_kernels/b.py": "import torch",
     },
     "diamond": {
         "benchmarks/a.py": "from benchmarks import b, c",

@@ -30,8 +30,8 @@ GEMLITE = "gemlite==0.6.0.post2"
 #: More than this does not travel.
 MOST_MIB = 60
 
-_PACKAGE = ROOT / "python" / "littlebit2_kernels"
-_LIBRARY_SOURCES = ("csrc", "cmake", "CMakeLists.txt", "python/littlebit2_kernels/version.py")
+_PACKAGE = ROOT / "littlebit2_kernels"
+_LIBRARY_SOURCES = ("csrc", "cmake", "CMakeLists.txt", "littlebit2_kernels/version.py")
 _PROGRAM_SOURCES = ("csrc/cuda/device.h", "csrc/include", "benchmarks/cuda/timing.h")
 
 

@@ -19,7 +19,7 @@ from benchmarks.records import host_environment, write_result, write_text
 __all__ = ["Run", "batches", "earlier_results", "limit_of", "plan"]
 
 #: A change of these makes earlier results those of another program.
-_SOURCES = ("csrc", "python/littlebit2_kernels/triton", "benchmarks/cuda", "tests/cuda", "CMakeLists.txt")
+_SOURCES = ("csrc", "littlebit2_kernels/triton", "benchmarks/cuda", "tests/cuda", "CMakeLists.txt")
 _MOST_LOG = 12 * 2**20
 
 

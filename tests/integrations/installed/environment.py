@@ -24,6 +24,7 @@ _SOURCES = (
     "LICENSE",
     "build_tools",
     "python",
+    "littlebit2_kernels",
 )
 #: Stands in for CMake: compiling the libraries again would take minutes, so it installs those that are built.
 _CMAKE = """#!/bin/sh

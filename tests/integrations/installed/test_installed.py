@@ -171,8 +171,8 @@ def test_installing_and_uninstalling(tmp_path: Path, sources: Path, mode: str) -
     assert Path(hook).parent == environment.packages
     home = environment.packages if mode == "wheel" else sources
     assert Path(package).is_relative_to(home)
-    root = home if mode == "wheel" else home / "python"
-    assert (root / "littlebit2_kernels/lib/cmake/littlebit2/littlebit2-config.cmake").is_file()
+    folder = "littlebit2_kernels/lib/cmake/littlebit2"
+    assert (home / folder / "littlebit2-config.cmake").is_file()
     assert environment.run("-c", STATE).stdout.strip() == "True"
     environment.pip("uninstall", "--yes", "littlebit2-kernels")
     assert not [name for name in HOOK if (environment.packages / name).exists()]
