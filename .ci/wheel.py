@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WHERE = """
 import littlebit2, littlebit2_kernels, sysconfig
 for module in (littlebit2, littlebit2_kernels):
-    assert module.__file__.startswith(sysconfig.get_path("purelib")), module.__file__
+    assert module.__path__[0].startswith(sysconfig.get_path("purelib")), module.__path__
 assert littlebit2.__version__ == littlebit2_kernels.__version__
 """
 MAKE_MODEL = """

@@ -3,6 +3,10 @@
 Importing is free: the native library is loaded on first use.
 """
 
+from ._clone import package_folder
+
+__path__[:] = [package_folder(__path__[0])]
+
 from ._native import (
     NativeLibraryError,
     get_cmake_dir,

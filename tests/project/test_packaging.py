@@ -21,7 +21,7 @@ def backend(call: str, cwd: Path, **variables: str) -> subprocess.CompletedProce
     return subprocess.run(
         [sys.executable, "-c", f"import backend; print(backend.{call})"],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "build_tools"), **variables},
+        env={**os.environ, "PYTHONPATH": str(ROOT / "cmake"), **variables},
         capture_output=True,
         text=True,
         check=False,
@@ -43,7 +43,7 @@ def test_source_distribution_can_be_built_from(tmp_path: Path) -> None:
         "pyproject.toml",
         "LICENSE",
         "README.md",
-        "build_tools/backend.py",
+        "cmake/backend.py",
     }
     packages = {
         "littlebit2_kernels/linear.py",
@@ -116,6 +116,6 @@ def test_an_isolated_build_finds_the_torch_of_its_environment(tmp_path: Path) ->
     folder = Path(setuptools.__file__).parents[1]
     (tmp_path / "setuptools").symlink_to(folder / "setuptools")
     (tmp_path / "_distutils_hack").symlink_to(folder / "_distutils_hack")
-    path = os.pathsep.join((str(tmp_path), str(ROOT / "build_tools")))
+    path = os.pathsep.join((str(tmp_path), str(ROOT / "cmake")))
     result = backend("find_torch()", tmp_path, PYTHONPATH=path)
     assert result.stdout.strip() == str(Path(torch.__file__).parent), result.stderr

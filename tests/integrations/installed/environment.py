@@ -22,7 +22,7 @@ _SOURCES = (
     "MANIFEST.in",
     "README.md",
     "LICENSE",
-    "build_tools",
+    "cmake",
     "python",
     "littlebit2_kernels",
 )
