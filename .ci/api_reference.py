@@ -81,6 +81,11 @@ def public_names(package: str) -> list[str]:
     raise SystemExit(f"{package} has no __all__")
 
 
+def source_of(node: ast.AST) -> str:
+    """Return the code of a node, strings in double quotes."""
+    return re.sub(r"'([^'\"\\]*)'", r'"\1"', ast.unparse(node))
+
+
 def _is_whole(node: ast.ClassDef | ast.FunctionDef) -> bool:
     """Whether this is the definition itself, not one of its overloads."""
     return "overload" not in _decorators(node)
@@ -189,7 +194,7 @@ def signature(node: ast.FunctionDef, *, name: str, skip_self: bool) -> str:
     parts += map(_argument, arguments.kwonlyargs, arguments.kw_defaults)
     if arguments.kwarg:
         parts.append("**" + _argument(arguments.kwarg, None))
-    result = f" -> {ast.unparse(node.returns)}" if node.returns is not None else ""
+    result = f" -> {source_of(node.returns)}" if node.returns is not None else ""
     return _call(name, parts) + result
 
 
@@ -200,8 +205,8 @@ def _call(name: str, parts: list[str]) -> str:
 
 
 def _argument(argument: ast.arg, default: ast.expr | None) -> str:
-    text = ast.unparse(argument)
-    return text if default is None else f"{text} = {ast.unparse(default)}"
+    text = source_of(argument)
+    return text if default is None else f"{text} = {source_of(default)}"
 
 
 def _fields(node: ast.ClassDef) -> str:
@@ -209,14 +214,14 @@ def _fields(node: ast.ClassDef) -> str:
     parts = []
     for field in node.body:
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            default = "" if field.value is None else f" = {ast.unparse(field.value)}"
-            parts.append(f"{field.target.id}: {ast.unparse(field.annotation)}{default}")
+            default = "" if field.value is None else f" = {source_of(field.value)}"
+            parts.append(f"{field.target.id}: {source_of(field.annotation)}{default}")
     return _call(node.name, parts)
 
 
 def _decorators(node: ast.ClassDef | ast.FunctionDef) -> set[str]:
     return {
-        ast.unparse(item.func if isinstance(item, ast.Call) else item).rpartition(".")[2]
+        source_of(item.func if isinstance(item, ast.Call) else item).rpartition(".")[2]
         for item in node.decorator_list
     }
 
@@ -225,7 +230,7 @@ def _class_signature(node: ast.ClassDef) -> str:
     for member in node.body:
         if isinstance(member, ast.FunctionDef) and member.name == "__init__":
             return signature(member, name=node.name, skip_self=True).removesuffix(" -> None")
-    bases = {ast.unparse(base) for base in node.bases}
+    bases = {source_of(base) for base in node.bases}
     if "dataclass" in _decorators(node) or "NamedTuple" in bases:
         return _fields(node)
     return node.name + (f"({', '.join(sorted(bases))})" if bases else "")
@@ -271,7 +276,7 @@ def entry(package: str, name: str) -> list[str]:
         return []
     node = found.node
     if isinstance(node, ast.Assign | ast.AnnAssign):
-        value = ast.unparse(node)
+        value = source_of(node)
         return [f"## {name}", "", "```python", value, "```", "", _comment(found), "", found.source, ""]
     docstring = ast.get_docstring(node)
     if docstring is None:

@@ -17,8 +17,12 @@ myst_heading_anchors = 4
 suppress_warnings = ["misc.highlighting_failure"]
 
 
-def _add_contents(app: Any, name: str, source: list[str]) -> None:
-    """Make the table of contents from the links of index.md, which stays plain Markdown."""
+def _adapt(app: Any, name: str, source: list[str]) -> None:
+    """Fit a page of the repository into the site: pages outside docs/ are named without a link to them.
+
+    The table of contents follows the links of index.md, which stays plain Markdown.
+    """
+    source[0] = re.sub(r"\[([^]]+)\]\(\.\./[^)]+\)", r"\1", source[0])
     if name == "index":
         pages = dict.fromkeys(
             re.findall(r"\]\(([\w./-]+)\.md", Path(app.srcdir, "index.md").read_text("utf-8"))
@@ -29,4 +33,4 @@ def _add_contents(app: Any, name: str, source: list[str]) -> None:
 
 def setup(app: Any) -> None:
     """Register what Sphinx calls."""
-    app.connect("source-read", _add_contents)
+    app.connect("source-read", _adapt)

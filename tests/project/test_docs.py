@@ -1,4 +1,4 @@
-"""What the documentation names exists: commands, options, files, links; and its pages are short and up to date."""
+"""What the documentation names exists: commands, options, files, links. Pages are short and up to date."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PAGES = {
 GENERATED = {"docs/models.md"}
 #: Pages of kernels and figures, which have a share of their own of the 1,200 lines that all pages may have.
 KERNELS = {"docs/cuda.md", "docs/dispatch.md", "docs/kernels.md", "docs/performance.md"}
-MAX_LINES = 780
+MAX_LINES = 785
 MAX_WIDTH = 140
 
 #: Wording that is not English an engineer of the field would write, and what is.
@@ -60,7 +60,7 @@ def test_links_lead_to_files(page: str) -> None:
         target, _, anchor = link.partition("#")
         path = ((ROOT / page).parent / target).resolve() if target else ROOT / page
         assert path.exists(), f"{page} links to {link}"
-        # Sphinx looks at anchors between the pages of docs/ (make docs), not at those from and to other pages.
+        # Sphinx looks at anchors between the pages of docs/ (make docs), not at those of other pages.
         inside = page.startswith("docs/") and path.parent.name in ("docs", "api")
         if anchor and path.suffix == ".md" and not inside:
             assert anchor in anchors(path.read_text("utf-8")), f"{page} links to {link}"
@@ -175,8 +175,8 @@ def test_api_pages_are_those_of_the_docstrings(api_reference: ModuleType) -> Non
 
 def test_api_pages_turn_docstrings_into_markdown(api_reference: ModuleType) -> None:
     docstring = (
-        "Do it, as :func:`~a.b.other` and :class:`.Thing` do.\n\nArgs:\n    x: ``[M, K]``,\n        two lines.\n"
-        "    y: another.\n\nReturns:\n    What ``x`` gives."
+        "Do it, as :func:`~a.b.other` and :class:`.Thing` do.\n\n"
+        "Args:\n    x: ``[M, K]``,\n        two lines.\n    y: another.\n\nReturns:\n    What ``x`` gives."
     )
     assert "\n".join(api_reference.markdown(docstring)).split("\n") == [
         "Do it, as `other` and `Thing` do.",

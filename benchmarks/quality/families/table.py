@@ -19,10 +19,10 @@ _HEAD = """\
 # Model families
 
 This page lists, for every model type of transformers {transformers}, whether `littlebit2 quantize`,
-`littlebit2.load`, `from_pretrained`, `quantize_` and `save_pretrained` work. Each type is tried with a tiny random
-model of one class: quantized from its files and in memory, loaded, saved, and loaded again. Its outputs are compared with
-those of the dense model with the dequantized weights. "Compared" counts the types for which the sweep knows
-an input that the dense model takes, also in bfloat16 where the dense model takes that.
+`littlebit2.load`, `from_pretrained`, `quantize_` and `save_pretrained` work. Each type is tried with a tiny
+random model of one class: quantized from its files and in memory, loaded, saved, and loaded again. Its
+outputs are compared with those of the dense model with the dequantized weights. "Compared" counts the types
+for which the sweep knows an input that the dense model takes, also in bfloat16 where the dense model does.
 
 Written by `python -m benchmarks families --resume --markdown docs/models.md`, with torch {torch}.
 Results are of {commits}.
