@@ -152,18 +152,17 @@ def test_hand_written_pages_are_short() -> None:
     assert len(PAGES["CONTRIBUTING.md"].splitlines()) <= 120
 
 
-@pytest.fixture(scope="module")
-def api_reference() -> ModuleType:
+@pytest.fixture
+def api_reference(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location(
         "littlebit2_test_api_reference", ROOT / ".ci/api_reference.py"
     )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
     spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return module
 
 
 def test_api_pages_are_those_of_the_docstrings(api_reference: ModuleType) -> None:
