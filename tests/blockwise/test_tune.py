@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from littlebit2.blockwise.states import States
-from littlebit2.blockwise.tuning.tune import Group, relative_error, rounded, schedule, tune
+from littlebit2.blockwise.tuning.tune import relative_error, rounded, schedule, tune
 
 STEPS = {"warmup": 0.1, "evaluations": 4, "patience": 2}
 
@@ -47,7 +47,7 @@ def test_best_measured_state_is_kept() -> None:
 
     # The loss pulls past the best place.
     tuned = tune(
-        lambda step: (parameter - 5).square().sum(), measure, [Group([parameter], 0.1)], {}, steps=40, **STEPS
+        lambda step: (parameter - 5).square().sum(), measure, [([parameter], 0.1)], {}, steps=40, **STEPS
     )  # type: ignore[arg-type]
     best = min(measured, key=lambda value: abs(value - 0.3))
     assert parameter.item() == best
@@ -56,26 +56,19 @@ def test_best_measured_state_is_kept() -> None:
     assert tuned.steps < 40  # the patience ended it
 
 
-def test_a_group_is_trained_from_its_first_step_on() -> None:
-    early, late = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
-    seen: list[tuple[float, float]] = []
-
-    def loss(step: int) -> torch.Tensor:
-        seen.append((early.item(), late.item()))
-        assert late.requires_grad == (step >= 6)
-        return (early - 5).square().sum() + (late - 5).square().sum()
-
-    groups = [Group([early], 0.1), Group([late], 0.1, first=6)]
+def test_measurements_are_told() -> None:
+    parameter = nn.Parameter(torch.zeros(1))
     told: list[tuple[int, float]] = []
-    steps = {"steps": 16, "warmup": 0.2, "evaluations": 4, "patience": 4}
-    tune(loss, lambda: -early.item(), groups, {}, **steps, tell=lambda *now: told.append(now))  # type: ignore[arg-type]
-    assert all(value == 0 for _, value in seen[:7])
-    # Its rate rises from there: over a fifth of the ten steps that are left.
-    moved = [now - before for (_, before), (_, now) in pairwise(seen)]
-    assert moved[6] == pytest.approx(0.05, rel=1e-3)
-    assert moved[7] == pytest.approx(0.1, rel=1e-2)
+    tune(
+        lambda step: (parameter - 5).square().sum(),
+        lambda: -parameter.item(),
+        [([parameter], 0.1)],
+        {},
+        **{**STEPS, "steps": 16, "evaluations": 4},  # type: ignore[arg-type]
+        tell=lambda *now: told.append(now),
+    )
     assert [done for done, _ in told] == [4, 8, 12, 16]
-    assert [error for _, error in told[:3]] == [-seen[done][0] for done in (4, 8, 12)]
+    assert told[-1][1] == -parameter.item() < told[0][1] < 0
 
 
 def test_states_are_measured_as_they_are_stored() -> None:
@@ -84,9 +77,7 @@ def test_states_are_measured_as_they_are_stored() -> None:
     with rounded(dtypes):
         assert parameter.item() == 1.0
     assert parameter.item() == pytest.approx(1.001)
-    tuned = tune(
-        lambda step: parameter.sum(), parameter.item, [Group([parameter], 0.1)], dtypes, steps=0, **STEPS
-    )  # type: ignore[arg-type]
+    tuned = tune(lambda step: parameter.sum(), parameter.item, [([parameter], 0.1)], dtypes, steps=0, **STEPS)  # type: ignore[arg-type]
     assert tuned.before == tuned.after == parameter.item() == 1.0
 
 

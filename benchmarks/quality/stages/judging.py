@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-__all__ = ["PROMPTS", "Judgment", "answers", "judge"]
+__all__ = ["Judgment", "answers", "judge"]
 
 #: Continued by every checkpoint.
 PROMPTS = ("The capital of France is", "The sea is", "A function in Python is")
+#: What a user says to it, where the tokenizer has a chat template.
+QUESTIONS = ("What is the capital of France?", "Why is the sky blue?")
 _LENGTH = 256
 _ANSWER = 48
 
@@ -49,22 +51,26 @@ def judge(checkpoint: Path, dense: Path, data: Path, tokens: int) -> Judgment:
     )
     assert found.perplexity is not None  # there is text
     assert found.agreement is not None  # and a teacher
-    return Judgment(
-        found.perplexity.value, found.agreement.kl, found.agreement.top1, answers(checkpoint, PROMPTS)
-    )
+    return Judgment(found.perplexity.value, found.agreement.kl, found.agreement.top1, answers(checkpoint))
 
 
-def answers(checkpoint: Path, prompts: tuple[str, ...]) -> dict[str, str]:
-    """Return the greedy continuation of each prompt."""
+def answers(checkpoint: Path) -> dict[str, str]:
+    """Return the greedy continuation of each prompt, and the answer to each question."""
     from transformers import AutoTokenizer
 
     from littlebit2 import load
 
     tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
     model: Any = load(checkpoint, dtype=torch.float32)
+    texts = {prompt: prompt for prompt in PROMPTS}
+    if getattr(tokenizer, "chat_template", None):
+        for question in QUESTIONS:
+            said = [{"role": "user", "content": question}]
+            texts[question] = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
     found = {}
-    for prompt in prompts:
-        ids = tokenizer(prompt, return_tensors="pt")
+    for prompt, text in texts.items():
+        # A template writes what opens a text by itself.
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=text == prompt)
         with torch.inference_mode():
             out = model.generate(**ids, max_new_tokens=_ANSWER, do_sample=False)
         found[prompt] = tokenizer.decode(

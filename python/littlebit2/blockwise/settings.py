@@ -41,7 +41,6 @@ class BlockwiseSettings:
         distill_lr: peak learning rate for latents in the distillation.
         distill_scale_lr: peak learning rate for scales, norms and biases in it, relative as above.
         distill_batch_size: sequences per distillation step.
-        distill_signs_fixed: share of its steps, the first ones, in which signs are not trained.
         minutes: instead of ``samples``, ``steps`` and ``distill_steps``: time for everything, see
             :mod:`.tuning.minutes`. The distillation gets ``distill_minutes`` of it, or a fixed share.
         seed: seed for the choice and order of sequences.
@@ -73,7 +72,6 @@ class BlockwiseSettings:
     distill_lr: float = 4e-5
     distill_scale_lr: float = 5e-3
     distill_batch_size: int = 4
-    distill_signs_fixed: float = 0.1
     minutes: float | None = None
     seed: int = 0
 
@@ -109,15 +107,11 @@ class BlockwiseSettings:
                 )
         if not self.kl_sizes or not all(size > 0 for size in self.kl_sizes):
             raise ValueError(f"kl_sizes must hold positive numbers, got {self.kl_sizes!r}")
-        check_precision(self.precision)
-        self._check_shares()
-
-    def _check_shares(self) -> None:
         if not 0 <= self.sensitivity <= 1:
             raise ValueError(f"sensitivity must be in [0, 1], got {self.sensitivity!r}")
-        for name in ("warmup", "distill_signs_fixed"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
+        check_precision(self.precision)
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup must be in [0, 1), got {self.warmup!r}")
 
     @property
     def distills(self) -> bool:

@@ -25,7 +25,7 @@ from ..pieces import BlockCall, ModelInPieces
 from ..settings import BlockwiseSettings
 from ..states import States
 from .precision import products
-from .tune import Group, Tuned, relative_error, tune
+from .tune import Tuned, relative_error, tune
 
 __all__ = [
     "BlockResult",
@@ -230,7 +230,7 @@ class BlockRunner:
         tuned = tune(
             loss,
             measure,
-            [Group(latents, settings.lr), *relative_rates([*scales, *stored], settings.scale_lr)],
+            [(latents, settings.lr), *relative_rates([*scales, *stored], settings.scale_lr)],
             stored,
             steps=settings.steps,
             warmup=settings.warmup,
@@ -258,8 +258,8 @@ class BlockRunner:
         return stored, files
 
 
-def relative_rates(parameters: Sequence[nn.Parameter], rate: float) -> list[Group]:
-    """Return a group for each parameter, of a learning rate of ``rate`` times its root mean square.
+def relative_rates(parameters: Sequence[nn.Parameter], rate: float) -> list[tuple[list[nn.Parameter], float]]:
+    """Return a learning rate for each parameter: ``rate`` times its root mean square.
 
     Steps of AdamW have the size of the rate, whatever the gradient is, and scales of a layer are of very
     different sizes: about 1 for inputs and outputs, a thousandth of it for the latent scale.
@@ -269,7 +269,7 @@ def relative_rates(parameters: Sequence[nn.Parameter], rate: float) -> list[Grou
         rate: of a parameter whose root mean square is 1.
     """
     return [
-        Group([parameter], rate * max(float(parameter.detach().square().mean().sqrt()), _LEAST_SIZE))
+        ([parameter], rate * max(float(parameter.detach().square().mean().sqrt()), _LEAST_SIZE))
         for parameter in parameters
     ]
 

@@ -18,7 +18,7 @@ from littlebit2_kernels.format import PackedLinear
 from ..pieces import BlockCall
 from .block import BlockRunner, draw, relative_rates, trained_parameters, weight_errors
 from .precision import products
-from .tune import Group, Saved, Tuned, tune
+from .tune import Saved, Tuned, tune
 
 __all__ = ["Distillation", "Distilled"]
 
@@ -193,14 +193,15 @@ class Distillation:
             loss,
             self.measure,
             [
-                Group(self.latents, settings.distill_lr, round(steps * settings.distill_signs_fixed)),
+                (self.latents, settings.distill_lr),
                 *relative_rates([*self.scales, *self.stored], settings.distill_scale_lr),
             ],
             self.stored,
             steps=steps,
             warmup=settings.warmup,
             evaluations=EVALUATIONS,
-            patience=settings.patience,
+            # Signs that begin to move cost something before they gain: its time is used up.
+            patience=EVALUATIONS,
             saved=saved,
             tell=measured,
         )

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-__all__ = ["Group", "Saved", "Tuned", "relative_error", "rounded", "schedule", "tune"]
+__all__ = ["Saved", "Tuned", "relative_error", "rounded", "schedule", "tune"]
 
 #: Least squared norm of a token by which its error is divided.
 _TINY = 1e-12
@@ -31,21 +31,6 @@ class Tuned:
     before: float
     after: float
     steps: int
-
-
-@dataclass(frozen=True)
-class Group:
-    """Parameters of one learning rate.
-
-    Attributes:
-        parameters: which share it.
-        lr: at its peak.
-        first: the step from which they are trained; their schedule begins there.
-    """
-
-    parameters: Sequence[nn.Parameter]
-    lr: float
-    first: int = 0
 
 
 class Saved(Protocol):
@@ -101,7 +86,7 @@ def rounded(dtypes: Mapping[nn.Parameter, torch.dtype]) -> Iterator[None]:
 def tune(
     loss: Callable[[int], torch.Tensor],
     measure: Callable[[], float],
-    groups: Sequence[Group],
+    groups: Sequence[tuple[Sequence[nn.Parameter], float]],
     stored: Mapping[nn.Parameter, torch.dtype],
     *,
     steps: int,
@@ -116,7 +101,7 @@ def tune(
     Args:
         loss: returns the loss of a step, whose number it gets.
         measure: returns the error on held-out sequences.
-        groups: what is trained, and how fast.
+        groups: parameters and their peak learning rate.
         stored: the dtypes in which parameters will be stored: states are measured and kept rounded.
         steps: most steps.
         warmup: as for :func:`schedule`.
@@ -125,9 +110,9 @@ def tune(
         saved: where the state is kept at every measurement, and from where it goes on.
         tell: called with the number of steps that are done and the error, at every measurement.
     """
-    parameters = [parameter for group in groups for parameter in group.parameters]
+    parameters = [parameter for members, _ in groups for parameter in members]
     optimizer = torch.optim.AdamW(
-        [{"params": list(group.parameters), "lr": group.lr} for group in groups],
+        [{"params": list(members), "lr": lr, "peak": lr} for members, lr in groups],
         weight_decay=0.0,
         fused=True,
     )
@@ -155,7 +140,9 @@ def tune(
     for step in range(done, steps):
         if waited >= patience:
             break
-        _set_rates(groups, optimizer, step, steps, warmup)
+        factor = schedule(step, steps, warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
         value = loss(step)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(value)
@@ -188,15 +175,3 @@ def tune(
         for kept, parameter in zip(state, parameters, strict=True):
             parameter.copy_(kept)
     return Tuned(before, best, done)
-
-
-def _set_rates(
-    groups: Sequence[Group], optimizer: torch.optim.Optimizer, step: int, steps: int, warmup: float
-) -> None:
-    for group, options in zip(groups, optimizer.param_groups, strict=True):
-        trained = step >= group.first
-        factor = schedule(step - group.first, steps - group.first, warmup) if trained else 0.0
-        options["lr"] = group.lr * factor
-        for parameter in group.parameters:
-            # Without a gradient the optimizer leaves it as it is, and backward saves its product.
-            parameter.requires_grad_(trained)
