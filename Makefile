@@ -62,7 +62,7 @@ sanitized = $(call ctest,sanitize-$(1),-DCMAKE_BUILD_TYPE=RelWithDebInfo -DLB2_T
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help venv build wheels test test-slow test-matrix test-families test-serving test-tasks test-arm arm-tools pytest pytest-slow ctest \
-  sanitize sanitize-sample demo lint format clean distclean
+  sanitize sanitize-sample demo lint format docs clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -85,7 +85,7 @@ $(STAMPS)/base: $(STAMPS)/venv constraints.txt pyproject.toml .ci/requirements.p
 	@$(PIP) install -qq -c constraints.txt -r $(STAMPS)/base.txt
 	@touch $@
 
-$(STAMPS)/dev $(STAMPS)/demo $(STAMPS)/wheels: $(STAMPS)/%: $(STAMPS)/base
+$(STAMPS)/dev $(STAMPS)/demo $(STAMPS)/docs $(STAMPS)/wheels: $(STAMPS)/%: $(STAMPS)/base
 	@echo "installing the packages for $* into $(VENV)"
 	@$(PY) .ci/requirements.py $* >$(STAMPS)/$*.txt
 	@$(PIP) install -qq -c constraints.txt -r $(STAMPS)/$*.txt
@@ -194,16 +194,26 @@ sanitize-%: $(STAMPS)/base
 	@echo "== ctest, sanitizer: $*"
 	$(call sanitized,$*)
 
-lint: $(STAMPS)/dev ## check style, formatting and types
+lint: $(STAMPS)/dev ## check style, formatting, types and spelling
 	@ruff check .
 	@ruff format --check .
 	@clang-format --dry-run -Werror $(CXX_FILES)
 	@mypy
+	@codespell
 
 format: $(STAMPS)/dev ## rewrite sources in the project's format
 	@ruff check --fix .
 	@ruff format .
 	@clang-format -i $(CXX_FILES)
+
+# --- documentation ------------------------------------------------------------------------------------
+
+# A broken link, also one to a heading, is a warning, and every warning is an error. The whole site is read again: a
+# warning of a page that did not change would not be seen otherwise.
+docs: $(STAMPS)/docs ## write docs/api from the docstrings, render docs/ into build/docs
+	@$(PY) .ci/api_reference.py
+	@$(PY) -m sphinx -q -W --keep-going -E -b html -d build/docs-cache docs build/docs
+	@echo "docs: build/docs/index.html"
 
 # --- demo --------------------------------------------------------------------------------------------
 

@@ -54,7 +54,7 @@ def grouped_linear(
         layers: at least one, all packed or all prepacked, of the same K.
         backend: see :func:`littlebit2_kernels.littlebit_linear`.
         activation: likewise.
-        norm: of ``x``.
+        norm: normalizes ``x`` first.
         residual: ``[..., N]`` in the dtype of ``x``, only with one layer; added to its output.
 
     Returns:

@@ -55,7 +55,7 @@ def mlp(
         function: ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"relu"``.
         backend: see :func:`littlebit2_kernels.littlebit_linear`.
         activation: likewise.
-        norm: of ``x``.
+        norm: normalizes ``x`` first.
         residual: ``[..., N]`` in the dtype of ``x``, added to the result before it is rounded.
 
     Returns:

@@ -150,7 +150,7 @@ class Int8Embedding(_Int8Rows, nn.Embedding):
         num_embeddings: rows.
         embedding_dim: columns.
         padding_idx: as in ``nn.Embedding``; kept for code that reads it.
-        dtype: of the results; follows ``.half()`` and ``.to(dtype)``.
+        dtype: dtype of the results; follows ``.half()`` and ``.to(dtype)``.
         device: where the (all-zero) buffers are made.
     """
 

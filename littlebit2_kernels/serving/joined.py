@@ -40,7 +40,7 @@ class JoinedLinear(nn.Module):
             (:func:`littlebit2_kernels.prepack`).
 
     Attributes:
-        shapes: of the layers.
+        shapes: shapes of the layers.
         in_features: K.
         out_features: the sum of N_i.
         prepacked: whether the layers are held prepacked.

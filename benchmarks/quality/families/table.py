@@ -18,12 +18,11 @@ INPUT_KINDS = ("text", "vision", "audio", "multimodal", "other")
 _HEAD = """\
 # Model families
 
-What `littlebit2 quantize`, `littlebit2.load`, `from_pretrained`, `quantize_` and `save_pretrained` do with
-every model type of transformers {transformers}. Each is tried with a tiny random model of one class:
-quantized from its files and in memory, loaded, saved, loaded again, and its outputs compared with those of
-the dense model whose weights are what its packed layers stand for. "Compared" counts the types for which the
-sweep knows an input that the dense model takes. Where the dense model takes it in bfloat16 too, so must the
-packed one, with outputs of the same dtypes.
+This page lists, for every model type of transformers {transformers}, whether `littlebit2 quantize`,
+`littlebit2.load`, `from_pretrained`, `quantize_` and `save_pretrained` work. Each type is tried with a tiny
+random model of one class: quantized from its files and in memory, loaded, saved, and loaded again. Its
+outputs are compared with those of the dense model with the dequantized weights. "Compared" counts the types
+for which the sweep knows an input that the dense model takes, also in bfloat16 where the dense model does.
 
 Written by `python -m benchmarks families --resume --markdown docs/models.md`, with torch {torch}.
 Results are of {commits}.

@@ -28,7 +28,7 @@ class BlockwiseReport:
         perplexity: on held-out text, by stage: ``dense``, ``tuned``, ``distilled``.
         vocabulary: number of tokens among which the model chooses.
         tokens: tokens that were predicted.
-        seconds: by part of the work, as measured; empty for a run that had been finished before.
+        seconds: measured time of each part of the work; empty for a run that had been finished before.
         allocation: how ranks came about (:class:`.RanksByKl`); ``None`` where they are uniform.
     """
 

@@ -15,34 +15,35 @@ class BlockwiseSettings:
     """Text, steps and rates of the block-by-block method.
 
     Attributes:
-        length: T, tokens of a sequence; fewer where the model takes fewer.
+        length: T, tokens per sequence; fewer where the model takes fewer.
         samples: sequences for statistics and tuning.
         held_out: further sequences, on which states are compared and the perplexity is measured.
-        batch_size: sequences of one step of tuning.
-        steps: of tuning, for each block; 0: none.
-        lr: peak learning rate of latents.
-        scale_lr: likewise of scales, norms and biases, relative to the root mean square of each.
+        batch_size: sequences per tuning step.
+        steps: tuning steps per block; 0 disables tuning.
+        lr: peak learning rate for latents.
+        scale_lr: peak learning rate for scales, norms and biases, relative to the root mean square of each.
         warmup: share of the steps during which the rates rise; afterwards they follow a cosine.
         evaluations: comparisons on the held-out sequences during the tuning of a block.
         patience: comparisons without a gain after which tuning stops.
         importance_samples: sequences for the importance of inputs.
         sensitivity: share of a block's loss that is weighted by what the model's output feels of an error
             (:mod:`.tuning.sensitivity`), in [0, 1]; the rest is the plain squared error.
-        sensitivity_samples: sequences for it.
+        sensitivity_samples: sequences for the sensitivity.
         kl_samples: sequences on which ranks are tried, with budget ``"kl"`` (:mod:`.ranking`).
         kl_length: tokens of each of them, from its start; at most T.
         kl_sizes: ranks that are tried, relative to the uniform ones; they are rounded to multiples of 8.
         precision: dtype of matrix products in tuning and distillation (:mod:`.tuning.precision`). Hidden
             states between blocks, and all measurements, are float32.
-        distill_steps: of distilling the whole model at the end; 0: none.
-        distill_minutes: instead of ``distill_steps``: time for it, see :func:`.fitting_steps`; 0: none.
-        distill_samples: sequences for it, drawn anew.
-        distill_lr: peak learning rate of latents in it.
-        distill_scale_lr: likewise of scales, norms and biases, relative as above.
-        distill_batch_size: sequences of one step of it.
+        distill_steps: steps of the whole model's distillation at the end; 0 disables it.
+        distill_minutes: time for the distillation (0: none), instead of ``distill_steps``; see
+            :func:`.fitting_steps`.
+        distill_samples: sequences for the distillation, drawn anew.
+        distill_lr: peak learning rate for latents in the distillation.
+        distill_scale_lr: peak learning rate for scales, norms and biases in it, relative as above.
+        distill_batch_size: sequences per distillation step.
         minutes: instead of ``samples``, ``steps`` and ``distill_steps``: time for everything, see
             :mod:`.tuning.minutes`. The distillation gets ``distill_minutes`` of it, or a fixed share.
-        seed: of the choice and order of sequences.
+        seed: seed for the choice and order of sequences.
 
     Raises:
         ValueError: a value is out of its range.

@@ -32,7 +32,7 @@ class SideFiles:
     """Files beside the weights of a model, by path relative to its directory, with ``/`` between folders.
 
     Attributes:
-        copied: what is copied.
+        copied: files that are copied.
         left: what is not, and why. The weights that are converted, and the files that are written anew, are
             in neither.
     """

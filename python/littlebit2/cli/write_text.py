@@ -21,7 +21,7 @@ _EXAMPLES = """\
 #: Options, their types, and what they are, by the names of the function's arguments.
 _OPTIONS = (
     ("tokens", int, "N", "tokens to write (default 262144)"),
-    ("length", int, "T", "tokens of a text at most (default 256)"),
+    ("length", int, "T", "maximum tokens per text (default 256)"),
     (
         "chats",
         float,
@@ -29,9 +29,9 @@ _OPTIONS = (
         "share of the tokens in chats, 0 to 1 (default 0.5 with a chat template, else 0)",
     ),
     ("batch_size", int, "N", "texts at a time (default 32)"),
-    ("temperature", float, "T", "of the draws (default 1)"),
-    ("top_k", int, "K", "draw from the K likeliest tokens; 0: from all (default 50)"),
-    ("seed", int, "N", "of the draws (default 0)"),
+    ("temperature", float, "T", "sampling temperature (default 1)"),
+    ("top_k", int, "K", "sample from the K likeliest tokens; 0: from all (default 50)"),
+    ("seed", int, "N", "seed for sampling (default 0)"),
     ("device", str, "NAME", "device to run on (default cpu)"),
     ("dtype", str, "NAME", "dtype of the model: float32, bfloat16 (default: the faster one here)"),
 )

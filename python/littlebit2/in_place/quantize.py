@@ -94,7 +94,7 @@ def quantize_(
             errors alike.
         device: where to compute, by default where each weight is.
         progress: whether to show a progress bar, where stderr is a terminal.
-        backend: of the packed modules, see :func:`littlebit2_kernels.littlebit_linear`.
+        backend: backend of the packed modules (:func:`littlebit2_kernels.littlebit_linear`).
         activation: likewise.
 
     Returns:
@@ -155,7 +155,7 @@ def quantize_linear(
         name: full name of the module in its model. With it the result is that of :func:`quantize_`, whose
             seeds and ``kv_factor`` depend on names; without, the seed is ``config.seed``.
         device: where to compute, by default where the weight is.
-        backend: of the packed module, see :func:`littlebit2_kernels.littlebit_linear`.
+        backend: backend of the packed module (:func:`littlebit2_kernels.littlebit_linear`).
         activation: likewise.
 
     Returns:

@@ -52,7 +52,7 @@ class QuantizationReport:
     Attributes:
         layers: one report per packed module, in the order of ``named_modules``.
         dense: linear modules that stay dense, in the same order. Embeddings and convolutions are not listed.
-        bytes_before: of all parameters and buffers of the model, tensors that are shared counted once.
+        bytes_before: bytes of all parameters and buffers of the model, shared tensors counted once.
         bytes_after: likewise.
     """
 

@@ -79,9 +79,9 @@ def write_text(
         length: tokens of a text at most.
         chats: share of the tokens in chats, 0 to 1; by default a half where there is a chat template.
         batch_size: texts at a time.
-        temperature: of the draws.
+        temperature: sampling temperature.
         top_k: likeliest tokens that are drawn from; 0: all.
-        seed: of the draws.
+        seed: seed for sampling.
         device: to run on.
         dtype: of the model, such as ``"float32"``; by default bfloat16 where the hardware multiplies it.
         progress: whether to show a bar, where stderr is a terminal.

@@ -29,7 +29,7 @@ class Writer:
         tokenizer: of the model.
         form: of chats; ``None``: free texts alone.
         length: tokens of a text at most.
-        temperature: of the draws.
+        temperature: sampling temperature.
         top_k: likeliest tokens that are drawn from; 0: all.
     """
 

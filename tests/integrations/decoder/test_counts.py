@@ -1,4 +1,4 @@
-"""Operators of a decoding step in one layer, before and after fusing; docs/architecture.md has the table."""
+"""Operators of a decoding step in one layer, before and after fusing (docs/architecture.md)."""
 
 from __future__ import annotations
 
