@@ -116,10 +116,12 @@ def find(module: str, name: str) -> Found | None:
 
 
 def inline(text: str) -> str:
-    """Turn reStructuredText's roles and literals into Markdown's code."""
+    """Turn reStructuredText's roles and literals into Markdown's code, and link the pages that are named."""
     text = re.sub(r":\w+:`~[\w.]*?(\w+)`", r"`\1`", text)
     text = re.sub(r":\w+:`\.?([\w.]+)`", r"`\1`", text)
-    return text.replace("``", "`")
+    parts = text.replace("``", "`").split("`")
+    parts[::2] = [re.sub(r"\bdocs/(\w+)\.md\b", r"[docs/\1.md](../\1.md)", part) for part in parts[::2]]
+    return "`".join(parts)
 
 
 def paragraph(lines: list[str]) -> str:
@@ -133,6 +135,8 @@ def items(lines: list[str]) -> list[str]:
     for line in textwrap.dedent("\n".join(lines)).splitlines():
         if line and not line.startswith(" "):
             entries.append(line)
+        elif line.strip().startswith("* ") and entries:
+            entries[-1] += "\n  - " + line.strip().removeprefix("* ")
         elif line.strip() and entries:
             entries[-1] += " " + line.strip()
     listed = []

@@ -25,7 +25,7 @@ PAGES = {
 GENERATED = {"docs/models.md"}
 #: Pages of kernels and figures, which have a share of their own of the 1,200 lines that all pages may have.
 KERNELS = {"docs/cuda.md", "docs/dispatch.md", "docs/kernels.md", "docs/performance.md"}
-MAX_LINES = 785
+MAX_LINES = 780
 MAX_WIDTH = 140
 
 #: Wording that is not English an engineer of the field would write, and what is.
@@ -148,7 +148,7 @@ def test_hand_written_pages_are_short() -> None:
         if page.startswith("docs/") and page not in GENERATED | KERNELS
     }
     assert sum(own.values()) <= MAX_LINES, own
-    assert len(PAGES["README.md"].splitlines()) <= MAX_WIDTH
+    assert len(PAGES["README.md"].splitlines()) <= 120
     assert len(PAGES["CONTRIBUTING.md"].splitlines()) <= 120
 
 
