@@ -86,6 +86,8 @@ def check(clean: Clean, cwd: Path, work: Path) -> None:
         sys.exit(f"error: littlebit2 doctor in {cwd} says:\n{doctor}")
     for code in readme_code():
         clean.run("python", "-c", code, cwd=cwd)
+    if cwd == ROOT:
+        clean.run("python", "-m", "benchmarks", "predict", "decode", "--gpu", "H200", cwd=cwd)
     model, packed = work / "model", work / f"packed-{cwd.name}"
     if not model.exists():
         clean.run("python", "-c", MAKE_MODEL, model, cwd=cwd)

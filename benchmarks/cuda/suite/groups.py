@@ -142,7 +142,7 @@ _SETUP = (
     _MAKE_RATES,
     _MAKE_BOUNDARY,
     Step(
-        *("diagnostics", "setup", (PYTHON, "-m", "littlebit2_kernels.diagnostics", "--require-gpu"), 30),
+        *("diagnostics", "setup", (PYTHON, "-m", "littlebit2_kernels.diagnostics", "--require-gpu"), 40),
         why="do the CUDA and Triton kernels give right results",
     ),
     Step(
@@ -166,12 +166,12 @@ _FIRST = (
         beside="tests",
     ),
     _tests(
-        *("tests", "first", 140, "are results right, launches chained"),
+        *("tests", "first", 130, "are results right, launches chained"),
         *(*_TOGETHER, f"--ignore={_FIRST_CALLS}", "tests/cuda"),
         beside="tests",
     ),
     _tests(
-        *("tests-unchained", "first", 140, "are results right, launches one after another"),
+        *("tests-unchained", "first", 130, "are results right, launches one after another"),
         *(*_TOGETHER, f"--ignore={_FIRST_CALLS}", "tests/cuda"),
         chained=False,
         beside="tests",
@@ -197,7 +197,7 @@ _FIRST = (
         needs=("gemlite-wheel", *_USABLE),
     ),
     Step(
-        *("profile", "first", _PROFILE, 45, _USABLE, "what the two launches of one token wait for"),
+        *("profile", "first", _PROFILE, 40, _USABLE, "what the two launches of one token wait for"),
         result="profile.csv",
         tool="ncu",
         optional=True,
@@ -230,7 +230,7 @@ _CHECK = (
     _tests(
         "all-tests",
         "check",
-        200,
+        190,
         "are results right in the exhaustive sweeps",
         *_TOGETHER,
         "-m",

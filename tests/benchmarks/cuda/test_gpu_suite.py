@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -297,9 +296,7 @@ def test_a_failure_is_reported(
     folders = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     monkeypatch.setattr(gpu_suite, "STEPS", (bad, allowed))
     assert main(["gpu-suite", "first", *folders]) == 1
-    assert "| tests   | 0 | failed with 1 | reason" in re.sub(r" +\|", " |", capsys.readouterr().out).replace(
-        "| tests |", "| tests   |"
-    )
+    assert re.search(r"\| tests +\| 0 +\| failed with 1 +\| reason", capsys.readouterr().out)
     assert "=== tests: failed with 1\nreason\n" in (tmp_path / "out" / "first.log").read_text()
     monkeypatch.setattr(gpu_suite, "STEPS", (allowed,))
     assert main(["gpu-suite", "first", *folders]) == 0
@@ -344,4 +341,3 @@ def test_summary_reads_what_the_profiler_prints() -> None:
 def test_the_profiled_call_is_made(capsys: pytest.CaptureFixture[str]) -> None:
     assert one_call.main("cpu") == 0
     assert "3 calls, norm of the result" in capsys.readouterr().out
-    assert json.dumps(one_call.RANK) == "296"
