@@ -24,7 +24,7 @@ void throw_on_error(lb2_status status) {
 lb2_isa isa_from_name(const std::string& name) {
   for (lb2_isa isa = LB2_ISA_AUTO; std::string(lb2_isa_name(isa)) != "unknown"; ++isa)
     if (name == lb2_isa_name(isa)) return isa;
-  throw py::value_error("isa must be auto, scalar, avx2, avx512, avx512vnni or neon, got " + name);
+  throw py::value_error("isa must be auto, scalar, avx2, avx512, avx512vnni, neon or amx, got " + name);
 }
 
 std::string current_isa() {
