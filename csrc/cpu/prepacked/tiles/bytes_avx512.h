@@ -4,28 +4,32 @@
 // Expands the words of a block: rows q of the tiles of the lower and the upper rows of the block lie 64 q bytes from
 // `lower` and `upper`.
 struct Expander {
-  __m512i controls[2][kWordQuarters];
+  // One by one and not arrays in loops, which compilers keep in memory.
+  __m512i lower0 = control(0, 0), lower1 = control(0, 1), lower2 = control(0, 2), lower3 = control(0, 3);
+  __m512i upper0 = control(1, 0), upper1 = control(1, 1), upper2 = control(1, 2), upper3 = control(1, 3);
   __m512i negative = _mm512_set1_epi8(static_cast<char>(0x80));
-  Expander() {
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half)
-#pragma GCC unroll 4
-      for (int q = 0; q < kWordQuarters; ++q)
-        controls[half][q] = _mm512_load_si512(kBitControls.bytes[half][q]);
+  [[gnu::always_inline]] static __m512i control(int half, int q) {
+    __m512i bytes = _mm512_load_si512(kBitControls.bytes[half][q]);
+    __asm__("" : "+v"(bytes));  // else it is loaded again for every use
+    return bytes;
   }
-  void expand(const char* words, char* lower, char* upper) const {
+  [[gnu::always_inline]] void store(__m512i bits, __m512i place, char* row) const {
+    _mm512_store_si512(row, _mm512_and_si512(_mm512_multishift_epi64_epi8(place, bits), negative));
+  }
+  [[gnu::always_inline]] void expand(const char* words, char* lower, char* upper) const {
     const __m512i bits = _mm512_loadu_si512(words);
-#pragma GCC unroll 4
-    for (int q = 0; q < kWordQuarters; ++q) {
-      _mm512_store_si512(lower + 64 * q,
-                         _mm512_and_si512(_mm512_multishift_epi64_epi8(controls[0][q], bits), negative));
-      _mm512_store_si512(upper + 64 * q,
-                         _mm512_and_si512(_mm512_multishift_epi64_epi8(controls[1][q], bits), negative));
-    }
+    store(bits, lower0, lower);
+    store(bits, lower1, lower + 64);
+    store(bits, lower2, lower + 128);
+    store(bits, lower3, lower + 192);
+    store(bits, upper0, upper);
+    store(bits, upper1, upper + 64);
+    store(bits, upper2, upper + 128);
+    store(bits, upper3, upper + 192);
   }
 };
 
-inline void prefetch(const char* address) { _mm_prefetch(address, _MM_HINT_T0); }
+[[gnu::always_inline]] inline void prefetch(const char* address) { _mm_prefetch(address, _MM_HINT_T0); }
 
 inline __m512 word_columns(const float* z) { return _mm512_maskz_loadu_ps((1 << kWordCols) - 1, z); }
 

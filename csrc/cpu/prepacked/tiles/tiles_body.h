@@ -30,51 +30,67 @@ struct BlockSigns {
   int64_t step;   // bytes between words
   int64_t words;  // even
   int64_t ahead;  // bytes to what will be read later
-
-  void expand(const Expander& expander, int64_t k_tile, Panel* panel) const {
-    const int64_t begin = k_tile * kTileWords, end = begin + kTileWords < words ? begin + kTileWords : words;
-    for (int64_t w = begin; w < end; ++w) {
-      prefetch(data + w * step + ahead);
-      expander.expand(data + w * step, panel->lower + w * 256, panel->upper + w * 256);
-    }
-  }
 };
 
 // Operands of up to 32 rows of activations, in one tile or two: of 16 tokens both planes, or of 32 tokens one.
 struct Operands {
-  const char *first, *second;    // their planes
+  const char *first, *second;  // their planes
   const char *first_sums, *second_sums;
   int64_t stride;
 };
 
 using Products = int32_t[16][16];
 
+// Expands word i of a step, of which `left` words are left, to where the step's tiles are.
+[[gnu::always_inline]] inline void expand_word(const Expander& expander, const BlockSigns& signs, int64_t i, int64_t left, char* lower,
+                        char* upper) {
+  if (i >= left) return;
+  prefetch(signs.data + i * signs.step + signs.ahead);
+  expander.expand(signs.data + i * signs.step, lower + i * 256, upper + i * 256);
+}
+
 // Sums of a block's rows for kTiles tiles of activations, into products[0 .. 2 kTiles - 1]: lower rows, then upper
-// ones, of each. With kExpand, the panel is filled on the way, one step before it is read.
+// ones, of each. With kExpand, the panel is filled on the way, one step before it is read: vector instructions work
+// while tiles are multiplied. What all steps need is in registers, as a step has many loads already.
 template <int kTiles, bool kExpand>
-void multiply(const BlockSigns& signs, const Expander& expander, const Operands& operands, Panel* panel,
-              Products* products) {
-  load_tile<0>(operands.first_sums, operands.stride);
-  load_tile<1>(operands.first_sums, operands.stride);
-  if constexpr (kTiles == 2) {
-    load_tile<2>(operands.second_sums, operands.stride);
-    load_tile<3>(operands.second_sums, operands.stride);
+void multiply(const BlockSigns& block, const Operands& operands, Panel* panel, Products* products) {
+  Expander expander;  // not const, which would keep it in memory
+  BlockSigns signs = block;
+  const char *first = operands.first, *second = operands.second;
+  const int64_t stride = operands.stride, steps = (signs.words + kTileWords - 1) / kTileWords;
+  char *lower = panel->lower, *upper = panel->upper;  // of the step that is multiplied
+  int64_t left = signs.words;                         // words that are not expanded
+  if constexpr (kExpand) {
+    for (int64_t i = 0; i < kTileWords; ++i) expand_word(expander, signs, i, left, lower, upper);
+    signs.data += kTileWords * signs.step;
+    left -= kTileWords;
   }
-  const int64_t steps = (signs.words + kTileWords - 1) / kTileWords;
-  if constexpr (kExpand) signs.expand(expander, 0, panel);
+  load_tile<0>(operands.first_sums, stride);
+  load_tile<1>(operands.first_sums, stride);
+  if constexpr (kTiles == 2) {
+    load_tile<2>(operands.second_sums, stride);
+    load_tile<3>(operands.second_sums, stride);
+  }
   for (int64_t k = 0; k < steps; ++k) {
-    if constexpr (kExpand)
-      if (k + 1 < steps) signs.expand(expander, k + 1, panel);
-    load_tile<6>(panel->lower + k * Panel::kTileBytes, 64);
-    load_tile<4>(operands.first + k * 64, operands.stride);
+    char *next_lower = lower + Panel::kTileBytes, *next_upper = upper + Panel::kTileBytes;
+    load_tile<6>(lower, 64);
+    load_tile<4>(first, stride);
+    if constexpr (kExpand) expand_word(expander, signs, 0, left, next_lower, next_upper);
     add_products<0, 4, 6>();
-    load_tile<7>(panel->upper + k * Panel::kTileBytes, 64);
+    load_tile<7>(upper, 64);
+    if constexpr (kExpand) expand_word(expander, signs, 1, left, next_lower, next_upper);
     add_products<1, 4, 7>();
-    if constexpr (kTiles == 2) {
-      load_tile<5>(operands.second + k * 64, operands.stride);
-      add_products<2, 5, 6>();
-      add_products<3, 5, 7>();
-    }
+    if constexpr (kTiles == 2) load_tile<5>(second, stride);
+    if constexpr (kExpand) expand_word(expander, signs, 2, left, next_lower, next_upper);
+    if constexpr (kTiles == 2) add_products<2, 5, 6>();
+    if constexpr (kExpand) expand_word(expander, signs, 3, left, next_lower, next_upper);
+    if constexpr (kTiles == 2) add_products<3, 5, 7>();
+    signs.data += kTileWords * signs.step;
+    left -= kTileWords;
+    first += 64;
+    second += 64;
+    lower = next_lower;
+    upper = next_upper;
   }
   store_tile<0>(products[0], 64);
   store_tile<1>(products[1], 64);
@@ -89,7 +105,6 @@ void sum_tiles(const SignTile& tile, const Tables& tables, const RowSums& out) {
   constexpr int64_t kGroupTokens = kPlanes == 2 ? kTileTokens : 2 * kTileTokens;
   Panel panel;
   alignas(64) Products products[4];
-  const Expander expander;
   const int64_t bytes = plane_bytes(tile.words);
   if (tile.words % kTileWords != 0) {
     // What the last words of a step would fill meets zeros, but must be there.
@@ -107,11 +122,11 @@ void sum_tiles(const SignTile& tile, const Tables& tables, const RowSums& out) {
                                  kPlanes == 2 ? first + kPlanes * bytes + 64 : second + bytes, tables.stride};
       const bool both = kPlanes == 2 || tokens > kTileTokens;
       if (token == 0)
-        both ? multiply<2, true>(signs, expander, operands, &panel, products)
-             : multiply<1, true>(signs, expander, operands, &panel, products);
+        both ? multiply<2, true>(signs, operands, &panel, products)
+             : multiply<1, true>(signs, operands, &panel, products);
       else
-        both ? multiply<2, false>(signs, expander, operands, &panel, products)
-             : multiply<1, false>(signs, expander, operands, &panel, products);
+        both ? multiply<2, false>(signs, operands, &panel, products)
+             : multiply<1, false>(signs, operands, &panel, products);
       for (int64_t t = 0; t < tokens; ++t) {
         const Products* own = products + (kPlanes == 1 ? t / kTileTokens * 2 : 0);
         float* rows = out.data + (token + t) * out.stride + block * kBlockRows;
