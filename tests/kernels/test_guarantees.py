@@ -153,10 +153,10 @@ def test_expanded_input(isa: str, rng: torch.Generator) -> None:
 
 def test_isa_that_cannot_be_served_is_an_error(every_isa: list[str]) -> None:
     with pytest.raises(
-        ValueError, match="isa must be auto, scalar, avx2, avx512, avx512vnni or neon, got sse9"
+        ValueError, match="isa must be auto, scalar, avx2, avx512, avx512vnni, neon or amx, got sse9"
     ):
         core().set_cpu_isa("sse9")
-    for name in {"avx2", "avx512", "avx512vnni", "neon"} - set(every_isa):
+    for name in {"avx2", "avx512", "avx512vnni", "neon", "amx"} - set(every_isa):
         with pytest.raises(RuntimeError, match=f"asks for the {name} kernels"):
             core().set_cpu_isa(name)
 
