@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ._native import NativeLibraryError, core, no_cuda_reason
-from .format import LayerShape
+from .format import MAX_DIM, LayerShape
 from .gpu import GpuProperties, gpu_properties
 from .planning.cpu import CpuCosts, CpuMachine, cpu_costs, cpu_machine
 from .planning.native import plan_cuda, unpack_cycles
@@ -22,6 +22,7 @@ __all__ = [
     "BLAS_MARGIN",
     "BLAS_TOKENS",
     "CPU_TOKENS",
+    "CUDA_ACTIVATIONS",
     "CUDA_TOKENS",
     "FEW_TOKENS",
     "PREPACKED",
@@ -46,10 +47,13 @@ BACKENDS = ("auto", "cpu", "cuda", "triton", "blas", "reference")
 #: Names that ``activation=`` accepts, and the lb2_activation (littlebit2.h, cuda.h) of each.
 ACTIVATIONS = {"auto": 0, "exact": 1, "int16": 2, "int8": 3, "sign": 4, "float16": 5, "int8x2": 6}
 
+#: Of these, what the CUDA kernels serve.
+CUDA_ACTIVATIONS = tuple(name for name in ACTIVATIONS if name != "int8x2")
+
 #: Most tokens of a call that ``auto`` always gives to the CUDA kernels where these can run.
 FEW_TOKENS = 16
-#: Fewest tokens of a call on the CPU for which ``auto`` compares estimates: below, the kernels that read a layer as it
-#: is are the fastest, and a layer would be brought to another form for too little work.
+#: Fewest tokens of a call on the CPU for which ``auto`` compares estimates: below, a layer would be brought
+#: to another form for too little work.
 CPU_TOKENS = 64
 #: Fewest tokens that ``auto`` dequantizes for on GPUs: below, host time is the larger part of a call.
 BLAS_TOKENS = 128
@@ -127,8 +131,8 @@ class Choice(NamedTuple):
     Attributes:
         backend: a name of :data:`BACKENDS` other than ``"auto"``.
         activation: how activations enter the sums. ``"auto"`` where this is left to the plan of the call (on
-            ``cuda`` and ``triton``, and of prepacked layers on the CPU), where there are no modes (``blas``), and
-            while compiling.
+            ``cuda`` and ``triton``, and of prepacked layers on the CPU), where there are no modes (``blas``),
+            and while compiling.
         reason: why, for people.
         prepack: whether a packed layer on the CPU is prepacked in the call.
     """
@@ -168,14 +172,14 @@ def choose(call: Call) -> Choice:
     activation = call.activation
     # A layer without values has nothing to prepack; only the shape of the result matters.
     check_activation_mode(activation, backend, call.prepacked or device_type == "meta")
-    if activation == "auto" and not call.compiling:
-        if backend == "reference" or (backend == "cpu" and not call.prepacked):
-            activation = "exact"
+    is_exact = backend == "reference" or (backend == "cpu" and not call.prepacked)
+    if activation == "auto" and is_exact and not call.compiling:
+        activation = "exact"
     return Choice(backend, activation, reason, prepack)
 
 
 def choose_for(x: torch.Tensor, shape: LayerShape, backend: str, activation: str, prepacked: bool) -> Choice:
-    """:func:`choose` for the call of a layer on ``x``; for few tokens on the CPU it is no more than a look-up."""
+    """:func:`choose` for the call of a layer on ``x``; for few tokens on the CPU no more than a look-up."""
     if not x.is_cpu or torch.compiler.is_compiling() or x.numel() >= CPU_TOKENS * shape.in_features:
         return choose(call_of(x, shape, backend, activation, prepacked))
     key = (backend, activation, prepacked, x.dtype)
@@ -254,8 +258,8 @@ def _choose_on_cpu(call: Call) -> tuple[str, str, bool]:
 
 
 def costs_on_cpu(call: Call, machine: CpuMachine | None = None) -> CpuCosts | None:
-    """What ``auto`` compares for a call on the CPU, or ``None`` where it does not; ``machine``: another one."""
-    if call.device.type != "cpu" or not _by_estimate(call):
+    """What ``auto`` compares for a call on the CPU (or on ``machine``), or ``None`` if nothing."""
+    if call.device.type != "cpu" or call.tokens > MAX_DIM or not _by_estimate(call):
         return None
     try:
         machine = machine or cpu_machine()
@@ -288,12 +292,7 @@ def _by_estimate(call: Call) -> bool:
     A mode that is named gives the same bits for every number of tokens.
     """
     least = CPU_TOKENS - 1 if call.gpu is None and call.device.type in ("cpu", "meta") else FEW_TOKENS
-    return (
-        not call.compiling
-        and call.backend == "auto"
-        and call.activation == "auto"
-        and call.tokens > least
-    )
+    return not call.compiling and call.backend == "auto" and call.activation == "auto" and call.tokens > least
 
 
 def prefill_backend(
@@ -391,7 +390,9 @@ def check_activation_mode(activation: str, backend: str, prepacked: bool) -> Non
     if activation == "auto" or (activation == "exact" and backend != "blas"):
         return
     if activation == "int8x2" and backend in ("cuda", "triton"):
-        raise ValueError("activation='int8x2' is served on CPUs with AMX only; on GPUs, 'int16' is as accurate")
+        raise ValueError(
+            "activation='int8x2' is served on CPUs with AMX only; on GPUs, 'int16' is as accurate"
+        )
     if backend == "cuda":
         return
     if backend == "triton":

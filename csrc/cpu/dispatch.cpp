@@ -24,7 +24,8 @@ constexpr IsaKernels kAvx512Vnni = {LB2_ISA_AVX512_VNNI, &kAvx512Kernels, &kAvx5
                                     &kAvx512Attention};
 #endif
 #if defined(LB2_HAVE_AMX)
-constexpr IsaKernels kAmx = {LB2_ISA_AMX, &kAvx512Kernels, &kAvx512VnniLookup, &kAvx512Attention, &kAmxTileKernels};
+constexpr IsaKernels kAmx = {LB2_ISA_AMX, &kAvx512Kernels, &kAvx512VnniLookup, &kAvx512Attention,
+                             &kAmxTileKernels};
 #endif
 #if defined(LB2_HAVE_NEON)
 constexpr IsaKernels kNeon = {LB2_ISA_NEON, &kNeonKernels, &kNeonLookup, &kNeonAttention};

@@ -41,8 +41,7 @@ Features detect_features() noexcept {
   features.avx512 = features.avx2 && f && dq && bw && vl && (state & kZmmState) == kZmmState;
   features.avx512_vnni = features.avx512 && bit(ecx, 11) && bit(ecx, 12);
   const bool vbmi = bit(ecx, 1), tiles = bit(edx, 24), tiles_int8 = bit(edx, 25);
-  features.amx =
-      features.avx512_vnni && vbmi && tiles && tiles_int8 && (state & kTileState) == kTileState;
+  features.amx = features.avx512_vnni && vbmi && tiles && tiles_int8 && (state & kTileState) == kTileState;
   return features;
 }
 

@@ -1,13 +1,14 @@
 """A small model of the CPU: what a call of many tokens costs, by the kernels that could run it.
 
-Rates are sign-accumulates per clock cycle of one core. Those of AVX-512 and AVX2 were measured on an Emerald Rapids,
-as docs/performance.md tells; the others are counted or cautious guesses. Only their ratios matter, and all candidates
-use the cores alike, so the number of cores is left out.
+Rates are sign-accumulates per clock cycle of one core. Those of AVX-512, AVX2 and plain C++ were measured on
+an Emerald Rapids (docs/performance.md); those of AMX and NEON are counted, or known from other measurements.
+Only their ratios matter, and all candidates use the cores alike, so the number of cores is left out.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,9 +18,11 @@ from ..format import LayerShape
 
 __all__ = ["CpuCosts", "CpuMachine", "cpu_costs", "cpu_machine", "product_dtype"]
 
+
 class _Isa(NamedTuple):
-    """Rates of our kernels: lookup in exact sums and in int16, the kernels on packed words; and how many times what
-    :data:`_ELEMENT` says an element costs.
+    """Rates of lookup in exact sums and in int16, and of the kernels on packed words.
+
+    ``elements``: how many times :data:`_ELEMENT` an element costs.
     """
 
     exact: float
@@ -40,7 +43,7 @@ _ISAS = {
 _TILES = 240.0
 #: torch's products of float32, by what they run on.
 _PRODUCT = {"amx": 24.0, "avx512": 24.0, "avx2": 13.0, "other": 8.0}
-#: The same of bfloat16, with AMX and with AVX-512 alone (which was slower than float32 where it was measured).
+#: The same of bfloat16, with AMX and with AVX-512 alone (slower than float32 where it was measured).
 _PRODUCT_BFLOAT16 = {"amx": 120.0, "avx512": 13.5}
 
 #: Cycles for each input and output of a token, for each path and besides: scales, tables, rounding.
@@ -81,7 +84,7 @@ class CpuCosts(NamedTuple):
     Attributes:
         own: our kernels on the layer as it is.
         prepacked: prepacking a packed layer in the call, and lookup.
-        blas: dequantizing, and torch's products.
+        blas: dequantizing, and torch's products; infinite for float16, whose products are slow or unknown.
     """
 
     own: float
@@ -111,8 +114,8 @@ def _hardware() -> tuple[str, bool, int]:
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that ``backend="blas"`` multiplies in on this CPU: that of x where it has instructions for it."""
-    return dtype if dtype == torch.bfloat16 and _hardware()[1] else torch.float32
+    """The dtype that ``backend="blas"`` multiplies in on this CPU for x of ``dtype``."""
+    return torch.float32 if dtype == torch.bfloat16 and not _hardware()[1] else dtype
 
 
 @functools.lru_cache(maxsize=4096)
@@ -148,6 +151,8 @@ def cpu_costs(
 def _blas(
     shape: LayerShape, tokens: int, dtype: torch.dtype, machine: CpuMachine, *, prepacked: bool
 ) -> float:
+    if dtype == torch.float16:
+        return math.inf
     in_bfloat16 = dtype == torch.bfloat16 and machine.bfloat16
     rate = (_PRODUCT_BFLOAT16 if in_bfloat16 else _PRODUCT)[machine.product]
     factor_bytes = shape.factor_elements * (2 if in_bfloat16 else 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,10 +77,10 @@ class Explanation:
         tokens: M.
         macs: sign-accumulate operations, all stages and paths.
         packed_bytes: bytes of the layer that one pass reads.
-        kernels: on the CPU ``"lookup"`` or ``"tiles"`` (prepacked layers), or ``"portable"`` (packed words); on CUDA
-            ``"bit planes"`` (1-bit tensor cores), ``"sign halves"`` (float16 tensor cores), ``"gemm"`` or
-            ``"fused"`` (both stages in one launch); with Triton ``"gemv"``, ``"fused"`` (both stages of a
-            GEMV), ``"gemm"`` or ``"xnor"``; with ``blas`` ``"matrix products"``; else ``None``.
+        kernels: on the CPU ``"lookup"`` or ``"tiles"`` (prepacked layers), or ``"portable"`` (packed words);
+            on CUDA ``"bit planes"`` (1-bit tensor cores), ``"sign halves"`` (float16 tensor cores),
+            ``"gemm"`` or ``"fused"`` (both stages in one launch); with Triton ``"gemv"``, ``"fused"`` (both
+            stages of a GEMV), ``"gemm"`` or ``"xnor"``; with ``blas`` ``"matrix products"``; else ``None``.
         activation: how activations enter the sums, ``"auto"`` resolved; ``None`` for ``blas`` and
             ``reference``.
         isa: CPU instruction set, or ``None`` for other backends.
@@ -88,8 +89,8 @@ class Explanation:
         workspace_bytes: scratch memory of the forward call; for ``blas`` the dense factors.
         first_stages: first stages computed (paths that share one count once).
         estimated_cycles: for more than 16 tokens on CUDA, clock cycles by the planner's estimate; not a
-            measurement. On the CPU, for the tokens from which ``auto`` compares estimates, cycles of one core.
-        unpack_cycles: the same for ``backend="blas"``; ``None`` for float32 on CUDA.
+            measurement. On the CPU, for the tokens from which ``auto`` compares estimates, cycles of a core.
+        unpack_cycles: the same for ``backend="blas"``; ``None`` for float32 on CUDA and float16 on the CPU.
         gpu: the GPU that the call is planned for, or ``None``.
         machine: what the estimates know of the CPU, or ``None``.
         launches: what is launched, in order (on CUDA, for the first ``token_block`` tokens); empty for other
@@ -169,7 +170,7 @@ def explain(
         own = costs.prepacked if choice.prepack else costs.own
         common |= {
             "estimated_cycles": round(costs.own if own is None else own),
-            "unpack_cycles": round(costs.blas),
+            "unpack_cycles": None if math.isinf(costs.blas) else round(costs.blas),
             "machine": cpu_machine(),
         }
     if choice.backend == "reference":
@@ -230,7 +231,11 @@ def _of_cpu(
 ) -> Explanation:
     if isinstance(packed, PrepackedLinear):
         plan = core().plan_prepacked_cpu(
-            packed.layer.numpy(), common["tokens"], str(dtype).removeprefix("torch."), ACTIVATIONS[activation], torch.get_num_threads()
+            packed.layer.numpy(),
+            common["tokens"],
+            str(dtype).removeprefix("torch."),
+            ACTIVATIONS[activation],
+            torch.get_num_threads(),
         )
         name = _activation_name(plan)
         tiles = plan["isa"] == "amx" and (

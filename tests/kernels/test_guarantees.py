@@ -106,7 +106,7 @@ def test_every_half_value_is_read_and_rounded_exactly(isa: str, dtype: torch.dty
     packed = PackedLinear(
         (PackedPath(v=torch.zeros(1, 1, dtype=torch.int32), in_scale=torch.ones(1), out_scale=torch.ones(1)),)
     )
-    y = littlebit_linear(values, packed)
+    y = littlebit_linear(values, packed, "cpu")
     quiet = 0x0200 if dtype == torch.float16 else 0x0040
     expected = torch.where(values.isnan(), values.view(torch.int16) | quiet, values.view(torch.int16))
     expected[values == 0] = 0  # -0.0 meets the +0.0 of the other lanes

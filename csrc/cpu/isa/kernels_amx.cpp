@@ -1,5 +1,6 @@
-// Kernels on tiles for AMX (Sapphire Rapids and newer), which also have AVX-512 with VBMI and VNNI. Built with flags of
-// its own and reached only after detect_features(). LB2_EMULATE_AMX takes the instructions from the tests instead.
+// Kernels on tiles for AMX (Sapphire Rapids and newer), which also have AVX-512 with VBMI and VNNI. Built
+// with flags of its own and reached only after detect_features(). LB2_EMULATE_AMX takes the instructions from
+// the tests instead.
 #include <cstring>
 
 #if defined(LB2_EMULATE_AMX)

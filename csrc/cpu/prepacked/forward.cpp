@@ -25,7 +25,8 @@ lb2_status choose_mode(Call* call) noexcept {
                                                   : LB2_ACTIVATION_INT16;
   if (call->activation == LB2_ACTIVATION_INT8X2) {
     if (tiles == nullptr)
-      return fail(LB2_ERROR_UNSUPPORTED, "activation LB2_ACTIVATION_INT8X2 needs the amx kernels, got the %s kernels",
+      return fail(LB2_ERROR_UNSUPPORTED,
+                  "activation LB2_ACTIVATION_INT8X2 needs the amx kernels, got the %s kernels",
                   lb2_isa_name(call->isa->isa));
     call->mode = &tiles->int8x2;
   } else if (call->activation == LB2_ACTIVATION_INT8) {

@@ -74,8 +74,8 @@ struct LookupMode {
   // operand's end, readable 16 floats further; scratch.
   float (*build)(float* z, int64_t words, char* tables);
   void (*sums)(const SignTile& tile, const Tables& tables, const RowSums& out);
-  // Of modes on tiles (tiles/kernels.h): planes of bytes of an operand, and what every thread calls before sums() and
-  // afterwards. `saved` has kTileConfigBytes.
+  // Of modes on tiles (tiles/kernels.h): planes of bytes of an operand, and what every thread calls before
+  // sums() and afterwards. `saved` has kTileConfigBytes.
   int64_t planes = 0;
   void (*enter)(char* saved) = nullptr;
   void (*leave)(const char* saved) = nullptr;

@@ -6,7 +6,7 @@ namespace lb2::cpu {
 namespace {
 
 constexpr int64_t kPartsBytes =
-    1 << 20;                            // what a block hands on, mostly latents in several parts: an L2 cache
+    1 << 20;  // what a block hands on, mostly latents in several parts: an L2 cache
 constexpr int64_t kLookupTaskTokens = 8;  // together with kMostTaskTiles: sums of a task stay in L2
 constexpr int64_t kMostTaskTiles = 32;    // enough rows to hide the building of tables
 constexpr int64_t kLeastTaskTiles = 2;

@@ -37,8 +37,7 @@ void add_row(const int32_t* words, int64_t cols, float row_scale, const float* c
   for (; col + 8 <= cols; col += 8) {
     const uint32_t word = static_cast<uint32_t>(words[col / LB2_WORD_BITS]);
     const uint32_t* signs = kByteSigns.bits[word >> col % LB2_WORD_BITS & 255u];
-    for (int i = 0; i < 8; ++i)
-      sums[col + i] += float_of(bits_of(row_scale * col_scale[col + i]) ^ signs[i]);
+    for (int i = 0; i < 8; ++i) sums[col + i] += float_of(bits_of(row_scale * col_scale[col + i]) ^ signs[i]);
   }
   for (; col < cols; ++col) {
     const uint32_t word = static_cast<uint32_t>(words[col / LB2_WORD_BITS]);

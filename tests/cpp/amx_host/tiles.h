@@ -1,5 +1,5 @@
-// The tiles of a thread, for machines without AMX: what the instructions of instructions.h work on, and what tests
-// look at.
+// The tiles of a thread, for machines without AMX: what the instructions of instructions.h work on, and what
+// tests look at.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
-// Kernels on the tiles of AMX: accuracy, independence of what is beside a token, integers at their limits, values
-// that are not finite, what AUTO chooses, and the thread's own tiles. Runs on a processor with AMX, or with tiles on
-// arrays (LB2_EMULATE_AMX).
+// Kernels on the tiles of AMX: accuracy, independence of what is beside a token, integers at their limits,
+// values that are not finite, what AUTO chooses, and the thread's own tiles. Runs on a processor with AMX, or
+// with tiles on arrays (LB2_EMULATE_AMX).
 #include <cstdio>
 #include <cstring>
 #include <limits>
@@ -104,7 +104,8 @@ bool failed(int index, const char* what) {
 
 // Error, and bits whatever the tokens beside a token and the threads.
 bool run_problem(int index) {
-  const int64_t k = pick({15, 60, 64, 511, 721, 1450}), n = pick({16, 33, 130, 300}), rank = pick({8, 64, 200, 744});
+  const int64_t k = pick({15, 60, 64, 511, 721, 1450}), n = pick({16, 33, 130, 300}),
+                rank = pick({8, 64, 200, 744});
   const TestLayer layer = index % 2 ? TestLayer(k, n, {rank}) : TestLayer(k, n, {rank, 24});
   const int64_t m = pick({1, 15, 16, 17, 31, 33, 64, 70});
   const std::vector<float> x = random_floats(m * k);
@@ -121,7 +122,8 @@ bool run_problem(int index) {
   }
   if (!(std::sqrt(error / std::max(norm, typical)) <= 1e-4)) {
     std::fprintf(stderr, "k %ld n %ld rank %ld m %ld: relative error %.2e\n", static_cast<long>(k),
-                 static_cast<long>(n), static_cast<long>(rank), static_cast<long>(m), std::sqrt(error / norm));
+                 static_cast<long>(n), static_cast<long>(rank), static_cast<long>(m),
+                 std::sqrt(error / norm));
     return failed(index, "INT8X2 is less accurate than it should be");
   }
   const int64_t first = static_cast<int64_t>(engine() % static_cast<uint64_t>(m));
@@ -129,7 +131,8 @@ bool run_problem(int index) {
   const std::vector<float> part = layer.run(tokens_of(x, k, first, count), LB2_ACTIVATION_INT8X2);
   if (!same_bits(part.data(), y.data() + first * n, count * n))
     return failed(index, "a token depends on those beside it");
-  if (layer.run(x, LB2_ACTIVATION_INT8X2, LB2_ISA_AMX, 3) != y) return failed(index, "bits depend on the threads");
+  if (layer.run(x, LB2_ACTIVATION_INT8X2, LB2_ISA_AMX, 3) != y)
+    return failed(index, "bits depend on the threads");
   if (layer.run(x, LB2_ACTIVATION_INT8) != layer.run(x, LB2_ACTIVATION_INT8, LB2_ISA_SCALAR))
     return failed(index, "INT8 on tiles and by lookup differ in their bits");
   if (layer.run(x, LB2_ACTIVATION_INT16) != layer.run(x, LB2_ACTIVATION_INT16, LB2_ISA_SCALAR))
@@ -137,8 +140,8 @@ bool run_problem(int index) {
   return true;
 }
 
-// Rows of the signs of the activations and of their opposites, all of one magnitude: the largest sums there are. The
-// layer has one path and a latent for each row, scaled by 1.
+// Rows of the signs of the activations and of their opposites, all of one magnitude: the largest sums there
+// are. The layer has one path and a latent for each row, scaled by 1.
 bool keeps_largest_sums() {
   const int64_t k = 720, rank = 8;
   TestLayer layer(k, rank, {rank});
@@ -146,7 +149,8 @@ bool keeps_largest_sums() {
   std::vector<float> x(static_cast<size_t>(20 * k));
   for (int64_t t = 0; t < 20; ++t)
     for (int64_t c = 0; c < k; ++c)
-      x[t * k + c] = static_cast<float>(path.v[(t % rank) * k + c]) / path.in_scale[c] * (t < 10 ? 3.0f : -3.0f);
+      x[t * k + c] =
+          static_cast<float>(path.v[(t % rank) * k + c]) / path.in_scale[c] * (t < 10 ? 3.0f : -3.0f);
   const std::vector<float> y = layer.run(x, LB2_ACTIVATION_INT8X2);
   for (int64_t t = 0; t < 20; ++t) {
     const std::vector<double> input(x.begin() + t * k, x.begin() + (t + 1) * k);
@@ -170,11 +174,13 @@ bool keeps_what_is_not_finite() {
   const std::vector<float> y = layer.run(x, LB2_ACTIVATION_INT8X2);
   for (int64_t t = 0; t < 20; ++t) {
     if (t != 3 && t != 7) {
-      if (!same_bits(&y[t * 40], &before[t * 40], 40)) return failed(0, "a token that is not finite changes others");
+      if (!same_bits(&y[t * 40], &before[t * 40], 40))
+        return failed(0, "a token that is not finite changes others");
       continue;
     }
     for (int64_t i = 0; i < 40; ++i)
-      if (y[t * 40 + i] - y[t * 40 + i] == 0.0f) return failed(0, "a token that is not finite has finite results");
+      if (y[t * 40 + i] - y[t * 40 + i] == 0.0f)
+        return failed(0, "a token that is not finite has finite results");
   }
   return true;
 }
@@ -194,7 +200,8 @@ bool keeps_small_tokens() {
   return true;
 }
 
-lb2_activation planned(const TestLayer& layer, int64_t m, lb2_dtype dtype, lb2_activation activation, lb2_isa isa) {
+lb2_activation planned(const TestLayer& layer, int64_t m, lb2_dtype dtype, lb2_activation activation,
+                       lb2_isa isa) {
   const std::vector<float> x(static_cast<size_t>(m * layer.k), 0.0f);
   std::vector<float> y;
   lb2_prepacked_args args = layer.args(x, &y, activation, isa);
@@ -231,9 +238,11 @@ bool gives_tiles_back() {
     layer.run(tokens_of(x, 100, 0, m), activation);
     return tiles.products - before;
   };
-  // Two planes of 20 tokens are two tiles of tokens; V has 2 steps of 64 columns, one block; U 1 step, two blocks.
-  if (products(20, LB2_ACTIVATION_INT8X2) != 2 * 4 * (2 * 1 + 1 * 2) || products(16, LB2_ACTIVATION_INT8) != 2 * 4 ||
-      products(15, LB2_ACTIVATION_INT8) != 0 || products(20, LB2_ACTIVATION_INT16) != 0)
+  // Two planes of 20 tokens are two tiles of tokens; V has 2 steps of 64 columns, one block; U 1 step, two
+  // blocks.
+  if (products(20, LB2_ACTIVATION_INT8X2) != 2 * 4 * (2 * 1 + 1 * 2) ||
+      products(16, LB2_ACTIVATION_INT8) != 2 * 4 || products(15, LB2_ACTIVATION_INT8) != 0 ||
+      products(20, LB2_ACTIVATION_INT16) != 0)
     return failed(0, "tiles were used for other calls, or as often as not planned");
   if (tiles.palette != 0) return failed(0, "a thread without tiles of its own has some left");
   uint8_t config[64] = {1};
@@ -258,7 +267,8 @@ int main(int argc, char** argv) {
   }
   int failures = run_problems(argc, argv, problem_count(60), run_problem);
   engine.seed(1);
-  failures += !keeps_largest_sums() + !keeps_what_is_not_finite() + !keeps_small_tokens() + !chooses_by_tokens();
+  failures +=
+      !keeps_largest_sums() + !keeps_what_is_not_finite() + !keeps_small_tokens() + !chooses_by_tokens();
 #if defined(LB2_EMULATE_AMX)
   failures += !gives_tiles_back();
 #endif

@@ -1,8 +1,8 @@
 // Signs to bytes, activations to planes, and sums to rows, with AVX-512 VBMI and VNNI. Include this after
 // tiles/body.h, where elementwise_body.h says. tests/cpp/amx_host has the same in plain C++.
 
-// Expands the words of a block: rows q of the tiles of the lower and the upper rows of the block lie 64 q bytes from
-// `lower` and `upper`.
+// Expands the words of a block: rows q of the tiles of the lower and the upper rows of the block lie 64 q
+// bytes from `lower` and `upper`.
 struct Expander {
   // One by one and not arrays in loops, which compilers keep in memory.
   __m512i lower0 = control(0, 0), lower1 = control(0, 1), lower2 = control(0, 2), lower3 = control(0, 3);
@@ -66,8 +66,9 @@ inline void round_to_planes(const float* z, int64_t words, float factor, int64_t
   for (int64_t w = 0; w < words; w += kTileWords, planes += 64) {
     __m512i rounded[kTileWords];
     for (int64_t i = 0; i < kTileWords; ++i)
-      rounded[i] = w + i < words ? _mm512_cvtps_epi32(_mm512_mul_ps(word_columns(z + (w + i) * kWordCols), factors))
-                                 : _mm512_setzero_si512();
+      rounded[i] = w + i < words
+                       ? _mm512_cvtps_epi32(_mm512_mul_ps(word_columns(z + (w + i) * kWordCols), factors))
+                       : _mm512_setzero_si512();
     const __m512i first = _mm512_permutex2var_epi16(rounded[0], lower_words, rounded[1]);
     const __m512i second = _mm512_permutex2var_epi16(rounded[2], lower_words, rounded[3]);
     const __m512i low = _mm512_permutex2var_epi8(first, low_bytes, second);

@@ -7,9 +7,9 @@ constexpr int64_t plane_bytes(int64_t words) { return (words + kTileWords - 1) /
 template <int kPlanes>
 float build_planes(float* z, int64_t words, char* operand) {
   const Magnitudes bounds = magnitudes(z, words);
-  ChunkScale scale = chunk_scale(kPlanes == 2 ? kInt8x2Limit : kInt8Limit,
-                                 kPlanes == 2 && bounds.most < kLeastInt8x2Bound ? kLeastInt8x2Bound : bounds.most,
-                                 bounds.total);
+  ChunkScale scale = chunk_scale(
+      kPlanes == 2 ? kInt8x2Limit : kInt8Limit,
+      kPlanes == 2 && bounds.most < kLeastInt8x2Bound ? kLeastInt8x2Bound : bounds.most, bounds.total);
   const int64_t bytes = plane_bytes(words);
   int32_t sums[2];
   round_to_planes<kPlanes>(z, words, scale.factor, bytes, operand, sums);
@@ -32,7 +32,8 @@ struct BlockSigns {
   int64_t ahead;  // bytes to what will be read later
 };
 
-// Operands of up to 32 rows of activations, in one tile or two: of 16 tokens both planes, or of 32 tokens one.
+// Operands of up to 32 rows of activations, in one tile or two: of 16 tokens both planes, or of 32 tokens
+// one.
 struct Operands {
   const char *first, *second;  // their planes
   const char *first_sums, *second_sums;
@@ -42,16 +43,17 @@ struct Operands {
 using Products = int32_t[16][16];
 
 // Expands word i of a step, of which `left` words are left, to where the step's tiles are.
-[[gnu::always_inline]] inline void expand_word(const Expander& expander, const BlockSigns& signs, int64_t i, int64_t left, char* lower,
-                        char* upper) {
+[[gnu::always_inline]] inline void expand_word(const Expander& expander, const BlockSigns& signs, int64_t i,
+                                               int64_t left, char* lower, char* upper) {
   if (i >= left) return;
   prefetch(signs.data + i * signs.step + signs.ahead);
   expander.expand(signs.data + i * signs.step, lower + i * 256, upper + i * 256);
 }
 
-// Sums of a block's rows for kTiles tiles of activations, into products[0 .. 2 kTiles - 1]: lower rows, then upper
-// ones, of each. With kExpand, the panel is filled on the way, one step before it is read: vector instructions work
-// while tiles are multiplied. What all steps need is in registers, as a step has many loads already.
+// Sums of a block's rows for kTiles tiles of activations, into products[0 .. 2 kTiles - 1]: lower rows, then
+// upper ones, of each. With kExpand, the panel is filled on the way, one step before it is read: vector
+// instructions work while tiles are multiplied. What all steps need is in registers, as a step has many loads
+// already.
 template <int kTiles, bool kExpand>
 void multiply(const BlockSigns& block, const Operands& operands, Panel* panel, Products* products) {
   Expander expander;  // not const, which would keep it in memory
@@ -132,14 +134,16 @@ void sum_tiles(const SignTile& tile, const Tables& tables, const RowSums& out) {
         float* rows = out.data + (token + t) * out.stride + block * kBlockRows;
         const float unit = tables.scales[token + t];
         for (int half = 0; half < 2; ++half)
-          finish_rows<kPlanes>(own[half][t % kTileTokens], own[half + (kPlanes == 2 ? 2 : 0)][t % kTileTokens], unit,
-                               out.add, rows + half * (kBlockRows / 2));
+          finish_rows<kPlanes>(own[half][t % kTileTokens],
+                               own[half + (kPlanes == 2 ? 2 : 0)][t % kTileTokens], unit, out.add,
+                               rows + half * (kBlockRows / 2));
       }
     }
   }
 }
 
-// The calling thread's configuration is kept, because others may rely on theirs: libraries set it once for many calls.
+// The calling thread's configuration is kept, because others may rely on theirs: libraries set it once for
+// many calls.
 void enter_tiles(char* saved) {
   TileConfig own = {};
   store_config(&own);
@@ -164,5 +168,6 @@ void leave_tiles(const char* saved) {
 
 template <int kPlanes>
 constexpr LookupMode tile_mode() {
-  return {kPlanes * 16, 2 * kTileTokens, build_planes<kPlanes>, sum_tiles<kPlanes>, kPlanes, enter_tiles, leave_tiles};
+  return {kPlanes * 16, 2 * kTileTokens, build_planes<kPlanes>, sum_tiles<kPlanes>, kPlanes,
+          enter_tiles,  leave_tiles};
 }
