@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 
 from ._native import NativeLibraryError, core, no_cuda_reason
-from .format import LayerShape
+from .format import MAX_DIM, LayerShape
 from .gpu import GpuProperties, gpu_properties
+from .planning.cpu import CpuCosts, CpuMachine, cpu_costs, cpu_machine
 from .planning.native import plan_cuda, unpack_cycles
 from .triton.backend import no_triton_reason
 
@@ -20,6 +21,8 @@ __all__ = [
     "BLAS_BYTES",
     "BLAS_MARGIN",
     "BLAS_TOKENS",
+    "CPU_TOKENS",
+    "CUDA_ACTIVATIONS",
     "CUDA_TOKENS",
     "FEW_TOKENS",
     "PREPACKED",
@@ -32,6 +35,7 @@ __all__ = [
     "choose_for",
     "choose_for_all",
     "choose_for_group",
+    "costs_on_cpu",
     "may_choose_blas",
     "prefill_backend",
     "unavailable_reason",
@@ -41,13 +45,19 @@ __all__ = [
 BACKENDS = ("auto", "cpu", "cuda", "triton", "blas", "reference")
 
 #: Names that ``activation=`` accepts, and the lb2_activation (littlebit2.h, cuda.h) of each.
-ACTIVATIONS = {"auto": 0, "exact": 1, "int16": 2, "int8": 3, "sign": 4, "float16": 5}
+ACTIVATIONS = {"auto": 0, "exact": 1, "int16": 2, "int8": 3, "sign": 4, "float16": 5, "int8x2": 6}
+
+#: Of these, what the CUDA kernels serve.
+CUDA_ACTIVATIONS = tuple(name for name in ACTIVATIONS if name != "int8x2")
 
 #: Most tokens of a call that ``auto`` always gives to the CUDA kernels where these can run.
 FEW_TOKENS = 16
-#: Fewest tokens that ``auto`` dequantizes for: below, host time is the larger part of a call.
+#: Fewest tokens of a call on the CPU for which ``auto`` compares estimates: below, a layer would be brought
+#: to another form for too little work.
+CPU_TOKENS = 64
+#: Fewest tokens that ``auto`` dequantizes for on GPUs: below, host time is the larger part of a call.
 BLAS_TOKENS = 128
-#: How many times the estimate of ``blas`` that of the CUDA kernels must be, so that noise does not decide.
+#: How many times another estimate that of our kernels must be, so that noise does not decide.
 BLAS_MARGIN = 1.1
 #: Most bytes of dense factors that ``auto`` makes; about as much as the kernels' workspace.
 BLAS_BYTES = 128 * 2**20
@@ -79,6 +89,7 @@ _REASONS = {
     "triton": "Triton kernels: mma.sync (CUDA kernels) cannot reach peak throughput on this GPU",
     "blas": "for this many tokens, dequantizing and calling torch.matmul is estimated to be faster",
 }
+_PREPACKS = "native kernels; for this many tokens, prepacking the layer in the call is estimated to be faster"
 _NO_NATIVE = "Triton kernels: there are no native kernels for this GPU here"
 
 
@@ -120,16 +131,19 @@ class Choice(NamedTuple):
     Attributes:
         backend: a name of :data:`BACKENDS` other than ``"auto"``.
         activation: how activations enter the sums. ``"auto"`` where this is left to the plan of the call (on
-            ``cuda`` and ``triton``), where there are no modes (``blas``), and while compiling.
+            ``cuda`` and ``triton``, and of prepacked layers on the CPU), where there are no modes (``blas``),
+            and while compiling.
         reason: why, for people.
+        prepack: whether a packed layer on the CPU is prepacked in the call.
     """
 
     backend: str
     activation: str
     reason: str
+    prepack: bool = False
 
 
-#: Choices for CPU tensors by (backend, activation, prepacked, dtype); nothing else enters them.
+#: Choices for few tokens on the CPU by (backend, activation, prepacked, dtype); nothing else enters them.
 _on_cpu: dict[tuple[str, str, bool, torch.dtype], Choice] = {}
 
 
@@ -148,21 +162,25 @@ def choose(call: Call) -> Choice:
         BackendUnavailableError: the backend cannot run there, with the reason and what would help.
     """
     device_type = call.device.type
-    backend, reason = _choose_backend(call, device_type) if call.gpu is None else _choose_planned(call)
+    prepack = False
+    if call.gpu is not None:
+        backend, reason = _choose_planned(call)
+    elif call.backend == "auto" and device_type in ("cpu", "meta"):
+        backend, reason, prepack = _choose_on_cpu(call)
+    else:
+        backend, reason = _choose_backend(call, device_type)
     activation = call.activation
     # A layer without values has nothing to prepack; only the shape of the result matters.
     check_activation_mode(activation, backend, call.prepacked or device_type == "meta")
-    if activation == "auto" and not call.compiling:
-        if backend == "cpu":
-            activation = "int16" if call.prepacked and call.dtype != torch.float32 else "exact"
-        elif backend == "reference":
-            activation = "exact"
-    return Choice(backend, activation, reason)
+    is_exact = backend == "reference" or (backend == "cpu" and not call.prepacked)
+    if activation == "auto" and is_exact and not call.compiling:
+        activation = "exact"
+    return Choice(backend, activation, reason, prepack)
 
 
 def choose_for(x: torch.Tensor, shape: LayerShape, backend: str, activation: str, prepacked: bool) -> Choice:
-    """:func:`choose` for the call of a layer on ``x``, which on the CPU is no more than a look-up."""
-    if not x.is_cpu or torch.compiler.is_compiling():
+    """:func:`choose` for the call of a layer on ``x``; for few tokens on the CPU no more than a look-up."""
+    if not x.is_cpu or torch.compiler.is_compiling() or x.numel() >= CPU_TOKENS * shape.in_features:
         return choose(call_of(x, shape, backend, activation, prepacked))
     key = (backend, activation, prepacked, x.dtype)
     try:
@@ -181,7 +199,7 @@ def choose_for_group(
     x: torch.Tensor, shapes: Sequence[LayerShape], backend: str, activation: str, prepacked: bool
 ) -> Choice | None:
     """:func:`choose_for_all` for several layers on ``x``."""
-    if x.is_cpu:
+    if x.is_cpu and x.numel() < CPU_TOKENS * shapes[0].in_features:
         return choose_for(x, shapes[0], backend, activation, prepacked)
     return choose_for_all(call_of(x, shapes[0], backend, activation, prepacked), shapes)
 
@@ -196,7 +214,7 @@ def choose_for_all(call: Call, shapes: Sequence[LayerShape]) -> Choice | None:
     Raises:
         ValueError, BackendUnavailableError: as :func:`choose`.
     """
-    if call.device.type in ("cpu", "meta") or not _by_estimate(call):
+    if not _by_estimate(call):
         return choose(call)
     choices = {choose(call._replace(shape=shape)) for shape in shapes}
     return choices.pop() if len(choices) == 1 else None
@@ -209,8 +227,6 @@ def _choose_backend(call: Call, device_type: str) -> tuple[str, str]:
         if reason is not None:
             raise BackendUnavailableError(f"backend={asked!r} cannot run: {reason}")
         return asked, _ASKED[asked]
-    if device_type in ("cpu", "meta"):
-        return "cpu", _REASONS["cpu"]
     no_cuda = _unsupported("cuda", device_type)
     if no_cuda is None:
         best = "cuda"
@@ -227,6 +243,29 @@ def _choose_backend(call: Call, device_type: str) -> tuple[str, str]:
         "layer and x to the CPU, or ask for backend='reference' (plain PyTorch on unpacked signs: "
         "right, but slow)."
     )
+
+
+def _choose_on_cpu(call: Call) -> tuple[str, str, bool]:
+    own = "cpu", _REASONS["cpu"], False
+    costs = costs_on_cpu(call)
+    if costs is None:
+        return own
+    least = costs.own
+    if costs.prepacked is not None and BLAS_MARGIN * costs.prepacked < least:
+        own, least = ("cpu", _PREPACKS, True), costs.prepacked
+    fits = call.shape.factor_elements * torch.float32.itemsize <= BLAS_BYTES
+    return ("blas", _REASONS["blas"], False) if fits and BLAS_MARGIN * costs.blas < least else own
+
+
+def costs_on_cpu(call: Call, machine: CpuMachine | None = None) -> CpuCosts | None:
+    """What ``auto`` compares for a call on the CPU (or on ``machine``), or ``None`` if nothing."""
+    if call.device.type != "cpu" or call.tokens > MAX_DIM or not _by_estimate(call):
+        return None
+    try:
+        machine = machine or cpu_machine()
+    except (NativeLibraryError, ValueError, RuntimeError):  # the call itself says what is wrong
+        return None
+    return cpu_costs(call.shape, call.tokens, call.dtype, machine, prepacked=call.prepacked)
 
 
 def _choose_planned(call: Call) -> tuple[str, str]:
@@ -251,16 +290,12 @@ def _choose_planned(call: Call) -> tuple[str, str]:
 
 
 def _by_estimate(call: Call) -> bool:
-    """Whether ``auto`` compares estimates for the call, on a GPU where the CUDA kernels run.
+    """Whether ``auto`` compares estimates for the call, on the CPU or a GPU where the CUDA kernels run.
 
     A mode that is named gives the same bits for every number of tokens.
     """
-    return (
-        not call.compiling
-        and call.backend == "auto"
-        and call.activation == "auto"
-        and call.tokens > FEW_TOKENS
-    )
+    least = CPU_TOKENS - 1 if call.gpu is None and call.device.type in ("cpu", "meta") else FEW_TOKENS
+    return not call.compiling and call.backend == "auto" and call.activation == "auto" and call.tokens > least
 
 
 def prefill_backend(
@@ -355,7 +390,13 @@ def check_activation_mode(activation: str, backend: str, prepacked: bool) -> Non
     """Raise ValueError unless ``activation`` is a name that ``backend`` serves for such a layer."""
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if activation == "auto" or (activation == "exact" and backend != "blas") or backend == "cuda":
+    if activation == "auto" or (activation == "exact" and backend != "blas"):
+        return
+    if activation == "int8x2" and backend in ("cuda", "triton"):
+        raise ValueError(
+            "activation='int8x2' is served on CPUs with AMX only; on GPUs, 'int16' is as accurate"
+        )
+    if backend == "cuda":
         return
     if backend == "triton":
         if activation == "int16":

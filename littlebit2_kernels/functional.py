@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.autograd import forward_ad
 
-from .dispatch import ACTIVATIONS, PREPACKED, Choice, check_activation_mode, choose_for
+from .dispatch import ACTIVATIONS, CPU_TOKENS, PREPACKED, Choice, check_activation_mode, choose_for
 from .format import MAX_PATHS, LayerShape, PackedLinear
 from .fused.norm import RMSNorm
 from .ops import calls
@@ -90,7 +90,10 @@ def run(
     x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, shape: LayerShape, choice: Choice
 ) -> torch.Tensor:
     """Apply a layer to ``x`` ``[..., K]`` as chosen. All backends but the CPU's unpack a prepacked layer."""
-    backend, activation, _ = choice
+    backend, activation = choice.backend, choice.activation
+    if choice.prepack and not isinstance(layer, torch.Tensor):
+        with torch.no_grad():  # packed layers are frozen
+            layer = calls.prepack(layer)
     if isinstance(layer, torch.Tensor):
         if backend == "cpu":
             return calls.linear_prepacked(x, layer, bias, shape.out_features, ACTIVATIONS[activation])
@@ -121,7 +124,7 @@ def run_prepacked(
     """
     try:
         code = PREPACKED.get((backend, activation))
-        if code is None:
+        if code is None or (code == 0 and backend == "auto" and x.numel() >= CPU_TOKENS * shape.in_features):
             return None
         if torch.is_autocast_enabled("cpu"):
             check_x(x, shape, layer.device)
@@ -142,6 +145,8 @@ def run_group(
 ) -> list[torch.Tensor]:
     """Apply several layers, all prepacked or none, to one ``x``: in one call if an operator takes them."""
     activation = ACTIVATIONS[choice.activation]
+    if choice.prepack:
+        return [run(x, *layer, choice) for layer in zip(layers, bias, shapes, strict=True)]
     if choice.backend == "cpu" and isinstance(layers[0], torch.Tensor):
         sizes = [shape.out_features for shape in shapes]
         return calls.grouped_linear_prepacked(x, layers, bias, sizes, activation)  # type: ignore[arg-type]

@@ -9,10 +9,12 @@ from littlebit2_kernels import PackedLinear
 from littlebit2_kernels.reference import linear_reference
 from littlebit2_kernels.testing import TOLERANCE, max_allowed_error, relative_error, typical_norm
 
-__all__ = ["INT16_BOUND", "error_bound", "error_of", "precision_of", "torch_error"]
+__all__ = ["INT8X2_BOUND", "INT16_BOUND", "error_bound", "error_of", "precision_of", "torch_error"]
 
 #: Documented relative error of the int16 mode where the output is float32.
 INT16_BOUND = 5e-4
+#: The same of the int8x2 mode.
+INT8X2_BOUND = 1e-4
 
 
 def precision_of(candidate: Candidate) -> str:
@@ -40,14 +42,15 @@ def error_bound(
 ) -> float | None:
     """Documented bound of :func:`error_of`, or ``None`` for modes whose error is only reported.
 
-    Exact modes have the bound of the test sweep. The int16 mode has :data:`INT16_BOUND`, to which 16-bit
-    dtypes add the rounding of their output.
+    Exact modes have the bound of the test sweep. The int16 mode has :data:`INT16_BOUND`, int8x2
+    :data:`INT8X2_BOUND`, to which 16-bit dtypes add the rounding of their output.
     """
     precision = precision_of(candidate)
     if precision == "exact":
         return max_allowed_error(x, packed, truth)
-    if precision == "int16":
-        return INT16_BOUND + (0.0 if x.dtype == torch.float32 else TOLERANCE[x.dtype])
+    if precision in ("int16", "int8x2"):
+        bound = INT16_BOUND if precision == "int16" else INT8X2_BOUND
+        return bound + (0.0 if x.dtype == torch.float32 else TOLERANCE[x.dtype])
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from benchmarks.layers.rows import Document
     from benchmarks.layers.sweeping import Settings
+    from benchmarks.timing import Timer
 
 __all__ = ["add_measuring", "add_outputs", "parse_shapes", "report_unavailable", "settings", "write_outputs"]
 
@@ -36,6 +38,11 @@ def add_measuring(parser: argparse.ArgumentParser, *, repetitions: int) -> None:
         "--memory-gib", type=positive(float), default=12, help="limit for all weights (default %(default)s)"
     )
     parser.add_argument("--no-floors", action="store_true", help="do not measure the machine's floors")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="on the CPU, count the time of this process on any core, as where others use the machine too",
+    )
 
 
 def add_outputs(parser: argparse.ArgumentParser) -> None:
@@ -58,15 +65,22 @@ def settings(options: Namespace, device: torch.device) -> Settings:
     """How to measure on ``device``."""
     from benchmarks.caches import default_cold_bytes
     from benchmarks.layers.sweeping import Settings
-    from benchmarks.timing import UnitTimer
+    from benchmarks.timing import CpuTimer, UnitTimer
     from benchmarks.timing_cuda import timer_for
 
+    if options.cpu_time and device.type != "cpu":
+        raise ValueError(f"--cpu-time is for the CPU, got device {device.type}")
+    timer: Timer
+    if getattr(options, "unit_times", False):
+        timer = UnitTimer()
+    elif options.cpu_time:
+        timer = CpuTimer(time.process_time)
+    else:
+        timer = timer_for(device, graphs=not getattr(options, "no_graphs", False))
     cold = default_cold_bytes(device) if options.cold_mib is None else int(options.cold_mib * 2**20)
     return Settings(
         device=device,
-        timer=UnitTimer()
-        if getattr(options, "unit_times", False)
-        else timer_for(device, graphs=not getattr(options, "no_graphs", False)),
+        timer=timer,
         repetitions=options.repetitions,
         seconds=options.seconds,
         cold_bytes=cold,

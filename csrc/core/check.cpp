@@ -131,12 +131,13 @@ template <typename Args>
 lb2_status check_mode(const Args& args) {
   LB2_RETURN_IF_ERROR(check_dtype(args.dtype));
   LB2_RETURN_IF_ERROR(check_tokens(args.m));
-  if (args.activation >= LB2_ACTIVATION_AUTO && args.activation <= LB2_ACTIVATION_SIGN) return LB2_OK;
-  return fail(
-      LB2_ERROR_INVALID_ARGUMENT,
-      "activation must be LB2_ACTIVATION_AUTO (0), _EXACT (1), _INT16 (2), _INT8 (3) or _SIGN (4), got "
-      "%" PRId32,
-      args.activation);
+  if ((args.activation >= LB2_ACTIVATION_AUTO && args.activation <= LB2_ACTIVATION_SIGN) ||
+      args.activation == LB2_ACTIVATION_INT8X2)
+    return LB2_OK;
+  return fail(LB2_ERROR_INVALID_ARGUMENT,
+              "activation must be LB2_ACTIVATION_AUTO (0), _EXACT (1), _INT16 (2), _INT8 (3), _SIGN (4) or "
+              "_INT8X2 (6), got %" PRId32,
+              args.activation);
 }
 
 // What all calls on several prepacked layers have in common.

@@ -11,7 +11,7 @@
 namespace lb2::cpu {
 namespace {
 
-constexpr const char* kIsaNames[] = {"auto", "scalar", "avx2", "avx512", "avx512vnni", "neon"};
+constexpr const char* kIsaNames[] = {"auto", "scalar", "avx2", "avx512", "avx512vnni", "neon", "amx"};
 constexpr lb2_isa kIsaCount = sizeof kIsaNames / sizeof kIsaNames[0];
 
 constexpr IsaKernels kScalar = {LB2_ISA_SCALAR, &kScalarKernels, &kScalarLookup, &kScalarAttention};
@@ -23,8 +23,29 @@ constexpr IsaKernels kAvx512 = {LB2_ISA_AVX512, &kAvx512Kernels, &kAvx512Lookup,
 constexpr IsaKernels kAvx512Vnni = {LB2_ISA_AVX512_VNNI, &kAvx512Kernels, &kAvx512VnniLookup,
                                     &kAvx512Attention};
 #endif
+#if defined(LB2_HAVE_AMX)
+constexpr IsaKernels kAmx = {LB2_ISA_AMX, &kAvx512Kernels, &kAvx512VnniLookup, &kAvx512Attention,
+                             &kAmxTileKernels};
+#endif
 #if defined(LB2_HAVE_NEON)
 constexpr IsaKernels kNeon = {LB2_ISA_NEON, &kNeonKernels, &kNeonLookup, &kNeonAttention};
+#endif
+
+#if defined(LB2_EMULATE_AMX)
+const IsaKernels* available_kernels(lb2_isa isa);
+
+// Tests: tiles on arrays, and what the best instruction set of this machine has beside them.
+const IsaKernels* emulated_kernels() {
+  static const IsaKernels kernels = [] {
+    lb2_isa isa = LB2_ISA_AMX - 1;
+    while (available_kernels(isa) == nullptr) --isa;
+    IsaKernels best = *available_kernels(isa);
+    best.isa = LB2_ISA_AMX;
+    best.tiles = &kAmxTileKernels;
+    return best;
+  }();
+  return &kernels;
+}
 #endif
 
 // nullptr when the instruction set was not built in or cannot run here.
@@ -47,6 +68,16 @@ const IsaKernels* available_kernels(lb2_isa isa) {
     case LB2_ISA_NEON:
       return features.neon ? &kNeon : nullptr;
 #endif
+#if defined(LB2_EMULATE_AMX)
+    case LB2_ISA_AMX:
+      return emulated_kernels();
+#elif defined(LB2_HAVE_AMX)
+    case LB2_ISA_AMX: {
+      // Once for the process, and only where they are to be used.
+      static const bool permitted = features.amx && request_tiles();
+      return permitted ? &kAmx : nullptr;
+    }
+#endif
     default:
       (void)features;
       return nullptr;
@@ -57,8 +88,8 @@ lb2_status require(lb2_isa isa, const char* source, const IsaKernels** kernels) 
   if (isa <= LB2_ISA_AUTO || isa >= kIsaCount)
     return fail(
         LB2_ERROR_INVALID_ARGUMENT,
-        "%s must be LB2_ISA_SCALAR (1), LB2_ISA_AVX2 (2), LB2_ISA_AVX512 (3), LB2_ISA_AVX512_VNNI (4) or "
-        "LB2_ISA_NEON (5), got %" PRId32,
+        "%s must be LB2_ISA_SCALAR (1), LB2_ISA_AVX2 (2), LB2_ISA_AVX512 (3), LB2_ISA_AVX512_VNNI (4), "
+        "LB2_ISA_NEON (5) or LB2_ISA_AMX (6), got %" PRId32,
         source, isa);
   *kernels = available_kernels(isa);
   if (*kernels == nullptr)
@@ -94,8 +125,8 @@ lb2_status kernels_from_environment(const IsaKernels** kernels) {
   static const IsaKernels* const best = best_kernels();
   if (choice.isa == kIsaCount)
     return fail(LB2_ERROR_INVALID_ARGUMENT,
-                "the environment variable LB2_CPU_ISA must be auto, scalar, avx2, avx512, avx512vnni or "
-                "neon, got \"%s\"",
+                "the environment variable LB2_CPU_ISA must be auto, scalar, avx2, avx512, avx512vnni, "
+                "neon or amx, got \"%s\"",
                 choice.value);
   if (choice.isa != LB2_ISA_AUTO) return require(choice.isa, "the environment variable LB2_CPU_ISA", kernels);
   *kernels = best;

@@ -3,7 +3,7 @@
 
 #include "cpu/attention/kernels.h"
 #include "cpu/kernels.h"
-#include "cpu/prepacked/lookup.h"
+#include "cpu/prepacked/tiles/kernels.h"
 
 namespace lb2::cpu {
 
@@ -13,6 +13,7 @@ struct IsaKernels {
   const Kernels* portable;      // on the portable layout
   const LookupKernels* lookup;  // on the prepacked layout
   const AttentionKernels* attention;
+  const TileKernels* tiles = nullptr;  // on the prepacked layout, for many tokens
 };
 
 // Sets *kernels to those for `requested` (LB2_ISA_AUTO resolves as lb2_cpu_isa documents).

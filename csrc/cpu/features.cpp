@@ -2,6 +2,10 @@
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <cstdint>
 
@@ -10,6 +14,8 @@ namespace {
 
 constexpr uint64_t kYmmState = 0x06;  // XCR0: SSE and AVX state
 constexpr uint64_t kZmmState = 0xE6;  // the above, opmask, upper halves of zmm0-15, zmm16-31
+constexpr int kTileData = 18;         // the component of XCR0 that holds tiles
+constexpr uint64_t kTileState = uint64_t{3} << (kTileData - 1);  // and that of their configuration
 
 constexpr bool bit(uint32_t value, int index) { return (value >> index) & 1u; }
 
@@ -34,7 +40,18 @@ Features detect_features() noexcept {
   const bool f = bit(ebx, 16), dq = bit(ebx, 17), bw = bit(ebx, 30), vl = bit(ebx, 31);
   features.avx512 = features.avx2 && f && dq && bw && vl && (state & kZmmState) == kZmmState;
   features.avx512_vnni = features.avx512 && bit(ecx, 11) && bit(ecx, 12);
+  const bool vbmi = bit(ecx, 1), tiles = bit(edx, 24), tiles_int8 = bit(edx, 25);
+  features.amx = features.avx512_vnni && vbmi && tiles && tiles_int8 && (state & kTileState) == kTileState;
   return features;
+}
+
+bool request_tiles() noexcept {
+#if defined(__linux__) && defined(__x86_64__)
+  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM, which older headers lack
+  return syscall(SYS_arch_prctl, kRequestPermission, static_cast<long>(kTileData)) == 0;
+#else
+  return false;
+#endif
 }
 
 }  // namespace lb2::cpu
@@ -50,6 +67,8 @@ Features detect_features() noexcept {
   features.neon = (getauxval(AT_HWCAP) & HWCAP_ASIMD) != 0;
   return features;
 }
+
+bool request_tiles() noexcept { return false; }
 
 }  // namespace lb2::cpu
 
@@ -68,6 +87,8 @@ Features detect_features() noexcept {
   return features;
 }
 
+bool request_tiles() noexcept { return false; }
+
 }  // namespace lb2::cpu
 
 #else
@@ -75,6 +96,8 @@ Features detect_features() noexcept {
 namespace lb2::cpu {
 
 Features detect_features() noexcept { return {}; }
+
+bool request_tiles() noexcept { return false; }
 
 }  // namespace lb2::cpu
 

@@ -36,15 +36,12 @@ lb2_norm norm_of(const Tensor& weight, double eps, double offset) {
 // The fields that both kinds of arguments have.
 template <typename Args>
 void set_call(Args& args, const Rows& rows, int64_t activation) {
-  LB2_CHECK(activation >= LB2_ACTIVATION_AUTO && activation <= LB2_ACTIVATION_SIGN,
-            "activation must be between ", LB2_ACTIVATION_AUTO, " and ", LB2_ACTIVATION_SIGN, ", got ",
-            activation);
   args.struct_size = sizeof args;
   args.m = rows.count;
   args.input = rows.tensor.const_data_ptr();
   args.input_stride = rows.stride;
   args.dtype = rows.dtype;
-  args.activation = static_cast<lb2_activation>(activation);
+  args.activation = prepacked_activation(activation);
   args.num_threads = static_cast<int32_t>(torch::stable::get_num_threads());
   args.parallel_for = torch_parallel;
 }

@@ -58,7 +58,8 @@ STABLE_TORCH_LIBRARY(littlebit2, m) {
       "mlp(Tensor x, Tensor[] v, Tensor[]? u, Tensor[] in_scale, Tensor[]? latent_scale, Tensor[] out_scale, "
       "Tensor?[] bias, int[] paths, int function, Tensor? norm, float eps, float offset, "
       "Tensor? residual, int activation=0) -> Tensor");
-  // The CPU's own layout, one uint8 tensor per layer. activation: 0 auto, 1 exact, 2 int16, 3 int8, 4 sign.
+  // The CPU's own layout, one uint8 tensor per layer. activation: 0 auto, 1 exact, 2 int16, 3 int8,
+  // 4 sign, 6 int8x2.
   m.def(
       "prepack(Tensor[] v, Tensor[]? u, Tensor[] in_scale, Tensor[]? latent_scale, Tensor[] out_scale) -> "
       "Tensor");

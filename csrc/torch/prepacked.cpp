@@ -66,9 +66,6 @@ PrepackedCall plan_prepacked(const Tensor& x, const Rows& rows, const Tensor& la
                              const std::optional<Tensor>& bias, const Name& size_name, int64_t out_features,
                              int64_t activation) {
   check_layer_tensor(layer);
-  LB2_CHECK(activation >= LB2_ACTIVATION_AUTO && activation <= LB2_ACTIVATION_SIGN,
-            "activation must be between ", LB2_ACTIVATION_AUTO, " and ", LB2_ACTIVATION_SIGN, ", got ",
-            activation);
   lb2_prepacked_args args = {};
   args.struct_size = sizeof args;
   args.layer = layer.const_data_ptr();
@@ -77,7 +74,7 @@ PrepackedCall plan_prepacked(const Tensor& x, const Rows& rows, const Tensor& la
   args.input = rows.tensor.const_data_ptr();
   args.input_stride = rows.stride;
   args.dtype = rows.dtype;
-  args.activation = static_cast<lb2_activation>(activation);
+  args.activation = prepacked_activation(activation);
   args.num_threads = static_cast<int32_t>(torch::stable::get_num_threads());
   args.parallel_for = torch_parallel;
   lb2_prepacked_plan plan = {};
@@ -101,6 +98,14 @@ void run_prepacked(PrepackedCall& call, void* output, int64_t stride) {
 }
 
 }  // namespace
+
+lb2_activation prepacked_activation(int64_t activation) {
+  LB2_CHECK((activation >= LB2_ACTIVATION_AUTO && activation <= LB2_ACTIVATION_SIGN) ||
+                activation == LB2_ACTIVATION_INT8X2,
+            "activation must be between ", LB2_ACTIVATION_AUTO, " and ", LB2_ACTIVATION_SIGN, ", or ",
+            LB2_ACTIVATION_INT8X2, ", got ", activation);
+  return static_cast<lb2_activation>(activation);
+}
 
 void check_layer_tensor(const Tensor& layer) {
   LB2_CHECK(layer.is_cpu(), "layer must be on the CPU");

@@ -21,8 +21,9 @@ Tensor linear_prepacked_cpu(const Tensor& x, const Tensor& layer, const std::opt
 Tensor joined_linear_prepacked_cpu(const Tensor& x, const std::vector<Tensor>& layers, const Biases& bias,
                                    const std::vector<int64_t>& out_features, int64_t activation);
 
-// Checks of arguments: a prepacked layer, the lists of several, activations of any width as rows (the layer's
-// K is checked with the plan).
+// Checks of arguments: the mode, a prepacked layer, the lists of several, activations of any width as rows
+// (the layer's K is checked with the plan).
+lb2_activation prepacked_activation(int64_t activation);
 void check_layer_tensor(const Tensor& layer);
 void check_counts(const std::vector<Tensor>& layers, const Biases& bias,
                   const std::vector<int64_t>& out_features);

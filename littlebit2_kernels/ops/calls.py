@@ -35,6 +35,7 @@ __all__ = [
     "linear_prepacked",
     "mlp",
     "mlp_prepacked",
+    "prepack",
     "rotary",
     "triton_linear",
     "unpack",
@@ -174,6 +175,12 @@ def linear_prepacked(
     return call_operator(
         "linear_prepacked", x, (layer, bias), (out_features, activation), (out_features, _EXACT)
     )
+
+
+def prepack(operands: Operands) -> torch.Tensor:
+    """Call ``torch.ops.littlebit2.prepack``: the layer of :func:`linear_prepacked`, uint8 ``[bytes]``."""
+    load_for(operands[0][0])
+    return torch.ops.littlebit2.prepack(*operands)
 
 
 def dense_linear(x: torch.Tensor, operands: Operands, bias: torch.Tensor | None) -> torch.Tensor:

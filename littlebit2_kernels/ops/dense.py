@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..planning.cpu import product_dtype
 from .balance import balanced
 from .operands import bias_gradient, check_fake, no_gradients, save_operands, saved_operands
 from .packed import linear_backward_x_fake, linear_fake
@@ -41,10 +42,12 @@ def dense_kernel(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     """Kernel of ``littlebit2::blas_linear``, for the CPU and CUDA."""
     operands, bias = arguments[:5], arguments[5] if len(arguments) > 5 else None
     check_fake("x", x, operands[2][0].shape[-1], operands, bias)
-    *first, last = unpack(balanced(operands) if x.dtype == torch.float16 else operands, x.dtype)
+    dtype = product_dtype(x.dtype) if x.is_cpu else x.dtype
+    *first, last = unpack(balanced(operands) if dtype == torch.float16 else operands, dtype)
     with _without_autocast(x):
-        bias = None if bias is None else bias.flatten().to(x.dtype)
-        return F.linear(F.linear(x, first[0]) if first else x, last, bias)
+        bias = None if bias is None else bias.flatten().to(dtype)
+        rows = x.to(dtype)
+        return F.linear(F.linear(rows, first[0]) if first else rows, last, bias).to(x.dtype)
 
 
 def unpack(operands: Any, dtype: torch.dtype) -> list[torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,16 +10,20 @@ from typing import Any
 import torch
 
 from .._native import NativeLibraryError, core
-from ..dispatch import ACTIVATIONS, BackendUnavailableError, Call, choose
+from ..dispatch import ACTIVATIONS, BackendUnavailableError, Call, choose, costs_on_cpu
 from ..format import MAX_DIM, LayerShape, PackedLinear
 from ..functional import check_x
 from ..gpu import GpuProperties, gpu_properties
 from ..ops.operands import ACTIVATION_DTYPES
-from ..prepacked import PrepackedLinear
+from ..prepacked import PrepackedLinear, prepack
 from ..triton.backend import TritonLaunch, plan_triton
+from .cpu import CpuMachine, cpu_machine, product_dtype
 from .native import plan_cpu, plan_cuda, unpack_cycles
 
 __all__ = ["Explanation", "Launch", "explain"]
+
+#: Fewest tokens that int8 uses tiles for (csrc/cpu/prepacked/tiles/kernels.h).
+_TILE_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -72,10 +77,10 @@ class Explanation:
         tokens: M.
         macs: sign-accumulate operations, all stages and paths.
         packed_bytes: bytes of the layer that one pass reads.
-        kernels: on the CPU ``"lookup"`` (prepacked layers) or ``"portable"`` (packed words); on CUDA
-            ``"bit planes"`` (1-bit tensor cores), ``"sign halves"`` (float16 tensor cores), ``"gemm"`` or
-            ``"fused"`` (both stages in one launch); with Triton ``"gemv"``, ``"fused"`` (both stages of a
-            GEMV), ``"gemm"`` or ``"xnor"``; with ``blas`` ``"matrix products"``; else ``None``.
+        kernels: on the CPU ``"lookup"`` or ``"tiles"`` (prepacked layers), or ``"portable"`` (packed words);
+            on CUDA ``"bit planes"`` (1-bit tensor cores), ``"sign halves"`` (float16 tensor cores),
+            ``"gemm"`` or ``"fused"`` (both stages in one launch); with Triton ``"gemv"``, ``"fused"`` (both
+            stages of a GEMV), ``"gemm"`` or ``"xnor"``; with ``blas`` ``"matrix products"``; else ``None``.
         activation: how activations enter the sums, ``"auto"`` resolved; ``None`` for ``blas`` and
             ``reference``.
         isa: CPU instruction set, or ``None`` for other backends.
@@ -84,9 +89,10 @@ class Explanation:
         workspace_bytes: scratch memory of the forward call; for ``blas`` the dense factors.
         first_stages: first stages computed (paths that share one count once).
         estimated_cycles: for more than 16 tokens on CUDA, clock cycles by the planner's estimate; not a
-            measurement.
-        unpack_cycles: the same for ``backend="blas"``; ``None`` for float32.
+            measurement. On the CPU, for the tokens from which ``auto`` compares estimates, cycles of a core.
+        unpack_cycles: the same for ``backend="blas"``; ``None`` for float32 on CUDA and float16 on the CPU.
         gpu: the GPU that the call is planned for, or ``None``.
+        machine: what the estimates know of the CPU, or ``None``.
         launches: what is launched, in order (on CUDA, for the first ``token_block`` tokens); empty for other
             backends than CUDA and Triton.
     """
@@ -106,6 +112,7 @@ class Explanation:
     estimated_cycles: int | None = None
     unpack_cycles: int | None = None
     gpu: GpuProperties | None = None
+    machine: CpuMachine | None = None
     launches: tuple[Launch | TritonLaunch, ...] = ()
 
     def __str__(self) -> str:
@@ -149,9 +156,8 @@ def explain(
     tokens = _tokens(x, shape, packed.device)
     call_dtype = _dtype_of(x, dtype)
     prepacked = isinstance(packed, PrepackedLinear)
-    choice = choose(
-        Call(shape, tokens, call_dtype, packed.device, backend, activation, prepacked=prepacked, gpu=gpu)
-    )
+    call = Call(shape, tokens, call_dtype, packed.device, backend, activation, prepacked=prepacked, gpu=gpu)
+    choice = choose(call)
     common: dict[str, Any] = {
         "backend": choice.backend,
         "reason": choice.reason,
@@ -159,13 +165,23 @@ def explain(
         "macs": tokens * shape.macs,
         "packed_bytes": packed.nbytes,
     }
+    costs = costs_on_cpu(call) if gpu is None else None
+    if costs is not None:
+        own = costs.prepacked if choice.prepack else costs.own
+        common |= {
+            "estimated_cycles": round(costs.own if own is None else own),
+            "unpack_cycles": None if math.isinf(costs.blas) else round(costs.blas),
+            "machine": cpu_machine(),
+        }
     if choice.backend == "reference":
         return Explanation(**common)
     if choice.backend == "blas":
+        on_cpu = gpu is None and packed.device.type == "cpu"
         return Explanation(
             **common,
             kernels="matrix products",
-            workspace_bytes=shape.factor_elements * call_dtype.itemsize,
+            workspace_bytes=shape.factor_elements
+            * (product_dtype(call_dtype) if on_cpu else call_dtype).itemsize,
             first_stages=shape.num_paths,  # shared ones are dequantized for each path
         )
     if choice.backend == "triton":
@@ -178,6 +194,8 @@ def explain(
     if choice.backend == "cuda":
         properties = gpu_properties(_target(packed, gpu))
         return _of_cuda(common, shape, call_dtype, choice.activation, properties)
+    if choice.prepack and isinstance(packed, PackedLinear):
+        packed = prepack(packed)
     return _of_cpu(common, packed, call_dtype, choice.activation)
 
 
@@ -212,14 +230,21 @@ def _of_cpu(
     common: dict[str, Any], packed: PackedLinear | PrepackedLinear, dtype: torch.dtype, activation: str
 ) -> Explanation:
     if isinstance(packed, PrepackedLinear):
-        name = str(dtype).removeprefix("torch.")
         plan = core().plan_prepacked_cpu(
-            packed.layer.numpy(), common["tokens"], name, ACTIVATIONS[activation], torch.get_num_threads()
+            packed.layer.numpy(),
+            common["tokens"],
+            str(dtype).removeprefix("torch."),
+            ACTIVATIONS[activation],
+            torch.get_num_threads(),
+        )
+        name = _activation_name(plan)
+        tiles = plan["isa"] == "amx" and (
+            name == "int8x2" or (name == "int8" and common["tokens"] >= _TILE_TOKENS)
         )
         return Explanation(
             **common,
-            kernels="lookup",
-            activation=_activation_name(plan),
+            kernels="tiles" if tiles else "lookup",
+            activation=name,
             isa=plan["isa"],
             threads=plan["workers"],
             token_block=plan["token_block"],

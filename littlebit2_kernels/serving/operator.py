@@ -90,7 +90,7 @@ def _joined_linear_auto(
         sizes = operands[2][0].shape[-1], operands[4][0].shape[-1]
         shapes.append(_shape(*sizes, ranks, tuple(shares[part])))
     choice = choose_for_group(x, shapes, backend, activation, prepacked=False)
-    if choice is not None and choice.backend in ("cpu", "cuda"):
+    if choice is not None and choice.backend in ("cpu", "cuda") and not choice.prepack:
         return calls.joined_linear(x, layers, bias, ACTIVATIONS[choice.activation])
     # Backends that write outputs of their own.
     out = x.new_empty((*x.shape[:-1], sum(shape.out_features for shape in shapes)))

@@ -11,7 +11,7 @@ from littlebit2_kernels._native import core
 AVAILABLE_ISAS = core().cpu_isas()
 
 
-@pytest.fixture(params=("scalar", "avx2", "avx512", "avx512vnni", "neon"))
+@pytest.fixture(params=("scalar", "avx2", "avx512", "avx512vnni", "neon", "amx"))
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test on each instruction set; a visible skip where this machine lacks one."""
     if request.param not in AVAILABLE_ISAS:

@@ -25,10 +25,10 @@ def threads() -> Iterator[None]:
 
 def test_result_does_not_depend_on_the_batch(isa: str, rng: torch.Generator) -> None:
     x, packed = make_problem(103, 1500, 130, [72, 16], bias=True, generator=rng)
-    together = littlebit_linear(x, packed)
+    together = littlebit_linear(x, packed, "cpu")
     for tokens in (1, 2, 3, 5, 6, 7, 24, 50):
-        assert torch.equal(littlebit_linear(x[:tokens], packed), together[:tokens]), f"{tokens} tokens"
-    assert torch.equal(littlebit_linear(x[102:], packed), together[102:])
+        assert torch.equal(littlebit_linear(x[:tokens], packed, "cpu"), together[:tokens]), f"{tokens} tokens"
+    assert torch.equal(littlebit_linear(x[102:], packed, "cpu"), together[102:])
 
 
 @pytest.mark.usefixtures("threads")
@@ -106,7 +106,7 @@ def test_every_half_value_is_read_and_rounded_exactly(isa: str, dtype: torch.dty
     packed = PackedLinear(
         (PackedPath(v=torch.zeros(1, 1, dtype=torch.int32), in_scale=torch.ones(1), out_scale=torch.ones(1)),)
     )
-    y = littlebit_linear(values, packed)
+    y = littlebit_linear(values, packed, "cpu")
     quiet = 0x0200 if dtype == torch.float16 else 0x0040
     expected = torch.where(values.isnan(), values.view(torch.int16) | quiet, values.view(torch.int16))
     expected[values == 0] = 0  # -0.0 meets the +0.0 of the other lanes
@@ -153,10 +153,10 @@ def test_expanded_input(isa: str, rng: torch.Generator) -> None:
 
 def test_isa_that_cannot_be_served_is_an_error(every_isa: list[str]) -> None:
     with pytest.raises(
-        ValueError, match="isa must be auto, scalar, avx2, avx512, avx512vnni or neon, got sse9"
+        ValueError, match="isa must be auto, scalar, avx2, avx512, avx512vnni, neon or amx, got sse9"
     ):
         core().set_cpu_isa("sse9")
-    for name in {"avx2", "avx512", "avx512vnni", "neon"} - set(every_isa):
+    for name in {"avx2", "avx512", "avx512vnni", "neon", "amx"} - set(every_isa):
         with pytest.raises(RuntimeError, match=f"asks for the {name} kernels"):
             core().set_cpu_isa(name)
 

@@ -27,6 +27,7 @@ MODES = ("exact", "int16", "int8", "sign")
 #: Relative errors that the modes may have on inputs without outliers.
 INT16_ERROR = 5e-4
 INT8_ERROR = 3e-2
+INT8X2_ERROR = 1e-4
 
 
 def error_of(y: torch.Tensor, x: torch.Tensor, packed: PackedLinear) -> float:
@@ -59,6 +60,30 @@ def test_int16_is_as_exact_as_promised(case: int, isa: str, rng: torch.Generator
     x, packed = random_problem(rng, dataclasses.replace(PREPACKED, outliers=(0,)))
     error = error_of(littlebit_linear(x, prepack(packed), activation="int16"), x, packed)
     assert error <= INT16_ERROR + TOLERANCE[x.dtype], describe(x, packed)
+
+
+@cases(30, sample=15)
+def test_int8x2_is_as_exact_as_promised(case: int, every_isa: list[str], rng: torch.Generator) -> None:
+    if "amx" not in every_isa:
+        pytest.skip("this CPU has no AMX (the C++ tests have its tiles on arrays)")
+    core().set_cpu_isa("amx")
+    x, packed = random_problem(rng, dataclasses.replace(PREPACKED, outliers=(0,)))
+    layer = prepack(packed)
+    y = littlebit_linear(x, layer, activation="int8x2")
+    assert error_of(y, x, packed) <= INT8X2_ERROR + TOLERANCE[x.dtype], describe(x, packed)
+    many = x.dtype != torch.float32 and x.numel() >= 16 * packed.in_features
+    if many:
+        assert torch.equal(littlebit_linear(x, layer, backend="cpu"), y)
+
+
+def test_int8x2_needs_amx(every_isa: list[str]) -> None:
+    x, packed = make_problem(20, 70, 50, [40])
+    for isa in every_isa:
+        if isa == "amx":
+            continue
+        core().set_cpu_isa(isa)
+        with pytest.raises(RuntimeError, match=f"INT8X2 needs the amx kernels, got the {isa} kernels"):
+            littlebit_linear(x, prepack(packed), activation="int8x2")
 
 
 @cases(25, sample=12)

@@ -195,7 +195,7 @@ def test_explain_says_what_will_happen() -> None:
     assert (plan.backend, plan.tokens, plan.first_stages) == ("cpu", 6, 1)
     assert plan.macs == 6 * (16 * 40 + 2 * 16 * 30)
     assert plan.packed_bytes == packed.nbytes
-    assert plan.isa in ("scalar", "avx2", "avx512", "avx512vnni", "neon")
+    assert plan.isa in ("scalar", "avx2", "avx512", "avx512vnni", "neon", "amx")
     assert "token_block" in str(plan)
     reference = explain((6, 40), packed, backend="reference")
     assert (reference.backend, reference.isa) == ("reference", None)

@@ -22,6 +22,7 @@ from littlebit2_kernels import (
 from littlebit2_kernels.dispatch import (
     ACTIVATIONS,
     BLAS_TOKENS,
+    CUDA_ACTIVATIONS,
     CUDA_TOKENS,
     Call,
     Choice,
@@ -101,11 +102,15 @@ def test_a_module_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_activation_modes_by_backend() -> None:
     for activation in ACTIVATIONS:
-        check_activation_mode(activation, "cuda", prepacked=False)
         check_activation_mode(activation, "auto", prepacked=True)  # of a module, which may move
-    for activation in ("auto", "exact", "int16", "int8", "sign"):
+    for activation in CUDA_ACTIVATIONS:
+        check_activation_mode(activation, "cuda", prepacked=False)
+    for backend in ("cuda", "triton"):
+        with pytest.raises(ValueError, match="activation='int8x2' is served on CPUs with AMX only"):
+            check_activation_mode("int8x2", backend, prepacked=False)
+    for activation in ("auto", "exact", "int16", "int8", "sign", "int8x2"):
         check_activation_mode(activation, "cpu", prepacked=True)
-    for activation in ("int16", "int8", "sign"):
+    for activation in ("int16", "int8", "sign", "int8x2"):
         with pytest.raises(ValueError, match=f"activation='{activation}' needs a prepacked layer"):
             check_activation_mode(activation, "cpu", prepacked=False)
     for prepacked in (False, True):
@@ -149,11 +154,11 @@ def test_modules_and_functions_pass_the_activation_on(monkeypatch: pytest.Monkey
         monkeypatch.setattr(module, "choose_for", on_cuda)
     monkeypatch.setattr(calls, "linear", record)
     layer = LittleBitLinear.from_packed(packed, auto_prepack=False)
-    for name in ACTIVATIONS:
+    for name in CUDA_ACTIVATIONS:
         littlebit_linear(x, packed, activation=name)
         layer.activation = name
         layer(x)
-    assert seen == [value for value in ACTIVATIONS.values() for _ in range(2)]
+    assert seen == [ACTIVATIONS[name] for name in CUDA_ACTIVATIONS for _ in range(2)]
     layer.activation = "int4"
     with pytest.raises(ValueError, match=r"activation must be one of auto, exact, .* got 'int4'"):
         layer(x)
@@ -203,14 +208,14 @@ def test_what_auto_means(gpu: str, dtype: torch.dtype, activation: str) -> None:
     assert explain((1, 512), packed, gpu=gpu, dtype=dtype).activation == activation
     x = torch.ones(1, 512, dtype=dtype)
     assert explain(x, packed, gpu=gpu).activation == activation
-    for name in set(ACTIVATIONS) - {"auto"}:
+    for name in set(CUDA_ACTIVATIONS) - {"auto"}:
         assert explain(x, packed, "cuda", name, gpu=gpu).activation == name
 
 
 def test_the_cut_of_sums_does_not_depend_on_the_tokens() -> None:
     packed = make_packed(4096, 14336, [1024, 512])
     for gpu in GPUS:
-        for activation in set(ACTIVATIONS) - {"auto"}:
+        for activation in set(CUDA_ACTIVATIONS) - {"auto"}:
             plans = [
                 explain((tokens, 4096), packed, activation=activation, gpu=gpu)
                 for tokens in (1, 2, 3, 5, 8, 16, 17, 100, 5000)

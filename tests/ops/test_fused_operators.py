@@ -170,7 +170,7 @@ BAD_OPERATOR_CALLS: dict[str, tuple[dict[int, Any], str]] = {
     "eps": ({5: torch.ones(64), 6: -1.0}, "norm->eps must be finite and >= 0, got -1"),
     "residual": ({8: torch.ones(64)}, "residual must have the shape of the output"),
     "residual dtype": ({8: torch.ones(2, 64).half()}, "residual must have the dtype of x"),
-    "activation": ({9: 5}, "activation must be between 0 and 4, got 5"),
+    "activation": ({9: 5}, "activation must be between 0 and 4, or 6, got 5"),
     "x": ({0: torch.zeros(2, 65)}, "x.size(-1) must equal 64, got shape [2, 65]"),
 }
 

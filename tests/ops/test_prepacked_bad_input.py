@@ -40,7 +40,7 @@ def test_bad_x(x: Any, error: type[Exception], message: str) -> None:
 @pytest.mark.parametrize("activation", ["exat", "", "EXACT", None, 3, ["exact"]])
 def test_unknown_activation(activation: Any) -> None:
     x, packed = make_problem(2, 40, 30, [8])
-    message = "activation must be one of auto, exact, int16, int8, sign, float16, got "
+    message = "activation must be one of auto, exact, int16, int8, sign, float16, int8x2, got "
     for layer in (packed, prepack(packed)):
         for backend in ("auto", "reference"):
             with pytest.raises(ValueError, match=message):
@@ -121,9 +121,9 @@ def test_the_prepacking_operator_refuses(index: int, value: Any, message: str) -
         ("bias", torch.ones(31), r"bias must have shape \[30\] or \[1, 30\], got \[31\]"),
         ("out_features", 31, "out_features must be 30 as the layer says, got 31"),
         ("out_features", -1, "out_features must be 30 as the layer says, got -1"),
-        ("activation", 5, "activation must be between 0 and 4, got 5"),
-        ("activation", -1, "activation must be between 0 and 4, got -1"),
-        ("activation", 2**32 + 1, "activation must be between 0 and 4, got 4294967297"),
+        ("activation", 5, "activation must be between 0 and 4, or 6, got 5"),
+        ("activation", -1, "activation must be between 0 and 4, or 6, got -1"),
+        ("activation", 2**32 + 1, "activation must be between 0 and 4, or 6, got 4294967297"),
     ],
 )
 def test_the_operator_refuses(name: str, value: Any, message: str) -> None:

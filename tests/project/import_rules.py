@@ -276,7 +276,7 @@ PYTHON_RULES = {
 
 _LIBC = r"(assert|ctype|errno|float|inttypes|limits|math|std(align|arg|bool|def|int|io|lib)|string)\.h"
 _STD = rf"[a-z_]+|{_LIBC}"
-_CPU = r"immintrin\.h|arm_neon\.h|cpuid\.h|intrin\.h|sys/auxv\.h|asm/hwcap\.h|sys/sysctl\.h"
+_CPU = r"immintrin\.h|arm_neon\.h|cpuid\.h|intrin\.h|sys/(auxv|syscall|sysctl)\.h|unistd\.h|asm/hwcap\.h"
 _CUDA = r"cuda\w*\.h|mma\.h|(cuda|cub|nv)/.*"
 #: What the kernels may know of the core, and the shim through which tests execute them on the host.
 _CORE_FOR_CUDA = r"csrc/core/(check|shape|status)\.h"
@@ -293,8 +293,11 @@ CXX_RULES = {
     "torch": re.compile(rf"{_STD}|dlfcn\.h|{_STABLE_TORCH}|{_PUBLIC}|csrc/torch/.*"),
 }
 
-#: Includes that single files may name besides: the shim through which tests execute kernels on the host.
-CXX_FILES = {"csrc/cuda/device.h": re.compile(r"(tests/cpp/)?cuda_host/device\.h")}
+#: Includes that single files may name besides: the shims through which tests execute kernels on the host.
+CXX_FILES = {
+    "csrc/cuda/device.h": re.compile(r"(tests/cpp/)?cuda_host/device\.h"),
+    "csrc/cpu/isa/kernels_amx.cpp": re.compile(r"(tests/cpp/)?amx_host/(tiles|instructions|bytes)\.h"),
+}
 
 #: The environment is read in one place: the choice of the CPU instruction set.
 GETENV_FILES = re.compile(r"csrc/cpu/dispatch\.\w+")

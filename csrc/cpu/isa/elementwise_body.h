@@ -104,12 +104,7 @@ void load_latents(const float* parts, int64_t part_stride, int64_t num_parts, co
   for (; i < padded; ++i) out[i] = 0.0f;
 }
 
-// Adds 16 lanes up in place: lane i + lane i + 8, then + 4, + 2, + 1.
-inline float tree_sum(float* lanes) {
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
-  return lanes[0];
-}
+#include "cpu/isa/tree_body.h"
 
 float abs_sum(const float* z, int64_t padded) {
   float lanes[kLanes] = {};

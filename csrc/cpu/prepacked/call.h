@@ -68,6 +68,9 @@ struct Call {
   }
 };
 
+// Resolves AUTO by the element type, the instruction set and the tokens, and finds the kernels of the mode.
+lb2_status choose_mode(Call* call) noexcept;
+
 // Reads the fields that all arguments have; check_call must have passed.
 template <typename Args>
 lb2_status resolve_call(const Args& args, Call* call) {
@@ -78,11 +81,7 @@ lb2_status resolve_call(const Args& args, Call* call) {
   call->dtype = args.dtype;
   LB2_RETURN_IF_ERROR(find_kernels(args.isa, &call->isa));
   call->activation = args.activation;
-  if (args.activation == LB2_ACTIVATION_AUTO)
-    call->activation = args.dtype == LB2_FLOAT32 ? LB2_ACTIVATION_EXACT : LB2_ACTIVATION_INT16;
-  const LookupKernels& kernels = call->kernels();
-  const LookupMode* modes[] = {nullptr, &kernels.exact, &kernels.int16, &kernels.int8, &kernels.sign};
-  call->mode = modes[call->activation];
+  LB2_RETURN_IF_ERROR(choose_mode(call));
   call->threads = args.parallel_for == nullptr ? 1 : std::max<int64_t>(1, args.num_threads);
   const uintptr_t address = reinterpret_cast<uintptr_t>(args.workspace);
   call->workspace = reinterpret_cast<char*>((address + 63) & ~uintptr_t{63});

@@ -15,6 +15,30 @@ lb2_status read_layer(const lb2_prepacked_layer& bytes, Layer* layer) noexcept {
   return LB2_OK;
 }
 
+lb2_status choose_mode(Call* call) noexcept {
+  const LookupKernels& kernels = call->kernels();
+  const TileKernels* tiles = call->isa->tiles;
+  const bool many = tiles != nullptr && call->m >= kLeastTileTokens;
+  if (call->activation == LB2_ACTIVATION_AUTO)
+    call->activation = call->dtype == LB2_FLOAT32 ? LB2_ACTIVATION_EXACT
+                       : many                     ? LB2_ACTIVATION_INT8X2
+                                                  : LB2_ACTIVATION_INT16;
+  if (call->activation == LB2_ACTIVATION_INT8X2) {
+    if (tiles == nullptr)
+      return fail(LB2_ERROR_UNSUPPORTED,
+                  "activation LB2_ACTIVATION_INT8X2 needs the amx kernels, got the %s kernels",
+                  lb2_isa_name(call->isa->isa));
+    call->mode = &tiles->int8x2;
+  } else if (call->activation == LB2_ACTIVATION_INT8) {
+    call->mode = many ? &tiles->int8 : &kernels.int8;
+  } else {
+    call->mode = call->activation == LB2_ACTIVATION_EXACT   ? &kernels.exact
+                 : call->activation == LB2_ACTIVATION_INT16 ? &kernels.int16
+                                                            : &kernels.sign;
+  }
+  return LB2_OK;
+}
+
 void plan_layers(const Call& call, Group* group) noexcept {
   const Layout* layouts[LB2_MAX_LAYERS];
   for (int i = 0; i < group->num_layers; ++i) layouts[i] = &group->layers[i].layout;

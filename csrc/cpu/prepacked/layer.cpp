@@ -5,7 +5,24 @@
 namespace lb2::cpu {
 namespace {
 
-constexpr int64_t kMostTileTokens = 8;
+constexpr int64_t kMostSumTokens = 32;  // LookupMode::tokens of any mode
+
+// Around sums of a mode on tiles; nothing for other modes.
+class TileScope {
+ public:
+  explicit TileScope(const LookupMode& mode) : mode_(mode) {
+    if (mode.enter != nullptr) mode.enter(saved_);
+  }
+  ~TileScope() {
+    if (mode_.leave != nullptr) mode_.leave(saved_);
+  }
+  TileScope(const TileScope&) = delete;
+  TileScope& operator=(const TileScope&) = delete;
+
+ private:
+  const LookupMode& mode_;
+  char saved_[kTileConfigBytes];
+};
 
 }  // namespace
 
@@ -22,14 +39,15 @@ void LayerTasks::sum_chunk(const Scratch& scratch, const Matrix& m, int64_t chun
                            const Load& load, float* out, int64_t stride, bool add) const {
   const int64_t words = m.words_of(chunk), columns = m.columns_of(chunk);
   const int64_t padded = (words * kWordCols + 15) / 16 * 16;
-  float scales[kMostTileTokens];
-  Tables tables = {scratch.tables, words * mode.table_bytes, scales, 0, columns};
+  float scales[kMostSumTokens];
+  Tables tables = {scratch.tables, mode.token_bytes(words), scales, 0, columns};
   for (int64_t token = range.begin; token < range.end; token += tables.tokens) {
     tables.tokens = std::min(mode.tokens, range.end - token);
     for (int64_t t = 0; t < tables.tokens; ++t) {
       load(token + t, m.first_column(chunk), columns, padded, scratch.operand);
       scales[t] = mode.build(scratch.operand, words, scratch.tables + t * tables.stride);
     }
+    const TileScope scope(mode);
     for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
       const SignTile signs = {layer.data + m.tile_offset(chunk, tile), words, m.tile_blocks(tile)};
       float* rows = out + (token - range.begin) * stride + (tile - tiles.begin) * kTileBlocks * kBlockRows;

@@ -17,7 +17,8 @@ inline Range piece(int64_t size, int64_t index, int64_t count) {
 
 // Tokens of a task of a block.
 inline Range token_piece(const CallPlan& plan, int64_t tokens, int64_t task) {
-  return piece(tokens, task % plan.token_tasks, plan.token_tasks);
+  const Range units = piece(divide_up(tokens, plan.token_unit), task % plan.token_tasks, plan.token_tasks);
+  return {std::min(tokens, units.begin * plan.token_unit), std::min(tokens, units.end * plan.token_unit)};
 }
 
 // A layer whose bytes were read.

@@ -41,6 +41,7 @@ constexpr float kLeastBound = 0x1p-110f;  // below, 16-bit entries lose precisio
 constexpr int64_t kExactTableBytes = kWordGroups * kTableEntries * 4;  // of a word
 constexpr int64_t kInt16TableBytes = kWordGroups * kTableEntries * 2;
 constexpr int64_t kSignTableBytes = 2;
+constexpr int64_t kTileConfigBytes = 64;
 
 // One tile of prepacked signs: word w of block b lies at data + (w * blocks + b) * kBlockBytes.
 struct SignTile {
@@ -73,6 +74,16 @@ struct LookupMode {
   // operand's end, readable 16 floats further; scratch.
   float (*build)(float* z, int64_t words, char* tables);
   void (*sums)(const SignTile& tile, const Tables& tables, const RowSums& out);
+  // Of modes on tiles (tiles/kernels.h): planes of bytes of an operand, and what every thread calls before
+  // sums() and afterwards. `saved` has kTileConfigBytes.
+  int64_t planes = 0;
+  void (*enter)(char* saved) = nullptr;
+  void (*leave)(const char* saved) = nullptr;
+
+  // Bytes of the tables of one token.
+  constexpr int64_t token_bytes(int64_t words) const {
+    return planes == 0 ? words * table_bytes : ((words + 3) / 4 + 1) * 64 * planes;
+  }
 };
 
 struct LookupKernels {

@@ -1,12 +1,14 @@
 #include "cpu/prepacked/plan.h"
 
+#include "cpu/prepacked/tiles/kernels.h"
+
 namespace lb2::cpu {
 namespace {
 
 constexpr int64_t kPartsBytes =
-    1 << 20;                            // what a block hands on, mostly latents in several parts: an L2 cache
-constexpr int64_t kMostTaskTokens = 8;  // together with kMostTaskTiles: sums of a task stay in L2
-constexpr int64_t kMostTaskTiles = 32;  // enough rows to hide the building of tables
+    1 << 20;  // what a block hands on, mostly latents in several parts: an L2 cache
+constexpr int64_t kLookupTaskTokens = 8;  // together with kMostTaskTiles: sums of a task stay in L2
+constexpr int64_t kMostTaskTiles = 32;    // enough rows to hide the building of tables
 constexpr int64_t kLeastTaskTiles = 2;
 constexpr int64_t kMostTokenBlock = 128;
 constexpr int64_t kTasksPerWorker = 2;  // so that a thread that lost its core delays the others less
@@ -43,10 +45,13 @@ class Planner {
       for (int s = 0; s < layout.num_stages && !layout.single_stage; ++s)
         token_bytes += layout.stages[s].v.num_segments * layout.stages[s].v.padded_rows() * 4;
     }
+    // Signs are expanded once for the tokens of a task.
+    const int64_t most_tokens = std::max(input.mode.tokens, kLookupTaskTokens);
     const int64_t fitting =
-        token_bytes == 0 ? kMostTokenBlock : kPartsBytes / token_bytes / kMostTaskTokens * kMostTaskTokens;
-    plan_.token_block = std::min(input.m, std::clamp(fitting, kMostTaskTokens, kMostTokenBlock));
-    task_tokens_ = std::min(plan_.token_block, kMostTaskTokens);
+        token_bytes == 0 ? kMostTokenBlock : kPartsBytes / token_bytes / most_tokens * most_tokens;
+    plan_.token_block = std::min(input.m, std::clamp(fitting, most_tokens, kMostTokenBlock));
+    task_tokens_ = std::min(plan_.token_block, most_tokens);
+    plan_.token_unit = input.mode.planes == 0 ? 1 : kTileTokens;
     plan_.token_tasks = task_tokens_ == 0 ? 0 : divide_up(plan_.token_block, task_tokens_);
     const double useful =
         macs * static_cast<double>(plan_.token_block) / static_cast<double>(input.kernels.macs_per_worker);
@@ -91,7 +96,7 @@ class Planner {
   }
 
   CallPlan finish() {
-    const int64_t tables = align(input_.mode.tokens * input_.mode.table_bytes * kChunkWords);
+    const int64_t tables = align(input_.mode.tokens * input_.mode.token_bytes(kChunkWords));
     const int64_t rows = align((task_tiles_ * kTileBlocks * kBlockRows * task_tokens_ + kLanesOfHidden) * 4);
     plan_.worker_start = offset_;
     plan_.worker_tables = align((kOperandCols + 16) * 4);

@@ -16,6 +16,7 @@ struct LayerPlan {
 struct CallPlan {
   int64_t token_block;  // tokens per pass over the layers
   int64_t token_tasks;  // most tasks that a block of tokens is divided into
+  int64_t token_unit;   // tokens that tasks have multiples of
   int64_t workers;
   int64_t factors;        // of the norm: float [token of the block]
   int64_t hidden;         // of an MLP: float [token of the block][hidden_stride]

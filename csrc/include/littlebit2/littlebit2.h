@@ -52,6 +52,7 @@ typedef int32_t lb2_isa;
 #define LB2_ISA_AVX512 3      /* AVX-512 F, BW, DQ, VL */
 #define LB2_ISA_AVX512_VNNI 4 /* the same with VNNI and BITALG */
 #define LB2_ISA_NEON 5        /* NEON of 64-bit ARM, ARMv8.0 */
+#define LB2_ISA_AMX 6         /* AVX512_VNNI with AVX-512 VBMI, and AMX int8 tiles for many tokens */
 
 /* One path of a layer. Two paths of equal rank whose `v`, `v_stride` and `in_scale` are equal share their
  * first stage: it is computed once. */
@@ -147,11 +148,13 @@ LB2_API lb2_status lb2_linear_backward_x_cpu(const lb2_linear_args* args);
 
 /* Precision of activations in sums of signs. Accumulation is exact, except in EXACT, where it is in fp32. */
 typedef int32_t lb2_activation;
-#define LB2_ACTIVATION_AUTO 0  /* EXACT for float32, INT16 for float16 and bfloat16 */
+#define LB2_ACTIVATION_AUTO 0  /* EXACT for float32, else INT16; on AMX, INT8X2 from 16 tokens on */
 #define LB2_ACTIVATION_EXACT 1 /* fp32 throughout; error about 1e-6 */
 #define LB2_ACTIVATION_INT16 2 /* sums of 5 in 16 bits, one scale per 720 channels; error about 3e-4 */
 #define LB2_ACTIVATION_INT8 3  /* 8 bits, one scale per 720 channels; error about 1e-2 */
 #define LB2_ACTIVATION_SIGN 4  /* signs times the mean magnitude per token: XNOR and popcount */
+/* 5 is a mode of GPUs (cuda.h). */
+#define LB2_ACTIVATION_INT8X2 6 /* two planes of 8 bits, scales as above; error about 4e-5; AMX only */
 
 /* Arguments of a prepacked call. Zero-initialize, then set struct_size = sizeof(lb2_prepacked_args). */
 typedef struct lb2_prepacked_args {
@@ -510,9 +513,8 @@ LB2_API lb2_status lb2_unpack_signs(const int32_t* words, int64_t words_stride, 
                                     lb2_dtype dtype, void* out, int64_t out_stride);
 
 /* The instruction set that LB2_ISA_AUTO means: the one set by lb2_cpu_set_isa, else the environment variable
- * LB2_CPU_ISA (scalar, avx2, avx512, avx512vnni, neon; read once), else the best that this CPU and its OS
- * support.
- */
+ * LB2_CPU_ISA (scalar, avx2, avx512, avx512vnni, neon, amx; read once), else the best that this CPU and its
+ * OS support. */
 LB2_API lb2_status lb2_cpu_isa(lb2_isa* isa);
 
 /* Make LB2_ISA_AUTO mean `isa` in this process. Passing LB2_ISA_AUTO undoes that. */
@@ -521,7 +523,7 @@ LB2_API lb2_status lb2_cpu_set_isa(lb2_isa isa);
 /* 1 if the instruction set was built in and this CPU and OS can run it, else 0. */
 LB2_API int32_t lb2_cpu_isa_available(lb2_isa isa);
 
-/* "auto", "scalar", "avx2", "avx512", "avx512vnni", "neon", or "unknown". */
+/* "auto", "scalar", "avx2", "avx512", "avx512vnni", "neon", "amx", or "unknown". */
 LB2_API const char* lb2_isa_name(lb2_isa isa);
 
 /* Message of the last call on this thread that did not return LB2_OK; never NULL. */

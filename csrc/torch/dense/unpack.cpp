@@ -1,6 +1,5 @@
 #include "torch/dense/unpack.h"
 
-#include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
@@ -11,15 +10,39 @@
 namespace lb2::torch_ops {
 namespace {
 
+// Of each byte the sign bits of eight floats: loops of eight without branches become vector instructions.
+struct ByteSigns {
+  uint32_t bits[256][8];
+  constexpr ByteSigns() : bits() {
+    for (uint32_t byte = 0; byte < 256; ++byte)
+      for (uint32_t i = 0; i < 8; ++i) bits[byte][i] = (byte >> i & 1u) << 31;
+  }
+};
+constexpr ByteSigns kByteSigns;
+
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+inline float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
 // row_scale * signs * col_scale of one row, added to `sums`.
 void add_row(const int32_t* words, int64_t cols, float row_scale, const float* col_scale, float* sums) {
-  for (int64_t begin = 0; begin < cols; begin += LB2_WORD_BITS) {
-    const uint32_t word = static_cast<uint32_t>(words[begin / LB2_WORD_BITS]);
-    const int64_t end = std::min<int64_t>(begin + LB2_WORD_BITS, cols);
-    for (int64_t col = begin; col < end; ++col) {
-      const float product = row_scale * col_scale[col];
-      sums[col] += word >> (col - begin) & 1u ? -product : product;
-    }
+  int64_t col = 0;
+  for (; col + 8 <= cols; col += 8) {
+    const uint32_t word = static_cast<uint32_t>(words[col / LB2_WORD_BITS]);
+    const uint32_t* signs = kByteSigns.bits[word >> col % LB2_WORD_BITS & 255u];
+    for (int i = 0; i < 8; ++i) sums[col + i] += float_of(bits_of(row_scale * col_scale[col + i]) ^ signs[i]);
+  }
+  for (; col < cols; ++col) {
+    const uint32_t word = static_cast<uint32_t>(words[col / LB2_WORD_BITS]);
+    const float product = row_scale * col_scale[col];
+    sums[col] += word >> col % LB2_WORD_BITS & 1u ? -product : product;
   }
 }
 
@@ -31,10 +54,19 @@ void store_row(const float* sums, int64_t cols, char* row) {
   }
 }
 
+// To nearest, ties to even, any NaN to one, as torch has it; without branches.
+void store_bfloat_row(const float* sums, int64_t cols, char* row) {
+  for (int64_t col = 0; col < cols; ++col) {
+    const uint32_t bits = bits_of(sums[col]), rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+    const uint16_t value = static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
+    std::memcpy(row + col * 2, &value, 2);
+  }
+}
+
 void store_row(const float* sums, int64_t cols, lb2_dtype dtype, char* row) {
   if (dtype == LB2_FLOAT32) return store_row<float>(sums, cols, row);
   if (dtype == LB2_FLOAT16) return store_row<torch::headeronly::Half>(sums, cols, row);
-  store_row<torch::headeronly::BFloat16>(sums, cols, row);
+  store_bfloat_row(sums, cols, row);
 }
 
 // Rows of `output`, `stride` elements apart, each the sum that add(row, sums) makes.

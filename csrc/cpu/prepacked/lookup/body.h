@@ -1,18 +1,7 @@
 // What the lookup kernels of all instruction sets share: scales, and register tiles run over a whole
 // SignTile. Include this before lookup/<isa>_body.h, where elementwise_body.h says.
 
-struct ChunkScale {
-  float factor;  // of the operand, before it is rounded
-  float unit;    // of the sums
-};
-
-// `total` is the sum of what the bound is the maximum of: maxima drop NaN, sums do not.
-inline ChunkScale chunk_scale(float limit, float bound, float total) {
-  constexpr float kLargest = 0x1.fffffep127f;
-  if (!(total <= kLargest)) return {0.0f, __builtin_nanf("")};
-  const float safe = bound < kLeastBound ? kLeastBound : bound;
-  return {limit / safe, safe * (1.0f / limit)};
-}
+#include "cpu/prepacked/lookup/scale_body.h"
 
 template <template <int, int> class Kernel, int kBlocks, int kTokens>
 inline void run_tokens(const SignTile& tile, const Tables& tables, int64_t token, const RowSums& out) {
