@@ -148,7 +148,7 @@ LB2_API lb2_status lb2_linear_backward_x_cpu(const lb2_linear_args* args);
 
 /* Precision of activations in sums of signs. Accumulation is exact, except in EXACT, where it is in fp32. */
 typedef int32_t lb2_activation;
-#define LB2_ACTIVATION_AUTO 0  /* EXACT for float32, else INT16; on AMX, INT8X2 from 16 tokens on */
+#define LB2_ACTIVATION_AUTO 0  /* EXACT for float32, else INT16; with LB2_ISA_AMX, INT8X2 from 16 tokens on */
 #define LB2_ACTIVATION_EXACT 1 /* fp32 throughout; error about 1e-6 */
 #define LB2_ACTIVATION_INT16 2 /* sums of 5 in 16 bits, one scale per 720 channels; error about 3e-4 */
 #define LB2_ACTIVATION_INT8 3  /* 8 bits, one scale per 720 channels; error about 1e-2 */
@@ -514,7 +514,7 @@ LB2_API lb2_status lb2_unpack_signs(const int32_t* words, int64_t words_stride, 
 
 /* The instruction set that LB2_ISA_AUTO means: the one set by lb2_cpu_set_isa, else the environment variable
  * LB2_CPU_ISA (scalar, avx2, avx512, avx512vnni, neon, amx; read once), else the best that this CPU and its
- * OS support. */
+ * OS support; AMX, which was not run on hardware yet, only where it is asked for. */
 LB2_API lb2_status lb2_cpu_isa(lb2_isa* isa);
 
 /* Make LB2_ISA_AUTO mean `isa` in this process. Passing LB2_ISA_AUTO undoes that. */
