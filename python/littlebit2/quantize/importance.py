@@ -117,8 +117,7 @@ def collect_importance(
 
     Raises:
         ValueError: ``batches`` is empty, no ``nn.Linear`` was called, or there is a ``loss`` and no parameter
-        that
-            requires a gradient.
+            that requires a gradient.
     """
     call = run or _call
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
