@@ -199,7 +199,8 @@ def choose_for_group(
     x: torch.Tensor, shapes: Sequence[LayerShape], backend: str, activation: str, prepacked: bool
 ) -> Choice | None:
     """:func:`choose_for_all` for several layers on ``x``."""
-    if x.is_cpu and x.numel() < CPU_TOKENS * shapes[0].in_features:
+    compiling = torch.compiler.is_compiling()
+    if x.is_cpu and (compiling or x.numel() < CPU_TOKENS * shapes[0].in_features):
         return choose_for(x, shapes[0], backend, activation, prepacked)
     return choose_for_all(call_of(x, shapes[0], backend, activation, prepacked), shapes)
 
@@ -259,7 +260,8 @@ def _choose_on_cpu(call: Call) -> tuple[str, str, bool]:
 
 def costs_on_cpu(call: Call, machine: CpuMachine | None = None) -> CpuCosts | None:
     """What ``auto`` compares for a call on the CPU (or on ``machine``), or ``None`` if nothing."""
-    if call.device.type != "cpu" or call.tokens > MAX_DIM or not _by_estimate(call):
+    # First whether it is being compiled: tokens that are compared are tokens that a graph is made for.
+    if not _by_estimate(call) or call.device.type != "cpu" or call.tokens > MAX_DIM:
         return None
     try:
         machine = machine or cpu_machine()

@@ -124,7 +124,7 @@ def run_prepacked(
     """
     try:
         code = PREPACKED.get((backend, activation))
-        if code is None or (code == 0 and backend == "auto" and x.numel() >= CPU_TOKENS * shape.in_features):
+        if code is None or (code == 0 and backend == "auto" and _compares(x, shape)):
             return None
         if torch.is_autocast_enabled("cpu"):
             check_x(x, shape, layer.device)
@@ -134,6 +134,11 @@ def run_prepacked(
         check_x(x, shape, layer.device)
         check_activation_mode(activation, backend, prepacked=True)
         raise
+
+
+def _compares(x: torch.Tensor, shape: LayerShape) -> bool:
+    """Whether ``auto`` compares estimates on the CPU for so many tokens."""
+    return not torch.compiler.is_compiling() and x.numel() >= CPU_TOKENS * shape.in_features
 
 
 def run_group(

@@ -296,7 +296,7 @@ def test_activation_is_an_attribute(layer: Layer) -> None:
 
 def test_activations_that_cannot_be_served(rng: torch.Generator) -> None:
     x, packed = make_problem(3, 40, 30, [8], generator=rng)
-    with pytest.raises(ValueError, match=r"activation must be one of auto, .* float16, got 'int4'"):
+    with pytest.raises(ValueError, match=r"activation must be one of auto, .* int8x2, got 'int4'"):
         LittleBitLinear(40, 30, [8], activation="int4")
     with pytest.raises(ValueError, match="activation='int8' needs a prepacked layer"):
         LittleBitLinear.from_packed(packed, activation="int8", auto_prepack=False)(x)
@@ -306,7 +306,7 @@ def test_activations_that_cannot_be_served(rng: torch.Generator) -> None:
     for _ in range(2):  # before and after the layer is prepacked
         for wrong in ("int4", None, 3):
             module.activation = wrong
-            with pytest.raises(ValueError, match=r"activation must be one of auto, .* float16, got "):
+            with pytest.raises(ValueError, match=r"activation must be one of auto, .* int8x2, got "):
                 module(x)
         module.activation = "auto"
         module(x)
