@@ -25,7 +25,7 @@ PAGES = {
 GENERATED = {"docs/models.md"}
 #: Pages of kernels and figures, which have a share of their own of the 1,200 lines that all pages may have.
 KERNELS = {"docs/cuda.md", "docs/dispatch.md", "docs/kernels.md", "docs/performance.md"}
-MAX_LINES = 780
+MAX_LINES = 800
 MAX_WIDTH = 140
 
 #: Wording that is not English an engineer of the field would write, and what is.
