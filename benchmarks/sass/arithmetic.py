@@ -321,6 +321,29 @@ def _float(instruction: Instruction, registers: Registers, lanes: Values) -> Non
     registers.write(instruction.operands[0], result, lanes)
 
 
+def _pack(instruction: Instruction, registers: Registers, lanes: Values) -> None:
+    """Predicates into the bits of a register that a mask names."""
+    target, _, rest, text = instruction.operands
+    mask, base = int(text, 16), registers.read(rest)
+    result = None if base is None else base & ~np.uint64(mask)
+    for bit in range(7):
+        if mask >> bit & 1:
+            value = registers.predicate(f"P{bit}")
+            known = result is not None and value is not None
+            result = result | value << np.uint64(bit) if known else None  # type: ignore[operator]
+    registers.write(target, result, lanes)
+
+
+def _unpack(instruction: Instruction, registers: Registers, lanes: Values) -> None:
+    """Predicates from the bits of a register."""
+    _, source, text = instruction.operands
+    value = registers.read(source)
+    for bit in range(7):
+        if int(text, 16) >> bit & 1:
+            found = None if value is None else value >> np.uint64(bit) & np.uint64(1)
+            registers.write_predicate(f"P{bit}", found, lanes)
+
+
 _KNOWN: dict[str, Callable[[Instruction, Registers, Values], None]] = {
     **dict.fromkeys(("IADD3", "UIADD3", "VIADD", "IADD"), _sum),
     **dict.fromkeys(("IMAD", "UIMAD"), _multiply),
@@ -337,6 +360,8 @@ _KNOWN: dict[str, Callable[[Instruction, Registers, Values], None]] = {
     **dict.fromkeys(("LDC", "ULDC", "LDCU"), _constant),
     **dict.fromkeys(("I2F", "MUFU", "F2I"), _float),
     "IABS": _absolute,
+    "P2R": _pack,
+    "R2P": _unpack,
 }
 
 #: Instructions that write no register.

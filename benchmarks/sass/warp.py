@@ -204,7 +204,7 @@ class Warp:
     def _branch(self, group: _Group, instruction: Instruction, lanes: Values) -> None:
         opcode, operands = instruction.opcode, instruction.operands
         if lanes is None:
-            if opcode != "BRA":
+            if opcode not in ("BRA", "BREAK"):
                 raise ValueError(
                     f"{instruction.name} at {instruction.address:#x} depends on what is not known"
                 )
@@ -215,7 +215,8 @@ class Warp:
         elif opcode == "BREAK":
             which = self.registers.predicate(operands[0]) if len(operands) > 1 else np.ones(LANES, np.uint64)
             if which is None:
-                raise ValueError(f"BREAK at {instruction.address:#x} depends on what is not known")
+                self.assumed.add(instruction.address)
+                return
             self._members[operands[-1]] = self._members[operands[-1]] & ~(lanes & which)
         elif opcode == "BSYNC":
             self._split(group, lanes, group.at, operands[0])
