@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <vector>
 
+#include "cuda/decode/plain_params.h"
 #include "cuda/plan/plan.h"
 
 namespace {
@@ -14,20 +15,23 @@ namespace {
 constexpr uintptr_t kFirstAddress = uintptr_t{1} << 36, kApart = uintptr_t{1} << 30;
 
 // Each is 256 bytes past a multiple of kApart, as allocations of torch are aligned.
+uintptr_t next_number() {
+  static uintptr_t address = kFirstAddress;
+  return address += kApart;
+}
+
 template <typename T>
 T* next_address() {
-  static uintptr_t address = kFirstAddress;
-  address += kApart;
-  return reinterpret_cast<T*>(address + 256);
+  return reinterpret_cast<T*>(next_number() + 256);
 }
 
 int64_t padded_words(int64_t cols) {
   return lb2::cuda::divide_up(lb2::cuda::divide_up(cols, LB2_WORD_BITS), 4) * 4;
 }
 
-void print(const lb2_cuda_launch& launch, const void* params, size_t bytes) {
-  std::printf("%s %d %d %d %d %d ", launch.kind == LB2_CUDA_CONVERT ? "convert" : "decode", launch.stage,
-              launch.token_tile, launch.grid_x, launch.grid_y, launch.grid_z);
+void print(const char* kind, const lb2_cuda_launch& launch, const void* params, size_t bytes) {
+  std::printf("%s %d %d %d %d %d ", kind, launch.stage, launch.token_tile, launch.grid_x, launch.grid_y,
+              launch.grid_z);
   for (size_t i = 0; i < bytes; ++i) std::printf("%02x", static_cast<const unsigned char*>(params)[i]);
   std::printf("\n");
 }
@@ -74,7 +78,12 @@ int main(int argc, char** argv) {
   char* workspace = align_workspace(next_address<char>());
   for (int i = 0; i < plan.num_launches; ++i) {
     const DecodeParams params = decode_params(layers, plan, i, 0, args.m, workspace);
-    print(launch_for(plan, i, args.m), &params, sizeof params);
+    const lb2_cuda_launch launch = launch_for(plan, i, args.m);
+    PlainParams plain;
+    if (plain_params(launch, params, &plain))
+      print(plain.input_dtype == LB2_FLOAT32 ? "plain" : "plain16", launch, &plain, sizeof plain);
+    else
+      print(launch.kind == LB2_CUDA_CONVERT ? "convert" : "decode", launch, &params, sizeof params);
   }
   return EXIT_SUCCESS;
 }

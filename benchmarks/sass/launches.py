@@ -42,7 +42,7 @@ DEVICES = {
     100: ("B200", 148, 232448),
     120: ("5090", 170, 101376),
 }
-_SOURCES = ("cuda/plan/*.cpp", "core/check.cpp", "core/shape.cpp", "core/status.cpp")
+_SOURCES = ("cuda/plan/*.cpp", "cuda/decode/plain.cpp", "core/check.cpp", "core/shape.cpp", "core/status.cpp")
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,10 @@ def plan_launches(
 
 def kernel_of(kernels: Mapping[str, Kernel], launch: Launch) -> Kernel:
     """The kernel that a launch takes, found by its mangled name."""
-    parts = (f"{len(launch.kind)}{launch.kind}I", f"ELi{launch.token_tile}E")
+    name = "decode_plain" if launch.kind.startswith("plain") else launch.kind
+    tile = f"ELi{launch.token_tile}E"
+    halves = {"plain": "Lb0E", "plain16": "Lb1E"}.get(launch.kind, "")
+    parts = (f"{len(name)}{name}I", f"{tile}{halves}")
     names = [name for name in kernels if all(part in name for part in parts)]
     if len(names) != 1:
         raise ValueError(

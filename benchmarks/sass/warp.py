@@ -54,7 +54,8 @@ class Memory:
                 arrives = cycle + LATENCIES["L2"]
                 if kept:
                     self.lines[line] = arrives
-            done = max(done, arrives)
+            # A warp that was followed before may have asked for the line later than this one does.
+            done = max(done, min(arrives, cycle + LATENCIES["L2"]))
         return done
 
 
@@ -204,7 +205,7 @@ class Warp:
     def _branch(self, group: _Group, instruction: Instruction, lanes: Values) -> None:
         opcode, operands = instruction.opcode, instruction.operands
         if lanes is None:
-            if opcode not in ("BRA", "BREAK"):
+            if opcode not in ("BRA", "BREAK", "CALL"):
                 raise ValueError(
                     f"{instruction.name} at {instruction.address:#x} depends on what is not known"
                 )

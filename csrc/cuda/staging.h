@@ -59,10 +59,10 @@ LB2_DEVICE void load_runs_aligned(const SliceSource& source, const int (&cols)[2
       for (int j = 0; j < kAtOnce; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          values[j][i] = whole[i / 2] && part + j < source.num_parts
-                             ? load_words4(source.row + (part + j) * source.part_bytes +
-                                           (cols[i / 2] + i % 2 * 4) * 4)
-                             : Words4{};
+          values[j][i] =
+              whole[i / 2] && part + j < source.num_parts
+                  ? load_words4(source.row + (part + j) * source.part_bytes + (cols[i / 2] + i % 2 * 4) * 4)
+                  : Words4{};
 #pragma unroll
       for (int i = 0; i < kLaneCols; ++i) {
         const float first = bits_float(values[0][i / 4].w[i % 4]);
@@ -74,8 +74,7 @@ LB2_DEVICE void load_runs_aligned(const SliceSource& source, const int (&cols)[2
   } else {
     Words4 values[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      values[i] = whole[i] ? load_words4(source.row + cols[i] * 2) : Words4{};
+    for (int i = 0; i < 2; ++i) values[i] = whole[i] ? load_words4(source.row + cols[i] * 2) : Words4{};
 #pragma unroll
     for (int i = 0; i < kLaneCols; ++i) {
       const uint32_t two = values[i / kRunCols].w[i % kRunCols / 2];

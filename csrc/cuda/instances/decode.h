@@ -3,16 +3,24 @@
 
 #include "cuda/decode/decode.h"
 #include "cuda/decode/kernels.h"
+#include "cuda/decode/plain.h"
 
 namespace lb2::cuda {
 
 template <typename Mma, int kTokens>
 Kernels kernels_of() noexcept {
   if constexpr (converts_ahead(kTokens))
-    return {decode<Mma, kTokens>, convert<Mma, kTokens>, decode_extended<Mma, kTokens>,
-            convert_extended<Mma, kTokens>};
+    return {decode<Mma, kTokens>,
+            convert<Mma, kTokens>,
+            decode_extended<Mma, kTokens>,
+            convert_extended<Mma, kTokens>,
+            {}};
   else
-    return {decode<Mma, kTokens>, nullptr, decode_extended<Mma, kTokens>, nullptr};
+    return {decode<Mma, kTokens>,
+            nullptr,
+            decode_extended<Mma, kTokens>,
+            nullptr,
+            {decode_plain<Mma, kTokens, false>, decode_plain<Mma, kTokens, true>}};
 }
 
 template <typename Mma>

@@ -358,8 +358,14 @@ DecodeParams decode_params(const Layers& layers, const Plan& plan, int index, in
   const lb2_cuda_launch& launch = plan.launches[index];
   DecodeParams params = {};
   fill_params(layers, plan, index, first, tokens, workspace, &params);
-  params.row_warps = launch.row_warps;
-  while (kTileRows * launch.row_warps > 1 << params.block_rows_log2) ++params.block_rows_log2;
+  while (launch.row_warps > 1 << params.row_warps_log2) ++params.row_warps_log2;
+  for (int i = 0; launch.kind == LB2_CUDA_DECODE && i < params.num_groups; ++i) {
+    Group& group = params.groups[i];
+    int32_t slices = 0;
+    for (int term = group.first_term; term < group.last_term; ++term) slices += params.terms[term].slices;
+    group.part_slices = slices / launch.grid_y;
+    group.part_rest = slices % launch.grid_y;
+  }
   params.chunk_slices = launch.chunk_slices;
   params.signs_early = index > 0 || layers.extras.after_own;
   const bool last = launch.stage == 1 || layers.shape.single_stage;
