@@ -21,13 +21,16 @@ class Path:
     """What a block does: cycles of each of :data:`PHASES`, of the warp that is last in each.
 
     ``instructions`` are those of the warp that carries out most, ``code_bytes`` the code that the block
-    touches, in lines of 128 bytes, ``assumed`` the branches that depend on data and were not taken.
+    touches, in lines of 128 bytes, ``assumed`` the branches that depend on data and were not taken,
+    ``early_loads`` the most loads of global memory that a warp has under way before it waits for the kernel
+    before (all of them where it never waits).
     """
 
     cycles: tuple[int, ...]
     instructions: int
     code_bytes: int
     assumed: int
+    early_loads: int
 
     @property
     def after_wait(self) -> int:
@@ -41,10 +44,15 @@ def parameter_base(arch: int) -> int:
 
 
 def walk_block(
-    code: tuple[Instruction, ...], arch: int, params: bytes, block: Mapping[str, int], threads: int
+    code: tuple[Instruction, ...],
+    arch: int,
+    params: bytes,
+    block: Mapping[str, int],
+    threads: int,
+    literals: bytes = b"",
 ) -> Path:
     """Walk all warps of a block from barrier to barrier."""
-    constants = Constants(parameter_base(arch), params)
+    constants = Constants(parameter_base(arch), params, literals)
     memory = Memory()
     warps = [
         Warp(code, Registers(constants, special_registers(first, block)), memory)
@@ -65,7 +73,13 @@ def walk_block(
         going = [(warp, steps) for warp, steps, _ in arrived]
     assumed = {address for warp in warps for address in warp.assumed}
     touched = {address // 128 for warp in warps for address in warp.executed}
-    return Path(_phases(warps), max(warp.instructions for warp in warps), 128 * len(touched), len(assumed))
+    return Path(
+        cycles=_phases(warps),
+        instructions=max(warp.instructions for warp in warps),
+        code_bytes=128 * len(touched),
+        assumed=len(assumed),
+        early_loads=max(warp.early_loads for warp in warps),
+    )
 
 
 #: Assumed cycles from the last warp's arrival at a barrier until all go on.

@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "cuda/decode/plain_params.h"
-#include "cuda/plan/plan.h"
 
 namespace {
 
@@ -76,14 +75,17 @@ int main(int argc, char** argv) {
     return EXIT_FAILURE;
   }
   char* workspace = align_workspace(next_address<char>());
+  bool queued = false;
   for (int i = 0; i < plan.num_launches; ++i) {
-    const DecodeParams params = decode_params(layers, plan, i, 0, args.m, workspace);
-    const lb2_cuda_launch launch = launch_for(plan, i, args.m);
-    PlainParams plain;
-    if (plain_params(launch, params, &plain))
-      print(plain.input_dtype == LB2_FLOAT32 ? "plain" : "plain16", launch, &plain, sizeof plain);
+    DecodeLaunch next;
+    if (!next_decode_launch(layers, plan, i, 0, args.m, queued, workspace, &next)) continue;
+    queued = true;
+    if (next.is_plain)
+      print(next.plain.input_dtype == LB2_FLOAT32 ? "plain" : "plain16", next.launch, &next.plain,
+            sizeof next.plain);
     else
-      print(launch.kind == LB2_CUDA_CONVERT ? "convert" : "decode", launch, &params, sizeof params);
+      print(next.launch.kind == LB2_CUDA_CONVERT ? "convert" : "decode", next.launch, &next.params,
+            sizeof next.params);
   }
   return EXIT_SUCCESS;
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import struct
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,11 +64,12 @@ class Launch:
 
 @dataclass(frozen=True)
 class Kernel:
-    """Machine code of a kernel, and the registers of a thread."""
+    """Machine code of a kernel, the registers of a thread, and the constants in bank 2."""
 
     name: str
     code: tuple[Instruction, ...]
     registers: int
+    literals: bytes = b""
 
     @property
     def code_bytes(self) -> int:
@@ -116,7 +118,25 @@ def compile_kernels(source: Path, arch: int, folder: Path) -> Mapping[str, Kerne
     used = re.compile(r"Compiling entry function '(\w+)' for.*?Used (\d+) registers", re.DOTALL)
     registers = {match[1]: int(match[2]) for match in used.finditer(log)}
     code = parse_functions(_output([disassembler(), "--dump-sass", cubin]))
-    return {name: Kernel(name, found, registers[name]) for name, found in code if name in registers}
+    constants = _sections(cubin.read_bytes())
+    return {
+        name: Kernel(name, found, registers[name], constants.get(f".nv.constant2.{name}", b""))
+        for name, found in code
+        if name in registers
+    }
+
+
+def _sections(elf: bytes) -> dict[str, bytes]:
+    """Sections of a 64-bit ELF file by name."""
+    (table,) = struct.unpack_from("<Q", elf, 0x28)
+    size, count, names = struct.unpack_from("<HHH", elf, 0x3A)
+    heads = [struct.unpack_from("<IIQQQQ", elf, table + size * index) for index in range(count)]
+    first = heads[names][4]
+    return {
+        elf[first + name : elf.index(b"\0", first + name)].decode(): elf[offset : offset + nbytes]
+        for name, kind, _, _, offset, nbytes in heads
+        if kind != 8  # without contents
+    }
 
 
 def plan_launches(

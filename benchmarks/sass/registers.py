@@ -20,24 +20,26 @@ LANES = 32
 Values = npt.NDArray[np.uint64] | None
 _MASK = np.uint64(0xFFFFFFFF)
 _REGISTER = re.compile(r"^(U?R)(\d+|Z)(?:\.(\w+))?$")
-_CONSTANT = re.compile(r"^c\[0x0\]\[(?:(U?R\d+|URZ|RZ)(?:\.\w+)?\+?)?(0x[0-9a-f]+)?\]$")
+_CONSTANT = re.compile(r"^c\[0x([02])\]\[(?:(U?R\d+|URZ|RZ)(?:\.\w+)?\+?)?(0x[0-9a-f]+)?\]$")
 
 
 @dataclass(frozen=True)
 class Constants:
-    """A kernel's parameters, as they lie in constant bank 0 from ``base`` on."""
+    """A kernel's parameters, as they lie in constant bank 0 from ``base`` on, and its literals (bank 2)."""
 
     base: int
     data: bytes
+    literals: bytes = b""
 
-    def load(self, offsets: npt.NDArray[np.uint64], nbytes: int) -> Values:
-        """What lies at the offsets, or None where one of them is outside of the parameters."""
+    def load(self, bank: str, offsets: npt.NDArray[np.uint64], nbytes: int) -> Values:
+        """What lies at the offsets, or None where one of them is outside of what is known."""
+        data, base = (self.data, self.base) if bank == "0" else (self.literals, 0)
         found = []
         for offset in offsets:
-            first = int(offset) - self.base
-            if first < 0 or first + nbytes > len(self.data):
+            first = int(offset) - base
+            if first < 0 or first + nbytes > len(data):
                 return None
-            found.append(int.from_bytes(self.data[first : first + nbytes], "little"))
+            found.append(int.from_bytes(data[first : first + nbytes], "little"))
         return np.array(found, np.uint64)
 
 
@@ -65,7 +67,7 @@ class Registers:
         if (match := _REGISTER.match(text)) is not None:
             return self.register(match[1], match[2])
         if (match := _CONSTANT.match(text)) is not None:
-            return self.constant(match[1], match[2], 4)
+            return self.constant(match, 4)
         return None
 
     def register(self, kind: str, number: str, further: int = 0) -> Values:
@@ -74,20 +76,21 @@ class Registers:
             return np.zeros(LANES, np.uint64)
         return self.values.get(f"{kind}{int(number) + further}")
 
-    def constant(self, index: str | None, offset: str | None, nbytes: int) -> Values:
-        """A word of constant bank 0."""
+    def constant(self, operand: re.Match[str], nbytes: int) -> Values:
+        """An operand in constant memory."""
+        bank, index, offset = operand.groups()
         first = np.full(LANES, int(offset or "0x0", 16), np.uint64)
         if index is not None:
             start = self.read(index)
             if start is None:
                 return None
             first = first + start & _MASK
-        return self.constants.load(first, nbytes)
+        return self.constants.load(bank, first, nbytes)
 
     def read_constant(self, operand: str, nbytes: int) -> Values:
         """An operand of a load from constant memory."""
         match = _CONSTANT.match(operand)
-        return None if match is None else self.constant(match[1], match[2], nbytes)
+        return None if match is None else self.constant(match, nbytes)
 
     def read_wide(self, operand: str) -> Values:
         """64 bits of an operand: a pair of registers, an extended immediate or constant."""
@@ -96,7 +99,7 @@ class Registers:
             low, high = self.register(match[1], match[2]), self.register(match[1], match[2], 1)
             return None if low is None or high is None else low | high << np.uint64(32)
         if (match := _CONSTANT.match(text)) is not None:
-            return self.constant(match[1], match[2], 8)
+            return self.constant(match, 8)
         return self.read(text)
 
     def predicate(self, operand: str) -> Values:

@@ -91,7 +91,7 @@ def _rows(options: Namespace, arch: int, folder: Path) -> Iterator[dict[str, Any
         call = (options.activation, options.dtype, tokens, sizes, packed.ranks or ())
         for launch in plan_launches(folder, arch, *call):
             kernel = kernel_of(kernels, launch)
-            path = walk_block(kernel.code, arch, launch.params, {}, THREADS)
+            path = walk_block(kernel.code, arch, launch.params, {}, THREADS, kernel.literals)
             yield {
                 "arch": arch,
                 "shape": problem.shape.label,
@@ -106,6 +106,7 @@ def _rows(options: Namespace, arch: int, folder: Path) -> Iterator[dict[str, Any
                 "code_bytes": kernel.code_bytes,
                 "touched_bytes": path.code_bytes,
                 "assumed_branches": path.assumed,
+                "early_loads": path.early_loads,
             }
 
 

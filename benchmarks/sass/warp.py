@@ -80,6 +80,8 @@ class Warp:
         self.cycle = start
         self.events: list[Event] = []
         self.executed: dict[int, int] = {}
+        #: Loads of global memory before the wait for the kernel before.
+        self.early_loads = 0
         #: Branches that depend on data: they are taken to go straight on.
         self.assumed: set[int] = set()
         self._index = {instruction.address: i for i, instruction in enumerate(code)}
@@ -152,6 +154,7 @@ class Warp:
     def _done(self, instruction: Instruction, lanes: Values, start: int) -> int:
         opcode = instruction.opcode
         if opcode in ("LDG", "LD", "LDGSTS"):
+            self.early_loads += not any(event.kind == "wait" for event in self.events)
             past = "NA" in instruction.modifiers or "STRONG" in instruction.modifiers or opcode == "LDGSTS"
             return self.memory.load(self._address(instruction), lanes, start, kept=not past)
         if opcode in ("LDS", "LDSM", "ATOMS"):

@@ -257,6 +257,7 @@ lb2_status queue_layers(const Layers& layers, const Plan& plan, char* workspace,
   const int64_t m = layers.shape.m;
   for (int64_t first = 0; first < m; first += plan.token_block) {
     const int64_t left = m - first, tokens = left < plan.token_block ? left : plan.token_block;
+    bool queued = false;  // a launch of this round
     for (int i = 0; i < plan.num_launches; ++i) {
       lb2_cuda_launch launch = launch_for(plan, i, tokens);
       KernelState state;
@@ -275,19 +276,20 @@ lb2_status queue_layers(const Layers& layers, const Plan& plan, char* workspace,
                                   gemm_params(layers, plan, i, first, tokens, workspace), stream));
         continue;
       }
-      const DecodeParams params = decode_params(layers, plan, i, first, tokens, workspace);
-      PlainParams plain;
-      if (plain_params(launch, params, &plain)) {
+      DecodeLaunch decode;
+      if (!next_decode_launch(layers, plan, i, first, tokens, queued, workspace, &decode)) continue;
+      queued = true;
+      if (decode.is_plain) {
         PlainKernel kernel;
-        LB2_RETURN_IF_ERROR(
-            find_plain_kernel(launch, ordinal, device, plan.activation, plain.input_dtype, &kernel, &state));
-        LB2_RETURN_IF_ERROR(queue(launch, kernel, launch.chained && state.waits, plain, stream));
+        LB2_RETURN_IF_ERROR(find_plain_kernel(launch, ordinal, device, plan.activation,
+                                              decode.plain.input_dtype, &kernel, &state));
+        LB2_RETURN_IF_ERROR(queue(launch, kernel, launch.chained && state.waits, decode.plain, stream));
         continue;
       }
       Kernel kernel;
       LB2_RETURN_IF_ERROR(find_kernel(launch, ordinal, device, plan.activation,
-                                      is_extended(launch, params.extras), &kernel, &state));
-      LB2_RETURN_IF_ERROR(queue(launch, kernel, launch.chained && state.waits, params, stream));
+                                      is_extended(launch, decode.params.extras), &kernel, &state));
+      LB2_RETURN_IF_ERROR(queue(launch, kernel, launch.chained && state.waits, decode.params, stream));
     }
   }
   return LB2_OK;

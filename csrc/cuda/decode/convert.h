@@ -95,7 +95,7 @@ LB2_DEVICE void convert_block(const DecodeParams& params) {
 }
 
 template <typename Mma, int kTokens>
-LB2_KERNEL(kThreads)
+LB2_KERNEL(kThreads, 2)
 convert(const LB2_GRID_CONSTANT DecodeParams params) {
   convert_block<Mma, kTokens, false>(params);
 }

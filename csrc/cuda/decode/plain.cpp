@@ -24,9 +24,10 @@ bool is_plain(const DecodeParams& params, const Group& group, const Term& term, 
 }  // namespace
 
 bool plain_params(const lb2_cuda_launch& launch, const DecodeParams& params, PlainParams* plain) noexcept {
-  if (launch.kind != LB2_CUDA_DECODE || converts_ahead(launch.token_tile) || has_extras(params.extras) ||
-      params.num_terms > kPlainTerms)
+  if (launch.kind != LB2_CUDA_DECODE || has_extras(params.extras) || params.num_terms > kPlainTerms)
     return false;
+  // A call of more tokens than a tile goes in rounds, which share what a launch has converted.
+  if (converts_ahead(launch.token_tile) && params.m > launch.token_tile) return false;
   const int64_t element_bytes = params.input_dtype == LB2_FLOAT32 ? 4 : 2;
   *plain = {};
   plain->num_groups = params.num_groups;
@@ -41,7 +42,9 @@ bool plain_params(const lb2_cuda_launch& launch, const DecodeParams& params, Pla
     const Group& group = params.groups[g];
     // The kernel reads 16 bytes of the first row for what is not there.
     if (group.rows < 2) return false;
-    if (group.part_slices + (group.part_rest > 0) > params.chunk_slices) return false;
+    const int64_t items = group.part_slices + (group.part_rest > 0);
+    if (items > params.chunk_slices) return false;
+    if (converts_ahead(launch.token_tile) && items * launch.token_tile > kPlainTurns * kWarps) return false;
     plain->groups[g] = group;
     for (int i = group.first_term; i < group.last_term; ++i) {
       const Term& term = params.terms[i];
@@ -57,6 +60,25 @@ bool plain_params(const lb2_cuda_launch& launch, const DecodeParams& params, Pla
                          term.slices};
     }
   }
+  return true;
+}
+
+bool next_decode_launch(const Layers& layers, const Plan& plan, int index, int64_t first, int64_t tokens,
+                        bool queued, char* workspace, DecodeLaunch* next) noexcept {
+  const auto fill = [&](int i) {
+    next->launch = launch_for(plan, i, tokens);
+    next->params = decode_params(layers, plan, i, first, tokens, workspace);
+    // Launches after the first are of a kernel of ours, which writes neither signs nor scales.
+    next->params.signs_early = queued || layers.extras.after_own;
+    // Rounds of a call share their launches.
+    const bool may_convert = !converts_ahead(next->launch.token_tile) || tokens == layers.shape.m;
+    next->is_plain = may_convert && plain_params(next->launch, next->params, &next->plain);
+  };
+  if (plan.launches[index].kind == LB2_CUDA_CONVERT) {
+    fill(index + 1);
+    if (next->is_plain) return false;
+  }
+  fill(index);
   return true;
 }
 

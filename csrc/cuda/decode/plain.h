@@ -273,11 +273,13 @@ LB2_DEVICE void plain_block(const PlainParams& params) {
   }
 }
 
-// Blocks on an SM: three, so that those of both stages of a large layer are there at once, where their sums
+// Blocks on an SM: three, so that those of both stages of a large layer are there at once, where the sums
 // leave room in the registers for that.
 template <typename Mma, int kTokens>
 constexpr int kPlainBlocks =
-    is_one_bit(Mma::kActivation) && Mma::template kSlots<kTokens> * Mma::kSlotCost < 8 ? 3 : 2;
+    Mma::template kSlots<kTokens> * Mma::kSlotCost >= 16                                 ? 1
+    : is_one_bit(Mma::kActivation) && Mma::template kSlots<kTokens> * Mma::kSlotCost < 8 ? 3
+                                                                                         : 2;
 
 template <typename Mma, int kTokens, bool kHalves>
 LB2_KERNEL(kThreads, kPlainBlocks<Mma, kTokens>)

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "cuda/params.h"
-#include "littlebit2/cuda.h"
+#include "cuda/plan/plan.h"
 
 namespace lb2::cuda {
 
@@ -32,10 +32,29 @@ struct PlainParams {
   PlainTerm terms[kPlainTerms];
 };
 
-// Fills *plain, or returns false where the call needs the other kernels: extras, a conversion ahead, more
+// From five tokens on, blocks convert activations themselves if each warp has no more turns at it than these:
+// a launch that did it for them would take as long (sass-path: 450 cycles for a turn, a launch from its start
+// to the next one's about 2000).
+constexpr int kPlainTurns = 4;
+
+// Fills *plain, or returns false where the call needs the other kernels: extras, too much to convert, more
 // terms, runs of 8 columns that are not whole, rows that do not start at multiples of 16 bytes, more items
 // than are staged at once.
 LB2_API bool plain_params(const lb2_cuda_launch& launch, const DecodeParams& params,
                           PlainParams* plain) noexcept;
+
+// A launch of the decode kernels as it is queued.
+struct DecodeLaunch {
+  lb2_cuda_launch launch;
+  DecodeParams params;
+  PlainParams plain;
+  bool is_plain;
+};
+
+// Fills *next with launch `index` of the plan for the tokens [first, first + tokens) of the call, or returns
+// false for a conversion that the launch after it does itself. `queued`: whether a launch of these tokens has
+// been queued before.
+LB2_API bool next_decode_launch(const Layers& layers, const Plan& plan, int index, int64_t first,
+                                int64_t tokens, bool queued, char* workspace, DecodeLaunch* next) noexcept;
 
 }  // namespace lb2::cuda

@@ -83,6 +83,12 @@ def test_a_second_load_of_a_line_finds_it_in_the_cache_unless_it_went_past_it() 
     assert twice("LDG.E.NA.CONSTANT R4, [R2.64]", same_line, 1) == twice(cold, next_line, 1)
 
 
+def test_loads_before_the_wait_are_counted() -> None:
+    load, wait = "stall=1 write=0 | LDG.E R4, [R2.64]", "stall=1 | ACQBULK"
+    for lines, early in (((wait, load, load), 0), ((load, wait, load), 1), ((load, load), 2)):
+        assert walk_block(program(*lines, "stall=1 | EXIT"), ARCH, b"", {}, 64).early_loads == early
+
+
 def loop(*body: str) -> tuple[str, ...]:
     return (
         "stall=1 | MOV R0, RZ",
@@ -170,6 +176,29 @@ def test_carries_shifts_and_tables_are_those_of_the_hardware() -> None:
         "stall=15 | EXIT",
     )
     assert sum(cycles_of(*lines, *check)) == len(lines) + 5
+
+
+def test_literals_are_read_from_their_own_bank() -> None:
+    lines = ("ISETP.NE.AND P0, PT, R0, c[0x2][0x4], PT", "@P0 BRA 0x40", "EXIT", "NOP", "stall=15 | EXIT")
+    literals = struct.pack("<ii", 5, 7)
+    for value, cycles in (("0x7", 1 + 3), ("0x5", 1 + 2 + 15)):
+        code = program(f"MOV R0, {value}", *(line.replace("0x40", "0x50") for line in lines))
+        assert sum(walk_block(code, ARCH, b"", {}, 32, literals).cycles) == cycles
+
+
+def test_predicates_are_packed_and_unpacked() -> None:
+    lines = (
+        "ISETP.EQ.AND P1, PT, RZ, RZ, PT",
+        "ISETP.NE.AND P2, PT, RZ, RZ, PT",
+        "P2R R4, PR, RZ, 0x6",
+        "R2P PR, R4, 0x4",
+        "ISETP.NE.AND P0, PT, R4, 0x2, P2",
+        "ISETP.NE.OR P0, PT, R4, 0x2, P0",
+        "@P0 BRA 0x80",
+        "EXIT",
+        "stall=15 | EXIT",
+    )
+    assert sum(cycles_of(*lines)) == 8
 
 
 def test_a_branch_on_data_goes_straight_on_and_is_counted() -> None:
