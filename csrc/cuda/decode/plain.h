@@ -277,9 +277,9 @@ LB2_DEVICE void plain_block(const PlainParams& params) {
 // leave room in the registers for that.
 template <typename Mma, int kTokens>
 constexpr int kPlainBlocks =
-    Mma::template kSlots<kTokens> * Mma::kSlotCost >= 16                                 ? 1
-    : is_one_bit(Mma::kActivation) && Mma::template kSlots<kTokens> * Mma::kSlotCost < 8 ? 3
-                                                                                         : 2;
+    Mma::template kSlots<kTokens> * Mma::kSlotCost >= 16                                       ? 1
+    : has_three_blocks(Mma::kActivation) && Mma::template kSlots<kTokens> * Mma::kSlotCost < 8 ? 3
+                                                                                               : 2;
 
 template <typename Mma, int kTokens, bool kHalves>
 LB2_KERNEL(kThreads, kPlainBlocks<Mma, kTokens>)

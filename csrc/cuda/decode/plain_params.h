@@ -32,10 +32,10 @@ struct PlainParams {
   PlainTerm terms[kPlainTerms];
 };
 
-// From five tokens on, blocks convert activations themselves if each warp has no more turns at it than these:
-// a launch that did it for them would take as long (sass-path: 450 cycles for a turn, a launch from its start
-// to the next one's about 2000).
-constexpr int kPlainTurns = 4;
+// From five tokens on, blocks convert activations themselves if no warp has more turns at it than these. By
+// sass-path a turn takes 500 to 1100 cycles; a launch that converts takes about 1300, 500 to start the next
+// one, and its result must be copied.
+constexpr int kPlainTurns = 2;
 
 // Fills *plain, or returns false where the call needs the other kernels: extras, too much to convert, more
 // terms, runs of 8 columns that are not whole, rows that do not start at multiples of 16 bytes, more items

@@ -25,7 +25,7 @@ constexpr int64_t kChunkBytes = 96 * 1024;  // of staged activations: two blocks
 
 // Blocks of one token that are on an SM at once: the registers of the plain kernels decide (decode/plain.h).
 int64_t blocks_at_once(lb2_activation activation, int32_t capability) {
-  return is_one_bit(activation) && capability <= kLastOneBitCapability ? 3 : 2;
+  return has_three_blocks(activation) && capability <= kLastOneBitCapability ? 3 : 2;
 }
 
 // Estimated cycles of a stage for one token, from the wait for the kernel before on: what `python -m

@@ -111,7 +111,7 @@ bool report(const char* what, const Data& data, lb2_activation activation, const
 // 16 bytes cannot be read, several items of a warp, and more parts than are added at once.
 int many_plain = 0;  // plain launches of five and more tokens
 
-bool same_bits_as_the_others(int index) {
+bool same_bits_as_the_others(int index, int only_mode) {
   const Shape shapes[] = {{512, 41, {40}},           {1096, 40, {136, 24}}, {4104, 24, {16, 16}},
                           {520, 130, {520, 8, 264}}, {8, 33, {8}},          {3584, 17, {24}}};
   const Shape& shape = shapes[index % 6];
@@ -123,7 +123,8 @@ bool same_bits_as_the_others(int index) {
   const int64_t slices = (shape.k + lb2::cuda::kSliceCols - 1) / lb2::cuda::kSliceCols;
   tuning.splits = static_cast<int32_t>(std::min(slices, pick({0, 1, 2, 3, 5, 7})));
   const lb2_cuda_device device = {sizeof device, static_cast<int32_t>(pick({80, 90})), 132, 166912};
-  const lb2_activation activation = static_cast<lb2_activation>(LB2_ACTIVATION_EXACT + index % 5);
+  const lb2_activation activation =
+      static_cast<lb2_activation>(only_mode > 0 ? only_mode : LB2_ACTIVATION_EXACT + index % 5);
   int plain = 0, others = 0;
   const std::vector<char> fast = data.run(activation, device, tuning, 0, &plain);
   const std::vector<char> slow = data.run(activation, device, tuning, 4, &others);
@@ -211,9 +212,10 @@ bool refuses_what_it_cannot_do() {
 
 int main(int argc, char** argv) {
   const int count = argc > 1 ? std::atoi(argv[1]) : problem_count(90);
+  const int only_mode = argc > 2 ? std::atoi(argv[2]) : 0;
   if (!refuses_what_it_cannot_do()) return EXIT_FAILURE;
   for (int i = 0; i < count; ++i)
-    if (!same_bits_as_the_others(i)) return EXIT_FAILURE;
+    if (!same_bits_as_the_others(i, only_mode)) return EXIT_FAILURE;
   if (count >= 20 && many_plain == 0) return report_none();
   std::printf("%d problems passed\n", count);
   return EXIT_SUCCESS;
