@@ -77,6 +77,9 @@ COMMANDS = {
     "launches": Command(
         "estimates", "estimates.layer_launches", "count the launches of a decoder layer on CUDA, by part"
     ),
+    "sass-path": Command(
+        "estimates", "sass.sass_path", "count the cycles of a decode kernel's machine code, by phase"
+    ),
     "arm-cycles": Command(
         "estimates", "estimates.arm_cycles", "count the cycles of the NEON kernels' inner loops with llvm-mca"
     ),

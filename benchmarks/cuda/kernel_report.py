@@ -52,7 +52,8 @@ class Kernel:
 
     ``row_tile`` is 0 except for a GEMM. ``token_tile`` is 0 for a GEMM's conversion and for ``fused``, the
     kernel of both stages. ``unpack``, ``normalize`` and ``pointwise`` have no mode.
-    ``decode_extended`` and ``convert_extended`` are those with what surrounds a layer (docs/cuda.md).
+    ``decode_extended`` and ``convert_extended`` are those with what surrounds a layer (docs/cuda.md);
+    ``decode_plain`` are those of calls as most are, one for input of 32 bits and one for 16.
     """
 
     kind: str
@@ -84,7 +85,7 @@ def parse_ptxas(log: str) -> Iterator[Kernel]:
         policies = POLICIES if prefill_kind is None else GEMM_POLICIES
         mode = next((mode for mode, policy in policies.items() if policy in name), None)
         shape = re.search(r"GemmShapeILi(\d+)ELi(\d+)E", name)
-        tile = re.search(r"EELi(\d+)EE", name)
+        tile = re.search(r"EELi(\d+)E(?:Lb[01]E)?E", name)
         local = sum(int(match[group]) for group in (3, 4, 5))
         if mode is not None and shape is not None:
             yield Kernel("gemm", mode, int(shape[2]), int(match[2]), local, int(match[6]), int(shape[1]))
@@ -92,7 +93,7 @@ def parse_ptxas(log: str) -> Iterator[Kernel]:
             yield Kernel(prefill_kind, mode, 0, int(match[2]), local, int(match[6]))
         elif mode is not None and tile is not None:
             kind = "convert" if "convert" in name else "decode"
-            kind += "_extended" if "_extendedI" in name else ""
+            kind += "_extended" if "_extendedI" in name else "_plain" if "_plainI" in name else ""
             yield Kernel(kind, mode, int(tile[1]), int(match[2]), local, int(match[6]))
         elif (rows := re.search(r"9int8_rowsILi(\d+)E", name)) is not None:
             yield Kernel("int8_rows", "", int(rows[1]), int(match[2]), local, int(match[6]))
@@ -135,6 +136,8 @@ def run(options: Namespace) -> int:
         jobs = [(file, capability, Path(folder)) for file in files for capability in options.archs]
         logs = pool.map(lambda job: _compile(*job), jobs)
         kernels = [kernel for log in logs for kernel in parse_ptxas(log)]
+    # Of the two plain kernels of a tile, the one with more registers.
+    kernels.sort(key=lambda kernel: kernel.registers)
     found = {(k.kind, k.mode, k.row_tile, k.token_tile, k.capability): k for k in kernels}
 
     def cell(kind: str, mode: str, rows: int, tokens: int) -> str:
@@ -143,7 +146,8 @@ def run(options: Namespace) -> int:
 
     rows = []
     kinds = (("decode", TOKEN_TILES), ("convert", TOKEN_TILES[3:]))
-    for kind, tiles in (*kinds, *((f"{kind}_extended", tiles) for kind, tiles in kinds)):
+    extended = [(f"{kind}_extended", tiles) for kind, tiles in kinds]
+    for kind, tiles in (*kinds, ("decode_plain", TOKEN_TILES), *extended):
         for mode in POLICIES:
             cells = [cell(kind, mode, 0, tile) for tile in tiles]
             rows.append([kind, mode, *[""] * (len(TOKEN_TILES) - len(tiles)), *cells])

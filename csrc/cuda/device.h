@@ -84,7 +84,11 @@ LB2_DEVICE int popcount(uint32_t word) { return __popc(word); }
 LB2_DEVICE uint32_t float_bits(float value) { return __float_as_uint(value); }
 LB2_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
 // a / b to 2 ulp, for b between 2^-126 and 2^126.
-LB2_DEVICE float fast_divide(float a, float b) { return __fdividef(a, b); }
+LB2_DEVICE float fast_divide(float a, float b) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));
+  return a * inverse;
+}
 LB2_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 // a * b, never part of a fused operation.
 LB2_DEVICE float multiply_rounded(float a, float b) { return __fmul_rn(a, b); }
@@ -100,18 +104,49 @@ LB2_DEVICE uint16_t float_to_half(float value) { return __half_as_ushort(__float
 LB2_DEVICE uint16_t float_to_bfloat(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
 
 // Weights are read once: 16 bytes at a multiple of 16, past the L1 cache; or 4 bytes, which leave their
-// neighbors in it.
+// neighbors in it. These are no loads of constant data (ld.global.nc): the compiler moves those up past the
+// wait for the kernel before, which may have written the weights.
 LB2_DEVICE Words4 load_stream(const uint32_t* p) {
   Words4 r;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(r.w[0]), "=r"(r.w[1]), "=r"(r.w[2]), "=r"(r.w[3])
-               : "l"(p));
+               : "l"(p)
+               : "memory");
   return r;
 }
 LB2_DEVICE uint32_t load_stream_word(const uint32_t* p) {
   uint32_t r;
-  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(r) : "l"(p));
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(r) : "l"(p) : "memory");
   return r;
+}
+LB2_DEVICE float load_stream_float(const float* p) {
+  float r;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(r) : "l"(p) : "memory");
+  return r;
+}
+// 16 bytes likewise; zeros, and nothing read, if not `inside`. The predicate is written out, as a choice
+// between two values makes the compiler wait for the load.
+LB2_DEVICE Words4 load_stream(const uint32_t* p, bool inside) {
+  Words4 r;
+  asm volatile(
+      "{\n\t.reg .pred inside;\n\tsetp.ne.s32 inside, %5, 0;\n\t"
+      "mov.u32 %0, 0;\n\tmov.u32 %1, 0;\n\tmov.u32 %2, 0;\n\tmov.u32 %3, 0;\n\t"
+      "@inside ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
+      : "=&r"(r.w[0]), "=&r"(r.w[1]), "=&r"(r.w[2]), "=&r"(r.w[3])
+      : "l"(p), "r"(static_cast<int>(inside))
+      : "memory");
+  return r;
+}
+// The first `count` words of four in place of what `words` has, one by one.
+LB2_DEVICE void load_stream_words(const uint32_t* p, int count, Words4& words) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    asm volatile(
+        "{\n\t.reg .pred inside;\n\tsetp.gt.s32 inside, %2, 0;\n\t"
+        "@inside ld.global.u32 %0, [%1];\n\t}"
+        : "+r"(words.w[i])
+        : "l"(p + i), "r"(count - i)
+        : "memory");
 }
 
 // 16 bytes of shared or global memory, at a multiple of 16.

@@ -1,5 +1,7 @@
 // The CUDA entry points of the C ABI: arguments checked, plan made, kernels queued. Nothing here waits.
 #include <cinttypes>
+#include <cstdlib>
+#include <cstring>
 
 #include "core/status.h"
 #include "cuda/decode/kernels.h"
@@ -82,31 +84,52 @@ lb2_status check_same_device(const lb2_cuda_device& current, const lb2_cuda_devi
 struct KernelState {
   bool ready;
   bool waits;  // its code waits for the previous kernel itself, so it may start early
+  bool large;  // allowed all the shared memory that a plan may use
 };
 
-// Also allows the kernel all the shared memory that a plan may use.
-lb2_status prepare_kernel(const void* function, const lb2_cuda_device& device, KernelState* state) {
+// Shared memory of a block that every kernel may use without being allowed it.
+constexpr int32_t kSmallShared = 48 * 1024;
+
+// Allows a kernel all shared memory, and asks for the split of L1 and shared memory with most of the latter,
+// so that two blocks fit on an SM. An SM drains before it changes the split: kernels of small blocks, which
+// follow anyone's, leave it as it is.
+lb2_status allow_shared(const void* function, const lb2_cuda_device& device) {
   const char* what = "preparing a kernel";
-  cudaFuncAttributes attributes;
-  LB2_RETURN_IF_CUDA_ERROR(what, cudaFuncGetAttributes(&attributes, function));
   LB2_RETURN_IF_CUDA_ERROR(what, cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                       static_cast<int>(device.shared_bytes)));
-  // The same split of L1 and shared memory for all kernels: an SM drains before it changes the split.
   LB2_RETURN_IF_CUDA_ERROR(what,
                            cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
                                                 cudaSharedmemCarveoutMaxShared));
-  // The driver may have compiled older PTX for this GPU.
-  *state = {true, attributes.ptxVersion >= kLeastChained};
   return LB2_OK;
 }
 
 // The state of a kernel, `kept` for its thread and device, or NULL for a device that is not kept.
-lb2_status kernel_state(const void* function, const lb2_cuda_device& device, KernelState* kept,
-                        KernelState* state) {
-  if (kept == nullptr) return prepare_kernel(function, device, state);
-  if (!kept->ready) LB2_RETURN_IF_ERROR(prepare_kernel(function, device, kept));
-  *state = *kept;
+lb2_status kernel_state(const void* function, const lb2_cuda_launch& launch, const lb2_cuda_device& device,
+                        KernelState* kept, KernelState* state) {
+  KernelState unknown = {};
+  KernelState& known = kept != nullptr ? *kept : unknown;
+  if (!known.ready) {
+    cudaFuncAttributes attributes;
+    LB2_RETURN_IF_CUDA_ERROR("preparing a kernel", cudaFuncGetAttributes(&attributes, function));
+    // The driver may have compiled older PTX for this GPU.
+    known = {true, attributes.ptxVersion >= kLeastChained, false};
+  }
+  if (launch.shared_bytes > kSmallShared && !known.large) {
+    LB2_RETURN_IF_ERROR(allow_shared(function, device));
+    known.large = true;
+  }
+  *state = known;
   return LB2_OK;
+}
+
+// LB2_CUDA_CHAINED=0 turns programmatic dependent launch off, to tell whether a fault comes of it. It is read
+// once.
+bool may_chain() {
+  static const bool may = [] {
+    const char* text = std::getenv("LB2_CUDA_CHAINED");
+    return text == nullptr || std::strcmp(text, "0") != 0;
+  }();
+  return may;
 }
 
 // Whether a launch has any of the extras: if not, the kernel without them is faster.
@@ -125,7 +148,18 @@ lb2_status find_kernel(const lb2_cuda_launch& launch, int32_t ordinal, const lb2
                      : (converts ? kernels.convert : kernels.decode);
   const int kind = 2 * extended + converts;
   KernelState* kept = ordinal < kMaxDevices ? &known[ordinal][kind][activation][launch.token_tile] : nullptr;
-  return kernel_state(reinterpret_cast<const void*>(*kernel), device, kept, state);
+  return kernel_state(reinterpret_cast<const void*>(*kernel), launch, device, kept, state);
+}
+
+lb2_status find_plain_kernel(const lb2_cuda_launch& launch, int32_t ordinal, const lb2_cuda_device& device,
+                             lb2_activation activation, lb2_dtype input_dtype, PlainKernel* kernel,
+                             KernelState* state) {
+  thread_local KernelState known[kMaxDevices][2][LB2_ACTIVATION_FLOAT16 + 1][kMaxTokenTile + 1] = {};
+  const bool halves = input_dtype != LB2_FLOAT32;
+  *kernel = find_kernels(activation, launch.token_tile).plain[halves];
+  KernelState* kept =
+      ordinal < kMaxDevices ? &known[ordinal][halves][activation][launch.token_tile] : nullptr;
+  return kernel_state(reinterpret_cast<const void*>(*kernel), launch, device, kept, state);
 }
 
 lb2_status find_gemm_kernel(const lb2_cuda_launch& launch, int32_t ordinal, const lb2_cuda_device& device,
@@ -138,15 +172,15 @@ lb2_status find_gemm_kernel(const lb2_cuda_launch& launch, int32_t ordinal, cons
          (kGemmTiles[tile].rows != launch.row_tile || kGemmTiles[tile].tokens != launch.token_tile))
     ++tile;
   KernelState* kept = ordinal < kMaxDevices ? &known[ordinal][activation][tile] : nullptr;
-  return kernel_state(reinterpret_cast<const void*>(*kernel), device, kept, state);
+  return kernel_state(reinterpret_cast<const void*>(*kernel), launch, device, kept, state);
 }
 
-lb2_status find_fused_kernel(int32_t ordinal, const lb2_cuda_device& device, lb2_activation activation,
-                             FusedKernel* kernel, KernelState* state) {
+lb2_status find_fused_kernel(const lb2_cuda_launch& launch, int32_t ordinal, const lb2_cuda_device& device,
+                             lb2_activation activation, FusedKernel* kernel, KernelState* state) {
   thread_local KernelState known[kMaxDevices][LB2_ACTIVATION_FLOAT16 + 1] = {};
   *kernel = fused_kernel_of(activation);
   KernelState* kept = ordinal < kMaxDevices ? &known[ordinal][activation] : nullptr;
-  return kernel_state(reinterpret_cast<const void*>(*kernel), device, kept, state);
+  return kernel_state(reinterpret_cast<const void*>(*kernel), launch, device, kept, state);
 }
 
 cudaLaunchAttribute cluster_of(int32_t blocks) {
@@ -163,11 +197,19 @@ cudaLaunchAttribute cluster_of(int32_t blocks) {
 lb2_status fit_cluster(int32_t ordinal, FusedKernel kernel, const KernelState& state,
                        lb2_activation activation, lb2_cuda_launch* launch) {
   if (launch->grid_y == 1) return LB2_OK;
-  // Shared memory per mode and cluster size that is known to fit.
-  thread_local int32_t fits[kMaxDevices][LB2_ACTIVATION_FLOAT16 + 1][kFusedMostBlocks + 1] = {};
-  int32_t unknown = 0;
-  int32_t& kept = ordinal < kMaxDevices ? fits[ordinal][activation][launch->grid_y] : unknown;
-  if (state.waits && launch->shared_bytes <= kept) return LB2_OK;
+  // Shared memory per mode and cluster size: the most that is known to fit, and the least that is known not
+  // to (0: none yet).
+  struct Known {
+    int32_t fits, exceeds;
+  };
+  thread_local Known known[kMaxDevices][LB2_ACTIVATION_FLOAT16 + 1][kFusedMostBlocks + 1] = {};
+  Known unknown = {};
+  Known& kept = ordinal < kMaxDevices ? known[ordinal][activation][launch->grid_y] : unknown;
+  if (state.waits && launch->shared_bytes <= kept.fits) return LB2_OK;
+  if (kept.exceeds != 0 && launch->shared_bytes >= kept.exceeds) {
+    launch->grid_y = 1;
+    return LB2_OK;
+  }
   int clusters = 0;
   if (state.waits) {
     cudaLaunchAttribute attribute = cluster_of(launch->grid_y);
@@ -179,10 +221,12 @@ lb2_status fit_cluster(int32_t ordinal, FusedKernel kernel, const KernelState& s
     config.numAttrs = 1;
     LB2_RETURN_IF_CUDA_ERROR("counting clusters", cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
   }
-  if (clusters > 0)
-    kept = launch->shared_bytes;
-  else
-    launch->grid_y = 1;
+  if (clusters > 0) {
+    kept.fits = launch->shared_bytes;
+    return LB2_OK;
+  }
+  kept.exceeds = launch->shared_bytes;
+  launch->grid_y = 1;
   return LB2_OK;
 }
 
@@ -191,7 +235,7 @@ lb2_status queue(const lb2_cuda_launch& launch, void (*kernel)(const Params), bo
                  const Params& params, cudaStream_t stream) {
   cudaLaunchAttribute attributes[2] = {};
   unsigned count = 0;
-  if (chained) {
+  if (chained && may_chain()) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
   }
@@ -213,12 +257,13 @@ lb2_status queue_layers(const Layers& layers, const Plan& plan, char* workspace,
   const int64_t m = layers.shape.m;
   for (int64_t first = 0; first < m; first += plan.token_block) {
     const int64_t left = m - first, tokens = left < plan.token_block ? left : plan.token_block;
+    bool queued = false;  // a launch of this round
     for (int i = 0; i < plan.num_launches; ++i) {
       lb2_cuda_launch launch = launch_for(plan, i, tokens);
       KernelState state;
       if (is_fused(plan)) {
         FusedKernel both;
-        LB2_RETURN_IF_ERROR(find_fused_kernel(ordinal, device, plan.activation, &both, &state));
+        LB2_RETURN_IF_ERROR(find_fused_kernel(launch, ordinal, device, plan.activation, &both, &state));
         LB2_RETURN_IF_ERROR(fit_cluster(ordinal, both, state, plan.activation, &launch));
         LB2_RETURN_IF_ERROR(queue(launch, both, launch.chained && state.waits,
                                   fused_params(layers, plan, launch.grid_y, first, tokens), stream));
@@ -231,11 +276,20 @@ lb2_status queue_layers(const Layers& layers, const Plan& plan, char* workspace,
                                   gemm_params(layers, plan, i, first, tokens, workspace), stream));
         continue;
       }
-      const DecodeParams params = decode_params(layers, plan, i, first, tokens, workspace);
+      DecodeLaunch decode;
+      if (!next_decode_launch(layers, plan, i, first, tokens, queued, workspace, &decode)) continue;
+      queued = true;
+      if (decode.is_plain) {
+        PlainKernel kernel;
+        LB2_RETURN_IF_ERROR(find_plain_kernel(launch, ordinal, device, plan.activation,
+                                              decode.plain.input_dtype, &kernel, &state));
+        LB2_RETURN_IF_ERROR(queue(launch, kernel, launch.chained && state.waits, decode.plain, stream));
+        continue;
+      }
       Kernel kernel;
       LB2_RETURN_IF_ERROR(find_kernel(launch, ordinal, device, plan.activation,
-                                      is_extended(launch, params.extras), &kernel, &state));
-      LB2_RETURN_IF_ERROR(queue(launch, kernel, launch.chained && state.waits, params, stream));
+                                      is_extended(launch, decode.params.extras), &kernel, &state));
+      LB2_RETURN_IF_ERROR(queue(launch, kernel, launch.chained && state.waits, decode.params, stream));
     }
   }
   return LB2_OK;

@@ -10,7 +10,8 @@ namespace lb2::cuda {
 constexpr int kWarpLanes = 32;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpLanes;
-constexpr int kTileRows = 16;  // rows of signs of one MMA
+constexpr int kTileRowsLog2 = 4;
+constexpr int kTileRows = 1 << kTileRowsLog2;  // rows of signs of one MMA
 // Columns with one activation scale: 16 words, 4 for each lane of a quad.
 constexpr int kSliceCols = 512;
 constexpr int kSliceWords = kSliceCols / LB2_WORD_BITS;
@@ -40,6 +41,8 @@ struct Group {
   int32_t rows;
   int32_t first_tile;  // its first block in x
   int32_t first_term, last_term;
+  // Slices of its terms for each block in y, of which the first part_rest have one more.
+  int32_t part_slices, part_rest;
 };
 
 // Parameters of every kernel. The GEMM needs no others.
@@ -78,8 +81,7 @@ struct Extras {
 
 // Parameters of the decode kernels and of the kernels that convert for them.
 struct DecodeParams : LaunchParams {
-  int32_t row_warps;
-  int32_t block_rows_log2;  // log2(kTileRows * row_warps)
+  int32_t row_warps_log2;
   int32_t chunk_slices;
   int32_t signs_early;  // 1: the previous kernel did not write signs and scales
   Extras extras;

@@ -39,42 +39,42 @@ LB2_DEVICE float half_value(uint32_t bits, lb2_dtype dtype) {
                               : bfloat_to_float(static_cast<uint16_t>(bits));
 }
 
-// Whole runs at multiples of 16 bytes: every load is under way before the first is waited for.
+// Runs at multiples of 16 bytes, each whole or left out as zeros. Every load of a batch of parts, scales
+// included, is under way before the first is waited for.
 template <bool kScaled>
-LB2_DEVICE void load_runs_aligned(const SliceSource& source, const int (&cols)[2], float (&out)[kLaneCols]) {
+LB2_DEVICE void load_runs_aligned(const SliceSource& source, const int (&cols)[2], const bool (&whole)[2],
+                                  float (&out)[kLaneCols]) {
   Words4 scale[4];
+  if constexpr (kScaled) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
-    scale[i] = kScaled ? load_words4(source.scale + cols[i / 2] + i % 2 * 4) : Words4{};
+    for (int i = 0; i < 4; ++i)
+      scale[i] = whole[i / 2] ? load_words4(source.scale + cols[i / 2] + i % 2 * 4) : Words4{};
+  }
   if (source.dtype == LB2_FLOAT32) {
-    constexpr int kAtOnce = 4;  // parts
-    const auto load = [&](int part, int i) {
-      return load_words4(source.row + part * source.part_bytes + (cols[i / 2] + i % 2 * 4) * 4);
-    };
-    Words4 values[4];
+    constexpr int kAtOnce = 2;  // parts
+#pragma unroll 1
+    for (int part = 0; part < source.num_parts; part += kAtOnce) {
+      Words4 values[kAtOnce][4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) values[i] = load(0, i);
+      for (int j = 0; j < kAtOnce; ++j)
 #pragma unroll
-    for (int i = 0; i < kLaneCols; ++i) out[i] = bits_float(values[i / 4].w[i % 4]);
-    for (int part = 1; part < source.num_parts; part += kAtOnce) {
+        for (int i = 0; i < 4; ++i)
+          values[j][i] =
+              whole[i / 2] && part + j < source.num_parts
+                  ? load_words4(source.row + (part + j) * source.part_bytes + (cols[i / 2] + i % 2 * 4) * 4)
+                  : Words4{};
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        Words4 more[kAtOnce][2];
+      for (int i = 0; i < kLaneCols; ++i) {
+        const float first = bits_float(values[0][i / 4].w[i % 4]);
+        out[i] = part == 0 ? first : out[i] + first;
 #pragma unroll
-        for (int j = 0; j < kAtOnce; ++j)
-#pragma unroll
-          for (int i = 0; i < 2; ++i)
-            more[j][i] = part + j < source.num_parts ? load(part + j, 2 * half + i) : Words4{};
-#pragma unroll
-        for (int j = 0; j < kAtOnce; ++j)
-#pragma unroll
-          for (int i = 0; i < kRunCols; ++i) out[half * kRunCols + i] += bits_float(more[j][i / 4].w[i % 4]);
+        for (int j = 1; j < kAtOnce; ++j) out[i] += bits_float(values[j][i / 4].w[i % 4]);
       }
     }
   } else {
     Words4 values[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) values[i] = load_words4(source.row + cols[i] * 2);
+    for (int i = 0; i < 2; ++i) values[i] = whole[i] ? load_words4(source.row + cols[i] * 2) : Words4{};
 #pragma unroll
     for (int i = 0; i < kLaneCols; ++i) {
       const uint32_t two = values[i / kRunCols].w[i % kRunCols / 2];
@@ -87,24 +87,37 @@ LB2_DEVICE void load_runs_aligned(const SliceSource& source, const int (&cols)[2
   }
 }
 
-// Any runs: one element at a time, zero past the end.
+// One element, parts added in order; zero past the end.
 template <bool kScaled>
-LB2_DEVICE void load_runs_ragged(const SliceSource& source, const int (&cols)[2], float (&out)[kLaneCols]) {
-#pragma unroll
-  for (int i = 0; i < kLaneCols; ++i) {
-    const int col = cols[i / kRunCols] + i % kRunCols;
-    out[i] = 0.0f;
-    if (col >= source.cols) continue;
-    float value;
-    if (source.dtype == LB2_FLOAT32) {
-      value = reinterpret_cast<const float*>(source.row)[col];
-      for (int part = 1; part < source.num_parts; ++part)
-        value += reinterpret_cast<const float*>(source.row + part * source.part_bytes)[col];
-    } else {
-      value = half_value(reinterpret_cast<const uint16_t*>(source.row)[col], source.dtype);
-    }
-    out[i] = kScaled ? value * source.scale[col] : value;
+LB2_DEVICE float load_column(const SliceSource& source, int col) {
+  if (col >= source.cols) return 0.0f;
+  float value;
+  if (source.dtype == LB2_FLOAT32) {
+    value = reinterpret_cast<const float*>(source.row)[col];
+#pragma unroll 1
+    for (int part = 1; part < source.num_parts; ++part)
+      value += reinterpret_cast<const float*>(source.row + part * source.part_bytes)[col];
+  } else {
+    value = half_value(reinterpret_cast<const uint16_t*>(source.row)[col], source.dtype);
   }
+  return kScaled ? value * source.scale[col] : value;
+}
+
+// Fills the runs that `ragged` names, one element at a time. The loop is not unrolled, as it is rarely taken:
+// the values go around in a ring instead of being indexed.
+template <bool kScaled>
+LB2_DEVICE void load_runs_ragged(const SliceSource& source, const int (&cols)[2], const bool (&ragged)[2],
+                                 float (&out)[kLaneCols]) {
+#pragma unroll 1
+  for (int i = 0; i < kRunCols; ++i)
+#pragma unroll
+    for (int run = 0; run < 2; ++run) {
+      float* values = out + run * kRunCols;
+      const float last = ragged[run] ? load_column<kScaled>(source, cols[run] + i) : values[0];
+#pragma unroll
+      for (int j = 0; j + 1 < kRunCols; ++j) values[j] = values[j + 1];
+      values[kRunCols - 1] = last;
+    }
 }
 
 // out[i] = scale * input, or the input as it is, of the columns cols[0] .. + 7 and cols[1] .. + 7, zero past
@@ -116,10 +129,14 @@ LB2_DEVICE void load_runs(const SliceSource& source, const int (&cols)[2], float
   const bool aligned = aligned16(source.row + cols[0] * element_bytes) &&
                        (!kScaled || aligned16(source.scale + cols[0])) &&
                        (source.num_parts == 1 || (source.part_bytes & 15) == 0);
-  if (aligned && cols[1] + kRunCols <= source.cols)
-    load_runs_aligned<kScaled>(source, cols, out);
-  else
-    load_runs_ragged<kScaled>(source, cols, out);
+  bool whole[2], ragged[2];
+#pragma unroll
+  for (int run = 0; run < 2; ++run) {
+    whole[run] = aligned && cols[run] + kRunCols <= source.cols;
+    ragged[run] = !whole[run] && cols[run] < source.cols;
+  }
+  load_runs_aligned<kScaled>(source, cols, whole, out);
+  if (ragged[0] || ragged[1]) load_runs_ragged<kScaled>(source, cols, ragged, out);
 }
 
 LB2_DEVICE float warp_sum(float value) {

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_capture_of_a_first_call(device: torch.device, tokens: int, mode: str, chained: bool) -> None:
     variables = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "python")))}
     if not chained:
-        variables["LB2_CUDA_CHAIN"] = "0"
+        variables["LB2_CUDA_CHAINED"] = "0"
     done = subprocess.run(
         [sys.executable, "-m", "tests.cuda.first_call", str(tokens), mode],
         cwd=ROOT,

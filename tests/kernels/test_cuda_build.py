@@ -21,6 +21,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cuda.kernel_report import GEMM_POLICIES, POLICIES, TOKEN_TILES, gemm_tiles, parse_ptxas
+from benchmarks.sass.block import walk_block
+from benchmarks.sass.encoding import parse_functions
+from benchmarks.sass.launches import Kernel, kernel_of, plan_launches
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = (90,)
@@ -103,6 +106,8 @@ def test_every_instance_compiles_for_every_architecture_without_spills(build: Bu
         ("convert", tile) for tile in TOKEN_TILES if tile > 4
     ]
     kinds += [(f"{kind}_extended", tile) for kind, tile in kinds]
+    # Each for input of 32 and of 16 bits.
+    kinds += [("decode_plain", tile) for tile in TOKEN_TILES for _ in range(2)]
     wanted = [
         (kind, 0, tile, mode, arch)
         for (kind, tile), mode, arch in itertools.product(kinds, POLICIES, build.architectures)
@@ -194,7 +199,7 @@ def _disassembled(disassembler: str, library: Path, arch: int) -> str:
 def test_machine_code_holds_the_intended_instructions(build: Build, arch: int) -> None:
     # Converting activations needs no tensor cores.
     functions = _machine_code(build, arch, "decode")
-    assert len(functions) == 2 * len(POLICIES) * len(TOKEN_TILES)
+    assert len(functions) == 4 * len(POLICIES) * len(TOKEN_TILES)
     for function in functions:
         name = function.split()[0]
         expected = "BMMA.168256.AND.POPC" if "BitPlanes" in name else "HMMA.16816.F32"
@@ -237,6 +242,27 @@ def test_machine_code_of_the_kernel_of_both_stages(build: Build, arch: int) -> N
         assert "LDS.128" in function, f"{name}: no 16-byte loads of shared memory"
         assert not re.search(r"\b(LDL|STL)\b", function), f"{name}: uses local memory"
         assert ("UCGABAR_ARV" in function and "UCGABAR_WAIT" in function) == (arch >= 90), name
+
+
+@_each_of((90, 100))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_first_launch_reads_nothing_before_it_waits(
+    build: Build, arch: int, dtype: str, tmp_path: Path
+) -> None:
+    """Whoever ran before may have written weights: the compiler must not move loads up past the wait."""
+    if _disassembler() is None:
+        pytest.skip("needs cuobjdump (CUDA toolkit or Triton's package)")
+    code = dict(parse_functions(_disassembled(str(_disassembler()), build.library, arch)))
+    kernels = {name: Kernel(name, instructions, 0) for name, instructions in code.items()}
+    for tokens in (1, 4, 16):
+        launches = plan_launches(tmp_path, arch, "int16", dtype, tokens, (4096, 4096), (80, 80))
+        for index, launch in enumerate(launches):
+            policy = {name: kernel for name, kernel in kernels.items() if POLICIES["int16"] in name}
+            path = walk_block(kernel_of(policy, launch).code, arch, launch.params, {}, 256)
+            assert path.cycles[0] > 0, f"{launch.kind}: no wait"
+            assert index > 0 or path.early_loads == 0, f"{launch.kind}: {path.early_loads} loads too early"
+        # The second stage has its signs under way by then.
+        assert path.early_loads > 0
 
 
 @pytest.mark.parametrize("program", sorted(path.stem for path in (ROOT / "benchmarks" / "cuda").glob("*.cu")))

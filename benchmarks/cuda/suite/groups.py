@@ -26,7 +26,7 @@ MODEL_SHAPES = [
 PREFILL_SHAPES = ["llama2-70b-up", "llama2-7b-qo", "llama2-7b-up"]
 
 #: Launches one after another, without programmatic dependent launch.
-UNCHAINED = (("LB2_CUDA_CHAIN", "0"),)
+UNCHAINED = (("LB2_CUDA_CHAINED", "0"),)
 #: What a measurement needs: one wrong result in a thousand problems is no reason to measure nothing.
 _USABLE = ("build", "diagnostics")
 

@@ -52,8 +52,8 @@ struct BitPlanes {
   static constexpr int kTileBytes = kTileColumns * kPlaneSliceBytes;
 
   // First columns of a lane's two runs: 16 columns in a row.
+  static constexpr int kRunPitch = kRunCols;  // between the two
   LB2_DEVICE static int first_run(int lane) { return lane * kLaneCols; }
-  LB2_DEVICE static int second_run(int lane) { return lane * kLaneCols + kRunCols; }
 
   // Stages one slice of one token; `valid` is the number of its columns. Returns its scale and sum of q.
   LB2_DEVICE static void stage(const float (&values)[kLaneCols], int lane, int valid, int token,
@@ -96,8 +96,8 @@ struct BitPlanes {
       }
       total = static_cast<int32_t>(sum_bits - kLaneCols * kRounderBits);
       transpose_16x16(rows);
-      if (lane == 0)
-        *scale = most.finite() ? largest * (1.0f / kLimit) * up.first * up.second : not_a_number();
+      const float inverse = most.finite() ? largest * (1.0f / kLimit) * up.first * up.second : not_a_number();
+      if (lane == 0) *scale = inverse;
     }
     total = warp_sum(total);
     if (lane == 0) *sum = total;

@@ -25,22 +25,34 @@ struct SliceLayout {
   }
 };
 
-// One warp: one slice of token `first_token + token` into that token's columns of `slice_data`. Columns of
+// A slice of a token, and a lane's columns of it.
+struct Conversion {
+  SliceSource source;
+  int cols[2];
+  int valid;  // columns of the slice
+};
+
+template <typename Mma>
+LB2_DEVICE Conversion conversion_of(const DecodeParams& params, const Term& term, int slice, int token) {
+  const int lane = thread_id() % kWarpLanes;
+  const int first = slice * kSliceCols, left = term.cols - first, run = first + Mma::first_run(lane);
+  return {
+      slice_source(params, term, token), {run, run + Mma::kRunPitch}, left < kSliceCols ? left : kSliceCols};
+}
+
+// One warp: a slice of token `first_token + token` into that token's columns of `slice_data`. Columns of
 // tokens past the last one keep whatever is in them: columns of an MMA do not mix.
 template <typename Mma, int kTokens, bool kExtended>
-LB2_DEVICE void convert_slice(const DecodeParams& params, const Term& term, int slice, int first_token,
-                              int token, unsigned char* slice_data) {
+LB2_DEVICE void convert_slice(const DecodeParams& params, const Conversion& work, int first_token, int token,
+                              unsigned char* slice_data) {
   using Layout = SliceLayout<Mma, kTokens>;
-  const int lane = thread_id() % kWarpLanes;
-  const int first = slice * kSliceCols, left = term.cols - first;
-  const int cols[2] = {first + Mma::first_run(lane), first + Mma::second_run(lane)};
   float values[kLaneCols];
-  load_runs(slice_source(params, term, first_token + token), cols, values);
+  load_runs(work.source, work.cols, values);
   if constexpr (kExtended)
     if (params.extras.factor != nullptr)
-      multiply_runs(params.extras, first_token + token, term.cols, cols, values);
+      multiply_runs(params.extras, first_token + token, work.source.cols, work.cols, values);
   float* scales = Layout::scales(slice_data);
-  Mma::stage(values, lane, left < kSliceCols ? left : kSliceCols, token, slice_data, scales + token,
+  Mma::stage(values, thread_id() % kWarpLanes, work.valid, token, slice_data, scales + token,
              reinterpret_cast<int32_t*>(scales + Layout::kScales) + token);
 }
 
@@ -64,8 +76,9 @@ LB2_DEVICE void convert_block(const DecodeParams& params) {
   for (int i = 0; i < params.num_terms; ++i) {
     const Term& term = params.terms[i];
     if (slice < term.slices) {
-      convert_slice<Mma, kTokens, kExtended>(params, term, slice, first_token, token,
-                                             converted_slice<Mma, kTokens>(term, block_z(), slice));
+      convert_slice<Mma, kTokens, kExtended>(
+          params, conversion_of<Mma>(params, term, slice, first_token + token), first_token, token,
+          converted_slice<Mma, kTokens>(term, block_z(), slice));
       return;
     }
     slice -= term.slices;
@@ -82,7 +95,7 @@ LB2_DEVICE void convert_block(const DecodeParams& params) {
 }
 
 template <typename Mma, int kTokens>
-LB2_KERNEL(kThreads)
+LB2_KERNEL(kThreads, 2)
 convert(const LB2_GRID_CONSTANT DecodeParams params) {
   convert_block<Mma, kTokens, false>(params);
 }

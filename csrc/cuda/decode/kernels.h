@@ -1,17 +1,22 @@
 // The compiled decode kernels, by activation mode and token tile.
 #pragma once
 
+#include "cuda/decode/plain_params.h"
 #include "cuda/decode/sizes.h"
 
 namespace lb2::cuda {
 
 using Kernel = void (*)(const DecodeParams);
+using PlainKernel = void (*)(const PlainParams);
 
 struct Kernels {
   Kernel decode;
   Kernel convert;  // NULL for tiles that blocks convert themselves
   // The same with Extras.
   Kernel decode_extended, convert_extended;
+  // For plain calls (plain_params.h), by whether the input has 16 bits; NULL for tiles that are converted
+  // ahead.
+  PlainKernel plain[2];
 };
 
 // Each defined in its own file, so that they compile side by side. NULLs for a tile that is none of

@@ -29,7 +29,7 @@ struct SignHalves {
   // columns.
   LB2_DEVICE static int word_of(int lane) { return lane / 2 % 4 * 4 + lane / 8; }
   LB2_DEVICE static int first_run(int lane) { return word_of(lane) * LB2_WORD_BITS + lane % 2 * kRunCols; }
-  LB2_DEVICE static int second_run(int lane) { return first_run(lane) + 16; }
+  static constexpr int kRunPitch = 16;  // between a lane's two runs
 
   LB2_DEVICE static void stage(const float (&values)[kLaneCols], int lane, int, int token,
                                unsigned char* tiles, float* scale, int32_t*) {

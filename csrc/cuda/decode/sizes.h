@@ -26,6 +26,11 @@ constexpr bool is_one_bit(lb2_activation activation) {
   return activation != LB2_ACTIVATION_FLOAT16 && activation != LB2_ACTIVATION_EXACT;
 }
 
+// Whether three blocks of few tokens are on an SM at once, where 1-bit MMAs are not emulated.
+constexpr bool has_three_blocks(lb2_activation activation) {
+  return activation == LB2_ACTIVATION_INT16 || activation == LB2_ACTIVATION_INT8;
+}
+
 // Shared memory for a slice of activations: columns, padded to whole tiles, and a scale and a sum for each
 // token that fits into them.
 constexpr int slice_bytes(lb2_activation activation, int tokens) {

@@ -3,16 +3,22 @@
 
 #include "cuda/decode/decode.h"
 #include "cuda/decode/kernels.h"
+#include "cuda/decode/plain.h"
 
 namespace lb2::cuda {
 
 template <typename Mma, int kTokens>
 Kernels kernels_of() noexcept {
-  if constexpr (converts_ahead(kTokens))
-    return {decode<Mma, kTokens>, convert<Mma, kTokens>, decode_extended<Mma, kTokens>,
-            convert_extended<Mma, kTokens>};
-  else
-    return {decode<Mma, kTokens>, nullptr, decode_extended<Mma, kTokens>, nullptr};
+  Kernels kernels = {decode<Mma, kTokens>,
+                     nullptr,
+                     decode_extended<Mma, kTokens>,
+                     nullptr,
+                     {decode_plain<Mma, kTokens, false>, decode_plain<Mma, kTokens, true>}};
+  if constexpr (converts_ahead(kTokens)) {
+    kernels.convert = convert<Mma, kTokens>;
+    kernels.convert_extended = convert_extended<Mma, kTokens>;
+  }
+  return kernels;
 }
 
 template <typename Mma>

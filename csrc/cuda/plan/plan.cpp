@@ -23,21 +23,27 @@ constexpr int32_t kLastOneBitCapability = 99;
 constexpr int64_t kTokenBlock = 128;        // bounds the workspace
 constexpr int64_t kChunkBytes = 96 * 1024;  // of staged activations: two blocks fit on an SM of sm_90
 
-// Estimated cycles of a stage for one token. From instruction counts, to be replaced by measurements; only
-// the order of estimates matters here.
-int64_t estimated_cycles(const Work& work, int row_warps, int64_t splits, int32_t multiprocessors) {
-  constexpr int64_t kRead = 1100;       // until the first activations and scales arrive
-  constexpr int64_t kStageSlice = 350;  // per slice of a warp
-  constexpr int64_t kMultiplySlice = 120;
-  constexpr int64_t kFinish = 400;      // adding and storing the sums of the warps
-  constexpr int64_t kReadParts = 270;   // by the next stage, four parts at a time
-  constexpr int64_t kBlocksAtOnce = 2;  // per SM
+// Blocks of one token that are on an SM at once: the registers of the plain kernels decide (decode/plain.h).
+int64_t blocks_at_once(lb2_activation activation, int32_t capability) {
+  return has_three_blocks(activation) && capability <= kLastOneBitCapability ? 3 : 2;
+}
+
+// Estimated cycles of a stage for one token, from the wait for the kernel before on: what `python -m
+// benchmarks sass-path` counts in the machine code of sm_90. Only the order of estimates matters here.
+int64_t estimated_cycles(const Work& work, int row_warps, int64_t splits, int64_t slots) {
+  constexpr int64_t kRead = 450;           // until the first activations and scales have arrived
+  constexpr int64_t kStageSlice = 500;     // per slice of a warp
+  constexpr int64_t kMultiplySlice = 155;  // of the first two of a warp, whose signs are there before
+  constexpr int64_t kLaterSlice = 420;
+  constexpr int64_t kFinish = 490;       // adding and storing the sums of the warps
+  constexpr int64_t kReadPart = 300;     // by the next stage, of each part after those that it reads together
+  constexpr int64_t kPartsTogether = 2;  // add_parts in decode/plain.h
   const int64_t blocks = work.row_tiles(kTileRows * row_warps) * splits;
-  const int64_t waves = divide_up(blocks, kBlocksAtOnce * multiprocessors);
   const int64_t slices = divide_up(work.block_slices(), splits);
-  return waves * (kRead + divide_up(slices, kWarps) * kStageSlice +
-                  divide_up(slices, kWarps / row_warps) * kMultiplySlice + kFinish) +
-         divide_up(splits - 1, 4) * kReadParts;
+  const int64_t items = divide_up(slices, kWarps / row_warps), ready = std::min<int64_t>(items, 2);
+  return divide_up(blocks, slots) * (kRead + divide_up(slices, kWarps) * kStageSlice +
+                                     ready * kMultiplySlice + (items - ready) * kLaterSlice + kFinish) +
+         std::max<int64_t>(0, splits - kPartsTogether) * kReadPart;
 }
 
 // The number that tuning asks for, or the range to choose from.
@@ -47,22 +53,57 @@ struct Range {
       : least(wanted != 0 ? wanted : 1), most(wanted != 0 ? wanted : largest) {}
 };
 
-// Independent of the number of tokens, because it decides the order of summation.
-void choose_shape(const Work& work, int32_t multiprocessors, int32_t wanted_row_warps, int32_t wanted_splits,
-                  lb2_cuda_launch* stage) {
+// Row warps and splits of a stage, what one token costs with them, and how many blocks that are.
+struct Blocks {
+  int32_t row_warps, splits;
+  int64_t cycles, count;
+};
+
+// All that tuning allows.
+struct Choices {
+  int count = 0;
+  Blocks all[4 * 6];  // 1 to kWarps row warps, 1 to kMostSplits splits, each a power of two
+};
+
+Choices choices_of(const Work& work, int64_t slots, int32_t wanted_row_warps, int32_t wanted_splits) {
   const Range warps(wanted_row_warps, kWarps);
   const Range parts(wanted_splits, work.last ? 1 : std::min(work.block_slices(), kMostSplits));
-  int64_t best = INT64_MAX;
+  Choices choices;
   for (int64_t row_warps = warps.least; row_warps <= warps.most; row_warps *= 2)
-    for (int64_t splits = parts.least; splits <= parts.most; splits *= 2) {
-      const int64_t cycles = estimated_cycles(work, static_cast<int>(row_warps), splits, multiprocessors);
-      if (cycles >= best) continue;
-      best = cycles;
-      stage->estimated_cycles = cap_cycles(cycles);
-      stage->row_warps = static_cast<int32_t>(row_warps);
-      stage->split_warps = kWarps / stage->row_warps;
-      stage->grid_y = static_cast<int32_t>(splits);
-      stage->grid_x = static_cast<int32_t>(work.row_tiles(kTileRows * row_warps));
+    for (int64_t splits = parts.least; splits <= parts.most; splits *= 2)
+      choices.all[choices.count++] = {static_cast<int32_t>(row_warps), static_cast<int32_t>(splits),
+                                      estimated_cycles(work, static_cast<int>(row_warps), splits, slots),
+                                      work.row_tiles(kTileRows * row_warps) * splits};
+  return choices;
+}
+
+// The shapes of all stages together. Independent of the number of tokens, because they decide the order of
+// summation. The blocks of a chained stage start early where there is room for them beside those of the stage
+// before. Of equal choices the one with the fewest blocks is taken, as each converts activations anew, but
+// rather more than fewer than the GPU has SMs.
+void choose_shapes(const Stages& stages, const lb2_cuda_tuning& tuning, const Plan& plan, Blocks (&best)[2]) {
+  constexpr int64_t kLate = 1000;  // what comes before the wait, of blocks that cannot start early
+  const int64_t multiprocessors = plan.device.multiprocessors;
+  const int64_t slots = blocks_at_once(plan.activation, plan.device.capability) * multiprocessors;
+  Choices choices[2];
+  for (int s = 0; s < stages.count; ++s) {
+    const Work& work = stages.work[s];
+    choices[s] = choices_of(work, slots, tuning.row_warps[work.stage], work.last ? 0 : tuning.splits);
+  }
+  const Blocks none = {};
+  int64_t least[3] = {INT64_MAX, 0, 0};
+  for (int i = 0; i < choices[0].count; ++i)
+    for (int j = 0; j < std::max(1, choices[1].count); ++j) {
+      const Blocks& first = choices[0].all[i];
+      const Blocks& last = stages.count == 2 ? choices[1].all[j] : none;
+      const bool late = is_chained(plan, tuning) && first.count + last.count > slots;
+      const int64_t cost[3] = {first.cycles + last.cycles + late * kLate,
+                               std::max(first.count, multiprocessors) + std::max(last.count, multiprocessors),
+                               -(first.count + last.count)};
+      if (!std::lexicographical_compare(cost, cost + 3, least, least + 3)) continue;
+      std::copy(cost, cost + 3, least);
+      best[0] = first;
+      best[1] = last;
     }
 }
 
@@ -88,15 +129,19 @@ void fit_tokens(lb2_activation activation, int64_t tokens, int64_t slices, int64
 }
 
 // Adds the launches of a stage and their part of the workspace.
-void add_stage(const Work& work, const lb2_cuda_tuning& tuning, bool normed, Plan* plan) {
+void add_stage(const Work& work, const Blocks& blocks, const lb2_cuda_tuning& tuning, bool normed,
+               Plan* plan) {
   const int32_t chained = is_chained(*plan, tuning);
   lb2_cuda_launch decode = {};
   decode.kind = LB2_CUDA_DECODE;
   decode.stage = work.stage;
   decode.threads = kThreads;
   decode.chained = chained;
-  choose_shape(work, plan->device.multiprocessors, tuning.row_warps[work.stage],
-               work.last ? 0 : tuning.splits, &decode);
+  decode.estimated_cycles = cap_cycles(blocks.cycles);
+  decode.row_warps = blocks.row_warps;
+  decode.split_warps = kWarps / blocks.row_warps;
+  decode.grid_x = static_cast<int32_t>(work.row_tiles(kTileRows * blocks.row_warps));
+  decode.grid_y = blocks.splits;
   fit_tokens(plan->activation, plan->token_block, work.block_slices(), plan->device.shared_bytes,
              tuning.max_chunk, normed, &decode);
   if (converts_ahead(decode.token_tile)) {
@@ -192,7 +237,10 @@ lb2_status make_plan(const CallShape& call, lb2_activation activation, const lb2
     return LB2_OK;
   }
   plan->token_block = std::min(call.m, kTokenBlock);
-  for (int i = 0; i < stages.count; ++i) add_stage(stages.work[i], tuning, call.normed && i == 0, plan);
+  Blocks blocks[2];
+  choose_shapes(stages, tuning, *plan, blocks);
+  for (int i = 0; i < stages.count; ++i)
+    add_stage(stages.work[i], blocks[i], tuning, call.normed && i == 0, plan);
   if (plan->workspace_bytes > 0) plan->workspace_bytes += kWorkspaceAlignment;
   return LB2_OK;
 }
@@ -358,8 +406,14 @@ DecodeParams decode_params(const Layers& layers, const Plan& plan, int index, in
   const lb2_cuda_launch& launch = plan.launches[index];
   DecodeParams params = {};
   fill_params(layers, plan, index, first, tokens, workspace, &params);
-  params.row_warps = launch.row_warps;
-  while (kTileRows * launch.row_warps > 1 << params.block_rows_log2) ++params.block_rows_log2;
+  while (launch.row_warps > 1 << params.row_warps_log2) ++params.row_warps_log2;
+  for (int i = 0; launch.kind == LB2_CUDA_DECODE && i < params.num_groups; ++i) {
+    Group& group = params.groups[i];
+    int32_t slices = 0;
+    for (int term = group.first_term; term < group.last_term; ++term) slices += params.terms[term].slices;
+    group.part_slices = slices / launch.grid_y;
+    group.part_rest = slices % launch.grid_y;
+  }
   params.chunk_slices = launch.chunk_slices;
   params.signs_early = index > 0 || layers.extras.after_own;
   const bool last = launch.stage == 1 || layers.shape.single_stage;

@@ -157,8 +157,8 @@ def test_what_a_step_leaves_running_is_ended(folders: Folders, tmp_path: Path) -
 
 
 def test_a_step_finds_the_tree_and_has_its_variables(folders: Folders) -> None:
-    script = "import os, benchmarks, littlebit2; print(os.environ['LB2_CUDA_CHAIN'])"
-    result = run_step(python("finds", script, variables=(("LB2_CUDA_CHAIN", "0"),)), folders, {})
+    script = "import os, benchmarks, littlebit2; print(os.environ['LB2_CUDA_CHAINED'])"
+    result = run_step(python("finds", script, variables=(("LB2_CUDA_CHAINED", "0"),)), folders, {})
     assert (result.state, result.tail) == ("passed", "0\n")
 
 

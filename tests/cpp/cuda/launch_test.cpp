@@ -1,8 +1,10 @@
 // The entry points of liblittlebit2_cuda with a GPU of the test's own: what they ask of the CUDA runtime, and
 // what they say of its errors.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <thread>
 #include <vector>
 
 #include "cuda_host/cuda_runtime.h"
@@ -93,7 +95,8 @@ void test_results_launches_and_streams() {
     EXPECT(runtime().launches.size() == (m > 16 ? 1u : m > 4 ? 4u : 2u));
     for (const Runtime::Launch& launch : runtime().launches)
       EXPECT(launch.stream == &stream && launch.chained);
-    EXPECT(runtime().allowed_shared_bytes == 232448);
+    // Blocks of small calls ask for nothing, as that would drain an SM between a user's kernel and ours.
+    EXPECT(runtime().largest_allowed() == (m > 16 ? 232448u : 0u));
     // What was found out about a kernel is kept.
     const size_t launches = runtime().launches.size();
     EXPECT(call.run(&stream) == LB2_OK && runtime().launches.size() == 2 * launches);
@@ -120,6 +123,93 @@ void test_chained_only_where_kernels_wait() {
   Call translated(1);
   EXPECT(translated.run() == LB2_OK && !runtime().launches[0].chained && !runtime().launches[1].chained);
   EXPECT(translated.y[0] == Call::kK * Call::kRank);
+}
+
+// What every launch asks of each architecture: to start early from sm_90 on, a cluster where it has one.
+void test_launch_attributes_by_architecture() {
+  for (const int capability : {80, 86, 89, 90, 100, 120})
+    for (const int64_t m : {1, 8, 300}) {
+      fresh_gpu(capability);
+      Call call(m);
+      EXPECT(call.run() == LB2_OK);
+      EXPECT(!runtime().launches.empty());
+      for (const Runtime::Launch& launch : runtime().launches) {
+        EXPECT(launch.chained == (capability >= 90));
+        EXPECT(launch.attributes == (capability >= 90) + (launch.cluster_blocks > 1));
+        EXPECT(launch.cluster_blocks == 1 || (capability >= 90 && m == 300));
+      }
+    }
+}
+
+// The first call of a process may be captured into a graph: it only queues launches, which compute when the
+// graph is replayed, with the activations of that time.
+void test_first_use_inside_a_capture() {
+  for (const int64_t m : {1, 8, 300}) {
+    fresh_gpu(90);
+    Call call(m);
+    runtime().capturing = true;
+    EXPECT(call.run() == LB2_OK);
+    runtime().capturing = false;
+    EXPECT(runtime().captured.size() == runtime().launches.size());
+    for (const float value : call.y) EXPECT(value == 0.0f);
+    // Arguments were read on the host: they may be gone.
+    call.path = {};
+    call.args = {};
+    runtime().replay();
+    for (const float value : call.y) EXPECT(value == Call::kK * Call::kRank);
+    std::fill(call.x.begin(), call.x.end(), 2.0f);
+    runtime().replay();
+    for (const float value : call.y) EXPECT(value == 2 * Call::kK * Call::kRank);
+  }
+}
+
+// What a kernel was allowed on one device does not hold on another, and what a thread has found out is its
+// own.
+void test_two_devices_and_fresh_threads() {
+  fresh_gpu(90);
+  Call call(300);
+  EXPECT(call.run() == LB2_OK);
+  const int first = runtime().current;
+  runtime().current = first + 1;
+  runtime().devices = first + 2;
+  Call other(300);
+  EXPECT(other.run() == LB2_OK && other.y[0] == Call::kK * Call::kRank);
+  EXPECT(runtime().launches.back().device == first + 1);
+  EXPECT(runtime().allowed.size() == 2);
+  runtime().current = first;
+  EXPECT(call.run() == LB2_OK && runtime().launches.back().device == first);
+  lb2_status status = LB2_ERROR_INTERNAL;
+  std::fill(call.y.begin(), call.y.end(), 0.0f);
+  runtime().launches.clear();
+  std::thread([&] { status = call.run(); }).join();
+  EXPECT(status == LB2_OK && call.y[0] == Call::kK * Call::kRank);
+  EXPECT(runtime().launches.size() == 1 && runtime().launches[0].chained);
+  // The next test's GPU is one that nothing has seen.
+  fresh_gpu(90);
+}
+
+// Whether clusters fit is asked once, whatever the answer is.
+void test_clusters_are_counted_once() {
+  for (const int most : {1000, 0}) {
+    fresh_gpu(90);
+    runtime().most_clusters = most;
+    Call call(300);
+    for (int i = 0; i < 3; ++i) {
+      EXPECT(call.run() == LB2_OK && call.y[0] == Call::kK * Call::kRank);
+      EXPECT((runtime().launches.back().cluster_blocks > 1) == (most > 0));
+    }
+    EXPECT(runtime().cluster_queries == 1);
+  }
+}
+
+// LB2_CUDA_CHAINED=0, in a process of its own.
+int run_unchained() {
+  fresh_gpu(90);
+  Call call(1);
+  EXPECT(call.run() == LB2_OK && call.plan.launches[0].chained == 1);
+  EXPECT(call.y[0] == Call::kK * Call::kRank);
+  for (const Runtime::Launch& launch : runtime().launches) EXPECT(!launch.chained && launch.attributes == 0);
+  return failures > 0 ? EXIT_FAILURE : EXIT_SUCCESS;
 }
 
 void test_errors() {
@@ -178,9 +268,14 @@ void test_get_device() {
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
+  if (argc > 1 && std::strcmp(argv[1], "unchained") == 0) return run_unchained();
   test_results_launches_and_streams();
   test_chained_only_where_kernels_wait();
+  test_launch_attributes_by_architecture();
+  test_first_use_inside_a_capture();
+  test_two_devices_and_fresh_threads();
+  test_clusters_are_counted_once();
   test_errors();
   test_get_device();
   if (failures > 0) return EXIT_FAILURE;

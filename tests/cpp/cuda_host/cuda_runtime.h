@@ -4,7 +4,10 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <functional>
+#include <map>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "cuda_host/run_grid.h"
@@ -76,6 +79,9 @@ struct Runtime {
     bool chained;
     size_t shared_bytes;
     int cluster_blocks;
+    unsigned attributes;
+    int device;
+    size_t params_bytes;  // which kernel it is, as far as it has parameters of its own
   };
   std::vector<Launch> launches;
   // What kernels write, and what they only read: threads that have not waited for the kernel before theirs
@@ -83,7 +89,25 @@ struct Runtime {
   // neither.
   std::vector<Region> written, layer;
   size_t round = 1;
-  size_t allowed_shared_bytes = 48 * 1024;  // the most that a kernel was allowed
+  // Dynamic shared memory that kernels of devices were allowed, and whether they asked for another split of
+  // L1 and shared memory; both hold for one device.
+  struct Allowed {
+    size_t shared_bytes = 48 * 1024;
+    bool carveout = false;
+  };
+  std::map<std::pair<int, const void*>, Allowed> allowed;
+  size_t largest_allowed() const {
+    size_t largest = 0;
+    for (const auto& [kernel, own] : allowed) largest = std::max(largest, own.shared_bytes);
+    return largest;
+  }
+  int cluster_queries = 0;
+  // A stream that captures keeps launches, with their parameters as they were, for replay().
+  bool capturing = false;
+  std::vector<std::function<void()>> captured;
+  void replay() const {
+    for (const std::function<void()>& launch : captured) launch();
+  }
 };
 Runtime& runtime();
 
@@ -113,16 +137,21 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const v
   attributes->ptxVersion = lb2::cuda::host::runtime().ptx_version;
   return lb2::cuda::host::runtime().error;
 }
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int value) {
+inline cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
+  lb2::cuda::host::Runtime& gpu = lb2::cuda::host::runtime();
+  lb2::cuda::host::Runtime::Allowed& allowed = gpu.allowed[{gpu.current, function}];
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize)
-    lb2::cuda::host::runtime().allowed_shared_bytes = static_cast<size_t>(value);
-  return lb2::cuda::host::runtime().error;
+    allowed.shared_bytes = static_cast<size_t>(value);
+  else
+    allowed.carveout = true;
+  return gpu.error;
 }
 // A GPU has room for a cluster where it has as many multiprocessors, unless the test says otherwise.
 template <typename Params>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*)(Params),
                                            const cudaLaunchConfig_t* config) {
-  const lb2::cuda::host::Runtime& gpu = lb2::cuda::host::runtime();
+  lb2::cuda::host::Runtime& gpu = lb2::cuda::host::runtime();
+  ++gpu.cluster_queries;
   *clusters =
       std::min(gpu.most_clusters, gpu.multiprocessors / static_cast<int>(config->attrs->val.clusterDim.y));
   return gpu.error;
@@ -132,7 +161,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                std::remove_const_t<Params> params) {
   lb2::cuda::host::Runtime& gpu = lb2::cuda::host::runtime();
   if (gpu.error != cudaSuccess) return gpu.error;
-  if (config->dynamicSmemBytes > gpu.allowed_shared_bytes) return cudaErrorLaunchFailure;
+  const auto allowed = gpu.allowed.find({gpu.current, reinterpret_cast<const void*>(kernel)});
+  const size_t most = allowed == gpu.allowed.end() ? lb2::cuda::host::Runtime::Allowed{}.shared_bytes
+                                                   : allowed->second.shared_bytes;
+  if (config->dynamicSmemBytes > most) return cudaErrorLaunchFailure;
   bool chained = false;
   int cluster_blocks = 1;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
@@ -148,11 +180,20 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   }
   std::vector<lb2::cuda::Region> guarded = gpu.written;
   if (gpu.launches.size() % gpu.round == 0) guarded.insert(guarded.end(), gpu.layer.begin(), gpu.layer.end());
-  gpu.launches.push_back({config->stream, chained, config->dynamicSmemBytes, cluster_blocks});
+  gpu.launches.push_back({config->stream, chained, config->dynamicSmemBytes, cluster_blocks, config->numAttrs,
+                          gpu.current, sizeof(params)});
   const lb2::cuda::Grid grid = {static_cast<int>(config->gridDim.x), static_cast<int>(config->gridDim.y),
                                 static_cast<int>(config->gridDim.z)};
-  lb2::cuda::run_grid(
-      grid, static_cast<int>(config->blockDim.x), config->dynamicSmemBytes, [&] { kernel(params); },
-      gpu.order, guarded, true, 1, cluster_blocks);
+  const int threads = static_cast<int>(config->blockDim.x);
+  const size_t shared_bytes = config->dynamicSmemBytes;
+  const lb2::cuda::Order order = gpu.order;
+  const auto launch = [=] {
+    lb2::cuda::run_grid(
+        grid, threads, shared_bytes, [&] { kernel(params); }, order, guarded, true, 1, cluster_blocks);
+  };
+  if (gpu.capturing)
+    gpu.captured.push_back(launch);
+  else
+    launch();
   return cudaSuccess;
 }

@@ -149,9 +149,15 @@ inline Words4 load_stream(const uint32_t* p) { return *check_alignment<Words4>("
 inline uint32_t load_stream_word(const uint32_t* p) {
   return *check_alignment<uint32_t>("load_stream_word", p, 4);
 }
+inline float load_stream_float(const float* p) { return *check_alignment<float>("load_stream_float", p, 4); }
+inline Words4 load_stream(const uint32_t* p, bool inside) { return inside ? load_stream(p) : Words4{}; }
+inline void load_stream_words(const uint32_t* p, int count, Words4& words) {
+  for (int i = 0; i < count; ++i) words.w[i] = load_stream_word(p + i);
+}
 
-// Reads a byte: addresses must be good.
-inline void prefetch(const void* p) { (void)*static_cast<const volatile char*>(p); }
+// Reads a byte: addresses must be good. The cache of a GPU holds what is written later, too: what a thread
+// may not read before it has waited may be cached.
+inline void prefetch(const void* p) { host::touch(p); }
 
 // Copies are under way until the thread waits for them: the destination is garbage until then.
 inline void copy_words4(void* shared, const void* global) {

@@ -52,6 +52,8 @@ void* shared_of_block(void* own, int rank);
 // to.
 void wait_for_previous_kernel();
 void let_next_kernel_start();
+// Reads a byte, whether the thread has waited or not.
+void touch(const void* p);
 
 // Copies to shared memory that the current thread has not waited for, oldest first, and where each of its
 // groups ends among them; the last ones may be of none yet.
