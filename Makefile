@@ -108,7 +108,7 @@ WHEEL_PLATFORM := manylinux_2_28_$(shell uname -m)
 wheels: export LB2_PORTABLE := ON
 wheels: export LB2_CUDA := off
 wheels: $(STAMPS)/wheels ## make a wheel for every CPython from 3.11 on (CPU), audit it, try it without a compiler
-	@rm -rf build/wheels dist/wheels && mkdir -p build/wheels dist/wheels
+	@rm -rf build/wheels build/lib.* dist/wheels && mkdir -p build/wheels dist/wheels
 	@echo "building the wheel"
 	@$(call quietly,build/wheels/build.log,$(PIP) wheel --verbose --no-deps --no-build-isolation -w build/wheels .)
 	@$(call quietly,build/wheels/repair.log,$(VENV)/bin/auditwheel repair --plat $(WHEEL_PLATFORM) --only-plat --exclude libtorch_cpu.so \

@@ -33,6 +33,7 @@ COMMANDS = (
     "plan",
     "generate",
     "synthesize",
+    "doctor",
 )
 QUICK = (
     *("--ranks", "16", "8", "--method", "joint-itq", "--itq-iterations", "3"),

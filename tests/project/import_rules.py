@@ -81,6 +81,8 @@ PYTHON_RULES = {
     f"{_KERNELS}.testing": ModuleRule(
         may=("torch", f"{_KERNELS}.format", f"{_KERNELS}.reference"), never=NATIVE
     ),
+    # The C ABI on numpy arrays.
+    f"{_KERNELS}._native.abi": ModuleRule(may=("numpy", f"{_KERNELS}.format")),
     f"{_KERNELS}.packing": ModuleRule(
         may=("torch", "numpy", f"{_KERNELS}.format", f"{_KERNELS}._native"),
     ),
