@@ -148,8 +148,7 @@ LB2_API lb2_status lb2_linear_backward_x_cpu(const lb2_linear_args* args);
 
 /* Precision of activations in sums of signs. Accumulation is exact, except in EXACT, where it is in fp32. */
 typedef int32_t lb2_activation;
-#define LB2_ACTIVATION_AUTO 0  /* EXACT for float32, else INT16; with LB2_ISA_AMX, INT8X2 from 16 tokens on \
-                                */
+#define LB2_ACTIVATION_AUTO 0  /* EXACT for float32, else INT16; AMX kernels: INT8X2 from 16 tokens */
 #define LB2_ACTIVATION_EXACT 1 /* fp32 throughout; error about 1e-6 */
 #define LB2_ACTIVATION_INT16 2 /* sums of 5 in 16 bits, one scale per 720 channels; error about 3e-4 */
 #define LB2_ACTIVATION_INT8 3  /* 8 bits, one scale per 720 channels; error about 1e-2 */
