@@ -21,8 +21,8 @@ constexpr lb2_isa kIsas[] = {LB2_ISA_SCALAR,      LB2_ISA_AVX2, LB2_ISA_AVX512,
                              LB2_ISA_AVX512_VNNI, LB2_ISA_NEON, LB2_ISA_AMX};
 
 // The modes of the CPU. Tiles alone have the last one.
-constexpr lb2_activation kModes[] = {LB2_ACTIVATION_EXACT, LB2_ACTIVATION_INT16, LB2_ACTIVATION_INT8,
-                                     LB2_ACTIVATION_SIGN, LB2_ACTIVATION_INT8X2};
+constexpr lb2_activation kCpuModes[] = {LB2_ACTIVATION_EXACT, LB2_ACTIVATION_INT16, LB2_ACTIVATION_INT8,
+                                        LB2_ACTIVATION_SIGN, LB2_ACTIVATION_INT8X2};
 
 inline bool serves(lb2_isa isa, lb2_activation activation) {
   return lb2_cpu_isa_available(isa) && (activation != LB2_ACTIVATION_INT8X2 || isa == LB2_ISA_AMX);

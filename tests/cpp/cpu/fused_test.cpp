@@ -180,7 +180,7 @@ template <typename Args, typename After>
 bool run_everywhere(int index, Args args, lb2_status (*plan_call)(const Args*, lb2_fused_plan*),
                     lb2_status (*forward)(const Args*), int64_t misaligned, const After& after) {
   const uint64_t chosen = engine();  // once, as calls draw too
-  for (const lb2_activation activation : kModes) {
+  for (const lb2_activation activation : kCpuModes) {
     if (sampled() && (chosen >> activation & 1u)) continue;
     args.activation = activation;
     for (const lb2_isa isa : kIsas) {

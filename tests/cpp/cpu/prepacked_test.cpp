@@ -71,7 +71,7 @@ double allowed(lb2_activation activation, const Problem& problem) {
 }
 
 bool run_modes(int index, const Problem& problem, const Buffer& layer, int64_t bytes) {
-  for (const lb2_activation activation : kModes) {
+  for (const lb2_activation activation : kCpuModes) {
     std::vector<char> first_result;
     for (const lb2_isa isa : kIsas) {
       if (!serves(isa, activation)) continue;
