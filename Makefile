@@ -38,7 +38,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 BUILD_INPUTS := $(shell find csrc cmake -type f) CMakeLists.txt setup.py littlebit2_kernels/version.py \
   $(wildcard python/*littlebit2_autoregister*)
-CXX_FILES := $(shell find csrc tests/cpp examples benchmarks -type f \
+CXX_FILES := $(shell find cmake csrc tests/cpp examples benchmarks -type f \
   \( -name '*.h' -o -name '*.c' -o -name '*.cc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 
 # The CUDA kernels are compiled by pytest (tests/kernels/test_cuda_build.py); ctest executes them on the host.

@@ -23,6 +23,22 @@ for module in (littlebit2, littlebit2_kernels):
     assert module.__path__[0].startswith(sysconfig.get_path("purelib")), module.__path__
 assert littlebit2.__version__ == littlebit2_kernels.__version__
 """
+#: An error of an operator, thrown by our C++ and caught by torch's.
+REFUSED = """
+import os
+os.environ["LB2_CPU_ISA"] = "neon"
+import torch
+from littlebit2_kernels import littlebit_linear
+from littlebit2_kernels.testing import make_problem
+
+x, packed = make_problem(3, 100, 70, [24, 8], generator=torch.Generator().manual_seed(0))
+try:
+    littlebit_linear(x, packed)
+except RuntimeError as error:
+    assert "asks for the neon kernels" in str(error), error
+else:
+    raise AssertionError("kernels of another processor ran")
+"""
 MAKE_MODEL = """
 import sys, torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -80,6 +96,7 @@ def readme_code() -> list[str]:
 def check(clean: Clean, cwd: Path, work: Path) -> None:
     """Everything from one folder; results go to ``work``."""
     clean.run("python", "-c", WHERE, cwd=cwd)
+    clean.run("python", "-c", REFUSED, cwd=cwd)
     version = clean.run("littlebit2", "--version", cwd=cwd)
     doctor = clean.run("littlebit2", "doctor", cwd=cwd)
     if not re.search(r"^ok +cpu", doctor, re.MULTILINE) or version.split()[1] not in doctor:

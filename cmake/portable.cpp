@@ -1,7 +1,7 @@
 // For wheels: what the operator libraries use of a newer libstdc++ and glibc, so that they load with those of
-// glibc 2.28 too. Linked into them with LB2_PORTABLE=ON; portable.map keeps it to themselves. A C++ library of
-// their own (as of zig's compiler) would not do: torch catches the errors that they throw, for which both must
-// have the same kind of runtime.
+// glibc 2.28 too. Linked into them with LB2_PORTABLE=ON; portable.map keeps it to themselves. A C++ library
+// of their own (as of zig's compiler) would not do: torch catches the errors that they throw, for which both
+// must have the same kind of runtime.
 #include <new>
 #include <sstream>
 
