@@ -297,8 +297,8 @@ CXX_RULES = {
 #: Includes that single files may name besides: the shim through which tests execute kernels on the host.
 CXX_FILES = {"csrc/cuda/device.h": re.compile(r"(tests/cpp/)?cuda_host/device\.h")}
 
-#: The environment is read in one place: the choice of the CPU instruction set.
-GETENV_FILES = re.compile(r"csrc/cpu/dispatch\.\w+")
+#: The environment is read in two places: the choice of the instruction set, the switch of chained launches.
+GETENV_FILES = re.compile(r"csrc/cpu/dispatch\.\w+|csrc/cuda/environment\.h")
 
 # Put together from pieces, so that this file does not contain what it looks for.
 _ABSOLUTE = "|".join(("tmp", "work", "root", "home", "Users"))
