@@ -1,10 +1,9 @@
 // The CUDA entry points of the C ABI: arguments checked, plan made, kernels queued. Nothing here waits.
 #include <cinttypes>
-#include <cstdlib>
-#include <cstring>
 
 #include "core/status.h"
 #include "cuda/decode/kernels.h"
+#include "cuda/environment.h"
 #include "cuda/failure.h"
 #include "cuda/fused/kernels.h"
 #include "cuda/gemm/kernels.h"
@@ -120,16 +119,6 @@ lb2_status kernel_state(const void* function, const lb2_cuda_launch& launch, con
   }
   *state = known;
   return LB2_OK;
-}
-
-// LB2_CUDA_CHAINED=0 turns programmatic dependent launch off, to tell whether a fault comes of it. It is read
-// once.
-bool may_chain() {
-  static const bool may = [] {
-    const char* text = std::getenv("LB2_CUDA_CHAINED");
-    return text == nullptr || std::strcmp(text, "0") != 0;
-  }();
-  return may;
 }
 
 // Whether a launch has any of the extras: if not, the kernel without them is faster.

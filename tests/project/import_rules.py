@@ -301,8 +301,8 @@ CXX_FILES = {
     "csrc/cpu/isa/kernels_amx.cpp": re.compile(r"(tests/cpp/)?amx_host/(tiles|instructions|bytes)\.h"),
 }
 
-#: The environment is read in one place: the choice of the CPU instruction set.
-GETENV_FILES = re.compile(r"csrc/cpu/dispatch\.\w+")
+#: The environment is read in two places: the choice of the instruction set, the switch of chained launches.
+GETENV_FILES = re.compile(r"csrc/cpu/dispatch\.\w+|csrc/cuda/environment\.h")
 
 # Put together from pieces, so that this file does not contain what it looks for.
 _ABSOLUTE = "|".join(("tmp", "work", "root", "home", "Users"))

@@ -281,6 +281,7 @@ def test_include_rule_permits_neighbors(tmp_path: Path) -> None:
 def test_getenv_rule_can_fail(tmp_path: Path, module: str, call: str) -> None:
     plant(tmp_path, f"csrc/{module}/a.cpp", f'// getenv is named here\nauto* s = {call}("LB2_CPU_ISA");\n')
     plant(tmp_path, "csrc/cpu/dispatch.cpp", 'auto* s = std::getenv("LB2_CPU_ISA");\n')
+    plant(tmp_path, "csrc/cuda/environment.h", 'auto* s = std::getenv("LB2_CUDA_CHAINED");\n')
     (finding,) = import_rules.getenv_findings(tmp_path)
     assert (finding.path, finding.line) == (f"csrc/{module}/a.cpp", 2)
 

@@ -44,7 +44,8 @@ bool plain_params(const lb2_cuda_launch& launch, const DecodeParams& params, Pla
     if (group.rows < 2) return false;
     const int64_t items = group.part_slices + (group.part_rest > 0);
     if (items > params.chunk_slices) return false;
-    if (converts_ahead(launch.token_tile) && items * launch.token_tile > kPlainTurns * kWarps) return false;
+    const int64_t turns = params.input_dtype == LB2_FLOAT32 ? kPlainTurns : kPlainTurnsOfHalves;
+    if (converts_ahead(launch.token_tile) && items * launch.token_tile > turns * kWarps) return false;
     plain->groups[g] = group;
     for (int i = group.first_term; i < group.last_term; ++i) {
       const Term& term = params.terms[i];

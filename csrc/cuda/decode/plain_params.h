@@ -33,9 +33,10 @@ struct PlainParams {
 };
 
 // From five tokens on, blocks convert activations themselves if no warp has more turns at it than these. By
-// sass-path a turn takes 500 to 1100 cycles; a launch that converts takes about 1300, 500 to start the next
-// one, and its result must be copied.
-constexpr int kPlainTurns = 2;
+// sass-path a turn takes 800 cycles where the next one's loads are under way meanwhile, as they are where x
+// has 16 bits, else 1100; a launch that converts takes about 1300, 600 to start the next one, and its result
+// must be copied.
+constexpr int kPlainTurns = 2, kPlainTurnsOfHalves = 4;
 
 // Fills *plain, or returns false where the call needs the other kernels: extras, too much to convert, more
 // terms, runs of 8 columns that are not whole, rows that do not start at multiples of 16 bytes, more items
