@@ -1,8 +1,8 @@
 """Install a wheel where no compiler is on PATH, and use it: ``wheel.py WHEEL [TORCH ...]``.
 
 For each version of torch (by default that of constraints.txt): versions, the self-tests, the README's Python,
-and a tiny model quantized and asked for text, each from an empty folder and from the root of this checkout,
-which must not get in the way of what is installed.
+and a tiny model quantized and asked for text, each from an empty folder and from the root of a checkout that
+was not built, which must not get in the way of what is installed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import venv
@@ -93,6 +94,15 @@ def readme_code() -> list[str]:
     )
 
 
+def clone(folder: Path) -> Path:
+    """The root of a checkout that was not built, whatever was built into this one."""
+    shutil.rmtree(folder, ignore_errors=True)
+    built = shutil.ignore_patterns("lib", "include", "__pycache__")
+    for name in ("littlebit2_kernels", "benchmarks", "python"):
+        shutil.copytree(ROOT / name, folder / name, ignore=built)
+    return folder
+
+
 def check(clean: Clean, cwd: Path, work: Path) -> None:
     """Everything from one folder; results go to ``work``."""
     clean.run("python", "-c", WHERE, cwd=cwd)
@@ -103,7 +113,7 @@ def check(clean: Clean, cwd: Path, work: Path) -> None:
         sys.exit(f"error: littlebit2 doctor in {cwd} says:\n{doctor}")
     for code in readme_code():
         clean.run("python", "-c", code, cwd=cwd)
-    if cwd == ROOT:
+    if (cwd / "benchmarks").is_dir():
         clean.run("python", "-m", "benchmarks", "predict", "decode", "--gpu", "H200", cwd=cwd)
     model, packed = work / "model", work / f"packed-{cwd.name}"
     if not model.exists():
@@ -134,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
         for tool in ("cc", "c++", "gcc", "g++", "clang", "cmake", "ninja", "nvcc"):
             if (folder / "environment" / "bin" / tool).exists():
                 sys.exit(f"error: the clean environment has {tool}")
-        for cwd in (folder / "empty", ROOT):
+        for cwd in (folder / "empty", clone(folder / "clone")):
             check(clean, cwd, folder)
         checks += clean.checks
     print(f"{checks} passed, 0 failed")

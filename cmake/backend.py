@@ -54,7 +54,11 @@ def missing(torch: str, *, tools: bool) -> str:
     if not any(shutil.which(name) for name in compiler):
         return f"no C++ compiler was found ({', '.join(compiler)}); on Debian and Ubuntu: apt-get install g++"
     if not torch:
-        return "torch, whose headers the build needs, is not installed here; pip install torch, then again"
+        return (
+            "torch, whose headers the build needs, was not found; pip install torch, then again, or, where the "
+            "build runs in an environment of its own, set LB2_TORCH_DIR=<site-packages>/torch or give "
+            "--no-build-isolation"
+        )
     if not Path(torch, _HEADER).is_file():
         return f"torch 2.11 or newer is needed, {torch} is older; pip install --upgrade torch"
     if tools and shutil.which("cmake") is None:

@@ -407,7 +407,7 @@ def check_activation_mode(activation: str, backend: str, prepacked: bool) -> Non
             )
         return
     if backend in ("blas", "reference"):
-        sums = "in the dtype of x" if backend == "blas" else "exact sums"
+        sums = "torch's sums" if backend == "blas" else "exact sums"
         raise ValueError(f"backend={backend!r} computes {sums} only, got activation={activation!r}")
     if backend == "cpu" and activation == "float16":
         raise ValueError("activation='float16' is served on CUDA only; on the CPU, 'int16' is as accurate")

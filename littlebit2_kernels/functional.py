@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch.autograd import forward_ad
@@ -12,7 +12,7 @@ from .format import MAX_PATHS, LayerShape, PackedLinear
 from .fused.norm import RMSNorm
 from .ops import calls
 from .ops.autograd import requires_grad
-from .ops.operands import ACTIVATION_DTYPES, Operands
+from .ops.operands import ACTIVATION_DTYPES, Operands, flatten
 from .prepacked import PrepackedLinear
 from .reference import reference_from_operands
 
@@ -23,6 +23,7 @@ __all__ = [
     "check_x",
     "differentiates",
     "littlebit_linear",
+    "may_prepack",
     "run",
     "run_fused",
     "run_group",
@@ -58,8 +59,8 @@ def littlebit_linear(
         activation: how activations enter the sums (docs/kernels.md): ``"exact"`` in float32, ``"int16"``
             (error about 3e-4), ``"int8"`` (about 1e-2), ``"sign"`` (binarized), ``"float16"`` (CUDA and
             Triton, about 2e-4), or ``"auto"`` (docs/dispatch.md). On the CPU, int16, int8 and sign need a
-            prepacked layer. ``blas`` has no modes: it computes in the dtype of x
-            (:func:`littlebit2_kernels.ops.calls.dense_linear`).
+            prepacked layer. ``blas`` has no modes: it computes in the dtype of x, or in float32 where a CPU
+            does not multiply that (:func:`littlebit2_kernels.ops.calls.dense_linear`).
 
     Returns:
         ``[..., N]`` in the dtype of ``x``. Sums are exact or accumulate in float32; those of ``blas`` are
@@ -91,9 +92,8 @@ def run(
 ) -> torch.Tensor:
     """Apply a layer to ``x`` ``[..., K]`` as chosen. All backends but the CPU's unpack a prepacked layer."""
     backend, activation = choice.backend, choice.activation
-    if choice.prepack and not isinstance(layer, torch.Tensor):
-        with torch.no_grad():  # packed layers are frozen
-            layer = calls.prepack(layer)
+    if choice.prepack and not isinstance(layer, torch.Tensor) and may_prepack(x, flatten(layer)):
+        layer = calls.prepack(layer)
     if isinstance(layer, torch.Tensor):
         if backend == "cpu":
             return calls.linear_prepacked(x, layer, bias, shape.out_features, ACTIVATIONS[activation])
@@ -105,6 +105,22 @@ def run(
     if backend == "blas":
         return calls.dense_linear(x, layer, bias)
     return reference_from_operands(x, layer, bias, torch.float32).to(x.dtype)
+
+
+def may_prepack(x: torch.Tensor, tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether a call may bring a layer into the kernels' own layout.
+
+    A trace keeps the tensors that it was given, fake tensors have no values to move, and scales that require
+    a gradient are the operator's to refuse.
+    """
+    return (
+        x.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and type(x) is torch.Tensor
+        and all(type(tensor) is torch.Tensor and not tensor.requires_grad for tensor in tensors)
+    )
 
 
 def run_prepacked(

@@ -13,7 +13,7 @@ from torch import nn
 
 from .dispatch import BACKENDS, check_activation_mode, choose_for
 from .format import LayerShape, PackedLinear, PackedPath, pitched_words, words_per_row
-from .functional import check_x, run, run_prepacked
+from .functional import check_x, may_prepack, run, run_prepacked
 from .ops.operands import Operands
 from .prepacked import PrepackedLinear, prepack
 from .reference import dense_weight
@@ -319,20 +319,7 @@ class LittleBitLinear(nn.Module):
         return run(x, tensors, self.bias, self.shape, choice)
 
     def _may_prepack(self, x: torch.Tensor, buffers: dict[str, Any]) -> bool:
-        # What is traced keeps the buffers it was given, fake tensors have no values to move, and scales that
-        # require a gradient are the operator's to refuse.
-        return (
-            self.auto_prepack
-            and x.is_cpu
-            and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing()
-            and torch._C._len_torch_dispatch_stack() == 0
-            and type(x) is torch.Tensor
-            and all(
-                type(buffers[name]) is torch.Tensor and not buffers[name].requires_grad
-                for name in self._portable_names
-            )
-        )
+        return self.auto_prepack and may_prepack(x, (buffers[name] for name in self._portable_names))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the dense weight ``[N, K]`` that the layer stands for; a new tensor on every call."""

@@ -122,7 +122,7 @@ def run(options: Namespace) -> int:
     if options.plan or not wanted:
         _print_plan(list(options.groups or GROUPS), folders)
         return 0
-    name = "-".join(options.groups) or "steps"
+    name = "-".join(("steps", *options.steps) if options.steps else options.groups)[:100]
     if not options.rehearse:
         return _run(options, folders, name, wanted, ())
     with tempfile.TemporaryDirectory() as work:

@@ -73,7 +73,7 @@ const IsaKernels* available_kernels(lb2_isa isa) {
       return emulated_kernels();
 #elif defined(LB2_HAVE_AMX)
     case LB2_ISA_AMX: {
-      // Once for the process, and only where they are to be used.
+      // Once for the process, where they are to be used or somebody asks whether they can be.
       static const bool permitted = features.amx && request_tiles();
       return permitted ? &kAmx : nullptr;
     }

@@ -49,7 +49,7 @@ def core() -> ModuleType:
     """
     try:
         module = importlib.import_module(f"{__package__}.abi")
-    except (ImportError, OSError, AttributeError) as error:
+    except (ImportError, OSError, AttributeError, ValueError, KeyError) as error:  # or a damaged build.json
         raise NativeLibraryError(f"the core library cannot be loaded: {error}. {_REBUILD}") from error
     if module.version != __version__:
         raise NativeLibraryError(

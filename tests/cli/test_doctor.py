@@ -39,7 +39,19 @@ def test_every_backend_is_tried(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["self_test"] == "ok"
-    assert set(report["self_tests"]) >= {"cuda", "triton", "blas", "reference"}
+    found = {test["name"]: test["passed"] for test in report["self_tests"]}
+    assert set(found) >= {"cuda", "triton", "blas", "reference"}
+    assert found["reference"] is True
+
+
+def test_an_instruction_set_that_cannot_run_is_told() -> None:
+    command = [sys.executable, "-m", "littlebit2", "doctor"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "LB2_CPU_ISA": "sse9"}
+    )
+    assert done.returncode == 1
+    assert re.search(r'^FAIL +cpu +.*LB2_CPU_ISA must be .* got "sse9"', done.stdout, re.MULTILINE)
+    assert re.search(r"^ok +reference", done.stdout, re.MULTILINE)
 
 
 def test_wrong_results_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

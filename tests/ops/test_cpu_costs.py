@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from littlebit2_kernels import (
     LittleBitLinear,
@@ -15,6 +19,7 @@ from littlebit2_kernels import (
 )
 from littlebit2_kernels.dispatch import BLAS_BYTES, CPU_TOKENS, Call, choose, choose_for, costs_on_cpu
 from littlebit2_kernels.format import LayerShape
+from littlebit2_kernels.planning import explanation
 from littlebit2_kernels.planning.cpu import CpuMachine, cpu_costs, product_dtype
 from littlebit2_kernels.reference import linear_reference
 from littlebit2_kernels.testing import make_packed, make_problem, relative_error
@@ -164,3 +169,29 @@ def test_the_dtype_of_products() -> None:
     assert product_dtype(torch.float32) == torch.float32
     assert product_dtype(torch.float16) == torch.float16
     assert product_dtype(torch.bfloat16) in (torch.bfloat16, torch.float32)
+
+
+def test_scales_that_require_a_gradient_are_refused_at_any_number_of_tokens(rng: torch.Generator) -> None:
+    x, packed = make_problem(80, 96, 64, [48], generator=rng)
+    packed.paths[0].in_scale.requires_grad_()
+    for tokens in (10, 80):
+        with pytest.raises(
+            RuntimeError, match=r"in_scale\[0\] requires a gradient, but packed layers are froz"
+        ):
+            littlebit_linear(x[:tokens], packed)
+
+
+def test_many_tokens_are_traced_without_prepacking(rng: torch.Generator) -> None:
+    x, packed = make_problem(80, 96, 64, [48], generator=rng)
+    traced = make_fx(
+        lambda rows: littlebit_linear(rows, packed), tracing_mode="fake", _allow_non_fake_inputs=True
+    )(x)
+    assert "prepack" not in traced.code
+    assert torch.equal(traced(x), littlebit_linear(x, packed, backend="cpu"))
+
+
+def test_the_least_tokens_of_tiles_are_those_of_the_kernels() -> None:
+    header = Path(__file__).parents[2] / "csrc/cpu/prepacked/tiles/kernels.h"
+    found = re.search(r"kLeastTileTokens = (\d+);", header.read_text("utf-8"))
+    assert found is not None
+    assert int(found[1]) == explanation._TILE_TOKENS

@@ -23,6 +23,13 @@ def copied(folder: Path, *, built: bool) -> Path:
     return target
 
 
+def test_a_clone_of_another_version_stays_itself(tmp_path: Path) -> None:
+    mine, other = copied(tmp_path / "clone", built=False), copied(tmp_path / "installed", built=True)
+    (other / "version.py").write_text('__version__ = "0.0.1"\n')
+    found = where(mine.parent, other.parent)
+    assert found == [str(mine), str(mine / "lib")]
+
+
 def where(clone: Path, *installed: Path) -> list[str]:
     run = subprocess.run(
         [sys.executable, "-c", CODE],

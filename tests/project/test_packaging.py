@@ -89,7 +89,7 @@ def test_a_wheel_is_for_every_python(tmp_path: Path) -> None:
     [
         ({"PATH": "nowhere"}, "no C++ compiler was found (c++, g++, clang++); on Debian and Ubuntu: apt-get"),
         ({"CXX": "no-such-compiler -m64"}, "no C++ compiler was found (no-such-compiler);"),
-        ({"LB2_TORCH_DIR": ""}, "torch, whose headers the build needs, is not installed here; pip install"),
+        ({"LB2_TORCH_DIR": ""}, "torch, whose headers the build needs, was not found; pip install"),
         ({"LB2_TORCH_DIR": "old/torch"}, "torch 2.11 or newer is needed, old/torch is older; pip install"),
     ],
     ids=["no-compiler", "wrong-compiler", "no-torch", "old-torch"],

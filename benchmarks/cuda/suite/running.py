@@ -14,12 +14,20 @@ from typing import Any
 from benchmarks.cuda.suite.make import sources_digest
 from benchmarks.cuda.suite.steps import PASSED, Folders, Result, Step, run_step
 from benchmarks.cuda.suite.summary import summary
-from benchmarks.records import host_environment, write_result, write_text
+from benchmarks.records import ROOT, host_environment, write_result, write_text
 
 __all__ = ["Run", "batches", "earlier_results", "limit_of", "plan"]
 
 #: A change of these makes earlier results those of another program.
-_SOURCES = ("csrc", "littlebit2_kernels/triton", "benchmarks/cuda", "tests/cuda", "CMakeLists.txt")
+_SOURCES = (
+    *("csrc", "CMakeLists.txt", "benchmarks/cuda", "benchmarks/layers", "tests/cuda", "tests/triton"),
+    # Without what is built into it.
+    *(
+        f"littlebit2_kernels/{path.name}"
+        for path in sorted((ROOT / "littlebit2_kernels").iterdir())
+        if path.name not in ("lib", "include", "__pycache__")
+    ),
+)
 _MOST_LOG = 12 * 2**20
 
 

@@ -14,8 +14,7 @@ struct Kernels {
   Kernel convert;  // NULL for tiles that blocks convert themselves
   // The same with Extras.
   Kernel decode_extended, convert_extended;
-  // For plain calls (plain_params.h), by whether the input has 16 bits; NULL for tiles that are converted
-  // ahead.
+  // For plain calls (plain_params.h), by whether the input has 16 bits.
   PlainKernel plain[2];
 };
 

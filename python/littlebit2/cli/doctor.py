@@ -28,7 +28,7 @@ def _run(args: argparse.Namespace) -> int:
     report, tests = collect(), self_tests()
     code = 0 if all(test.passed is not False for test in tests) else FAILED
     if args.json:
-        emit_json({**report, "self_tests": {test.name: test.outcome for test in tests}})
+        emit_json({**report, "self_tests": [test._asdict() for test in tests]})
         return code
     package, native = report["package"], report["native"]
     emit(f"littlebit2 {package['littlebit2_kernels']}, Python {package['python']}, torch {package['torch']}")

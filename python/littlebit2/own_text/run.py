@@ -29,6 +29,8 @@ __all__ = ["WrittenText", "write_text"]
 #: Without another wish, half of the tokens are chats where the tokenizer has a template for them.
 _CHATS = 0.5
 _SUFFIX = ".jsonl"
+#: Batches without a token after which a run ends.
+_EMPTY = 8
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,8 @@ def write_text(
         "source": source,
         "length": length,
         "chats": share,
+        # Templates may depend on the day.
+        "form": form and form.asked("?"),
         "batch_size": batch_size,
         "temperature": temperature,
         "top_k": top_k,
@@ -173,7 +177,7 @@ def _batches(
 ) -> Iterator[dict[str, Any]]:
     """Yield batches until there are enough tokens: those of the folder first, then new ones, kept there."""
     written = {True: 0, False: 0}
-    index = 0
+    index = empty = 0
     with tqdm(total=tokens, desc="write", unit=" tokens", disable=None if progress else True) as bar:
         while sum(written.values()) < tokens:
             chats = written[True] < share * sum(written.values()) or share == 1
@@ -189,11 +193,13 @@ def _batches(
                     "tokens": sum(count for _, count in texts),
                     "texts": [text for text, _ in texts],
                 }
-                if not batch["tokens"]:
-                    raise ValueError(
-                        "the model must write something, got empty texts alone: give other text by --data"
-                    )
                 write_file(path, json.dumps(batch).encode())
+            empty = 0 if batch["tokens"] else empty + 1
+            if empty == _EMPTY:
+                raise ValueError(
+                    f"the model must write something, got {_EMPTY} batches of empty texts: give another "
+                    "temperature, top_k or chats"
+                )
             written[chats] += batch["tokens"]
             bar.update(batch["tokens"])
             index += 1
