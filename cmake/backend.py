@@ -55,8 +55,8 @@ def missing(torch: str, *, tools: bool) -> str:
         return f"no C++ compiler was found ({', '.join(compiler)}); on Debian and Ubuntu: apt-get install g++"
     if not torch:
         return (
-            "torch, whose headers the build needs, was not found; pip install torch, then again, or, where the "
-            "build runs in an environment of its own, set LB2_TORCH_DIR=<site-packages>/torch or give "
+            "torch, whose headers the build needs, was not found; pip install torch, then again, or, where "
+            "the build runs in an environment of its own, set LB2_TORCH_DIR=<site-packages>/torch or give "
             "--no-build-isolation"
         )
     if not Path(torch, _HEADER).is_file():
