@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -77,7 +78,7 @@ def write_text(
         model_dir: directory of a dense checkpoint of a causal language model, with a tokenizer. Nothing is
             downloaded, no code of the checkpoint is run.
         out: file to write, named ``*.jsonl``; it appears whole.
-        tokens: to write at least.
+        tokens: to write at least; a run that goes on from another one has as many.
         length: tokens of a text at most.
         chats: share of the tokens in chats, 0 to 1; by default a half where there is a chat template.
         batch_size: texts at a time.
@@ -128,6 +129,7 @@ def write_text(
     writer = Writer(model, tokenizer, form, length=length, temperature=temperature, top_k=top_k)
     settings = {
         "source": source,
+        "tokens": tokens,
         "length": length,
         "chats": share,
         # Templates may depend on the day.
@@ -181,13 +183,16 @@ def _batches(
     with tqdm(total=tokens, desc="write", unit=" tokens", disable=None if progress else True) as bar:
         while sum(written.values()) < tokens:
             chats = written[True] < share * sum(written.values()) or share == 1
+            # As many texts as their kind lacks.
+            lacking = (share if chats else 1 - share) * tokens - written[chats]
+            size = min(max(math.ceil(lacking / writer.length), 1), batch_size)
             path = folder / f"{index:06}.json"
             if path.is_file():
                 batch = json.loads(path.read_text("utf-8"))
             else:
                 with torch.random.fork_rng():
                     torch.manual_seed(seed * 1_000_003 + index)
-                    texts = writer.chats(batch_size) if chats else writer.free(batch_size)
+                    texts = writer.chats(size) if chats else writer.free(size)
                 batch = {
                     "chats": chats,
                     "tokens": sum(count for _, count in texts),

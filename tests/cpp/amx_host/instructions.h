@@ -61,12 +61,12 @@ inline void add_products() {
   ++tiles.products;
   for (int m = 0; m < tiles.rows[kA]; ++m)
     for (int n = 0; n < tiles.columns[kB] / 4; ++n) {
-      int32_t sum;
+      uint32_t sum;  // wraps around, as rows that nobody reads may
       std::memcpy(&sum, tiles.data[kSum][m] + 4 * n, 4);
       for (int k = 0; k < tiles.rows[kB]; ++k)
         for (int j = 0; j < 4; ++j)
-          sum += static_cast<int8_t>(tiles.data[kA][m][4 * k + j]) *
-                 static_cast<int8_t>(tiles.data[kB][k][4 * n + j]);
+          sum += static_cast<uint32_t>(static_cast<int8_t>(tiles.data[kA][m][4 * k + j]) *
+                                       static_cast<int8_t>(tiles.data[kB][k][4 * n + j]));
       std::memcpy(tiles.data[kSum][m] + 4 * n, &sum, 4);
     }
 }
