@@ -25,8 +25,8 @@ PAGES = {
 GENERATED = {"docs/models.md"}
 #: Pages of kernels and figures, which have a share of their own of the lines that all pages may have.
 KERNELS = {"docs/cuda.md", "docs/dispatch.md", "docs/kernels.md", "docs/performance.md"}
-MAX_LINES = 1230
-MAX_KERNEL_LINES = 429
+MAX_LINES = 1260
+MAX_KERNEL_LINES = 445
 MAX_WIDTH = 140
 
 #: Wording that is not English an engineer of the field would write, and what is.
