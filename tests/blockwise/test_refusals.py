@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,21 @@ def test_text_must_be_long_enough(tmp_path: Path) -> None:
     short = write_text(tmp_path / "short.txt", 30)
     with pytest.raises(ValueError, match="at least 4 sequences of 16 tokens"):
         run(write_model(tmp_path / "dense"), tmp_path / "out", short)
+
+
+def test_text_that_cannot_be_read_leaves_nothing_behind(tmp_path: Path) -> None:
+    model, data, out = write_model(tmp_path / "dense"), tmp_path / "text.txt", tmp_path / "out"
+    data.write_bytes(bytes(range(128, 256)))
+    with pytest.raises(ValueError, match="must be UTF-8 text"):
+        run(model, out, data)
+    assert not out.with_name("out.partial").exists()
+    run(model, out, write_data(data))
+
+
+def test_less_text_than_asked_for_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, data = write_model(tmp_path / "dense"), write_data(tmp_path / "text.txt")
+    run(model, tmp_path / "out", data, changes={"samples": 100_000, "steps": 1}, progress=True)
+    assert re.search(r"warning: the text gives \d+ of 100000 sequences of 16 tokens", capsys.readouterr().err)
 
 
 def test_tokenizer_is_needed(tmp_path: Path) -> None:

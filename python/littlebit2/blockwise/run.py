@@ -176,8 +176,7 @@ def quantize_blockwise(
         pieces = ModelInPieces(
             plan.choice.trial.model, plan.choice.trial.parts, checkpoint.load_tensor, plan.blocks, place
         )
-        vocabulary = pieces.model.get_input_embeddings().weight.shape[0]
-        fixed = check_blocks(pieces, vocabulary)
+        fixed = check_blocks(pieces, pieces.model.get_input_embeddings().weight.shape[0])
         plan.settings[KEEP_LATENTS] = keep_latents
         work = BlockwiseWork(target, plan.settings)
         try:
@@ -197,6 +196,7 @@ def quantize_blockwise(
                 seed=chosen.seed,
                 text_field=text_field,
             )
+            _read_text(work, text)
             make = partial(BlockRunner, pieces, fixed=fixed, dtypes=plan.dtypes)
             if config.budget == "kl":
                 ids = text(samples=chosen.kl_samples)
@@ -220,6 +220,17 @@ def quantize_blockwise(
             return _Run(checkpoint, work, plan, chosen, runner, text, *options).finish(source, target)
         finally:
             work.close()
+
+
+def _read_text(work: BlockwiseWork, text: Callable[..., torch.Tensor]) -> None:
+    """Read the text, and leave nothing behind where it cannot be: there is no work yet that could be lost."""
+    begun = work.tokens.exists()
+    try:
+        text(samples=1)
+    except ValueError:
+        if not begun:
+            work.remove()
+        raise
 
 
 def _settle(
@@ -312,6 +323,7 @@ class _Run:
 
     def finish(self, source: Path, target: Path) -> BlockwiseReport:
         """Do what is left to do, and assemble the result."""
+        self._tell_text()
         first = self._finished_blocks()
         dense, quantized = self._states(first)
         self._check_space(dense)
@@ -358,6 +370,15 @@ class _Run:
             keep_work=self.keep_work,
         )
         return BlockwiseReport.of(run, content, dict(self.seconds))
+
+    def _tell_text(self) -> None:
+        got, wanted = len(self.runner.samples), self.settings.samples
+        if self.progress and got < wanted:
+            tqdm.write(
+                f"warning: the text gives {got} of {wanted} sequences of {self.plan.length} tokens, besides "
+                f"{self.settings.held_out} that are held out",
+                file=sys.stderr,
+            )
 
     def _latents(self) -> dict[str, Path]:
         """Files that training goes on from, by their path in the result."""
