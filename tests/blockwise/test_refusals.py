@@ -15,6 +15,7 @@ from littlebit2.blockwise import BlockwiseSettings, quantize_blockwise
 from littlebit2.blockwise.check import check_blocks
 from littlebit2.blockwise.find import find_blocks
 from littlebit2.blockwise.pieces import ModelInPieces
+from littlebit2.disk import RunError
 from littlebit2.quantize import QuantConfig
 from tests.blockwise.builders import SIZES, run, write_data, write_model
 from tests.train.builders import byte_tokenizer, write_text
@@ -175,6 +176,18 @@ def test_text_that_cannot_be_read_leaves_nothing_behind(tmp_path: Path) -> None:
         run(model, out, data)
     assert not out.with_name("out.partial").exists()
     run(model, out, write_data(data))
+
+
+def test_what_differs_from_an_unfinished_run_is_named_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = write_model(tmp_path / "dense"), write_data(tmp_path / "text.txt")
+    with monkeypatch.context() as broken:
+        broken.setattr("littlebit2.blockwise.tuning.block.BlockRunner.run", None)
+        with pytest.raises(TypeError):
+            run(model, tmp_path / "out", data)
+    with pytest.raises(RunError, match=r"with other settings: steps = 12 there, 13 here; finish it"):
+        run(model, tmp_path / "out", data, changes={"steps": 13})
 
 
 def test_less_text_than_asked_for_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

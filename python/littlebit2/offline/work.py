@@ -156,6 +156,9 @@ def work_path(out: Path) -> Path:
 
 
 def _difference(name: str, found: Any, wanted: Any) -> str:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        names = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
+        return ", ".join(_difference(key, found.get(key), wanted.get(key)) for key in names)
     return "other source weights" if name == "source" else f"{name} = {found!r} there, {wanted!r} here"
 
 
