@@ -26,6 +26,7 @@ from tests.offline.builders import contents, llama_tensors, write_model
 COMMANDS = (
     "quantize",
     "calibrate",
+    "write-text",
     "finetune",
     "evaluate",
     "convert",
@@ -221,7 +222,9 @@ def test_an_unknown_option_shows_the_usage_of_its_command(
     needed = {"calibrate": ["--data", "t", "--out", "o"], "convert": ["o", "--to", "littlebit2"]}
     needed |= {"finetune": ["o", "--data", "t"], "evaluate": ["--data", "t"], "quantize": ["o"]}
     needed |= {"generate": ["text"], "synthesize": ["o", "--bpw", "1"]}
-    assert main([command, "model", *needed.get(command, []), "--nothing", "1"]) == 2
+    needed |= {"write-text": ["o.jsonl"]}
+    model = [] if command == "doctor" else ["model"]
+    assert main([command, *model, *needed.get(command, []), "--nothing", "1"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"usage: littlebit2 {command} ")
     assert error.endswith(f"littlebit2 {command}: error: unrecognized arguments: --nothing 1\n")

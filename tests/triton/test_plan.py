@@ -329,8 +329,9 @@ def test_one_choice_for_several_layers(
     ("options", "activation"),
     [
         ({}, "exact"),
-        ({"prepacked": True}, "int16"),
-        ({"prepacked": True, "dtype": torch.float32}, "exact"),
+        # The plan of the call resolves it: with AMX kernels it depends on the tokens.
+        ({"prepacked": True}, "auto"),
+        ({"prepacked": True, "dtype": torch.float32}, "auto"),
         ({"prepacked": True, "activation": "sign"}, "sign"),
         ({"prepacked": True, "compiling": True}, "auto"),
         ({"backend": "reference"}, "exact"),
