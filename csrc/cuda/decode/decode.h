@@ -12,6 +12,22 @@
 
 namespace lb2::cuda {
 
+// The group of a block and its part of the slices of the group's terms, counted from the first term on.
+struct BlockPart {
+  const Group* group;
+  int begin, count;
+};
+
+template <typename Params>
+LB2_DEVICE BlockPart block_part(const Params& params) {
+  int index = 0;
+  while (index + 1 < params.num_groups && params.groups[index + 1].first_tile <= block_x()) ++index;
+  const Group& group = params.groups[index];
+  const int part = block_y(), longer = part < group.part_rest;
+  const int begin = part * group.part_slices + (longer ? part : group.part_rest);
+  return {&group, begin, group.part_slices + longer};
+}
+
 // What a block adds up: a part of the slices of its group's terms.
 struct Items {
   const DecodeParams* params;
@@ -34,12 +50,8 @@ struct Items {
 };
 
 LB2_DEVICE Items block_items(const DecodeParams& params) {
-  int index = 0;
-  while (index + 1 < params.num_groups && params.groups[index + 1].first_tile <= block_x()) ++index;
-  const Group& group = params.groups[index];
-  const int part = block_y(), longer = part < group.part_rest;
-  const int begin = part * group.part_slices + (longer ? part : group.part_rest);
-  return {&params, &group, begin, group.part_slices + longer};
+  const BlockPart part = block_part(params);
+  return {&params, part.group, part.begin, part.count};
 }
 
 // Where a lane finds what it needs of one item: the words of rows g and g + 8, and what their sums are
@@ -204,8 +216,18 @@ struct BlockRows {
   LB2_DEVICE bool stores() const { return first + own() < group->rows; }
 };
 
-// Adds up the sums of the warps that share rows, partial[split_warp][token][row of the block], and stores
-// them.
+// The sum of the warps that share this thread's row, in their order: partial[split_warp][token][row of the
+// block].
+template <int kTokens>
+LB2_DEVICE float sum_of_warps(const float* partial, const BlockRows& rows, int split_warps, int token) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int split = 0; split < kWarps; ++split)
+    sum += split < split_warps ? partial[((split * kTokens + token) << rows.log2) + rows.own()] : 0.0f;
+  return sum;
+}
+
+// Adds up the sums of the warps that share rows, and stores them.
 template <typename Mma, int kTokens, bool kExtended>
 LB2_DEVICE void store_rows(const DecodeParams& params, const BlockRows& rows, float bias,
                            const float* partial, int first_token, int tokens) {
@@ -214,11 +236,7 @@ LB2_DEVICE void store_rows(const DecodeParams& params, const BlockRows& rows, fl
   const int split_warps = kWarps >> params.row_warps_log2, row = rows.first + rows.own();
   const int64_t first_row = static_cast<int64_t>(block_y()) * params.m + first_token;
   for (int token = thread_id() >> rows.log2; token < tokens; token += kThreads >> rows.log2) {
-    float parts = 0.0f;
-#pragma unroll
-    for (int split = 0; split < kWarps; ++split)
-      parts += split < split_warps ? partial[((split * kTokens + token) << rows.log2) + rows.own()] : 0.0f;
-    float sum = bias;
+    float parts = sum_of_warps<kTokens>(partial, rows, split_warps, token), sum = bias;
     if constexpr (kExtended) {
       const Extras& extras = params.extras;
       if (extras.normed)

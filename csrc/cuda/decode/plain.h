@@ -24,12 +24,8 @@ struct PlainItems {
 };
 
 LB2_DEVICE PlainItems plain_items(const PlainParams& params) {
-  int index = 0;
-  while (index + 1 < params.num_groups && params.groups[index + 1].first_tile <= block_x()) ++index;
-  const Group& group = params.groups[index];
-  const int part = block_y(), longer = part < group.part_rest;
-  const int begin = part * group.part_slices + (longer ? part : group.part_rest);
-  return {&params, &group, begin, group.part_slices + longer};
+  const BlockPart part = block_part(params);
+  return {&params, part.group, part.begin, part.count};
 }
 
 // Where a lane finds what it needs of one item. Loads are not conditional, as a choice between a loaded word
@@ -263,14 +259,9 @@ LB2_DEVICE void plain_block(const PlainParams& params) {
   sync_block();
   if (!rows.stores()) return;
   const int64_t first_store = static_cast<int64_t>(block_y()) * params.m + first_token;
-  for (int token = thread_id() >> rows_log2; token < tokens; token += kThreads >> rows_log2) {
-    float parts = 0.0f;
-#pragma unroll
-    for (int split = 0; split < kWarps; ++split)
-      parts += split < split_warps ? partial[((split * kTokens + token) << rows_log2) + rows.own()] : 0.0f;
+  for (int token = thread_id() >> rows_log2; token < tokens; token += kThreads >> rows_log2)
     store_element(group.output, (first_store + token) * group.output_stride + rows.first + rows.own(),
-                  params.output_dtype, bias + parts);
-  }
+                  params.output_dtype, bias + sum_of_warps<kTokens>(partial, rows, split_warps, token));
 }
 
 // Blocks on an SM: three, so that those of both stages of a large layer are there at once, where the sums

@@ -415,7 +415,6 @@ DecodeParams decode_params(const Layers& layers, const Plan& plan, int index, in
     group.part_rest = slices % launch.grid_y;
   }
   params.chunk_slices = launch.chunk_slices;
-  params.signs_early = index > 0 || layers.extras.after_own;
   const bool last = launch.stage == 1 || layers.shape.single_stage;
   if (launch.stage == 0) add_first_extras(layers, plan, first, workspace, &params.extras);
   if (last) add_last_extras(layers, first, &params.extras);

@@ -47,7 +47,7 @@ LB2_API lb2_status resume_plan(const CallShape& call, const lb2_cuda_plan* made,
 LB2_API bool is_decode(const lb2_cuda_plan& plan) noexcept;
 
 // Geometry and parameters of a launch for the tokens [first, first + tokens) of the call. `workspace` must be
-// aligned.
+// aligned. What was queued before decides `signs_early`: next_decode_launch (decode/plain_params.h) sets it.
 LB2_API lb2_cuda_launch launch_for(const Plan& plan, int launch, int64_t tokens) noexcept;
 LB2_API DecodeParams decode_params(const Layers& layers, const Plan& plan, int launch, int64_t first,
                                    int64_t tokens, char* workspace) noexcept;

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cuda/decode/plain_params.h"
 #include "cuda/decode/sizes.h"
 #include "cuda/plan/check.h"
 #include "cuda/plan/fused.h"
@@ -218,9 +219,11 @@ void test_plans_are_checked() {
   const Arguments arguments(layer);
   lb2::cuda::Layers layers;
   expect(lb2::cuda::gather_layers(&arguments.args, 1, &layers) == LB2_OK, lb2_last_error());
-  for (int i = 0; i < resumed.num_launches; ++i)
-    expect(lb2::cuda::decode_params(layers, resumed, i, 0, 3, nullptr).signs_early == (i > 0), "signs early",
-           i);
+  for (int i = 0; i < resumed.num_launches; ++i) {
+    lb2::cuda::DecodeLaunch next;
+    expect(lb2::cuda::next_decode_launch(layers, resumed, i, 0, 3, i > 0, nullptr, &next), "a launch", i);
+    expect(next.params.signs_early == (i > 0), "signs early", i);
+  }
   // Any byte that is changed makes another plan; only the device is known where there is one.
   for (size_t at = 0; at < sizeof plan; ++at) {
     if (at >= offsetof(lb2_cuda_plan, device) && at < offsetof(lb2_cuda_plan, workspace_bytes)) continue;
