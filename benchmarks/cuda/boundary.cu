@@ -33,19 +33,13 @@ double measure(void (*kernel)(), int blocks, bool chained) {
     config.numAttrs = chained ? 1 : 0;
     for (int i = 0; i < kLaunches; ++i) LB2_CUDA(cudaLaunchKernelEx(&config, kernel));
   });
-  std::vector<double> seconds;
-  for (int i = 0; i < 21; ++i) seconds.push_back(graph.seconds());
-  return lb2::bench::median(seconds) / kLaunches * 1e6;
+  return graph.median_seconds(21) / kLaunches * 1e6;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {  // [FILE]: JSON
-  FILE* json = std::fopen(argc > 1 ? argv[1] : "/dev/null", "w");
-  if (json == nullptr) {
-    std::fprintf(stderr, "error: %s cannot be written\n", argv[1]);
-    return 2;
-  }
+  FILE* json = lb2::bench::open_json(argc, argv);
   const int sms = lb2::bench::attribute(cudaDevAttrMultiProcessorCount);
   const bool chains = lb2::bench::attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
   const char* separator = "";

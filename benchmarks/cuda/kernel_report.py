@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import subprocess
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import PROCESSORS
+from benchmarks.cuda.compiling import compile_cubin
 from benchmarks.markdown import markdown
 from benchmarks.options import add_json
 from benchmarks.records import ROOT, host_environment, write_result
@@ -104,17 +104,7 @@ def parse_ptxas(log: str) -> Iterator[Kernel]:
 
 
 def _compile(file: str, capability: int, folder: Path) -> str:
-    command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{capability}", "-Xptxas=-v", "-cubin"]
-    command += [
-        f"-I{ROOT / 'csrc'}",
-        f"-I{ROOT / 'csrc' / 'include'}",
-        "-o",
-        str(folder / f"{Path(file).stem}_{capability}"),
-    ]
-    command.append(str(ROOT / "csrc" / "cuda" / f"{file}.cu"))
-    return subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
-    ).stdout
+    return compile_cubin(ROOT / "csrc" / "cuda" / f"{file}.cu", capability, folder)[1]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

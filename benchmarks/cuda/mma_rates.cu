@@ -67,11 +67,10 @@ void measure(FILE* json, bool last) {
   lb2::bench::Graph graph([&](cudaStream_t stream) {
     multiply<Mma><<<blocks, kBlockThreads, 0, stream>>>(static_cast<typename Mma::Sum*>(sink));
   });
-  std::vector<double> seconds;
-  for (int i = 0; i < 9; ++i) seconds.push_back(graph.seconds());
+  const double seconds = graph.median_seconds(9);
   LB2_CUDA(cudaFree(sink));
   const double each = static_cast<double>(kBlocksPerSm) * kBlockThreads / 32 * kRounds * kChains;
-  const double rate = each / lb2::bench::median(seconds);
+  const double rate = each / seconds;
   const double clock = lb2::bench::attribute(cudaDevAttrClockRate) * 1e3;
   std::printf("%-26s %7.1f M MMAs/s per SM, %5.3f per clock at %.2f GHz, %8.1f T multiply-adds/s in all\n",
               Mma::kName, rate / 1e6, rate / clock, clock / 1e9, rate * sms * 16 * 8 * Mma::kDepth / 1e12);
@@ -82,11 +81,7 @@ void measure(FILE* json, bool last) {
 }  // namespace
 
 int main(int argc, char** argv) {  // [FILE]: JSON
-  FILE* json = std::fopen(argc > 1 ? argv[1] : "/dev/null", "w");
-  if (json == nullptr) {
-    std::fprintf(stderr, "error: %s cannot be written\n", argv[1]);
-    return 2;
-  }
+  FILE* json = lb2::bench::open_json(argc, argv);
   std::fprintf(json, "{\n  \"rates\": [\n");
   measure<OneBit>(json, false);
   measure<Half>(json, false);

@@ -27,6 +27,11 @@ inline int attribute(cudaDeviceAttr which) {
   return value;
 }
 
+inline double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
+}
+
 // A captured sequence of calls.
 class Graph {
  public:
@@ -62,15 +67,27 @@ class Graph {
     return milliseconds / 1e3;
   }
 
+  // The median of some replays.
+  double median_seconds(int replays) {
+    std::vector<double> all;
+    for (int i = 0; i < replays; ++i) all.push_back(seconds());
+    return median(all);
+  }
+
  private:
   cudaStream_t stream_ = nullptr;
   cudaGraphExec_t run_ = nullptr;
   cudaEvent_t start_ = nullptr, end_ = nullptr;
 };
 
-inline double median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  return values[values.size() / 2];
+// The file that a program's one argument names, for JSON; nowhere without an argument.
+inline FILE* open_json(int argc, char** argv) {
+  FILE* json = std::fopen(argc > 1 ? argv[1] : "/dev/null", "w");
+  if (json == nullptr) {
+    std::fprintf(stderr, "error: %s cannot be written\n", argv[1]);
+    std::exit(2);
+  }
+  return json;
 }
 
 }  // namespace lb2::bench

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import struct
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import util
 from pathlib import Path
 
+from benchmarks.cuda.compiling import compile_cubin, disassemble, output_of
 from benchmarks.records import ROOT
 from benchmarks.sass.encoding import Instruction, parse_functions
 
@@ -26,7 +24,6 @@ __all__ = [
     "Kernel",
     "Launch",
     "compile_kernels",
-    "disassembler",
     "kernel_of",
     "plan_launches",
 ]
@@ -78,46 +75,12 @@ class Kernel:
         return last + 16
 
 
-def disassembler() -> str:
-    """Path of cuobjdump: on PATH, or in Triton's package."""
-    found = shutil.which("cuobjdump")
-    triton = util.find_spec("triton")
-    if found is None and triton is not None and triton.origin is not None:
-        bundled = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        found = str(bundled) if os.access(bundled, os.X_OK) else None
-    if found is None:
-        raise FileNotFoundError("cuobjdump must be on PATH or in Triton's package, found it in neither")
-    return found
-
-
-def _output(command: Sequence[str | Path]) -> str:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{command[0]} failed: {done.stdout[-2000:]}")
-    return done.stdout
-
-
 def compile_kernels(source: Path, arch: int, folder: Path) -> Mapping[str, Kernel]:
     """Compile a .cu file for one architecture and disassemble its kernels, by mangled name."""
-    cubin = folder / f"{source.stem}_{arch}.cubin"
-    includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"]
-    log = _output(
-        [
-            "nvcc",
-            "-std=c++17",
-            "-O3",
-            f"-arch=sm_{arch}",
-            "-Xptxas=-v",
-            "-cubin",
-            *includes,
-            "-o",
-            cubin,
-            source,
-        ]
-    )
+    cubin, log = compile_cubin(source, arch, folder)
     used = re.compile(r"Compiling entry function '(\w+)' for.*?Used (\d+) registers", re.DOTALL)
     registers = {match[1]: int(match[2]) for match in used.finditer(log)}
-    code = parse_functions(_output([disassembler(), "--dump-sass", cubin]))
+    code = parse_functions(disassemble(cubin))
     constants = _sections(cubin.read_bytes())
     return {
         name: Kernel(name, found, registers[name], constants.get(f".nv.constant2.{name}", b""))
@@ -154,7 +117,7 @@ def plan_launches(
         sources = [path for pattern in _SOURCES for path in sorted((ROOT / "csrc").glob(pattern))]
         command: list[str | Path] = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-o", program]
         command += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}", '-DLB2_VERSION_STRING="0"']
-        _output([*command, Path(__file__).with_name("launches.cpp"), *sources])
+        output_of([*command, Path(__file__).with_name("launches.cpp"), *sources])
     _, multiprocessors, shared_bytes = DEVICES[arch]
     numbers = [
         arch,
@@ -167,7 +130,7 @@ def plan_launches(
         *ranks,
     ]
     launches = []
-    for line in _output([program, *map(str, numbers)]).splitlines():
+    for line in output_of([program, *map(str, numbers)]).splitlines():
         kind, stage, tile, x, y, z, params = line.split()
         launches.append(Launch(kind, int(stage), int(tile), (int(x), int(y), int(z)), bytes.fromhex(params)))
     return launches

@@ -15,11 +15,11 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import util
 from pathlib import Path
 
 import pytest
 
+from benchmarks.cuda.compiling import disassemble, disassembler
 from benchmarks.cuda.kernel_report import GEMM_POLICIES, POLICIES, TOKEN_TILES, gemm_tiles, parse_ptxas
 from benchmarks.sass.block import walk_block
 from benchmarks.sass.encoding import parse_functions
@@ -170,29 +170,19 @@ def test_program_links_the_installed_library(
     assert "Shared library: [liblittlebit2.so.1]" in needed
 
 
-def _disassembler() -> str | None:
-    on_path = shutil.which("cuobjdump")
-    if on_path is not None:
-        return on_path
-    triton = util.find_spec("triton")
-    if triton is None or triton.origin is None:
-        return None
-    bundled = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return str(bundled) if os.access(bundled, os.X_OK) else None
-
-
 def _machine_code(build: Build, arch: int, kernel: str) -> list[str]:
     """Functions whose mangled names hold ``kernel``, as disassembled; skips where nothing disassembles."""
-    disassembler = _disassembler()
-    if disassembler is None:
-        pytest.skip("needs cuobjdump (CUDA toolkit or Triton's package)")
-    code = _disassembled(disassembler, build.library, arch)
+    code = _disassembled(build.library, arch)
     return [part for part in re.split(r"\n\s*Function : ", code)[1:] if kernel in part.split()[0]]
 
 
 @functools.lru_cache(maxsize=len(OTHERS))
-def _disassembled(disassembler: str, library: Path, arch: int) -> str:
-    return _run(disassembler, "--dump-sass", "--gpu-architecture", f"sm_{arch}", str(library))
+def _disassembled(library: Path, arch: int) -> str:
+    try:
+        disassembler()
+    except FileNotFoundError:
+        pytest.skip("needs cuobjdump (CUDA toolkit or Triton's package)")
+    return disassemble(library, "--gpu-architecture", f"sm_{arch}")
 
 
 @_each_of((80, 86, 89, 90))
@@ -250,9 +240,7 @@ def test_first_launch_reads_nothing_before_it_waits(
     build: Build, arch: int, dtype: str, tmp_path: Path
 ) -> None:
     """Whoever ran before may have written weights: the compiler must not move loads up past the wait."""
-    if _disassembler() is None:
-        pytest.skip("needs cuobjdump (CUDA toolkit or Triton's package)")
-    code = dict(parse_functions(_disassembled(str(_disassembler()), build.library, arch)))
+    code = dict(parse_functions(_disassembled(build.library, arch)))
     kernels = {name: Kernel(name, instructions, 0) for name, instructions in code.items()}
     for tokens in (1, 4, 16):
         launches = plan_launches(tmp_path, arch, "int16", dtype, tokens, (4096, 4096), (80, 80))
