@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +11,7 @@ from types import ModuleType
 import pytest
 
 from benchmarks.commands import COMMANDS
+from tests.harness.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {
@@ -156,15 +155,7 @@ def test_hand_written_pages_are_short() -> None:
 
 @pytest.fixture
 def api_reference(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "littlebit2_test_api_reference", ROOT / ".ci/api_reference.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / ".ci/api_reference.py", monkeypatch)
 
 
 def test_api_pages_are_those_of_the_docstrings(api_reference: ModuleType) -> None:
