@@ -36,6 +36,7 @@ __all__ = [
     "choose_for_all",
     "choose_for_group",
     "costs_on_cpu",
+    "has_many_tokens",
     "may_choose_blas",
     "prefill_backend",
     "unavailable_reason",
@@ -178,9 +179,14 @@ def choose(call: Call) -> Choice:
     return Choice(backend, activation, reason, prepack)
 
 
+def has_many_tokens(x: torch.Tensor, shape: LayerShape) -> bool:
+    """Whether ``x`` has the tokens from which ``auto`` compares estimates on the CPU."""
+    return x.numel() >= CPU_TOKENS * shape.in_features
+
+
 def choose_for(x: torch.Tensor, shape: LayerShape, backend: str, activation: str, prepacked: bool) -> Choice:
     """:func:`choose` for the call of a layer on ``x``; for few tokens on the CPU no more than a look-up."""
-    if not x.is_cpu or torch.compiler.is_compiling() or x.numel() >= CPU_TOKENS * shape.in_features:
+    if not x.is_cpu or torch.compiler.is_compiling() or has_many_tokens(x, shape):
         return choose(call_of(x, shape, backend, activation, prepacked))
     key = (backend, activation, prepacked, x.dtype)
     try:
@@ -200,7 +206,7 @@ def choose_for_group(
 ) -> Choice | None:
     """:func:`choose_for_all` for several layers on ``x``."""
     compiling = torch.compiler.is_compiling()
-    if x.is_cpu and (compiling or x.numel() < CPU_TOKENS * shapes[0].in_features):
+    if x.is_cpu and (compiling or not has_many_tokens(x, shapes[0])):
         return choose_for(x, shapes[0], backend, activation, prepacked)
     return choose_for_all(call_of(x, shapes[0], backend, activation, prepacked), shapes)
 

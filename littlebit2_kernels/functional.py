@@ -7,7 +7,14 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch.autograd import forward_ad
 
-from .dispatch import ACTIVATIONS, CPU_TOKENS, PREPACKED, Choice, check_activation_mode, choose_for
+from .dispatch import (
+    ACTIVATIONS,
+    PREPACKED,
+    Choice,
+    check_activation_mode,
+    choose_for,
+    has_many_tokens,
+)
 from .format import MAX_PATHS, LayerShape, PackedLinear
 from .fused.norm import RMSNorm
 from .ops import calls
@@ -154,7 +161,7 @@ def run_prepacked(
 
 def _compares(x: torch.Tensor, shape: LayerShape) -> bool:
     """Whether ``auto`` compares estimates on the CPU for so many tokens."""
-    return not torch.compiler.is_compiling() and x.numel() >= CPU_TOKENS * shape.in_features
+    return not torch.compiler.is_compiling() and has_many_tokens(x, shape)
 
 
 def run_group(

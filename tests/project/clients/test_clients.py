@@ -61,7 +61,7 @@ def test_diagnostics_say_what_is_wrong(
     def broken() -> None:
         raise littlebit2_kernels.NativeLibraryError("no library here")
 
-    monkeypatch.setattr(diagnostics, "littlebit_linear", lambda x, packed: broken())
+    monkeypatch.setattr(diagnostics, "littlebit_linear", lambda x, packed, backend: broken())
     monkeypatch.setattr(diagnostics, "core", broken)
     monkeypatch.setattr(dispatch, "core", broken)
     assert diagnostics.collect()["backends"]["cpu"] == "unavailable: no library here"
