@@ -13,6 +13,7 @@ __all__ = [
     "ROUTERS",
     "TIED_BY_DEFAULT",
     "TRANSPOSED",
+    "is_causal_name",
     "is_key_or_value",
     "is_linear_name",
 ]
@@ -68,6 +69,11 @@ _KEY_OR_VALUE = ("k_proj", "v_proj")
 def is_key_or_value(name: str) -> bool:
     """Whether a linear layer projects to keys or values; ``kv_factor`` applies to its rank."""
     return name.endswith(_KEY_OR_VALUE)
+
+
+def is_causal_name(architecture: str) -> bool:
+    """Whether a class of transformers is a causal language model, to judge by its name."""
+    return architecture.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def is_linear_name(module: str) -> bool:

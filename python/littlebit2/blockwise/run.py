@@ -41,7 +41,7 @@ from .ranking import ranks_by_kl
 from .report import BLOCKWISE_NAME, BlockwiseReport
 from .settings import BlockwiseSettings
 from .states import States
-from .text import load_tokenizer, sequences
+from .text import fitting_length, load_tokenizer, sequences
 from .tuning.block import BlockRunner, batches
 from .tuning.distill import Distillation
 from .tuning.minutes import MOST, PER_STEP, fitting, fitting_steps, seconds_of_blocks
@@ -258,8 +258,7 @@ def _settle(
         raise ValueError(
             f"method blockwise needs a causal language model, got {type(model).__name__}: use --method admm"
         )
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    length = min(settings.length, longest) if isinstance(longest, int) and longest > 1 else settings.length
+    length = fitting_length(settings.length, model.config)
     run = run_settings(
         checkpoint,
         config,

@@ -11,10 +11,16 @@ import torch
 from littlebit2.checkpoint.side_files import check_tokenizer
 from littlebit2.train.data import TokenBlocks, TokenFile, read_texts, write_tokens
 
-__all__ = ["load_tokenizer", "sequences"]
+__all__ = ["fitting_length", "load_tokenizer", "sequences"]
 
 #: Times as many tokens are read as are used, so that the sequences are of many documents.
 _SPREAD = 16
+
+
+def fitting_length(length: int, config: Any) -> int:
+    """Return ``length``, or the number of positions that a model's configuration has, where that is less."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min(length, most) if isinstance(most, int) and most > 1 else length
 
 
 def load_tokenizer(model_dir: Path) -> Any:

@@ -7,6 +7,8 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
+from littlebit2.architecture.names import is_causal_name
+
 from .blockwise import BLOCKWISE, add_blockwise_options, blockwise_outlook, is_blockwise, run_blockwise
 from .common import (
     Commands,
@@ -206,7 +208,7 @@ def _is_causal(folder: str) -> bool:
     """Whether a checkpoint is a causal language model, to judge by the class that its configuration names."""
     with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
         named = json.load(file).get("architectures") or ["ForCausalLM"]
-    return str(named[0]).endswith(("ForCausalLM", "LMHeadModel"))
+    return is_causal_name(str(named[0]))
 
 
 def _outlook(report: RunReport, args: argparse.Namespace) -> None:

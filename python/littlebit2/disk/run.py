@@ -144,6 +144,33 @@ class RunDirectory:
             "those settings, start over (resume=False, --restart), or give another output"
         )
 
+    def begin(
+        self,
+        settings: Mapping[str, Any],
+        *,
+        resume: bool,
+        describe: Callable[[str, Any, Any], str] | None = None,
+    ) -> None:
+        """Take the folder, and go on with the run of these settings in it, or start one.
+
+        Args:
+            settings: JSON values by name.
+            resume: whether to go on; otherwise what is there is removed.
+            describe: as for :meth:`differing`.
+
+        Raises:
+            RunError: as :meth:`take`, or it belongs to a run with other settings.
+            OSError: it cannot be made or written.
+        """
+        self.take()
+        if not resume or self.settings() is None:
+            # Without settings it was left by a run that was killed before it wrote them, or by remove().
+            self.clear()
+            self.write_settings(settings)
+        differing = self.differing(settings, describe)
+        if differing:
+            raise self.refuse(differing)
+
     def clear(self, *keep: Path) -> None:
         """Remove everything in the folder but ``keep`` and the lock; the settings go first."""
         (self.path / _SETTINGS).unlink(missing_ok=True)

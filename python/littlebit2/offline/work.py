@@ -23,7 +23,7 @@ from littlebit2_kernels.state import packed_from_state, packed_to_state
 
 from .jobs import Job
 
-__all__ = ["WorkDirectory", "keep_layers", "reason_of", "work_path"]
+__all__ = ["WorkDirectory", "difference", "keep_layers", "reason_of", "work_path"]
 
 #: The one metadata key of a layer file: with several, their order in the file would not be fixed.
 _ENTRY = "littlebit2"
@@ -56,16 +56,13 @@ class WorkDirectory(RunDirectory):
                 something and is no work directory.
             OSError: it cannot be made or written.
         """
-        self.take()
-        if not resume or self.settings() is None:
-            # Without settings it was left by a run that was killed before it wrote them, or by remove().
-            self.clear()
-            with keep_layers():
-                self.write_settings(self.of_layers)
-        differing = self.differing(self.of_layers, _difference)
-        if differing:
-            raise self.refuse(differing)
+        self.begin(self.of_layers, resume=resume, describe=difference)
         shutil.rmtree(self.assembled, ignore_errors=True)
+
+    def write_settings(self, settings: Mapping[str, Any]) -> None:
+        """See :class:`.RunDirectory`; a full disk is told as for layers."""
+        with keep_layers():
+            super().write_settings(settings)
 
     def remove_remainder(self) -> None:
         """Remove what a finished run of these settings has left, because it was killed before it could.
@@ -155,10 +152,11 @@ def work_path(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
-def _difference(name: str, found: Any, wanted: Any) -> str:
+def difference(name: str, found: Any, wanted: Any) -> str:
+    """Say how a setting differs, for :meth:`.RunDirectory.differing`."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         names = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
-        return ", ".join(_difference(key, found.get(key), wanted.get(key)) for key in names)
+        return ", ".join(difference(key, found.get(key), wanted.get(key)) for key in names)
     return "other source weights" if name == "source" else f"{name} = {found!r} there, {wanted!r} here"
 
 

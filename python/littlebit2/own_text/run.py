@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from littlebit2.architecture.names import is_causal_name
+from littlebit2.blockwise.text import fitting_length
 from littlebit2.blockwise.tuning.precision import resolve_precision
 from littlebit2.checkpoint import open_dense
 from littlebit2.dense_model import architecture_of, load_dense
 from littlebit2.disk import RunDirectory, check_new_file, new_file, write_file
 from littlebit2.offline.jobs import source_digest
+from littlebit2.offline.work import difference
 from littlebit2.quantize.device import check_device
 
 from .chats import ChatForm
@@ -117,12 +120,11 @@ def write_text(
     with open_dense(model_dir) as checkpoint:
         architecture = architecture_of(checkpoint)
         source = source_digest(checkpoint)
-    if not architecture.endswith(("ForCausalLM", "LMHeadModel")):
+    if not is_causal_name(architecture):
         raise ValueError(f"model_dir must hold a causal language model, got {architecture}")
     precision = dtype or resolve_precision("auto", place)
     model, tokenizer = load_dense(Path(model_dir), architecture, place, precision)
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    length = min(length, longest) if isinstance(longest, int) and longest > 1 else length
+    length = fitting_length(length, model.config)
     templated = bool(getattr(tokenizer, "chat_template", None))
     share = chats if chats is not None else _CHATS * templated
     form = ChatForm.of(tokenizer) if share else None
@@ -144,7 +146,8 @@ def write_text(
         "torch": torch.__version__,
     }
     work = RunDirectory(target.with_name(f"{target.name}.partial"))
-    with _held(work, settings, resume):
+    with closing(work):
+        work.begin(settings, resume=resume, describe=difference)
         batches = list(_batches(work.path, writer, tokens, share, batch_size, seed, progress))
         with new_file(target) as file:
             for batch in batches:
@@ -159,21 +162,6 @@ def write_text(
     )
 
 
-@contextmanager
-def _held(work: RunDirectory, settings: dict[str, Any], resume: bool) -> Iterator[None]:
-    work.take()
-    try:
-        if not resume or work.settings() is None:
-            work.clear()
-            work.write_settings(settings)
-        differing = work.differing(settings)
-        if differing:
-            raise work.refuse(differing)
-        yield
-    finally:
-        work.close()
-
-
 def _batches(
     folder: Path, writer: Writer, tokens: int, share: float, batch_size: int, seed: int, progress: bool
 ) -> Iterator[dict[str, Any]]:
@@ -183,21 +171,14 @@ def _batches(
     with tqdm(total=tokens, desc="write", unit=" tokens", disable=None if progress else True) as bar:
         while sum(written.values()) < tokens:
             chats = written[True] < share * sum(written.values()) or share == 1
-            # As many texts as their kind lacks.
-            lacking = (share if chats else 1 - share) * tokens - written[chats]
-            size = min(max(math.ceil(lacking / writer.length), 1), batch_size)
             path = folder / f"{index:06}.json"
             if path.is_file():
                 batch = json.loads(path.read_text("utf-8"))
             else:
-                with torch.random.fork_rng():
-                    torch.manual_seed(seed * 1_000_003 + index)
-                    texts = writer.chats(size) if chats else writer.free(size)
-                batch = {
-                    "chats": chats,
-                    "tokens": sum(count for _, count in texts),
-                    "texts": [text for text, _ in texts],
-                }
+                # As many texts as their kind lacks.
+                lacking = (share if chats else 1 - share) * tokens - written[chats]
+                size = min(max(math.ceil(lacking / writer.length), 1), batch_size)
+                batch = _drawn(writer, chats, size, seed * 1_000_003 + index)
                 write_file(path, json.dumps(batch).encode())
             empty = 0 if batch["tokens"] else empty + 1
             if empty == _EMPTY:
@@ -209,3 +190,14 @@ def _batches(
             bar.update(batch["tokens"])
             index += 1
             yield batch
+
+
+def _drawn(writer: Writer, chats: bool, size: int, seed: int) -> dict[str, Any]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        texts = writer.chats(size) if chats else writer.free(size)
+    return {
+        "chats": chats,
+        "tokens": sum(count for _, count in texts),
+        "texts": [text for text, _ in texts],
+    }
