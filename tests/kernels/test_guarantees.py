@@ -38,7 +38,7 @@ def test_result_does_not_depend_on_threads(isa: str, rng: torch.Generator) -> No
     results = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        y = littlebit_linear(x, packed)
+        y = littlebit_linear(x, packed, "cpu")
         results.append((y, *torch.autograd.grad(y.sum(), x)))
     for y, grad in results[1:]:
         assert torch.equal(y, results[0][0])
@@ -51,7 +51,9 @@ def test_sharing_a_first_stage_changes_no_bit(isa: str, rng: torch.Generator) ->
     copied = PackedPath(
         second.v.clone(), second.in_scale.clone(), second.out_scale, second.u, second.latent_scale
     )
-    assert torch.equal(littlebit_linear(x, packed), littlebit_linear(x, PackedLinear((first, copied))))
+    assert torch.equal(
+        littlebit_linear(x, packed, "cpu"), littlebit_linear(x, PackedLinear((first, copied)), "cpu")
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -71,7 +73,7 @@ def test_extreme_scales(isa: str, dtype: torch.dtype, rng: torch.Generator) -> N
             ),
         )
     )
-    assert torch.equal(littlebit_linear(x, scaled), littlebit_linear(x, packed))
+    assert torch.equal(littlebit_linear(x, scaled, "cpu"), littlebit_linear(x, packed, "cpu"))
 
 
 def test_overflow_becomes_infinity_in_float16(isa: str) -> None:
@@ -84,7 +86,7 @@ def test_overflow_becomes_infinity_in_float16(isa: str) -> None:
             ),
         )
     )
-    y = littlebit_linear(torch.ones(1, 4, dtype=torch.float16), packed)
+    y = littlebit_linear(torch.ones(1, 4, dtype=torch.float16), packed, "cpu")
     assert y.tolist() == [[4.0, -float("inf")]]
 
 
@@ -93,7 +95,7 @@ def test_special_values_stay_in_their_token(isa: str, special: float, rng: torch
     x, packed = make_problem(7, 130, 40, [24], generator=rng)
     spoilt = x.clone()
     spoilt[3, 5] = special
-    y, clean = littlebit_linear(spoilt, packed), littlebit_linear(x, packed)
+    y, clean = littlebit_linear(spoilt, packed, "cpu"), littlebit_linear(x, packed, "cpu")
     assert not torch.isfinite(y[3]).any()
     others = [0, 1, 2, 4, 5, 6]
     assert torch.equal(y[others], clean[others])
@@ -122,7 +124,7 @@ def test_output_is_rounded_to_nearest_even(isa: str, dtype: torch.dtype, rng: to
     wanted = wanted[torch.isfinite(wanted)]
     ones = torch.zeros(wanted.numel(), 1, dtype=torch.int32)
     packed = PackedLinear((PackedPath(v=ones, in_scale=torch.ones(1), out_scale=wanted),))
-    y = littlebit_linear(torch.ones(1, 1, dtype=dtype), packed)
+    y = littlebit_linear(torch.ones(1, 1, dtype=dtype), packed, "cpu")
     assert torch.equal(y[0], wanted.to(dtype))
 
 
@@ -142,12 +144,12 @@ def test_pitched_words(isa: str, rng: torch.Generator) -> None:
         )
     )
     assert pitched.paths[0].v.stride() == (4, 1)
-    assert torch.equal(littlebit_linear(x, pitched), littlebit_linear(x, packed))
+    assert torch.equal(littlebit_linear(x, pitched, "cpu"), littlebit_linear(x, packed, "cpu"))
 
 
 def test_expanded_input(isa: str, rng: torch.Generator) -> None:
     x, packed = make_problem(1, 70, 50, [40], generator=rng)
-    y = littlebit_linear(x.expand(5, 70), packed)
+    y = littlebit_linear(x.expand(5, 70), packed, "cpu")
     assert relative_error(y, linear_reference(x.expand(5, 70), packed)) <= 2e-6
 
 
