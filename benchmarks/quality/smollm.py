@@ -33,11 +33,19 @@ model.save_pretrained(out)
 tokenizer.save_pretrained(out)
 """
 
+#: Packages whose documentation is the text, at the versions of constraints.txt.
+_DOCUMENTED = (
+    *("cmake", "fastapi", "fontTools", "huggingface_hub", "hypothesis", "numpy", "openai", "pyparsing"),
+    *("setuptools-*.dist-info", "typer"),
+)
+
 #: Characters of one file that are taken at most, and at least for it to be taken.
 _MOST, _LEAST = 40_000, 1_500
 #: Share of letters, spaces and full stops below which a file is no prose.
 _PROSE = 0.85
 _LEGAL = ("licen", "copying", "notice", "authors")
+#: Of a file's hash, in its name.
+_DIGITS = 12
 #: Of 20 files, those held out for evaluation.
 _HELD_OUT = 1
 
@@ -64,8 +72,9 @@ def dense_checkpoint(folder: Path) -> Path:
 def write_texts(folder: Path) -> dict[str, str]:
     """Write text for tuning to ``folder/tune`` and for evaluation to ``folder/evaluate``, disjoint by file.
 
-    The text is that of installed packages' documentation and of the standard library's docstrings. The hash
-    of a file's content decides where it goes, so the evaluation text is fixed for one environment.
+    The text is the documentation of some installed packages and the standard library's docstrings. The hash
+    of a file's content decides where it goes, so both texts are fixed for one version of Python. Files of
+    another text in ``folder`` are removed.
 
     Returns:
         The SHA-256 of both texts, by name.
@@ -77,9 +86,11 @@ def write_texts(folder: Path) -> dict[str, str]:
     found = {}
     for name, contents in parts.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
+        for file in (folder / name).glob(f"{'[0-9a-f]' * _DIGITS}.txt"):
+            file.unlink()
         total = hashlib.sha256()
         for digest, content in sorted(contents.items()):
-            (folder / name / f"{digest[:12]}.txt").write_text(content, "utf-8")
+            (folder / name / f"{digest[:_DIGITS]}.txt").write_text(content, "utf-8")
             total.update(digest.encode())
         found[name] = total.hexdigest()
     return found
@@ -88,11 +99,12 @@ def write_texts(folder: Path) -> dict[str, str]:
 def _documents() -> Iterator[str]:
     paths = sysconfig.get_paths()
     for suffix in ("md", "rst", "txt"):
-        for path in sorted(Path(paths["purelib"]).rglob(f"*.{suffix}")):
-            if path.is_file() and not any(word in str(path).lower() for word in _LEGAL):
-                text = path.read_text("utf-8", errors="ignore")
-                if len(text) >= _LEAST and _is_prose(text):
-                    yield text[:_MOST]
+        for name in _DOCUMENTED:
+            for path in sorted(Path(paths["purelib"]).glob(f"{name}/**/*.{suffix}")):
+                if path.is_file() and not any(word in str(path).lower() for word in _LEGAL):
+                    text = path.read_text("utf-8", errors="ignore")
+                    if len(text) >= _LEAST and _is_prose(text):
+                        yield text[:_MOST]
     for path in sorted(Path(paths["stdlib"]).rglob("*.py")):
         if "site-packages" not in path.parts and "test" not in str(path):
             text = _docstrings(path)
