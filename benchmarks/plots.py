@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from benchmarks.layers.rows import Document, Row
-    from littlebit2.quantize import LayerReport, SpectralReport
+    from littlebit2.quantize import LayerReport
     from littlebit2.quantize.allocate import LayerSpectrum
 
 __all__ = [
@@ -295,74 +295,59 @@ def _steps_panel(axes: Any, models: Mapping[str, Mapping[str, float]]) -> None:
 def demo_figure(
     path: Path,
     *,
-    layer: str,
-    weight: torch.Tensor,
-    spectrum: SpectralReport,
-    bpw: float,
-    dense: float,
-    latencies: Sequence[tuple[float, float]],
+    points: Sequence[tuple[str, float, float]],
+    models: Sequence[tuple[str, float | None, int | None]],
+    title: str,
 ) -> Path:
-    """Write the spectrum and the errors of one layer, and the latency of another; returns ``path``.
+    """Write quality against bits, and speed and size of the dense and the packed model; returns ``path``.
 
     Args:
         path: the file to write; its folder is made.
-        layer: name of the analyzed layer.
-        weight: its dense weight ``[N, K]``.
-        spectrum: its analysis at ``bpw``.
-        bpw: counted bits per weight of the analysis.
-        dense: seconds of the dense layer.
-        latencies: ``(bpw, seconds)`` of the packed layers.
+        points: name, bits per weight and perplexity of every model; dense first, packed last.
+        models: name, tokens/s and bytes of dense and packed.
+        title: what was run.
     """
-    with _figure(path, 1, 3) as ((energy, errors, times),):
-        _plot_energy(energy, layer, weight, spectrum)
-        _plot_errors(errors, spectrum, bpw)
-        _plot_latencies(times, dense, latencies)
+    with _figure(path, 1, 2, title=title) as ((quality, cost),):
+        _plot_quality(quality, points)
+        _plot_cost(cost, models)
     return path
 
 
-def _plot_energy(axes: Any, layer: str, weight: torch.Tensor, spectrum: SpectralReport) -> None:
-    from littlebit2.quantize.solvers.svd import truncated_factors
-
-    values = truncated_factors(weight.float(), min(weight.shape)).singular_values
-    share = (values.square().cumsum(0) / values.square().sum()).tolist()
-    axes.plot(range(1, len(share) + 1), share, color=COLORS["ours"])
-    for rank, kept, text in (
-        (spectrum.rank, spectrum.kept, f"R = {spectrum.rank}: {spectrum.kept:.2f}"),
-        (
-            spectrum.rank / 16,
-            spectrum.kept_tiny,
-            f"FP16 of equal bits, R/16 = {spectrum.rank / 16:g}: {spectrum.kept_tiny:.2f}",
-        ),
-    ):
-        axes.plot([rank], [kept], "o", color=COLORS["mark"])
-        axes.annotate(text, (rank, kept), xytext=(8, -12), textcoords="offset points", fontsize=9)
-    axes.set(xlabel="rank", ylabel="share of energy", ylim=(0, 1.02), title=f"singular-value energy\n{layer}")
-
-
-def _plot_errors(axes: Any, spectrum: SpectralReport, bpw: float) -> None:
-    stages = {
-        "truncated SVD": spectrum.truncation_error,
-        "Dual-SVID": spectrum.dual_svid.error,
-        "random\nrotation": spectrum.random_rotation.error,
-        "Joint-ITQ": spectrum.joint_itq.error,
-    }
-    stages["stored"] = spectrum.path_errors[-1]
-    bars = axes.bar(
-        list(stages), list(stages.values()), color=[COLORS["peer"], *[COLORS["ours"]] * (len(stages) - 1)]
-    )
-    axes.bar_label(bars, fmt="%.2f", fontsize=9)
-    axes.tick_params(axis="x", labelsize=8)
-    axes.set(ylabel="|W - Q|² / |W|²", ylim=(0, 1.08), title=f"error by stage at {bpw:g} bpw")
-
-
-def _plot_latencies(axes: Any, dense: float, latencies: Sequence[tuple[float, float]]) -> None:
-    labels = ["dense\nfp32", *[f"{bpw:g}\nbpw" for bpw, _ in latencies]]
-    micros = [dense * 1e6, *[seconds * 1e6 for _, seconds in latencies]]
-    bars = axes.bar(labels, micros, color=[COLORS["peer"], *[COLORS["ours"]] * len(latencies)])
-    axes.bar_label(bars, [f"{value:.0f} us\n{micros[0] / value:.0f}x" for value in micros], fontsize=9)
+def _plot_quality(axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
+    colors = ["black", *[COLORS["peer"]] * (len(points) - 2), COLORS["ours"]]
+    for (name, bits, value), color in zip(points, colors, strict=True):
+        axes.plot([bits], [value], "o", color=color, markersize=8)
+        text = f"{name}\n{value:.1f}"
+        axes.annotate(text, (bits, value), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=9)
+    values = [value for _, _, value in points]
+    axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_ylim(min(micros) / 3, max(micros) * 3)
-    axes.set(ylabel="us per call, cold weights", title="4096 -> 11008, batch 1, CPU")
+    axes.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
+    axes.set(xlim=(0.1 if min(bits for _, bits, _ in points) < 0.6 else 0.6, 26))
+    axes.set(ylim=(min(values) / 1.5, max(values) * 2))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="y", which="both", labelsize=8)
+    axes.set(
+        xlabel="bits per weight of the linear layers", ylabel="perplexity", title="quality, lower is better"
+    )
+
+
+def _plot_cost(axes: Any, models: Sequence[tuple[str, float | None, int | None]]) -> None:
+    speeds = [speed or 0.0 for _, speed, _ in models]
+    sizes = [(size or 0) / 1e6 for _, _, size in models]
+    other = axes.twinx()
+    names = [name for name, _, _ in models]
+    for panel, values, shift, color, unit in (
+        (axes, speeds, -0.2, COLORS["ours"], "tokens/s"),
+        (other, sizes, 0.2, COLORS["mark"], "MB of weights"),
+    ):
+        bars = panel.bar([at + shift for at in range(len(names))], values, 0.38, color=color)
+        panel.bar_label(bars, [f"{value:.0f}" for value in values], fontsize=9)
+        panel.set_ylabel(unit, color=color)
+        panel.set_ylim(0, 1.15 * max(*values, 1.0))
+    axes.set_xticks(range(len(names)), names)
+    axes.set(title="speed and size of the whole model")
 
 
 # --- finetune ------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""The parts of `demo`: a model quantized, measured beside the dense one, and shown."""
