@@ -4,6 +4,7 @@
 #   PYTHON=python3.12   interpreter that makes the environment
 #   VENV=path           where the environment lives (default .venv)
 #   BPW=0.55            bits per weight of `make demo`
+#   MINUTES=60          time that it quantizes for (default 3); a longer one gives a better model
 #   WHEEL_TORCH=2.11.0  versions of torch that `make wheels` tries its wheel with (default: that of constraints.txt)
 #   PYTEST_ARGS=...     extra arguments of pytest in `make test` and `make test-slow`
 #   TEST_PROCESSES=1    how many processes share its files (default: one for each core)
@@ -217,8 +218,8 @@ docs: $(STAMPS)/docs ## write docs/api from the docstrings, render docs/ into bu
 
 # --- demo --------------------------------------------------------------------------------------------
 
-demo: $(STAMPS)/demo build/.built ## quantize a small real model and time one layer (BPW=1.0)
-	@$(PY) -m benchmarks demo --bpw $(or $(BPW),1.0)
+demo: $(STAMPS)/demo build/.built ## quantize a small language model and compare it with the dense one (BPW=1.0)
+	@$(PY) -m benchmarks demo --bpw $(or $(BPW),1.0) --minutes $(or $(MINUTES),3)
 
 # --- cleaning ----------------------------------------------------------------------------------------
 

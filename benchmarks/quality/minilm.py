@@ -1,4 +1,4 @@
-"""all-MiniLM-L6-v2, whose weights come in a Python package: the real model of the demo and of benchmarks."""
+"""all-MiniLM-L6-v2, whose weights come in a Python package: a real model for benchmarks of the quantizer."""
 
 from __future__ import annotations
 
@@ -112,5 +112,6 @@ def encoder_weights() -> dict[str, torch.Tensor]:
 def _folder() -> Path:
     spec = importlib.util.find_spec(MODEL_PACKAGE)
     if spec is None or spec.origin is None:
-        raise SystemExit(f"the package {MODEL_PACKAGE.replace('_', '-')} is not installed; run `make demo`")
+        name = MODEL_PACKAGE.replace("_", "-")
+        raise SystemExit(f"the model needs its package: pip install -c constraints.txt {name}")
     return Path(spec.origin).parent / "model"
