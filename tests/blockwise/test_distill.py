@@ -22,7 +22,7 @@ from littlebit2.train.recipe.student import build_student
 from tests.blockwise.builders import run, write_data, write_model
 from tests.offline.builders import contents
 
-DISTILL: dict[str, Any] = {"samples": 40, "distill_steps": 20, "distill_lr": 2e-4, "distill_scale_lr": 1e-2}
+DISTILL: dict[str, Any] = {"samples": 40, "distill_steps": 40, "distill_lr": 2e-4, "distill_scale_lr": 1e-2}
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,21 @@ def test_minutes_choose_its_steps(inputs: tuple[Path, Path], tmp_path: Path) -> 
     assert run(model, tmp_path / "c", data, changes={**none, "distill_minutes": 0.0}).distillation is None
 
 
+def test_few_steps_leave_signs_as_they_are(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    model, data = inputs
+    signs = []
+    for name, steps in (("plain", 0), ("few", distill.SIGNS_FROM - 1), ("more", distill.SIGNS_FROM)):
+        found = run(model, tmp_path / name, data, changes={**DISTILL, "distill_steps": steps})
+        if found.distillation is not None:
+            assert found.distillation["after"] < found.distillation["before"]
+        layers = layers_of(load(tmp_path / name, backend="reference")).values()
+        signs.append([path for layer in layers for path in layer.packed.paths])
+    plain, few, more = signs
+    assert all(torch.equal(a.u, b.u) and torch.equal(a.v, b.v) for a, b in zip(plain, few, strict=True))
+    assert not all(torch.equal(a.in_scale, b.in_scale) for a, b in zip(plain, few, strict=True))
+    assert not all(torch.equal(a.u, b.u) for a, b in zip(plain, more, strict=True))
+
+
 def test_products_in_bfloat16(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     model, data = inputs
     found, plain = (
@@ -97,8 +112,8 @@ def test_it_goes_on_from_its_saved_state(
     with pytest.raises(_Killed):
         run(model, tmp_path / "out", data, changes=DISTILL)
     found = run(model, tmp_path / "out", data, changes=DISTILL)
-    # A state is kept every second step; 13 steps were done.
-    assert len(steps) == 14 + 20 - 12
+    # A state is kept every fourth step; 13 steps were done.
+    assert len(steps) == 14 + 40 - 12
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert found.distillation == expected.distillation
 

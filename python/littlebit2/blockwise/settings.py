@@ -34,7 +34,8 @@ class BlockwiseSettings:
         kl_sizes: ranks that are tried, relative to the uniform ones; they are rounded to multiples of 8.
         precision: dtype of matrix products in tuning and distillation (:mod:`.tuning.precision`). Hidden
             states between blocks, and all measurements, are float32.
-        distill_steps: steps of the whole model's distillation at the end; 0 disables it.
+        distill_steps: steps of the whole model's distillation at the end; 0 disables it. Of a few steps
+            (:data:`.SIGNS_FROM`) scales, norms and biases take part, and latents do not.
         distill_minutes: time for the distillation (0: none), instead of ``distill_steps``; see
             :func:`.fitting_steps`.
         distill_samples: sequences for the distillation, drawn anew.

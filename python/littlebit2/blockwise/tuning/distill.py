@@ -20,10 +20,14 @@ from .block import BlockRunner, draw, relative_rates, trained_parameters, weight
 from .precision import products
 from .tune import Saved, Tuned, tune
 
-__all__ = ["Distillation", "Distilled"]
+__all__ = ["EVALUATIONS", "SIGNS_FROM", "Distillation", "Distilled"]
 
 #: Measurements in a distillation, evenly spread; its state is saved at each.
 EVALUATIONS = 10
+#: Steps from which on signs move too: what they cost first is not won back by fewer (docs/quantization.md).
+SIGNS_FROM = 32
+#: How many times their rate the scales take where they move alone.
+_ALONE = 2.0
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,7 @@ class Distillation:
         tell: Callable[[int], object],
         measured: Callable[[int, float], object],
     ) -> Distilled:
-        """Take the steps.
+        """Take the steps; of fewer than :data:`SIGNS_FROM` the latents keep their values.
 
         Args:
             steps: of the optimizer.
@@ -181,6 +185,10 @@ class Distillation:
             measured: called with it and the held-out KL, whenever that is measured.
         """
         settings = self.settings
+        signs = steps >= SIGNS_FROM
+        for latent in self.latents:
+            latent.requires_grad_(signs)
+        scale_lr = settings.distill_scale_lr * (1.0 if signs else _ALONE)
         rows = list(range(len(self.ids)))
         order = draw(rows, settings.distill_batch_size, steps, settings.seed + len(self.pieces))
 
@@ -193,8 +201,8 @@ class Distillation:
             loss,
             self.measure,
             [
-                (self.latents, settings.distill_lr),
-                *relative_rates([*self.scales, *self.stored], settings.distill_scale_lr),
+                (self.latents if signs else [], settings.distill_lr),
+                *relative_rates([*self.scales, *self.stored], scale_lr),
             ],
             self.stored,
             steps=steps,
