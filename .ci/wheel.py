@@ -85,6 +85,9 @@ class Clean:
     def __init__(self, folder: Path, torch: str) -> None:
         self.folder = folder
         self.checks = 0
+        self.variables = {"PATH": str(folder / "bin"), "HOME": str(folder), "HF_HUB_OFFLINE": "1"}
+        if "OMP_NUM_THREADS" in os.environ:  # fewer than all, where other programs take the cores
+            self.variables["OMP_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"]
         # Each torch goes with a triton of its own.
         pinned = (ROOT / "constraints.txt").read_text("utf-8")
         self.constraints = folder.parent / "constraints.txt"
@@ -103,7 +106,7 @@ class Clean:
         done = subprocess.run(
             [self.folder / "bin" / program, *arguments],
             cwd=cwd,
-            env={"PATH": str(self.folder / "bin"), "HOME": str(self.folder), "HF_HUB_OFFLINE": "1"},
+            env=self.variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
