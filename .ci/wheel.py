@@ -88,11 +88,11 @@ class Clean:
         self.variables = {"PATH": str(folder / "bin"), "HOME": str(folder), "HF_HUB_OFFLINE": "1"}
         if "OMP_NUM_THREADS" in os.environ:  # fewer than all, where other programs take the cores
             self.variables["OMP_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"]
-        # Each torch goes with a triton of its own.
+        # Each torch goes with its own triton, and torch 2.11 with an older setuptools.
         pinned = (ROOT / "constraints.txt").read_text("utf-8")
         self.constraints = folder.parent / "constraints.txt"
         self.constraints.write_text(
-            re.sub(r"^(torch|triton)==.*", "", pinned, flags=re.MULTILINE) + f"torch=={torch}\n"
+            re.sub(r"^(torch|triton|setuptools)==.*", "", pinned, flags=re.MULTILINE) + f"torch=={torch}\n"
         )
         venv.create(folder, with_pip=True, clear=True)
 
