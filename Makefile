@@ -5,7 +5,8 @@
 #   VENV=path           where the environment lives (default .venv)
 #   BPW=0.55            bits per weight of `make demo`
 #   MINUTES=60          time that it quantizes for (default 3); a longer one gives a better model
-#   WHEEL_TORCH=2.11.0  versions of torch that `make wheels` tries its wheel with (default: that of constraints.txt)
+#   WHEEL_TORCH=2.11.0  versions of torch that `make wheels` tries its wheels with (default: that of constraints.txt)
+#   WHEEL_CUDA=90       `make wheels` makes a second wheel, with CUDA kernels for these GPU architectures (all: every one)
 #   PYTEST_ARGS=...     extra arguments of pytest in `make test` and `make test-slow`
 #   TEST_PROCESSES=1    how many processes share its files (default: one for each core)
 #   MATRIX=...          rows of `make test-matrix` (default: all)
@@ -28,6 +29,7 @@ VENV ?= .venv
 SERVING ?= .venv-serving
 TASKS ?= .venv-tasks
 PYTEST_ARGS ?=
+WHEEL_CUDA ?=
 # nproc answers OMP_NUM_THREADS where that is set.
 CORES := $(shell env -u OMP_NUM_THREADS nproc)
 TEST_PROCESSES ?= $(CORES)
@@ -106,16 +108,27 @@ build: build/.built ## compile the native libraries and install the package in p
 
 # Compiled against glibc and libstdc++ of this machine, and audited for those of manylinux_2_28; torch is the user's.
 WHEEL_PLATFORM := manylinux_2_28_$(shell uname -m)
+
+# $(call make_wheel,NAME,VARIABLES): build a wheel with these variables of the environment, audit it.
+define make_wheel
+@rm -rf build/lib.*
+@$(call quietly,build/wheels/$(1)/build.log,$(2) $(PIP) wheel --verbose --no-deps --no-build-isolation -w build/wheels/$(1) .)
+@$(call quietly,build/wheels/$(1)/repair.log,$(VENV)/bin/auditwheel repair --plat $(WHEEL_PLATFORM) --only-plat --exclude libtorch_cpu.so \
+  --exclude 'liblittlebit2*' -w dist/wheels build/wheels/$(1)/littlebit2_kernels-*.whl)
+endef
+
+# Its version ends in that of CUDA, as +cu130: pip tells it from the other one by that.
+CUDA_WHEEL := LB2_CUDA=on LB2_CUDA_ARCHS='$(filter-out all,$(WHEEL_CUDA))' \
+  LB2_LOCAL_VERSION="$$($${CUDACXX:-nvcc} --version | sed -nE 's/.* release ([0-9]+)\.([0-9]+),.*/cu\1\2/p')"
+
 wheels: export LB2_PORTABLE := ON
-wheels: export LB2_CUDA := off
-wheels: $(STAMPS)/wheels ## make a wheel for every CPython from 3.11 on (CPU), audit it, try it without a compiler
-	@rm -rf build/wheels build/lib.* dist/wheels && mkdir -p build/wheels dist/wheels
+wheels: $(STAMPS)/wheels ## make a wheel for every CPython from 3.11 on (CPU; WHEEL_CUDA=all: another), audit it, try it without a compiler
+	@rm -rf build/wheels dist/wheels && mkdir -p dist/wheels
 	@echo "building the wheel"
-	@$(call quietly,build/wheels/build.log,$(PIP) wheel --verbose --no-deps --no-build-isolation -w build/wheels .)
-	@$(call quietly,build/wheels/repair.log,$(VENV)/bin/auditwheel repair --plat $(WHEEL_PLATFORM) --only-plat --exclude libtorch_cpu.so \
-	  --exclude 'liblittlebit2*' -w dist/wheels build/wheels/littlebit2_kernels-*.whl)
-	@$(VENV)/bin/auditwheel show dist/wheels/*.whl
-	@$(PY) .ci/wheel.py dist/wheels/*.whl $(WHEEL_TORCH)
+	$(call make_wheel,cpu,LB2_CUDA=off)
+	$(if $(WHEEL_CUDA),@echo "building the wheel with CUDA kernels ($(WHEEL_CUDA)): about ten minutes of one core for each architecture; progress is in build/wheels/cuda/build.log")
+	$(if $(WHEEL_CUDA),$(call make_wheel,cuda,$(CUDA_WHEEL)))
+	@for wheel in dist/wheels/*.whl; do $(VENV)/bin/auditwheel show $$wheel; $(PY) .ci/wheel.py $$wheel $(WHEEL_TORCH); done
 
 # --- checks ------------------------------------------------------------------------------------------
 

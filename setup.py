@@ -2,12 +2,14 @@
 
 Environment variables of a build: ``LB2_CUDA`` (off unless asked for: on, auto), ``LB2_CUDA_ARCHS`` (GPU
 architectures), ``LB2_CMAKE_ARGS`` (extra arguments for CMake), ``LB2_TORCH_DIR`` (torch whose headers are
-used), ``LB2_PORTABLE`` (ON for wheels), ``MAX_JOBS`` (parallel compilations).
+used), ``LB2_PORTABLE`` (ON for wheels), ``LB2_LOCAL_VERSION`` (what follows ``+`` in the version of a wheel),
+``MAX_JOBS`` (parallel compilations).
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -56,7 +58,10 @@ class CMakeBuild(build_ext):
         jobs = os.environ.get("MAX_JOBS", "")
         _cmake(*configure)
         _cmake("--build", str(build), "--parallel", *([jobs] if jobs else []))
-        self._install(Path(self.get_ext_fullpath(ext.name)).resolve().parent)
+        package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        # build_py brought what was built in place, which may have other kernels.
+        shutil.rmtree(package / "lib", ignore_errors=True)
+        self._install(package)
 
     def get_outputs(self) -> list[str]:
         """No extension module: the libraries are data of the package."""
@@ -122,6 +127,15 @@ class Build(build):
     sub_commands: ClassVar = [*build.sub_commands, ("build_autoregister", None)]
 
 
+def _version_options() -> dict[str, dict[str, str]]:
+    local = os.environ.get("LB2_LOCAL_VERSION", "")
+    if not re.fullmatch(r"([a-z0-9]+(\.[a-z0-9]+)*)?", local):
+        raise SystemExit(
+            f"LB2_LOCAL_VERSION must be small letters and digits, such as cu130, or nothing, got {local!r}"
+        )
+    return {"egg_info": {"tag_build": f"+{local}"}} if local else {}
+
+
 def _cmake(*arguments: str) -> None:
     cmake = shutil.which("cmake")
     if cmake is None:
@@ -130,6 +144,7 @@ def _cmake(*arguments: str) -> None:
 
 
 setup(
+    options=_version_options(),
     ext_modules=[Extension("littlebit2_kernels.lib", sources=[])],
     cmdclass={
         "bdist_wheel": Wheel,

@@ -2,7 +2,8 @@
 
 For each version of torch (by default that of constraints.txt): versions, the self-tests, the README's Python,
 and a tiny model quantized and asked for text, each from an empty folder and from the root of a checkout that
-was not built, which must not get in the way of what is installed.
+was not built, which must not get in the way of what is installed. Of a wheel with CUDA kernels (its version
+ends in +cu and a number) also that these load, and that the reports name them and say why they cannot run.
 """
 
 from __future__ import annotations
@@ -40,6 +41,27 @@ except RuntimeError as error:
 else:
     raise AssertionError("kernels of another processor ran")
 """
+#: Both CUDA libraries load with everything that they link, and can be called where there is no driver.
+CUDA_LOADS = """
+import ctypes, os, torch
+from littlebit2_kernels._native import cuda_ops_library_path, get_library_dir, load_ops
+
+load_ops()
+kernels = ctypes.CDLL(os.path.join(get_library_dir(), "liblittlebit2_cuda.so.1"), mode=os.RTLD_NOW)
+torch.ops.load_library(str(cuda_ops_library_path()))
+device = (ctypes.c_uint64 * 3)(24)
+assert kernels.lb2_cuda_get_device(0, device) == 0 or not torch.cuda.is_available()
+"""
+#: What a report says of the CUDA kernels: the GPU that ran them, or why none did.
+CUDA_STATES = "|".join(
+    (
+        r"\(0: ",
+        "available",
+        "this torch .* was built without CUDA",
+        "this package was built without its CUDA kernels",
+        "torch finds no usable GPU",
+    )
+)
 MAKE_MODEL = """
 import sys, torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -60,22 +82,31 @@ TOKENS = 8
 class Clean:
     """An environment with the wheel, torch and what these need; PATH has its own programs only."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, torch: str) -> None:
         self.folder = folder
         self.checks = 0
+        self.variables = {"PATH": str(folder / "bin"), "HOME": str(folder), "HF_HUB_OFFLINE": "1"}
+        if "OMP_NUM_THREADS" in os.environ:  # fewer than all, where other programs take the cores
+            self.variables["OMP_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"]
+        # Each torch goes with its own triton, and torch 2.11 with an older setuptools.
+        pinned = (ROOT / "constraints.txt").read_text("utf-8")
+        self.constraints = folder.parent / "constraints.txt"
+        self.constraints.write_text(
+            re.sub(r"^(torch|triton|setuptools)==.*", "", pinned, flags=re.MULTILINE) + f"torch=={torch}\n"
+        )
         venv.create(folder, with_pip=True, clear=True)
 
     def pip(self, *arguments: str) -> None:
-        """Install, with the constraints of the development environment."""
+        """Install, with the constraints of the development environment, but for torch."""
         command = [self.folder / "bin/python", "-m", "pip", "--disable-pip-version-check", "install", "-qq"]
-        subprocess.run([*command, "-c", ROOT / "constraints.txt", *arguments], check=True)
+        subprocess.run([*command, "-c", self.constraints, *arguments], check=True)
 
     def run(self, program: str, *arguments: str | Path, cwd: Path) -> str:
         """Run a program of the environment; returns its output, or ends with it."""
         done = subprocess.run(
             [self.folder / "bin" / program, *arguments],
             cwd=cwd,
-            env={"PATH": str(self.folder / "bin"), "HOME": str(self.folder), "HF_HUB_OFFLINE": "1"},
+            env=self.variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -96,21 +127,44 @@ def readme_code() -> list[str]:
 
 def clone(folder: Path) -> Path:
     """The root of a checkout that was not built, whatever was built into this one."""
-    shutil.rmtree(folder, ignore_errors=True)
     built = shutil.ignore_patterns("lib", "include", "__pycache__")
     for name in ("littlebit2_kernels", "benchmarks", "python"):
         shutil.copytree(ROOT / name, folder / name, ignore=built)
     return folder
 
 
-def check(clean: Clean, cwd: Path, work: Path) -> None:
+def check_reports(clean: Clean, cwd: Path, *, cuda: bool) -> None:
+    """That the reports say which kernels the wheel has, and which run."""
+    built = r"\d" if cuda else "not built"
+    version = re.escape(clean.run("littlebit2", "--version", cwd=cwd).split()[1])
+    reports = {
+        ("littlebit2", "doctor"): (
+            version,
+            rf"CUDA kernels for: {built}",
+            r"^ok +cpu",
+            rf"^(ok|-) +cuda +({CUDA_STATES})",
+        ),
+        ("python", "-m", "littlebit2_kernels.diagnostics"): (
+            version,
+            rf"^  cuda_kernels: {built}",
+            "^self_test: ok$",
+            rf"^  cuda: (unavailable: )?({CUDA_STATES})",
+        ),
+    }
+    for command, patterns in reports.items():
+        report = clean.run(*command, cwd=cwd)
+        for pattern in patterns:
+            if not re.search(pattern, report, re.MULTILINE):
+                sys.exit(f"error: {' '.join(command)} in {cwd} must say {pattern!r}, got:\n{report}")
+
+
+def check(clean: Clean, cwd: Path, work: Path, *, cuda: bool) -> None:
     """Everything from one folder; results go to ``work``."""
     clean.run("python", "-c", WHERE, cwd=cwd)
     clean.run("python", "-c", REFUSED, cwd=cwd)
-    version = clean.run("littlebit2", "--version", cwd=cwd)
-    doctor = clean.run("littlebit2", "doctor", cwd=cwd)
-    if not re.search(r"^ok +cpu", doctor, re.MULTILINE) or version.split()[1] not in doctor:
-        sys.exit(f"error: littlebit2 doctor in {cwd} says:\n{doctor}")
+    check_reports(clean, cwd, cuda=cuda)
+    if cuda:
+        clean.run("python", "-c", CUDA_LOADS, cwd=cwd)
     for code in readme_code():
         clean.run("python", "-c", code, cwd=cwd)
     if (cwd / "benchmarks").is_dir():
@@ -137,15 +191,16 @@ def main(arguments: list[str] | None = None) -> None:
     for version in options.torch or pinned:
         print(f"checking {wheel.name} with torch {version}", flush=True)
         folder = ROOT / "build" / "wheels" / f"torch-{version}"
-        clean = Clean(folder / "environment")
-        (folder / "empty").mkdir(exist_ok=True)
-        clean.pip(f"torch=={version}")
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "empty").mkdir(parents=True)
+        clean = Clean(folder / "environment", version)
+        clean.pip("torch")
         clean.pip(f"{wheel}[models]")
         for tool in ("cc", "c++", "gcc", "g++", "clang", "cmake", "ninja", "nvcc"):
             if (folder / "environment" / "bin" / tool).exists():
                 sys.exit(f"error: the clean environment has {tool}")
         for cwd in (folder / "empty", clone(folder / "clone")):
-            check(clean, cwd, folder)
+            check(clean, cwd, folder, cuda="+cu" in wheel.name)
         checks += clean.checks
     print(f"{checks} passed, 0 failed")
 

@@ -137,7 +137,8 @@ def no_cuda_reason() -> str | None:
     if not built:
         return (
             "this package was built without its CUDA kernels; reinstall it with nvcc (CUDA 12.4 or newer) at "
-            "hand: in a checkout, `LB2_CUDA=on pip install .` says what is missing"
+            "hand: in a checkout, `LB2_CUDA=on pip install .` says what is missing; or from a wheel that has "
+            "them (+cu and a number in its version)"
         )
     if not torch.cuda.is_available():
         return "torch finds no usable GPU or driver"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import littlebit2_kernels
 from tests.integrations.installed.environment import copy_sources, write_tools
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +54,7 @@ def test_source_distribution_can_be_built_from(tmp_path: Path) -> None:
         "python/littlebit2_autoregister.pth",
         "cmake/littlebit2-config.cmake.in",
         "cmake/portable.cpp",
+        "cmake/portable_cuda.cpp",
         "examples/cpp/CMakeLists.txt",
     }
     assert needed | packages <= inside
@@ -62,6 +64,8 @@ def test_source_distribution_can_be_built_from(tmp_path: Path) -> None:
 def test_a_wheel_is_for_every_python(tmp_path: Path) -> None:
     sources = copy_sources(tmp_path / "tree")
     variables = write_tools(sources)
+    (sources / "littlebit2_kernels/lib").mkdir()
+    (sources / "littlebit2_kernels/lib/liblittlebit2_cuda.so.9").write_text("built in place earlier")
     result = backend(f"build_wheel({str(tmp_path)!r})", sources, **variables)
     assert result.returncode == 0, result.stderr
     assert "CUDA kernels: not compiled (LB2_CUDA=on compiles them)" in result.stdout
@@ -81,7 +85,23 @@ def test_a_wheel_is_for_every_python(tmp_path: Path) -> None:
         "littlebit2_kernels/include/littlebit2/littlebit2.h",
         "littlebit2_autoregister.pth",
     } <= inside
-    assert not [name for name in inside if "cpython-" in name]
+    assert not [name for name in inside if "cpython-" in name or name.endswith(".so.9")]
+
+
+def test_a_local_version_tells_wheels_apart(tmp_path: Path) -> None:
+    sources = copy_sources(tmp_path / "tree")
+    variables = write_tools(sources)
+    call = f"build_wheel({str(tmp_path)!r})"
+    result = backend(call, sources, **variables, LB2_LOCAL_VERSION="cu130")
+    assert result.returncode == 0, result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.split("-")[1] == f"{littlebit2_kernels.__version__}+cu130"
+    result = backend(call, sources, **variables, LB2_LOCAL_VERSION="CU 13")
+    assert result.returncode == 1
+    assert (
+        "LB2_LOCAL_VERSION must be small letters and digits, such as cu130, or nothing, got 'CU 13'"
+        in result.stderr
+    )
 
 
 @pytest.mark.parametrize(
