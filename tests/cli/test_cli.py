@@ -35,6 +35,7 @@ COMMANDS = (
     "generate",
     "synthesize",
     "doctor",
+    "completion",
 )
 QUICK = (
     *("--ranks", "16", "8", "--method", "joint-itq", "--itq-iterations", "3"),

@@ -18,6 +18,7 @@ from littlebit2._messages import SettingError
 
 from . import (
     calibrate,
+    completion,
     convert,
     doctor,
     evaluate,
@@ -53,6 +54,7 @@ _COMMANDS = (
     generate,
     synthesize,
     doctor,
+    completion,
 )
 
 _EPILOG = """\
@@ -81,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     for module in _COMMANDS:
         module.add_parser(commands)
     for command in commands.choices.values():
-        command.set_defaults(option_names=option_names(command), parser=command)
+        command.set_defaults(option_names=option_names(command), parser=command, program=parser)
         command.formatter_class = argparse.RawDescriptionHelpFormatter
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
