@@ -15,7 +15,7 @@ is pressed. It holds what this version knows: make it again after an update.
 """
 
 _EXAMPLES = """\
-  source <(littlebit2 completion bash)    now, or in ~/.bashrc
+  littlebit2 completion bash >~/.local/share/bash-completion/completions/littlebit2
   littlebit2 completion zsh >~/.zfunc/_littlebit2    in a folder of zsh's fpath
 """
 

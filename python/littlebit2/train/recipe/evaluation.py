@@ -91,6 +91,7 @@ def evaluate_model(
         ("stride", stride, 1),
         ("max_tokens", max_tokens, 1),
         ("batch_size", batch_size, 1),
+        ("limit", limit, 1),
     ):
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
