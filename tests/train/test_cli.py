@@ -62,12 +62,16 @@ def test_finetune_then_evaluate(
     first, second = capsys.readouterr().out.splitlines()
     assert "tokens in blocks of 32 every 16)" in first
     assert re.fullmatch(
-        r"teacher [\d.]+; KL [\d.]+ nats a token, likeliest token the same for [\d.]+%", second
+        r"teacher [\d.]+, ratio of perplexities [\d.]+; KL [\d.]+ nats a token, "
+        r"likeliest token the same for [\d.]+%",
+        second,
     )
     assert main([*compare, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["text"]
     assert found["stride"] == 16
     assert found["kl"] > 0
+    assert found["perplexity_ratio"] == pytest.approx(found["perplexity"] / found["teacher_perplexity"])
+    assert f"ratio of perplexities {found['perplexity_ratio']:.4f};" in second
     assert 0 <= found["top1"] < 1
     assert main(["inspect", out, "--json"]) == 0
     layers = capsys.readouterr().out
