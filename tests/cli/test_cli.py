@@ -17,8 +17,10 @@ import torch
 import transformers
 
 from littlebit2 import offline
+from littlebit2._messages import SettingError
+from littlebit2.checkpoint import CheckpointError
 from littlebit2.cli import build_parser, main
-from littlebit2.cli.common import METHODS
+from littlebit2.cli.common import METHODS, is_wrong_usage, name_options, one_line
 from littlebit2.plan import load_config, shipped_configs
 from littlebit2.quantize import Importance, save_importance
 from littlebit2.quantize.methods import Method
@@ -215,6 +217,27 @@ def test_wrong_values_are_one_line(options: list[str], said: str, capsys: pytest
     error = capsys.readouterr().err
     assert error.startswith(f"littlebit2 generate: error: {said}")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "wrong"),
+    [
+        (ValueError("bpw must be positive, got 0"), True),
+        (ValueError("ranks[1] must be a positive multiple of 8, got 9"), True),
+        (ValueError("layer 'a.b': ranks [8, 16] would store 20 bits per weight"), True),
+        (ValueError("bpw or ranks must be given"), True),
+        (ValueError("budget='kl' needs bpw"), True),
+        (SettingError("whatever it says"), True),
+        (ValueError("a.safetensors: bpw must be positive"), False),
+        (ValueError("bpwx must be positive"), False),
+        (FileExistsError("out must be a new file, got x"), False),
+        (CheckpointError("out must hold packed layers"), False),
+        (RuntimeError("bpw must be positive"), False),
+    ],
+)
+def test_what_is_wrong_usage(error: Exception, wrong: bool) -> None:
+    options = {"bpw": "--bpw", "ranks": "--ranks", "budget": "--budget", "out": "OUT"}
+    assert is_wrong_usage(error, name_options(one_line(error), options), options) == wrong
 
 
 def test_chat_needs_text(capsys: pytest.CaptureFixture[str]) -> None:

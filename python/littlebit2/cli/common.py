@@ -137,7 +137,7 @@ def is_wrong_usage(error: BaseException, text: str, options: Mapping[str, str]) 
     """
     if isinstance(error, SettingError):
         return True
-    if type(error) not in (ValueError, TypeError):
+    if type(error) is not ValueError:  # what is derived from it says more: of checkpoints, of JSON
         return False
     names = "|".join(sorted(map(re.escape, {*options.values()}), key=len, reverse=True))
     # Said of an option, or of options, at the start, perhaps for a layer.
