@@ -245,8 +245,19 @@ def main(arguments: list[str] | None = None) -> int:
         "--require-gpu", action="store_true", help="fail unless every GPU passes its self-test"
     )
     options = parser.parse_args(arguments)
+    try:
+        code = _print_report(as_json=options.json, require_gpu=options.require_gpu)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever read the report has gone; keep the interpreter from failing again when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _print_report(*, as_json: bool, require_gpu: bool) -> int:
     report = collect()
-    if options.json:
+    if as_json:
         print(json.dumps(report, indent=2))
     else:
         for section, content in report.items():
@@ -258,7 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"  {key}: {', '.join(value) if isinstance(value, list) else value}")
     gpus = report["gpu"].get("devices", [])
     usable = bool(gpus) and all(gpu.endswith(": usable") for gpu in gpus)
-    return 0 if report["self_test"] == "ok" and (usable or not options.require_gpu) else 1
+    return 0 if report["self_test"] == "ok" and (usable or not require_gpu) else 1
 
 
 if __name__ == "__main__":

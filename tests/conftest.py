@@ -24,6 +24,7 @@ hypothesis.settings.load_profile("littlebit2")
 _LONGEST = (
     "tests/kernels/test_cuda_build.py",
     "tests/triton/test_interpreter.py",
+    "tests/project/test_readme.py",
     "tests/train/test_processes.py",
     "tests/triton/test_ahead.py",
     "tests/ops/test_operators.py",

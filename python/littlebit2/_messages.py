@@ -12,6 +12,7 @@ EXTRAS = {
     "matplotlib": "plot",
     "peft": "train",
     "pyarrow": "train",
+    "shtab": "completion",
     "tensorboard": "train",
     "transformers": "models",
     "triton": "triton",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 
-from littlebit2.blockwise import BlockwiseReport
+from littlebit2.blockwise import BlockwiseReport, BlockwiseSettings
 from littlebit2.cli import main
-from littlebit2.cli.blockwise import blockwise_outlook
+from littlebit2.cli.blockwise import _SETTINGS, blockwise_outlook
 from littlebit2.offline import RunReport
 from tests.blockwise.builders import write_data, write_model
 
@@ -25,6 +27,15 @@ QUICK = [
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     folder = tmp_path_factory.mktemp("cli")
     return str(write_model(folder / "dense")), str(write_data(folder / "text.txt"))
+
+
+def test_help_has_the_defaults_of_the_settings() -> None:
+    texts = {name: text for _, name, _, _, text in _SETTINGS}
+    for field in dataclasses.fields(BlockwiseSettings):
+        if field.name in texts and field.default is not None:
+            shown = re.search(r"\(default ([\d.e-]+)(: none)?\)", texts[field.name])
+            assert shown is not None, field.name
+            assert float(shown[1]) == field.default, field.name
 
 
 def report(perplexity: dict[str, float]) -> BlockwiseReport:
@@ -105,6 +116,6 @@ def test_options_that_contradict(
 ) -> None:
     model, data = inputs
     given = [data if argument == "DATA" else argument for argument in arguments]
-    assert main(["quantize", model, str(tmp_path / "out"), *given]) == 1
+    assert main(["quantize", model, str(tmp_path / "out"), *given]) == (1 if "exists" in message else 2)
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -275,7 +275,7 @@ def test_options_that_contradict(
     command: str, arguments: list[str], message: str, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [str(data) if argument == "DATA" else argument for argument in arguments]
-    assert main([command, "nowhere", "out", *given]) == 1
+    assert main([command, "nowhere", "out", *given]) == 2
     assert message in capsys.readouterr().err
 
 

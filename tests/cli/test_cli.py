@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -16,8 +17,10 @@ import torch
 import transformers
 
 from littlebit2 import offline
+from littlebit2._messages import SettingError
+from littlebit2.checkpoint import CheckpointError
 from littlebit2.cli import build_parser, main
-from littlebit2.cli.common import METHODS
+from littlebit2.cli.common import METHODS, is_wrong_usage, name_options, one_line
 from littlebit2.plan import load_config, shipped_configs
 from littlebit2.quantize import Importance, save_importance
 from littlebit2.quantize.methods import Method
@@ -35,6 +38,7 @@ COMMANDS = (
     "generate",
     "synthesize",
     "doctor",
+    "completion",
 )
 QUICK = (
     *("--ranks", "16", "8", "--method", "joint-itq", "--itq-iterations", "3"),
@@ -96,6 +100,7 @@ def test_choices_and_names_in_help_are_current(capsys: pytest.CaptureFixture[str
         ["quantize", "model"],
         ["quantize", "model", "out", "--bpw", "0.5", "--ranks", "8"],
         ["quantize", "model", "out", "--method", "guess"],
+        ["quantize", "model", "out", "--bpw", "little"],
         ["convert", "a", "b"],
         ["generate", "a"],
         ["generate", "a", "text", "--token-ids", "1"],
@@ -105,7 +110,10 @@ def test_wrong_usage_is_2(arguments: list[str], capsys: pytest.CaptureFixture[st
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "usage: littlebit2" in captured.err
+    (line,) = captured.err.splitlines()
+    program = "littlebit2" if arguments[:1] in ([], ["unknown"]) else f"littlebit2 {arguments[0]}"
+    assert line.startswith(f"{program}: error: ")
+    assert line.endswith(f"; see {program} --help")
 
 
 def test_packages_of_extras_are_named() -> None:
@@ -156,7 +164,8 @@ sys.exit(main(["finetune", "nowhere", "out", "--data", "none.txt"]))
     ],
 )
 def test_errors_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments) == 1
+    # A value that is wrong is wrong usage; a file that is not there is a failure.
+    assert main(arguments) == (2 if re.search("(must be|need) ", message) else 1)
     captured = capsys.readouterr()
     assert captured.out == ""
     (line,) = captured.err.splitlines()
@@ -184,7 +193,7 @@ def test_errors_are_one_line(arguments: list[str], message: str, capsys: pytest.
     ],
 )
 def test_errors_name_options(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments) == 1
+    assert main(arguments) == (1 if "no such file" in said else 2)
     assert f"error: {said}" in capsys.readouterr().err
 
 
@@ -210,24 +219,43 @@ def test_wrong_values_are_one_line(options: list[str], said: str, capsys: pytest
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("error", "wrong"),
+    [
+        (ValueError("bpw must be positive, got 0"), True),
+        (ValueError("ranks[1] must be a positive multiple of 8, got 9"), True),
+        (ValueError("layer 'a.b': ranks [8, 16] would store 20 bits per weight"), True),
+        (ValueError("bpw or ranks must be given"), True),
+        (ValueError("budget='kl' needs bpw"), True),
+        (SettingError("whatever it says"), True),
+        (ValueError("a.safetensors: bpw must be positive"), False),
+        (ValueError("bpwx must be positive"), False),
+        (FileExistsError("out must be a new file, got x"), False),
+        (CheckpointError("out must hold packed layers"), False),
+        (RuntimeError("bpw must be positive"), False),
+    ],
+)
+def test_what_is_wrong_usage(error: Exception, wrong: bool) -> None:
+    options = {"bpw": "--bpw", "ranks": "--ranks", "budget": "--budget", "out": "OUT"}
+    assert is_wrong_usage(error, name_options(one_line(error), options), options) == wrong
+
+
 def test_chat_needs_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "nowhere", "--token-ids", "1", "--chat"]) == 2
     assert "--chat and --system need text, got --token-ids" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_an_unknown_option_shows_the_usage_of_its_command(
-    command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unknown_option_names_its_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     needed = {"calibrate": ["--data", "t", "--out", "o"], "convert": ["o", "--to", "littlebit2"]}
     needed |= {"finetune": ["o", "--data", "t"], "evaluate": ["--data", "t"], "quantize": ["o"]}
     needed |= {"generate": ["text"], "synthesize": ["o", "--bpw", "1"]}
     needed |= {"write-text": ["o.jsonl"]}
-    model = [] if command == "doctor" else ["model"]
+    model = {"doctor": [], "completion": ["bash"]}.get(command, ["model"])
     assert main([command, *model, *needed.get(command, []), "--nothing", "1"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"usage: littlebit2 {command} ")
-    assert error.endswith(f"littlebit2 {command}: error: unrecognized arguments: --nothing 1\n")
+    program = f"littlebit2 {command}"
+    expected = f"{program}: error: unrecognized arguments: --nothing 1; see {program} --help\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_a_plan_takes_the_command_line_of_quantize(
@@ -243,7 +271,7 @@ def test_a_plan_takes_the_command_line_of_quantize(
     assert main(["plan", *given, "--data", "a text", "--steps", "3"]) == 0
     assert {len(layer["ranks"]) for layer in json.loads(capsys.readouterr().out)["layers"]} == {1}
     for command in ("plan", "quantize"):
-        assert main([command, *given, "--data", "a text", "--workers", "1"]) == 1
+        assert main([command, *given, "--data", "a text", "--workers", "1"]) == 2
         assert "--workers: not with --method blockwise" in capsys.readouterr().err
 
 
@@ -275,7 +303,7 @@ def test_a_device_that_cannot_be_used_is_told_alike(
     command: list[str], model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for device in ("nonsense", "cuda:99"):
-        assert main([*(part.format(model=model_dir) for part in command), "--device", device]) == 1
+        assert main([*(part.format(model=model_dir) for part in command), "--device", device]) == 2
         expected = f"error: --device must name one that torch can use here, such as 'cpu', got '{device}' ("
         assert expected in capsys.readouterr().err
 
@@ -474,7 +502,7 @@ def test_synthesize_and_generate(tmp_path: Path, capsys: pytest.CaptureFixture[s
     captured = capsys.readouterr()
     assert captured.out.split() == [str(token) for token in result["token_ids"]]
     assert "tokens/s" in captured.err
-    assert main(["generate", out, "some text"]) == 1
+    assert main(["generate", out, "some text"]) == 2
     assert "has no tokenizer" in capsys.readouterr().err
 
 
@@ -525,6 +553,24 @@ def test_control_c_during_the_work_leaves_it_resumable(tmp_path: Path, rng: torc
     assert main(["quantize", str(model_dir), str(out), *options]) == 0
     assert main(["quantize", str(model_dir), str(tmp_path / "whole"), *options]) == 0
     assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "module", ["littlebit2 quantize --help", "littlebit2 --version", "littlebit2_kernels.diagnostics"]
+)
+def test_no_reader_is_no_traceback(module: str) -> None:
+    # What comes at once finds the reader gone, and so does what is left in the buffer at the end.
+    for unbuffered in ("", "1"):
+        result = subprocess.run(
+            ["bash", "-c", f"{{ sleep 0.2; exec {sys.executable} -m {module}; }} | true; exit $PIPESTATUS"],
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.stderr == ""
+        # argparse takes no notice of help that is not read; 120 would be the interpreter's flush.
+        assert result.returncode in ((0, 1) if "--help" in module else (1,))
 
 
 def test_a_reader_that_goes_away_is_no_traceback() -> None:

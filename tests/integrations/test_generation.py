@@ -326,6 +326,38 @@ def test_chat_without_a_template(path: Path, path_with_tokenizer: Path) -> None:
 # --- the command line ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("step", [[], ["--step", "library"]])
+def test_command_says_that_positions_are_used_up(
+    path_with_tokenizer: Path, step: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    most = json.loads((path_with_tokenizer / "config.json").read_text())["max_position_embeddings"]
+    given = ["generate", str(path_with_tokenizer), "--ignore-eos", *step, "--max-new-tokens"]
+    said = "stopped before --max-new-tokens: the model has no more positions\n"
+    assert main([*given, str(most), "w5 w9"]) == 0
+    error = capsys.readouterr().err
+    assert error.startswith(said)
+    assert f"{most - 2} tokens, loaded" in error
+    assert main([*given, str(most), "--batch-size", "1", "w5 w9", "w7"]) == 0
+    assert capsys.readouterr().err.startswith(f"2 of 2 texts {said}")
+    assert main([*given, str(most), "--json", "w5 w9"]) == 0
+    assert json.loads(capsys.readouterr().out)["out_of_positions"]
+    # As many as were asked for.
+    assert main([*given, str(most - 2), "w5 w9"]) == 0
+    assert "stopped" not in capsys.readouterr().err
+
+
+def test_the_end_of_text_at_the_last_position_is_an_end(path: Path) -> None:
+    model = littlebit2.load(path)
+    most = model.config.max_position_embeddings
+    whole = littlebit2.generate(model, [5, 6], max_new_tokens=most, ignore_eos=True)
+    assert whole.out_of_positions
+    last = whole.token_ids[-1]
+    model.generation_config.eos_token_id = [last]
+    cut = littlebit2.generate(model, [5, 6], max_new_tokens=most)
+    assert cut.token_ids[-1] == last
+    assert not cut.out_of_positions
+
+
 def test_command_streams_and_explains(path_with_template: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["generate", str(path_with_template), "--max-new-tokens", "6", "--ignore-eos"]
     wanted = littlebit2.generate(path_with_template, "w5 w9", max_new_tokens=6, ignore_eos=True)

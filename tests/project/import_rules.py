@@ -256,6 +256,7 @@ PYTHON_RULES = {
             "littlebit2.own_text",
             "littlebit2.synthesize",
             "littlebit2.train",
+            "shtab",
             f"{_KERNELS}.diagnostics",
         ),
         public_only=True,

@@ -101,5 +101,5 @@ def test_accuracy_is_that_of_the_logits(
 def test_unknown_tasks_are_refused(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tasks = write_task(tmp_path / "tasks", [0] * len(QUESTIONS))
     arguments = ["evaluate", str(packed), "--include-path", str(tasks), "--tasks"]
-    assert main([*arguments, "tiny", "absent"]) == 1
+    assert main([*arguments, "tiny", "absent"]) == 2
     assert "tasks must be known to lm-evaluation-harness, got absent" in capsys.readouterr().err

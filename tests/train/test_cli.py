@@ -62,12 +62,16 @@ def test_finetune_then_evaluate(
     first, second = capsys.readouterr().out.splitlines()
     assert "tokens in blocks of 32 every 16)" in first
     assert re.fullmatch(
-        r"teacher [\d.]+; KL [\d.]+ nats a token, likeliest token the same for [\d.]+%", second
+        r"teacher [\d.]+, ratio of perplexities [\d.]+; KL [\d.]+ nats a token, "
+        r"likeliest token the same for [\d.]+%",
+        second,
     )
     assert main([*compare, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["text"]
     assert found["stride"] == 16
     assert found["kl"] > 0
+    assert found["perplexity_ratio"] == pytest.approx(found["perplexity"] / found["teacher_perplexity"])
+    assert f"ratio of perplexities {found['perplexity_ratio']:.4f};" in second
     assert 0 <= found["top1"] < 1
     assert main(["inspect", out, "--json"]) == 0
     layers = capsys.readouterr().out
@@ -181,6 +185,11 @@ def test_tasks_go_to_the_harness(
             ["evaluate", "absent", "--data", "{data}", "--batch-size", "0"],
             "--batch-size must be at least 1, got 0",
         ),
+        (["evaluate", "absent", "--tasks", "x", "--limit", "0"], "--limit must be at least 1, got 0"),
+        (
+            ["finetune", "{teacher}", "{out}", "--data", "{data}", "--quant-seed", "-1"],
+            "--quant-seed must be at least 0, got -1",
+        ),
         (
             ["evaluate", "absent", "--data", "{data}", "--max-tokens", "0"],
             "--max-tokens must be at least 1, got 0",
@@ -209,7 +218,9 @@ def test_errors_are_one_line(
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
     names = {"teacher": inputs[0], "data": inputs[1], "out": tmp_path / "out"}
     extra = ["--no-tensorboard", "--quiet", "--block", "32"] if arguments[0] == "finetune" else []
-    assert main([*(a.format(**names) for a in arguments), *extra]) == 1
+    # What is not there or not installed is no wrong value.
+    failed = re.search("pip install|directory", message)
+    assert main([*(a.format(**names) for a in arguments), *extra]) == (1 if failed else 2)
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith(f"littlebit2 {arguments[0]}: error: ")
     assert message in last

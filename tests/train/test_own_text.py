@@ -14,6 +14,7 @@ from littlebit2.disk import RunError
 from littlebit2.own_text.chats import ChatForm
 from littlebit2.own_text.writer import Writer
 from littlebit2.quantize import QuantConfig
+from littlebit2.train.data import find_files
 
 transformers = pytest.importorskip("transformers")
 
@@ -132,9 +133,48 @@ def test_a_model_is_tuned_on_its_own_text(
         progress=False,
     )
     assert all(entry["after"] < entry["before"] for entry in report.blocks)
-    # What is there is not written over.
-    assert main(arguments) != 0
+
+
+def test_a_finished_text_is_left_as_it_is(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "own.jsonl"
+    arguments = ["write-text", str(model), str(out), "--tokens", "100", "--length", "16", "--quiet"]
+    assert main(arguments) == 0
+    first, before = capsys.readouterr(), out.stat()
+    assert first.err == ""
+    assert find_files(tmp_path) == [out]  # the record of what it was written with is no text
+    # Killed after the text was there.
+    work = tmp_path / "own.jsonl.partial"
+    work.mkdir()
+    (work / "littlebit2.lock").touch()
+    for again in (arguments, [*arguments, "--overwrite"]):
+        assert main(again) == 0
+        printed = capsys.readouterr()
+        assert (
+            printed.err == f"{out} was finished before, with the same settings; --restart writes it again\n"
+        )
+        assert printed.out.split(", ")[:3] == first.out.split(", ")[:3]
+        assert out.stat() == before
+        assert not work.exists()
+    # What is something else is not written over.
+    assert main([*arguments, "--seed", "1"]) == 1
+    assert "; it is not what this call would write: seed = 0 there, 1 here" in capsys.readouterr().err
+    assert main([*arguments, "--restart"]) == 1
     assert "--overwrite" in capsys.readouterr().err
+    text = out.read_bytes()
+    out.write_text("mine")
+    assert main(arguments) == 1
+    assert "what is in it was changed" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite"]) == 0
+    assert out.read_bytes() == text
+    assert capsys.readouterr().err == ""
+    written = out.stat().st_mtime_ns
+    assert main([*arguments, "--overwrite", "--restart"]) == 0
+    assert out.stat().st_mtime_ns > written
+    (tmp_path / "own.jsonl.report.json").write_text("{}")
+    assert main(["write-text", "nowhere", *arguments[2:]]) == 1
+    assert "out must be a new file" in capsys.readouterr().err.replace("OUT", "out")
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,9 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from littlebit2._messages import SettingError
-
 from . import (
     calibrate,
+    completion,
     convert,
     doctor,
     evaluate,
@@ -33,6 +32,8 @@ from .common import (
     FAILED,
     INTERRUPTED,
     WRONG_USAGE,
+    Parser,
+    is_wrong_usage,
     name_options,
     note,
     one_line,
@@ -53,6 +54,7 @@ _COMMANDS = (
     generate,
     synthesize,
     doctor,
+    completion,
 )
 
 _EPILOG = """\
@@ -64,13 +66,13 @@ examples:
   littlebit2 generate OUT "Once upon a time"
   littlebit2 doctor                              what runs on this machine
 
-exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+exit codes: 0 done, 1 failed, 2 wrong usage or a wrong value, 130 interrupted.
 """
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all subcommands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="littlebit2",
         description="Quantize language models to packed sub-1-bit layers (LittleBit, LittleBit-2); run them.",
         epilog=_EPILOG,
@@ -81,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     for module in _COMMANDS:
         module.add_parser(commands)
     for command in commands.choices.values():
-        command.set_defaults(option_names=option_names(command), parser=command)
+        command.set_defaults(option_names=option_names(command), parser=command, program=parser)
         command.formatter_class = argparse.RawDescriptionHelpFormatter
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -96,6 +98,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
     """
+    try:
+        code = _main(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        _forget_output()
+        return FAILED
+
+
+def _main(argv: Sequence[str] | None) -> int:
     parser = build_parser()
     try:
         args, rest = parser.parse_known_args(argv)
@@ -136,25 +148,28 @@ def _take_rest(args: argparse.Namespace, rest: list[str], parser: argparse.Argum
 
 def _run(args: argparse.Namespace) -> int:
     try:
-        code = int(args.run(args))
-        sys.stdout.flush()
-        return code
+        return int(args.run(args))
     except KeyboardInterrupt:
         note(f"littlebit2 {args.command}: interrupted{args.after_interrupt}")
         _leave_threads_behind()
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has gone; keep the interpreter from failing again when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
-    except SettingError as error:
-        note(f"littlebit2 {args.command}: error: {name_options(one_line(error), args.option_names)}")
-        return WRONG_USAGE
+        raise
     except Exception as error:
         if args.debug:
             raise
-        note(f"littlebit2 {args.command}: error: {name_options(one_line(error), args.option_names)}")
-        return FAILED
+        text = name_options(one_line(error), args.option_names)
+        note(f"littlebit2 {args.command}: error: {text}")
+        return WRONG_USAGE if is_wrong_usage(error, text, args.option_names) else FAILED
+
+
+def _forget_output() -> None:
+    """Keep the interpreter from failing again when it flushes: whoever read our output has gone."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _leave_threads_behind() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from littlebit2._messages import SettingError
+
 from .common import emit, excluded, method_options, note, quant_config, rows_options
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ BLOCKWISE = "blockwise"
 #: What tuning makes superfluous is left out.
 _STEPS = {"admm_iterations": 30, "refine_rounds": 2}
 
-#: Options and the names of their settings.
+#: Options and the names of their settings; defaults are those of BlockwiseSettings, which would import torch.
 _SETTINGS = (
     (
         "--minutes",
@@ -33,28 +35,46 @@ _SETTINGS = (
         "T",
         "time for everything; chooses --samples, --steps and --distill-steps for this machine",
     ),
-    ("--samples", "samples", int, "N", "sequences for statistics and tuning"),
-    ("--length", "length", int, "T", "tokens per sequence"),
-    ("--held-out", "held_out", int, "N", "sequences on which errors and the perplexity are measured"),
-    ("--steps", "steps", int, "N", "tuning steps per block; 0 disables tuning"),
-    ("--batch-size", "batch_size", int, "N", "sequences per tuning step"),
-    ("--lr", "lr", float, "RATE", "peak learning rate for latents"),
+    ("--samples", "samples", int, "N", "sequences for statistics and tuning (default 256)"),
+    ("--length", "length", int, "T", "tokens per sequence (default 256)"),
+    (
+        "--held-out",
+        "held_out",
+        int,
+        "N",
+        "sequences on which errors and the perplexity are measured (default 8)",
+    ),
+    ("--steps", "steps", int, "N", "tuning steps per block; 0 disables tuning (default 200)"),
+    ("--batch-size", "batch_size", int, "N", "sequences per tuning step (default 2)"),
+    ("--lr", "lr", float, "RATE", "peak learning rate for latents (default 1e-3)"),
     (
         "--scale-lr",
         "scale_lr",
         float,
         "RATE",
-        "the same for scales, norms and biases, relative to their size",
+        "the same for scales, norms and biases, relative to their size (default 3e-3)",
     ),
     (
         "--sensitivity",
         "sensitivity",
         float,
         "SHARE",
-        "share of a block's loss weighted by what the model's output feels, 0 to 1",
+        "share of a block's loss weighted by what the model's output feels, 0 to 1 (default 0.7)",
     ),
-    ("--kl-samples", "kl_samples", int, "N", "sequences on which ranks are tried, with --budget kl"),
-    ("--distill-steps", "distill_steps", int, "N", "steps of distilling the whole model at the end"),
+    (
+        "--kl-samples",
+        "kl_samples",
+        int,
+        "N",
+        "sequences on which ranks are tried, with --budget kl (default 3)",
+    ),
+    (
+        "--distill-steps",
+        "distill_steps",
+        int,
+        "N",
+        "steps of distilling the whole model at the end (default 0: none)",
+    ),
     (
         "--distill-minutes",
         "distill_minutes",
@@ -62,9 +82,21 @@ _SETTINGS = (
         "T",
         "time for the distillation instead; 0 disables it",
     ),
-    ("--distill-samples", "distill_samples", int, "N", "sequences for the distillation"),
-    ("--distill-lr", "distill_lr", float, "RATE", "peak learning rate for latents in the distillation"),
-    ("--distill-scale-lr", "distill_scale_lr", float, "RATE", "the same for scales, norms and biases"),
+    ("--distill-samples", "distill_samples", int, "N", "sequences for the distillation (default 4096)"),
+    (
+        "--distill-lr",
+        "distill_lr",
+        float,
+        "RATE",
+        "peak learning rate for latents in the distillation (default 4e-5)",
+    ),
+    (
+        "--distill-scale-lr",
+        "distill_scale_lr",
+        float,
+        "RATE",
+        "the same for scales, norms and biases (default 5e-3)",
+    ),
 )
 
 
@@ -97,11 +129,11 @@ def is_blockwise(args: argparse.Namespace) -> bool:
     """Whether the command works block by block: where it is asked for, and where there is text.
 
     Raises:
-        ValueError: options contradict one another.
+        SettingError: options contradict one another.
     """
     asked = args.method == BLOCKWISE or (args.method == "auto" and args.data is not None)
     if asked and args.data is None:
-        raise ValueError(f"--method {BLOCKWISE} needs text: --data PATH")
+        raise SettingError(f"--method {BLOCKWISE} needs text: --data PATH")
     mine = {
         "--data": args.data is not None,
         "--keep-work": args.keep_work,
@@ -119,11 +151,11 @@ def is_blockwise(args: argparse.Namespace) -> bool:
     others = [option for option, given in (layerwise if asked else mine).items() if given]
     if others:
         how = f"not with --method {BLOCKWISE}" if asked else f"only with --method {BLOCKWISE} and --data"
-        raise ValueError(f"{', '.join(others)}: {how}")
+        raise SettingError(f"{', '.join(others)}: {how}")
     if args.minutes is not None and any(
         getattr(args, name) is not None for name in ("samples", "steps", "distill_steps")
     ):
-        raise ValueError("--minutes chooses --samples, --steps and --distill-steps: give one or the other")
+        raise SettingError("--minutes chooses --samples, --steps and --distill-steps: give one or the other")
     return asked
 
 

@@ -8,9 +8,9 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from littlebit2._messages import missing_package
+from littlebit2._messages import SettingError, missing_package
 from littlebit2.architecture.select import DEFAULT_EXCLUDE
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ __all__ = [
     "METHODS",
     "WRONG_USAGE",
     "Commands",
+    "Parser",
     "add_command",
     "add_load_options",
     "add_method_options",
@@ -33,6 +34,7 @@ __all__ = [
     "emit_json",
     "excluded",
     "gigabytes",
+    "is_wrong_usage",
     "load_options",
     "method_options",
     "name_options",
@@ -56,6 +58,14 @@ METHODS = ("auto", "admm", "refine", "joint-itq", "dual-svid")
 _STEPS = {"refine_rounds": 12, "admm_iterations": 300}
 
 Commands = Any  # argparse's class of subparsers is private
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong: the usage of some commands fills a screen."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit for wrong usage."""
+        self.exit(WRONG_USAGE, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
 def emit(text: str = "") -> None:
@@ -106,7 +116,7 @@ def name_options(text: str, options: Mapping[str, str]) -> str:
     for name, option in options.items():
         # As messages name arguments: before what is said of them, before a colon at the start, with a value,
         # or in a list with other ones. A name of several words is no other word.
-        said = r"(\[\d+\])? must | or [\w-]+ must | cannot | needs? |="
+        said = r"(\[\d+\])? must | \[[\d, ]+\] would | or [\w-]+ must | cannot | needs? |="
         text = re.sub(
             rf"(?<![\w.-]){name}(?={said})|^{name}(?=: | \w+ (must|needs) )|(?<=needs ){name}\b", option, text
         )
@@ -115,6 +125,25 @@ def name_options(text: str, options: Mapping[str, str]) -> str:
         text = text.replace(f"{option}=True ({option})", option)
         text = text.replace(f"{option} must be None ", f"{option} must be left out ")
     return text
+
+
+def is_wrong_usage(error: BaseException, text: str, options: Mapping[str, str]) -> bool:
+    """Whether an error says that a value of the command line is wrong, and not that the work failed.
+
+    Args:
+        error: that a command raised. Errors of files, memory and libraries are never those of a value.
+        text: of the error, from :func:`name_options`.
+        options: as for :func:`name_options`.
+    """
+    if isinstance(error, SettingError):
+        return True
+    if type(error) is not ValueError:  # what is derived from it says more: of checkpoints, of JSON
+        return False
+    names = "|".join(sorted(map(re.escape, {*options.values()}), key=len, reverse=True))
+    # Said of an option, or of options, at the start, perhaps for a layer.
+    others = r"(,? (or|and) [\w-]+)*"
+    said = r"(: | must | cannot | needs? | chooses | \[[\d, ]+\] would )"
+    return bool(re.match(rf"(layer '[^']*': )?({names})(\[\d+\])?(=\S+)?{others}{said}", text))
 
 
 def option_names(parser: argparse.ArgumentParser) -> dict[str, str]:

@@ -53,8 +53,8 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--teacher",
         metavar="DENSE",
-        help="compare with this checkpoint: KL of the predictions, and how often the likeliest token is the "
-        "same",
+        help="compare with this checkpoint: ratio of the perplexities, KL of the predictions, and how often "
+        "the likeliest token is the same",
     )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="blocks per batch (default 8)")
     parser.add_argument(
@@ -96,11 +96,12 @@ def _run(args: argparse.Namespace) -> int:
                 "block": found.block,
                 "stride": found.stride,
             }
-        if text is not None and compared is not None:
+        if text is not None and compared is not None and found.ratio is not None:
             text |= {
                 "kl": compared.kl,
                 "top1": compared.top1,
                 "teacher_perplexity": compared.teacher.value,
+                "perplexity_ratio": found.ratio,
             }
         emit_json({"text": text, "tasks": found.tasks})
         return 0
@@ -111,8 +112,8 @@ def _run(args: argparse.Namespace) -> int:
         )
     if compared is not None:
         emit(
-            f"teacher {compared.teacher.value:.4f}; KL {compared.kl:.4f} nats a token, likeliest token "
-            f"the same for {compared.top1:.2%}"
+            f"teacher {compared.teacher.value:.4f}, ratio of perplexities {found.ratio:.4f}; "
+            f"KL {compared.kl:.4f} nats a token, likeliest token the same for {compared.top1:.2%}"
         )
     rows = [
         (task, metric, f"{value:.4f}")

@@ -6,6 +6,8 @@ import argparse
 import os
 from typing import Any
 
+from littlebit2._messages import SettingError
+
 from .common import (
     Commands,
     add_command,
@@ -189,10 +191,12 @@ def _run(args: argparse.Namespace) -> int:
     sizes = (args.bpw, args.ranks, args.paths, args.energy, args.importance)
     sized = any(size is not None for size in sizes) or args.budget != "uniform"
     if args.start is not None and (sized or args.method != "auto"):
-        raise ValueError(
+        raise SettingError(
             "--start must be given without --bpw, --ranks, --paths, --energy, --budget, --importance and "
             "--method: it has its layers"
         )
+    if args.quant_seed < 0:
+        raise SettingError(f"--quant-seed must be at least 0, got {args.quant_seed}")
     settings = {"energy": args.energy, "budget": args.budget, **method_options(args)}
     config = None if args.start is not None else quant_config(args, seed=args.quant_seed, **settings)
     report = finetune(

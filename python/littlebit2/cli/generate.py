@@ -133,6 +133,10 @@ def _run(args: argparse.Namespace) -> int:
     if args.explain:
         note(str(results[0].way))
     if not args.json:
+        cut = [result for result in results if result.out_of_positions]
+        if cut:
+            of_all = f"{len(cut)} of {len(results)} texts " if len(results) > 1 else ""
+            note(f"{of_all}stopped before --max-new-tokens: the model has no more positions")
         note(_figures(results, args.batch_size))
     return 0
 

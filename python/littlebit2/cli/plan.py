@@ -8,6 +8,8 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from littlebit2._messages import SettingError
+
 from .blockwise import blockwise_config, is_blockwise
 from .common import (
     Commands,
@@ -129,7 +131,7 @@ def _allocation(
             note("--importance changes a plan only with --budget spectral or --energy")
         return None
     if not os.path.isdir(args.config):
-        raise ValueError(
+        raise SettingError(
             f"--budget spectral and --energy need the directory of a model, with weights, got {args.config}"
         )
     return measure_ranks(

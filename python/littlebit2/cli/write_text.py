@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from .common import Commands, add_command, emit
+from .common import Commands, add_command, emit, note
 
 _DESCRIPTION = """\
 Let a dense language model write text for "littlebit2 quantize --data", where no other is at hand: free texts
 and, where the tokenizer has a chat template, chats in its form. Killed at any moment, the same command
-continues where it was and writes the same bytes.
+continues where it was and writes the same bytes; when it has finished, it leaves OUT as it is.
 """
 
 _EXAMPLES = """\
@@ -53,7 +53,11 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("out", metavar="OUT", help="file of JSON lines to write, *.jsonl")
     for name, kind, metavar, text in _OPTIONS:
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
-    parser.add_argument("--restart", action="store_true", help="discard what a killed run has left")
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="discard what an earlier run has left or, with --overwrite, finished",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT at the end if it exists")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -70,6 +74,8 @@ def _run(args: argparse.Namespace) -> int:
         resume=not args.restart,
         overwrite=args.overwrite,
     )
+    if done.was_there:
+        note(f"{args.out} was finished before, with the same settings; --restart writes it again")
     emit(
         f"{args.out}: {done.texts} texts, {done.chats} of them chats, {done.tokens} tokens, "
         f"{done.seconds:.1f} s"

@@ -197,6 +197,22 @@ class RunDirectory:
             self.path.rmdir()
         self.close()
 
+    def remove_remainder(self, settings: Mapping[str, Any]) -> None:
+        """Remove what a finished run of these settings has left, because it was killed before it could.
+
+        The folder of another run, finished or not, and a folder of somebody else are left alone.
+        """
+        if not self.path.exists():
+            return
+        try:
+            self.take()
+            if self.settings() is None or not self.differing(settings):
+                self.remove()
+        except (OSError, RunError):
+            pass  # in use, damaged or not ours: what is asked for is there without it
+        finally:
+            self.close()
+
     def remove_if_empty(self) -> None:
         """Remove the folder if nothing is left in it."""
         if [path.name for path in self.path.iterdir()] == [_LOCK]:

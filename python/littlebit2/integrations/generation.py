@@ -37,6 +37,7 @@ class Generation:
         resident_bytes: resident memory of this process afterwards, ``None`` where it cannot be told.
         peak_resident_bytes: the most it ever was.
         way: how the tokens were decoded, and why.
+        out_of_positions: whether the text ends because the model has no more positions.
     """
 
     text: str | None
@@ -48,6 +49,7 @@ class Generation:
     resident_bytes: int | None
     peak_resident_bytes: int | None
     way: Way
+    out_of_positions: bool = False
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -210,6 +212,7 @@ def _generate(
                     resident_bytes=now,
                     peak_resident_bytes=peak,
                     way=run.way,
+                    out_of_positions=len(tokens) == run.count < max_new_tokens and not run.ended(tokens),
                 )
                 for row, tokens in zip(batch, new, strict=True)
             ]
@@ -317,6 +320,10 @@ class _Run:
             if picker.reads_tokens:
                 ids = torch.cat([ids, tokens[:, None]], -1)
             logits = decoder.step(tokens)
+
+    def ended(self, row: list[int]) -> bool:
+        """Whether a row of new tokens ends with an end-of-text token."""
+        return not self.ignore_eos and row[-1] in self.ends
 
     def _until_end(self, row: list[int]) -> list[int]:
         """A row of new tokens without what comes after its end-of-text token."""

@@ -192,7 +192,7 @@ def start_run(
     if os.path.lexists(target):
         report = finished_report(target, work.wanted) if resume else None
         if report is not None:
-            work.remove_remainder()
+            work.remove_remainder(work.of_layers)
             return report
         try:
             check_replaceable(target, overwrite=overwrite, replaces=find_side_files(source).copied)

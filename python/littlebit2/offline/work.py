@@ -64,22 +64,6 @@ class WorkDirectory(RunDirectory):
         with keep_layers():
             super().write_settings(settings)
 
-    def remove_remainder(self) -> None:
-        """Remove what a finished run of these settings has left, because it was killed before it could.
-
-        The folder of another run, finished or not, and a folder of somebody else are left alone.
-        """
-        if not self.path.exists():
-            return
-        try:
-            self.take()
-            if self.settings() is None or not self.differing(self.of_layers):
-                self.remove()
-        except (OSError, RunError):
-            pass  # in use, damaged or not ours: what is asked for is there without it
-        finally:
-            self.close()
-
     def layer_path(self, job: Job) -> Path:
         """Where the file of a finished layer lies."""
         return self.path / f"{job.index:06d}.safetensors"

@@ -20,12 +20,13 @@ from littlebit2.blockwise.text import fitting_length
 from littlebit2.blockwise.tuning.precision import resolve_precision
 from littlebit2.checkpoint import open_dense
 from littlebit2.dense_model import architecture_of, load_dense
-from littlebit2.disk import RunDirectory, check_new_file, new_file, write_file
+from littlebit2.disk import RunDirectory, write_file
 from littlebit2.offline.jobs import source_digest
 from littlebit2.offline.work import difference
 from littlebit2.quantize.device import check_device
 
 from .chats import ChatForm
+from .record import check_target, finished_counts, write_record
 from .writer import Writer
 
 __all__ = ["WrittenText", "write_text"]
@@ -46,12 +47,14 @@ class WrittenText:
         chats: of them.
         tokens: of all texts.
         seconds: that it took, loading included.
+        was_there: whether it had been finished before, with the same arguments.
     """
 
     texts: int
     chats: int
     tokens: int
     seconds: float
+    was_there: bool = False
 
 
 def write_text(
@@ -75,7 +78,8 @@ def write_text(
 
     ``out`` is JSON lines with a ``text`` each: free texts, and chats in the form of the tokenizer's
     template. Killed at any moment, the same call goes on after the last finished batch, and the bytes of
-    ``out`` are the same.
+    ``out`` are the same; once it is finished, the call leaves it as it is. ``<out>.report.json`` holds what
+    it was written with.
 
     Args:
         model_dir: directory of a dense checkpoint of a causal language model, with a tokenizer. Nothing is
@@ -91,11 +95,12 @@ def write_text(
         device: to run on.
         dtype: of the model, such as ``"float32"``; by default bfloat16 where the hardware multiplies it.
         progress: whether to show a bar, where stderr is a terminal.
-        resume: continue an interrupted run; otherwise it is discarded.
+        resume: continue an interrupted run, or keep a finished one; otherwise they are discarded.
         overwrite: whether ``out`` may be a file, which is replaced at the end.
 
     Raises:
-        FileExistsError: ``out`` exists, and ``overwrite`` is off or it is no file.
+        FileExistsError: ``out`` exists and is not what the same call has written, and ``overwrite`` is off
+            or it is no file.
         FileNotFoundError: there is no such model.
         ImportError: transformers is not installed.
         RunError: the work folder ``<out>.partial`` is in use, or belongs to a run with other arguments.
@@ -115,7 +120,7 @@ def write_text(
     target = Path(os.path.abspath(out))
     if target.suffix != _SUFFIX:
         raise ValueError(f"out must be named *{_SUFFIX}, got {target.name!r}")
-    check_new_file(target, overwrite=overwrite)
+    check_target(target, overwrite=overwrite, resume=resume)
     place = check_device(device)
     with open_dense(model_dir) as checkpoint:
         architecture = architecture_of(checkpoint)
@@ -146,20 +151,31 @@ def write_text(
         "torch": torch.__version__,
     }
     work = RunDirectory(target.with_name(f"{target.name}.partial"))
+    counts = finished_counts(target, settings, overwrite=overwrite) if resume else None
+    if counts is not None:
+        work.remove_remainder(settings)
+        return _result(counts, start, was_there=True)
     with closing(work):
         work.begin(settings, resume=resume, describe=difference)
         batches = list(_batches(work.path, writer, tokens, share, batch_size, seed, progress))
-        with new_file(target) as file:
-            for batch in batches:
-                for text in batch["texts"]:
-                    file.write((json.dumps({"text": text}, ensure_ascii=False) + "\n").encode())
+        lines = (
+            json.dumps({"text": text}, ensure_ascii=False) for batch in batches for text in batch["texts"]
+        )
+        content = "".join(f"{line}\n" for line in lines).encode()
+        counts = {
+            "texts": sum(len(batch["texts"]) for batch in batches),
+            "chats": sum(len(batch["texts"]) for batch in batches if batch["chats"]),
+            "tokens": sum(batch["tokens"] for batch in batches),
+        }
+        write_record(target, content, settings, counts)
+        write_file(target, content)
         work.remove()
-    return WrittenText(
-        texts=sum(len(batch["texts"]) for batch in batches),
-        chats=sum(len(batch["texts"]) for batch in batches if batch["chats"]),
-        tokens=sum(batch["tokens"] for batch in batches),
-        seconds=time.perf_counter() - start,
-    )
+    return _result(counts, start)
+
+
+def _result(counts: dict[str, int], start: float, *, was_there: bool = False) -> WrittenText:
+    seconds = time.perf_counter() - start
+    return WrittenText(counts["texts"], counts["chats"], counts["tokens"], seconds, was_there)
 
 
 def _batches(

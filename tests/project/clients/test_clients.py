@@ -69,16 +69,6 @@ def test_diagnostics_say_what_is_wrong(
     assert capsys.readouterr().out.count("no library here") >= 3
 
 
-def test_readme_example_runs_as_written() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        result = subprocess.run(
-            [sys.executable, "-c", block], capture_output=True, text=True, check=False, cwd=ROOT
-        )
-        assert result.returncode == 0, result.stderr
-
-
 def configure(build: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Configure the core alone."""
     command = ["cmake", "-S", ROOT, "-B", build, "-DLB2_BUILD_TORCH=OFF", "-DLB2_BUILD_PYTHON=OFF", *options]

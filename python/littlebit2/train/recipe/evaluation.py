@@ -41,6 +41,14 @@ class Evaluation:
     characters: int = 0
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    @property
+    def ratio(self) -> float | None:
+        """The perplexity divided by the teacher's; ``None`` without a teacher."""
+        if self.perplexity is None or self.agreement is None:
+            return None
+        # Of the likelihoods, because each perplexity may be too large for a float.
+        return Perplexity(self.perplexity.nll - self.agreement.teacher.nll, self.agreement.tokens).value
+
 
 def evaluate_model(
     model_dir: str | Path,
@@ -91,6 +99,7 @@ def evaluate_model(
         ("stride", stride, 1),
         ("max_tokens", max_tokens, 1),
         ("batch_size", batch_size, 1),
+        ("limit", limit, 1),
     ):
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
