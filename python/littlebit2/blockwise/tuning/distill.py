@@ -20,14 +20,17 @@ from .block import BlockRunner, draw, relative_rates, trained_parameters, weight
 from .precision import products
 from .tune import Saved, Tuned, tune
 
-__all__ = ["EVALUATIONS", "SIGNS_FROM", "Distillation", "Distilled"]
+__all__ = ["SIGNS_FROM", "Distillation", "Distilled", "evaluations"]
 
-#: Measurements in a distillation, evenly spread; its state is saved at each.
-EVALUATIONS = 10
 #: Steps from which on signs move too: what they cost first is not won back by fewer (docs/quantization.md).
 SIGNS_FROM = 32
 #: How many times their rate the scales take where they move alone.
 _ALONE = 2.0
+
+
+def evaluations(steps: int) -> int:
+    """Return the number of measurements, evenly spread over the steps; the state is saved at each."""
+    return 10 if steps >= SIGNS_FROM else 2
 
 
 @dataclass(frozen=True)
@@ -207,9 +210,9 @@ class Distillation:
             self.stored,
             steps=steps,
             warmup=settings.warmup,
-            evaluations=EVALUATIONS,
+            evaluations=evaluations(steps),
             # Signs that begin to move cost something before they gain: its time is used up.
-            patience=EVALUATIONS,
+            patience=evaluations(steps),
             saved=saved,
             tell=measured,
         )

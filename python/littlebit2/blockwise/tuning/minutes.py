@@ -13,7 +13,7 @@ from littlebit2.train.model import make_trainable
 
 from ..settings import BlockwiseSettings
 from .block import BlockRunner, trained_parameters
-from .distill import EVALUATIONS, Distillation
+from .distill import SIGNS_FROM, Distillation, evaluations
 from .precision import products
 from .tune import relative_error
 
@@ -55,8 +55,14 @@ def fitting_steps(distillation: Distillation, seconds: float) -> int:
             parameter.grad = None
 
     measuring = _timed(distillation.measure, 1)
-    one_step = _timed(step, _TRIALS)
-    number = int((_PLANNED * seconds - (EVALUATIONS + 1) * measuring) / one_step)
+    one_step = _timed(step, 1)
+
+    def number_by(steps: int) -> int:
+        return int((_PLANNED * seconds - (evaluations(steps) + 1) * measuring) / one_step)
+
+    number = number_by(SIGNS_FROM)
+    if number < SIGNS_FROM:
+        number = min(number_by(SIGNS_FROM - 1), SIGNS_FROM - 1)
     return min(max(number, 1), _PASSES * len(distillation.ids) // size)
 
 
