@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-__all__ = ["Saved", "Tuned", "relative_error", "rounded", "schedule", "tune"]
+__all__ = ["Saved", "Tuned", "relative_error", "rounded", "schedule", "token_weights", "tune"]
 
 #: Least squared norm of a token by which its error is divided.
 _TINY = 1e-12
@@ -57,7 +57,16 @@ def relative_error(
     """
     squares = (output - target).square()
     error = (squares if weights is None else squares * weights).sum(-1)
-    return (error / target.square().sum(-1).clamp_min(_TINY)).mean()
+    return (error * token_weights(target)).mean()
+
+
+def token_weights(target: torch.Tensor) -> torch.Tensor:
+    """Return ``[B, T]``, what the squared error of each token is multiplied by: one over its squared norm.
+
+    Args:
+        target: hidden states ``[B, T, D]`` of the dense model.
+    """
+    return target.square().sum(-1).clamp_min(_TINY).reciprocal()
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
