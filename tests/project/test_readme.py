@@ -30,7 +30,7 @@ NOT_RUN = {
     "pip install ": "brings packages, which `make` has installed (.ci/wheel.py tries a wheel without them)",
     "LB2_CUDA=on ": "compiles for minutes with nvcc (tests/kernels/test_cuda_build.py does)",
     "make wheels": "builds everything again (.ci/run does)",
-    "make demo": "brings a model (.ci/run does)",
+    "make demo": "brings a model (tests/benchmarks/quality/test_demo.py runs it on a tiny one)",
     "make test": "runs this test",
     "vllm serve ": "needs vLLM (`make test-serving` does)",
     "python -m benchmarks ": "takes an hour and 20 GB (tests/benchmarks runs it on small shapes)",
@@ -38,7 +38,8 @@ NOT_RUN = {
 
 #: Options that make a command quick on a tiny model, by how it begins.
 QUICK = {
-    "littlebit2 quantize ": "--samples 4 --held-out 2 --steps 1 --length 32 --admm-iterations 2",
+    "littlebit2 quantize ": "--minutes 0.01 --held-out 2 --length 32 --admm-iterations 2",
+    "littlebit2 write-text ": "--tokens 64 --length 16",
     "littlebit2 finetune ": "--steps 1 --block 32 --log-steps 1 --save-steps 1 --no-tensorboard",
     "littlebit2 evaluate ": "--max-tokens 256",
     "littlebit2 generate ": "--max-new-tokens 4",

@@ -176,8 +176,7 @@ class BlockRunner:
     ) -> dict[str, Importance]:
         """Measure what the layers get, each token weighted as its error is in the loss of the tuning.
 
-        Tokens of massive activation would own the statistics: at SmolLM2's block that makes them, the error
-        before tuning was 20 times that of its neighbors.
+        Tokens of massive activation would own the statistics.
         """
         rows = self.samples[: self.settings.importance_samples]
         with torch.no_grad():
