@@ -48,9 +48,9 @@ def relative_error(
 ) -> torch.Tensor:
     """Return the mean of ``log(1 + e)``, with ``e`` a token's squared error relative to its squared norm.
 
-    With a plain sum of squares, a few tokens of massive activation would own the loss. A token that gets one by
-    mistake has an ``e`` of hundreds, and would own a mean of ``e``; one such token in thousands made the whole
-    error of SmolLM2's block that makes them.
+    With a plain sum of squares, a few tokens of massive activation would own the loss. A token that gets one
+    by mistake has an ``e`` of hundreds, and would own a mean of ``e``; one such token in thousands made the
+    whole error of SmolLM2's block that makes them.
 
     Args:
         output: hidden states ``[B, T, D]``.
