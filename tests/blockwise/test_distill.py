@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,29 @@ def test_products_in_bfloat16(inputs: tuple[Path, Path], tmp_path: Path) -> None
     assert found.perplexity["dense"] == plain.perplexity["dense"]
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_measured_precision_stays_that_of_the_run(
+    finished: bool, inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = inputs
+    out = tmp_path / "out"
+    monkeypatch.setattr("littlebit2.blockwise.run.resolve_precision", lambda *_: "bfloat16")
+    if not finished:
+        monkeypatch.setattr("littlebit2.blockwise.run._Run.finish", _kill)
+    with nullcontext() if finished else pytest.raises(_Killed):
+        run(model, out, data)
+    monkeypatch.undo()
+    monkeypatch.setattr("littlebit2.blockwise.run.resolve_precision", lambda *_: "float32")
+    assert run(model, out, data).settings["precision"] == "bfloat16"
+    assert run(model, out, data, overwrite=True, resume=False).settings["precision"] == "float32"
+
+
 class _Killed(Exception):
     pass
+
+
+def _kill(*_: Any) -> None:
+    raise _Killed
 
 
 def test_it_goes_on_from_its_saved_state(

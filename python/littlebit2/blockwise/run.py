@@ -47,7 +47,7 @@ from .tuning.distill import Distillation
 from .tuning.minutes import MOST, PER_STEP, fitting, fitting_steps, seconds_of_blocks
 from .tuning.precision import resolve_precision
 from .tuning.sensitivity import measure_sensitivity, mixed
-from .work import DISTILL_STEPS, KEEP_LATENTS, BlockwiseWork
+from .work import DISTILL_STEPS, KEEP_LATENTS, BlockwiseWork, recorded_precision
 
 __all__ = ["quantize_blockwise"]
 
@@ -159,9 +159,8 @@ def quantize_blockwise(
             "method blockwise needs bpw or ranks and budget 'uniform' or 'kl': spectra are not measured"
         )
     place = check_device(device)
-    chosen = settings or BlockwiseSettings()
-    chosen = replace(chosen, precision=resolve_precision(chosen.precision, place))
     source, target = Path(model_dir), Path(os.path.abspath(out))
+    chosen = _with_precision(settings or BlockwiseSettings(), place, target if resume else None)
     check_apart(target, work_path(target), model_dir=source)
     patterns = check_patterns("include", include), check_patterns("exclude", exclude)
     files = find_files(list(data))
@@ -220,6 +219,16 @@ def quantize_blockwise(
             return _Run(checkpoint, work, plan, chosen, runner, text, *options).finish(source, target)
         finally:
             work.close()
+
+
+def _with_precision(
+    settings: BlockwiseSettings, place: torch.device, before: Path | None
+) -> BlockwiseSettings:
+    """Return the settings with a precision: that of the run for ``before`` if there is one, else measured."""
+    if settings.precision != "auto":
+        return settings
+    known = None if before is None else recorded_precision(before)
+    return replace(settings, precision=known or resolve_precision("auto", place))
 
 
 def _read_text(work: BlockwiseWork, text: Callable[..., torch.Tensor]) -> None:

@@ -13,14 +13,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from littlebit2.disk import sync, sync_tree, write_file, write_json
+from littlebit2.offline import REPORT_NAME
 from littlebit2.offline.jobs import Job
-from littlebit2.offline.work import WorkDirectory, keep_layers
+from littlebit2.offline.work import WorkDirectory, keep_layers, work_path
 
 from .tuning.block import BlockResult
 from .tuning.distill import Distilled
+from .tuning.precision import Precision, check_precision
 from .tuning.saved import SavedState
 
-__all__ = ["DISTILL_STEPS", "KEEP_LATENTS", "BlockwiseWork"]
+__all__ = ["DISTILL_STEPS", "KEEP_LATENTS", "BlockwiseWork", "recorded_precision"]
 
 #: What a run has chosen to fit a time.
 DISTILL_STEPS = "distill_steps"
@@ -28,6 +30,23 @@ _DISTILL = "distill_"
 #: Of the run: whether the result holds the latents' magnitudes.
 KEEP_LATENTS = "keep_latents"
 _ENTRY = "littlebit2"
+
+
+def recorded_precision(out: Path) -> Precision | None:
+    """Return the precision of the run that is under way or finished for ``out``, ``None`` without one.
+
+    It was measured; the same command must not come to another one when it goes on.
+    """
+    for file, keys in ((work_path(out) / "settings.json", ()), (out / REPORT_NAME, ("settings",))):
+        try:
+            found = json.loads(file.read_text("utf-8"))
+            for key in (*keys, "blockwise", "precision"):
+                found = found[key]
+            check_precision(found)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # no run of this method, or a damaged file, which is told when it is opened
+        return found
+    return None
 
 
 class BlockwiseWork(WorkDirectory):
