@@ -20,27 +20,13 @@ def test_every_token_counts_alike(rng: torch.Generator) -> None:
     target = torch.randn(2, 3, 8, generator=rng)
     target[0, 0] *= 1e4  # a massive activation
     output = target * 1.1
-    assert float(relative_error(output, target)) == pytest.approx(math.log1p(0.01), rel=1e-4)
-
-
-def test_a_massive_activation_by_mistake_does_not_own_the_loss(rng: torch.Generator) -> None:
-    target = torch.randn(4, 16, 8, generator=rng)
-    output = (target * 1.3).requires_grad_()
-    with torch.no_grad():
-        output[1, 2] *= 100  # its squared error is 10,000 times the target's norm
-    loss = relative_error(output, target)
-    assert loss.item() < 3 * math.log1p(0.09)
-    (gradient,) = torch.autograd.grad(loss, output)
-    lengths = gradient.norm(dim=-1) * target.norm(dim=-1)
-    assert float(lengths[1, 2]) < float(lengths[0, 0])
-    assert float(lengths[1, 2]) > 0  # and it is still mended
+    assert float(relative_error(output, target)) == pytest.approx(0.01, rel=1e-4)
 
 
 def test_channels_are_weighted(rng: torch.Generator) -> None:
     target, error = torch.randn(2, 3, 8, generator=rng), torch.randn(2, 3, 8, generator=rng)
     weights = torch.rand(8, generator=rng)
-    errors = torch.einsum("btd,btd,d->bt", error, error, weights) / target.square().sum(-1)
-    expected = errors.log1p().mean()
+    expected = (torch.einsum("btd,btd,d->bt", error, error, weights) / target.square().sum(-1)).mean()
     assert float(relative_error(target + error, target, weights)) == pytest.approx(float(expected), rel=1e-4)
 
 

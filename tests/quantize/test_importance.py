@@ -115,31 +115,6 @@ def test_collected_inputs_are_mean_squares_over_all_tokens(net: Net, rng: torch.
     assert not net.first._forward_hooks
 
 
-def test_tokens_may_weigh_differently(rng: torch.Generator) -> None:
-    class Routed(nn.Module):
-        """A layer for all tokens, and one for the first three."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.all, self.some = nn.Linear(6, 4), nn.Linear(6, 4)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.some(x.flatten(0, 1)[:3])
-            return self.all(x)
-
-    batches = [torch.randn(2, 5, 6, generator=rng) for _ in range(3)]
-    weights = [torch.rand(2, 5, generator=rng) for _ in range(3)]
-    weights[1][0, 2] = 0
-    batches[1][0, 2] = 1e4  # counts for nothing
-    given = iter(weights)
-    found = collect_importance(Routed(), batches, token_weights=lambda batch: next(given))
-    x, w = torch.stack(batches).double(), torch.stack(weights).double()
-    expected = (w.unsqueeze(-1) * x.square()).sum((0, 1, 2)) / w.sum()
-    assert torch.allclose(found["all"].inputs.double(), expected, rtol=1e-6)
-    few = torch.stack(batches)[:, 0, :3].square().mean((0, 1))
-    assert torch.allclose(found["some"].inputs, few, rtol=1e-5)
-
-
 def test_collected_outputs_are_mean_squared_gradients(net: Net, rng: torch.Generator) -> None:
     x = torch.randn(6, 24, generator=rng)
 

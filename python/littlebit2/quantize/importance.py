@@ -7,7 +7,7 @@ weight ``diag(o) W diag(i)``, whose scales are divided by ``o`` and ``i`` afterw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +99,6 @@ def collect_importance(
     loss: Callable[[Any], torch.Tensor] | None = None,
     run: Callable[[nn.Module, Any], Any] | None = None,
     per_output: bool = False,
-    token_weights: Callable[[Any], torch.Tensor] | None = None,
 ) -> dict[str, Importance]:
     """Measure the importance of every ``nn.Linear``'s inputs, and of its outputs if ``loss`` is given.
 
@@ -112,8 +111,6 @@ def collect_importance(
             tuples and lists, else ``model(batch)``.
         per_output: whether each output has an importance of its own. By default all of a layer share their
             mean, which settles what the layer is worth beside others and served better on MiniLM.
-        token_weights: returns the weights of a batch's tokens, by default all alike. Layers that get another
-            number of tokens, such as experts, weigh theirs alike.
 
     Returns:
         By module name, for every linear module that was called with at least one token.
@@ -129,12 +126,9 @@ def collect_importance(
     inputs: dict[str, _MeanSquare] = {}
     outputs: dict[str, _MeanSquare] = {}
     count = 0
-    weights: list[torch.Tensor] = []
-    with expanded(model), _watched(model, inputs, outputs if loss else None, weights):
+    with expanded(model), _watched(model, inputs, outputs if loss else None):
         for batch in batches:
             count += 1
-            if token_weights is not None:
-                weights[:] = [token_weights(batch)]
             with torch.set_grad_enabled(loss is not None):
                 result = call(model, batch)
                 if loss is not None:
@@ -195,23 +189,16 @@ def load_importance(path: str | Path) -> dict[str, Importance]:
 
 
 class _MeanSquare:
-    """Mean over tokens of the squares of every channel, in float64; ``weights`` holds those of the tokens."""
+    """Mean over tokens of the squares of every channel, in float64."""
 
-    def __init__(self, channels: int, weights: Sequence[torch.Tensor] = ()) -> None:
+    def __init__(self, channels: int) -> None:
         self.total = torch.zeros(channels, dtype=torch.float64)
-        self.tokens = 0.0
-        self._weights = weights
+        self.tokens = 0
 
     def add(self, values: torch.Tensor) -> None:
-        squares = values.detach().reshape(-1, values.shape[-1]).double().square()
-        weights = self._weights[0].reshape(-1, 1) if self._weights else None
-        if weights is not None and len(weights) == len(squares):
-            weights = weights.to(squares)
-            self.total += (squares * weights).sum(0).cpu()
-            self.tokens += float(weights.sum())
-        else:
-            self.total += squares.sum(0).cpu()
-            self.tokens += len(squares)
+        flat = values.detach().reshape(-1, values.shape[-1])
+        self.total += flat.double().square().sum(0).cpu()
+        self.tokens += flat.shape[0]
 
     def mean(self) -> torch.Tensor:
         return (self.total / self.tokens).float()
@@ -219,16 +206,13 @@ class _MeanSquare:
 
 @contextmanager
 def _watched(
-    model: nn.Module,
-    inputs: dict[str, _MeanSquare],
-    outputs: dict[str, _MeanSquare] | None,
-    weights: Sequence[torch.Tensor],
+    model: nn.Module, inputs: dict[str, _MeanSquare], outputs: dict[str, _MeanSquare] | None
 ) -> Iterator[None]:
     def watch(name: str, linear: nn.Linear) -> Callable[..., None]:
         def hook(_: nn.Module, arguments: tuple[torch.Tensor, ...], result: torch.Tensor) -> None:
             if not arguments[0].numel():
                 return
-            inputs.setdefault(name, _MeanSquare(linear.in_features, weights)).add(arguments[0])
+            inputs.setdefault(name, _MeanSquare(linear.in_features)).add(arguments[0])
             if outputs is not None and result.requires_grad:
                 seen = outputs.setdefault(name, _MeanSquare(linear.out_features))
                 result.register_hook(seen.add)

@@ -25,7 +25,7 @@ from ..pieces import BlockCall, ModelInPieces
 from ..settings import BlockwiseSettings
 from ..states import States
 from .precision import products
-from .tune import Tuned, relative_error, token_weights, tune
+from .tune import Tuned, relative_error, tune
 
 __all__ = [
     "BlockResult",
@@ -148,7 +148,7 @@ class BlockRunner:
         block = self.pieces.load_block(index)
         self.forward(block, index, dense, next_dense)
         clock.lap("targets")
-        importance = self._importance(block, index, quantized, next_dense)
+        importance = self._importance(block, index, quantized)
         clock.lap("importance")
         packed, reports = self.quantize(block, index, jobs, importance)
         clock.lap("quantization")
@@ -171,20 +171,13 @@ class BlockRunner:
         """Name of a layer in its block."""
         return job.source.module.removeprefix(f"{self.pieces.name(index)}.")
 
-    def _importance(
-        self, block: nn.Module, index: int, source: States, targets: States
-    ) -> dict[str, Importance]:
-        """Measure what the layers get, each token weighted as its error is in the loss of the tuning.
-
-        Tokens of massive activation would own the statistics.
-        """
+    def _importance(self, block: nn.Module, index: int, source: States) -> dict[str, Importance]:
         rows = self.samples[: self.settings.importance_samples]
         with torch.no_grad():
             return collect_importance(
                 block,
                 batches(rows, self.settings.batch_size),
                 run=lambda module, batch: self._apply(module, index, source, batch),
-                token_weights=lambda batch: token_weights(targets.read(batch)),
             )
 
     def quantize(
