@@ -103,8 +103,8 @@ class Reader:
         done = subprocess.run(
             command.arguments(),
             cwd=where,
-            # The programs of the environment that this test runs in: activated, as it were. An editable install
-            # is in no folder of the path, where a clone looks for an installed package; a wheel is.
+            # The programs of the environment that this test runs in: activated, as it were. An editable
+            # install is in no folder of the path, where a clone looks for an installed package; a wheel is.
             env={
                 **os.environ,
                 "PATH": os.pathsep.join((sysconfig.get_path("scripts"), os.environ["PATH"])),
