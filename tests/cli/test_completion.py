@@ -86,6 +86,7 @@ def test_neither_the_script_nor_the_version_needs_torch() -> None:
     code = (
         "import sys, littlebit2.cli as cli; c = cli.main(sys.argv[1:]); "
         "heavy = {'torch', 'transformers', 'numpy'} & set(sys.modules); assert not heavy, heavy\n"
+        "assert c == 0\n"
         "assert 'shtab' not in sys.modules or sys.argv[1] == 'completion'"
     )
     for arguments in (["--version"], ["completion", "bash"]):

@@ -141,7 +141,9 @@ def _generate(one: Candidate, checkpoint: Path, threads: int) -> None:
     run_command([*arguments, "--max-new-tokens", str(_ANSWER)], threads, out)
     results: list[dict[str, Any]] = json.loads(out.read_text("utf-8"))
     one.answers = tuple(" ".join(result["text"].split()) for result in results)
-    one.tokens_per_second = sorted(result["tokens_per_second"] for result in results)[len(results) // 2]
+    # An answer of one token has no speed.
+    speeds = sorted(speed for result in results if (speed := result["tokens_per_second"]) is not None)
+    one.tokens_per_second = speeds[len(speeds) // 2] if speeds else None
 
 
 def table(found: Sequence[Candidate]) -> str:

@@ -35,7 +35,7 @@ class BlockwiseSettings:
         precision: dtype of matrix products in tuning and distillation (:mod:`.tuning.precision`). Hidden
             states between blocks, and all measurements, are float32.
         distill_steps: steps of the whole model's distillation at the end; 0 disables it. Of a few steps
-            (:data:`.SIGNS_FROM`) scales, norms and biases take part, and latents do not.
+            (:data:`.SIGNS_FROM`) scales, norms and biases take part, at twice their rate, and latents do not.
         distill_minutes: time for the distillation (0: none), instead of ``distill_steps``; see
             :func:`.fitting_steps`.
         distill_samples: sequences for the distillation, drawn anew.
