@@ -160,12 +160,12 @@ def quantize_blockwise(
         )
     place = check_device(device)
     source, target = Path(model_dir), Path(os.path.abspath(out))
-    chosen = _with_precision(settings or BlockwiseSettings(), place, target if resume else None)
     check_apart(target, work_path(target), model_dir=source)
     patterns = check_patterns("include", include), check_patterns("exclude", exclude)
     files = find_files(list(data))
     tokenizer = load_tokenizer(source)
     with _threads(threads), open_dense(source) as checkpoint:
+        chosen = _with_precision(settings or BlockwiseSettings(), place, target if resume else None)
         plan = _settle(checkpoint, config, chosen, patterns, (head, embedding), files, text_field, device)
         if progress and plan.length < chosen.length:
             tqdm.write(

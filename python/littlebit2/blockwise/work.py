@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from littlebit2.disk import sync, sync_tree, write_file, write_json
+from littlebit2.disk import RunDirectory, RunError, sync, sync_tree, write_file, write_json
 from littlebit2.offline import REPORT_NAME
 from littlebit2.offline.jobs import Job
 from littlebit2.offline.work import WorkDirectory, keep_layers, work_path
@@ -37,13 +37,15 @@ def recorded_precision(out: Path) -> Precision | None:
 
     It was measured; the same command must not come to another one when it goes on.
     """
-    for file, keys in ((work_path(out) / "settings.json", ()), (out / REPORT_NAME, ("settings",))):
+
+    def finished() -> Any:
+        return json.loads((out / REPORT_NAME).read_text("utf-8"))["settings"]
+
+    for settings in (RunDirectory(work_path(out)).settings, finished):
         try:
-            found = json.loads(file.read_text("utf-8"))
-            for key in (*keys, "blockwise", "precision"):
-                found = found[key]
+            found: Precision = (settings() or {})["blockwise"]["precision"]
             check_precision(found)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, RunError, ValueError, KeyError, TypeError):
             continue  # no run of this method, or a damaged file, which is told when it is opened
         return found
     return None

@@ -14,7 +14,7 @@ from .errors import RunError, explain_errors, size_text
 from .files import TEMPORARY, write_json
 from .locks import is_at, lock
 
-__all__ = ["RunDirectory", "check_space"]
+__all__ = ["RunDirectory", "check_space", "differences"]
 
 _SETTINGS = "settings.json"
 #: Comes first into the folder and goes last, and so marks a folder as a run's.
@@ -129,13 +129,7 @@ class RunDirectory:
         Raises:
             RunError: the settings in the folder are damaged.
         """
-        found = self.settings() or {}
-        wanted = json.loads(json.dumps(dict(settings)))
-        return {
-            name: (describe or _values)(name, found.get(name), wanted.get(name))
-            for name in {**found, **wanted}
-            if found.get(name) != wanted.get(name)
-        }
+        return differences(self.settings() or {}, settings, describe or _values)
 
     def refuse(self, differing: Mapping[str, str]) -> RunError:
         """Return the error for a folder that belongs to a run with other settings."""
@@ -235,6 +229,24 @@ def check_space(folder: Path, needed: int) -> None:
             f"{folder}: needs about {size_text(needed)} free, has {size_text(free)}; "
             "free some and run the same command again"
         )
+
+
+def differences(
+    found: Mapping[str, Any], settings: Mapping[str, Any], describe: Callable[[str, Any, Any], str]
+) -> dict[str, str]:
+    """Return, by name, how settings that were read from JSON differ from ``settings``.
+
+    Args:
+        found: as they were read.
+        settings: JSON values by name, tuples among them.
+        describe: returns the text for a name, the value that was found and the wanted one.
+    """
+    wanted = json.loads(json.dumps(dict(settings)))
+    return {
+        name: describe(name, found.get(name), wanted.get(name))
+        for name in {**found, **wanted}
+        if found.get(name) != wanted.get(name)
+    }
 
 
 def _values(name: str, found: Any, wanted: Any) -> str:

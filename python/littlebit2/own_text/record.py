@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from littlebit2.disk import check_new_file, write_json
+from littlebit2.disk import check_new_file, differences, write_json
 from littlebit2.offline.work import difference
 
 __all__ = ["check_target", "finished_counts", "write_record"]
@@ -51,18 +51,13 @@ def finished_counts(out: Path, settings: Mapping[str, Any], *, overwrite: bool) 
     content = _read(out) if os.path.lexists(out) else None
     if content is None:
         return None
-    found, wanted = content["settings"], json.loads(json.dumps(dict(settings)))
-    differing = [
-        difference(name, found.get(name), wanted.get(name))
-        for name in {**found, **wanted}
-        if found.get(name) != wanted.get(name)
-    ]
+    differing = differences(content["settings"], settings, difference)
     if not differing and hashlib.sha256(out.read_bytes()).hexdigest() == content["sha256"]:
         return dict(content["counts"])
     try:
         check_new_file(out, overwrite=overwrite)
     except FileExistsError as error:
-        why = ", ".join(differing) or "what is in it was changed"
+        why = ", ".join(differing.values()) or "what is in it was changed"
         raise FileExistsError(f"{error}; it is not what this call would write: {why}") from None
     return None
 

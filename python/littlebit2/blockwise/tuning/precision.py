@@ -38,11 +38,11 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     has_products = features.get("avx512_bf16") or features.get("amx_bf16")
-    return "bfloat16" if has_products and _is_bfloat16_faster() else "float32"
+    return "bfloat16" if has_products and _is_bfloat16_faster(torch.get_num_threads()) else "float32"
 
 
 @functools.cache
-def _is_bfloat16_faster() -> bool:
+def _is_bfloat16_faster(threads: int) -> bool:  # torch's, which the products use
     """Compare products of a small model's size on the CPU, in turns; the ratio is about 2, 4 or a half."""
     least = {torch.float32: math.inf, torch.bfloat16: math.inf}
     for _ in range(_ROUNDS):
