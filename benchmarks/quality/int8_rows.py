@@ -41,7 +41,7 @@ def run(options: Namespace) -> int:
 
     torch.set_num_threads(options.threads)
     texts = write_texts(options.out)
-    found = _measure(dense_checkpoint(options.out), options.out / "evaluate", options)
+    found = _measure(dense_checkpoint(options.out), options.out / "text" / "evaluate", options)
     about = environment(torch.device("cpu"), [options.threads])
     print(describe_environment(about))
     print(f"\nSmolLM2-135M-Instruct, {found['tokens']} tokens in blocks of {options.block}\n")

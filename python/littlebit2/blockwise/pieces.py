@@ -168,6 +168,27 @@ class ModelInPieces:
             logits: torch.Tensor = self.model(input_ids=ids.to(self.device), use_cache=False).logits
             return logits
 
+    def states(
+        self,
+        ids: torch.Tensor,
+        apply: Callable[[int, torch.Tensor, BlockCall], torch.Tensor],
+        *,
+        gradients: bool = False,
+    ) -> torch.Tensor:
+        """Return the hidden state ``[B, T, D]`` after the last block, where ``apply`` does what blocks do."""
+        last: list[torch.Tensor] = []
+
+        def visit(index: int, hidden: torch.Tensor, call: BlockCall) -> torch.Tensor:
+            hidden = apply(index, hidden, call)
+            if index == len(self) - 1:
+                last.append(hidden)
+                raise _Reached
+            return hidden
+
+        with self.visited(visit), suppress(_Reached):
+            self.run(ids, gradients=gradients)
+        return last[0]
+
     def finish(self, ids: torch.Tensor, hidden: torch.Tensor, *, gradients: bool = False) -> torch.Tensor:
         """Return the logits of the hidden state ``[B, T, D]`` after the last block."""
         last = len(self) - 1

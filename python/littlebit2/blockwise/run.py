@@ -47,7 +47,7 @@ from .tuning.distill import Distillation
 from .tuning.minutes import MOST, PER_STEP, fitting, fitting_steps, seconds_of_blocks
 from .tuning.precision import resolve_precision
 from .tuning.sensitivity import measure_sensitivity, mixed
-from .work import DISTILL_STEPS, KEEP_LATENTS, BlockwiseWork, recorded_precision
+from .work import DISTILL_STEPS, KEEP_LATENTS, PRECISION, SAMPLES, STEPS, BlockwiseWork
 
 __all__ = ["quantize_blockwise"]
 
@@ -165,7 +165,7 @@ def quantize_blockwise(
     files = find_files(list(data))
     tokenizer = load_tokenizer(source)
     with _threads(threads), open_dense(source) as checkpoint:
-        chosen = _with_precision(settings or BlockwiseSettings(), place, target if resume else None)
+        chosen = settings or BlockwiseSettings()
         plan = _settle(checkpoint, config, chosen, patterns, (head, embedding), files, text_field, device)
         if progress and plan.length < chosen.length:
             tqdm.write(
@@ -196,24 +196,24 @@ def quantize_blockwise(
                 text_field=text_field,
             )
             _read_text(work, text)
+            chosen = _with_precision(chosen, work, place)
             make = partial(BlockRunner, pieces, fixed=fixed, dtypes=plan.dtypes)
             if config.budget == "kl":
                 ids = text(samples=chosen.kl_samples)
                 plan = plan.with_ranks(work, make(chosen, ids[:, : chosen.kl_length]), progress)
             if chosen.minutes is not None:
-                numbers = work.chosen()
-                if numbers is None:
+                if STEPS not in work.chosen():
                     trial = make(chosen, text(samples=chosen.batch_size))
                     fit = fitting(trial, plan.of_block(0), len(pieces), plan.left(seconds_of_blocks(chosen)))
-                    numbers = {"samples": fit.samples, "steps": fit.steps}
-                    work.keep_chosen(numbers)
+                    work.choose({SAMPLES: fit.samples, STEPS: fit.steps})
+                known = work.chosen()
+                chosen = replace(chosen, samples=known[SAMPLES], steps=known[STEPS])
                 if progress:
                     tqdm.write(
-                        f"{chosen.minutes:g} minutes: {numbers['samples']} sequences, {numbers['steps']} "
-                        "steps for each block",
+                        f"{chosen.minutes:g} minutes: {chosen.samples} sequences, {chosen.steps} steps for "
+                        "each block",
                         file=sys.stderr,
                     )
-                chosen = replace(chosen, samples=numbers["samples"], steps=numbers["steps"])
             runner = make(chosen, text(samples=chosen.samples))
             options = (progress, overwrite, keep_work, keep_latents)
             return _Run(checkpoint, work, plan, chosen, runner, text, *options).finish(source, target)
@@ -222,13 +222,14 @@ def quantize_blockwise(
 
 
 def _with_precision(
-    settings: BlockwiseSettings, place: torch.device, before: Path | None
+    settings: BlockwiseSettings, work: BlockwiseWork, place: torch.device
 ) -> BlockwiseSettings:
-    """Return the settings with a precision: that of the run for ``before`` if there is one, else measured."""
+    """Return the settings with a precision; one that is measured stays that of the run."""
     if settings.precision != "auto":
         return settings
-    known = None if before is None else recorded_precision(before)
-    return replace(settings, precision=known or resolve_precision("auto", place))
+    if PRECISION not in work.chosen():
+        work.choose({PRECISION: resolve_precision("auto", place)})
+    return replace(settings, precision=work.chosen()[PRECISION])
 
 
 def _read_text(work: BlockwiseWork, text: Callable[..., torch.Tensor]) -> None:
@@ -356,6 +357,7 @@ class _Run:
                 **self.plan.settings["blockwise"],
                 "samples": len(self.runner.samples),
                 "steps": self.settings.steps,
+                "precision": self.settings.precision,
             },
             "blocks": self.entries,
             "allocation": self.plan.allocation,
@@ -509,18 +511,17 @@ class _Run:
         settings = self.settings
         if settings.minutes is None and settings.distill_minutes is None:
             return settings.distill_steps
-        numbers = self.work.chosen() or {}
-        if DISTILL_STEPS not in numbers:
+        if DISTILL_STEPS not in self.work.chosen():
             if settings.distill_minutes is not None:
                 seconds = 60 * settings.distill_minutes
             else:
                 assert settings.minutes is not None  # as above
                 seconds = 60 * settings.minutes - sum(self.seconds.values())
-            numbers[DISTILL_STEPS] = fitting_steps(distillation, seconds)
-            self.work.keep_chosen(numbers)
+            self.work.choose({DISTILL_STEPS: fitting_steps(distillation, seconds)})
+        steps: int = self.work.chosen()[DISTILL_STEPS]
         if self.progress:
-            tqdm.write(f"distillation: {numbers[DISTILL_STEPS]} steps", file=sys.stderr)
-        return numbers[DISTILL_STEPS]
+            tqdm.write(f"distillation: {steps} steps", file=sys.stderr)
+        return steps
 
     def _bar(self, label: str, total: int, unit: str, done: int = 0) -> Any:
         return tqdm(

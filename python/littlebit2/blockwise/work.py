@@ -12,43 +12,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from littlebit2.disk import RunDirectory, RunError, sync, sync_tree, write_file, write_json
-from littlebit2.offline import REPORT_NAME
+from littlebit2.disk import read_json, sync, sync_tree, write_file, write_json
 from littlebit2.offline.jobs import Job
-from littlebit2.offline.work import WorkDirectory, keep_layers, work_path
+from littlebit2.offline.work import WorkDirectory, keep_layers
 
 from .tuning.block import BlockResult
 from .tuning.distill import Distilled
-from .tuning.precision import Precision, check_precision
 from .tuning.saved import SavedState
 
-__all__ = ["DISTILL_STEPS", "KEEP_LATENTS", "BlockwiseWork", "recorded_precision"]
+__all__ = ["DISTILL_STEPS", "KEEP_LATENTS", "PRECISION", "SAMPLES", "STEPS", "BlockwiseWork"]
 
-#: What a run has chosen to fit a time.
-DISTILL_STEPS = "distill_steps"
+#: What a run has chosen: to fit a time, and by measurement.
+SAMPLES, STEPS, DISTILL_STEPS, PRECISION = "samples", "steps", "distill_steps", "precision"
+_CHOSEN = "chosen.json"
 _DISTILL = "distill_"
 #: Of the run: whether the result holds the latents' magnitudes.
 KEEP_LATENTS = "keep_latents"
 _ENTRY = "littlebit2"
-
-
-def recorded_precision(out: Path) -> Precision | None:
-    """Return the precision of the run that is under way or finished for ``out``, ``None`` without one.
-
-    It was measured; the same command must not come to another one when it goes on.
-    """
-
-    def finished() -> Any:
-        return json.loads((out / REPORT_NAME).read_text("utf-8"))["settings"]
-
-    for settings in (RunDirectory(work_path(out)).settings, finished):
-        try:
-            found: Precision = (settings() or {})["blockwise"]["precision"]
-            check_precision(found)
-        except (OSError, RunError, ValueError, KeyError, TypeError):
-            continue  # no run of this method, or a damaged file, which is told when it is opened
-        return found
-    return None
 
 
 class BlockwiseWork(WorkDirectory):
@@ -79,37 +59,32 @@ class BlockwiseWork(WorkDirectory):
         super().open(resume=resume)
         settings = self.wanted["blockwise"]
         wanted = {name: value for name, value in settings.items() if name.startswith(_DISTILL)}
-        if self._read("distillation.json") == wanted:
+        if read_json(self.path / "distillation.json") == wanted:
             return
         shutil.rmtree(self._distilled, ignore_errors=True)
         self.distillation.remove()
-        numbers = self.chosen()
-        if numbers is not None and numbers.pop(DISTILL_STEPS, None) is not None:
-            self.keep_chosen(numbers)
+        if DISTILL_STEPS in self.chosen():
+            self.choose({DISTILL_STEPS: None})
         write_json(self.path / "distillation.json", wanted)
-
-    def _read(self, name: str) -> dict[str, Any] | None:
-        """Return what a JSON file of the folder holds, ``None`` if it is not there."""
-        path = self.path / name
-        found: dict[str, Any] | None = json.loads(path.read_text("utf-8")) if path.is_file() else None
-        return found
 
     @property
     def tokens(self) -> Path:
         """Where the tokens of the text lie."""
         return self.path / "tokens"
 
-    def chosen(self) -> dict[str, int] | None:
-        """Return the numbers of sequences and steps that an earlier call chose, ``None`` if none did."""
-        return self._read("chosen.json")
+    def chosen(self) -> dict[str, Any]:
+        """Return what this call and earlier ones have chosen, by name."""
+        return read_json(self.path / _CHOSEN) or {}
 
-    def keep_chosen(self, numbers: dict[str, int]) -> None:
-        """Keep what was chosen: a run that goes on must not choose anew."""
-        write_json(self.path / "chosen.json", numbers)
+    def choose(self, values: Mapping[str, Any]) -> None:
+        """Keep what was chosen: a run that goes on must not choose anew. ``None`` forgets it."""
+        known = {**self.chosen(), **values}
+        write_json(self.path / _CHOSEN, {name: value for name, value in known.items() if value is not None})
 
     def ranks(self) -> dict[str, Any] | None:
         """Return what :meth:`keep_ranks` kept, ``None`` if it was not called yet."""
-        return self._read("ranks.json")
+        found: dict[str, Any] | None = read_json(self.path / "ranks.json")
+        return found
 
     def keep_ranks(self, found: dict[str, Any]) -> None:
         """Keep ranks and how they came about."""

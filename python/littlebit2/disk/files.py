@@ -15,6 +15,7 @@ __all__ = [
     "TEMPORARY",
     "check_new_file",
     "new_file",
+    "read_json",
     "reserve",
     "sync",
     "sync_tree",
@@ -60,6 +61,11 @@ def write_file(path: Path, data: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON, as :func:`new_file` does."""
     write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Return the value that :func:`write_json` wrote, ``None`` where there is no file."""
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None
 
 
 def reserve(path: Path, nbytes: int) -> None:

@@ -37,9 +37,12 @@ def write_record(out: Path, text: bytes, settings: Mapping[str, Any], counts: Ma
 
 
 def check_target(out: Path, *, overwrite: bool, resume: bool) -> None:
-    """Raise ``FileExistsError`` for a file that is in the way, and cannot be the finished text either."""
-    if not resume or not out.is_file() or _read(out) is None:
+    """Raise ``FileExistsError`` for a file in the way that is no finished text, nor the record of one."""
+    ours = _read(out) is not None
+    if not (resume and ours and out.is_file()):
         check_new_file(out, overwrite=overwrite)
+    if not ours:
+        check_new_file(_record_path(out), overwrite=overwrite)
 
 
 def finished_counts(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> dict[str, int] | None:

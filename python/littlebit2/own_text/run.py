@@ -20,7 +20,7 @@ from littlebit2.blockwise.text import fitting_length
 from littlebit2.blockwise.tuning.precision import resolve_precision
 from littlebit2.checkpoint import open_dense
 from littlebit2.dense_model import architecture_of, load_dense
-from littlebit2.disk import RunDirectory, write_file
+from littlebit2.disk import RunDirectory, read_json, write_file, write_json
 from littlebit2.offline.jobs import source_digest
 from littlebit2.offline.work import difference
 from littlebit2.quantize.device import check_device
@@ -34,6 +34,8 @@ __all__ = ["WrittenText", "write_text"]
 #: Without another wish, half of the tokens are chats where the tokenizer has a template for them.
 _CHATS = 0.5
 _SUFFIX = ".jsonl"
+#: Of the work folder: the dtype that was measured to be the fastest.
+_DTYPE = "dtype.json"
 #: Batches without a token after which a run ends.
 _EMPTY = 8
 
@@ -93,7 +95,8 @@ def write_text(
         top_k: likeliest tokens that are drawn from; 0: all.
         seed: seed for sampling.
         device: to run on.
-        dtype: of the model, such as ``"float32"``; by default bfloat16 where the hardware multiplies it.
+        dtype: of the model, such as ``"float32"``; by default bfloat16 where its products are measured to be
+            faster. A run that goes on keeps what it measured.
         progress: whether to show a bar, where stderr is a terminal.
         resume: continue an interrupted run, or keep a finished one; otherwise they are discarded.
         overwrite: whether ``out`` may be a file, which is replaced at the end.
@@ -127,8 +130,11 @@ def write_text(
         source = source_digest(checkpoint)
     if not is_causal_name(architecture):
         raise ValueError(f"model_dir must hold a causal language model, got {architecture}")
-    precision = dtype or resolve_precision("auto", place)
-    model, tokenizer = load_dense(Path(model_dir), architecture, place, precision)
+    work = RunDirectory(target.with_name(f"{target.name}.partial"))
+    # Not yet held: where it is another run's, it is refused below, and started anew it is not asked.
+    measured = None if dtype or not resume else read_json(work.path / _DTYPE)
+    dtype_here: str = dtype or measured or resolve_precision("auto", place)
+    model, tokenizer = load_dense(Path(model_dir), architecture, place, dtype_here)
     length = fitting_length(length, model.config)
     templated = bool(getattr(tokenizer, "chat_template", None))
     share = chats if chats is not None else _CHATS * templated
@@ -145,18 +151,19 @@ def write_text(
         "temperature": temperature,
         "top_k": top_k,
         "seed": seed,
-        "dtype": str(model.dtype),
+        "dtype": str(model.dtype) if dtype else "auto",
         "device": device,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    work = RunDirectory(target.with_name(f"{target.name}.partial"))
     counts = finished_counts(target, settings, overwrite=overwrite) if resume else None
     if counts is not None:
         work.remove_remainder(settings)
         return _result(counts, start, was_there=True)
     with closing(work):
         work.begin(settings, resume=resume, describe=difference)
+        if not dtype:
+            write_json(work.path / _DTYPE, dtype_here)
         batches = list(_batches(work.path, writer, tokens, share, batch_size, seed, progress))
         lines = (
             json.dumps({"text": text}, ensure_ascii=False) for batch in batches for text in batch["texts"]

@@ -97,12 +97,13 @@ def test_stages_are_measured_once_and_build_on_one_another(
 def test_texts_are_disjoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     documents = {f"document {number}" for number in range(200)}
 
-    def given() -> Iterator[str]:
+    def given(packages: Path) -> Iterator[str]:
         yield from documents
 
+    monkeypatch.setattr(smollm, "_packages", lambda folder: folder)
     monkeypatch.setattr(smollm, "_documents", given)
     hashes = smollm.write_texts(tmp_path)
-    parts = {name: {file.read_text() for file in (tmp_path / name).iterdir()} for name in hashes}
+    parts = {name: {file.read_text() for file in (tmp_path / "text" / name).iterdir()} for name in hashes}
     assert parts["tune"] | parts["evaluate"] == documents
     assert not parts["tune"] & parts["evaluate"]
     assert 0 < len(parts["evaluate"]) < 40

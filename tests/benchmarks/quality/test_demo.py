@@ -20,8 +20,8 @@ def test_the_whole_demo(
 ) -> None:
     def texts(folder: Path) -> dict[str, str]:
         for name in ("tune", "evaluate"):
-            (folder / name).mkdir(parents=True)
-            write_data(folder / name / "text.txt")
+            (folder / "text" / name).mkdir(parents=True)
+            write_data(folder / "text" / name / "text.txt")
         return {}
 
     monkeypatch.setattr(show, "dense_checkpoint", lambda folder: write_model(folder / "dense"))

@@ -20,8 +20,8 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     model.config.tie_word_embeddings = True
     model.tie_weights()
     model.save_pretrained(dense)
-    (tmp_path / "evaluate").mkdir()
-    write_text(tmp_path / "evaluate" / "text.txt", 4000)
+    (tmp_path / "text" / "evaluate").mkdir(parents=True)
+    write_text(tmp_path / "text" / "evaluate" / "text.txt", 4000)
     monkeypatch.setattr(smollm, "dense_checkpoint", lambda folder: dense)
     monkeypatch.setattr(smollm, "write_texts", lambda folder: {"evaluate": "hash"})
     out = tmp_path / "found.json"

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from littlebit2.offline.jobs import Job
-from littlebit2.train.losses import distillation_kl, token_nll
+from littlebit2.train.losses import token_nll
 from littlebit2.train.magnitudes import magnitudes, set_magnitudes
 from littlebit2.train.model import make_trainable, trainable_layers
 from littlebit2_kernels.format import PackedLinear
 
-from ..pieces import BlockCall
 from .block import BlockRunner, draw, relative_rates, trained_parameters, weight_errors
+from .output import output_kl
 from .precision import products
 from .tune import Saved, Tuned, tune
 
@@ -125,18 +125,7 @@ class Distillation:
 
     def _dense_states(self) -> list[torch.Tensor]:
         """Return the held-out hidden states after the last dense block, in batches."""
-        found = []
-
-        def visit(index: int, hidden: torch.Tensor, call: BlockCall) -> torch.Tensor:
-            hidden = call(self._dense[index], hidden)
-            if index == len(self._dense) - 1:
-                found.append(hidden)
-            return hidden
-
-        with self.pieces.visited(visit):
-            for ids in self._held_out():
-                self.pieces.run(ids)
-        return found
+        return [self._states(self._dense, ids) for ids in self._held_out()]
 
     def _held_out(self) -> Sequence[torch.Tensor]:
         return self.held_out.split(self.settings.distill_batch_size)
@@ -148,28 +137,34 @@ class Distillation:
                 if isinstance(module, nn.Linear):
                     module.to(torch.bfloat16)
 
-    def _logits(self, blocks: Sequence[nn.Module], ids: torch.Tensor) -> torch.Tensor:
-        def visit(index: int, hidden: torch.Tensor, call: BlockCall) -> torch.Tensor:
-            return call(blocks[index], hidden)
+    def _states(self, blocks: Sequence[nn.Module], ids: torch.Tensor) -> torch.Tensor:
+        """Return the hidden states after the last of some blocks."""
+        return self.pieces.states(
+            ids, lambda index, hidden, call: call(blocks[index], hidden), gradients=torch.is_grad_enabled()
+        )
 
-        with self.pieces.visited(visit):
-            return self.pieces.run(ids, gradients=torch.is_grad_enabled())
+    def free(self, steps: int) -> bool:
+        """Let latents have gradients if so many steps move them; return whether they do."""
+        signs = steps >= SIGNS_FROM
+        for latent in self.latents:
+            latent.requires_grad_(signs)
+        return signs
 
     def loss(self, rows: Sequence[int]) -> torch.Tensor:
         """Return the KL of some sequences, with a gradient."""
         ids = self.ids[list(rows)]
         with products(self.settings.precision, self.pieces.device):
             with torch.no_grad():
-                target = self._logits(self._dense, ids)
-            return distillation_kl(self._logits(self._blocks, ids), target)
+                target = self._states(self._dense, ids)
+            return output_kl(self.pieces, ids, self._states(self._blocks, ids), target)
 
     def measure(self) -> float:
         """Return the KL of the held-out sequences."""
         total = 0.0
         with torch.no_grad():
             for ids, states in zip(self._held_out(), self._held_out_states, strict=True):
-                logits = self._logits(self._blocks, ids)
-                total += float(distillation_kl(logits, self.pieces.finish(ids, states))) * len(ids)
+                kl = output_kl(self.pieces, ids, self._states(self._blocks, ids), states)
+                total += float(kl) * len(ids)
         return total / len(self.held_out)
 
     def run(
@@ -188,9 +183,7 @@ class Distillation:
             measured: called with it and the held-out KL, whenever that is measured.
         """
         settings = self.settings
-        signs = steps >= SIGNS_FROM
-        for latent in self.latents:
-            latent.requires_grad_(signs)
+        signs = self.free(steps)
         scale_lr = settings.distill_scale_lr * (1.0 if signs else _ALONE)
         rows = list(range(len(self.ids)))
         order = draw(rows, settings.distill_batch_size, steps, settings.seed + len(self.pieces))
@@ -219,7 +212,8 @@ class Distillation:
         nll = 0.0
         with torch.no_grad():
             for ids in self._held_out():
-                nll += float(token_nll(self._logits(self._blocks, ids), ids.to(self.pieces.device)))
+                logits = self.pieces.finish(ids, self._states(self._blocks, ids))
+                nll += float(token_nll(logits, ids.to(self.pieces.device)))
         values = {name: p.detach().to(self.stored[p]).cpu().contiguous() for p, name in self.files.items()}
         latents = [
             magnitudes(block, f"{self.pieces.name(index)}.") for index, block in enumerate(self._blocks)

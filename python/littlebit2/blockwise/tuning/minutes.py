@@ -25,6 +25,7 @@ LEAST, MOST = 32, 1024
 PER_STEP = 1
 #: Share of the time that is planned for; the rest is for what is not measured.
 _PLANNED = 0.9
+#: The first run of a step is the slowest: its memory comes from the system.
 _TRIALS = 2
 #: Of the time for everything, what the distillation gets: a step of it brings more than a step of a block.
 _DISTILLED = 0.6
@@ -48,21 +49,21 @@ def fitting_steps(distillation: Distillation, seconds: float) -> int:
     """
     size = min(distillation.settings.distill_batch_size, len(distillation.ids))
     parameters = [*distillation.latents, *distillation.scales, *distillation.stored]
+    measuring = _timed(distillation.measure, _TRIALS)
 
     def step() -> None:
         torch.autograd.backward(distillation.loss(range(size)))
         for parameter in parameters:
             parameter.grad = None
 
-    measuring = _timed(distillation.measure, 1)
-    one_step = _timed(step, 1)
-
     def number_by(steps: int) -> int:
-        return int((_PLANNED * seconds - (evaluations(steps) + 1) * measuring) / one_step)
+        """Return how many steps fit, each as one of so many."""
+        distillation.free(steps)
+        return int((_PLANNED * seconds - (evaluations(steps) + 1) * measuring) / _timed(step, _TRIALS))
 
-    number = number_by(SIGNS_FROM)
-    if number < SIGNS_FROM:
-        number = min(number_by(SIGNS_FROM - 1), SIGNS_FROM - 1)
+    few = number_by(SIGNS_FROM - 1)
+    # Those that move signs take longer.
+    number = few if few < SIGNS_FROM else max(number_by(SIGNS_FROM), SIGNS_FROM - 1)
     return min(max(number, 1), _PASSES * len(distillation.ids) // size)
 
 
