@@ -123,6 +123,7 @@ CUDA_WHEEL := LB2_CUDA=on LB2_CUDA_ARCHS='$(filter-out all,$(WHEEL_CUDA))' \
 
 wheels: export LB2_PORTABLE := ON
 wheels: $(STAMPS)/wheels ## make a wheel for every CPython from 3.11 on (CPU; WHEEL_CUDA=all: another), audit it, try it without a compiler
+	$(if $(WHEEL_CUDA),@command -v "$${CUDACXX:-nvcc}" >/dev/null || { echo "error: WHEEL_CUDA needs nvcc on the PATH$(comma) or CUDACXX=its path" >&2; exit 1; })
 	@rm -rf build/wheels dist/wheels && mkdir -p dist/wheels
 	@echo "building the wheel"
 	$(call make_wheel,cpu,LB2_CUDA=off)

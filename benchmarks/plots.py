@@ -9,6 +9,7 @@ Every figure of the benchmarks is drawn here, one function each, with one style.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -334,8 +335,9 @@ def _plot_quality(axes: Any, points: Sequence[tuple[str, float, float]]) -> None
 
 
 def _plot_cost(axes: Any, models: Sequence[tuple[str, float | None, int | None]]) -> None:
-    speeds = [speed or 0.0 for _, speed, _ in models]
-    sizes = [(size or 0) / 1e6 for _, _, size in models]
+    # What is not known has no bar.
+    speeds = [math.nan if speed is None else speed for _, speed, _ in models]
+    sizes = [math.nan if size is None else size / 1e6 for _, _, size in models]
     other = axes.twinx()
     names = [name for name, _, _ in models]
     for panel, values, shift, color, unit in (
@@ -343,9 +345,9 @@ def _plot_cost(axes: Any, models: Sequence[tuple[str, float | None, int | None]]
         (other, sizes, 0.2, COLORS["mark"], "MB of weights"),
     ):
         bars = panel.bar([at + shift for at in range(len(names))], values, 0.38, color=color)
-        panel.bar_label(bars, [f"{value:.0f}" for value in values], fontsize=9)
+        panel.bar_label(bars, ["" if math.isnan(value) else f"{value:.0f}" for value in values], fontsize=9)
         panel.set_ylabel(unit, color=color)
-        panel.set_ylim(0, 1.15 * max(*values, 1.0))
+        panel.set_ylim(0, 1.15 * max((value for value in values if not math.isnan(value)), default=1.0))
     axes.set_xticks(range(len(names)), names)
     axes.set(title="speed and size of the whole model")
 

@@ -24,7 +24,9 @@ def _to_int4(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _rounded(groups: torch.Tensor, most: int) -> torch.Tensor:
-    scale = groups.abs().amax(1, keepdim=True).clamp_min(torch.finfo(groups.dtype).tiny) / most
+    scale = groups.abs().amax(1, keepdim=True) / most
+    # A scale has 16 bits.
+    scale = scale.half().to(groups.dtype).clamp_min(torch.finfo(groups.dtype).tiny)
     return (groups / scale).round() * scale
 
 

@@ -73,7 +73,7 @@ _SETTINGS = (
         "distill_steps",
         int,
         "N",
-        "steps of distilling the whole model at the end (default 0: none)",
+        "steps of distilling the whole model at the end (default 0: none); fewer than 32 leave signs",
     ),
     (
         "--distill-minutes",
@@ -88,14 +88,14 @@ _SETTINGS = (
         "distill_lr",
         float,
         "RATE",
-        "peak learning rate for latents in the distillation (default 4e-5)",
+        "peak learning rate for latents in the distillation, from 32 steps on (default 4e-5)",
     ),
     (
         "--distill-scale-lr",
         "distill_scale_lr",
         float,
         "RATE",
-        "the same for scales, norms and biases (default 5e-3)",
+        "the same for scales, norms and biases (default 5e-3); below 32 steps twice that is taken",
     ),
 )
 

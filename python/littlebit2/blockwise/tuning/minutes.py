@@ -20,7 +20,7 @@ from .tune import relative_error
 __all__ = ["MOST", "PER_STEP", "fitting", "fitting_steps", "seconds_of_blocks"]
 
 #: Steps at least and at most.
-LEAST, MOST = 32, 1024
+LEAST, MOST = 12, 1024
 #: Sequences for each step: with fewer, blocks fit the text and not the language, the first ones most.
 PER_STEP = 1
 #: Share of the time that is planned for; the rest is for what is not measured.
