@@ -17,11 +17,15 @@ from benchmarks.plots import demo_figure
 from benchmarks.quality.demonstration.rounding import ROUNDINGS, round_
 from benchmarks.quality.smollm import dense_checkpoint, write_texts
 from benchmarks.quality.stages.commands import run_command
-from benchmarks.quality.stages.judging import PROMPTS
 from littlebit2_kernels import LittleBitLinear, explain
 from littlebit2_kernels.testing import make_packed
 
-__all__ = ["Candidate", "demonstrate", "table"]
+__all__ = ["PROMPTS", "Candidate", "demonstrate", "table"]
+
+#: Of the kind of text that the model is tuned on.
+PROMPTS = ("This module provides", "To read a file in Python,", "The default value is")
+#: Small models repeat themselves where the likeliest token is taken, dense ones too.
+_PENALTY = 1.3
 
 #: Tokens that perplexities are measured on, in sequences of a length, and tokens of an answer.
 _TOKENS, _LENGTH, _ANSWER = 4096, 256, 40
@@ -139,7 +143,8 @@ def _generate(one: Candidate, checkpoint: Path, threads: int) -> None:
     """Let ``littlebit2 generate`` continue the prompts, one at a time, in a process of its own."""
     out = checkpoint.parent / "answers.json"
     arguments = ["generate", str(checkpoint), *PROMPTS, "--batch-size", "1", "--json"]
-    run_command([*arguments, "--max-new-tokens", str(_ANSWER)], threads, out)
+    limits = ["--max-new-tokens", str(_ANSWER), "--repetition-penalty", str(_PENALTY)]
+    run_command([*arguments, *limits], threads, out)
     results: list[dict[str, Any]] = json.loads(out.read_text("utf-8"))
     one.answers = tuple(" ".join(result["text"].split()) for result in results)
     # An answer of one token has no speed.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -148,6 +149,7 @@ def quantize_blockwise(
         ValueError: as there; or the model is no causal language model of blocks that are called in turn on
             a hidden state, there is no tokenizer, or the text is too short.
     """
+    started = time.perf_counter()
     if not isinstance(config, QuantConfig):
         raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
@@ -216,7 +218,9 @@ def quantize_blockwise(
                     )
             runner = make(chosen, text(samples=chosen.samples))
             options = (progress, overwrite, keep_work, keep_latents)
-            return _Run(checkpoint, work, plan, chosen, runner, text, *options).finish(source, target)
+            return _Run(checkpoint, work, plan, chosen, runner, text, started, *options).finish(
+                source, target
+            )
         finally:
             work.close()
 
@@ -308,6 +312,7 @@ class _Run:
         settings: BlockwiseSettings,
         runner: BlockRunner,
         text: Callable[..., torch.Tensor],
+        started: float,
         progress: bool,
         overwrite: bool,
         keep_work: bool,
@@ -319,6 +324,7 @@ class _Run:
         self.settings = settings
         self.runner = runner
         self.text = text
+        self.started = started
         self.pieces = runner.pieces
         self.progress = progress
         self.overwrite = overwrite
@@ -328,6 +334,8 @@ class _Run:
         self.entries: list[dict[str, Any]] = []
         self.seconds: Counter[str] = Counter()
         self.seconds.update(plan.seconds)
+        #: Of the blocks that an earlier process finished.
+        self.seconds_before = 0.0
         self.changed: dict[str, torch.Tensor] = {}
 
     def finish(self, source: Path, target: Path) -> BlockwiseReport:
@@ -404,6 +412,7 @@ class _Run:
             self.entries.append(entry)
             self.seconds.update(seconds)
             self.changed.update(changed)
+            self.seconds_before += sum(seconds.values())
         return len(self.pieces)
 
     def _shape(self) -> tuple[int, int, int]:
@@ -516,7 +525,8 @@ class _Run:
                 seconds = 60 * settings.distill_minutes
             else:
                 assert settings.minutes is not None  # as above
-                seconds = 60 * settings.minutes - sum(self.seconds.values())
+                spent = time.perf_counter() - self.started + self.seconds_before
+                seconds = 60 * settings.minutes - spent
             self.work.choose({DISTILL_STEPS: fitting_steps(distillation, seconds)})
         steps: int = self.work.chosen()[DISTILL_STEPS]
         if self.progress:

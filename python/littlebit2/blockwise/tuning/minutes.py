@@ -20,7 +20,7 @@ from .tune import relative_error
 __all__ = ["MOST", "PER_STEP", "fitting", "fitting_steps", "seconds_of_blocks"]
 
 #: Steps at least and at most.
-LEAST, MOST = 12, 1024
+LEAST, MOST = 24, 1024
 #: Sequences for each step: with fewer, blocks fit the text and not the language, the first ones most.
 PER_STEP = 1
 #: Share of the time that is planned for; the rest is for what is not measured.
@@ -45,8 +45,9 @@ def fitting_steps(distillation: Distillation, seconds: float) -> int:
 
     Args:
         distillation: which has not begun; its parameters do not change.
-        seconds: for all of it.
+        seconds: for all of it, this call included.
     """
+    end = time.perf_counter() + _PLANNED * seconds
     size = min(distillation.settings.distill_batch_size, len(distillation.ids))
     parameters = [*distillation.latents, *distillation.scales, *distillation.stored]
     measuring = _timed(distillation.measure, _TRIALS)
@@ -59,7 +60,9 @@ def fitting_steps(distillation: Distillation, seconds: float) -> int:
     def number_by(steps: int) -> int:
         """Return how many steps fit, each as one of so many."""
         distillation.free(steps)
-        return int((_PLANNED * seconds - (evaluations(steps) + 1) * measuring) / _timed(step, _TRIALS))
+        one_step = _timed(step, _TRIALS)
+        left = end - time.perf_counter()
+        return int((left - (evaluations(steps) + 1) * measuring) / one_step)
 
     few = number_by(SIGNS_FROM - 1)
     # Those that move signs take longer.
