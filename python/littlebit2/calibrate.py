@@ -152,7 +152,7 @@ def _blocks(texts: Iterable[str], tokenizer: Any, block: int, tokens: int) -> It
 
 def _linear_names(model_dir: Path) -> tuple[dict[str, str], str]:
     """Return the layers that would be quantized, by their name in the model, and the class of the model."""
-    with open_dense(model_dir) as checkpoint:
+    with open_dense(model_dir, name="model_dir") as checkpoint:
         layers, _ = candidates(checkpoint, include=("*",), exclude=DEFAULT_EXCLUDE)
         architecture = architecture_of(checkpoint)
     return {layer.module or layer.name: layer.name for layer in layers}, architecture

@@ -224,3 +224,37 @@ def test_errors_are_one_line(
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith(f"littlebit2 {arguments[0]}: error: ")
     assert message in last
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--limit", "3"], "--limit needs --tasks"),
+        (["--include-path", "."], "--include-path needs --tasks"),
+        (["--stride", "3"], "--stride needs --data"),
+    ],
+)
+def test_what_is_of_no_use_is_refused(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = ["--tasks", "any"] if "data" in message else ["--data", str(tmp_path)]
+    assert main(["evaluate", "nowhere", *text, *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["quantize", "nowhere", "OUT", "--bpw", "1"],
+        ["quantize", "nowhere", "OUT", "--bpw", "1", "--data", "TEXT"],
+        ["calibrate", "nowhere", "--data", "TEXT", "--out", "OUT"],
+        ["write-text", "nowhere", "OUT.jsonl"],
+    ],
+)
+def test_a_model_that_is_not_there_has_its_name(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = write_text(tmp_path / "text.txt", 100)
+    places = {"OUT": str(tmp_path / "out"), "OUT.jsonl": str(tmp_path / "own.jsonl"), "TEXT": str(text)}
+    assert main([places.get(word, word) for word in command]) == 1
+    assert "MODEL_DIR must be the directory of a checkpoint" in capsys.readouterr().err

@@ -165,8 +165,8 @@ def quantize_blockwise(
     check_apart(target, work_path(target), model_dir=source)
     patterns = check_patterns("include", include), check_patterns("exclude", exclude)
     files = find_files(list(data))
-    tokenizer = load_tokenizer(source)
-    with _threads(threads), open_dense(source) as checkpoint:
+    with _threads(threads), open_dense(source, name="model_dir") as checkpoint:
+        tokenizer = load_tokenizer(source)
         chosen = settings or BlockwiseSettings()
         plan = _settle(checkpoint, config, chosen, patterns, (head, embedding), files, text_field, device)
         if progress and plan.length < chosen.length:

@@ -105,14 +105,14 @@ class DenseCheckpoint:
         return found
 
 
-def open_dense(path: str | Path) -> DenseCheckpoint:
-    """Open a dense checkpoint, or one whose experts are in mxfp4.
+def open_dense(path: str | Path, *, name: str = "path") -> DenseCheckpoint:
+    """Open a dense checkpoint, or one whose experts are in mxfp4; arguments as of :func:`open_checkpoint`.
 
     Raises:
         CheckpointError, FileNotFoundError, NotADirectoryError, TypeError: as :func:`open_checkpoint`.
         ValueError: it is quantized in another way, or has no config.json.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, name=name)
     try:
         _check(checkpoint)
         return DenseCheckpoint(checkpoint)

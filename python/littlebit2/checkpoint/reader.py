@@ -332,11 +332,12 @@ def looks_packed(directory: Path) -> bool:
     return found
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, name: str = "path") -> Checkpoint:
     """Open a checkpoint directory and check everything that its headers and JSON files say.
 
     Args:
         path: a directory with safetensors files (or those of ``torch.save``) and config.json.
+        name: what errors call ``path``: the argument through which it came.
 
     Raises:
         TypeError: ``path`` is no path.
@@ -346,16 +347,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             that is missing, unexpected or of a wrong shape (the first twenty of them).
     """
     if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"path must be a str or a path, got {type(path).__name__}")
+        raise TypeError(f"{name} must be a str or a path, got {type(path).__name__}")
     directory = Path(path)
     if not directory.exists():
         raise FileNotFoundError(
-            "path must be the directory of a checkpoint, with config.json and weights; "
+            f"{name} must be the directory of a checkpoint, with config.json and weights; "
             f"{directory} does not exist{hub_hint(path)}"
         )
     if not directory.is_dir():
         raise NotADirectoryError(
-            f"path must be the directory of a checkpoint, got the file {directory}: "
+            f"{name} must be the directory of a checkpoint, got the file {directory}: "
             "give the directory that holds it"
         )
     return Checkpoint(directory, open_files(directory))

@@ -121,7 +121,7 @@ def quantize_checkpoint(
     source, target = Path(model_dir), Path(os.path.abspath(out))
     check_apart(target, work_path(target), model_dir=source)
     includes, excludes = check_patterns("include", include), check_patterns("exclude", exclude)
-    with open_dense(source) as checkpoint:
+    with open_dense(source, name="model_dir") as checkpoint:
         choice = choose_layers(
             checkpoint, config, include=includes, exclude=excludes, head=head, embedding=embedding
         )

@@ -108,7 +108,7 @@ def measure_ranks(
         raise ValueError("config must have budget='spectral' or energy for ranks to depend on weights")
     includes, excludes = check_patterns("include", include), check_patterns("exclude", exclude)
     spectra = []
-    with open_dense(model_dir) as checkpoint:
+    with open_dense(model_dir, name="model_dir") as checkpoint:
         sources = choose_layers(checkpoint, config, include=includes, exclude=excludes).layers
         check_budget(config, ((s.name, s.in_features, s.out_features) for s in sources))
         for one in tqdm(sources, desc="measure", unit="layer", disable=None if progress else True):

@@ -125,7 +125,7 @@ def write_text(
         raise ValueError(f"out must be named *{_SUFFIX}, got {target.name!r}")
     check_target(target, overwrite=overwrite, resume=resume)
     place = check_device(device)
-    with open_dense(model_dir) as checkpoint:
+    with open_dense(model_dir, name="model_dir") as checkpoint:
         architecture = architecture_of(checkpoint)
         source = source_digest(checkpoint)
     if not is_causal_name(architecture):

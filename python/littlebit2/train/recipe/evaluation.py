@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from littlebit2._messages import hub_hint
+from littlebit2._messages import SettingError, hub_hint
 from littlebit2.integrations.loading import load
 from littlebit2.train.data import TokenBlocks, find_files, read_texts, write_tokens
 from littlebit2.train.perplexity import Agreement, Perplexity, agreement, perplexity
@@ -92,7 +92,7 @@ def evaluate_model(
         raise ValueError("data or tasks must be given: there is nothing to measure")
     if data is None and (teacher is not None or stride is not None):
         name = "stride" if teacher is None else "teacher"
-        raise ValueError(f"{name} needs data: tasks do not use it")
+        raise SettingError(f"{name} needs data: tasks do not use it")
     # Before the model, which takes longer to fail.
     for name, value, least in (
         ("block", block, 2),
@@ -104,7 +104,9 @@ def evaluate_model(
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if include_path is not None and not tasks:
-        raise ValueError("include_path needs tasks: the folder only says where they are described")
+        raise SettingError("include_path needs tasks: the folder only says where they are described")
+    if limit is not None and not tasks:
+        raise SettingError("limit needs tasks: it counts their examples; max_tokens limits the text")
     if include_path is not None and not Path(include_path).is_dir():
         raise FileNotFoundError(f"include_path must be a directory, got {include_path}")
     harness = _harness() if tasks else None
