@@ -16,6 +16,8 @@ __all__ = ["output_kl"]
 #: Bytes of float32 logits of one model at a time. On a CPU they stay below what the C library maps anew, and
 #: so faults in page by page, for every tensor (32 MiB).
 _BYTES = {"cpu": 24 << 20, "cuda": 1 << 28}
+#: Tokens at a time at least: the head's weight is read once for them.
+_LEAST = 64
 
 
 def output_kl(
@@ -30,9 +32,8 @@ def output_kl(
         target: likewise, after the last dense block; no gradient.
     """
     vocabulary = int(pieces.model.get_output_embeddings().weight.shape[0])
-    bytes_ = _BYTES.get(hidden.device.type, _BYTES["cuda"])
-    tokens = max(bytes_ // (4 * vocabulary * len(ids)), 1)
-    value = _Kl.apply(pieces, ids, hidden, target, tokens)
+    tokens = max(_BYTES.get(hidden.device.type, _BYTES["cuda"]) // (4 * vocabulary), _LEAST)
+    value = _Kl.apply(pieces, ids, hidden, target, max(tokens // len(ids), 1))
     assert isinstance(value, torch.Tensor)
     return value
 
