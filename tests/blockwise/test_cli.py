@@ -73,11 +73,17 @@ def test_text_makes_it_blockwise(
     assert content["settings"]["refine_rounds"] == 2
 
 
-def test_a_bad_result_of_a_good_model_names_the_next_command(capsys: pytest.CaptureFixture[str]) -> None:
-    args = argparse.Namespace(out="OUT", model_dir="DENSE")
+@pytest.mark.parametrize(
+    ("minutes", "more"), [(None, "more --samples, --steps and --distill-steps,"), (3.0, "more --minutes,")]
+)
+def test_a_bad_result_of_a_good_model_names_the_next_command(
+    minutes: float | None, more: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = argparse.Namespace(out="OUT", model_dir="DENSE", minutes=minutes)
     blockwise_outlook(report({"dense": 10.0, "tuned": 70.0}), args)
     printed = capsys.readouterr().err
     assert "warning: OUT is not usable: its perplexity 70 is more than 5 times the dense 10" in printed
+    assert more in printed
     assert "littlebit2 finetune DENSE TRAINED --data TEXT --start OUT" in printed
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,29 @@ def test_minutes_choose_its_steps(inputs: tuple[Path, Path], tmp_path: Path) -> 
     most = {**none, "distill_minutes": 1e6, "distill_samples": 12, "patience": 99}
     assert run(model, tmp_path / "b", data, changes=most).distillation["steps"] == 12
     assert run(model, tmp_path / "c", data, changes={**none, "distill_minutes": 0.0}).distillation is None
+
+
+def test_it_is_left_out_where_the_blocks_take_the_time(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = inputs
+    monkeypatch.setattr("littlebit2.blockwise.tuning.minutes.LEAST", 3)
+    monkeypatch.setattr("littlebit2.blockwise.tuning.minutes.MOST", 6)
+    monkeypatch.setattr("littlebit2.blockwise.run.MOST", 6)
+    options = {"keep_work": True, "overwrite": True}
+    short = run(model, tmp_path / "a", data, changes={"minutes": 1e-9}, **options)
+    assert short.distillation is None
+    assert set(short.perplexity) == {"dense", "tuned"}
+    assert json.loads((tmp_path / "a.partial" / "chosen.json").read_text())["distill_steps"] == 0
+    # A run that goes on does not ask the clock again.
+    monkeypatch.setattr("littlebit2.blockwise.run.is_worth_distilling", None)
+    shutil.rmtree(tmp_path / "a")
+    assert run(model, tmp_path / "a", data, changes={"minutes": 1e-9}, **options).distillation is None
+    monkeypatch.undo()
+    monkeypatch.setattr("littlebit2.blockwise.tuning.minutes.MOST", 6)
+    monkeypatch.setattr("littlebit2.blockwise.run.MOST", 6)
+    long = run(model, tmp_path / "b", data, changes={"minutes": 1e6, "distill_samples": 12})
+    assert long.distillation["steps"] > 0
 
 
 def test_few_steps_leave_signs_as_they_are(inputs: tuple[Path, Path], tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def demonstrate(bpw: float, minutes: float, threads: int, folder: Path) -> None:
     path = demo_figure(folder / "demo.png", points=points, models=bars, title=title)
     print(f"\nplot: {path}")
     better = [*command[:2], str(folder / "better"), *command[3:]]
-    print(f"a better model: littlebit2 {shlex.join(better)} --minutes {30 * minutes:g}")
+    print(f"a better model: littlebit2 {shlex.join(better)} --minutes {5 * minutes:g}")
 
 
 @contextmanager

@@ -45,7 +45,7 @@ from .states import States
 from .text import fitting_length, load_tokenizer, sequences
 from .tuning.block import BlockRunner, batches
 from .tuning.distill import Distillation
-from .tuning.minutes import MOST, PER_STEP, fitting, fitting_steps, seconds_of_blocks
+from .tuning.minutes import MOST, PER_STEP, fitting, fitting_steps, is_worth_distilling, seconds_of_blocks
 from .tuning.precision import resolve_precision
 from .tuning.sensitivity import measure_sensitivity, mixed
 from .work import DISTILL_STEPS, KEEP_LATENTS, PRECISION, SAMPLES, STEPS, BlockwiseWork
@@ -357,7 +357,7 @@ class _Run:
             if self.work.finished(job) is None:
                 quantize_batch(self.checkpoint, self.work, {}, self.pieces.device, [job])
         perplexity = {"dense": self._perplexity(dense), "tuned": self._perplexity(quantized)}
-        distillation = self._distilled() if self.settings.distills else None
+        distillation = self._distilled() if self._distills() else None
         if distillation is not None:
             perplexity["distilled"] = distillation.pop("perplexity")
         content = {
@@ -480,6 +480,19 @@ class _Run:
         count = len(self.runner.held_out) * (self.plan.length - 1)
         return Perplexity(nll / count, count).value
 
+    def _distills(self) -> bool:
+        """Whether the whole model is distilled; once there was no time for it, it stays so."""
+        if self.settings.distills and DISTILL_STEPS not in self.work.chosen():
+            if is_worth_distilling(self.settings, self._spent()):
+                return True
+            self.work.choose({DISTILL_STEPS: 0})
+            if self.progress:
+                tqdm.write("distillation: no time is left for it", file=sys.stderr)
+        return self.settings.distills and self.work.chosen()[DISTILL_STEPS] > 0
+
+    def _spent(self) -> float:
+        return time.perf_counter() - self.started + self.seconds_before
+
     def _distilled(self) -> dict[str, Any]:
         """Distill the whole model unless that is done; return its entry of the report."""
         found = self.work.distilled()
@@ -525,8 +538,7 @@ class _Run:
                 seconds = 60 * settings.distill_minutes
             else:
                 assert settings.minutes is not None  # as above
-                spent = time.perf_counter() - self.started + self.seconds_before
-                seconds = 60 * settings.minutes - spent
+                seconds = 60 * settings.minutes - self._spent()
             self.work.choose({DISTILL_STEPS: fitting_steps(distillation, seconds)})
         steps: int = self.work.chosen()[DISTILL_STEPS]
         if self.progress:

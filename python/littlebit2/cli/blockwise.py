@@ -214,10 +214,8 @@ def blockwise_outlook(report: BlockwiseReport, args: argparse.Namespace) -> None
         note(f"warning: {args.out} is not usable: {report.unusable}. Give --data text of the model's kind")
         return
     if report.unusable is not None:
-        note(
-            f"warning: {args.out} is not usable: {report.unusable}. Give it more --samples, --steps and "
-            "--distill-steps, or train it:"
-        )
+        more = "--samples, --steps and --distill-steps" if args.minutes is None else "--minutes"
+        note(f"warning: {args.out} is not usable: {report.unusable}. Give it more {more}, or train it:")
         note(f"  littlebit2 finetune {args.model_dir} TRAINED --data TEXT --start {args.out}")
         return
     emit("next:")

@@ -17,10 +17,10 @@ from .distill import SIGNS_FROM, Distillation, evaluations
 from .precision import products
 from .tune import relative_error
 
-__all__ = ["MOST", "PER_STEP", "fitting", "fitting_steps", "seconds_of_blocks"]
+__all__ = ["MOST", "PER_STEP", "fitting", "fitting_steps", "is_worth_distilling", "seconds_of_blocks"]
 
 #: Steps at least and at most.
-LEAST, MOST = 24, 1024
+LEAST, MOST = 32, 1024
 #: Sequences for each step: with fewer, blocks fit the text and not the language, the first ones most.
 PER_STEP = 1
 #: Share of the time that is planned for; the rest is for what is not measured.
@@ -29,6 +29,8 @@ _PLANNED = 0.9
 _TRIALS = 2
 #: Of the time for everything, what the distillation gets: a step of it brings more than a step of a block.
 _DISTILLED = 0.6
+#: Share of the time for everything that must be left for a distillation to be worth its preparation.
+_WORTH = 0.1
 #: Passes over its text that a distillation takes at most.
 _PASSES = 4
 
@@ -38,6 +40,13 @@ def seconds_of_blocks(settings: BlockwiseSettings) -> float:
     assert settings.minutes is not None
     rest = _DISTILLED * settings.minutes if settings.distill_minutes is None else settings.distill_minutes
     return 60 * (settings.minutes - rest)
+
+
+def is_worth_distilling(settings: BlockwiseSettings, spent: float) -> bool:
+    """Return whether enough of the time for everything is left after ``spent`` seconds."""
+    if settings.minutes is None or settings.distill_minutes is not None:
+        return settings.distills
+    return 60 * settings.minutes - spent >= _WORTH * 60 * settings.minutes
 
 
 def fitting_steps(distillation: Distillation, seconds: float) -> int:
