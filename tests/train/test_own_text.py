@@ -143,8 +143,11 @@ def test_a_measured_dtype_stays_that_of_the_run(
     write_text(model, out, **OPTIONS)
     assert write_text(model, out, **OPTIONS).was_there
     assert loaded[:2] == [torch.bfloat16, torch.bfloat16]
+    record = out.with_name("own.jsonl.report.json")
+    assert json.loads(record.read_text())["dtype"] == "torch.bfloat16"
     write_text(model, out, resume=False, overwrite=True, **OPTIONS)
     assert loaded[3] == torch.float32
+    assert json.loads(record.read_text())["dtype"] == "torch.float32"
 
 
 def test_a_model_is_tuned_on_its_own_text(

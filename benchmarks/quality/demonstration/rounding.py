@@ -27,7 +27,7 @@ def _rounded(groups: torch.Tensor, most: int) -> torch.Tensor:
     scale = groups.abs().amax(1, keepdim=True) / most
     # A scale has 16 bits.
     scale = scale.half().to(groups.dtype).clamp_min(torch.finfo(groups.dtype).tiny)
-    return (groups / scale).round() * scale
+    return (groups / scale).round().clamp(-most, most) * scale
 
 
 #: By bits per weight, with a scale of 16 bits for each group: name and rounding.

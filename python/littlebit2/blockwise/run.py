@@ -67,6 +67,8 @@ class _Plan:
     #: How ranks came about, if they are not uniform, and the seconds that it took.
     allocation: dict[str, Any] | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
+    #: What of it an earlier process took.
+    seconds_before: float = 0.0
 
     def of_block(self, index: int) -> list[Job]:
         """The layers of a block."""
@@ -76,9 +78,14 @@ class _Plan:
     def with_ranks(self, work: BlockwiseWork, runner: BlockRunner, progress: bool) -> _Plan:
         """Settle the ranks by the KL of the model's output."""
         blocks = [self.of_block(index) for index in range(len(runner.pieces))]
+        known = work.ranks() is not None
         found = ranks_by_kl(work, runner, blocks, progress=progress)
         return replace(
-            self, jobs=found.applied(self.jobs), allocation=found.entry, seconds={"ranks": found.seconds}
+            self,
+            jobs=found.applied(self.jobs),
+            allocation=found.entry,
+            seconds={"ranks": found.seconds},
+            seconds_before=found.seconds if known else 0.0,
         )
 
     def left(self, seconds: float) -> float:
@@ -334,8 +341,8 @@ class _Run:
         self.entries: list[dict[str, Any]] = []
         self.seconds: Counter[str] = Counter()
         self.seconds.update(plan.seconds)
-        #: Of the blocks that an earlier process finished.
-        self.seconds_before = 0.0
+        #: Of ranks and blocks that an earlier process finished.
+        self.seconds_before = plan.seconds_before
         self.changed: dict[str, torch.Tensor] = {}
 
     def finish(self, source: Path, target: Path) -> BlockwiseReport:

@@ -73,7 +73,7 @@ _SETTINGS = (
         "distill_steps",
         int,
         "N",
-        "steps of distilling the whole model at the end (default 0: none); fewer than 32 leave signs",
+        "steps of distilling the whole model at the end (default 0: none); below 32 signs stay",
     ),
     (
         "--distill-minutes",

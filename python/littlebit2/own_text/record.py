@@ -20,7 +20,9 @@ def _record_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.report.json")
 
 
-def write_record(out: Path, text: bytes, settings: Mapping[str, Any], counts: Mapping[str, int]) -> None:
+def write_record(
+    out: Path, text: bytes, settings: Mapping[str, Any], counts: Mapping[str, int], *, dtype: str
+) -> None:
     """Write the record of a text, before the text itself: where there is a text, its record is there.
 
     Args:
@@ -28,11 +30,17 @@ def write_record(out: Path, text: bytes, settings: Mapping[str, Any], counts: Ma
         text: that it is going to hold.
         settings: JSON values by name.
         counts: of what is in the text.
+        dtype: in which the model wrote it, whatever the settings ask for.
 
     Raises:
         OSError: it cannot be written.
     """
-    content = {"sha256": hashlib.sha256(text).hexdigest(), "counts": dict(counts), "settings": dict(settings)}
+    content = {
+        "sha256": hashlib.sha256(text).hexdigest(),
+        "counts": dict(counts),
+        "dtype": dtype,
+        "settings": dict(settings),
+    }
     write_json(_record_path(out), content)
 
 

@@ -132,7 +132,7 @@ def write_text(
         raise ValueError(f"model_dir must hold a causal language model, got {architecture}")
     work = RunDirectory(target.with_name(f"{target.name}.partial"))
     # Not yet held: where it is another run's, it is refused below, and started anew it is not asked.
-    measured = None if dtype or not resume else read_json(work.path / _DTYPE)
+    measured = read_json(work.path / _DTYPE) if resume and not dtype and work.settings() else None
     dtype_here: str = dtype or measured or resolve_precision("auto", place)
     model, tokenizer = load_dense(Path(model_dir), architecture, place, dtype_here)
     length = fitting_length(length, model.config)
@@ -174,7 +174,7 @@ def write_text(
             "chats": sum(len(batch["texts"]) for batch in batches if batch["chats"]),
             "tokens": sum(batch["tokens"] for batch in batches),
         }
-        write_record(target, content, settings, counts)
+        write_record(target, content, settings, counts, dtype=str(model.dtype))
         write_file(target, content)
         work.remove()
     return _result(counts, start)
